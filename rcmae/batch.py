@@ -1,0 +1,39 @@
+"""The one thing that objectives see of the data: a micro-batch of images with their masks, labels and names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of B images of L patches each. Images leave the stream as uint8 and are normalised on the device."""
+
+    images: Tensor  # [B, C, H, W] uint8; float32 once normalised
+    ids_shuffle: Tensor  # [B, L] int64, each row an order of the patches: the first num_visible are seen
+    num_visible: int
+    labels: Tensor | None  # [B] int64, NO_LABEL where a sample has none; None where no sample of the data has one
+    keys: tuple[str, ...]  # "shard/key" of each sample that was read
+    positions: Tensor  # [B] int64, absolute position in the run (in an evaluation: number of the sample, -1 = padding)
+    crops: Tensor  # [B, 5] int64: top, left, height, width in pixels of the source image, 1 = flipped
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The same batch with images, ids_shuffle and labels on `device`; the bookkeeping stays on the CPU."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, so that `to` can copy while the GPU computes."""
+        return self._moved(lambda tensor: tensor.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        labels = None if self.labels is None else move(self.labels)
+        return replace(self, images=move(self.images), ids_shuffle=move(self.ids_shuffle), labels=labels)

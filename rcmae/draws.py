@@ -1,0 +1,44 @@
+"""Random numbers that depend on what they are for, never on what was drawn before.
+
+Every draw is Philox4x64 raw bits under the key (seed, purpose) at a counter that names the thing drawn for: an absolute
+position in the run, a block of a stream. So the same position gets the same crop and mask on any rank, in any worker,
+after any resume. Only raw bits and stable sorts are used: numpy keeps those across versions, but not Generator's methods.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Purpose(IntEnum):
+    """What a draw is for. The values are part of every run's identity: add new ones, never renumber."""
+
+    SHARDS = 1  # order of the shards in a pass
+    ROTATION = 2  # where in the circle of shards a pass starts
+    BLOCK = 3  # order of the samples in a shuffle block
+    CROP = 4
+    FLIP = 5
+    MASK = 6
+
+
+def raw(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.uint64]:
+    """`count` raw 64-bit words for the place `where` (at most three non-negative numbers)."""
+    assert 0 <= seed < 2**64, seed
+    assert len(where) <= 3, where
+    key = np.array([seed, purpose], np.uint64)
+    # The lowest word counts Philox blocks within one draw; the others name the place, so places never overlap.
+    counter = np.array([0, *where, *[0] * (3 - len(where))], np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
+def uniform(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.float64]:
+    """`count` doubles in [0, 1), 53 random bits each."""
+    return (raw(seed, purpose, *where, count=count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.int64]:
+    """A random order of 0 .. count - 1."""
+    return np.argsort(raw(seed, purpose, *where, count=count), kind="stable").astype(np.int64, copy=False)
