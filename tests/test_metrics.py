@@ -1,0 +1,231 @@
+"""metrics.jsonl has each step once whatever happened, and the meter and the progress tell the truth."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rcmae.metrics import Meter, MetricsLog, closing_summary, cut_back, peak_flops
+
+
+def rows_of(path: Path) -> list[dict]:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def a_log(run: Path, *, resume_step: int = 0, total_steps: int = 10, **more) -> MetricsLog:
+    more.setdefault("console", Console(file=io.StringIO()))
+    return MetricsLog(run, resume_step=resume_step, total_steps=total_steps, bar=more.pop("bar", False), **more)
+
+
+def test_each_step_is_there_once_after_resumes(tmp_path):
+    for resume, stop in ((0, 7), (4, 6), (4, 10)):
+        with a_log(tmp_path, resume_step=resume) as log:
+            for step in range(resume + 1, stop + 1):
+                log.step({"step": step, "loss": 1.0 / step, "resumed_from": resume})
+    rows = rows_of(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["resumed_from"] for row in rows] == [0] * 4 + [4] * 6
+    assert all(row["time"] > 0 for row in rows)
+
+
+def test_torn_doubled_and_foreign_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = ['{"step": 1}', '{"step": 2}', '{"step": 2}', '{"step": 3}', '{"step": 4, "lo']
+    path.write_text("\n".join([*steps[:3], "\0\0\0", "[3]", '{"loss": 1}', *steps[3:]]))
+    assert cut_back(path, 100) == 5
+    assert [row["step"] for row in rows_of(path)] == [1, 2, 3]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_whole_line_without_its_end_counts_as_torn(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')  # the next line would be glued to it
+    assert cut_back(path, 2) == 1
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_the_cut_leaves_a_late_writer_of_the_old_file_behind(tmp_path):
+    old = a_log(tmp_path, tensorboard=False)
+    old.step({"step": 1})
+    with a_log(tmp_path, resume_step=1, tensorboard=False) as new:
+        old.step({"step": 2, "loss": -1.0})
+        new.step({"step": 2, "loss": 1.0})
+    old.close()
+    assert [row.get("loss") for row in rows_of(tmp_path / "metrics.jsonl")] == [None, 1.0]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from rcmae.metrics import MetricsLog
+log = MetricsLog(Path(sys.argv[1]), resume_step=int(sys.argv[2]), total_steps=10**6, tensorboard=False)
+log.event("start", step=int(sys.argv[2]))
+for step in range(int(sys.argv[2]) + 1, 10**6):
+    log.step({"step": step, "loss": 0.5, "padding": "x" * 500})
+"""
+
+
+def test_kill_9_leaves_whole_lines_and_the_resume_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    resume = 0
+    for _ in range(2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path), str(resume)],
+            stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+        lines = 0
+        for _ in range(600):
+            lines = path.read_bytes().count(b"\n") if path.exists() else 0
+            if lines > resume + 200:
+                break
+            time.sleep(0.05)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        assert lines > resume + 200
+        resume += 100
+    with a_log(tmp_path, resume_step=200, total_steps=201) as log:
+        log.step({"step": 201})
+    assert [row["step"] for row in rows_of(path)] == list(range(1, 202))
+    assert [row["step"] for row in rows_of(tmp_path / "events.jsonl")] == [0, 100]
+
+
+def test_a_torn_event_is_dropped_and_earlier_ones_stay(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "start"}\n{"event": "chec' + "k" * 10_000)
+    with a_log(tmp_path) as log:
+        log.event("bad_sample", key="a/b", path=Path("x"), reason=float("nan"))
+    assert [row["event"] for row in rows_of(path)] == ["start", "bad_sample"]
+    path.write_text("torn without any line")
+    a_log(tmp_path).close()
+    assert path.read_text() == ""
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    with a_log(tmp_path) as log:
+        log.step({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "nested": {"list": [float("-inf"), 1.5]}})
+        log.step({"step": 2, "loss": None})
+    rows = rows_of(tmp_path / "metrics.jsonl")
+    assert (rows[0]["loss"], rows[0]["grad_norm"], rows[0]["nested"]) == (None, None, {"list": [None, 1.5]})
+
+
+def test_a_rank_that_does_not_write_leaves_nothing(tmp_path):
+    with a_log(tmp_path / "run", writes=False) as log:
+        log.step({"step": 1})
+        log.event("start")
+        log.scalars("knn", {"teacher": 1.0}, 1)
+        log.say("nothing")
+        log.sync()
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_has_the_same_numbers_and_forgets_the_steps_that_were_cut(tmp_path):
+    with a_log(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.step({"step": step, "loss": float(step), "name": "text"})
+    time.sleep(1.1)  # event files are named and read by the second
+    with a_log(tmp_path, resume_step=2) as log:
+        log.step({"step": 3, "loss": 30.0})
+        log.scalars("knn", {"teacher": 50.0}, 3)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert board.Scalars("knn/teacher")[0].value == 50.0
+    assert "train/name" not in board.Tags()["scalars"]
+
+
+def test_a_log_file_gets_one_plain_line_a_step(tmp_path):
+    out = io.StringIO()
+    with a_log(tmp_path, console=Console(file=out, width=20)) as log:
+        log.step({
+            "step": 3, "epoch": 0.25, "loss": 0.81234, "loss_reconstruction": 0.5, "loss_consistency": 0.31234,
+            "lr": 1.5e-4, "images_per_s": 512.3, "data_wait_s": 0.0123, "memory_peak_gib": 1.25, "mfu": 0.412,
+        })  # fmt: skip
+        log.step({"step": 10, "loss": float("nan")})
+        log.say("[not markup]")
+    first, second, said = out.getvalue().splitlines()
+    assert first.startswith(
+        "step 3/10  epoch 0.25  loss 0.8123 (reconstruction 0.5000, consistency 0.3123)  lr 1.50e-04  512 img/s  "
+        "wait 0.012 s  1.2 GiB  MFU 41.2%  0:00:0"
+    )
+    assert first.endswith("left")
+    assert second == "step 10/10  loss nan"
+    assert said == "[not markup]"
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    out = io.StringIO()
+    with a_log(tmp_path, bar=True, console=Console(file=out, force_terminal=True, width=100)) as log:
+        log.step({"step": 4, "loss": 0.5})
+        log.say("said above")
+    text = out.getvalue()
+    assert "4/10" in text
+    assert "loss 0.5000" in text
+    assert "said above" in text
+
+
+def test_the_meter_counts_images_waits_and_leaves_out_what_is_not_training():
+    meter = Meter(device=torch.device("cpu"), world=2, step_flops_per_image=1e9, precision="fp32")
+    for _ in range(2):
+        with meter.waiting():
+            time.sleep(0.05)
+        meter.step(64)
+    with meter.away():
+        time.sleep(0.5)
+    seen = meter.read()
+    assert 0.05 <= seen["data_wait_s"] <= seen["step_s"] < 0.25
+    assert seen["images_per_s"] == pytest.approx(64 / seen["step_s"])
+    assert seen["model_tflops"] == pytest.approx(seen["images_per_s"] * 1e9 / 2 / 1e12)
+    assert 0.01 < seen["memory_peak_gib"] < 100
+    assert "mfu" not in seen  # a CPU's peak is not known
+    assert meter.read()["images_per_s"] == 0  # started anew
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tf32", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", False, 989.4),
+        ("NVIDIA H100 PCIe", "bf16", False, 756.0),
+        ("NVIDIA H200", "bf16", True, 989.4),
+        ("NVIDIA H200", "fp32", False, 66.9),
+        ("NVIDIA H200", "fp32", True, 494.7),
+        ("NVIDIA B200", "bf16", False, 2250.0),
+        ("NVIDIA A100-SXM4-80GB", "bf16", False, 312.0),
+        ("NVIDIA A100-SXM4-80GB", "fp32", True, 156.0),
+        ("NVIDIA RTX A6000", "bf16", False, 154.8),
+        ("NVIDIA A10G", "bf16", False, 70.0),
+        ("NVIDIA L40S", "bf16", False, 362.1),
+        ("NVIDIA L4", "bf16", False, 121.0),
+        ("Tesla V100-SXM2-32GB", "fp32", True, 15.7),
+        ("Tesla V100-SXM2-32GB", "bf16", False, None),
+        ("Some Device of 2031", "bf16", False, None),
+    ],
+)
+def test_peaks_by_device_name(name, precision, tf32, tflops):
+    peak = peak_flops(name, precision, tf32=tf32)
+    assert peak == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+def test_the_closing_summary_names_only_what_is_there(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    text = closing_summary(
+        "quickstart: finished at step 10",
+        ran={"objective": "rcmae"},
+        table="         k=20\nteacher 50.00",
+        places={"metrics": tmp_path / "metrics.jsonl", "picture": tmp_path / "missing.png"},
+        commands=[("curves", "tensorboard --logdir runs")],
+    )
+    assert "teacher 50.00" in text
+    assert str(tmp_path / "metrics.jsonl") in text
+    assert "missing.png" not in text
+    assert text.splitlines()[-1].strip() == "tensorboard --logdir runs    # curves"
