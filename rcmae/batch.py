@@ -13,7 +13,7 @@ NO_LABEL = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of B images of L patches each. Images leave the stream as uint8 and are normalised on the device."""
+    """A micro-batch of B images of L patches each; images leave the stream as uint8 and are normalised later."""
 
     images: Tensor  # [B, C, H, W] uint8; float32 once normalised
     ids_shuffle: Tensor  # [B, L] int64, each row an order of the patches: the first num_visible are seen

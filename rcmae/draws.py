@@ -2,7 +2,7 @@
 
 Every draw is Philox4x64 raw bits under the key (seed, purpose) at a counter that names the thing drawn for: an absolute
 position in the run, a block of a stream. So the same position gets the same crop and mask on any rank, in any worker,
-after any resume. Only raw bits and stable sorts are used: numpy keeps those across versions, but not Generator's methods.
+after any resume. Only raw bits and stable sorts are used: numpy keeps those across versions, Generator's methods not.
 """
 
 from __future__ import annotations
