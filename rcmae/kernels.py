@@ -1,0 +1,236 @@
+"""The one table of fused choices: attention, layer norm, optimizer, compilation, activation checkpointing.
+
+Every choice computes the same function; they differ in speed and memory. What is used, and why not the others, is told
+at start-up (`table`). Attention is torch's `scaled_dot_product_attention`, everywhere. NVIDIA apex is found at run
+time where a site has built it. Importing this module also makes timm importable beside a CPU build of torch, so import
+it before timm or torchvision.
+
+Not done: swapping modules for fused ones after construction. A choice is made when a part is built.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+Source = Literal["torch", "apex"]
+Checkpointing = Literal["none", "torch", "fairscale", "fairscale_offload"]
+NormFactory = Callable[..., nn.Module]  # called with the width, and device and dtype by timm
+
+LAYER_NORM_EPS = 1e-6  # as in the published models
+ADAM_EPS = 1e-8
+
+_torchvision_ops: torch.library.Library | None = None  # the definitions live as long as this does
+
+
+def guard_torchvision() -> bool:
+    """Let `import torchvision` succeed beside a torch that its compiled extension was not built for.
+
+    torchvision's wheels carry a CUDA extension that a CPU torch cannot load; it then fails at import for want of two
+    operators that nothing here calls. They are declared (calling them still fails, clearly). Where the extension loads
+    nothing is touched. True where the declaration was needed.
+    """
+    global _torchvision_ops
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations or _torchvision_ops is not None:
+        return _torchvision_ops is not None
+    try:
+        torch.ops.load_library(str(Path(spec.submodule_search_locations[0]) / "_C.so"))
+    except (OSError, RuntimeError):
+        _torchvision_ops = torch.library.Library("torchvision", "DEF")
+        _torchvision_ops.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _torchvision_ops.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return _torchvision_ops is not None
+
+
+guard_torchvision()
+
+
+# ---------------------------------------------------------------------------------------------------------------- apex
+
+
+class ApexStatus(NamedTuple):
+    """Whether NVIDIA apex can be used, and what was found."""
+
+    usable: bool
+    found: str
+
+
+def apex_status() -> ApexStatus:
+    """What the name `apex` stands for here. Nothing of it is imported: the index has another project of that name."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None or not spec.submodule_search_locations:
+        return ApexStatus(False, "NVIDIA apex is not installed")
+    folder = Path(spec.submodule_search_locations[0])
+    if not all((folder / part / "__init__.py").is_file() for part in ("normalization", "optimizers")):
+        return ApexStatus(False, f"the apex in {folder} is not NVIDIA's (the index has a web toolkit of that name)")
+    return ApexStatus(True, f"NVIDIA apex in {folder}")
+
+
+def _apex(module: str, name: str, key: str) -> Any:
+    status = apex_status()
+    if not status.usable:
+        raise ValueError(f"{key}=apex: {status.found}; build github.com/NVIDIA/apex, or use {key}=torch")
+    return getattr(importlib.import_module(f"apex.{module}"), name)
+
+
+def layer_norm(kind: Source = "torch") -> NormFactory:
+    """What makes a layer norm of a given width: torch's, or apex's FusedLayerNorm.
+
+    Raises:
+        ValueError: apex was asked for and is not there.
+    """
+    if kind == "torch":
+        return functools.partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
+    fused = _apex("normalization", "FusedLayerNorm", "engine.layer_norm")
+
+    def make(width: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+        norm: nn.Module = fused(width, eps=LAYER_NORM_EPS, elementwise_affine=True)
+        return norm.to(device=device, dtype=dtype)
+
+    return make
+
+
+def adamw(
+    groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], kind: Source = "torch"
+) -> torch.optim.Optimizer:
+    """AdamW in one pass over each group: torch's fused kernel, or apex's FusedAdam.
+
+    The learning rate starts at 0: the loop sets it before every step, and a group's weight decay with it.
+
+    Raises:
+        ValueError: apex was asked for and is not there.
+    """
+    groups = list(groups)
+    if kind == "torch":
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=ADAM_EPS, fused=True)
+    fused_adam: Callable[..., torch.optim.Optimizer] = _apex("optimizers", "FusedAdam", "engine.optimizer")
+    return fused_adam(groups, lr=0.0, betas=betas, eps=ADAM_EPS, adam_w_mode=True, weight_decay=0.0)
+
+
+# -------------------------------------------------------------------------------------------------------------- blocks
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile the forward of each block of `model` (its `blocks` and `decoder_blocks`), in place.
+
+    Blocks of one shape share their compiled code. Call it before `checkpoint_blocks`: what is recomputed in the
+    backward pass is then compiled too. Hooks of an engine stay outside. A deep copy computes with its own weights.
+    """
+    compiled = {kind: torch.compile(kind.forward) for kind in {type(block) for block in _blocks(model)}}
+    for block in _blocks(model):
+        assert "forward" not in vars(block), "compile_blocks goes before checkpoint_blocks, and once"
+        block.forward = functools.partial(compiled[type(block)], block)
+
+
+def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
+    """Keep only each block's input in the forward pass and compute the block again in the backward pass, in place.
+
+    `fairscale_offload` keeps the inputs in host memory. Names in the state dict stay as they are. fairscale's wrapper
+    points at the block by weak reference, so a deep copy made afterwards would compute with the weights of the
+    original: copy first. A teacher has no backward pass and needs none of this.
+    """
+    if kind == "none":
+        return
+    for block in _blocks(model):
+        if kind == "torch":
+            block.forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            _fairscale_checkpoint(block, offload=kind == "fairscale_offload")
+
+
+def _fairscale_checkpoint(block: nn.Module, *, offload: bool) -> None:
+    from fairscale.nn import checkpoint_wrapper  # seconds to import, for who asks for it
+
+    compiled = vars(block).get("forward")
+    checkpoint_wrapper(block, offload_to_cpu=offload)
+    if compiled is not None:  # fairscale took the class's forward: (forward, block, offload); hand it the compiled one
+        wrapped: Any = block.forward
+        block.forward = functools.partial(wrapped.func, compiled.func, *wrapped.args[1:])
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [*model.blocks, *model.decoder_blocks]  # type: ignore[misc]
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+class Choice(NamedTuple):
+    """One row of the start-up print."""
+
+    part: str
+    used: str
+    why: str  # why it, and not the others
+
+
+def table(
+    *,
+    device: torch.device,
+    layer_norm: Source = "torch",
+    optimizer: str = "torch",
+    compile: bool = False,
+    checkpointing: Checkpointing = "none",
+) -> list[Choice]:
+    """What computes each part, and why not the alternatives.
+
+    Args:
+        device: where the model computes.
+        layer_norm: "torch" or "apex".
+        optimizer: "torch", "apex", or the name of the one that an engine brings (DeepSpeed's offload).
+        compile: whether blocks are compiled.
+        checkpointing: what keeps activations small.
+    """
+    apex = apex_status()
+    instead = f"{apex.found}; engine.{{}}=apex uses it" if apex.usable else apex.found
+    asked = "as asked for"
+    norms = {"torch": "torch LayerNorm", "apex": "apex FusedLayerNorm"}
+    optimizers = {"torch": "torch AdamW, fused", "apex": "apex FusedAdam"}
+    activations = {
+        "none": "all kept",
+        "torch": "recomputed (torch)",
+        "fairscale": "recomputed (fairscale)",
+        "fairscale_offload": "recomputed from block inputs in host memory (fairscale)",
+    }
+    return [
+        Choice("attention", f"scaled_dot_product_attention: {_sdpa_backends(device)}", "torch picks by shape and type"),
+        Choice("layer norm", norms[layer_norm], asked if layer_norm == "apex" else instead.format("layer_norm")),
+        Choice(
+            "optimizer",
+            optimizers.get(optimizer, optimizer),
+            {"torch": instead.format("optimizer"), "apex": asked}.get(optimizer, "the engine's own"),
+        ),
+        Choice(
+            "compile",
+            "each block" if compile else "off",
+            asked if compile else "engine.compile=true is faster after some seconds at the first step",
+        ),
+        Choice(
+            "activations",
+            activations[checkpointing],
+            "engine.activation_checkpointing trades time for memory" if checkpointing == "none" else asked,
+        ),
+    ]
+
+
+def _sdpa_backends(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{device.type} flash kernel, or plain matrix products"
+    backends = torch.backends.cuda
+    enabled = {
+        "cudnn": backends.cudnn_sdp_enabled(),
+        "flash": backends.flash_sdp_enabled(),
+        "memory-efficient": backends.mem_efficient_sdp_enabled(),
+        "plain": backends.math_sdp_enabled(),
+    }
+    return " or ".join(name for name, on in enabled.items() if on)
