@@ -119,18 +119,6 @@ def adamw(
 # -------------------------------------------------------------------------------------------------------------- blocks
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile the forward of each block of `model` (its `blocks` and `decoder_blocks`), in place.
-
-    Blocks of one shape share their compiled code. Call it before `checkpoint_blocks`: what is recomputed in the
-    backward pass is then compiled too. Hooks of an engine stay outside. A deep copy computes with its own weights.
-    """
-    compiled = {kind: torch.compile(kind.forward) for kind in {type(block) for block in _blocks(model)}}
-    for block in _blocks(model):
-        assert "forward" not in vars(block), "compile_blocks goes before checkpoint_blocks, and once"
-        block.forward = functools.partial(compiled[type(block)], block)
-
-
 def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
     """Keep only each block's input in the forward pass and compute the block again in the backward pass, in place.
 
@@ -141,22 +129,31 @@ def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
     if kind == "none":
         return
     for block in _blocks(model):
+        assert "forward" not in vars(block), "blocks are checkpointed once, and before they are compiled"
         if kind == "torch":
             block.forward = functools.partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                checkpoint, type(block).forward, block, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            _fairscale_checkpoint(block, offload=kind == "fairscale_offload")
+            from fairscale.nn import checkpoint_wrapper  # slow to import, for who asks for it
+
+            checkpoint_wrapper(block, offload_to_cpu=kind == "fairscale_offload")
 
 
-def _fairscale_checkpoint(block: nn.Module, *, offload: bool) -> None:
-    from fairscale.nn import checkpoint_wrapper  # seconds to import, for who asks for it
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile the forward of each block of `model` (its `blocks` and `decoder_blocks`), in place.
 
-    compiled = vars(block).get("forward")
-    checkpoint_wrapper(block, offload_to_cpu=offload)
-    if compiled is not None:  # fairscale took the class's forward: (forward, block, offload); hand it the compiled one
-        wrapped: Any = block.forward
-        block.forward = functools.partial(wrapped.func, compiled.func, *wrapped.args[1:])
+    Blocks of one shape share their compiled code, and what an engine hooks to a block stays outside of it. After
+    `checkpoint_blocks` what is computed again is compiled too. A deep copy computes with its own weights.
+    """
+    compiled = {kind: torch.compile(kind.forward) for kind in {type(block) for block in _blocks(model)}}
+    for block in _blocks(model):
+        forward = compiled[type(block)]
+        wrapped: Any = vars(block).get("forward")  # checkpoint_blocks: a partial over (forward, block, ...)
+        if wrapped is None:
+            block.forward = functools.partial(forward, block)
+        else:
+            block.forward = functools.partial(wrapped.func, forward, *wrapped.args[1:], **wrapped.keywords)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -172,6 +169,9 @@ class Choice(NamedTuple):
     part: str
     used: str
     why: str  # why it, and not the others
+
+    def __str__(self) -> str:
+        return f"{self.part:<12}{self.used} ({self.why})"
 
 
 def table(

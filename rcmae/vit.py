@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -316,24 +316,6 @@ def size_problems(
 # --------------------------------------------------------------------------------------------------------------- flops
 
 
-class Flops(NamedTuple):
-    """Floating-point operations for one image, a multiply-add counted as 2. Matrix products only."""
-
-    encoder: float
-    decoder: float
-    teacher: bool
-
-    @property
-    def forward(self) -> float:
-        """One pass through encoder and decoder."""
-        return self.encoder + self.decoder
-
-    @property
-    def step(self) -> float:
-        """A training step: forward and twice that for the backward pass; once more for a teacher."""
-        return self.forward * (4 if self.teacher else 3)
-
-
 def flops_per_image(
     *,
     image_size: tuple[int, int],
@@ -348,16 +330,16 @@ def flops_per_image(
     mlp_ratio: float = 4.0,
     num_visible: int,
     hidden_only: bool = True,
-    teacher: bool = False,
-) -> Flops:
-    """What an image costs, from the sizes alone.
+) -> float:
+    """Floating-point operations of one image's forward pass: matrix products alone, a multiply-add counted as 2.
+
+    A step is 3 times that (the backward pass has twice as many), 4 times with a teacher (RC-MAE).
 
     Args:
         image_size: as the other sizes, those of `MaskedAutoencoder`; numbers of heads do not matter.
         num_visible: patches that the encoder sees.
         hidden_only: the training path of this package. Otherwise what the published code computes, the figure to
-            compare models by: every patch embedded, every token through the last block, every patch predicted.
-        teacher: whether a step runs a second network forward (RC-MAE).
+            compare models by: every patch embedded, every token through the last block and predicted.
     """
     patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
     pixels = patch_size**2 * in_channels
@@ -370,6 +352,5 @@ def flops_per_image(
 
     embed = 2 * pixels * embed_dim * (num_visible if hidden_only else patches)
     encoder = embed + depth * block(embed_dim, seen, seen)
-    predict = 2 * decoder_dim * pixels * asked
     decoder = 2 * embed_dim * decoder_dim * seen + (decoder_depth - 1) * block(decoder_dim, tokens, tokens)
-    return Flops(float(encoder), float(decoder + block(decoder_dim, tokens, asked) + predict), teacher)
+    return encoder + decoder + block(decoder_dim, tokens, asked) + 2 * decoder_dim * pixels * asked
