@@ -18,7 +18,7 @@ class Batch:
     images: Tensor  # [B, C, H, W] uint8; float32 once normalised
     ids_shuffle: Tensor  # [B, L] int64, each row an order of the patches: the first num_visible are seen
     num_visible: int
-    labels: Tensor | None  # [B] int64, NO_LABEL where a sample has none; None where no sample of the data has one
+    labels: Tensor | None  # [B] int64, NO_LABEL where a sample has none; None: data that never has
     keys: tuple[str, ...]  # "shard/key" of each sample that was read
     positions: Tensor  # [B] int64, absolute position in the run (in an evaluation: number of the sample, -1 = padding)
     crops: Tensor  # [B, 5] int64: top, left, height, width in pixels of the source image, 1 = flipped
