@@ -1,0 +1,439 @@
+"""The recipe: one typed tree of every setting, read from YAML and `key=value`, checked whole, resolved once.
+
+`load()` gives a `Recipe` or one ValueError that names every problem. `resolve()` derives the numbers that depend on
+the world and the data (per-device batch, accumulation, steps, learning rate) and nothing else computes them again.
+A field belongs to one owner; components are built from values, never from the recipe itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values are checked when assigned."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class Objective(Section):
+    """What the student is asked to do."""
+
+    name: Literal["mae", "rcmae"] = "rcmae"
+    mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
+    norm_pix_loss: bool = True  # the target of a patch is normalised by its own mean and variance
+    consistency_weight: Annotated[float, Field(ge=0.0)] = 1.0  # gamma of the RC-MAE paper
+
+
+class Model(Section):
+    """The student. `name` gives the sizes; any of them can be set over it."""
+
+    name: str = "vit_small_patch16"
+    image_size: Positive | tuple[Positive, Positive] = 224  # pixels, one side or (height, width)
+    in_channels: Positive = 3
+    patch_size: Positive | None = None
+    embed_dim: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    decoder_dim: Positive | None = None
+    decoder_depth: Positive | None = None
+    decoder_heads: Positive | None = None
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+
+class Teacher(Section):
+    """The exponential moving average of the student."""
+
+    momentum: Fraction = 0.996
+    momentum_end: Fraction = 1.0
+    schedule: Literal["cosine", "constant", "published"] = "cosine"
+    accumulate: Literal["fp32_shard", "stochastic"] = "fp32_shard"
+    update: Literal["step", "micro_step"] = "step"
+
+
+class Engine(Section):
+    """What moves the weights, and how they are computed with."""
+
+    name: Literal["local", "deepspeed", "fsdp2"] = "local"
+    config: str | None = None  # DeepSpeed's JSON: a path, or the name of one in ds_configs/
+    precision: Literal["fp32", "bf16"] = "bf16"
+    activation_checkpointing: Literal["none", "torch", "fairscale", "fairscale_offload"] = "none"
+    compile: bool = False  # torch.compile, block by block
+    layer_norm: Literal["torch", "apex"] = "torch"
+    optimizer: Literal["torch", "apex"] = "torch"
+    timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # a collective that a peer does not join raises after this
+
+
+class Data(Section):
+    """Which samples, in which order, with which crops."""
+
+    shards: str | list[str] = Field(default_factory=list)
+    workers: Natural = 4  # decoding processes of each rank; 0 decodes in the rank itself
+    seed: Natural = 0
+    epoch_samples: Positive | None = None
+    canonical_streams: Positive | None = None  # V; None: 256, raised to a multiple of the ranks at the first start
+    shuffle_window: Positive = 4096  # samples permuted together within a stream
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the crop over the image's
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of the crop
+    flip: Fraction = 0.5
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    max_bad_fraction: Fraction = 0.001
+    max_bad_in_a_row: Positive = 100
+
+
+class Batch(Section):
+    """Images per optimizer step over all ranks, and how many a rank takes at once."""
+
+    images: Positive = 4096
+    per_device: Positive | None = None  # at most this many at once; the largest divisor is taken. None: all
+
+
+class Schedule(Section):
+    """How long, and how fast. `epochs` or `steps`, `base_lr` or `lr`."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    warmup_steps: Natural | None = None
+    base_lr: Annotated[float, Field(gt=0)] | None = None  # per 256 images
+    lr: Annotated[float, Field(gt=0)] | None = None
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    clip_grad: Annotated[float, Field(gt=0)] | None = None  # global L2 norm
+
+
+class Checkpoint(Section):
+    """When the run is committed, and from what it goes on."""
+
+    every_steps: Positive | None = 1000
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    keep: Positive = 2
+    resume: str = "auto"  # auto | never | must | a checkpoint's folder
+
+
+class Evaluate(Section):
+    """k-NN on labelled shards and a reconstruction picture, while training."""
+
+    every_steps: Positive | None = None
+    train_shards: str | list[str] = Field(default_factory=list)
+    test_shards: str | list[str] = Field(default_factory=list)
+    k: list[Positive] = [20]
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    pool: Literal["cls", "mean"] = "mean"
+    batch: Positive = 128
+    picture_every_steps: Positive | None = None
+    picture_images: Positive = 4
+
+
+class Log(Section):
+    """What is written while training."""
+
+    every_steps: Positive = 20
+    tensorboard: bool = True
+
+
+class Run(Section):
+    """Where the run lives."""
+
+    dir: str | None = None  # default: runs/<name>
+    name: str | None = None  # default: the recipe's
+    seed: Natural = 0  # initial weights and stochastic rounding
+    stop_after_steps: Positive | None = None  # this many steps in this job, then commit and exit 75
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    objective: Objective = Field(default_factory=Objective)
+    model: Model = Field(default_factory=Model)
+    teacher: Teacher = Field(default_factory=Teacher)
+    engine: Engine = Field(default_factory=Engine)
+    data: Data = Field(default_factory=Data)
+    batch: Batch = Field(default_factory=Batch)
+    schedule: Schedule = Field(default_factory=Schedule)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    log: Log = Field(default_factory=Log)
+    run: Run = Field(default_factory=Run)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        assert self.run.dir is not None, "load() names the run"
+        return Path(self.run.dir)
+
+
+# What makes two runs the same training. A resume may change anything else (engine, ranks, workers, logging, ...).
+# data.shards is not here: the fingerprint of the index is compared instead, so shards may move to another disk.
+FROZEN = (
+    "objective", "model", "teacher", "schedule", "batch.images", "run.seed",
+    "data.seed", "data.epoch_samples", "data.canonical_streams", "data.shuffle_window",
+    "data.crop_scale", "data.crop_ratio", "data.flip", "data.mean", "data.std",
+)  # fmt: skip
+
+
+def differences(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Lines `key: saved -> mine` for every frozen key that differs between two dumped recipes."""
+    left, right = dict(_leaves(mine)), dict(_leaves(saved))
+    return [
+        f"{key}: {right.get(key)!r} in the run, {left.get(key)!r} asked for"
+        for key in sorted(left.keys() | right.keys())
+        if any(key == frozen or key.startswith(frozen + ".") for frozen in FROZEN)
+        and _plain(left.get(key)) != _plain(right.get(key))
+        and not (key == "data.canonical_streams" and left.get(key) is None)
+    ]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        ValueError: there is no such file, with the shipped names.
+    """
+    for candidate in (Path(name), RECIPES / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise ValueError(f"no recipe {name!r}: it is no file, and the shipped ones are {', '.join(shipped)}")
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file with `key=value` set over it.
+
+    Args:
+        name: a path or a shipped recipe's name.
+        overrides: `section.key=value`, values in YAML.
+
+    Raises:
+        ValueError: one message that names every problem.
+    """
+    path = recipe_path(name)
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
+    problems = _override(tree, overrides)
+    recipe, more = _parse(tree)
+    problems += more
+    if recipe is not None:
+        recipe.run.name = recipe.run.name or path.stem
+        recipe.run.dir = recipe.run.dir or f"runs/{recipe.run.name}"
+        problems += _contradictions(recipe)
+    if problems or recipe is None:
+        raise ValueError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return recipe
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    problems = []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        *sections, last = key.split(".")
+        if not equals or not last:
+            problems.append(f"{item!r} is no key=value")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"{item!r}: the value is not YAML")
+            continue
+        node = tree
+        for section in sections:
+            if not isinstance(node.get(section), dict):
+                node[section] = {}
+            node = node[section]
+        node[last] = value
+    return problems
+
+
+def _parse(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
+    try:
+        return Recipe.model_validate(tree), []
+    except pydantic.ValidationError as error:
+        lines: dict[str, str] = {}  # one line a key, though each branch of a union complains
+        for item in error.errors():
+            place = [str(part) for part in item["loc"]]
+            if item["type"] == "extra_forbidden":
+                known = _known_keys(place[:-1])
+                close = difflib.get_close_matches(place[-1], known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+                where = f" in {'.'.join(place[:-1])}" if place[:-1] else ""
+                lines[".".join(place)] = f"unknown key {place[-1]!r}{where}{hint}"
+                continue
+            key = ".".join(place[:2])
+            text = f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
+            lines[key] = f"{lines[key]}, or {item['msg'].lower()}" if key in lines else text
+        return None, list(lines.values())
+
+
+def _known_keys(place: Sequence[str]) -> list[str]:
+    fields = Recipe.model_fields
+    for part in place:
+        section = fields[part].annotation
+        assert isinstance(section, type)
+        assert issubclass(section, Section)
+        fields = section.model_fields
+    return list(fields)
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """Problems between keys that need neither the ranks nor the data to be seen."""
+    problems = []
+    schedule, data, evaluate = recipe.schedule, recipe.data, recipe.evaluate
+    for one, other in (("epochs", "steps"), ("base_lr", "lr")):
+        given = [name for name in (one, other) if getattr(schedule, name) is not None]
+        if len(given) != 1:
+            problems.append(f"schedule: give exactly one of {one} and {other}, got {' and '.join(given) or 'neither'}")
+    if schedule.warmup_epochs is not None and schedule.warmup_steps is not None:
+        problems.append("schedule: give warmup_epochs or warmup_steps, got both")
+    if not data.shards:
+        problems.append("data.shards: names no shards; give a path, a brace pattern, a glob or a list of them")
+    if len(data.mean) != recipe.model.in_channels or len(data.std) != recipe.model.in_channels:
+        problems.append(
+            f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values for "
+            f"model.in_channels={recipe.model.in_channels}; give one a channel"
+        )
+    if min(data.std, default=1.0) <= 0:
+        problems.append(f"data.std: values must be above 0, got {list(data.std)}")
+    for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+        low, high = getattr(data, key)
+        if not 0 < low <= high <= top:
+            problems.append(f"data.{key}: wants 0 < low <= high{' <= 1' if top == 1 else ''}, got [{low}, {high}]")
+    if evaluate.every_steps and not (evaluate.train_shards and evaluate.test_shards):
+        problems.append("evaluate.every_steps is set: give evaluate.train_shards and test_shards, both labelled")
+    if recipe.engine.name == "deepspeed" and recipe.engine.config is None:
+        problems.append("engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json")
+    if recipe.engine.name != "deepspeed" and recipe.engine.config is not None:
+        problems.append(f"engine.config={recipe.engine.config} is DeepSpeed's, but engine.name={recipe.engine.name}")
+    if recipe.teacher.accumulate == "stochastic" and recipe.engine.precision != "bf16":
+        problems.append("teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use fp32_shard")
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------------------- resolve
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Numbers that follow from the recipe, the world and the data. Counts, unless a unit is named."""
+
+    world: int
+    images_per_step: int
+    images_per_rank: int
+    per_device: int
+    accumulation: int
+    canonical_streams: int
+    samples_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: float
+    lr: float
+
+    def asdict(self) -> dict[str, Any]:
+        """Plain numbers, for the log."""
+        return asdict(self)
+
+
+def streams_for(recipe: Recipe, world: int) -> int:
+    """V: as the recipe says, else 256 raised to the next multiple of the world."""
+    return recipe.data.canonical_streams or world * math.ceil(256 / world)
+
+
+def batch_problems(recipe: Recipe, world: int) -> list[str]:
+    """What stands against this batch on this many ranks, one line a problem."""
+    problems = []
+    images, streams = recipe.batch.images, streams_for(recipe, world)
+    if images % world:
+        unit = world * min(recipe.batch.per_device or 1, max(1, images // world))
+        near = sorted({max(unit, images // unit * unit), (images // unit + 1) * unit})
+        each = f" x {recipe.batch.per_device} per_device" if recipe.batch.per_device else ""
+        problems.append(
+            f"batch.images={images} is not divisible by {world} ranks{each}; use {' or '.join(map(str, near))}"
+        )
+    if streams % world:
+        near = sorted({max(world, streams // world * world), (streams // world + 1) * world})
+        problems.append(
+            f"data.canonical_streams={streams} is not divisible by {world} ranks; "
+            f"use {' or '.join(map(str, near))}, or a number of ranks that divides it"
+        )
+    return problems
+
+
+def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
+    """The derived numbers, once.
+
+    Args:
+        recipe: a checked recipe.
+        world: ranks that train.
+        samples_per_epoch: what the plan takes of an epoch, a multiple of batch.images.
+
+    Raises:
+        ValueError: the batch does not divide, with the nearest that do.
+    """
+    problems = batch_problems(recipe, world)
+    if problems:
+        raise ValueError("\n".join(problems))
+    schedule, images = recipe.schedule, recipe.batch.images
+    steps_per_epoch = samples_per_epoch // images
+    total = schedule.steps if schedule.steps is not None else round((schedule.epochs or 0) * steps_per_epoch)
+    warmup = schedule.warmup_steps if schedule.warmup_steps is not None else 0.0
+    if schedule.warmup_epochs is not None:
+        warmup = schedule.warmup_epochs * steps_per_epoch
+    if warmup >= total:
+        raise ValueError(f"schedule: the warm-up of {warmup:g} steps does not end before the last of {total} steps")
+    lr = schedule.lr if schedule.lr is not None else (schedule.base_lr or 0.0) * images / 256
+    per_rank = images // world
+    limit = min(recipe.batch.per_device or per_rank, per_rank)
+    per_device = next(size for size in range(limit, 0, -1) if per_rank % size == 0)
+    return Resolved(
+        world=world,
+        images_per_step=images,
+        images_per_rank=per_rank,
+        per_device=per_device,
+        accumulation=per_rank // per_device,
+        canonical_streams=streams_for(recipe, world),
+        samples_per_epoch=samples_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        warmup_steps=warmup,
+        lr=lr,
+    )

@@ -1,0 +1,196 @@
+"""Where this process stands among the others: rank, world, device, and the few collectives the loop needs.
+
+Works under torchrun, the `deepspeed` launcher, `srun`, or alone. Alone means: no process group unless an engine asks
+for one, and every function below returns at once. Two groups exist: the default one moves tensors (NCCL on GPUs, gloo
+on CPU); `control` is always gloo, so agreements and checkpoints never queue behind gradients.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+_control: torch_dist.ProcessGroup | None = None
+
+
+def rank() -> int:
+    """This process among all, 0-based."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def launched() -> dict[str, int]:
+    """rank, world, local_rank and local_world as the launcher set them; all of one process when none did.
+
+    Raises:
+        ValueError: the launcher's variables are incomplete.
+    """
+    env = os.environ
+    if "RANK" in env or "WORLD_SIZE" in env:  # torchrun, deepspeed
+        missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in env]
+        if missing:
+            raise ValueError(f"RANK or WORLD_SIZE is set but not {', '.join(missing)}; use a launcher, or unset them")
+        world_size = int(env["WORLD_SIZE"])
+        return {
+            "rank": int(env["RANK"]),
+            "world": world_size,
+            "local_rank": int(env.get("LOCAL_RANK", 0)),
+            "local_world": int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world_size))),
+        }
+    if "SLURM_STEP_NUM_TASKS" in env:  # inside srun; the batch shell itself has SLURM_NTASKS but no step
+        tasks, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_STEP_NUM_NODES", 1))
+        return {
+            "rank": int(env["SLURM_PROCID"]),
+            "world": tasks,
+            "local_rank": int(env["SLURM_LOCALID"]),
+            "local_world": -(-tasks // nodes),
+        }
+    return {"rank": 0, "world": 1, "local_rank": 0, "local_world": 1}
+
+
+def device() -> torch.device:
+    """This rank's accelerator, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # srun can show each task only its own GPU: then the local rank is no index
+    return torch.device("cuda", launched()["local_rank"] % torch.cuda.device_count())
+
+
+def start(*, required: bool, timeout_s: float = 1800.0) -> None:
+    """Join the other ranks. Collective: every rank calls, once, before anything else here.
+
+    Args:
+        required: make a process group even for a single process (DeepSpeed and FSDP2 want one).
+        timeout_s: seconds after which a collective that a peer never joins raises.
+
+    Raises:
+        ValueError: the launcher's variables are incomplete.
+    """
+    global _control
+    where = launched()
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // where["local_world"]))
+    if where["world"] == 1 and not required:
+        return
+    os.environ.setdefault("RANK", str(where["rank"]))  # DeepSpeed reads these whatever the launcher was
+    os.environ.setdefault("WORLD_SIZE", str(where["world"]))
+    os.environ.setdefault("LOCAL_RANK", str(where["local_rank"]))
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _slurm_master() if where["world"] > 1 else "127.0.0.1"
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+    if where["world"] == 1 and "MASTER_PORT" not in os.environ:
+        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        torch_dist.init_process_group(backend, rank=where["rank"], world_size=where["world"], timeout=timeout)
+    _control = torch_dist.new_group(backend="gloo", timeout=timeout)
+
+
+def _slurm_master() -> str:
+    """The first host of this SLURM step."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"cannot tell the first host of {nodes!r} ({error}); export MASTER_ADDR in the job") from error
+    return listed.stdout.split()[0]
+
+
+def control() -> torch_dist.ProcessGroup | None:
+    """The gloo group of all ranks for agreements; None for a process alone."""
+    return _control
+
+
+def barrier() -> None:
+    """Collective: every rank calls. Returns when all have."""
+    if world() > 1:
+        torch_dist.barrier(group=_control)
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """`values` summed over the ranks, in place. Collective: every rank calls, same shape and type."""
+    if world() > 1:
+        torch_dist.all_reduce(values)
+    return values
+
+
+def sum_numbers(values: Sequence[float]) -> list[float]:
+    """Plain numbers summed over the ranks, without the accelerator. Collective: every rank calls, as many numbers."""
+    if world() == 1:
+        return list(values)
+    box = torch.tensor(values, dtype=torch.float64)
+    torch_dist.all_reduce(box, group=_control)
+    return box.tolist()
+
+
+def agree(flag: bool) -> bool:
+    """True on every rank if it is on any. Collective: every rank calls."""
+    if world() == 1:
+        return flag
+    votes = torch.tensor([int(flag)])
+    torch_dist.all_reduce(votes, torch_dist.ReduceOp.MAX, group=_control)
+    return bool(votes.item())
+
+
+def gather(item: Any) -> list[Any]:
+    """Every rank's small object, in rank order, on every rank. Collective: every rank calls."""
+    if world() == 1:
+        return [item]
+    items: list[Any] = [None] * world()
+    torch_dist.all_gather_object(items, item, group=_control)
+    return items
+
+
+def from_first(item: Any) -> Any:
+    """Rank 0's object on every rank. Collective: every rank calls; others' arguments are ignored."""
+    if world() == 1:
+        return item
+    box = [item]
+    torch_dist.broadcast_object_list(box, src=0, group=_control)
+    return box[0]
+
+
+def together(problem: str | None) -> None:
+    """Raise on all ranks if any has a problem, naming them. Collective: every rank calls.
+
+    Raises:
+        ValueError: with each rank's problem, one a line.
+    """
+    told = gather(problem)
+    if len(set(told)) == 1 and problem:  # the same everywhere
+        raise ValueError(problem)
+    if any(told):
+        raise ValueError("\n".join(f"rank {index}: {text}" for index, text in enumerate(told) if text))
+
+
+def finish() -> None:
+    """Leave the group. Collective: every rank calls, after its last collective.
+
+    gloo's threads abort the process when they outlive the interpreter (5 to 25 % of runs without the collection, the
+    barrier and the half second).
+    """
+    global _control
+    if not torch_dist.is_initialized():
+        return
+    gc.collect()
+    if world() > 1:
+        barrier()
+        time.sleep(0.5)
+    torch_dist.destroy_process_group()
+    _control = None
