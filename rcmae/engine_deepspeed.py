@@ -1,0 +1,410 @@
+"""DeepSpeed: ZeRO stages 0 to 3 and optimizer offload, with a teacher that follows the stage.
+
+DeepSpeed owns the partition, the collectives and the bf16 copies; this file only says where, at each stage, the fp32
+masters, the moments and the reduced gradients of this rank lie (the three `_Stage` classes), and hangs the teacher on
+the same cut. The batch, clipping, precision and optimizer come from the recipe; DeepSpeed's JSON holds what DeepSpeed
+alone owns, and a JSON that says otherwise is refused.
+
+Two corrections to what `deepspeed.initialize` leaves behind, both made in `_start`: in bf16 the masters are copies of
+rounded weights, and stage 0 in bf16 has already taken one optimizer step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import deepspeed
+import deepspeed.ops.adam
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from rcmae import dist
+from rcmae.engine import (
+    DTYPES,
+    EngineState,
+    Piece,
+    Settings,
+    StepStats,
+    cast_params,
+    freeze,
+    global_norm,
+    prime,
+    restore_teacher,
+    set_rates,
+    step_of,
+    update,
+    updates_of,
+    verdict,
+)  # fmt: skip
+from rcmae.kernels import adamw
+from rcmae.optim import param_groups
+from rcmae.teacher import Teacher
+
+_all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)  # its name since torch 2.13
+CONFIGS = Path(__file__).parent.parent / "ds_configs"
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """DeepSpeed's JSON, from a path or by the name of a shipped one.
+
+    Raises:
+        ValueError: there is no such file, or it is not a JSON object.
+    """
+    path = next((p for p in (Path(name), CONFIGS / name, CONFIGS / f"{name}.json") if p.is_file()), None)
+    if path is None:
+        shipped = ", ".join(sorted(p.name for p in CONFIGS.glob("*.json")))
+        raise ValueError(f"engine.config: no file {name!r}, and the shipped ones are {shipped}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"engine.config: {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"engine.config: {path} is not a JSON object")
+    return config
+
+
+def config_problems(config: Mapping[str, Any], settings: Settings, *, lr: float, world: int) -> list[str]:
+    """What a DeepSpeed JSON says against the recipe, one line a problem: the recipe owns these numbers."""
+    images = settings.per_device * settings.accumulation * world
+    mine: dict[str, tuple[str, Any]] = {
+        "train_batch_size": ("batch.images", images),
+        "train_micro_batch_size_per_gpu": ("batch.per_device", settings.per_device),
+        "gradient_accumulation_steps": ("the accumulation that follows from batch", settings.accumulation),
+        "gradient_clipping": ("schedule.clip_grad", settings.clip_grad or 0.0),
+        "bf16.enabled": ("engine.precision=bf16", settings.precision == "bf16"),
+        "fp16.enabled": ("engine.precision", False),
+        "torch_autocast.enabled": ("engine.precision", False),
+        "optimizer.type": ("the optimizer", "AdamW"),
+        "optimizer.params.lr": ("schedule.lr", lr),
+        "optimizer.params.betas": ("schedule.betas", list(settings.betas)),
+        "optimizer.params.eps": ("Adam's eps", 1e-8),
+        "optimizer.params.weight_decay": ("schedule.weight_decay", settings.weight_decay),
+    }
+    problems = []
+    for key, (owner, value) in mine.items():
+        node: Any = config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if node not in (None, "auto") and node != value:
+            problems.append(f"DeepSpeed's JSON says {key}={node}, the recipe says {owner}: {value}; delete it there")
+    if "scheduler" in config:
+        problems.append("DeepSpeed's JSON has a scheduler, but the recipe's schedule owns the lr: delete it there")
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"DeepSpeed's JSON says zero_optimization.stage={stage}; known: 0, 1, 2, 3")
+    for key in ("offload_optimizer", "offload_param"):
+        place = (zero.get(key) or {}).get("device", "none")
+        if place == "nvme" or (key == "offload_param" and place != "none"):
+            problems.append(
+                f"DeepSpeed's JSON says zero_optimization.{key}.device={place}; only offload_optimizer to cpu works"
+            )
+    return problems
+
+
+class _Stage(Protocol):
+    """Where one ZeRO stage keeps this rank's part."""
+
+    sharded: bool
+    masters: list[Tensor]  # fp32, as the optimizer holds them
+
+    def runs(self) -> list[tuple[str, int, int, int, int]]:
+        """(name, start in the parameter, index in masters, offset in that master, length) of each run."""
+
+    def grads(self) -> list[Tensor]:
+        """Reduced gradients of this rank, after the last backward."""
+
+    def refresh(self) -> None:
+        """Compute copies up to the masters. Collective."""
+
+
+class _Whole:
+    """Stage 0: every rank holds everything."""
+
+    sharded = False
+
+    def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
+        optimizer = engine.optimizer
+        self.params = [p for group in getattr(optimizer, "fp16_groups", None) or _groups(optimizer) for p in group]
+        wrapped = hasattr(optimizer, "fp32_groups")  # in bf16
+        fp32 = [p for group in optimizer.fp32_groups for p in group] if wrapped else []
+        self.masters = fp32 or [p.data for p in self.params]
+        self.keys = self.masters if wrapped else self.params
+        self.names = [names[param] for param in self.params]
+
+    def runs(self) -> list[tuple[str, int, int, int, int]]:
+        return [(name, 0, i, 0, m.numel()) for i, (name, m) in enumerate(zip(self.names, self.masters, strict=True))]
+
+    def grads(self) -> list[Tensor]:
+        return [param.grad for param in self.params if param.grad is not None]
+
+    def refresh(self) -> None:
+        if self.masters[0].dtype != self.params[0].dtype:
+            torch._foreach_copy_([p.data for p in self.params], [m.data for m in self.masters])
+
+
+class _Partitioned:
+    """Stages 1 and 2: a group lies end to end, padded, cut in equal parts; every rank computes with the whole."""
+
+    sharded = True
+
+    def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
+        self.optimizer = optimizer = engine.optimizer
+        self.accumulates_fp32 = hasattr(optimizer, "fp32_groups_flat_partition")  # its bf16 optimizer of stage 1
+        if self.accumulates_fp32:
+            self.masters = list(optimizer.fp32_groups_flat_partition)
+            self.groups, self.flats = optimizer.bf16_groups, optimizer.bf16_groups_flat
+        else:
+            self.masters = list(optimizer.single_partition_of_fp32_groups)
+            self.groups, self.flats = optimizer.round_robin_bit16_groups, optimizer.bit16_groups_flat
+        self.keys = self.masters
+        self.names = names
+
+    def runs(self) -> list[tuple[str, int, int, int, int]]:
+        found = []
+        for index, group in enumerate(self.groups):
+            for param in group:
+                held = param._hp_mapping
+                if held is not None:
+                    start, at = held.lp_fragment_address.start, held.hp_fragment_address.start
+                    found.append((self.names[param], start, index, at, held.lp_fragment_address.numel))
+        return found
+
+    def grads(self) -> list[Tensor]:
+        if self.accumulates_fp32:
+            return list(self.optimizer.fp32_groups_gradient_flat_partition)
+        if self.optimizer.cpu_offload:
+            return [master.grad for master in self.masters if master.grad is not None]
+        return [grad for group in self.optimizer.averaged_gradients.values() for grad in group]
+
+    def refresh(self) -> None:
+        self.optimizer.update_lp_params()
+
+
+class _Sharded:
+    """Stage 3: each parameter is padded and cut in equal parts; a whole one exists only while it computes."""
+
+    sharded = True
+
+    def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
+        self.optimizer = optimizer = engine.optimizer
+        self.keys = self.masters = list(optimizer.fp32_partitioned_groups_flat)
+        self.params: dict[str, Any] = {name: param for param, name in names.items()}
+
+    def places(self) -> dict[str, tuple[int, int, int]]:
+        """(index in masters, offset, padded length) of each parameter."""
+        where = self.optimizer.grad_position
+        return {name: where[self.optimizer.get_param_id(param)] for name, param in self.params.items()}
+
+    def runs(self) -> list[tuple[str, int, int, int, int]]:
+        found = []
+        for name, (index, at, padded) in self.places().items():
+            start = dist.rank() * padded
+            length = min(padded, self.params[name].ds_numel - start)
+            if length > 0:
+                found.append((name, start, index, at, length))
+        return found
+
+    def grads(self) -> list[Tensor]:
+        if self.optimizer.offload_optimizer:
+            return [master.grad for master in self.masters if master.grad is not None]
+        return [grad for group in self.optimizer.averaged_gradients.values() for grad in group]
+
+    def refresh(self) -> None:
+        self.optimizer._partition_all_parameters()
+        for index in range(len(self.masters)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        kept = self.optimizer.persistent_parameters  # small ones stay whole on every rank
+        if kept:
+            kept[0].all_gather(kept)
+
+
+class DeepSpeedEngine:
+    """A student wrapped by DeepSpeed and its teacher, at any ZeRO stage."""
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, settings: Settings, *, config: Mapping[str, Any]
+    ) -> None:
+        _prepare_deepspeed()
+        self._settings, self._dtype = settings, DTYPES[settings.precision]
+        zero = config.get("zero_optimization", {})
+        stage = int(zero.get("stage", 0))
+        offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
+        self._shapes = {name: tuple(param.shape) for name, param in student.named_parameters()}
+        initial = {name: param.detach().cpu().clone() for name, param in student.named_parameters()}
+        names: dict[Tensor, str] = {param: name for name, param in student.named_parameters()}
+        groups = param_groups(student, settings.weight_decay)
+        if offload:
+            optimizer: Any = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.0, betas=settings.betas, adamw_mode=True)
+        else:
+            optimizer = adamw(groups, betas=settings.betas, kind=settings.optimizer)
+        self.student, *_ = deepspeed.initialize(
+            model=student, optimizer=optimizer, config=self._config(config), dist_init_required=False
+        )
+        place = _Sharded if stage == 3 else _Partitioned if stage else _Whole
+        self._stage: Any = place(self.student, names)
+        self._adam = getattr(self.student.optimizer, "optimizer", self.student.optimizer)
+        self._start(initial)
+        self.teacher = freeze(teacher)
+        self._ema = self._add_teacher(teacher, config) if teacher is not None else None
+
+    def _config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        settings = self._settings
+        owned = {
+            "train_micro_batch_size_per_gpu": settings.per_device,
+            "gradient_accumulation_steps": settings.accumulation,
+            "gradient_clipping": settings.clip_grad or 0.0,
+            "bf16": {"enabled": settings.precision == "bf16"},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**31,
+        }
+        dropped = ("train_batch_size", "optimizer", "fp16", "torch_autocast", *owned)
+        kept = {key: value for key, value in config.items() if key not in dropped}
+        if settings.precision == "fp32" or kept.get("zero_optimization", {}).get("stage", 0) == 0:
+            kept.pop("data_types", None)  # stage 0 accumulates in the parameters' type
+        return {**kept, **owned}
+
+    @torch.no_grad()
+    def _start(self, initial: Mapping[str, Tensor]) -> None:
+        for name, start, index, at, length in self._stage.runs():
+            master = self._stage.masters[index].data.view(-1)
+            master[at : at + length].copy_(initial[name].flatten()[start : start + length])
+        prime(self._adam, self._stage.keys, 0, zero=True)
+        self._stage.refresh()
+
+    def _add_teacher(self, teacher: nn.Module, config: Mapping[str, Any]) -> Teacher:
+        device, stored = self._settings.device, [master.data for master in self._stage.masters]
+        publication = None
+        cast_params(teacher.to(device), self._dtype)
+        if isinstance(self._stage, _Whole):
+            theirs = dict(teacher.named_parameters())
+            masters, copies = stored, [theirs[name].data for name in self._stage.names]
+        elif isinstance(self._stage, _Partitioned):
+            masters, (copies, publication) = stored, _whole_copies(teacher, self._stage, self._dtype)
+        else:
+            self.teacher = _shard_teacher(teacher, self._config(config))
+            cut: dict[str, Any] = dict(teacher.named_parameters())
+            places = self._stage.places()
+            masters = [stored[index].narrow(0, at, size) for index, at, size in places.values()]
+            copies = [cut[name].ds_tensor.data[: places[name][2]] for name in places]
+        ema = Teacher(
+            masters, copies, accumulate=self._settings.teacher_accumulate, publication=publication,
+            seed=self._settings.seed, offset=dist.rank() if self._stage.sharded else 0,
+        )  # fmt: skip
+        ema.start_from_student()
+        return ema
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient; DeepSpeed averages over ranks, so the share is scaled up to make that a sum."""
+        self.student.set_gradient_accumulation_boundary(last)
+        self.student.backward(loss * dist.world(), scale_wrt_gas=False)
+        if not last:
+            self.student.step()  # counts the micro-batch; nothing moves before the boundary
+
+    def step(self, *, lr: float, weight_decay: float) -> StepStats:
+        """Finite check agreed by all ranks, then DeepSpeed's clip and update."""
+        # its own check is off in fp32, and stages 1 and 2 update group by group: look before it starts
+        norm = global_norm(self._stage.grads(), sharded=self._stage.sharded, device=self._settings.device)
+        stats = verdict(norm)
+        if stats.finite:
+            set_rates(self._adam.param_groups, lr=lr, weight_decay=weight_decay)
+            self.student.step()
+        return stats
+
+    def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:
+        """Move the teacher's shards, as the stage cuts them."""
+        return update(self._ema, momentum, measure=measure, sharded=self._stage.sharded)
+
+    def state(self) -> EngineState:
+        """Live views of this rank's part."""
+        runs = self._stage.runs()
+        averages = self._teacher_views(runs)
+        pieces = []
+        for name, start, index, at, length in runs:
+            moments = self._adam.state[self._stage.keys[index]]
+            flats = {"weight": self._stage.masters[index].data}
+            flats |= {key: moments[key] for key in ("exp_avg", "exp_avg_sq")}
+            tensors = {kind: flat.view(-1)[at : at + length] for kind, flat in flats.items()}
+            if averages:
+                tensors["teacher"] = averages[name]
+            pieces.append(Piece(name, start, tensors))
+        tables, step = dict(self.student.module.named_buffers()), step_of(self._adam, self._stage.keys[0])
+        return EngineState(self._shapes, pieces, tables, not self._stage.sharded, step, updates_of(self._ema))
+
+    def _teacher_views(self, runs: Sequence[tuple[str, int, int, int, int]]) -> dict[str, Tensor]:
+        if self._ema is None:
+            return {}
+        self._ema.settle()  # who asks may write
+        if isinstance(self._stage, _Sharded):  # one accumulator a parameter, not one a group
+            held = dict(zip(self._stage.places(), self._ema.accumulators, strict=True))
+            return {name: held[name][:length] for name, _, _, _, length in runs}
+        return {name: self._ema.accumulators[i].view(-1)[at : at + n] for name, _, i, at, n in runs}
+
+    def restored(self, *, optimizer_step: int, teacher_updates: int) -> None:
+        """Compute copies and counters after a load."""
+        prime(self._adam, self._stage.keys, optimizer_step)
+        self._stage.refresh()
+        restore_teacher(self._ema, teacher_updates)
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
+    return [group["params"] for group in optimizer.param_groups]
+
+
+def _whole_copies(teacher: nn.Module, stage: _Partitioned, dtype: torch.dtype) -> tuple[list[Tensor], _Gather]:
+    """Teacher parameters as views of one flat tensor a group; this rank's shards of those, and what gathers them."""
+    theirs = dict(teacher.named_parameters())
+    flats = [torch.zeros_like(flat, dtype=dtype) for flat in stage.flats]
+    for group, flat in zip(stage.groups, flats, strict=True):
+        offset = 0
+        for param in group:
+            name, size = stage.names[param], math.prod(param.shape)
+            theirs[name].data = flat[offset : offset + size].view(param.shape)
+            offset += size
+    gather = _Gather(flats)
+    teacher.register_forward_pre_hook(lambda *_: gather.wait())  # until then it overlaps with the next batch
+    return gather.shards, gather
+
+
+class _Gather:
+    """One all-gather a group of the teacher's rounded shards."""
+
+    def __init__(self, flats: Sequence[Tensor]) -> None:
+        sizes = [flat.numel() // dist.world() for flat in flats]
+        self.flats = flats
+        self.shards = [flat.narrow(0, dist.rank() * size, size) for flat, size in zip(flats, sizes, strict=True)]
+        self._under_way: list[torch_dist.Work] = []
+
+    def begin(self) -> None:
+        for flat, shard in zip(self.flats, self.shards, strict=True):
+            work = _all_gather(flat, shard.clone(), async_op=True)
+            if work is not None:
+                self._under_way.append(work)
+
+    def wait(self) -> None:
+        while self._under_way:
+            self._under_way.pop(0).wait()
+
+
+def _shard_teacher(teacher: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """A frozen module cut as ZeRO-3 cuts the student."""
+    zero = {key: value for key, value in config["zero_optimization"].items() if not key.startswith("offload")}
+    zero["stage3_param_persistence_threshold"] = 0  # a parameter kept whole would keep its old values for good
+    engine, *_ = deepspeed.initialize(
+        model=teacher, config={**config, "zero_optimization": zero}, dist_init_required=False
+    )
+    return engine
+
+
+def _prepare_deepspeed() -> None:
+    """Quiet its log, and keep it from compiling a shared-memory collective for CPU runs (a compiler is not a given)."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,126 @@
+"""FSDP2: every block of student and teacher is cut over the ranks and gathered when it computes.
+
+Masters are the fp32 shards that `fully_shard` keeps; with bf16 it gathers them rounded and reduces gradients in fp32.
+The teacher is a second sharded module of the compute type; its accumulators are local tensors on the same cut, so an
+update is one `lerp` a rank and no communication.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from rcmae import dist
+from rcmae.engine import (
+    DTYPES,
+    EngineState,
+    Piece,
+    Settings,
+    StepStats,
+    cast_params,
+    clip,
+    freeze,
+    global_norm,
+    prime,
+    restore_teacher,
+    set_rates,
+    step_of,
+    update,
+    updates_of,
+    verdict,
+)  # fmt: skip
+from rcmae.kernels import adamw
+from rcmae.optim import param_groups
+from rcmae.teacher import Teacher
+
+
+class FSDP2Engine:
+    """PyTorch's fully sharded data parallel engine, second generation, one dimension."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, settings: Settings) -> None:
+        self._settings = settings
+        dtype = DTYPES[settings.precision]
+        self._shapes = {name: tuple(param.shape) for name, param in student.named_parameters()}
+        mesh = init_device_mesh(settings.device.type, (dist.world(),))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self.student = student.to(settings.device)
+        self._root = _shard(student, mesh, policy)
+        groups = param_groups(student, settings.weight_decay)
+        self._optimizer = adamw(groups, betas=settings.betas, kind=settings.optimizer)
+        prime(self._optimizer, student.parameters(), 0)
+        self.teacher = freeze(teacher)
+        self._ema: Teacher | None = None
+        if teacher is not None:
+            cast_params(teacher.to(settings.device), dtype)
+            _shard(teacher, mesh, MixedPrecisionPolicy(cast_forward_inputs=False))
+            self._ema = Teacher(
+                _local(student), _local(teacher),
+                accumulate=settings.teacher_accumulate, seed=settings.seed, offset=dist.rank(),
+            )  # fmt: skip
+            self._ema.start_from_student()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient; only the last micro-batch reduces. FSDP2 averages: the share is scaled to make it a sum."""
+        self._root.set_requires_gradient_sync(last)
+        (loss * dist.world()).backward()
+
+    def step(self, *, lr: float, weight_decay: float) -> StepStats:
+        """Finite check agreed by all ranks, clip, update."""
+        grads = [_shard_of(param.grad) for param in self.student.parameters() if param.grad is not None]
+        norm = global_norm(grads, sharded=True, device=self._settings.device)
+        stats = verdict(norm)
+        if stats.finite:
+            clip(grads, norm, self._settings.clip_grad)
+            set_rates(self._optimizer.param_groups, lr=lr, weight_decay=weight_decay)
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return stats
+
+    def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:
+        """Move the teacher's shards."""
+        return update(self._ema, momentum, measure=measure, sharded=True)
+
+    def state(self) -> EngineState:
+        """Live views: this rank's rows of each parameter."""
+        pieces = []
+        for index, (name, param) in enumerate(self.student.named_parameters()):
+            local, rows = _shard_of(param), param.shape[0]
+            moments = self._optimizer.state[param]
+            tensors = {"weight": local}
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[key] = _shard_of(moments[key])
+            if self._ema is not None:
+                tensors["teacher"] = self._ema.accumulators[index]
+            if local.numel():
+                first_row = min(dist.rank() * -(-rows // dist.world()), rows)  # torch.chunk's cut
+                start = first_row * (param.numel() // rows)
+                pieces.append(Piece(name, start, {kind: tensor.view(-1) for kind, tensor in tensors.items()}))
+        step = step_of(self._optimizer, next(iter(self.student.parameters())))
+        return EngineState(self._shapes, pieces, dict(self.student.named_buffers()), False, step, updates_of(self._ema))
+
+    def restored(self, *, optimizer_step: int, teacher_updates: int) -> None:
+        """Counters and the teacher's copies after a load."""
+        prime(self._optimizer, self.student.parameters(), optimizer_step)
+        restore_teacher(self._ema, teacher_updates)
+
+
+def _shard(model: nn.Module, mesh: torch.distributed.DeviceMesh, policy: MixedPrecisionPolicy) -> FSDPModule:
+    for blocks in (model.blocks, model.decoder_blocks):
+        assert isinstance(blocks, nn.ModuleList)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    # the root keeps its parameters gathered after a forward by default: a teacher, which never runs backward, would
+    # then compute with old weights for good
+    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def _shard_of(tensor: Tensor | None) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor._local_tensor
+
+
+def _local(model: nn.Module) -> list[Tensor]:
+    return [_shard_of(param) for param in model.parameters()]

@@ -1,0 +1,111 @@
+"""Run on two ranks: 1,000 EMA updates at each stage against a float64 average of the same student weights.
+
+Prints one JSON document on rank 0: engine -> figures.
+"""
+
+import copy
+import json
+import sys
+
+import torch
+
+from rcmae import dist
+from rcmae.engine import LocalEngine, Settings
+from rcmae.engine_deepspeed import DeepSpeedEngine, read_config
+from rcmae.engine_fsdp2 import FSDP2Engine
+from rcmae.optim import param_groups
+from rcmae.teacher import teacher_bytes
+from rcmae.vit import MaskedAutoencoder
+
+SIZES = dict(
+    image_size=(16, 16), patch_size=8, in_channels=3, embed_dim=24, depth=2, num_heads=2,
+    decoder_dim=20, decoder_depth=1, decoder_heads=2,
+)  # fmt: skip
+KINDS = {"local": "local", "zero0": "zero0", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
+
+
+def make(kind, precision):
+    student = MaskedAutoencoder(**SIZES)
+    settings = Settings(precision=precision)
+    teacher = copy.deepcopy(student)
+    if kind == "local":
+        return LocalEngine(student, teacher, settings)
+    if kind == "fsdp2":
+        return FSDP2Engine(student, teacher, settings)
+    return DeepSpeedEngine(student, teacher, settings, config=read_config(kind))
+
+
+def whole(state, kind):
+    """name -> the full tensor of a kind, on every rank."""
+    out = {}
+    for name, shape in state.shapes.items():
+        flat = torch.zeros(torch.Size(shape).numel())
+        for piece in state.pieces:
+            if piece.name == name:
+                flat[piece.start : piece.start + len(piece.tensors[kind])] = piece.tensors[kind].float()
+        out[name] = flat if state.replicated else dist.all_sum(flat)
+    return out
+
+
+def relative(got, wanted):
+    difference = sum((got[n].double() - wanted[n].double()).square().sum() for n in got)
+    return float((difference / sum(wanted[n].double().square().sum() for n in wanted)).sqrt())
+
+
+def held_bytes(tensors):
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
+
+
+def check(kind, precision, momentum):
+    engine = make(kind, precision)
+    state = engine.state()
+    average = [piece.tensors["teacher"].double().clone() for piece in state.pieces]
+    index = {name: number for number, name in enumerate(state.shapes)}
+    most = max(torch.Size(shape).numel() for shape in state.shapes.values())
+    for update in range(1000):  # the student walks at random, the same on every cut
+        steps = torch.randn(most + len(index), generator=torch.Generator().manual_seed(update)) * 1e-3
+        for piece in state.pieces:
+            begin = piece.start + index[piece.name]
+            piece.tensors["weight"].data.add_(steps[begin : begin + len(piece.tensors["weight"])])
+        engine.update_teacher(momentum)
+        for mean, piece in zip(average, state.pieces, strict=True):
+            mean.mul_(momentum).add_(piece.tensors["weight"].double(), alpha=1 - momentum)
+    wanted = whole(state, "teacher")
+    for mean, piece in zip(average, state.pieces, strict=True):
+        piece.tensors["weight"].data.copy_(mean)  # borrow the student's place to bring the reference together
+    figures = {"error": relative(wanted, whole(state, "weight"))}
+    ema, dtype = engine._ema, next(engine.teacher.parameters()).dtype
+    figures["copy_is_rounding"] = all(
+        torch.equal(c, a.to(dtype)) for c, a in zip(ema.copies, ema.accumulators, strict=True)
+    )
+    if kind in ("local", "zero0", "zero1", "zero2"):  # every rank computes with the whole copy
+        engine.teacher(torch.zeros(1, 3, 16, 16), what="features")  # waits for a gather that is under way
+        named = dict(engine.teacher.named_parameters())
+        figures["whole_copy_is_rounding"] = all(
+            torch.equal(named[name].detach().flatten(), wanted[name].to(dtype)) for name in wanted
+        )
+    groups = [[tuple(state.shapes[n]) for n in g["param_names"]] for g in param_groups(MaskedAutoencoder(**SIZES), 0.05)]
+    formula = teacher_bytes(kind, groups, rank=dist.rank(), world=dist.world(), precision=precision)
+    if kind in ("zero3", "fsdp2"):
+        copies = sum(c.numel() * c.element_size() for c in ema.copies)
+    else:
+        copies = held_bytes(list(engine.teacher.parameters()))
+    accumulators = 0 if ema.accumulators is ema.copies else sum(a.numel() * 4 for a in ema.accumulators)
+    figures["bytes"] = dist.gather({"copy": copies, "accumulator": accumulators})
+    figures["formula"] = dist.gather({"copy": formula.copy, "accumulator": formula.accumulator})
+    return figures
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.start(required=True)
+    found = {
+        f"{kind} {precision} {momentum}": check(kind, precision, momentum)
+        for kind in sys.argv[1].split(",")
+        for precision in ("fp32", "bf16")
+        for momentum in (0.9999, 0.996)
+    }
+    if dist.rank() == 0:
+        print("RESULT " + json.dumps(found))
+    dist.finish()
