@@ -1,0 +1,681 @@
+"""Pretrain. READ FIRST: a recipe becomes parts (`assemble`), and `fit` is the whole method on one screen.
+
+    python -m rcmae.train RECIPE.yaml [key=value ...]     one process
+    deepspeed --module rcmae.train RECIPE.yaml ...        or torchrun -m rcmae.train, or srun python -m rcmae.train
+
+The same command on the same run.dir goes on from the newest committed checkpoint. Exit status: 0 finished, 75 stopped
+on request with a checkpoint committed (run it again), 2 the user's input is wrong, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import importlib.metadata
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from rcmae import __version__, checkpoint, config, dist, kernels, preempt
+from rcmae.batch import Batch
+from rcmae.config import Recipe, Resolved
+from rcmae.engine import Engine, LocalEngine, Settings
+from rcmae.evaluate import evaluating, knn_rows, knn_table, pixels, pooled, reconstruction_picture, save_png
+from rcmae.masking import RandomMask, visible_count
+from rcmae.metrics import Meter, MetricsLog, closing_summary
+from rcmae.objectives import OBJECTIVES, Objective
+from rcmae.schedules import teacher_momentum, warmup_half_cosine
+from rcmae.shards import Plan, ShardIndex
+from rcmae.stream import Stream, TooManyBadSamples, labelled_batches
+from rcmae.transforms import Normalise, TrainTransform
+from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, flops_per_image, size_problems
+
+# ----------------------------------------------------------------------------------------------------------- the method
+
+
+def fit(run: Run) -> str | None:
+    """Train from `run.step` to the end. Collective: every rank calls.
+
+    Returns:
+        None when the last step is done, else why the run stops here (a checkpoint is committed either way).
+
+    Raises:
+        NumbersGoneBad: on every rank, before the update, if any rank's loss or gradient is not finite.
+        DataGoneBad: on every rank, if any cannot read its samples.
+    """
+    engine, objective, sizes = run.engine, run.objective, run.sizes
+    for micros in run.batches():
+        counts, why_stop = run.agree(micros)  # one small all-reduce: the step's global counts, and who asked to stop
+        if why_stop:
+            return why_stop
+        seen = []
+        for index, batch in enumerate(micros):
+            batch, last = run.on_device(batch), index == len(micros) - 1
+            sums = objective(engine.student, engine.teacher, batch, run.step / sizes.total_steps)
+            shares = {term: total / counts[term] for term, total in sums.items()}
+            loss = torch.stack([objective.weights[term] * share for term, share in shares.items()]).sum()
+            engine.backward(loss, last=last)  # gradients are summed: over micro-batches, and in the last over ranks
+            seen.append({term: share.detach() for term, share in shares.items()})
+            if run.recipe.teacher.update == "micro_step" and not last:
+                engine.update_teacher(run.momentum(index))
+        lr, momentum, logs = run.lr(), run.momentum(len(micros) - 1), run.is_due(run.recipe.log.every_steps)
+        stats = engine.step(lr=lr, weight_decay=run.recipe.schedule.weight_decay)
+        if not stats.finite:
+            raise NumbersGoneBad(run.blame(micros, seen, stats.grad_norm))
+        telemetry = engine.update_teacher(momentum, measure=logs)
+        run.step += 1
+        run.meter.step(sizes.images_per_step)
+        if logs:
+            run.record(seen, lr=lr, momentum=momentum, grad_norm=stats.grad_norm, **telemetry)
+        run.evaluate_when_due()
+        run.save_when_due()
+    return None
+
+
+class NumbersGoneBad(RuntimeError):
+    """A loss or gradient is not finite; nothing was updated."""
+
+
+class DataGoneBad(RuntimeError):
+    """A rank could not read its samples; says which and why."""
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+
+
+@dataclass
+class Run:
+    """The parts of a run and where it stands. Methods marked collective are called by every rank, in the same order."""
+
+    recipe: Recipe
+    sizes: Resolved
+    objective: Objective
+    engine: Engine
+    stream: Stream
+    normalise: Normalise
+    index: ShardIndex
+    log: MetricsLog
+    meter: Meter
+    stop: preempt.StopRequest
+    step: int = 0  # optimizer steps done
+    saved_step: int = -1
+    table: str = ""  # of the last evaluation
+
+    def __post_init__(self) -> None:
+        self.first_step, self._saved_at, self._save_asked = self.step, time.monotonic(), False
+        self._trouble: str | None = None  # why this rank has no samples
+
+    # data
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each remaining step."""
+        steps = self.stream.steps(self.step)
+        while self.step < self.sizes.total_steps:
+            try:
+                with self.meter.waiting():
+                    micros = next(steps)
+            except (TooManyBadSamples, OSError, RuntimeError) as error:  # the others learn of it in agree()
+                micros, self._trouble = [], str(error)
+            for bad in self.stream.drain_bad():
+                self.log.event("bad_sample", step=self.step, **bad._asdict())
+            yield micros
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch where the model is, images normalised."""
+        return self.normalise(batch.to(dist.device()))
+
+    # decisions of all ranks
+
+    def agree(self, micros: Sequence[Batch]) -> tuple[dict[str, float], str | None]:
+        """Global counts of the step's terms, and why to stop, if any rank was asked to. Collective.
+
+        Raises:
+            DataGoneBad: on every rank, if any has no samples for the step.
+        """
+        mine = {term: sum(self.objective.counts(batch)[term] for batch in micros) for term in self.objective.weights}
+        minutes = self.recipe.checkpoint.every_minutes
+        due = minutes is not None and dist.rank() == 0 and time.monotonic() - self._saved_at >= 60 * minutes
+        flags = [self.stop.reason is not None, due, self._trouble is not None]
+        *totals, stops, saves, troubles = dist.sum_numbers([*mine.values(), *flags])
+        self._save_asked = saves > 0
+        if troubles:
+            told = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(self._trouble)) if text]
+            raise DataGoneBad(f"step {self.step}: " + "\n".join(told))
+        limit = self.recipe.run.stop_after_steps
+        if stops:
+            reasons = {reason for reason in dist.gather(self.stop.reason) if reason}
+            return {}, f"asked by {' and '.join(sorted(reasons))}"
+        if limit is not None and self.step - self.first_step >= limit:
+            return {}, f"run.stop_after_steps={limit}"
+        return dict(zip(mine, totals, strict=True)), None
+
+    def is_due(self, every_steps: int | None) -> bool:
+        """Whether the step under way is one of every so many, or the last."""
+        done = self.step + 1
+        return every_steps is not None and (done % every_steps == 0 or done == self.sizes.total_steps)
+
+    # schedules
+
+    def lr(self) -> float:
+        """The learning rate of the step under way."""
+        return warmup_half_cosine(
+            self.step, warmup_steps=self.sizes.warmup_steps, total_steps=self.sizes.total_steps,
+            lr=self.sizes.lr, min_lr=self.recipe.schedule.min_lr,
+        )  # fmt: skip
+
+    def momentum(self, micro: int) -> float:
+        """The teacher's momentum after this micro-batch of the step under way."""
+        teacher = self.recipe.teacher
+        each = self.sizes.accumulation if teacher.update == "micro_step" else 1
+        return teacher_momentum(
+            self.step * each + (micro if each > 1 else 0), kind=teacher.schedule, base=teacher.momentum,
+            end=teacher.momentum_end, total_updates=self.sizes.total_steps * each,
+            updates_per_epoch=self.sizes.steps_per_epoch * each,
+        )  # fmt: skip
+
+    # what is written
+
+    def record(self, seen: Sequence[dict[str, Tensor]], **figures: float) -> None:
+        """Write the step just done to the metrics. Collective."""
+        shares = torch.stack([torch.stack([part[term] for part in seen]).sum() for term in self.objective.weights])
+        means = dist.all_sum(shares.double()).tolist()  # waits for the device
+        losses = dict(zip(self.objective.weights, means, strict=True))
+        images = self.step * self.sizes.images_per_step
+        self.log.step(
+            {
+                "step": self.step,
+                "images_seen": images,
+                "epoch": images / self.sizes.samples_per_epoch,
+                "loss": sum(self.objective.weights[term] * loss for term, loss in losses.items()),
+                **{f"loss_{term}": losses.get(term, 0.0) for term in ("reconstruction", "consistency", *losses)},
+                **figures,
+                **self.meter.read(),
+            }
+        )
+
+    def blame(self, micros: Sequence[Batch], seen: Sequence[dict[str, Tensor]], grad_norm: float) -> str:
+        """Who saw the number that is not finite, with which samples. Collective."""
+        mine = [
+            key
+            for batch, losses in zip(micros, seen, strict=True)
+            if not all(math.isfinite(loss.item()) for loss in losses.values())
+            for key in batch.keys
+        ]
+        samples = {rank: keys for rank, keys in enumerate(dist.gather(mine)) if keys}
+        every = [list(batch.keys) for batch in micros]
+        last, _ = checkpoint.newest(self.recipe.run_dir / "checkpoints")
+        committed = last.path if last else "none"
+        self.log.event(
+            "not_finite", step=self.step, grad_norm=grad_norm, losses_of=samples, rank_0_samples=every,
+            last_committed=str(committed),
+        )  # fmt: skip
+        shown = "; ".join(f"rank {rank}: {', '.join(keys[:4])}{' ...'[: len(keys)]}" for rank, keys in samples.items())
+        return (
+            f"step {self.step}: {'a loss' if samples else 'the gradient, but no loss,'} is not finite "
+            f"(gradient norm {grad_norm}); all ranks stopped before the update. "
+            + (f"Samples of the micro-batches with such a loss: {shown}. " if samples else "")
+            + f"Last committed checkpoint: {committed}. Lower schedule.lr or set schedule.clip_grad; "
+            f"the step's samples are in {self.recipe.run_dir / 'events.jsonl'}"
+        )
+
+    def save_when_due(self) -> None:
+        """Commit a checkpoint if this step is one for it. Collective."""
+        every = self.recipe.checkpoint.every_steps
+        if self._save_asked or (every is not None and self.step % every == 0):
+            self.save()
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step, once. Collective."""
+        if self.saved_step == self.step:
+            return
+        begin = time.monotonic()
+        with self.meter.away():
+            self.log.sync()
+            path, size = checkpoint.save(
+                self.recipe.run_dir / "checkpoints", self.engine, step=self.step,
+                images=self.step * self.sizes.images_per_step, meta=self.about(), keep=self.recipe.checkpoint.keep,
+            )  # fmt: skip
+        self._saved_at, self.saved_step = time.monotonic(), self.step
+        self.log.event("checkpoint", step=self.step, path=str(path), bytes=size, seconds=self._saved_at - begin)
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of the run besides its tensors."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "sizes": self.sizes.asdict(),
+            "data_fingerprint": self.index.fingerprint,
+            "versions": versions(),
+        }
+
+    def evaluate_when_due(self) -> None:
+        """k-NN and the picture, if this step is one for them. Collective."""
+        evaluate = self.recipe.evaluate
+        last = self.step == self.sizes.total_steps
+        with self.meter.away():
+            if evaluate.every_steps and (self.step % evaluate.every_steps == 0 or last):
+                self.evaluate()
+            if evaluate.picture_every_steps and (self.step % evaluate.picture_every_steps == 0 or last):
+                self.picture()
+
+    def evaluate(self) -> None:
+        """k-NN of student and teacher beside a random network and raw pixels. Collective."""
+        evaluate, begin = self.recipe.evaluate, time.monotonic()
+        untrained = new_student(self.recipe).to(dist.device())
+        networks = {"student": pooled(self.engine.student, evaluate.pool)}
+        if self.engine.teacher is not None:
+            networks["teacher"] = pooled(self.engine.teacher, evaluate.pool)
+        networks |= {"random": pooled(untrained, evaluate.pool), "pixels": pixels}
+        sets = [
+            labelled_batches(
+                ShardIndex.open(shards), image_size=self.recipe.model.image_hw,
+                in_channels=self.recipe.model.in_channels, batch=evaluate.batch, rank=dist.rank(), world=dist.world(),
+                workers=self.recipe.data.workers,
+            )
+            for shards in (evaluate.train_shards, evaluate.test_shards)
+        ]  # fmt: skip
+        with evaluating(self.engine.student, self.engine.teacher):
+            rows = knn_rows(
+                networks, *sets, k=evaluate.k, device=dist.device(), normalise=self.normalise.images,
+                temperature=evaluate.temperature,
+            )  # fmt: skip
+        self.table = knn_table(rows)
+        self.log.event("evaluate", step=self.step, knn=rows, seconds=time.monotonic() - begin)
+        for name, row in rows.items():
+            self.log.scalars(f"knn_{name}", {f"k{k}": accuracy for k, accuracy in row.items()}, self.step)
+        self.log.say(f"k-NN at step {self.step}, top-1 in %\n{self.table}")
+
+    def picture(self) -> None:
+        """Write what student and teacher make of a few images of the stream's beginning. Collective."""
+        evaluate, data = self.recipe.evaluate, self.recipe.data
+        batch = self.on_device(self.stream.first_images(evaluate.picture_images))
+        with evaluating(self.engine.student, self.engine.teacher):
+            sheet = reconstruction_picture(
+                self.engine.student, self.engine.teacher, batch, mean=data.mean, std=data.std,
+                norm_pix_loss=self.recipe.objective.norm_pix_loss,
+            )  # fmt: skip
+        if dist.rank() == 0:
+            save_png(sheet, self.recipe.run_dir / "pictures" / f"step-{self.step:08d}.png")
+            self.log.picture("reconstruction", sheet, self.step)
+
+    def summary(self, outcome: str) -> str:
+        """The text the job ends with."""
+        place, sizes = self.recipe.run_dir, self.sizes
+        return closing_summary(
+            f"{self.recipe.run.name}: {outcome} at step {self.step} of {sizes.total_steps}",
+            ran={
+                "objective": f"{self.recipe.objective.name}, {self.recipe.model.name}, {self.recipe.engine.precision}",
+                "engine": f"{self.recipe.engine.name}, {sizes.world} ranks, {sizes.images_per_step} images a step",
+                "images": f"{self.step * sizes.images_per_step:,} seen of {len(self.index):,} in the shards",
+            },
+            table=self.table,
+            places={
+                "checkpoints": place / "checkpoints",
+                "metrics": place / "metrics.jsonl",
+                "events": place / "events.jsonl",
+                "pictures": place / "pictures",
+                "tensorboard": place / "tensorboard",
+            },
+            commands=[(what, command) for what, command, applies in (
+                ("go on", f"python -m rcmae.train {place / 'recipe.yaml'}", self.step < sizes.total_steps),
+                ("see the curves", f"tensorboard --logdir {place / 'tensorboard'}", self.recipe.log.tensorboard),
+            ) if applies],
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- from a recipe
+
+
+class Problems(list[str]):
+    """`with problems:` turns a ValueError into an entry, so a user hears of everything at once."""
+
+    def __enter__(self) -> Problems:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, ValueError):
+            self.append(str(error))
+        return isinstance(error, ValueError)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of a recipe found out on their way."""
+
+    index: ShardIndex
+    plan: Plan
+    sizes: Resolved
+    mask: RandomMask
+    saved: checkpoint.Manifest | None  # where the run goes on from
+    engine_config: dict[str, Any]  # DeepSpeed's JSON
+
+
+def check(recipe: Recipe) -> Checked:
+    """Look for everything that stands against this run, before anything is built. Collective: every rank calls.
+
+    Raises:
+        ValueError: on every rank, naming every problem; nothing was written.
+        CheckpointError: on every rank; the checkpoint asked for cannot be used.
+    """
+    problems, world, data = Problems(), dist.world(), recipe.data
+    saved = choose_checkpoint(recipe, problems)
+    if saved is not None:  # the number of streams is part of the order of samples: the first start chose it for good
+        data.canonical_streams = data.canonical_streams or saved.meta["sizes"]["canonical_streams"]
+    if recipe.engine.name == "local" and world > 1:
+        problems.append(f"engine.name=local is one process, {world} were launched; use deepspeed or fsdp2")
+    if recipe.engine.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        problems.append(f"engine.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use engine.precision=fp32")
+    index, plan, sizes, mask, engine_config = None, None, None, None, {}
+    with problems:
+        shapes, (height, width) = student_sizes(recipe.model), recipe.model.image_hw
+        patches = height // shapes["patch_size"] * (width // shapes["patch_size"])
+        mask = RandomMask(patches, visible_count(patches, recipe.objective.mask_ratio))
+    with problems:
+        index = ShardIndex.open(data.shards)
+    for shards in (recipe.evaluate.train_shards, recipe.evaluate.test_shards) if recipe.evaluate.every_steps else ():
+        with problems:
+            ShardIndex.open(shards)
+    undivided = config.batch_problems(recipe, world)
+    problems += undivided
+    if index is not None and not undivided:
+        with problems:
+            plan = Plan(
+                index.counts, seed=data.seed, images=recipe.batch.images, streams=config.streams_for(recipe, world),
+                window=data.shuffle_window, epoch_samples=data.epoch_samples,
+            )  # fmt: skip
+            sizes = config.resolve(recipe, world=world, samples_per_epoch=plan.samples_per_epoch)
+    if recipe.engine.name == "deepspeed" and sizes is not None:
+        with problems:
+            from rcmae.engine_deepspeed import config_problems, read_config  # costs seconds: only where it is used
+
+            engine_config = read_config(recipe.engine.config or "")
+            problems += config_problems(engine_config, engine_settings(recipe, sizes), lr=sizes.lr, world=world)
+    problems += mismatches(recipe, saved, index)
+    dist.together("\n".join(problems) or None)
+    assert index is not None
+    assert plan is not None
+    assert sizes is not None
+    assert mask is not None
+    return Checked(index, plan, sizes, mask, saved, engine_config)
+
+
+def assemble(recipe: Recipe, stop: preempt.StopRequest) -> Run:
+    """Check everything, then build the parts and go to where the run stands. Collective: every rank calls.
+
+    Raises:
+        ValueError, CheckpointError: as `check`.
+    """
+    found = check(recipe)
+    data, sizes, world, saved = recipe.data, found.sizes, dist.world(), found.saved
+    student, objective = new_student(recipe), make_objective(recipe)
+    teacher = copy.deepcopy(student) if objective.needs_teacher else None
+    engine = make_engine(recipe, sizes, student, teacher, found.engine_config)
+    if saved is not None:
+        checkpoint.load(saved, engine)
+    transform = TrainTransform(
+        recipe.model.image_hw, recipe.model.in_channels, data.crop_scale, data.crop_ratio, data.flip
+    )
+    stream = Stream(
+        index=found.index, plan=found.plan, transform=transform, mask=found.mask, seed=data.seed,
+        micro=sizes.per_device, rank=dist.rank(), world=world, workers=data.workers,
+        max_bad_fraction=data.max_bad_fraction, max_bad_in_a_row=data.max_bad_in_a_row,
+    )  # fmt: skip
+    start_folder(recipe, fresh=recipe.checkpoint.resume == "never")
+    log = MetricsLog(
+        recipe.run_dir, resume_step=saved.step if saved else 0, total_steps=sizes.total_steps,
+        writes=dist.rank() == 0, tensorboard=recipe.log.tensorboard,
+    )  # fmt: skip
+    flops = flops_per_image(**student.sizes, num_visible=found.mask.num_visible)
+    meter = Meter(
+        device=dist.device(), world=world, precision=recipe.engine.precision,
+        step_flops_per_image=flops * (4 if teacher is not None else 3),
+    )  # fmt: skip
+    run = Run(
+        recipe=recipe, sizes=sizes, objective=objective, engine=engine, stream=stream, index=found.index,
+        normalise=Normalise(data.mean, data.std, dist.device()), log=log, meter=meter, stop=stop,
+        step=saved.step if saved else 0, saved_step=saved.step if saved else -1,
+    )  # fmt: skip
+    announce(run, saved)
+    return run
+
+
+def student_sizes(model: config.Model) -> dict[str, int]:
+    """The sizes of the student: the architecture's, with the recipe's over them.
+
+    Raises:
+        ValueError: unknown architecture, or sizes that do not fit together, all named.
+    """
+    if model.name not in ARCHITECTURES:
+        close = difflib.get_close_matches(model.name, ARCHITECTURES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(ARCHITECTURES)}"
+        raise ValueError(f"model.name: unknown architecture {model.name!r}; {hint}")
+    sizes = {key: getattr(model, key) or value for key, value in ARCHITECTURES[model.name].items()}
+    problems = size_problems(**sizes, image_size=model.image_hw, in_channels=model.in_channels)
+    if problems:
+        raise ValueError("\n".join(f"model: {problem}" for problem in problems))
+    return sizes
+
+
+def new_student(recipe: Recipe) -> MaskedAutoencoder:
+    """The student with the weights of `run.seed`, the same on every rank."""
+    model = MaskedAutoencoder(
+        **student_sizes(recipe.model), image_size=recipe.model.image_hw, in_channels=recipe.model.in_channels,
+        norm_layer=kernels.layer_norm(recipe.engine.layer_norm),
+    )  # fmt: skip
+    model.init_weights(torch.Generator().manual_seed(recipe.run.seed))
+    return model
+
+
+def make_objective(recipe: Recipe) -> Objective:
+    """The objective of a recipe."""
+    values: dict[str, Any] = {"norm_pix_loss": recipe.objective.norm_pix_loss}
+    if recipe.objective.name == "rcmae":
+        values["consistency_weight"] = recipe.objective.consistency_weight
+    return OBJECTIVES[recipe.objective.name](**values)
+
+
+def engine_settings(recipe: Recipe, sizes: Resolved) -> Settings:
+    """The values an engine is made with."""
+    return Settings(
+        precision=recipe.engine.precision, betas=recipe.schedule.betas, weight_decay=recipe.schedule.weight_decay,
+        clip_grad=recipe.schedule.clip_grad, accumulation=sizes.accumulation, per_device=sizes.per_device,
+        optimizer=recipe.engine.optimizer, teacher_accumulate=recipe.teacher.accumulate, seed=recipe.run.seed,
+        device=dist.device(),
+    )  # fmt: skip
+
+
+def make_engine(
+    recipe: Recipe, sizes: Resolved, student: MaskedAutoencoder, teacher: MaskedAutoencoder | None,
+    engine_config: dict[str, Any],
+) -> Engine:  # fmt: skip
+    """The engine of a recipe, around the student and the teacher. Collective: every rank calls."""
+    if recipe.engine.compile:
+        for model in filter(None, (student, teacher)):
+            kernels.compile_blocks(model)
+    kernels.checkpoint_blocks(student, recipe.engine.activation_checkpointing)
+    settings = engine_settings(recipe, sizes)
+    if recipe.engine.name == "deepspeed":
+        from rcmae.engine_deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(student, teacher, settings, config=engine_config)
+    if recipe.engine.name == "fsdp2":
+        from rcmae.engine_fsdp2 import FSDP2Engine
+
+        return FSDP2Engine(student, teacher, settings)
+    return LocalEngine(student, teacher, settings)
+
+
+# ----------------------------------------------------------------------------------------------------- the run's folder
+
+
+def choose_checkpoint(recipe: Recipe, problems: list[str]) -> checkpoint.Manifest | None:
+    """Where the run goes on from, by `checkpoint.resume`. Collective: every rank calls.
+
+    A run that has committed checkpoints of its own goes on from them; a PATH is where a new run begins.
+
+    Raises:
+        CheckpointError: the checkpoint that was asked for is not valid.
+    """
+    asked, root = recipe.checkpoint.resume, recipe.run_dir / "checkpoints"
+    if asked == "never":
+        return None
+    found, passed_over = checkpoint.newest(root)
+    if passed_over and dist.rank() == 0:
+        print("passed over, not valid: " + "; ".join(passed_over), file=sys.stderr)
+    if found is None and passed_over:
+        raise checkpoint.CheckpointError(
+            f"{root} has checkpoints but none is valid ({'; '.join(passed_over)}); restore one, "
+            "or start anew with checkpoint.resume=never (they are moved aside, not deleted)"
+        )
+    if found is None and asked == "must":
+        problems.append(f"checkpoint.resume=must, but {root} has no checkpoint; use auto to start anew")
+    if found is None and asked not in ("auto", "must"):
+        if not Path(asked).is_dir():
+            problems.append(f"checkpoint.resume={asked}: no such folder; give auto, never, must or one")
+            return None
+        return checkpoint.open_verified(Path(asked))
+    return found
+
+
+def mismatches(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex | None) -> list[str]:
+    """What keeps this recipe from going on with what lies in the run's folder, one line a problem."""
+    problems = []
+    written = recipe.run_dir / "recipe.yaml"
+    theirs: dict[str, Any] | None = saved.meta["recipe"] if saved else None
+    if theirs is None and recipe.checkpoint.resume != "never" and written.is_file():
+        theirs = yaml.safe_load(written.read_text())
+    if theirs is not None:
+        lines = config.differences(recipe.model_dump(mode="json"), theirs)
+        where = saved.path if saved else written
+        problems += [f"{where} is of another recipe: {line}; use another run.dir, or its value" for line in lines]
+    if saved is not None and index is not None and saved.meta["data_fingerprint"] != index.fingerprint:
+        problems.append(
+            f"data.shards are not those of {saved.path}: their names, sizes or samples differ "
+            f"(fingerprint {index.fingerprint[:12]}, was {saved.meta['data_fingerprint'][:12]}); give the same shards"
+        )
+    return problems
+
+
+def start_folder(recipe: Recipe, *, fresh: bool) -> None:
+    """Make the run's folder and write its recipe. `fresh` moves old checkpoints aside. Collective."""
+    if dist.rank() == 0:
+        folder, old = recipe.run_dir, recipe.run_dir / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        if fresh and old.exists():
+            old.rename(folder / f"checkpoints-before-{time.strftime('%Y%m%d-%H%M%S')}")
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        (folder / "recipe.yaml.new").write_text(text)
+        (folder / "recipe.yaml.new").replace(folder / "recipe.yaml")
+    dist.barrier()
+
+
+def versions() -> dict[str, str]:
+    """Of what the run stands on."""
+    found = {"rcmae": __version__, "python": sys.version.split()[0]}
+    for name in ("torch", "timm", "deepspeed", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def announce(run: Run, saved: checkpoint.Manifest | None) -> None:
+    """Say what will run, and where it goes on from."""
+    recipe, sizes = run.recipe, run.sizes
+    run.log.event(
+        "resume" if saved else "start", step=run.step, sizes=sizes.asdict(), versions=versions(),
+        engine=recipe.engine.model_dump(mode="json"), from_checkpoint=str(saved.path) if saved else None,
+    )  # fmt: skip
+    run.log.say(
+        f"{recipe.run.name}: {recipe.objective.name} {recipe.model.name} on {dist.device()}, {recipe.engine.name}"
+        f"{' ' + recipe.engine.config if recipe.engine.config else ''} x {sizes.world}, {recipe.engine.precision}\n"
+        f"{sizes.images_per_step} images a step = {sizes.world} ranks x {sizes.accumulation} micro-batches x "
+        f"{sizes.per_device}; {sizes.total_steps} steps, {sizes.steps_per_epoch} an epoch of "
+        f"{sizes.samples_per_epoch:,} samples; lr {sizes.lr:.3g} after {sizes.warmup_steps:g} steps of warm-up"
+    )
+    for part, used, why in kernels.table(
+        device=dist.device(), layer_norm=recipe.engine.layer_norm, optimizer=recipe.engine.optimizer,
+        compile=recipe.engine.compile, checkpointing=recipe.engine.activation_checkpointing,
+    ):  # fmt: skip
+        run.log.say(f"  {part:<12} {used}  ({why})")
+    if saved:
+        run.log.say(f"going on from {saved.path}, step {saved.step}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def parse(argv: Sequence[str] | None) -> tuple[str, list[str]]:
+    """(recipe, overrides) of a command line; takes what launchers add."""
+    parser = argparse.ArgumentParser(prog="python -m rcmae.train", description="Pretrain by a recipe.")
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a recipe key, such as batch.images=256")
+    parser.add_argument("--deepspeed", action="store_true", help="use the DeepSpeed engine")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed's JSON; implies --deepspeed")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; the environment is used")
+    args = parser.parse_intermixed_args(argv)
+    overrides = list(args.overrides)
+    if args.deepspeed or args.deepspeed_config:
+        overrides.append("engine.name=deepspeed")
+    if args.deepspeed_config:
+        overrides.append(f"engine.config={args.deepspeed_config}")
+    return args.recipe, overrides
+
+
+def train(recipe: Recipe, stop: preempt.StopRequest) -> int:
+    """Run a recipe from where it stands; the exit status. Collective: every rank calls, inside the process group."""
+    try:
+        run = assemble(recipe, stop)
+    except (ValueError, checkpoint.CheckpointError) as error:  # raised on all ranks together; nothing was written
+        say_error(error)
+        return preempt.REFUSED if isinstance(error, ValueError) else preempt.FAILED
+    status, outcome = preempt.FINISHED, "finished"
+    with run.log:
+        try:
+            why_stop = fit(run)
+            run.save()
+            if why_stop and run.step < run.sizes.total_steps:
+                status, outcome = preempt.STOPPED, f"stopped, {why_stop}"
+            run.log.say(run.summary(outcome))
+        except (NumbersGoneBad, DataGoneBad, checkpoint.CheckpointError) as error:  # raised on all ranks together
+            say_error(error)
+            status, outcome = preempt.FAILED, str(error)
+        run.log.event("stop", step=run.step, status=status, reason=outcome)
+    run.stream.close()
+    if dist.rank() == 0:
+        preempt.write_outcome(recipe.run_dir, status=status, step=run.step, reason=outcome)
+    return status
+
+
+def say_error(error: Exception) -> None:
+    """One message for all ranks, on standard error."""
+    if dist.launched()["rank"] == 0:
+        print(f"rcmae: {error}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train by a command line; the exit status of this rank."""
+    stop = preempt.StopRequest()  # first: Python's default for SIGUSR1 is to die
+    name, overrides = parse(argv)
+    try:
+        recipe = config.load(name, overrides)
+        dist.start(required=recipe.engine.name != "local", timeout_s=recipe.engine.timeout_s)
+    except ValueError as error:
+        say_error(error)
+        return preempt.REFUSED
+    status = train(recipe, stop)
+    dist.finish()
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
