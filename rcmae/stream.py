@@ -1,0 +1,479 @@
+"""From shards to batches, prefetched: the same batches on any number of ranks and workers, resumed from one integer.
+
+The main process only decides who reads what (the plan); workers are stateless readers of (position, sample) requests,
+so it does not matter which of them serves a request, or when. The state of a stream is the number of the next step.
+A sample that cannot be read is replaced by the next readable one and written to a ledger; too many stop the run.
+Workers come from a fork server, not from a fork of the training process: that one has threads (gloo, NCCL, a checkpoint
+writer) and pinned or registered memory, which a fork can deadlock or corrupt. The server imports torch once for all.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator
+from itertools import islice
+from multiprocessing import forkserver, resource_tracker
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from rcmae.batch import NO_LABEL, Batch
+from rcmae.masking import Mask
+from rcmae.shards import Plan, Requests, Sample, ShardIndex
+from rcmae.transforms import BadImage, CentreTransform, Transform, View
+
+_OPEN_SHARDS = 128  # files that a process keeps open; the usual limit is 1,024
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+_NAMED = 20  # bad samples that a message lists before it counts the rest
+_log = logging.getLogger(__name__)
+
+
+class BadSample(NamedTuple):
+    """A line of the ledger: a sample that could not be read, and what took its place."""
+
+    position: int  # absolute position in the run
+    shard: str
+    key: str
+    offset: int  # bytes from the start of the shard
+    reason: str
+    replaced_by: str  # "shard/key"
+
+
+class TooManyBadSamples(ValueError):
+    """The limit on unreadable samples is passed; the message lists them."""
+
+
+class Stream:
+    """This rank's micro-batches of every optimizer step, prefetched by worker processes."""
+
+    def __init__(
+        self,
+        *,
+        index: ShardIndex,
+        plan: Plan,
+        transform: Transform,
+        mask: Mask,
+        seed: int,
+        micro: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.001,
+        max_bad_in_a_row: int = 100,
+    ) -> None:
+        """Nothing is read and no worker started before the first step is asked for.
+
+        Args:
+            index: the samples.
+            plan: their order; the same on every rank.
+            transform: image bytes -> view.
+            mask: which patches are seen.
+            seed: of crops, flips and masks.
+            micro: images of a micro-batch of this rank.
+            rank, world: who reads.
+            workers: decoding processes of this rank; 0 decodes in this process.
+            prefetch: micro-batches that each worker keeps ready.
+            max_bad_fraction: more unreadable samples than this, of an epoch's or of all read so far, stop the run.
+            max_bad_in_a_row: so do more than this one after the other.
+
+        Raises:
+            ValueError: micro-batches do not divide this rank's part of a step, or ranks the batch and the streams.
+        """
+        plan.requests(0, 0, rank, world)  # whether the ranks divide what they must
+        per_rank = plan.images // world
+        if micro < 1 or per_rank % micro:
+            raise ValueError(
+                f"{per_rank} images a step and rank (batch.images={plan.images}) are no multiple of {micro}"
+            )
+        self._plan, self._per_rank, self._micros = plan, per_rank, per_rank // micro
+        self._limits = Limits(max_bad_fraction, max_bad_in_a_row, plan.samples_per_epoch // world)
+        self._reading = _TrainReading(index, plan, transform, mask, seed, max_bad_in_a_row)
+        self._order = _MicroOrder(plan, rank, world, micro)
+        self._loader: DataLoader[_Read | Exception] | None = _loader(
+            self._reading, self._order, workers, prefetch, persistent=True
+        )
+        self._running: Generator[list[Batch], None, None] | None = None
+        self._reads: Iterator[_Read | Exception] = iter(())
+        self._bad: list[BadSample] = []
+
+    def steps(self, first_step: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each optimizer step from `first_step` on, without end; an earlier call's end.
+
+        The whole state is that number: asked again with it, the same batches come, also on other ranks and workers.
+
+        Raises:
+            TooManyBadSamples: on this rank; the others do not know.
+            OSError: a shard is gone or cannot be read; names the sample.
+        """
+        assert self._loader is not None, "the stream is closed"
+        if self._running is not None:
+            self._running.close()
+        self._order.first_step = first_step
+        self._running = self._steps(self._loader)
+        return self._running
+
+    def _steps(self, loader: DataLoader[_Read | Exception]) -> Generator[list[Batch], None, None]:
+        self._reads = iter(loader)
+        while True:
+            batches = []
+            for read in islice(self._reads, self._micros):
+                if isinstance(read, Exception):
+                    raise read
+                self._bad += read.bad
+                self._limits.check(read.bad, read.batch.positions.tolist())
+                batches.append(read.batch)
+            yield batches
+
+    def drain_bad(self) -> list[BadSample]:
+        """The ledger's lines since the last call: samples of this rank that could not be read."""
+        bad, self._bad = self._bad, []
+        return bad
+
+    def first_images(self, count: int) -> Batch:
+        """The first `count` positions of the run, the same on every rank, read here and now: for pictures."""
+        read = self._reading[self._plan.requests(0, count)]
+        if isinstance(read, Exception):
+            raise read
+        return read.batch
+
+    def close(self) -> None:
+        """Stop the workers. A stream that is not closed stops them when it is collected or the process ends."""
+        if self._running is not None:
+            self._running.close()
+        _stop(self._reads)
+        self._running = self._loader = None
+
+
+class Limits:
+    """How many unreadable samples are too many; counted from the start of the job on each rank by itself."""
+
+    def __init__(self, max_fraction: float, max_in_a_row: int, epoch_share: int) -> None:
+        self._max_fraction, self._max_in_a_row, self._epoch_share = max_fraction, max_in_a_row, epoch_share
+        self._seen = self._count = self._in_a_row = 0
+        self._listed: list[BadSample] = []
+
+    def check(self, bad: list[BadSample], positions: list[int]) -> None:
+        """Count a micro-batch. The fraction is of an epoch until more than one is read: one early sample is no rate.
+
+        Raises:
+            TooManyBadSamples: lists the samples.
+        """
+        at = {sample.position for sample in bad}
+        for position in positions:
+            self._in_a_row = self._in_a_row + 1 if position in at else 0
+            if self._in_a_row > self._max_in_a_row:
+                break
+        self._seen += len(positions)
+        self._count += len(bad)
+        self._listed += bad[: _NAMED - len(self._listed)]
+        of = max(self._seen, self._epoch_share)
+        if self._in_a_row > self._max_in_a_row:
+            why = f"more than data.max_bad_in_a_row={self._max_in_a_row} samples in a row could not be read"
+        elif self._count > self._max_fraction * of:
+            why = (
+                f"{self._count} of {of} samples could not be read, more than data.max_bad_fraction={self._max_fraction}"
+            )
+        else:
+            return
+        lines = [f"  {s.shard}/{s.key} at byte {s.offset}, position {s.position}: {s.reason}" for s in self._listed]
+        rest = [f"  ... and {self._count - len(lines)} more"] if self._count > len(lines) else []
+        raise TooManyBadSamples("\n".join([f"{why}:", *lines, *rest]))
+
+
+def labelled_batches(
+    index: ShardIndex,
+    *,
+    image_size: tuple[int, int],
+    in_channels: int = 3,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+    on_bad: Callable[[BadSample], None] | None = None,
+) -> Iterator[Batch]:
+    """This rank's share of the labelled samples, each once, resized and cut at the centre, in batches of one size.
+
+    Every rank gets as many batches, so that collective forwards match. `positions` holds the samples' numbers, -1 where
+    there is none (padding, or an image that cannot be read: given to `on_bad`, by default logged): leave those out.
+    There are no masks: `ids_shuffle` is [B, 0].
+
+    Raises:
+        ValueError: samples have no label; names the first of them. The same on every rank.
+    """
+    unlabelled = np.flatnonzero(index.labels == NO_LABEL)
+    if unlabelled.size:
+        named = ", ".join(index[number].id for number in unlabelled[:5].tolist())
+        raise ValueError(f"{unlabelled.size} of {len(index)} samples have no label (.cls): {named}")
+    share = -(-len(index) // world)
+    batch = min(batch, share)
+    count = -(-share // batch)
+    numbers = np.full(count * batch, -1)
+    mine = np.arange(rank * share, min((rank + 1) * share, len(index)))
+    numbers[: len(mine)] = mine
+    reading = _LabelledReading(index, CentreTransform(image_size, in_channels))
+    reads = iter(_loader(reading, _Chunks(numbers, batch), min(workers, count), prefetch, persistent=False))
+    try:
+        for read in reads:
+            for bad in read.bad:
+                if on_bad is not None:
+                    on_bad(bad)
+                else:
+                    _log.warning("left out of the evaluation: %s/%s (%s)", bad.shard, bad.key, bad.reason)
+            yield read.batch
+    finally:
+        _stop(reads)
+
+
+# ---------------------------------------------------------------------------------------- what is asked of the workers
+
+
+class _MicroOrder(Sampler[Requests]):
+    """The requests of each micro-batch of a rank, from a step on, without end."""
+
+    def __init__(self, plan: Plan, rank: int, world: int, micro: int) -> None:
+        self._plan, self._rank, self._world, self._micro = plan, rank, world, micro
+        self.first_step = 0
+
+    def __iter__(self) -> Iterator[Requests]:
+        step, images = self.first_step, self._plan.images
+        while True:
+            requests = self._plan.requests(step * images, (step + 1) * images, self._rank, self._world)
+            for at in range(0, len(requests.positions), self._micro):
+                part = slice(at, at + self._micro)
+                yield Requests(requests.positions[part], requests.samples[part])
+            step += 1
+
+
+class _Chunks(Sampler[Requests]):
+    """Numbers of samples, cut into batches."""
+
+    def __init__(self, numbers: NDArray[np.int64], batch: int) -> None:
+        self._numbers, self._batch = numbers, batch
+
+    def __iter__(self) -> Iterator[Requests]:
+        for at in range(0, len(self._numbers), self._batch):
+            part = self._numbers[at : at + self._batch]
+            yield Requests(part, part)
+
+
+# ---------------------------------------------------------------------------------------------- what the workers do
+
+
+class _Read(NamedTuple):
+    """What a request gave."""
+
+    batch: Batch
+    bad: list[BadSample]
+
+
+class _Shards:
+    """Reads samples by offset, keeping the shards last read open. Travels to another process closed."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, sample: Sample) -> bytes:
+        """The bytes of a sample's image. Raises BadImage where the shard ends before them, OSError where it is gone."""
+        file = self._open.get(sample.path)
+        if file is None:
+            file = os.open(sample.path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._open) >= _OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[sample.path] = file
+        self._open.move_to_end(sample.path)
+        data = os.pread(file, sample.size, sample.offset)
+        while 0 < len(data) < sample.size:  # a read may stop early, and at 2 GB does
+            more = os.pread(file, sample.size - len(data), sample.offset + len(data))
+            if not more:
+                break
+            data += more
+        if len(data) < sample.size:
+            raise BadImage(f"only {len(data)} of its {sample.size} bytes are there")
+        return data
+
+    def __reduce__(self) -> tuple[type[_Shards], tuple[()]]:
+        return _Shards, ()
+
+    def __del__(self) -> None:
+        for file in self._open.values():
+            os.close(file)
+
+
+class _TrainReading(Dataset[_Read | Exception]):
+    """Requests -> views and masks, each keyed by its position. Unreadable samples are replaced.
+
+    What a user has to mend is handed over, not raised: a worker's exception would reach them as its traceback.
+    """
+
+    def __init__(
+        self, index: ShardIndex, plan: Plan, transform: Transform, mask: Mask, seed: int, max_bad_in_a_row: int
+    ) -> None:
+        self._index, self._plan, self._transform, self._mask = index, plan, transform, mask
+        self._seed, self._max_bad_in_a_row = seed, max_bad_in_a_row
+        self._shards = _Shards()
+        self._known_bad: dict[int, str] = {}  # saves reading a damaged shard again for each of its samples
+
+    def __getitem__(self, requests: Requests) -> _Read | Exception:
+        rows: list[tuple[Sample, View]] = []
+        bad: list[BadSample] = []
+        for position, number in zip(requests.positions.tolist(), requests.samples.tolist(), strict=True):
+            try:
+                sample, view = self._view(position, number, bad)
+            except TooManyBadSamples as error:
+                return error
+            except OSError as error:
+                return OSError(f"{self._index[number].id} at position {position} cannot be read: {error}")
+            except Exception as error:
+                raise RuntimeError(f"{self._index[number].id} at position {position}: {error!r}") from error
+            rows.append((sample, view))
+        ids = np.stack([self._mask.ids(self._seed, position) for position in requests.positions.tolist()])
+        return _Read(_batch(rows, requests.positions, torch.from_numpy(ids), self._mask.num_visible), bad)
+
+    def _view(self, position: int, number: int, bad: list[BadSample]) -> tuple[Sample, View]:
+        """The sample of a number, or else the next that can be read, seen as the position's key has it."""
+        reason = ""
+        beyond = int(self._index.counts[self._index.place(number)[0]]) + self._max_bad_in_a_row
+        for tried in islice(self._candidates(position, number), beyond):
+            sample = self._index[tried]
+            try:
+                if tried in self._known_bad:
+                    raise BadImage(self._known_bad[tried])
+                view = self._transform(self._shards.read(sample), self._seed, position)
+            except BadImage as error:
+                self._known_bad[tried] = str(error)
+                reason = reason or str(error)
+                continue
+            if tried != number:
+                bad.append(_bad_sample(position, self._index[number], reason, sample.id))
+            return sample, view
+        sample = self._index[number]
+        raise TooManyBadSamples(
+            f"nothing can be read in place of {sample.id} ({sample.path} at byte {sample.offset}: {reason}): "
+            f"the rest of its shard and data.max_bad_in_a_row={self._max_bad_in_a_row} samples after it failed as well"
+        )
+
+    def _candidates(self, position: int, number: int) -> Iterator[int]:
+        yield number
+        yield from self._plan.substitutes(position, number)
+
+
+class _LabelledReading(Dataset[_Read]):
+    """Numbers of samples -> views at the centre. What cannot be read, and -1, gives an empty image at position -1."""
+
+    def __init__(self, index: ShardIndex, transform: CentreTransform) -> None:
+        self._index, self._transform, self._shards = index, transform, _Shards()
+
+    def __getitem__(self, requests: Requests) -> _Read:
+        nothing = View(
+            torch.zeros(self._transform.in_channels, *self._transform.image_size, dtype=torch.uint8), (0, 0, 0, 0, 0)
+        )
+        padding = (Sample("", "", 0, 0, NO_LABEL), nothing)
+        rows: list[tuple[Sample, View]] = []
+        bad: list[BadSample] = []
+        positions = requests.positions.copy()
+        for row, number in enumerate(requests.samples.tolist()):
+            rows.append(padding)
+            if number < 0:
+                continue
+            sample = self._index[number]
+            try:
+                rows[row] = (sample, self._transform(self._shards.read(sample), 0, number))
+            except BadImage as error:
+                bad.append(_bad_sample(number, sample, str(error), ""))
+                positions[row] = -1
+        return _Read(_batch(rows, positions, torch.zeros(len(rows), 0, dtype=torch.int64), 0), bad)
+
+
+def _batch(rows: list[tuple[Sample, View]], positions: NDArray[np.int64], ids: Tensor, num_visible: int) -> Batch:
+    images = torch.empty(len(rows), *rows[0][1].image.shape, dtype=torch.uint8)
+    for row, (_, view) in enumerate(rows):
+        images[row] = view.image
+    return Batch(
+        images=images,
+        ids_shuffle=ids,
+        num_visible=num_visible,
+        labels=torch.tensor([sample.label for sample, _ in rows], dtype=torch.int64),
+        keys=tuple(sample.id for sample, _ in rows),
+        positions=torch.from_numpy(positions),
+        crops=torch.tensor([view.crop for _, view in rows], dtype=torch.int64),
+    )
+
+
+def _bad_sample(position: int, sample: Sample, reason: str, replaced_by: str) -> BadSample:
+    shard, _, key = sample.id.partition("/")
+    return BadSample(position, shard, key, sample.offset, reason, replaced_by)
+
+
+# -------------------------------------------------------------------------------------------------- the processes
+
+
+def _loader(
+    reading: Dataset[Any], order: Sampler[Requests], workers: int, prefetch: int, *, persistent: bool
+) -> DataLoader[Any]:
+    processes: dict[str, Any] = {}
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        resource_tracker.ensure_running()  # the server would start it, and unblock signals in doing so
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # for the server and, by birth, its workers
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        processes = {
+            "num_workers": workers, "prefetch_factor": prefetch, "multiprocessing_context": context,
+            "persistent_workers": persistent, "worker_init_fn": _start_worker,
+        }  # fmt: skip
+    return DataLoader(
+        reading,
+        sampler=order,
+        batch_size=None,  # an item of the order is a whole batch
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # it draws a seed for workers that we do not use: not from the run's generator
+        **processes,
+    )
+
+
+def _stop(reads: Iterator[Any]) -> None:
+    """End the workers now. torch offers no public way: it waits for the iterator to be collected, and where that is
+    left to the collector of cycles (after an exception), the queues go first and it waits 5 s for each worker."""
+    if isinstance(reads, _MultiProcessingDataLoaderIter):
+        reads._shutdown_workers()
+
+
+def _as_is(read: Any) -> Any:
+    return read
+
+
+def _start_worker(worker: int) -> None:
+    """Outlive the signals that ask the trainer to stop, which often go to all its processes, but not the trainer.
+
+    They are blocked in the main thread and taken by another, which sees who sent one: left to kill the worker, a signal
+    to the process group would break the batch that the trainer waits for before it can commit its checkpoint.
+    """
+    torch.set_num_threads(1)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # also where another library started the server
+
+    def watch() -> None:
+        while trainer.is_alive():  # a killed trainer takes nobody with it: the fork server is the workers' parent
+            sent = signal.sigtimedwait(_STOP_SIGNALS, 1.0)
+            if sent is not None and sent.si_pid == trainer.pid:
+                break
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True, name="watch the trainer").start()
