@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import sklearn
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +43,7 @@ class Ranks:
                     subprocess.Popen(
                         command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                         env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    )  # fmt: skip
+                    )
                 )
 
     def said(self, rank: int = 0) -> str:
@@ -72,3 +77,50 @@ def ranks(tmp_path: Path) -> Callable[..., Ranks]:
         return Ranks([sys.executable, *map(str, args)], world, tmp_path, **env)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def photo_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A pattern of six shards of 40 tiles each, 44 to 95 pixels a side, cut from scikit-learn's two photographs.
+
+    The label of a tile is its quadrant of its photograph, 0 to 7. Every call writes the same bytes.
+    """
+    folder = tmp_path_factory.mktemp("photo-shards")
+    images = Path(sklearn.__file__).parent / "datasets" / "images"
+    photographs = [np.asarray(Image.open(images / name)) for name in ("china.jpg", "flower.jpg")]  # [427, 640, 3]
+    draw = np.random.default_rng(0)
+    for shard in range(6):
+        with tarfile.open(folder / f"photo-{shard:06d}.tar", "w") as tar:
+            for number in range(40):
+                label = int(draw.integers(8))
+                photograph, bottom, right = photographs[label // 4], label // 2 % 2, label % 2
+                height, width = draw.integers(44, 96, 2)
+                top = 213 * bottom + int(draw.integers(213 - height))
+                left = 320 * right + int(draw.integers(320 - width))
+                jpeg = io.BytesIO()
+                Image.fromarray(photograph[top : top + height, left : left + width]).save(jpeg, "JPEG", quality=90)
+                for suffix, data in (("jpg", jpeg.getvalue()), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{shard}_{number:02d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return f"{folder}/photo-{{000000..000005}}.tar"
+
+
+@pytest.fixture(scope="session")
+def tiny(photo_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of 20 steps of 32 images on `photo_shards`, in fp32 on one process; give it a run.dir."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(
+        f"""
+objective: {{name: rcmae}}
+model: {{name: vit_tiny_patch16, image_size: 32, patch_size: 8, embed_dim: 64, depth: 3, num_heads: 4,
+        decoder_dim: 32, decoder_depth: 2, decoder_heads: 4}}
+engine: {{name: local, precision: fp32}}
+data: {{shards: "{photo_shards}", workers: 0, canonical_streams: 8}}
+batch: {{images: 32}}
+schedule: {{steps: 20, warmup_steps: 5, lr: 1.0e-3}}
+checkpoint: {{every_steps: 10}}
+log: {{every_steps: 1, tensorboard: false}}
+"""
+    )
+    return path
