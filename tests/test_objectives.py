@@ -1,0 +1,117 @@
+"""Both objectives give the papers' losses and gradients, as sums that can be cut anywhere."""
+
+import copy
+import dataclasses
+
+import pytest
+import reference
+import torch
+from reference import Sizes
+from torch import Tensor
+
+from rcmae.batch import Batch
+from rcmae.objectives import MAE, OBJECTIVES, RCMAE, Objective
+from rcmae.vit import MaskedAutoencoder, patchify
+
+SIZES = Sizes()
+KEPT = 6
+
+
+def networks(dtype: torch.dtype = torch.float64) -> tuple[MaskedAutoencoder, MaskedAutoencoder]:
+    pair = []
+    for seed in (1, 2):
+        model = MaskedAutoencoder(**SIZES.model())
+        model.load_state_dict(reference.weights(SIZES, seed))
+        pair.append(model.to(dtype))
+    return pair[0], pair[1].requires_grad_(False)
+
+
+def batch_of(images: Tensor, noise: Tensor) -> Batch:
+    nothing = torch.empty(0)
+    return Batch(images, noise.argsort(dim=1), KEPT, None, (), nothing, nothing)
+
+
+def total(objective: Objective, sums: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
+    return torch.stack([objective.weights[term] * sums[term] / counts[term] for term in sums]).sum()
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+@pytest.mark.parametrize(
+    "weight", [None, 0.0, 1.0, 2.5], ids=lambda weight: "mae" if weight is None else f"rcmae {weight}"
+)
+def test_losses_and_gradients_are_the_papers(norm_pix: bool, weight: float | None) -> None:
+    student, teacher = networks()
+    images, noise = reference.inputs(SIZES, 4, seed=7)
+    plain = reference.double(reference.weights(SIZES, 1), grad=True)
+    theirs = reference.double(reference.weights(SIZES, 2))
+    want = reference.losses(plain, theirs, SIZES, images.double(), noise, KEPT, norm_pix)
+    grads = reference.gradients(plain, want[0] + (weight or 0.0) * want[1])
+
+    objective: Objective = MAE(norm_pix) if weight is None else RCMAE(norm_pix, weight)
+    batch = batch_of(images.double(), noise)
+    sums, counts = objective(student, teacher, batch, 0.5), objective.counts(batch)
+    assert list(sums) == list(counts) == list(objective.weights)
+    for term, value in zip(sums, want, strict=False):
+        assert counts[term] == 4 * 18
+        assert sums[term].item() / counts[term] == pytest.approx(value.item(), rel=1e-12)
+    total(objective, sums, counts).backward()
+    for name, param in student.named_parameters():
+        torch.testing.assert_close(param.grad, grads[name], atol=1e-13, rtol=1e-9, msg=name)
+    assert all(param.grad is None for param in teacher.parameters())
+
+
+def test_training_path_and_full_prediction_give_the_same_loss_and_gradients() -> None:
+    images, noise = reference.inputs(SIZES, 4, seed=7)
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        student, teacher = networks(dtype)
+        batch, objective = batch_of(images.to(dtype), noise), RCMAE()
+        short = total(objective, objective(student, teacher, batch, 0.0), objective.counts(batch))
+        grads = torch.autograd.grad(short, list(student.parameters()))
+
+        mask = torch.ones(noise.shape, dtype=dtype).scatter(1, batch.ids_shuffle[:, :KEPT], 0.0)  # [B, L], 1 = hidden
+        pred = student(batch.images, batch.ids_shuffle, KEPT, "all")
+        with torch.no_grad():
+            teacher_pred = teacher(batch.images, batch.ids_shuffle, KEPT, "all")
+        target = reference.normalised(patchify(batch.images, SIZES.patch))
+        full = sum(reference.hidden_mean((pred - other).square(), mask) for other in (target, teacher_pred))
+        assert short.item() == pytest.approx(full.item(), rel=tolerance)
+        for ours, theirs in zip(grads, torch.autograd.grad(full, list(student.parameters())), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=tolerance * 10, rtol=1e-4)
+
+
+def test_sums_do_not_depend_on_how_the_batch_is_cut() -> None:
+    student, teacher = networks()
+    images, noise = reference.inputs(SIZES, 6, seed=8)
+    objective = RCMAE()
+    whole = objective(student, teacher, batch_of(images.double(), noise), 0.0)
+    parts = [batch_of(images[cut].double(), noise[cut]) for cut in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    sums = [objective(student, teacher, part, 0.0) for part in parts]
+    for term in whole:
+        assert sum(part[term].item() for part in sums) == pytest.approx(whole[term].item(), rel=1e-13)
+    assert sum(objective.counts(part)["consistency"] for part in parts) == 6 * 18
+
+
+def test_a_teacher_equal_to_the_student_agrees_exactly() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        student, _ = networks(dtype)
+        batch = batch_of(*reference.inputs(SIZES, 2, seed=9))
+        assert RCMAE()(student, copy.deepcopy(student), batch, 0.0)["consistency"].item() == 0.0
+
+
+def test_losses_of_a_bf16_model_are_computed_in_float32() -> None:
+    student, teacher = networks(torch.bfloat16)
+    batch = batch_of(*reference.inputs(SIZES, 4, seed=10))
+    sums = RCMAE()(student, teacher, batch, 0.0)
+    assert {value.dtype for value in sums.values()} == {torch.float32}
+    pred = student(batch.images, batch.ids_shuffle, KEPT).double()
+    hidden = batch.ids_shuffle[:, KEPT:, None]
+    target = reference.normalised(patchify(batch.images.double(), SIZES.patch)).take_along_dim(hidden, dim=1)
+    want = (pred - target).square().mean(dim=2).sum().item()
+    assert sums["reconstruction"].item() == pytest.approx(want, rel=1e-5)
+
+
+def test_objectives_are_made_from_values_and_say_what_they_need() -> None:
+    assert {name: make().needs_teacher for name, make in OBJECTIVES.items()} == {"mae": False, "rcmae": True}
+    assert RCMAE(norm_pix_loss=False, consistency_weight=0.5).weights == {"reconstruction": 1.0, "consistency": 0.5}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MAE().norm_pix_loss = False  # type: ignore[misc]

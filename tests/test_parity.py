@@ -1,0 +1,457 @@
+"""tools/check_parity.py passes on numbers made another way, of sizes it never saw, and fails where one is off.
+
+The folders are written here from `reference` (plain float64 mathematics) in the format of the recorded ones. Where the
+recorded ones are at hand they are checked too.
+"""
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from reference import Sizes
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT.parent / "shared" / "golden"
+FLOAT64 = "|difference| <= 1e-11 + 1e-9 * largest magnitude of that array (and so on)"
+FLOAT32 = "an independent one was off by at most 3e-7; suggested limits 1e-5, 1e-5, 1e-4 and 5e-4. leave a third out"
+TRAINED64 = (
+    "weights after all steps: |difference| <= 1e-10 + 1e-8 * largest magnitude of that array, losses relative 1e-9"
+)
+TRAINED32 = "off by at most 8e-7 without (1.3e-4 with); suggested limits 1e-5 (1e-3) and 1e-5. leave that third out"
+
+
+def load_tool() -> Any:
+    spec = importlib.util.spec_from_file_location("check_parity", ROOT / "tools" / "check_parity.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["check_parity"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+
+# ------------------------------------------------------------------------------------------------------- the generator
+
+
+def write(
+    folder: Path,
+    name: str,
+    *,
+    config: dict[str, Any] | None = None,
+    values: dict[str, Any] | None = None,
+    files: dict[str, tuple[str, dict[str, Tensor]]] | None = None,
+    tolerance: tuple[str, str] = (FLOAT64, FLOAT32),
+) -> Path:
+    """A folder of the recorded format; files: name -> (meaning, arrays)."""
+    folder.mkdir(parents=True)
+    listed = {}
+    for file, (meaning, arrays) in (files or {}).items():
+        save_file({key: array.detach().contiguous() for key, array in arrays.items()}, folder / file)
+        listed[file] = {"meaning": meaning, "sha256": hashlib.sha256((folder / file).read_bytes()).hexdigest()}
+    tree = {
+        "fixture": name,
+        "config": config or {},
+        "tolerance": {"float64": tolerance[0], "float32": tolerance[1]},
+        "files": listed,
+        "values": {key: {"value": value, "meaning": "as named"} for key, value in (values or {}).items()},
+    }
+    (folder / "fixture.json").write_text(json.dumps(tree))
+    return folder
+
+
+def model_config(sizes: Sizes, ratio: float, kept: int) -> dict[str, Any]:
+    return {
+        "img_size": list(sizes.image) if sizes.image[0] != sizes.image[1] else sizes.image[0],
+        "patch_size": sizes.patch, "embed_dim": sizes.width, "depth": sizes.depth, "num_heads": sizes.heads,
+        "decoder_embed_dim": sizes.decoder_width, "decoder_depth": sizes.decoder_depth,
+        "decoder_num_heads": sizes.decoder_heads, "mask_ratio": ratio, "mlp_ratio": 4, "in_chans": sizes.channels,
+        "qkv_bias": True, "layer_norm_eps": 1e-6, "num_patches": sizes.patches, "len_keep": kept,
+    }  # fmt: skip
+
+
+def norms(grads: reference.State) -> dict[str, Any]:
+    each = {name: grad.norm().item() for name, grad in grads.items()}
+    return {"grad_norm_total": sum(value**2 for value in each.values()) ** 0.5, "grad_norm": each}
+
+
+def trainable(state: reference.State) -> reference.State:
+    return {name: array for name, array in state.items() if "pos_embed" not in name}
+
+
+def mae_forward(folder: Path) -> Path:
+    sizes, ratio, kept = Sizes(image=(20, 30), patch=5, depth=1, decoder_depth=3), 0.6, 9
+    config = model_config(sizes, ratio, kept)
+    images, noise = reference.inputs(sizes, 2, seed=20)
+    start = reference.weights(sizes, 21)
+    state = reference.double(start, grad=True)
+    found = reference.forward(state, sizes, images.double(), noise, kept)
+    cases, grads = {}, {}
+    for norm_pix in (False, True):
+        loss, _ = reference.losses(state, None, sizes, images.double(), noise, kept, norm_pix)
+        grads[norm_pix] = reference.gradients(state, loss)
+        cases[f"norm_pix={norm_pix}"] = {"loss": loss.item(), **norms(grads[norm_pix])}
+    config["train"] = {
+        "lr": 0.002, "min_lr": 1e-4, "warmup_epochs": 2, "epochs": 5, "weight_decay": 0.1, "start_epoch": 1,
+        "iters": 2, "accum_iter": 1, "norm_pix_loss": False,
+    }  # fmt: skip
+    batches = [reference.inputs(sizes, 2, seed=30 + step) for step in range(4)]
+    optimizer, rows = reference.AdamW(0.1), []
+    for step, (step_images, step_noise) in enumerate(batches):
+        lr = reference.lr_at(1 + step / 2, warmup=2, epochs=5, lr=0.002, min_lr=1e-4)
+        loss, _ = reference.losses(state, None, sizes, step_images.double(), step_noise, kept, False)
+        optimizer.step(state, reference.gradients(state, loss), lr)
+        rows.append({"train_loss": loss.item(), "lr": lr, "epoch_1000x": 0})
+    pixels = torch.stack([patch for patch in found["pred"].detach().unflatten(2, (5, 5, 3))])
+    picture = torch.zeros(2, 3, 20, 30, dtype=torch.float64)
+    for index in range(sizes.patches):
+        top, left = index // 6 * 5, index % 6 * 5
+        picture[:, :, top : top + 5, left : left + 5] = pixels[:, index].permute(0, 3, 1, 2)
+    expected = {key: found[key] for key in ("latent", "pred", "ids_restore")}
+    expected |= {"mask": found["mask"].float(), "unpatchified_pred": picture}
+    inputs = {"images": images, "noise": noise}
+    inputs |= {
+        "train_images": torch.stack([b[0] for b in batches]),
+        "train_noise": torch.stack([b[1] for b in batches]),
+    }
+    files = {
+        "model.safetensors": ("state_dict", start),
+        "inputs.safetensors": ("inputs", inputs),
+        "expected.safetensors": ("expected", expected),
+        "grads.safetensors": ("gradient of the loss, norm_pix_loss=False", grads[False]),
+        "after_4_steps.safetensors": ("weights after 4 steps", trainable(state)),
+    }
+    return write(folder, "mae-forward", config=config, values={"losses": cases, "train_rows": rows}, files=files)
+
+
+def rcmae_forward(folder: Path) -> Path:
+    sizes, ratio, kept = Sizes(image=(16, 16), patch=4, decoder_depth=1), 0.5, 8
+    images, noise = reference.inputs(sizes, 3, seed=40)
+    starts = reference.weights(sizes, 41), reference.weights(sizes, 42)
+    state, teacher = reference.double(starts[0], grad=True), reference.double(starts[1])
+    found = reference.forward(state, sizes, images.double(), noise, kept)
+    target = reference.patchify(images.double(), sizes.patch)
+    expected = {key: found[key] for key in ("latent", "ids_shuffle", "ids_restore")}
+    expected |= {"mask": found["mask"].float(), "student_pred": found["pred"], "target": target}
+    expected["teacher_pred"] = reference.forward(teacher, sizes, images.double(), noise, kept)["pred"]
+    expected["target_norm_pix"] = reference.normalised(target)
+    cases, grads = {}, {}
+    for norm_pix, gamma in ((True, 0.0), (True, 0.3), (False, 0.3), (False, 4.0)):
+        parts = reference.losses(state, teacher, sizes, images.double(), noise, kept, norm_pix)
+        grads[norm_pix, gamma] = reference.gradients(state, parts[0] + gamma * parts[1])
+        cases[f"norm_pix={norm_pix},gamma={gamma}"] = {
+            "norm_pix_loss": norm_pix, "gamma": gamma, "mae_loss": parts[0].item(), "consistency_loss": parts[1].item(),
+            "total_loss": (parts[0] + gamma * parts[1]).item(), **norms(grads[norm_pix, gamma]),
+        }  # fmt: skip
+    few = {name: grads[False, 0.3][name] for name in ("cls_token", "norm.weight", "blocks.1.attn.qkv.bias")}
+    files = {
+        "student.safetensors": ("student", starts[0]),
+        "teacher.safetensors": ("teacher", starts[1]),
+        "inputs.safetensors": ("inputs", {"images": images, "noise": noise}),
+        "expected.safetensors": ("expected", expected),
+        "grads.safetensors": ("d total_loss for norm_pix_loss=True, gamma=0.3; every parameter", grads[True, 0.3]),
+        "grads_no_norm_pix.safetensors": ("the same for norm_pix_loss=False, gamma=0.3: a few", few),
+    }
+    return write(folder, "rcmae-forward", config=model_config(sizes, ratio, kept), values={"cases": cases}, files=files)
+
+
+def training(
+    sizes: Sizes,
+    config: dict[str, Any],
+    batches: list[tuple[Tensor, Tensor]],
+    start: reference.State,
+    momenta: list[float],
+) -> tuple[reference.State, reference.State, reference.AdamW, list[dict[str, float]]]:
+    """Student, teacher and optimizer after all micro-steps, and a row for each optimizer step."""
+    state, teacher = reference.double(start, grad=True), reference.double(start)
+    optimizer, rows = reference.AdamW(config["weight_decay"]), []
+    accumulation, per_epoch = config["accum_iter"], config["iters"]
+    held: dict[str, Tensor] = {}
+    lr = 0.0
+    for micro, (images, noise) in enumerate(batches):
+        if micro % accumulation == 0:
+            schedule = {key: config[key] for key in ("epochs", "lr", "min_lr")}
+            lr = reference.lr_at(micro / per_epoch, warmup=config["warmup_epochs"], **schedule)
+        parts = reference.losses(
+            state, teacher, sizes, images.double(), noise, config["len_keep"], config["norm_pix_loss"]
+        )
+        loss = parts[0] + config["gamma"] * parts[1]
+        row = {"train_loss": loss.item(), "s_loss": parts[0].item(), "rec_cons_loss": parts[1].item(), "lr": lr}
+        grads = reference.gradients(state, loss / accumulation)
+        held = {name: held[name] + grad if held else grad for name, grad in grads.items()}
+        if last := (micro + 1) % accumulation == 0:
+            optimizer.step(state, held, lr)
+            held = {}
+        reference.move(teacher, state, momenta[micro])
+        if last:
+            for name, arrays in (("student_l2", state), ("teacher_l2", teacher)):
+                row[name] = torch.stack([array.detach().norm() for array in arrays.values()]).norm().item()
+            rows.append(row | {"momentum": momenta[micro]})
+    return state, teacher, optimizer, rows
+
+
+def train_config(sizes: Sizes, **changed: Any) -> dict[str, Any]:
+    return model_config(sizes, 0.75, sizes.patches // 4) | {
+        "gamma": 0.7, "norm_pix_loss": True, "epochs": 5, "warmup_epochs": 1, "lr": 0.003, "min_lr": 1e-5,
+        "weight_decay": 0.05, "momentum_teacher": 0.8, "betas": [0.9, 0.95], "adam_eps": 1e-8,
+    } | changed  # fmt: skip
+
+
+def rcmae_train(folder: Path) -> Path:
+    sizes = Sizes(image=(16, 16), decoder_depth=1)
+    config = train_config(sizes, iters=2, accum_iter=1)
+    batches = [reference.inputs(sizes, 2, seed=50 + step) for step in range(6)]
+    start = reference.weights(sizes, 51)
+    schedule = [reference.momentum_at(place, 10, 0.8) for place in range(10)]
+    inputs = {"images": torch.stack([b[0] for b in batches]), "noise": torch.stack([b[1] for b in batches])}
+    files = {"init.safetensors": ("initial", start), "inputs.safetensors": ("one batch a step", inputs)}
+    values: dict[str, Any] = {"momentum_schedule": schedule}
+    for case, momenta in (("official", [schedule[step % 2] for step in range(6)]), ("global_step", schedule[:6])):
+        state, teacher, optimizer, values[f"{case}_steps"] = training(sizes, config, batches, start, momenta)
+        files[f"{case}_student.safetensors"] = (f"student, case {case}", trainable(state))
+        files[f"{case}_teacher.safetensors"] = (f"teacher, case {case}", trainable(teacher))
+        if case == "official":
+            moments = {f"mask_token.{key}": kind["mask_token"] for key, kind in moments_of(optimizer).items()}
+            files["official_adamw_state.safetensors"] = ("moments", moments)
+    names = {True: [], False: []}
+    for name, array in trainable(start).items():
+        names[reference.decays(name, array)].append(name)
+    values |= {"decay": names[True], "no_decay": names[False]}
+    return write(folder, "rcmae-train", config=config, values=values, files=files, tolerance=(TRAINED64, TRAINED32))
+
+
+def moments_of(optimizer: reference.AdamW) -> dict[str, reference.State]:
+    return {"exp_avg": optimizer.first, "exp_avg_sq": optimizer.second}
+
+
+def rcmae_train_accum(folder: Path) -> Path:
+    sizes = Sizes(image=(16, 16), decoder_depth=1)
+    config = train_config(sizes, iters=6, accum_iter=3, epochs=3)
+    batches = [reference.inputs(sizes, 1, seed=60 + step) for step in range(12)]
+    start = reference.weights(sizes, 61)
+    published = [reference.momentum_at(micro % 6, 18, 0.8) for micro in range(12)]
+    meant = [reference.momentum_at(micro // 3, 6, 0.8) if micro % 3 == 2 else 1.0 for micro in range(12)]
+    inputs = {"images": torch.stack([b[0] for b in batches]), "noise": torch.stack([b[1] for b in batches])}
+    files = {"init.safetensors": ("initial", start), "inputs.safetensors": ("one micro-batch a row", inputs)}
+    values: dict[str, Any] = {"official_momentum": published, "ema_on_update_momentum": meant}
+    for case, momenta in (("official", published), ("ema_on_update", meant)):
+        state, teacher, _, rows = training(sizes, config, batches, start, momenta)
+        values[f"{case}_rows"] = [{key: value for key, value in row.items() if key != "momentum"} for row in rows]
+        prefix = "" if case == "official" else "ema_on_update_"
+        files[f"{prefix}student.safetensors"] = (f"student, case {case}", trainable(state))
+        files[f"{case}_teacher.safetensors"] = (f"teacher, case {case}", trainable(teacher))
+    return write(
+        folder, "rcmae-train-accum", config=config, values=values, files=files, tolerance=(TRAINED64, TRAINED32)
+    )
+
+
+def lr_schedule(folder: Path) -> Path:
+    case: dict[str, Any] = {"lr": 0.01, "min_lr": 1e-4, "warmup_epochs": 3, "epochs": 11, "iters": 7, "rows": []}
+    for epoch, step in ((0, 0), (0, 6), (2, 6), (3, 0), (10, 6)):
+        lr = reference.lr_at(epoch + step / 7, warmup=3, epochs=11, lr=0.01, min_lr=1e-4)
+        case["rows"].append([epoch, step, epoch + step / 7, lr, lr / 2])
+    kept = [[100, 0.9, 9], [36, 0.6, 14], [196, 0.75, 49]]
+    values = {"schedules": [case], "len_keep": kept}
+    return write(folder, "lr-schedule", values=values, tolerance=("relative 1e-12", ""))
+
+
+def momentum_schedule(folder: Path) -> Path:
+    schedule = [reference.momentum_at(place, 21, 0.97) for place in range(21)]
+    rows = [[place // 3, place % 3, schedule[place % 3], schedule[place]] for place in range(0, 21, 2)]
+    case = {
+        "momentum_teacher": 0.97, "epochs": 7, "iters_per_epoch": 3, "accum_iter": 1, "schedule": None,
+        "head": schedule[:4], "tail": schedule[-2:], "length": 21, "rows": rows,
+    }  # fmt: skip
+    values = {"cases": [case, case | {"schedule": schedule}]}
+    return write(folder, "momentum-schedule", values=values, tolerance=("relative 1e-14", ""))
+
+
+def pos_embed(folder: Path) -> Path:
+    tables = {}
+    for width, grid in ((16, 3), (40, 6)):
+        table = reference.positions_exact(width, (grid, grid))
+        tables |= {f"mae.dim{width}.grid{grid}.cls1": table, f"mae.dim{width}.grid{grid}.cls0": table[1:].clone()}
+    files = {"expected.safetensors": ("[rows, dim]", tables)}
+    return write(folder, "pos-embed", files=files, tolerance=("1e-12 absolute", "stored rounded: 1e-7 absolute"))
+
+
+def arch_names(folder: Path) -> Path:
+    sizes = Sizes((64, 64), 16, 3, 192, 12, 3, 128, 2, 4)
+    shapes: dict[str, Any] = dict(reference.shapes(sizes)) | {
+        "pos_embed": (1, 17, 192),
+        "decoder_pos_embed": (1, 17, 128),
+    }
+    counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    trained = {name: shape for name, shape in shapes.items() if "pos_embed" not in name}
+    decays = {name: len(shape) > 1 for name, shape in trained.items()}
+    architecture = {
+        "state_dict": [[name, list(shape)] for name, shape in shapes.items()],
+        "trainable": sum(counts[name] for name in trained),
+        "all_parameters": sum(counts.values()),
+        "optimizer_order": [[name for name, decay in decays.items() if decay == wanted] for wanted in (False, True)],
+    }
+    values = {"architectures": {"rc_vit_tiny_patch16": architecture, "mae_vit_tiny_patch16_dec128d2b": architecture}}
+    return write(folder, "arch-names", config={"img_size": 64}, values=values, tolerance=("exact", "exact"))
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "mae-forward": mae_forward,
+    "rcmae-forward": rcmae_forward,
+    "rcmae-train": rcmae_train,
+    "rcmae-train-accum": rcmae_train_accum,
+    "lr-schedule": lr_schedule,
+    "momentum-schedule": momentum_schedule,
+    "pos-embed": pos_embed,
+    "arch-names": arch_names,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_numbers_made_another_way_pass(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = MAKERS[name](tmp_path / name)
+    status = tool.main([str(folder)])
+    assert status == 0, capsys.readouterr().out
+
+
+def recorded() -> list[Path]:
+    return [path for path in sorted(GOLDEN.glob("*")) if path.name in tool.CHECKS]
+
+
+def test_recorded_numbers_pass_where_they_are_at_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in recorded():
+        assert tool.main([str(folder)]) == 0, capsys.readouterr().out
+
+
+def test_every_check_is_tried_here() -> None:
+    assert list(MAKERS) == list(tool.CHECKS)
+
+
+def perturb(folder: Path, file: str, key: str) -> None:
+    """Move one number of an array by a thousandth of the largest, and say that the file is meant so."""
+    arrays = load_file(folder / file)
+    flat = arrays[key].view(-1)
+    flat[flat.numel() // 2] += 1 if flat.dtype == torch.int64 else 1e-3 * flat.abs().max() + 1e-6
+    save_file(arrays, folder / file)
+    edit(
+        folder, lambda tree: tree["files"][file].update(sha256=hashlib.sha256((folder / file).read_bytes()).hexdigest())
+    )
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    tree = json.loads((folder / "fixture.json").read_text())
+    change(tree)
+    (folder / "fixture.json").write_text(json.dumps(tree))
+
+
+PERTURBED = [
+    ("mae-forward", "expected.safetensors", "latent"),
+    ("mae-forward", "expected.safetensors", "ids_restore"),
+    ("mae-forward", "expected.safetensors", "unpatchified_pred"),
+    ("mae-forward", "grads.safetensors", "decoder_blocks.1.attn.qkv.weight"),
+    ("mae-forward", "after_4_steps.safetensors", "cls_token"),
+    ("rcmae-forward", "expected.safetensors", "teacher_pred"),
+    ("rcmae-forward", "expected.safetensors", "target_norm_pix"),
+    ("rcmae-forward", "grads.safetensors", "mask_token"),
+    ("rcmae-forward", "grads_no_norm_pix.safetensors", "norm.weight"),
+    ("rcmae-forward", "student.safetensors", "pos_embed"),
+    ("rcmae-train", "official_teacher.safetensors", "decoder_pred.bias"),
+    ("rcmae-train", "global_step_student.safetensors", "blocks.0.attn.proj.bias"),
+    ("rcmae-train", "official_adamw_state.safetensors", "mask_token.exp_avg"),
+    ("rcmae-train-accum", "ema_on_update_teacher.safetensors", "blocks.1.mlp.fc1.weight"),
+    ("pos-embed", "expected.safetensors", "mae.dim40.grid6.cls0"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "key"), PERTURBED)
+def test_one_number_off_in_an_array_fails_and_is_named(
+    name: str, file: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = MAKERS[name](tmp_path / name)
+    perturb(folder, file, key)
+    assert tool.main([str(folder)]) == 1
+    assert key in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mae-forward", lambda v: v["losses"]["value"]["norm_pix=True"].update(loss=1.0)),
+        ("rcmae-forward", lambda v: v["cases"]["value"]["norm_pix=False,gamma=4.0"]["grad_norm"].update(cls_token=0.1)),
+        ("rcmae-train", lambda v: v["official_steps"]["value"][4].update(lr=0.001)),
+        ("rcmae-train", lambda v: v["decay"]["value"].remove("cls_token")),
+        ("rcmae-train-accum", lambda v: v["ema_on_update_momentum"]["value"].__setitem__(5, 0.9)),
+        ("lr-schedule", lambda v: v["schedules"]["value"][0]["rows"][2].__setitem__(3, 0.01)),
+        ("lr-schedule", lambda v: v["len_keep"]["value"][0].__setitem__(2, 10)),
+        ("momentum-schedule", lambda v: v["cases"]["value"][0]["rows"][3].__setitem__(2, 0.98)),
+        ("arch-names", lambda v: v["architectures"]["value"]["rc_vit_tiny_patch16"].update(trainable=1)),
+        ("arch-names", lambda v: v["architectures"]["value"]["rc_vit_tiny_patch16"]["optimizer_order"][1].reverse()),
+        ("pos-embed", lambda v: v.update(unheard_of={"value": 1})),
+    ],
+)
+def test_one_value_off_or_unknown_fails(name: str, change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    folder = MAKERS[name](tmp_path / name)
+    edit(folder, lambda tree: change(tree["values"]))
+    assert tool.main([str(folder)]) == 1
+
+
+def test_a_number_that_is_not_one_fails(tmp_path: Path) -> None:
+    folder = rcmae_forward(tmp_path / "nan")
+    edit(folder, lambda tree: tree["values"]["cases"]["value"]["norm_pix=True,gamma=0.3"].update(mae_loss=float("nan")))
+    assert tool.main([str(folder)]) == 1
+
+
+def test_folders_without_a_check_or_of_another_file_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([str(write(tmp_path / "else", "something-else"))]) == 1
+    assert "there is no check for 'something-else'" in capsys.readouterr().out
+    folder = pos_embed(tmp_path / "tables")
+    arrays = load_file(folder / "expected.safetensors")
+    save_file(
+        dict(reversed(arrays.items())) | {"mae.dim16.grid3.cls0": arrays["mae.dim16.grid3.cls0"] + 0}, folder / "x"
+    )
+    edit(folder, lambda tree: tree["files"]["expected.safetensors"].update(sha256="0" * 64))
+    assert tool.main([str(folder)]) == 1
+    assert "not the file that fixture.json describes" in capsys.readouterr().out
+
+
+def test_unusable_folders_are_named_and_the_others_still_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = lr_schedule(tmp_path / "good")
+    incomplete = mae_forward(tmp_path / "incomplete")
+    (incomplete / "grads.safetensors").unlink()
+    vague = write(tmp_path / "vague", "mae-forward", tolerance=("close enough", "close enough"))
+    assert tool.main([str(good), str(tmp_path / "nowhere"), str(incomplete), str(vague), "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert [folder["status"] for folder in document["folders"]] == ["passed", "unusable", "unusable", "unusable"]
+    assert not document["passed"]
+    problems = [" ".join(folder["problems"]) for folder in document["folders"]]
+    assert "no readable fixture.json" in problems[1]
+    assert "grads.safetensors" in problems[2]
+    assert "states no limits for float64" in problems[3]
+
+
+def test_the_command_gives_one_json_document_and_its_status(tmp_path: Path) -> None:
+    folder = lr_schedule(tmp_path / "lr")
+    command = [sys.executable, str(ROOT / "tools" / "check_parity.py"), str(folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["passed"]
+    (checked,) = document["folders"]
+    assert {row["what"]: row["compared"] for row in checked["rows"]} == {"learning rates": 10, "patches kept": 3}
+    assert all(row["passed"] and row["of_limit"] <= 1 for row in checked["rows"])

@@ -1,0 +1,65 @@
+"""Learning rate and momentum, number by number. The recorded ones come from the released code."""
+
+import pytest
+import reference
+
+from rcmae.schedules import teacher_momentum, warmup_half_cosine
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        # (lr, min_lr, warm-up epochs, epochs, steps per epoch), (epoch, step, lr)
+        ((0.0024, 0.0, 40, 800, 5), [(0, 0, 0.0), (0, 1, 1.1999999999999999e-05), (1, 0, 5.9999999999999995e-05)]),
+        ((0.001, 1e-06, 5, 100, 3), [(0, 1, 6.666666666666667e-05), (4, 2, 0.0009333333333333334)]),
+        (
+            (0.1, 0.0, 0, 90, 4),
+            [(0, 0, 0.1), (0, 3, 0.09998286624877786), (45, 2, 0.049127379678135824), (89, 3, 1.903846791434516e-06)],
+        ),
+    ],
+)
+def test_learning_rate_is_the_recorded_one(settings: tuple, rows: list[tuple]) -> None:
+    lr, min_lr, warmup, epochs, per_epoch = settings
+    for epoch, step, want in rows:
+        got = warmup_half_cosine(
+            epoch * per_epoch + step,
+            warmup_steps=warmup * per_epoch,
+            total_steps=epochs * per_epoch,
+            lr=lr,
+            min_lr=min_lr,
+        )
+        assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_learning_rate_by_steps_is_that_by_epochs() -> None:
+    for step in range(90):
+        got = warmup_half_cosine(step, warmup_steps=12.5, total_steps=90, lr=0.3, min_lr=0.01)
+        want = reference.lr_at(step / 5, warmup=2.5, epochs=18, lr=0.3, min_lr=0.01)
+        assert got == pytest.approx(want, rel=1e-12)
+    assert warmup_half_cosine(90, warmup_steps=12.5, total_steps=90, lr=0.3, min_lr=0.01) == pytest.approx(0.01)
+
+
+# momentum 0.9, 4 epochs of 3 updates; then how the released code indexes it
+RECORDED = [0.9, 0.9017037086855466, 0.906698729810778, 0.9146446609406726, 0.925, 0.9370590477448739]
+
+
+def momentum(update: int, kind: str, end: float = 1.0) -> float:
+    return teacher_momentum(update, kind=kind, base=0.9, end=end, total_updates=12, updates_per_epoch=3)
+
+
+def test_cosine_momentum_runs_over_the_whole_training() -> None:
+    assert [momentum(update, "cosine") for update in range(6)] == pytest.approx(RECORDED, rel=1e-14)
+    assert [momentum(k, "cosine") for k in range(12)] == pytest.approx(
+        [reference.momentum_at(k, 12, 0.9) for k in range(12)], rel=1e-14
+    )
+    assert momentum(12, "cosine", end=0.99) == pytest.approx(0.99, rel=1e-14)
+
+
+def test_published_momentum_starts_again_each_epoch() -> None:
+    assert [momentum(update, "published") for update in range(7)] == pytest.approx(
+        [*RECORDED[:3], *RECORDED[:3], 0.9], rel=1e-14
+    )
+
+
+def test_constant_momentum_is_constant() -> None:
+    assert {momentum(update, "constant") for update in range(12)} == {0.9}

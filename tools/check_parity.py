@@ -1,0 +1,785 @@
+#!/usr/bin/env python3
+"""Check this package against folders of recorded numbers: the same weights, images and masks in, the same numbers out.
+
+    python tools/check_parity.py FOLDER [FOLDER ...] [--json]
+
+A folder holds `fixture.json` (sizes, formulas, limits, a checksum for each file) and `*.safetensors`. Every size and
+limit is read from it, everything is computed by the package's own code in float64 and in float32, and every array and
+value of the folder must be compared, or be named here as left out with the reason.
+
+Exit status: 0 all within limits; 1 something is not, or a folder or a part of one has no check; 2 unusable input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rcmae import kernels
+from rcmae.batch import Batch
+from rcmae.masking import visible_count
+from rcmae.objectives import MAE, RCMAE, Objective
+from rcmae.objectives.mae import pixel_targets
+from rcmae.optim import param_groups
+from rcmae.schedules import teacher_momentum, warmup_half_cosine
+from rcmae.teacher import Teacher
+from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, patchify, sincos_positions, unpatchify
+
+Kind = Literal["cosine", "constant", "published"]
+
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
+
+
+class Unusable(ValueError):
+    """The folder cannot be read as one of recorded numbers."""
+
+
+class Limit(NamedTuple):
+    """|difference| <= absolute + relative * largest magnitude recorded in that array."""
+
+    absolute: float
+    relative: float
+
+
+EXACT = Limit(0.0, 0.0)
+
+
+@dataclass
+class Limits:
+    """What a folder states for one precision."""
+
+    loss: Limit
+    activation: Limit
+    gradient: Limit
+    weight: Limit
+
+
+@dataclass
+class Row:
+    """Comparisons of one kind in one precision."""
+
+    precision: str
+    what: str
+    compared: int = 0
+    worst: float = 0.0  # largest |difference|
+    of_limit: float = 0.0  # largest share of a limit; above 1 fails
+    failures: list[str] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+class Fixture:
+    """One folder: what it states, what was read of it, and how the comparisons went."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._tree = json.loads((path / "fixture.json").read_text())
+            self.name: str = self._tree["fixture"]
+            self.config: dict[str, Any] = self._tree["config"]
+            self._values: dict[str, Any] = self._tree["values"]
+            self._files: dict[str, Any] = self._tree["files"]
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise Unusable(f"no readable fixture.json: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise Unusable(f"fixture.json is not of this format: it lacks {error}") from error
+        self.rows: dict[tuple[str, str], Row] = {}
+        self.left_out: dict[str, str] = {}
+        self._read: set[str] = set()
+        self._arrays: dict[str, dict[str, Tensor]] = {}
+        self._load()
+
+    def _load(self) -> None:
+        for name, stated in self._files.items():
+            path = self.path / name
+            try:
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                self._arrays[name] = load_file(path)
+            except (OSError, SafetensorError) as error:
+                raise Unusable(f"{name}: {error}") from error
+            self.true("sha256 of files", name, digest == stated["sha256"], "not the file that fixture.json describes")
+
+    def value(self, name: str) -> Any:
+        """A recorded value; it counts as checked."""
+        self._read.add(name)
+        return self._values[name]["value"]
+
+    def has(self, name: str) -> bool:
+        """Whether a value was recorded."""
+        return name in self._values
+
+    def arrays(self, name: str) -> dict[str, Tensor]:
+        """All arrays of a file; they count as checked."""
+        self._read.update(f"{name}/{key}" for key in self._arrays[name])
+        return self._arrays[name]
+
+    def files(self, pattern: str) -> list[str]:
+        """Names of the files that match a regular expression."""
+        return [name for name in self._files if re.fullmatch(pattern, name)]
+
+    def meaning(self, file: str) -> str:
+        """What the folder says of a file."""
+        return str(self._files[file].get("meaning", ""))
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Say that a value or an array has no counterpart here."""
+        self._read.add(name)
+        self.left_out[name] = reason
+
+    def unread(self) -> list[str]:
+        """Values and arrays that no check has looked at."""
+        everything = [*self._values, *(f"{file}/{key}" for file, arrays in self._arrays.items() for key in arrays)]
+        return [name for name in everything if name not in self._read]
+
+    def tolerance(self, precision: str) -> str:
+        """The limits of a precision, in the folder's words."""
+        return str(self._tree["tolerance"][precision])
+
+    def limits(self, precision: str) -> Limits:
+        """The limits of a precision, as numbers.
+
+        Raises:
+            Unusable: they are not worded as in any known folder.
+        """
+        text = self.tolerance(precision)
+        if precision == "float64":
+            stated = re.search(r"\|difference\| <= (\S+) \+ (\S+) \* largest magnitude", text)
+            losses = re.search(r"losses relative (\d\S*?\d)\b", text)
+            if stated:
+                limit = Limit(float(stated[1]), float(stated[2]))
+                return Limits(_of_losses(float(losses[1])) if losses else limit, limit, limit, limit)
+        elif stated := re.search(r"suggested limits ([^.]*?)(\.( |$)|;|$)", text):
+            numbers = [float(number) for number in re.findall(r"\d[\d.]*e-?\d+|\d+\.\d+", stated[1])]
+            if len(numbers) == 4:  # losses, activations and gradients relative, weights absolute
+                loss, activation, gradient, weight = numbers
+                return Limits(_of_losses(loss), Limit(0.0, activation), Limit(0.0, gradient), Limit(weight, 0.0))
+            if len(numbers) == 3:  # weights without and with the key third of qkv.bias, losses
+                weight, _, loss = numbers
+                limit = Limit(weight, 0.0)
+                return Limits(_of_losses(loss), limit, limit, limit)
+        raise Unusable(f"states no limits for {precision} that can be read: {text!r}")
+
+    # comparisons
+
+    def row(self, what: str, precision: str) -> Row:
+        """Where comparisons of a kind are counted."""
+        return self.rows.setdefault((what, precision), Row(precision, what))
+
+    def true(self, what: str, name: str, holds: bool, otherwise: str, precision: str = "") -> None:
+        """Count an exact comparison."""
+        row = self.row(what, precision)
+        row.compared += 1
+        if not holds:
+            row.failures.append(f"{name}: {otherwise}")
+
+    def close(self, what: str, name: str, got: Any, want: Any, limit: Limit, precision: str = "") -> None:
+        """Count a comparison of two arrays or numbers within a limit."""
+        row = self.row(what, precision)
+        row.compared += 1
+        got, want = (torch.as_tensor(values, dtype=torch.float64).detach() for values in (got, want))
+        if got.shape != want.shape:
+            row.failures.append(f"{name}: shape {list(got.shape)}, recorded {list(want.shape)}")
+            return
+        if not want.numel():
+            return
+        difference = (got - want).abs().max().item()
+        allowed = limit.absolute + limit.relative * want.abs().max().item()
+        within = difference <= allowed  # false for what is not a number
+        if not within:
+            row.failures.append(f"{name}: off by {difference:.3g}, limit {allowed:.3g}")
+        if not math.isfinite(difference):
+            difference = math.inf
+        share = difference / allowed if allowed else 0.0 if within else math.inf
+        row.worst, row.of_limit = max(row.worst, difference), max(row.of_limit, share)
+
+    def same(self, what: str, name: str, got: Any, want: Any) -> None:
+        """Count a comparison of numbers that do not depend on the precision."""
+        relative = re.search(r"relative (\d\S*\d)", self.tolerance("float64"))
+        if relative is None:
+            raise Unusable(f"states no relative limit: {self.tolerance('float64')!r}")
+        self.close(what, name, got, want, Limit(0.0, float(relative[1])), "float64")
+
+    def all_close(
+        self, what: str, got: Mapping[Any, Tensor], want: Mapping[Any, Tensor], limit: Limit, precision: str
+    ) -> None:
+        """`close` for each name recorded."""
+        for name, array in want.items():
+            if name in got:
+                self.close(what, name, got[name], array, limit, precision)
+            else:
+                self.true(what, name, False, "this package has nothing of that name", precision)
+
+
+def _of_losses(relative: float) -> Limit:
+    return Limit(relative**2, relative)  # a loss of 0 is a sum of squared roundings
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def build(fixture: Fixture, weights: str, dtype: torch.dtype) -> MaskedAutoencoder:
+    """The package's model of the folder's sizes, with a file of published weights, loaded strictly."""
+    config = fixture.config
+    for key, ours in (("layer_norm_eps", kernels.LAYER_NORM_EPS), ("qkv_bias", True), ("adam_eps", kernels.ADAM_EPS)):
+        if config.get(key, ours) != ours:
+            raise Unusable(f"config.{key}={config[key]}: this package has {ours}")
+    side = config["img_size"]
+    model = MaskedAutoencoder(
+        image_size=(side, side) if isinstance(side, int) else tuple(side),
+        patch_size=config["patch_size"],
+        in_channels=config.get("in_chans", 3),
+        embed_dim=config["embed_dim"],
+        depth=config["depth"],
+        num_heads=config["num_heads"],
+        decoder_dim=config["decoder_embed_dim"],
+        decoder_depth=config["decoder_depth"],
+        decoder_heads=config["decoder_num_heads"],
+        mlp_ratio=config.get("mlp_ratio", 4),
+    )
+    state = fixture.arrays(weights)
+    tables = {name: state[name] for name in ("pos_embed", "decoder_pos_embed") if name in state}  # float32 as published
+    fixture.all_close("position tables", dict(model.named_buffers()), tables, Limit(1e-7, 0.0), "float32")
+    problem = ""
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        problem = str(error)
+    fixture.true("weights load strictly", weights, not problem, problem)
+    return model.to(dtype)
+
+
+def masked(fixture: Fixture, images: Tensor, noise: Tensor, dtype: torch.dtype) -> Batch:
+    """The recorded images under the mask that the recorded noise makes: the smallest are seen."""
+    nothing = torch.empty(0)
+    return Batch(
+        images=images.to(dtype),
+        ids_shuffle=noise.argsort(dim=1, stable=True),
+        num_visible=visible_count(noise.shape[1], fixture.config["mask_ratio"]),
+        labels=None,
+        keys=(),
+        positions=nothing,
+        crops=nothing,
+    )
+
+
+def losses(
+    objective: Objective, student: nn.Module, teacher: nn.Module | None, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total loss and each term, normalised as the training loop does."""
+    sums, counts = objective(student, teacher, batch, 0.0), objective.counts(batch)
+    terms = {term: total / counts[term] for term, total in sums.items()}
+    return torch.stack([objective.weights[term] * value for term, value in terms.items()]).sum(), terms
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """d loss / d parameter by name; the model's own gradients are left empty."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    grads = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return grads
+
+
+def check_mask(fixture: Fixture, batch: Batch, expected: dict[str, Tensor]) -> None:
+    """Polarity and order of what the noise hides."""
+    ids, hidden = batch.ids_shuffle, torch.ones(batch.ids_shuffle.shape)  # hidden: [B, L], 1 = not seen
+    found = {
+        "ids_shuffle": ids,
+        "ids_restore": ids.argsort(dim=1),
+        "mask": hidden.scatter(1, ids[:, : batch.num_visible], 0.0),
+    }
+    for name in found.keys() & expected.keys():
+        fixture.close("masks", name, found[name], expected.pop(name), EXACT)
+    if "len_keep" in fixture.config:
+        fixture.close("masks", "len_keep", batch.num_visible, fixture.config["len_keep"], EXACT)
+
+
+def check_grads(fixture: Fixture, case: str, grads: dict[str, Tensor], stated: dict[str, Any], precision: str) -> None:
+    """Norms of the whole gradient and of each parameter's."""
+    limit = fixture.limits(precision).gradient
+    norms = {name: grad.double().norm() for name, grad in grads.items()}
+    total = torch.stack(list(norms.values())).norm()
+    fixture.close("gradient norms", f"{case} total", total, stated["grad_norm_total"], limit, precision)
+    wanted = {name: torch.tensor(norm, dtype=torch.float64) for name, norm in stated["grad_norm"].items()}
+    fixture.all_close("gradient norms", norms, wanted, limit, precision)
+
+
+def without_key_bias(name: str, array: Tensor) -> Tensor:
+    """The array without the key third of a qkv.bias: its true gradient is 0, and Adam blows up what rounding leaves."""
+    return torch.cat([array.chunk(3)[0], array.chunk(3)[2]]) if ".attn.qkv.bias" in name else array
+
+
+def check_trained(fixture: Fixture, file: str, arrays: dict[str, Tensor], precision: str) -> None:
+    """Weights (or moments) after optimizer steps."""
+    want = fixture.arrays(file)
+    if precision == "float32":
+        arrays = {name: without_key_bias(name, arrays[name]) for name in want.keys() & arrays.keys()}
+        want = {name: without_key_bias(name, array) for name, array in want.items()}
+    fixture.all_close(file.removesuffix(".safetensors"), arrays, want, fixture.limits(precision).weight, precision)
+
+
+def optimizer_for(model: nn.Module, weight_decay: float, betas: Sequence[float] = (0.9, 0.95)) -> torch.optim.Optimizer:
+    """The package's optimizer over its parameter groups."""
+    return kernels.adamw(param_groups(model, weight_decay), betas=(betas[0], betas[1]))
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One step at a rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def mae_forward(fixture: Fixture) -> None:
+    """Encoder, decoder, losses, gradients, then some training steps."""
+    for precision, dtype in PRECISIONS.items():
+        limits = fixture.limits(precision)
+        model = build(fixture, "model.safetensors", dtype)
+        inputs, expected = fixture.arrays("inputs.safetensors"), dict(fixture.arrays("expected.safetensors"))
+        batch = masked(fixture, inputs["images"], inputs["noise"], dtype)
+        check_mask(fixture, batch, expected)
+        pred = model(batch.images, batch.ids_shuffle, batch.num_visible, "all")
+        outputs = {
+            "latent": model.encode(batch.images, batch.ids_shuffle[:, : batch.num_visible]),
+            "pred": pred,
+            "unpatchified_pred": unpatchify(pred, model.patch_size, model.image_size, model.in_channels),
+        }
+        fixture.all_close("predictions", outputs, expected, limits.activation, precision)
+        for case, stated in fixture.value("losses").items():
+            norm_pix = case_of(case)["norm_pix"]
+            loss, _ = losses(MAE(norm_pix_loss=norm_pix), model, None, batch)
+            fixture.close("losses", case, loss, stated["loss"], limits.loss, precision)
+            grads = gradients(model, loss)
+            check_grads(fixture, case, grads, stated, precision)
+            for file in fixture.files("grads.*"):
+                if case_of(fixture.meaning(file))["norm_pix"] == norm_pix:
+                    fixture.all_close("gradients", grads, fixture.arrays(file), limits.gradient, precision)
+
+        train = fixture.config["train"]
+        objective = MAE(norm_pix_loss=train["norm_pix_loss"])
+        optimizer = optimizer_for(model, train["weight_decay"])
+        accumulation, per_epoch = train.get("accum_iter", 1), train["iters"]
+        if accumulation != 1:
+            raise Unusable(f"config.train.accum_iter={accumulation}: this check knows 1")
+        for index, row in enumerate(fixture.value("train_rows")):
+            lr = warmup_half_cosine(
+                train["start_epoch"] * per_epoch + index,
+                warmup_steps=train["warmup_epochs"] * per_epoch,
+                total_steps=train["epochs"] * per_epoch,
+                lr=train["lr"],
+                min_lr=train["min_lr"],
+            )
+            batch = masked(fixture, inputs["train_images"][index], inputs["train_noise"][index], dtype)
+            loss, _ = losses(objective, model, None, batch)
+            loss.backward()
+            update(optimizer, lr)
+            for key, got in (("train_loss", loss), ("lr", lr)):
+                fixture.close("training losses, rates", f"{key} {index}", got, row[key], limits.loss, precision)
+        for file in fixture.files("after_.*"):
+            check_trained(fixture, file, dict(model.named_parameters()), precision)
+
+
+def rcmae_forward(fixture: Fixture) -> None:
+    """Student and teacher on the same masked images: targets, predictions, losses and gradients for each weight."""
+    for precision, dtype in PRECISIONS.items():
+        limits = fixture.limits(precision)
+        student = build(fixture, "student.safetensors", dtype)
+        teacher = build(fixture, "teacher.safetensors", dtype).requires_grad_(False)
+        inputs, expected = fixture.arrays("inputs.safetensors"), dict(fixture.arrays("expected.safetensors"))
+        batch = masked(fixture, inputs["images"], inputs["noise"], dtype)
+        check_mask(fixture, batch, expected)
+        mask = (batch.ids_shuffle, batch.num_visible)
+        everything = torch.arange(student.num_patches).expand(len(batch), -1)
+        outputs = {
+            "latent": student.encode(batch.images, batch.ids_shuffle[:, : batch.num_visible]),
+            "student_pred": student(batch.images, *mask, "all"),
+            "teacher_pred": teacher(batch.images, *mask, "all"),
+            "target": patchify(batch.images, student.patch_size),
+            "target_norm_pix": pixel_targets(batch.images, everything, student.num_patches, norm_pix=True),
+        }
+        fixture.all_close("predictions and targets", outputs, expected, limits.activation, precision)
+        files = {file: case_of(fixture.meaning(file)) for file in fixture.files("grads.*")}
+        for case, stated in fixture.value("cases").items():
+            norm_pix, gamma = stated["norm_pix_loss"], stated["gamma"]
+            objective = RCMAE(norm_pix_loss=norm_pix, consistency_weight=gamma)
+            loss, terms = losses(objective, student, teacher, batch)
+            found = {"mae_loss": terms["reconstruction"], "consistency_loss": terms["consistency"], "total_loss": loss}
+            for name, value in found.items():
+                fixture.close("losses", f"{case} {name}", value, stated[name], limits.loss, precision)
+            grads = gradients(student, loss)
+            check_grads(fixture, case, grads, stated, precision)
+            for file, of in files.items():
+                if of == {"norm_pix": norm_pix, "gamma": gamma}:
+                    fixture.all_close("gradients", grads, fixture.arrays(file), limits.gradient, precision)
+
+
+def case_of(text: str) -> dict[str, Any]:
+    """Settings named in words, as in `norm_pix_loss=True, gamma=1.0`."""
+    found: dict[str, Any] = {}
+    if match := re.search(r"norm_pix(?:_loss)?=(True|False)", text):
+        found["norm_pix"] = match[1] == "True"
+    if match := re.search(r"gamma=([\d.]*\d)", text):
+        found["gamma"] = float(match[1])
+    return found
+
+
+class TrainCase(NamedTuple):
+    """One recorded training: what it is called, and when the teacher moves with which momentum."""
+
+    rows: str  # value: what was logged at each optimizer step
+    student: str  # files
+    teacher: str
+    kind: Kind  # schedule of the momentum
+    each_micro_step: bool  # whether the teacher moves at each, or at optimizer steps only
+    momentum: str | None = None  # value: what it was at each micro-step, 1 where the teacher was left alone
+
+
+def published_momentum(update: int, kind: Kind, base: float, updates_per_epoch: int, epochs: int) -> float:
+    """The teacher's momentum as recorded: it ends at 1."""
+    return teacher_momentum(
+        update,
+        kind=kind,
+        base=base,
+        end=1.0,
+        total_updates=epochs * updates_per_epoch,
+        updates_per_epoch=updates_per_epoch,
+    )
+
+
+def rcmae_train(fixture: Fixture) -> None:
+    """Training steps over some epochs, the momentum indexed as published and as it was meant."""
+    kinds: dict[str, Kind] = {"official": "published", "global_step": "cosine"}
+    cases = [
+        TrainCase(f"{case}_steps", f"{case}_student.safetensors", f"{case}_teacher.safetensors", kind, True)
+        for case, kind in kinds.items()
+    ]
+    check_training(fixture, cases)
+    base, per_epoch, epochs = (fixture.config[key] for key in ("momentum_teacher", "iters", "epochs"))
+    name, limit = "momentum_schedule", fixture.limits("float64").loss
+    schedule = [published_momentum(index, "cosine", base, per_epoch, epochs) for index in range(epochs * per_epoch)]
+    fixture.close("momenta", name, schedule, fixture.value(name), limit, "float64")
+
+
+def rcmae_train_accum(fixture: Fixture) -> None:
+    """The same with accumulation: the teacher moved at each micro-step (published), or at optimizer steps."""
+    check_training(
+        fixture,
+        [
+            TrainCase(
+                "official_rows", "student.safetensors", "official_teacher.safetensors",
+                "published", True, "official_momentum",
+            ),
+            TrainCase(
+                "ema_on_update_rows", "ema_on_update_student.safetensors", "ema_on_update_teacher.safetensors",
+                "cosine", False, "ema_on_update_momentum",
+            ),
+        ],
+    )  # fmt: skip
+
+
+def check_training(fixture: Fixture, cases: Sequence[TrainCase]) -> None:
+    """Train as each case says, in each precision, and compare rows, weights, teacher, moments and groups."""
+    for precision, dtype in PRECISIONS.items():
+        for case in cases:
+            student = build(fixture, "init.safetensors", dtype)
+            teacher = build(fixture, "init.safetensors", dtype).requires_grad_(False)
+            optimizer = optimizer_for(student, fixture.config["weight_decay"], fixture.config["betas"])
+            check_groups(fixture, optimizer)
+            train(fixture, case, student, teacher, optimizer, precision)
+            check_trained(fixture, case.student, dict(student.named_parameters()), precision)
+            check_trained(fixture, case.teacher, dict(teacher.named_parameters()), precision)
+            for file in fixture.files(f"{case.rows.split('_')[0]}_adamw_state.safetensors"):
+                moments = {
+                    f"{name}.{key}": moment
+                    for name, param in student.named_parameters()
+                    for key, moment in optimizer.state[param].items()
+                }
+                check_trained(fixture, file, moments, precision)
+
+
+def train(
+    fixture: Fixture,
+    case: TrainCase,
+    student: MaskedAutoencoder,
+    teacher: MaskedAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    precision: str,
+) -> None:
+    """The recorded micro-steps, compared row by row."""
+    config, limits = fixture.config, fixture.limits(precision)
+    accumulation, per_epoch = config["accum_iter"], config["iters"]
+    if per_epoch % accumulation:
+        raise Unusable(f"config.iters={per_epoch} is not divisible by accum_iter={accumulation}")
+    objective = RCMAE(norm_pix_loss=config["norm_pix_loss"], consistency_weight=config["gamma"])
+    move_teacher = moving_average(student, teacher)
+    inputs, rows = fixture.arrays("inputs.safetensors"), fixture.value(case.rows)
+    each = 1 if case.each_micro_step else accumulation
+    momenta = []
+    for micro, (images, noise) in enumerate(zip(inputs["images"], inputs["noise"], strict=True)):
+        loss, terms = losses(objective, student, teacher, masked(fixture, images, noise, PRECISIONS[precision]))
+        (loss / accumulation).backward()
+        step, last = micro // accumulation, (micro + 1) % accumulation == 0
+        lr = warmup_half_cosine(
+            step,
+            warmup_steps=config["warmup_epochs"] * per_epoch / accumulation,
+            total_steps=config["epochs"] * per_epoch / accumulation,
+            lr=config["lr"],
+            min_lr=config["min_lr"],
+        )
+        if last:
+            update(optimizer, lr)
+        momentum = 1.0
+        if case.each_micro_step or last:
+            momentum = published_momentum(
+                micro // each, case.kind, config["momentum_teacher"], per_epoch // each, config["epochs"]
+            )
+            move_teacher(momentum)
+        momenta.append(momentum)
+        if last:
+            found = {
+                "train_loss": loss,
+                "s_loss": terms["reconstruction"],
+                "rec_cons_loss": terms["consistency"],
+                "lr": lr,
+                "momentum": momentum,
+                "student_l2": l2(student),
+                "teacher_l2": l2(teacher),
+            }
+            what = f"{case.rows.rpartition('_')[0]} losses, rates and norms"
+            for key in found.keys() & rows[step].keys():
+                fixture.close(what, f"{key} {step}", found[key], rows[step][key], limits.loss, precision)
+    if case.momentum:
+        fixture.close("momenta", case.momentum, momenta, fixture.value(case.momentum), limits.loss, precision)
+
+
+def moving_average(student: nn.Module, teacher: nn.Module) -> Callable[[float], None]:
+    """What moves the teacher: in float32 the package's own; in float64, which that one does not keep, its formula."""
+    masters = [param.data for param in student.parameters()]
+    copies = [param.data for param in teacher.parameters()]
+    if masters[0].dtype == torch.float32:
+        return Teacher(masters, copies).update
+    return lambda momentum: torch._foreach_lerp_(copies, masters, 1.0 - momentum)
+
+
+def l2(model: nn.Module) -> Tensor:
+    """L2 norm of all parameters and position tables."""
+    arrays = [*model.parameters(), *model.buffers()]
+    return torch.stack([array.detach().double().norm() for array in arrays]).norm()
+
+
+def check_groups(fixture: Fixture, optimizer: torch.optim.Optimizer) -> None:
+    """Which parameters decay."""
+    for value, decays in (("no_decay", False), ("decay", True)):
+        if fixture.has(value):
+            groups = [group for group in optimizer.param_groups if group["name"].endswith("_no_decay") != decays]
+            names = {name for group in groups for name in group["param_names"]}
+            fixture.true("decay groups", value, names == set(fixture.value(value)), "other names than recorded")
+
+
+def lr_schedule(fixture: Fixture) -> None:
+    """The learning rate at each step, and how many patches a mask ratio leaves."""
+    for case in fixture.value("schedules"):
+        for epoch, iteration, _, lr, scaled in case["rows"]:
+            for name, want, scale in (("lr", lr, 1.0), ("lr with lr_scale 0.5", scaled, 0.5)):
+                got = scale * warmup_half_cosine(
+                    epoch * case["iters"] + iteration,
+                    warmup_steps=case["warmup_epochs"] * case["iters"],
+                    total_steps=case["epochs"] * case["iters"],
+                    lr=case["lr"],
+                    min_lr=case["min_lr"],
+                )
+                fixture.same("learning rates", f"{name} at epoch {epoch} iteration {iteration}", got, want)
+    for patches, ratio, kept in fixture.value("len_keep"):
+        what = f"{patches} patches, mask_ratio {ratio}"
+        fixture.close("patches kept", what, visible_count(patches, ratio), kept, EXACT, "float64")
+
+
+def momentum_schedule(fixture: Fixture) -> None:
+    """The teacher's momentum at each step, as published and as meant."""
+    for case in fixture.value("cases"):
+        schedule_of = [case["momentum_teacher"], case["iters_per_epoch"], case["epochs"]]
+        total = case["epochs"] * case["iters_per_epoch"]
+        schedule = [published_momentum(update, "cosine", *schedule_of) for update in range(total)]
+        fixture.same("momenta", "length", len(schedule), case["length"])
+        parts = {"schedule": schedule, "head": schedule[: len(case["head"])], "tail": schedule[-len(case["tail"]) :]}
+        for name, part in parts.items():
+            if case[name] is not None:
+                fixture.same("momenta", name, part, case[name])
+        for epoch, iteration, published, meant in case["rows"]:
+            place = epoch * case["iters_per_epoch"] + iteration
+            kinds: dict[Kind, float] = {"published": published, "cosine": meant}
+            for kind, want in kinds.items():
+                got = published_momentum(place, kind, *schedule_of)
+                fixture.same("momenta", f"{kind}, epoch {epoch} iteration {iteration}", got, want)
+    if fixture.has("cosine_scheduler_with_warmup"):
+        fixture.leave_out("cosine_scheduler_with_warmup", "the teacher's momentum has no warm-up, in RC-MAE or here")
+
+
+def pos_embed(fixture: Fixture) -> None:
+    """The position tables, and their float32 rounding that models keep."""
+    stated = [re.search(r"(\d\S*) absolute", fixture.tolerance(precision)) for precision in PRECISIONS]
+    if None in stated:
+        raise Unusable("states no absolute limits")
+    limits = [Limit(float(match[1]), 0.0) for match in stated if match]
+    for name, want in fixture.arrays("expected.safetensors").items():
+        match = re.fullmatch(r"mae\.dim(\d+)\.grid(\d+)(?:x(\d+))?\.cls([01])", name)
+        if match is None:
+            fixture.true("tables", name, False, "no table of that name is known", "float64")
+            continue
+        grid = (int(match[2]), int(match[3] or match[2]))
+        table = sincos_positions(int(match[1]), grid, cls_token=match[4] == "1")
+        for precision, limit in zip(PRECISIONS, limits, strict=True):
+            fixture.close("tables", name, table.to(PRECISIONS[precision]), want, limit, precision)
+
+
+def arch_names(fixture: Fixture) -> None:
+    """Names, shapes and counts of the published architectures, and the order in which an optimizer numbers them."""
+    for name, stated in fixture.value("architectures").items():
+        ours = re.sub(r"^(rc_|mae_)|_dec\d+d\d+b$", "", name)
+        if ours not in ARCHITECTURES:
+            fixture.true("architectures", name, False, f"not among {', '.join(ARCHITECTURES)}")
+            continue
+        side = fixture.config["img_size"]
+        sizes: dict[str, Any] = dict(ARCHITECTURES[ours])
+        with torch.device("meta"):
+            model = MaskedAutoencoder(image_size=(side, side), in_channels=3, **sizes)
+        shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+        wanted = dict(stated["state_dict"])
+        if "mask_token" not in wanted:  # an encoder that classifies: its own parts are the head and a pooled norm
+            wanted = {key: shape for key, shape in wanted.items() if not re.match(r"head\.|fc_norm\.", key)}
+            shapes = {key: shape for key, shape in shapes.items() if key in wanted}
+            fixture.left_out[f"architectures/{name}: head and counts"] = "a classifier, of which the encoder is checked"
+        differing = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+        fixture.true("names and shapes", name, not differing, f"differ in {', '.join(differing[:5])}")
+        if "mask_token" not in wanted:
+            continue
+        trainable = sum(param.numel() for param in model.parameters())
+        everything = trainable + sum(buffer.numel() for buffer in model.buffers())
+        for key, got in (("trainable", trainable), ("all_parameters", everything)):
+            fixture.true("counts", f"{name} {key}", got == stated[key], f"{got}, recorded {stated[key]}")
+        if "optimizer_order" in stated:
+            decays = {
+                param_name: group["weight_decay"] > 0
+                for group in param_groups(model, 0.05)
+                for param_name in group["param_names"]
+            }
+            order = [[key for key, _ in model.named_parameters() if decays[key] == decay] for decay in (False, True)]
+            fixture.true("optimizer order", name, order == stated["optimizer_order"], "another order than recorded")
+
+
+# A fixture's name -> what checks a folder of it. A new objective adds its line here.
+CHECKS: dict[str, Callable[[Fixture], None]] = {
+    "mae-forward": mae_forward,
+    "rcmae-forward": rcmae_forward,
+    "rcmae-train": rcmae_train,
+    "rcmae-train-accum": rcmae_train_accum,
+    "lr-schedule": lr_schedule,
+    "momentum-schedule": momentum_schedule,
+    "pos-embed": pos_embed,
+    "arch-names": arch_names,
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+@dataclass
+class Verdict:
+    """How one folder went."""
+
+    folder: str
+    fixture: str = ""
+    status: str = "unusable"  # passed | failed | no check | unusable
+    problems: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def document(self) -> dict[str, Any]:
+        """Plain values for JSON, null for what is not finite."""
+        rows = [
+            {key: None if value in (math.inf, -math.inf) else value for key, value in vars(row).items()}
+            | {"passed": not row.failures}
+            for row in self.rows
+        ]
+        return vars(self) | {"rows": rows}
+
+
+def check(path: Path) -> Verdict:
+    """Check one folder."""
+    verdict = Verdict(str(path))
+    try:
+        fixture = Fixture(path)
+        verdict.fixture = fixture.name
+        if fixture.name not in CHECKS:
+            verdict.status = "no check"
+            verdict.problems.append(f"there is no check for {fixture.name!r}; known: {', '.join(CHECKS)}")
+            return verdict
+        CHECKS[fixture.name](fixture)
+    except Unusable as error:
+        verdict.problems.append(str(error))
+        return verdict
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        verdict.problems.append(f"cannot be computed from what it holds: {type(error).__name__}: {error}")
+        return verdict
+    verdict.rows, verdict.left_out = list(fixture.rows.values()), fixture.left_out
+    verdict.problems += [f"{name}: no check has looked at it" for name in fixture.unread()]
+    failed = verdict.problems or any(row.failures for row in verdict.rows)
+    verdict.status = "failed" if failed else "passed"
+    return verdict
+
+
+def lines(verdict: Verdict) -> Iterator[str]:
+    """A folder's part of the table."""
+    yield f"{verdict.fixture or '?'}: {verdict.status}   {verdict.folder}"
+    for row in sorted(verdict.rows, key=lambda row: row.precision, reverse=True):
+        measured = f"off by at most {row.worst:8.1e}, {row.of_limit:8.1e} of the limit" if row.worst else "equal"
+        verdict_word = "FAILED" if row.failures else "ok"
+        yield f"  {verdict_word:<7}{row.precision or 'exact':<9}{row.what:<44}{row.compared:>5} compared, {measured}"
+        yield from (f"         {failure}" for failure in row.failures[:10])
+        if len(row.failures) > 10:
+            yield f"         and {len(row.failures) - 10} more"
+    yield from (f"  FAILED {problem}" for problem in verdict.problems)
+    yield from (f"  left out: {name} ({reason})" for name, reason in verdict.left_out.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Gives the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    options = parser.parse_args(arguments)
+    verdicts = [check(path) for path in options.folders]
+    passed = all(verdict.status == "passed" for verdict in verdicts)
+    if options.json:
+        print(json.dumps({"passed": passed, "folders": [verdict.document() for verdict in verdicts]}, indent=1))
+    else:
+        for verdict in verdicts:
+            print("\n".join(lines(verdict)))
+        print(f"{sum(verdict.status == 'passed' for verdict in verdicts)} of {len(verdicts)} folders passed")
+    if any(verdict.status == "unusable" for verdict in verdicts):
+        return 2
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
