@@ -114,7 +114,7 @@ def mae_forward(folder: Path) -> Path:
         loss, _ = reference.losses(state, None, sizes, step_images.double(), step_noise, kept, False)
         optimizer.step(state, reference.gradients(state, loss), lr)
         rows.append({"train_loss": loss.item(), "lr": lr, "epoch_1000x": 0})
-    pixels = torch.stack([patch for patch in found["pred"].detach().unflatten(2, (5, 5, 3))])
+    pixels = found["pred"].detach().unflatten(2, (5, 5, 3))
     picture = torch.zeros(2, 3, 20, 30, dtype=torch.float64)
     for index in range(sizes.patches):
         top, left = index // 6 * 5, index % 6 * 5
@@ -419,10 +419,6 @@ def test_folders_without_a_check_or_of_another_file_fail(tmp_path: Path, capsys:
     assert tool.main([str(write(tmp_path / "else", "something-else"))]) == 1
     assert "there is no check for 'something-else'" in capsys.readouterr().out
     folder = pos_embed(tmp_path / "tables")
-    arrays = load_file(folder / "expected.safetensors")
-    save_file(
-        dict(reversed(arrays.items())) | {"mae.dim16.grid3.cls0": arrays["mae.dim16.grid3.cls0"] + 0}, folder / "x"
-    )
     edit(folder, lambda tree: tree["files"]["expected.safetensors"].update(sha256="0" * 64))
     assert tool.main([str(folder)]) == 1
     assert "not the file that fixture.json describes" in capsys.readouterr().out

@@ -16,7 +16,7 @@ class FusedAdam(torch.optim.Optimizer):
         amsgrad=False,
         set_grad_none=True,
     ):
-        assert adam_w_mode and bias_correction and not amsgrad
+        assert (adam_w_mode, bias_correction, amsgrad) == (True, True, False)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
