@@ -20,11 +20,12 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
@@ -169,6 +170,42 @@ class ShardIndex:
         return cls(shards)
 
     @classmethod
+    def refresh(
+        cls,
+        folder: str | Path,
+        paths: Sequence[str],
+        *,
+        rebuild: bool = False,
+        jobs: int = 1,
+        on_scan: Callable[[Scan], None] = lambda scan: None,
+    ) -> ShardIndex:
+        """Write the index of a folder so that it covers these shards of it, and give it.
+
+        What it says of shards that still have their size is kept, of these ones too unless `rebuild`.
+
+        Raises:
+            ValueError: names every shard that cannot be used; the index is then what it was.
+        """
+        known: dict[str, Shard] = {}
+        try:
+            if _ours(folder):
+                known = {os.path.abspath(shard.path): shard for shard in cls.load(folder).shards}
+        except ValueError:
+            if not rebuild:
+                raise
+        asked = dict.fromkeys(map(os.path.abspath, paths))
+        kept = {
+            path: shard
+            for path, shard in known.items()
+            if os.path.isfile(path) and os.path.getsize(path) == shard.size and not (rebuild and path in asked)
+        }
+        built = cls.build([path for path in asked if path not in kept], jobs=jobs, on_scan=on_scan)
+        merged = kept | {shard.path: shard for shard in built.shards}
+        index = cls([merged[path] for path in sorted(merged)])
+        index.save(folder)
+        return index
+
+    @classmethod
     def load(cls, folder: str | Path) -> ShardIndex:
         """The index that `save` wrote into a folder. The shards themselves are not looked at.
 
@@ -232,8 +269,10 @@ class ShardIndex:
                 for shard in self.shards
             ],
         }
-        write_aside(folder / table, (shard.part for shard in self.shards))
-        write_aside(folder / INDEX, [json.dumps(head, indent=1).encode() + b"\n"])
+        with written_aside(folder / table) as file:
+            file.writelines(shard.part for shard in self.shards)
+        with written_aside(folder / INDEX) as file:
+            file.write(json.dumps(head, indent=1).encode() + b"\n")
         for old in folder.glob("index-*.bin"):
             if old.name != table:
                 old.unlink(missing_ok=True)  # who mapped it keeps it
@@ -287,15 +326,18 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     return paths
 
 
-def write_aside(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes its name when it is complete: it is there whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _find(patterns: str | Sequence[str]) -> tuple[list[str], list[str]]:

@@ -425,7 +425,7 @@ def _loader(
     processes: dict[str, Any] = {}
     if workers:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["torch", __name__])
         resource_tracker.ensure_running()  # the server would start it, and unblock signals in doing so
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # for the server and, by birth, its workers
         try:

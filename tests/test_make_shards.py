@@ -1,0 +1,242 @@
+"""Shards from an image folder: reproducible, whole or not there, labelled, indexed; and the index of anyone's tars."""
+
+import importlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from rcmae.shards import ShardIndex
+from rcmae.transforms import decode
+
+TOOLS = Path(__file__).parent.parent / "tools"
+
+
+sys.path.insert(0, str(TOOLS))  # worker processes find them there, too
+tool_make_shards, tool_index_shards = map(importlib.import_module, ("make_shards", "index_shards"))
+make_shards = tool_make_shards.make_shards
+
+
+def photograph(number, kind="JPEG"):
+    top, left = 13 * number % 300, 29 * number % 500
+    file = io.BytesIO()
+    Image.fromarray(load_sample_images().images[number % 2][top : top + 80, left : left + 120]).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 3 classes with 8, 5 and 4 images, one of them damaged, one a PNG."""
+    folder = tmp_path / "images"
+    for name, count in (("ant", 8), ("bee", 5), ("cat dog", 4)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            (folder / name / f"{name}.{number}.jpg").write_bytes(photograph(number))
+    (folder / "ant" / "grey.PNG").write_bytes(photograph(3, "PNG"))
+    (folder / "bee" / "broken.jpg").write_bytes(photograph(4)[:600])
+    (folder / "bee" / "notes.txt").write_text("no image")
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_class_folder_becomes_labelled_indexed_shards(images, tmp_path):
+    out = tmp_path / "shards"
+    report = make_shards(images, out, samples=7)
+    assert sorted(contents(out)) == sorted(
+        [
+            "train-000000.tar",
+            "train-000001.tar",
+            "train-000002.tar",
+            "classes.txt",
+            "index.json",
+            *(p.name for p in out.glob("*.bin")),
+        ]
+    )
+    assert (report.samples, report.other_files, report.classes) == (18, 1, ["ant", "bee", "cat dog"])
+    assert (out / "classes.txt").read_text() == "ant\nbee\ncat dog\n"
+    assert [Path(reject.path).name for reject in report.rejected] == ["broken.jpg"]
+    index = ShardIndex.load(out)
+    assert sum(index.counts) == 18
+    assert index.counts.max() - index.counts.min() <= 2  # 19 in three shards, one of them left out
+    names = {"ant": 0, "bee": 1, "cat dog": 2}
+    for number in range(18):
+        sample = index[number]
+        key = sample.id.split("/", 1)[1]
+        assert "." not in key
+        assert sample.label == names[key.split("_")[0]]
+        data = Path(sample.path).read_bytes()[sample.offset : sample.offset + sample.size]
+        assert data in {path.read_bytes() for path in images.glob("*/*")}
+    assert len({index[number].id for number in range(18)}) == 18
+    assert len(set(index.labels[:6].tolist())) > 1  # a shard mixes the classes
+
+
+def test_the_same_images_give_the_same_bytes_with_any_number_of_processes(images, tmp_path):
+    make_shards(images, tmp_path / "one", samples=7, size=64)
+    moved = shutil.copytree(images, tmp_path / "moved")  # other times, other order of the folder
+    make_shards(moved, tmp_path / "two", samples=7, size=64, jobs=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    with tarfile.open(tmp_path / "one" / "train-000000.tar") as tar:
+        for member in tar:
+            assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (0, 0, 0, "", 0o644)
+    assert (tmp_path / "one" / "train-000000.tar").read_bytes()[257:263] == b"ustar\0"
+
+
+def test_large_images_are_made_smaller_and_small_ones_left(images, tmp_path):
+    make_shards(images, tmp_path / "shards", size=64, quality=95)
+    index = ShardIndex.load(tmp_path / "shards")
+    for number in range(len(index)):
+        sample = index[number]
+        data = Path(sample.path).read_bytes()[sample.offset : sample.offset + sample.size]
+        assert data.startswith(b"\xff\xd8")
+        assert decode(data).shape == (64, 96, 3)
+    make_shards(images, tmp_path / "shards", name="same", size=80)
+    index = ShardIndex.open(str(tmp_path / "shards" / "same-*.tar"))
+    sample = index[0]
+    data = Path(sample.path).read_bytes()[sample.offset : sample.offset + sample.size]
+    assert data in {path.read_bytes() for path in images.glob("*/*")}
+
+
+def test_a_flat_folder_has_no_labels(images, tmp_path):
+    report = make_shards(images / "ant", tmp_path / "shards")
+    assert report.classes == []
+    assert not (tmp_path / "shards" / "classes.txt").exists()
+    assert set(ShardIndex.load(tmp_path / "shards").labels.tolist()) == {-100}
+
+
+def test_two_sets_share_a_folder_its_index_and_its_classes(images, tmp_path):
+    out = tmp_path / "shards"
+    make_shards(images, out)
+    shutil.rmtree(images / "bee")
+    with pytest.raises(ValueError, match="names other classes; pass it as --classes"):
+        make_shards(images, out, name="val")
+    make_shards(images, out, name="val", classes=(out / "classes.txt").read_text().splitlines())
+    index = ShardIndex.load(out)
+    assert [shard.name for shard in index.shards] == ["train-000000", "val-000000"]
+    assert set(ShardIndex.open(f"{out}/val-*.tar").labels.tolist()) == {0, 2}
+    with pytest.raises(ValueError, match="no known class: cat dog"):
+        make_shards(images, out, name="other", classes=["ant"])
+
+
+def test_shards_are_overwritten_only_on_request_and_then_all(images, tmp_path):
+    out = tmp_path / "shards"
+    make_shards(images, out, samples=4)
+    with pytest.raises(ValueError, match=r"has 5 shards named train-\*\.tar"):
+        make_shards(images, out)
+    (out / ".train-000009.tar.123").write_bytes(b"left by a job that was killed")
+    make_shards(images, out, overwrite=True)
+    assert [path.name for path in out.glob("*.tar")] == ["train-000000.tar"]
+    assert len(ShardIndex.load(out)) == 18
+    assert not list(out.glob(".*"))
+
+
+def test_colliding_and_long_names_get_keys_of_their_own(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.b.jpg", "a_b.jpg", "a_b.jpeg", f"{'n' * 180}.jpg", f"{'n' * 181}.jpg", "käse.jpg"):
+        (folder / name).write_bytes(photograph(len(name)))
+    make_shards(folder, tmp_path / "shards")
+    index = ShardIndex.load(tmp_path / "shards")
+    keys = [index[number].id for number in range(len(index))]
+    assert len(set(keys)) == 6
+    assert "train-000000/käse" in keys
+
+
+def test_a_folder_that_makes_no_sense_is_refused(images, tmp_path):
+    with pytest.raises(ValueError, match="is not a folder of images"):
+        make_shards(tmp_path / "none", tmp_path / "shards")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        make_shards(tmp_path / "empty", tmp_path / "shards")
+    (images / "top.jpg").write_bytes(photograph(0))
+    with pytest.raises(ValueError, match="holds 1 images beside class folders"):
+        make_shards(images, tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.jpg").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"none of the 1 images of train-000000\.tar can be read, such as .*a\.jpg"):
+        make_shards(broken, tmp_path / "shards")
+    assert contents(tmp_path / "shards") == {}
+
+
+def test_the_commands_tell_what_they_made(images, tmp_path, capsys):
+    out = tmp_path / "shards"
+    done = subprocess.run(
+        [sys.executable, TOOLS / "make_shards.py", images, out, "--samples", "7", "--jobs", "1"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert "18 images of 3 classes in 3 shards" in done.stdout
+    assert "left out:" in done.stdout
+    assert done.stderr == ""
+    assert tool_make_shards.main([str(images), str(out)]) == 2
+    assert "error: " in capsys.readouterr().err
+    assert tool_make_shards.main([str(images), str(out), "--overwrite", "--jobs", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 18
+
+
+# ---------------------------------------------------------------------------------------------------- index_shards
+
+
+def test_anyones_tars_get_an_index_that_training_finds(images, tmp_path, capsys):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for shard in range(3):
+        with tarfile.open(folder / f"x-{shard}.tar", "w") as tar:
+            for number in range(4):
+                for suffix, data in (("jpg", photograph(number)), ("cls", b"cat" if number == 0 else b"1")):
+                    info = tarfile.TarInfo(f"k{shard}{number}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    built = ShardIndex.open(f"{folder}/x-*.tar")
+    assert tool_index_shards.main([f"{folder}/x-{{0..1}}.tar", "--jobs", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "8 samples in 2 shards (2 read now)" in told
+    assert "2 samples have no label" in told
+    assert "2 of the read ones have a .cls that is no number" in told
+
+    assert tool_index_shards.main([f"{folder}/x-*.tar", "--jobs", "2", "--json"]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)["indexes"]
+    assert (facts["read"], facts["shards"], facts["samples"]) == (1, 3, 12)
+    assert facts["fingerprint"] == built.fingerprint
+    opened = ShardIndex.open(f"{folder}/x-*.tar")
+    assert isinstance(opened.shards[0].table, str)
+    np.testing.assert_array_equal(opened.labels, built.labels)
+
+    # A shard that was rewritten is read again on request, and one that is gone is forgotten.
+    with tarfile.open(folder / "x-0.tar", "a") as tar:
+        info = tarfile.TarInfo("more.jpg")
+        info.size = len(photograph(9))
+        tar.addfile(info, io.BytesIO(photograph(9)))
+    os.truncate(folder / "x-0.tar", max(os.path.getsize(folder / "x-0.tar"), 30720))
+    os.unlink(folder / "x-2.tar")
+    assert tool_index_shards.main([f"{folder}/x-*.tar", "--rebuild", "--jobs", "1"]) == 0
+    assert "9 samples in 2 shards (2 read now)" in capsys.readouterr().out
+    assert ShardIndex.open(f"{folder}/x-*.tar")[4].id == "x-0/more"
+
+
+def test_an_unusable_shard_leaves_the_index_as_it_was(images, tmp_path, capsys):
+    out = tmp_path / "shards"
+    make_shards(images, out, samples=7)
+    before = contents(out)
+    (out / "bad.tar").write_bytes((out / "train-000000.tar").read_bytes()[:5000])
+    assert tool_index_shards.main([f"{out}/*.tar", "--jobs", "1"]) == 2
+    assert "bad.tar: is no complete tar" in capsys.readouterr().err
+    (out / "bad.tar").unlink()
+    assert contents(out) == before
+    (out / "index.json").write_text((out / "index.json").read_text()[:-50])
+    assert tool_index_shards.main([f"{out}/*.tar", "--jobs", "1"]) == 2
+    assert "--rebuild" in capsys.readouterr().err
+    assert tool_index_shards.main([f"{out}/*.tar", "--jobs", "1", "--rebuild"]) == 0
+    assert contents(out) == before
