@@ -129,22 +129,25 @@ def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
     if kind == "none":
         return
     for block in _blocks(model):
-        assert "forward" not in vars(block), "blocks are checkpointed once, and before they are compiled"
+        compiled: Any = vars(block).pop("forward", None)  # by compile_blocks
+        assert compiled is None or compiled.args == (block,), "blocks are checkpointed once"
+        forward = type(block).forward if compiled is None else compiled.func
         if kind == "torch":
-            block.forward = functools.partial(
-                checkpoint, type(block).forward, block, use_reentrant=False, preserve_rng_state=False
-            )
+            block.forward = functools.partial(checkpoint, forward, block, use_reentrant=False, preserve_rng_state=False)
         else:
             from fairscale.nn import checkpoint_wrapper  # slow to import, for who asks for it
 
             checkpoint_wrapper(block, offload_to_cpu=kind == "fairscale_offload")
+            wrapped: Any = block.forward  # a partial over (the class's forward, block, offload)
+            block.forward = functools.partial(wrapped.func, forward, *wrapped.args[1:])
 
 
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile the forward of each block of `model` (its `blocks` and `decoder_blocks`), in place.
 
-    Blocks of one shape share their compiled code, and what an engine hooks to a block stays outside of it. After
-    `checkpoint_blocks` what is computed again is compiled too. A deep copy computes with its own weights.
+    Blocks of one shape share their compiled code, and what an engine hooks to a block stays outside of it. Together
+    with `checkpoint_blocks`, in either order, what is computed again is compiled too. A deep copy computes with its
+    own weights.
     """
     compiled = {kind: torch.compile(kind.forward) for kind in {type(block) for block in _blocks(model)}}
     for block in _blocks(model):
