@@ -146,14 +146,18 @@ def test_checkpointing_keeps_only_the_inputs_of_blocks(kind: kernels.Checkpointi
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("kind", ["none", "torch", "fairscale_offload"])
-def test_compiled_blocks_compute_the_same_with_any_checkpointing(kind: kernels.Checkpointing) -> None:
+@pytest.mark.parametrize(
+    ("kind", "compile_first"), [("none", True), ("torch", False), ("torch", True), ("fairscale_offload", True)]
+)
+def test_compiled_blocks_compute_the_same_with_any_checkpointing(
+    kind: kernels.Checkpointing, compile_first: bool
+) -> None:
     plain, model = small(), small()
+    if compile_first:
+        kernels.compile_blocks(model)
     kernels.checkpoint_blocks(model, kind)
-    kernels.compile_blocks(model)
-    other_way_round = small()
-    kernels.compile_blocks(other_way_round)
-    kernels.checkpoint_blocks(other_way_round, kind)
+    if not compile_first:
+        kernels.compile_blocks(model)
     assert list(model.state_dict()) == list(plain.state_dict())
     torch._dynamo.utils.counters.clear()
     loss, grads = trained(model)
@@ -163,9 +167,6 @@ def test_compiled_blocks_compute_the_same_with_any_checkpointing(kind: kernels.C
     assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
     for name, grad in want.items():
         torch.testing.assert_close(grads[name], grad, atol=1e-6, rtol=1e-3, msg=name)
-    torch._dynamo.utils.counters.clear()
-    assert trained(other_way_round)[0].item() == loss.item()
-    assert not torch._dynamo.utils.counters["graph_break"]
     if kind == "torch":  # a copy computes with its own weights (fairscale's wrapper forbids copies)
         twin = copy.deepcopy(model)
         for param in model.parameters():

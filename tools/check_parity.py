@@ -164,7 +164,7 @@ class Fixture:
             if stated:
                 limit = Limit(float(stated[1]), float(stated[2]))
                 return Limits(_of_losses(float(losses[1])) if losses else limit, limit, limit, limit)
-        elif stated := re.search(r"suggested limits ([^.]*?)(\.( |$)|;|$)", text):
+        elif stated := re.search(r"suggested limits (.*?)(?:\.(?:\s|$)|;|$)", text):
             numbers = [float(number) for number in re.findall(r"\d[\d.]*e-?\d+|\d+\.\d+", stated[1])]
             if len(numbers) == 4:  # losses, activations and gradients relative, weights absolute
                 loss, activation, gradient, weight = numbers
@@ -239,11 +239,11 @@ def build(fixture: Fixture, weights: str, dtype: torch.dtype) -> MaskedAutoencod
     for key, ours in (("layer_norm_eps", kernels.LAYER_NORM_EPS), ("qkv_bias", True), ("adam_eps", kernels.ADAM_EPS)):
         if config.get(key, ours) != ours:
             raise Unusable(f"config.{key}={config[key]}: this package has {ours}")
-    side = config["img_size"]
+    side, state = config["img_size"], fixture.arrays(weights)
     model = MaskedAutoencoder(
         image_size=(side, side) if isinstance(side, int) else tuple(side),
         patch_size=config["patch_size"],
-        in_channels=config.get("in_chans", 3),
+        in_channels=config.get("in_chans", state["patch_embed.proj.weight"].shape[1]),
         embed_dim=config["embed_dim"],
         depth=config["depth"],
         num_heads=config["num_heads"],
@@ -252,7 +252,6 @@ def build(fixture: Fixture, weights: str, dtype: torch.dtype) -> MaskedAutoencod
         decoder_heads=config["decoder_num_heads"],
         mlp_ratio=config.get("mlp_ratio", 4),
     )
-    state = fixture.arrays(weights)
     tables = {name: state[name] for name in ("pos_embed", "decoder_pos_embed") if name in state}  # float32 as published
     fixture.all_close("position tables", dict(model.named_buffers()), tables, Limit(1e-7, 0.0), "float32")
     problem = ""
