@@ -315,7 +315,20 @@ class DeepSpeedEngine:
         if stats.finite:
             set_rates(self._adam.param_groups, lr=lr, weight_decay=weight_decay)
             self.student.step()
+        else:
+            self._discard()
         return stats
+
+    def _discard(self) -> None:
+        """Throw this step's gradients away."""
+        optimizer = self.student.optimizer
+        if optimizer is self._adam:  # stage 0 in fp32: nothing of DeepSpeed's stands between it and the update
+            self.student.zero_grad()
+            return
+        checks = getattr(optimizer, "check_grad_overflow", None)
+        optimizer.check_grad_overflow = True
+        self.student.step()  # DeepSpeed now sees what we saw, updates nothing and empties its buffers
+        optimizer.check_grad_overflow = checks
 
     def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:
         """Move the teacher's shards, as the stage cuts them."""

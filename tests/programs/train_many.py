@@ -1,0 +1,24 @@
+"""Run on any number of ranks: train several recipes one after the other in one process group.
+
+Arguments: a JSON list of [recipe, override, ...]. Prints `STATUS <list>` on rank 0: the exit status of each.
+"""
+
+import json
+import signal
+import sys
+
+import torch
+
+from rcmae import config, dist, preempt, train
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.start(required=True, timeout_s=120)
+    statuses = []
+    for name, *overrides in json.loads(sys.argv[1]):
+        statuses.append(train.train(config.load(name, overrides), preempt.StopRequest()))
+    if dist.rank() == 0:
+        print("STATUS", json.dumps(statuses))
+    for number in preempt.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    dist.finish()

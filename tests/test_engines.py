@@ -1,0 +1,184 @@
+"""One training and one teacher, whatever moves the weights. Two real ranks over gloo."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rcmae import checkpoint
+from rcmae.engine import LocalEngine, Settings
+from tests.conftest import Ranks, free_port
+
+PROGRAMS = Path(__file__).parent / "programs"
+STAGES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+
+
+def engine_of(stage: str) -> list[str]:
+    return ["engine.name=fsdp2"] if stage == "fsdp2" else ["engine.name=deepspeed", f"engine.config={stage}"]
+
+
+def result(said: str) -> dict[str, Any]:
+    line = next(line for line in said.splitlines() if line.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(run: Path, kind: str) -> torch.Tensor:
+    """All parameters' tensors of a kind in the run's last checkpoint, concatenated."""
+    manifest = checkpoint.read_manifest(max((run / "checkpoints").glob("step-*")))
+    keys = sorted(key for key in manifest.tensors if key.startswith(f"{kind}/"))
+    return torch.cat([checkpoint.tensor_of(manifest, key).flatten() for key in keys]).double()
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same training run by every engine: fp32 and bf16, with accumulation and without."""
+    root = tmp_path_factory.mktemp("engines")
+
+    def job(name: str, *overrides: str) -> list[str]:
+        return [str(tiny), f"run.dir={root / name}", "log.every_steps=1", *overrides]
+
+    fp32, bf16 = ("engine.precision=fp32", "schedule.steps=20"), ("engine.precision=bf16", "schedule.steps=40")
+    two = [
+        *(job(f"{stage}-fp32-1", *engine_of(stage), *fp32, "batch.per_device=16") for stage in STAGES),
+        *(job(f"{stage}-fp32-2", *engine_of(stage), *fp32, "batch.per_device=8") for stage in STAGES),
+        *(job(f"{stage}-bf16-2", *engine_of(stage), *bf16, "batch.per_device=8") for stage in STAGES),
+    ]
+    one = [
+        job("local-fp32", *fp32), job("local-fp32-2", *fp32, "batch.per_device=16"), job("local-bf16", *bf16),
+        job("local-fp32-long", "engine.precision=fp32", "schedule.steps=40"),
+    ]  # fmt: skip
+    started = [
+        Ranks([sys.executable, str(PROGRAMS / "train_many.py"), json.dumps(jobs)], world, root, MASTER_PORT=str(free_port()))
+        for jobs, world in ((two, 2), (one, 1))
+    ]
+    for group, jobs in zip(started, (two, one), strict=True):
+        assert f"STATUS {[0] * len(jobs)}" in group.succeed(timeout_s=550)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_engine_is_the_local_one_in_fp32(runs: Path, stage: str, accumulation: int) -> None:
+    run, oracle = runs / f"{stage}-fp32-{accumulation}", runs / "local-fp32"
+    assert losses(run) == pytest.approx(losses(oracle), rel=1e-5)
+    assert losses(runs / "local-fp32-2") == pytest.approx(losses(oracle), rel=1e-5)
+    assert relative(tensors(run, "teacher"), tensors(oracle, "teacher")) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_engine_in_bf16_stays_near_fp32(runs: Path, stage: str) -> None:
+    run = runs / f"{stage}-bf16-2"
+    assert losses(run) == pytest.approx(losses(runs / "local-fp32-long"), rel=1e-2)
+    accumulator, other = tensors(run, "teacher"), tensors(runs / "local-bf16", "teacher")
+    assert relative(accumulator, other) < 1e-3
+    assert relative(accumulator.bfloat16().double(), other.bfloat16().double()) < 3e-3  # the copies
+
+
+@pytest.mark.slow
+def test_the_teacher_is_the_average_at_every_stage(ranks: Callable[..., Ranks]) -> None:
+    """1,000 updates against a float64 average; the copy is its accumulator rounded; bytes are the formula's."""
+    found = result(ranks(str(PROGRAMS / "teacher_stages.py"), ",".join(("local", *STAGES))).succeed())
+    print("\nbytes of the teacher on each of two ranks")
+    for name, figures in found.items():
+        kinds = [" + ".join(f"{kind} {size:,}" for kind, size in each.items()) for each in figures["bytes"]]
+        print(f"{name:<20} {' | '.join(kinds)} | sum {sum(sum(each.values()) for each in figures['bytes']):,}")
+        assert figures["error"] < 1e-6, name
+        assert figures["copy_is_rounding"], name
+        assert figures.get("whole_copy_is_rounding", True), name
+        assert figures["bytes"] == figures["formula"], name
+    assert len(found) == 2 * 2 * 6
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_stops_all_and_touches_nothing(ranks: Callable[..., Ranks]) -> None:
+    found = result(ranks(str(PROGRAMS / "nan_on_one_rank.py")).succeed())
+    assert len(found) == 2 * len(STAGES)
+    for name, on_ranks in found.items():
+        assert on_ranks == [{"stopped": True, "untouched": True, "goes on": True}] * 2, name
+
+
+@pytest.mark.slow
+def test_choices_that_save_memory_or_time_change_no_loss(tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]) -> None:
+    def job(name: str, *overrides: str) -> list[str]:
+        run = [f"run.dir={tmp_path / name}", "log.every_steps=1", "schedule.steps=6", "schedule.warmup_steps=1"]
+        return [str(tiny), *run, *overrides]
+
+    zero3 = ["engine.name=deepspeed", "engine.config=zero3.json"]
+    jobs = [
+        job("plain", *zero3),
+        job("torch", *zero3, "engine.activation_checkpointing=torch"),
+        job("fairscale", *zero3, "engine.activation_checkpointing=fairscale"),
+        job("fairscale_offload", "engine.name=fsdp2", "engine.activation_checkpointing=fairscale_offload"),
+        job("compile", "engine.name=fsdp2", "engine.compile=true"),
+        job("clipped", *zero3, "schedule.clip_grad=0.05"),
+        job("clipped-fsdp2", "engine.name=fsdp2", "schedule.clip_grad=0.05"),
+    ]
+    said = ranks(str(PROGRAMS / "train_many.py"), json.dumps(jobs)).succeed()
+    assert f"STATUS {[0] * len(jobs)}" in said
+    for name in ("torch", "fairscale", "fairscale_offload", "compile"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "plain"), rel=1e-5), name
+    assert losses(tmp_path / "clipped-fsdp2") == pytest.approx(losses(tmp_path / "clipped"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_optimizer_can_live_in_host_memory(tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]) -> None:
+    """DeepSpeed compiles its CPU Adam at the first use: half a minute, then cached."""
+    jobs = [
+        [str(tiny), f"run.dir={tmp_path / name}", "log.every_steps=1", "schedule.steps=6", "schedule.warmup_steps=1",
+         "engine.name=deepspeed", f"engine.config={name}", "engine.precision=bf16"]
+        for name in ("zero3", "zero3_offload")
+    ]  # fmt: skip
+    assert "STATUS [0, 0]" in ranks(str(PROGRAMS / "train_many.py"), json.dumps(jobs)).succeed()
+    assert losses(tmp_path / "zero3_offload") == pytest.approx(losses(tmp_path / "zero3"), rel=1e-3)
+    same = relative(tensors(tmp_path / "zero3_offload", "teacher"), tensors(tmp_path / "zero3", "teacher"))
+    assert same < 1e-4
+
+
+def quadratic() -> tuple[torch.nn.Module, LocalEngine]:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x)
+
+    model = Model()
+    return model, LocalEngine(model, None, Settings(clip_grad=0.5))
+
+
+def test_the_local_engine_is_plain_adamw() -> None:
+    """Flat masters, gradients and moments take the very steps of torch's AdamW on the parameters themselves."""
+    model, engine = quadratic()
+    twin = torch.nn.Linear(3, 2)
+    twin.load_state_dict({name.removeprefix("norm."): value for name, value in model.state_dict().items()})
+    optimizer = torch.optim.AdamW(
+        [{"params": [twin.weight], "weight_decay": 0.1}, {"params": [twin.bias], "weight_decay": 0.0}],
+        lr=1e-2, betas=(0.9, 0.95),
+    )  # fmt: skip
+    for step in range(5):
+        x = torch.full((4, 3), float(step + 1))
+        for micro in range(2):
+            engine.backward(engine.student(x).square().mean(), last=micro == 1)
+            twin(x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        engine.step(lr=1e-2, weight_decay=0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, twin.get_parameter(name.removeprefix("norm.")), rtol=1e-6, atol=1e-7)
+    assert engine.state().optimizer_step == 5
