@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import sklearn
 from PIL import Image
+from runs import Folder, start
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,3 +125,11 @@ log: {{every_steps: 1, tensorboard: false}}
 """
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """The run that `tiny` describes, from the first to the last of its 20 steps without a stop; do not write to it."""
+    folder = Folder(tmp_path_factory.mktemp("uninterrupted") / "run")
+    assert start(tiny, folder.path) == 0
+    return folder

@@ -11,7 +11,7 @@ import torch
 
 from rcmae import checkpoint
 from rcmae.engine import LocalEngine, Settings
-from tests.conftest import Ranks, free_port
+from tests.conftest import Ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
 STAGES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
@@ -60,7 +60,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("local-fp32-long", "engine.precision=fp32", "schedule.steps=40"),
     ]  # fmt: skip
     started = [
-        Ranks([sys.executable, str(PROGRAMS / "train_many.py"), json.dumps(jobs)], world, root, MASTER_PORT=str(free_port()))
+        Ranks([sys.executable, str(PROGRAMS / "train_many.py"), json.dumps(jobs)], world, root)
         for jobs, world in ((two, 2), (one, 1))
     ]
     for group, jobs in zip(started, (two, one), strict=True):
@@ -112,7 +112,7 @@ def test_a_nan_on_one_rank_stops_all_and_touches_nothing(ranks: Callable[..., Ra
 
 
 @pytest.mark.slow
-def test_choices_that_save_memory_or_time_change_no_loss(tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]) -> None:
+def test_savings_of_memory_and_time_change_no_loss(tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]) -> None:
     def job(name: str, *overrides: str) -> list[str]:
         run = [f"run.dir={tmp_path / name}", "log.every_steps=1", "schedule.steps=6", "schedule.warmup_steps=1"]
         return [str(tiny), *run, *overrides]

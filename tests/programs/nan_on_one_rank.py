@@ -17,10 +17,10 @@ from rcmae.engine_fsdp2 import FSDP2Engine
 from rcmae.objectives import RCMAE
 from rcmae.vit import MaskedAutoencoder
 
-SIZES = dict(
-    image_size=(16, 16), patch_size=4, in_channels=3, embed_dim=24, depth=2, num_heads=2,
-    decoder_dim=20, decoder_depth=1, decoder_heads=2,
-)  # fmt: skip
+SIZES = {
+    "image_size": (16, 16), "patch_size": 4, "in_channels": 3, "embed_dim": 24, "depth": 2, "num_heads": 2,
+    "decoder_dim": 20, "decoder_depth": 1, "decoder_heads": 2,
+}  # fmt: skip
 
 
 def snapshot(engine):

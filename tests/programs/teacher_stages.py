@@ -17,11 +17,10 @@ from rcmae.optim import param_groups
 from rcmae.teacher import teacher_bytes
 from rcmae.vit import MaskedAutoencoder
 
-SIZES = dict(
-    image_size=(16, 16), patch_size=8, in_channels=3, embed_dim=24, depth=2, num_heads=2,
-    decoder_dim=20, decoder_depth=1, decoder_heads=2,
-)  # fmt: skip
-KINDS = {"local": "local", "zero0": "zero0", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
+SIZES = {
+    "image_size": (16, 16), "patch_size": 8, "in_channels": 3, "embed_dim": 24, "depth": 2, "num_heads": 2,
+    "decoder_dim": 20, "decoder_depth": 1, "decoder_heads": 2,
+}  # fmt: skip
 
 
 def make(kind, precision):
@@ -85,7 +84,8 @@ def check(kind, precision, momentum):
         figures["whole_copy_is_rounding"] = all(
             torch.equal(named[name].detach().flatten(), wanted[name].to(dtype)) for name in wanted
         )
-    groups = [[tuple(state.shapes[n]) for n in g["param_names"]] for g in param_groups(MaskedAutoencoder(**SIZES), 0.05)]
+    cut = param_groups(MaskedAutoencoder(**SIZES), 0.05)
+    groups = [[tuple(state.shapes[name]) for name in group["param_names"]] for group in cut]
     formula = teacher_bytes(kind, groups, rank=dist.rank(), world=dist.world(), precision=precision)
     if kind in ("zero3", "fsdp2"):
         copies = sum(c.numel() * c.element_size() for c in ema.copies)
