@@ -295,6 +295,8 @@ def test_the_order_is_the_same_for_every_world(counts):
             assert (part.positions % world == rank).all()
             assert len(part.positions) == stop // world
             merged[part.positions] = part.samples
+            later = plan(counts).requests(13, stop, rank, world)
+            np.testing.assert_array_equal(later.positions, part.positions[part.positions >= 13])
         np.testing.assert_array_equal(merged, whole.samples)
 
 

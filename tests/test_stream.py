@@ -1,7 +1,9 @@
 """The batches of a run are the same on any ranks and workers; bad samples are replaced; workers come and go cleanly."""
 
+import contextlib
 import hashlib
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -303,6 +305,7 @@ def test_a_bug_in_a_worker_surfaces_with_the_sample_named(index, workers):
     with pytest.raises(RuntimeError, match=r"photo-00000\d/p\d_\d+ at position 0: KeyError\('a bug'\)"):
         next(stream.steps(0))
     stream.close()
+    assert not multiprocessing.active_children()
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -375,7 +378,7 @@ def reader(tmp_path):
     """Starts a process that reads with two workers; gives it and its workers."""
     (tmp_path / "reader.py").write_text(SCRIPT)
     pattern = write_shards(tmp_path, (16, 16))
-    started = []
+    started, others = [], []
 
     def start(how):
         process = subprocess.Popen(
@@ -385,12 +388,15 @@ def reader(tmp_path):
         started.append(process)
         workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
         assert len(workers) == 2
-        return process, [*workers, workers[0].parent()]
+        others.extend([*workers, workers[0].parent()])
+        return process, others
 
     yield start
+    for one in [*started, *others]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     for process in started:
-        process.kill()
-        process.communicate()
+        process.communicate()  # ends once nobody has its pipes
 
 
 def gone(processes, within_s=10):
