@@ -19,10 +19,12 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from rcmae import dist
 from rcmae.engine import Engine, EngineState
+from rcmae.lease import LeaseLost, fence
 
 FORMAT = 1
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
@@ -44,6 +47,7 @@ class Manifest:
     """What a committed checkpoint says of itself."""
 
     path: Path
+    generation: int  # of its writer's lease
     step: int
     images: int  # samples consumed over all epochs: the whole state of the data
     optimizer_step: int
@@ -56,78 +60,223 @@ class Manifest:
 # ---------------------------------------------------------------------------------------------------------------- save
 
 
-def save(
-    root: Path, engine: Engine, *, step: int, images: int, meta: Mapping[str, Any], keep: int
-) -> tuple[Path, int]:
-    """Commit the run's state. Collective: every rank calls.
+class Saved(NamedTuple):
+    """A committed checkpoint."""
+
+    step: int
+    path: Path
+    bytes: int
+    stall_s: float  # how long the training waited: for the copy to host memory, and for a save before it
+    seconds: float  # from the call to the commit
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """Everything a save needs, out of reach of the training."""
+
+    step: int
+    document: dict[str, Any]  # the manifest without files and tensors
+    entries: list[tuple[str, int, Tensor]]  # kind/parameter, start, 1-D in host memory
+    shapes: dict[str, tuple[int, ...]]
+
+
+class Saver:
+    """Commits checkpoints of a run, in a thread: the training waits for the copy to host memory alone.
+
+    Collective in its making and in every method but `is_done`: every rank calls, in the same order.
 
     Args:
         root: the run's `checkpoints` folder.
-        engine: whose `state()` is saved.
-        step: optimizer steps done.
-        images: samples consumed.
-        meta: plain values for the manifest.
-        keep: how many of the newest checkpoints stay.
-
-    Returns:
-        the committed folder, and its bytes.
-
-    Raises:
-        CheckpointError: on every rank, if any could not write. What was committed before is untouched.
+        keep: how many of the newest valid checkpoints stay; two at least, so that a writer which lost the run and does
+            not know it yet never deletes the one from which the next holder goes on.
+        keep_every: a checkpoint of every so many steps stays for good.
+        generation: of the lease, for the manifests.
+        check_lease: raises LeaseLost when the run is another job's; called just before a commit, on rank 0.
+        background: False waits for each commit.
     """
-    final = root / f"step-{step:08d}"
-    aside = root / f".writing-{final.name}-{dist.from_first(secrets.token_hex(4))}"
-    mine = f"rank-{dist.rank():05d}.safetensors"
-    problem, written, state = None, {}, engine.state()
-    if dist.rank() == 0:
-        problem = _attempt(lambda: _fresh(root, aside))
-    _all_well(problem, aside, step)
-    entries = list(_entries(state))
-    try:
-        written = _write_safetensors(aside / mine, [(f"{key}@{start}", tensor) for key, start, tensor in entries])
-    except OSError as error:
-        problem = f"{mine}: {error.strerror or error}"
-    _all_well(problem, aside, step)
-    runs = [(key, start, tensor.numel(), _DTYPES[tensor.dtype]) for key, start, tensor in entries]
-    reports = dist.gather((mine, written, runs))
-    if dist.rank() == 0:
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        keep_every: int | None = None,
+        generation: int = 1,
+        check_lease: Callable[[], None] = lambda: None,
+        background: bool = True,
+    ) -> None:
+        self._root, self._keep, self._keep_every = root, max(keep, 2), keep_every
+        self._generation, self._check_lease, self._background = generation, check_lease, background
+        self._group = dist.own_group()
+        self._thread: threading.Thread | None = None
+        self._outcome: Saved | Exception | None = None
+        self._pinned: dict[str, Tensor] = {}  # host memory of the last snapshot, used again on a GPU
+
+    def save(self, engine: Engine, *, step: int, images: int, meta: Mapping[str, Any]) -> Saved | None:
+        """Start to commit the run's state; the save before it, if one was under way.
+
+        Args:
+            engine: whose `state()` is saved.
+            step: optimizer steps done.
+            images: samples consumed.
+            meta: plain values for the manifest.
+
+        Raises:
+            CheckpointError: on every rank; a save could not be written. What was committed before is untouched.
+        """
+        begin = time.monotonic()
+        before = self.wait()
+        snapshot = self._snapshot(engine.state(), step, images, meta)
+        stall = time.monotonic() - begin
+
+        def work() -> None:
+            try:
+                path, size = self._write(snapshot)
+                self._outcome = Saved(step, path, size, stall, time.monotonic() - begin)
+            except Exception as error:  # handed over in wait()
+                self._outcome = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint")
+        self._thread.start()
+        return before if self._background else self.wait()
+
+    def is_done(self) -> bool:
+        """Whether a save was under way on this rank and has ended. Not collective; cheap."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def wait(self) -> Saved | None:
+        """Wait for the save under way, if any, and give what it committed.
+
+        Raises:
+            CheckpointError: on every rank; it was not written.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        outcome, self._thread, self._outcome = self._outcome, None, None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _snapshot(self, state: EngineState, step: int, images: int, meta: Mapping[str, Any]) -> _Snapshot:
+        entries = []
+        for key, start, tensor in _entries(state):
+            if tensor.is_cuda:
+                name = f"{key}@{start}"
+                if name not in self._pinned or self._pinned[name].shape != tensor.shape:
+                    self._pinned[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                entries.append((key, start, self._pinned[name].copy_(tensor, non_blocking=True)))
+            else:
+                entries.append((key, start, tensor.detach().clone()))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         document = {
             "format": FORMAT,
+            "generation": self._generation,
             "step": step,
             "images": images,
             "optimizer_step": state.optimizer_step,
             "teacher_updates": state.teacher_updates,
             "meta": dict(meta),
-            "files": {name: about for name, about, _ in reports},
-            "tensors": _table(state, reports),
         }
-        problem = _attempt(lambda: _commit(root, aside, final, document, keep))
-    _all_well(problem, aside, step)
-    return final, dist.from_first(sum(about["bytes"] for _, about, _ in reports))
+        shapes = {**state.shapes, **{name: tuple(table.shape) for name, table in state.buffers.items()}}
+        return _Snapshot(step, document, entries, shapes)
+
+    def _write(self, snapshot: _Snapshot) -> tuple[Path, int]:
+        final = self._root / f"step-{snapshot.step:08d}"
+        token = dist.from_first(secrets.token_hex(4), self._group)
+        aside = self._root / f".writing-{final.name}-{token}"
+        mine, problem, written = f"rank-{dist.rank():05d}.safetensors", None, {}
+        if dist.rank() == 0:
+            problem = _attempt(lambda: _fresh(self._root, aside))
+        self._all_well(problem, aside)
+        named = [(f"{key}@{start}", tensor) for key, start, tensor in snapshot.entries]
+        try:
+            written = _write_safetensors(aside / mine, named)
+        except OSError as error:
+            problem = f"{aside.name}/{mine}: {error.strerror or error}"
+        self._all_well(problem, aside)
+        runs = [(key, start, tensor.numel(), _DTYPES[tensor.dtype]) for key, start, tensor in snapshot.entries]
+        reports = dist.gather((mine, written, runs), self._group)
+        if dist.rank() == 0:
+            files = {name: about for name, about, _ in reports}
+            document = {**snapshot.document, "files": files, "tensors": _table(snapshot.shapes, reports)}
+            problem = _attempt(lambda: self._commit(aside, final, document))
+        self._all_well(problem, aside)
+        return final, sum(about["bytes"] for _, about, _ in reports)
+
+    def _all_well(self, problem: str | None, aside: Path) -> None:
+        problems = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(problem, self._group)) if text]
+        if problems:
+            if dist.rank() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(
+                f"{aside.name.removeprefix('.writing-')[:13]} was not written ({'; '.join(problems)}); earlier "
+                "checkpoints are untouched. Free space or mend the folder, and start the same command again"
+            )
+
+    def _commit(self, aside: Path, final: Path, document: Mapping[str, Any]) -> None:
+        _write_text(aside / "manifest.json", json.dumps(document, indent=1))
+        _flush_folder(aside)
+        self._check_lease()
+        if final.exists() and not _counts(final):  # damaged, or of a writer that had lost the run
+            _drop(final)
+        os.rename(aside, final)  # fails on a valid one of the same step: a writer that lost the run replaces nothing
+        _flush_folder(self._root)
+        _write_text(self._root / "LATEST.new", final.name + "\n")
+        os.replace(self._root / "LATEST.new", self._root / "LATEST")
+        _flush_folder(self._root)
+        prune(self._root, keep=self._keep, keep_every=self._keep_every)
 
 
-def _attempt(action: Any) -> str | None:
+def prune(root: Path, *, keep: int, keep_every: int | None = None) -> list[Path]:
+    """Delete old checkpoints, never one of the `keep` newest that are valid by manifest and sizes. One process calls.
+
+    Returns:
+        what was deleted.
+    """
+    newest_first = sorted(root.glob("step-*"), reverse=True)
+    valid = [path for path in newest_first if _counts(path)]
+    stay = set(valid[: max(keep, 1)])
+    stay |= {path for path in valid if keep_every and int(path.name.removeprefix("step-")) % keep_every == 0}
+    oldest = min(stay, default=None)
+    old = [path for path in newest_first if oldest is not None and path < oldest]
+    gone = [path for path in newest_first if path not in stay and (path in valid or path in old)]
+    for path in gone:
+        _drop(path)
+    return gone
+
+
+def _counts(path: Path) -> bool:
+    """Whether readers would use this checkpoint, by its manifest, its writer's lease and its files' sizes."""
+    try:
+        manifest = read_manifest(path)
+        sizes = all((path / name).stat().st_size == about["bytes"] for name, about in manifest.files.items())
+        return sizes and fence(path.parent.parent).allows(manifest.generation, manifest.step)
+    except (CheckpointError, OSError):
+        return False
+
+
+def _drop(path: Path) -> None:
+    """Take a checkpoint's folder away: first its name, so that a kill leaves no half of it."""
+    doomed = path.with_name(f".dropped-{path.name}-{secrets.token_hex(4)}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _attempt(action: Callable[[], object]) -> str | None:
     try:
         action()
     except OSError as error:
         return f"{error.filename or ''}: {error.strerror or error}"
+    except LeaseLost as error:
+        return str(error)
     return None
-
-
-def _all_well(problem: str | None, aside: Path, step: int) -> None:
-    problems = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(problem)) if text]
-    if problems:
-        if dist.rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint of step {step} was not written ({'; '.join(problems)}); earlier ones are untouched. "
-            "Free space or mend the folder, and start the same command again"
-        )
 
 
 def _fresh(root: Path, aside: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    for left in (*root.glob(".writing-*"), *root.glob(".replaced-*")):  # of jobs that were killed while they wrote
+    for left in (*root.glob(".writing-*"), *root.glob(".dropped-*")):  # of jobs that were killed while they wrote
         shutil.rmtree(left, ignore_errors=True)
     aside.mkdir()
 
@@ -146,8 +295,9 @@ def _entries(state: EngineState) -> Iterator[tuple[str, int, Tensor]]:
             yield f"buffer/{name}", 0, table.flatten()
 
 
-def _table(state: EngineState, reports: Sequence[tuple[str, dict[str, Any], list[Any]]]) -> dict[str, dict[str, Any]]:
-    shapes = {**state.shapes, **{name: tuple(table.shape) for name, table in state.buffers.items()}}
+def _table(
+    shapes: Mapping[str, tuple[int, ...]], reports: Sequence[tuple[str, dict[str, Any], list[Any]]]
+) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for file, _, runs in reports:
         for key, start, length, dtype in runs:
@@ -192,23 +342,6 @@ def _write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> dic
     return {"bytes": 8 + len(text) + offset, "sha256": digest.hexdigest()}
 
 
-def _commit(root: Path, aside: Path, final: Path, document: Mapping[str, Any], keep: int) -> None:
-    _write_text(aside / "manifest.json", json.dumps(document, indent=1))
-    _flush_folder(aside)
-    replaced = aside.with_name(aside.name.replace(".writing-", ".replaced-"))
-    if final.exists():  # a damaged one, or one of a run that went back and came here again
-        os.rename(final, replaced)
-    os.rename(aside, final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    _flush_folder(root)
-    _write_text(root / "LATEST.new", final.name + "\n")
-    os.replace(root / "LATEST.new", root / "LATEST")
-    _flush_folder(root)
-    older = sorted(path for path in root.glob("step-*") if path != final)
-    for path in older[: max(0, len(older) - (keep - 1))]:
-        shutil.rmtree(path)
-
-
 def _write_text(path: Path, text: str) -> None:
     with path.open("w") as file:
         file.write(text)
@@ -239,7 +372,7 @@ def read_manifest(path: Path) -> Manifest:
         if document["format"] > FORMAT:
             found = document["format"]
             raise CheckpointError(f"{file} is of format {found}, this rcmae reads up to {FORMAT}: update rcmae")
-        keys = ("step", "images", "optimizer_step", "teacher_updates", "meta", "files", "tensors")
+        keys = ("generation", "step", "images", "optimizer_step", "teacher_updates", "meta", "files", "tensors")
         return Manifest(path=path, **{key: document[key] for key in keys})
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} has no manifest.json: it was never committed") from error
@@ -282,15 +415,37 @@ def open_verified(path: Path) -> Manifest:
     return manifest
 
 
+def newest_unverified(root: Path) -> Manifest | None:
+    """The newest checkpoint that counts by manifest and sizes; its bytes are not looked at. Any process may call."""
+    path = next((path for path in sorted(root.glob("step-*"), reverse=True) if _counts(path)), None)
+    return read_manifest(path) if path else None
+
+
 def newest(root: Path) -> tuple[Manifest | None, list[str]]:
     """The newest valid checkpoint of a run, and what was wrong with newer ones. Collective: every rank calls."""
     passed_over: list[str] = []
     for name in dist.from_first(sorted((path.name for path in root.glob("step-*")), reverse=True)):
         try:
-            return open_verified(root / name), passed_over
+            manifest = open_verified(root / name)
         except CheckpointError as error:
             passed_over.append(str(error))
+            continue
+        if dist.from_first(fence(root.parent).allows(manifest.generation, manifest.step)):
+            return manifest, passed_over
+        passed_over.append(f"{manifest.path}: its writer, generation {manifest.generation}, had lost the run")
     return None, passed_over
+
+
+def set_aside(root: Path, beyond: int) -> list[Path]:
+    """Rename the checkpoints beyond a step, which were passed over, so that the run can commit those steps anew.
+
+    They are kept, as `passed-over-step-...`, for whoever wants to know. One process calls, holding the lease.
+    """
+    moved = []
+    for path in sorted(root.glob("step-*")):
+        if int(path.name.removeprefix("step-")) > beyond:
+            moved.append(path.rename(path.with_name(f"passed-over-{path.name}-{secrets.token_hex(4)}")))
+    return moved
 
 
 @torch.no_grad()

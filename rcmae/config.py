@@ -129,8 +129,22 @@ class Checkpoint(Section):
 
     every_steps: Positive | None = 1000
     every_minutes: Annotated[float, Field(gt=0)] | None = None
-    keep: Positive = 2
-    resume: str = "auto"  # auto | never | must | a checkpoint's folder
+    keep: Positive = 2  # newest ones; two stay at least
+    keep_every: Positive | None = None  # one of every so many steps stays for good
+    resume: str = "auto"  # auto | never | must | a checkpoint's folder, to start a new run from
+    background: bool = True  # write while training goes on
+    allow: list[str] = Field(default_factory=list)  # frozen keys that this job may change, knowingly
+
+
+class Guard(Section):
+    """What to do about numbers gone bad: a loss or gradient that is not finite, or a loss that jumps."""
+
+    action: Literal["stop", "skip", "rewind"] = "stop"
+    max_skips: Natural = 10  # of the run; then stop
+    max_rewinds: Natural = 3  # of the run; then stop
+    spike_factor: Annotated[float, Field(gt=0)] | None = None  # deviations above the median; costs an all-reduce a step
+    spike_window: Annotated[int, Field(ge=16)] = 64  # steps that the median and the deviation are of
+    drill_nan_position: Natural | None = None  # puts a NaN into the image at this position of the run, to try this out
 
 
 class Evaluate(Section):
@@ -161,6 +175,9 @@ class Run(Section):
     name: str | None = None  # default: the recipe's
     seed: Natural = 0  # initial weights and stochastic rounding
     stop_after_steps: Positive | None = None  # this many steps in this job, then commit and exit 75
+    deadline_s: Annotated[float, Field(gt=0)] | None = None  # of this job, from its start; SLURM's end is known anyway
+    lease_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # a job that gives no sign this long has lost the run
+    lease_wait_s: Annotated[float, Field(ge=0)] = 120.0  # how long to wait for a job that trains here and is alive
 
 
 class Recipe(Section):
@@ -174,6 +191,7 @@ class Recipe(Section):
     batch: Batch = Field(default_factory=Batch)
     schedule: Schedule = Field(default_factory=Schedule)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    guard: Guard = Field(default_factory=Guard)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     log: Log = Field(default_factory=Log)
     run: Run = Field(default_factory=Run)
@@ -197,13 +215,19 @@ FROZEN = (
 def differences(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Lines `key: saved -> mine` for every frozen key that differs between two dumped recipes."""
     left, right = dict(_leaves(mine)), dict(_leaves(saved))
+    allowed = left.get("checkpoint.allow") or []
     return [
         f"{key}: {right.get(key)!r} in the run, {left.get(key)!r} asked for"
         for key in sorted(left.keys() | right.keys())
-        if any(key == frozen or key.startswith(frozen + ".") for frozen in FROZEN)
+        if _is_under(key, FROZEN)
+        and not _is_under(key, allowed)
         and _plain(left.get(key)) != _plain(right.get(key))
         and not (key == "data.canonical_streams" and left.get(key) is None)
     ]
+
+
+def _is_under(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

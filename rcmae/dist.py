@@ -20,6 +20,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 _control: torch_dist.ProcessGroup | None = None
+_timeout = datetime.timedelta(minutes=30)
 
 
 def rank() -> int:
@@ -79,7 +80,7 @@ def start(*, required: bool, timeout_s: float = 1800.0) -> None:
     Raises:
         ValueError: the launcher's variables are incomplete.
     """
-    global _control
+    global _control, _timeout
     where = launched()
     if device().type == "cuda":
         torch.cuda.set_device(device())
@@ -93,7 +94,7 @@ def start(*, required: bool, timeout_s: float = 1800.0) -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _slurm_master() if where["world"] > 1 else "127.0.0.1"
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
-    timeout = datetime.timedelta(seconds=timeout_s)
+    timeout = _timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
     if where["world"] == 1 and "MASTER_PORT" not in os.environ:
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -148,22 +149,29 @@ def agree(flag: bool) -> bool:
     return bool(votes.item())
 
 
-def gather(item: Any) -> list[Any]:
+def gather(item: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's small object, in rank order, on every rank. Collective: every rank calls."""
     if world() == 1:
         return [item]
     items: list[Any] = [None] * world()
-    torch_dist.all_gather_object(items, item, group=_control)
+    torch_dist.all_gather_object(items, item, group=group or _control)
     return items
 
 
-def from_first(item: Any) -> Any:
+def from_first(item: Any, group: torch_dist.ProcessGroup | None = None) -> Any:
     """Rank 0's object on every rank. Collective: every rank calls; others' arguments are ignored."""
     if world() == 1:
         return item
     box = [item]
-    torch_dist.broadcast_object_list(box, src=0, group=_control)
+    torch_dist.broadcast_object_list(box, src=0, group=group or _control)
     return box[0]
+
+
+def own_group() -> torch_dist.ProcessGroup | None:
+    """A gloo group of all ranks for one thread to itself; None for a process alone. Collective: every rank calls."""
+    if world() == 1:
+        return None
+    return torch_dist.new_group(backend="gloo", timeout=_timeout)
 
 
 def together(problem: str | None) -> None:

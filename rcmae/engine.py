@@ -81,8 +81,8 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the global loss; `last` micro-batch of the step reduces."""
 
-    def step(self, *, lr: float, weight_decay: float) -> StepStats:
-        """Finite check agreed by all ranks before any group moves, clip, update."""
+    def step(self, *, lr: float, weight_decay: float, discard: bool = False) -> StepStats:
+        """Finite check agreed by all ranks before any group moves, clip, update. `discard` drops the gradients."""
 
     def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:
         """Move the teacher's local shards; `measure` gives what it did (it waits for the device)."""
@@ -217,12 +217,12 @@ class LocalEngine:
                 master.grad.add_(grad)
                 grad.zero_()
 
-    def step(self, *, lr: float, weight_decay: float) -> StepStats:
+    def step(self, *, lr: float, weight_decay: float, discard: bool = False) -> StepStats:
         """Finite check, clip, update, round."""
         grads = [master.grad for master in self._masters if master.grad is not None]
         norm = global_norm(grads, sharded=False, device=self._settings.device)
         stats = verdict(norm)
-        if stats.finite:
+        if stats.finite and not discard:
             clip(grads, norm, self._settings.clip_grad)
             set_rates(self._optimizer.param_groups, lr=lr, weight_decay=weight_decay)
             self._optimizer.step()

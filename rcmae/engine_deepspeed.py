@@ -307,12 +307,12 @@ class DeepSpeedEngine:
         if not last:
             self.student.step()  # counts the micro-batch; nothing moves before the boundary
 
-    def step(self, *, lr: float, weight_decay: float) -> StepStats:
+    def step(self, *, lr: float, weight_decay: float, discard: bool = False) -> StepStats:
         """Finite check agreed by all ranks, then DeepSpeed's clip and update."""
         # its own check is off in fp32, and stages 1 and 2 update group by group: look before it starts
         norm = global_norm(self._stage.grads(), sharded=self._stage.sharded, device=self._settings.device)
         stats = verdict(norm)
-        if stats.finite:
+        if stats.finite and not discard:
             set_rates(self._adam.param_groups, lr=lr, weight_decay=weight_decay)
             self.student.step()
         else:
@@ -320,14 +320,16 @@ class DeepSpeedEngine:
         return stats
 
     def _discard(self) -> None:
-        """Throw this step's gradients away."""
+        """Throw this step's gradients away: DeepSpeed does so with what is not finite, so the first one is made so."""
         optimizer = self.student.optimizer
+        for grad in self._stage.grads()[:1]:
+            grad.fill_(math.nan)
         if optimizer is self._adam:  # stage 0 in fp32: nothing of DeepSpeed's stands between it and the update
             self.student.zero_grad()
             return
         checks = getattr(optimizer, "check_grad_overflow", None)
         optimizer.check_grad_overflow = True
-        self.student.step()  # DeepSpeed now sees what we saw, updates nothing and empties its buffers
+        self.student.step()  # updates nothing and empties its buffers
         optimizer.check_grad_overflow = checks
 
     def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:

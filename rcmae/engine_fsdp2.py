@@ -67,12 +67,12 @@ class FSDP2Engine:
         self._root.set_requires_gradient_sync(last)
         (loss * dist.world()).backward()
 
-    def step(self, *, lr: float, weight_decay: float) -> StepStats:
+    def step(self, *, lr: float, weight_decay: float, discard: bool = False) -> StepStats:
         """Finite check agreed by all ranks, clip, update."""
         grads = [_shard_of(param.grad) for param in self.student.parameters() if param.grad is not None]
         norm = global_norm(grads, sharded=True, device=self._settings.device)
         stats = verdict(norm)
-        if stats.finite:
+        if stats.finite and not discard:
             clip(grads, norm, self._settings.clip_grad)
             set_rates(self._optimizer.param_groups, lr=lr, weight_decay=weight_decay)
             self._optimizer.step()

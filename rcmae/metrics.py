@@ -234,6 +234,18 @@ class MetricsLog:
         if self.writes:
             _write_line(self._events, {"event": kind, "time": time.time(), **details})
 
+    def rewind(self, step: int) -> None:
+        """Forget the logged steps beyond `step`: the run goes back to it."""
+        if not self.writes:
+            return
+        self.sync()
+        self._metrics.close()
+        cut_back(self.directory / "metrics.jsonl", step)
+        self._metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
+        if self._board:
+            self._board.close()
+            self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
+
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Numbers that belong to no logged step (an evaluation's) for TensorBoard, as group/name."""
         if self._board:

@@ -8,6 +8,7 @@ die.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit statuses of a rank; 75 says: run me again
+MARGIN_S = 20.0  # for the step under way and the exit
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
@@ -23,11 +25,29 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._deadline = _scheduler_deadline()
         for number in SIGNALS:
             signal.signal(number, self._asked)
 
+    def ask(self, reason: str) -> None:
+        """Ask for a stop; the first reason stands."""
+        self.reason = self.reason or reason
+
+    def within(self, seconds: float) -> None:
+        """Set a deadline so many seconds from now, if it is before the scheduler's."""
+        self._deadline = min(self._deadline, time.time() + seconds)
+
+    def is_late(self, save_seconds: float) -> bool:
+        """Whether a save must begin now to be committed by the deadline: twice the longest one seen, and some."""
+        return time.time() + 2 * save_seconds + MARGIN_S > self._deadline
+
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        self.reason = self.reason or signal.Signals(number).name
+        self.ask(signal.Signals(number).name)
+
+
+def _scheduler_deadline() -> float:
+    """When the scheduler ends this job, in seconds since 1970; never, where it does not tell."""
+    return float(os.environ.get("SLURM_JOB_END_TIME", math.inf))
 
 
 def write_outcome(run_dir: Path, *, status: int, step: int, reason: str) -> None:

@@ -10,13 +10,16 @@ on request with a checkpoint committed (run it again), 2 the user's input is wro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import difflib
 import importlib.metadata
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ from rcmae.batch import Batch
 from rcmae.config import Recipe, Resolved
 from rcmae.engine import Engine, LocalEngine, Settings
 from rcmae.evaluate import evaluating, knn_rows, knn_table, pixels, pooled, reconstruction_picture, save_png
+from rcmae.guard import Guard, NumbersGoneBad, bundle
+from rcmae.lease import Lease, LeaseHeld, LeaseLost
 from rcmae.masking import RandomMask, visible_count
 from rcmae.metrics import Meter, MetricsLog, closing_summary
 from rcmae.objectives import OBJECTIVES, Objective
@@ -49,8 +54,10 @@ def fit(run: Run) -> str | None:
         None when the last step is done, else why the run stops here (a checkpoint is committed either way).
 
     Raises:
-        NumbersGoneBad: on every rank, before the update, if any rank's loss or gradient is not finite.
+        NumbersGoneBad: on every rank, before the update, if any rank's loss or gradient is not finite (or the loss
+            jumped) and guard.action or its limits say stop.
         DataGoneBad: on every rank, if any cannot read its samples.
+        LeaseLost: on every rank; another job took the run over.
     """
     engine, objective, sizes = run.engine, run.objective, run.sizes
     for micros in run.batches():
@@ -68,21 +75,18 @@ def fit(run: Run) -> str | None:
             if run.recipe.teacher.update == "micro_step" and not last:
                 engine.update_teacher(run.momentum(index))
         lr, momentum, logs = run.lr(), run.momentum(len(micros) - 1), run.is_due(run.recipe.log.every_steps)
-        stats = engine.step(lr=lr, weight_decay=run.recipe.schedule.weight_decay)
-        if not stats.finite:
-            raise NumbersGoneBad(run.blame(micros, seen, stats.grad_norm))
+        jumped = run.guard.jumped(seen)  # an all-reduce, where guard.spike_factor asks for it
+        stats = engine.step(lr=lr, weight_decay=run.recipe.schedule.weight_decay, discard=jumped is not None)
+        if jumped is not None or not stats.finite:
+            run.skip_or_rewind(micros, seen, stats.grad_norm, jumped)  # or it raises: guard.action says which
+            continue
         telemetry = engine.update_teacher(momentum, measure=logs)
-        run.step += 1
-        run.meter.step(sizes.images_per_step)
+        run.advance()
         if logs:
             run.record(seen, lr=lr, momentum=momentum, grad_norm=stats.grad_norm, **telemetry)
         run.evaluate_when_due()
         run.save_when_due()
     return None
-
-
-class NumbersGoneBad(RuntimeError):
-    """A loss or gradient is not finite; nothing was updated."""
 
 
 class DataGoneBad(RuntimeError):
@@ -106,20 +110,34 @@ class Run:
     log: MetricsLog
     meter: Meter
     stop: preempt.StopRequest
+    guard: Guard
+    saver: checkpoint.Saver
+    lease: Lease | None  # rank 0's
     step: int = 0  # optimizer steps done
+    data_step: int = 0  # the same in the stream: beyond `step` by what a rewind passed over
     saved_step: int = -1
     table: str = ""  # of the last evaluation
 
     def __post_init__(self) -> None:
         self.first_step, self._saved_at, self._save_asked = self.step, time.monotonic(), False
         self._trouble: str | None = None  # why this rank has no samples
+        self._save_seconds, self._failed_saves = 0.0, 0
+
+    def advance(self) -> None:
+        """A step is done: one further in the training and in the stream."""
+        self.step += 1
+        self.data_step += 1
+        self.meter.step(self.sizes.images_per_step)
 
     # data
 
     def batches(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each remaining step."""
-        steps = self.stream.steps(self.step)
+        """This rank's micro-batches of each remaining step, from wherever the run stands."""
+        steps, expected = self.stream.steps(self.data_step), self.data_step
         while self.step < self.sizes.total_steps:
+            if self.data_step != expected:  # a rewind passed over some
+                steps, expected = self.stream.steps(self.data_step), self.data_step
+            expected += 1
             try:
                 with self.meter.waiting():
                     micros = next(steps)
@@ -131,7 +149,11 @@ class Run:
 
     def on_device(self, batch: Batch) -> Batch:
         """The batch where the model is, images normalised."""
-        return self.normalise(batch.to(dist.device()))
+        drill = self.recipe.guard.drill_nan_position
+        batch = self.normalise(batch.to(dist.device()))
+        if drill is not None and drill in batch.positions:
+            batch.images[(batch.positions == drill).to(batch.images.device)] = math.nan
+        return batch
 
     # decisions of all ranks
 
@@ -139,14 +161,23 @@ class Run:
         """Global counts of the step's terms, and why to stop, if any rank was asked to. Collective.
 
         Raises:
-            DataGoneBad: on every rank, if any has no samples for the step.
+            DataGoneBad, LeaseLost: on every rank, if any has no samples for the step, or the run is another job's.
         """
         mine = {term: sum(self.objective.counts(batch)[term] for batch in micros) for term in self.objective.weights}
         minutes = self.recipe.checkpoint.every_minutes
         due = minutes is not None and dist.rank() == 0 and time.monotonic() - self._saved_at >= 60 * minutes
-        flags = [self.stop.reason is not None, due, self._trouble is not None]
-        *totals, stops, saves, troubles = dist.sum_numbers([*mine.values(), *flags])
+        if dist.rank() == 0 and self.stop.is_late(self._save_seconds):
+            self.stop.ask("the deadline is near")
+        flags = [
+            self.stop.reason is not None, due, self._trouble is not None, self.lease is not None and self.lease.lost,
+            self.saver.is_done(),
+        ]  # fmt: skip
+        *totals, stops, saves, troubles, losts, saved = dist.sum_numbers([*mine.values(), *flags])
         self._save_asked = saves > 0
+        if losts:
+            raise LeaseLost(f"another job took {self.recipe.run_dir} over; this one stops and writes nothing more")
+        if saved == dist.world():
+            self.note_save(self.saver.wait)
         if troubles:
             told = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(self._trouble)) if text]
             raise DataGoneBad(f"step {self.step}: " + "\n".join(told))
@@ -189,7 +220,7 @@ class Run:
         shares = torch.stack([torch.stack([part[term] for part in seen]).sum() for term in self.objective.weights])
         means = dist.all_sum(shares.double()).tolist()  # waits for the device
         losses = dict(zip(self.objective.weights, means, strict=True))
-        images = self.step * self.sizes.images_per_step
+        images = self.data_step * self.sizes.images_per_step
         self.log.step(
             {
                 "step": self.step,
@@ -202,50 +233,83 @@ class Run:
             }
         )
 
-    def blame(self, micros: Sequence[Batch], seen: Sequence[dict[str, Tensor]], grad_norm: float) -> str:
-        """Who saw the number that is not finite, with which samples. Collective."""
-        mine = [
-            key
-            for batch, losses in zip(micros, seen, strict=True)
-            if not all(math.isfinite(loss.item()) for loss in losses.values())
-            for key in batch.keys
-        ]
-        samples = {rank: keys for rank, keys in enumerate(dist.gather(mine)) if keys}
-        every = [list(batch.keys) for batch in micros]
+    def skip_or_rewind(
+        self, micros: Sequence[Batch], seen: Sequence[dict[str, Tensor]], grad_norm: float, jumped: str | None
+    ) -> None:
+        """A step went bad and nothing was updated: leave it out, or go back and pass over its samples. Collective.
+
+        Raises:
+            NumbersGoneBad: on every rank, if guard.action or its limits say stop; with a bundle for tools/replay.py.
+        """
+        with contextlib.suppress(checkpoint.CheckpointError):
+            self.note_save(self.saver.wait)
         last, _ = checkpoint.newest(self.recipe.run_dir / "checkpoints")
-        committed = last.path if last else "none"
-        self.log.event(
-            "not_finite", step=self.step, grad_norm=grad_norm, losses_of=samples, rank_0_samples=every,
-            last_committed=str(committed),
-        )  # fmt: skip
-        shown = "; ".join(f"rank {rank}: {', '.join(keys[:4])}{' ...'[: len(keys)]}" for rank, keys in samples.items())
-        return (
-            f"step {self.step}: {'a loss' if samples else 'the gradient, but no loss,'} is not finite "
-            f"(gradient norm {grad_norm}); all ranks stopped before the update. "
-            + (f"Samples of the micro-batches with such a loss: {shown}. " if samples else "")
-            + f"Last committed checkpoint: {committed}. Lower schedule.lr or set schedule.clip_grad; "
-            f"the step's samples are in {self.recipe.run_dir / 'events.jsonl'}"
-        )
+        place = {"step": self.step, "data_step": self.data_step, "checkpoint": str(last.path) if last else None}
+        about = {**place, "grad_norm": grad_norm, "jumped": jumped, "recipe": self.recipe.model_dump(mode="json")}
+        report = bundle(self.recipe.run_dir, about, micros, seen)
+        action = self.guard.decide(can_rewind=last is not None)
+        self.log.event("not_finite" if jumped is None else "spike", action=action, bundle=str(report.path), **{
+            **place, "grad_norm": grad_norm, "jumped": jumped, "samples": report.samples,
+        })  # fmt: skip
+        if action == "stop":
+            raise NumbersGoneBad(
+                f"step {self.step}: {jumped or report.what}; all ranks stopped before the update. {report.shown}"
+                f"Last committed checkpoint: {last.path if last else 'none'}. See it again on one process with "
+                f"tools/replay.py {report.path}; then lower schedule.lr, set schedule.clip_grad, "
+                "or let guard.action skip or rewind"
+            )
+        if action == "skip":
+            self.advance()
+            return
+        assert last is not None
+        passed_over = self.data_step + 1  # the samples since the checkpoint, this step's among them, are not used again
+        checkpoint.load(last, self.engine)
+        self.step, self.data_step, self.saved_step = last.step, passed_over, last.step
+        self.log.rewind(self.step)
+        self.log.say(f"rewound to {last.path}; passing over the samples of {passed_over - last.step} steps")
 
     def save_when_due(self) -> None:
-        """Commit a checkpoint if this step is one for it. Collective."""
+        """Start to commit a checkpoint if this step is one for it. Collective.
+
+        Raises:
+            CheckpointError: on every rank, when three in a row could not be written.
+        """
         every = self.recipe.checkpoint.every_steps
         if self._save_asked or (every is not None and self.step % every == 0):
-            self.save()
+            try:
+                self.save()
+            except checkpoint.CheckpointError as error:
+                self._failed_saves += 1
+                self.log.event("checkpoint_failed", step=self.step, reason=str(error))
+                self.log.say(f"going on without a checkpoint of step {self.step}: {error}")
+                if self._failed_saves >= 3:
+                    raise
 
     def save(self) -> None:
-        """Commit a checkpoint of this step, once. Collective."""
+        """Start to commit a checkpoint of this step, once. Collective. Raises CheckpointError on every rank."""
         if self.saved_step == self.step:
             return
-        begin = time.monotonic()
         with self.meter.away():
             self.log.sync()
-            path, size = checkpoint.save(
-                self.recipe.run_dir / "checkpoints", self.engine, step=self.step,
-                images=self.step * self.sizes.images_per_step, meta=self.about(), keep=self.recipe.checkpoint.keep,
-            )  # fmt: skip
-        self._saved_at, self.saved_step = time.monotonic(), self.step
-        self.log.event("checkpoint", step=self.step, path=str(path), bytes=size, seconds=self._saved_at - begin)
+            self.saved_step, self._saved_at = self.step, time.monotonic()
+            self.note_save(
+                lambda: self.saver.save(
+                    self.engine, step=self.step, images=self.data_step * self.sizes.images_per_step, meta=self.about()
+                )
+            )
+
+    def finish_saves(self) -> None:
+        """Commit this step and wait for it. Collective. Raises CheckpointError on every rank."""
+        self.save()
+        self.note_save(self.saver.wait)
+        assert self.saved_step == self.step
+
+    def note_save(self, get: Callable[[], checkpoint.Saved | None]) -> None:
+        """Write down what a save committed. Collective. Raises CheckpointError on every rank."""
+        saved = get()
+        if saved is not None:
+            self._failed_saves, self._save_seconds = 0, max(self._save_seconds, saved.seconds)
+            self.log.event("checkpoint", **{**saved._asdict(), "path": str(saved.path)})
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint says of the run besides its tensors."""
@@ -253,6 +317,7 @@ class Run:
             "recipe": self.recipe.model_dump(mode="json"),
             "sizes": self.sizes.asdict(),
             "data_fingerprint": self.index.fingerprint,
+            "guard": self.guard.state(),
             "versions": versions(),
         }
 
@@ -354,7 +419,7 @@ class Checked:
     plan: Plan
     sizes: Resolved
     mask: RandomMask
-    saved: checkpoint.Manifest | None  # where the run goes on from
+    saved: checkpoint.Manifest | None  # where the run goes on from, if its bytes are as written
     engine_config: dict[str, Any]  # DeepSpeed's JSON
 
 
@@ -363,10 +428,9 @@ def check(recipe: Recipe) -> Checked:
 
     Raises:
         ValueError: on every rank, naming every problem; nothing was written.
-        CheckpointError: on every rank; the checkpoint asked for cannot be used.
     """
     problems, world, data = Problems(), dist.world(), recipe.data
-    saved = choose_checkpoint(recipe, problems)
+    saved = peek(recipe, problems)
     if saved is not None:  # the number of streams is part of the order of samples: the first start chose it for good
         data.canonical_streams = data.canonical_streams or saved.meta["sizes"]["canonical_streams"]
     if recipe.engine.name == "local" and world > 1:
@@ -411,15 +475,66 @@ def assemble(recipe: Recipe, stop: preempt.StopRequest) -> Run:
     """Check everything, then build the parts and go to where the run stands. Collective: every rank calls.
 
     Raises:
-        ValueError, CheckpointError: as `check`.
+        ValueError: on every rank, naming every problem; nothing was written. Or another job trains here.
+        CheckpointError: on every rank; there are checkpoints and none can be used.
     """
     found = check(recipe)
-    data, sizes, world, saved = recipe.data, found.sizes, dist.world(), found.saved
+    lease = hold(recipe)
+    try:
+        return build(recipe, stop, found, lease)
+    except BaseException:
+        if lease is not None:
+            lease.release()
+        raise
+
+
+def hold(recipe: Recipe) -> Lease | None:
+    """The lease of the run's folder, on rank 0. Collective: every rank calls.
+
+    Raises:
+        ValueError: on every rank; another job trains here and is alive.
+    """
+    lease, problem, root = None, None, recipe.run_dir / "checkpoints"
+
+    def newest_step() -> int:
+        last = checkpoint.newest_unverified(root)
+        return last.step if last else 0
+
+    if dist.rank() == 0:
+        try:
+            lease = Lease(
+                recipe.run_dir, timeout_s=recipe.run.lease_timeout_s, wait_s=recipe.run.lease_wait_s,
+                newest_step=newest_step, say=lambda text: print(text, flush=True),
+            )  # fmt: skip
+        except (LeaseHeld, OSError) as error:
+            problem = str(error)
+    problem = dist.from_first(problem)
+    if problem:
+        raise ValueError(problem)
+    return lease
+
+
+def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Lease | None) -> Run:
+    """The parts, at the newest valid checkpoint. Collective: every rank calls, rank 0 with the lease."""
+    data, sizes, world = recipe.data, found.sizes, dist.world()
+    saved = choose_checkpoint(recipe)
     student, objective = new_student(recipe), make_objective(recipe)
     teacher = copy.deepcopy(student) if objective.needs_teacher else None
     engine = make_engine(recipe, sizes, student, teacher, found.engine_config)
     if saved is not None:
         checkpoint.load(saved, engine)
+    start_folder(recipe, saved)
+    saver = checkpoint.Saver(
+        recipe.run_dir / "checkpoints", keep=recipe.checkpoint.keep, keep_every=recipe.checkpoint.keep_every,
+        generation=dist.from_first(lease.generation if lease else None), background=recipe.checkpoint.background,
+        check_lease=lease.check if lease else lambda: None,
+    )  # fmt: skip
+    guard = Guard(
+        recipe.guard.action, recipe.guard.max_skips, recipe.guard.max_rewinds, objective.weights,
+        recipe.guard.spike_factor, recipe.guard.spike_window,
+    )  # fmt: skip
+    if saved is not None and own(recipe, saved):
+        guard.restore(saved.meta["guard"])
     transform = TrainTransform(
         recipe.model.image_hw, recipe.model.in_channels, data.crop_scale, data.crop_ratio, data.flip
     )
@@ -428,9 +543,9 @@ def assemble(recipe: Recipe, stop: preempt.StopRequest) -> Run:
         micro=sizes.per_device, rank=dist.rank(), world=world, workers=data.workers,
         max_bad_fraction=data.max_bad_fraction, max_bad_in_a_row=data.max_bad_in_a_row,
     )  # fmt: skip
-    start_folder(recipe, fresh=recipe.checkpoint.resume == "never")
+    step, images = (saved.step, saved.images) if saved else (0, 0)
     log = MetricsLog(
-        recipe.run_dir, resume_step=saved.step if saved else 0, total_steps=sizes.total_steps,
+        recipe.run_dir, resume_step=step, total_steps=sizes.total_steps,
         writes=dist.rank() == 0, tensorboard=recipe.log.tensorboard,
     )  # fmt: skip
     flops = flops_per_image(**student.sizes, num_visible=found.mask.num_visible)
@@ -440,8 +555,9 @@ def assemble(recipe: Recipe, stop: preempt.StopRequest) -> Run:
     )  # fmt: skip
     run = Run(
         recipe=recipe, sizes=sizes, objective=objective, engine=engine, stream=stream, index=found.index,
-        normalise=Normalise(data.mean, data.std, dist.device()), log=log, meter=meter, stop=stop,
-        step=saved.step if saved else 0, saved_step=saved.step if saved else -1,
+        normalise=Normalise(data.mean, data.std, dist.device()), log=log, meter=meter, stop=stop, guard=guard,
+        saver=saver, lease=lease, step=step, data_step=images // sizes.images_per_step,
+        saved_step=step if saved and own(recipe, saved) else -1,
     )  # fmt: skip
     announce(run, saved)
     return run
@@ -516,33 +632,52 @@ def make_engine(
 # ----------------------------------------------------------------------------------------------------- the run's folder
 
 
-def choose_checkpoint(recipe: Recipe, problems: list[str]) -> checkpoint.Manifest | None:
-    """Where the run goes on from, by `checkpoint.resume`. Collective: every rank calls.
+def peek(recipe: Recipe, problems: list[str]) -> checkpoint.Manifest | None:
+    """Where the run would go on from, by `checkpoint.resume`; only manifests are read.
 
     A run that has committed checkpoints of its own goes on from them; a PATH is where a new run begins.
+    """
+    asked, root = recipe.checkpoint.resume, recipe.run_dir / "checkpoints"
+    if asked == "never":
+        return None
+    found = checkpoint.newest_unverified(root)
+    if found is not None or asked == "auto":
+        return found
+    if asked == "must":
+        problems.append(f"checkpoint.resume=must, but {root} has no valid checkpoint; use auto to start anew")
+        return None
+    try:
+        return checkpoint.read_manifest(Path(asked))
+    except checkpoint.CheckpointError as error:
+        problems.append(f"checkpoint.resume={asked}: {error}; give auto, never, must or a checkpoint's folder")
+    return None
+
+
+def choose_checkpoint(recipe: Recipe) -> checkpoint.Manifest | None:
+    """The checkpoint that the run goes on from, its bytes verified. Collective: every rank calls, under the lease.
 
     Raises:
-        CheckpointError: the checkpoint that was asked for is not valid.
+        CheckpointError: on every rank; there are checkpoints and none is valid, or the one asked for is not.
     """
     asked, root = recipe.checkpoint.resume, recipe.run_dir / "checkpoints"
     if asked == "never":
         return None
     found, passed_over = checkpoint.newest(root)
     if passed_over and dist.rank() == 0:
-        print("passed over, not valid: " + "; ".join(passed_over), file=sys.stderr)
+        print("checkpoints passed over: " + "; ".join(passed_over), file=sys.stderr, flush=True)
     if found is None and passed_over:
         raise checkpoint.CheckpointError(
             f"{root} has checkpoints but none is valid ({'; '.join(passed_over)}); restore one, "
             "or start anew with checkpoint.resume=never (they are moved aside, not deleted)"
         )
-    if found is None and asked == "must":
-        problems.append(f"checkpoint.resume=must, but {root} has no checkpoint; use auto to start anew")
     if found is None and asked not in ("auto", "must"):
-        if not Path(asked).is_dir():
-            problems.append(f"checkpoint.resume={asked}: no such folder; give auto, never, must or one")
-            return None
         return checkpoint.open_verified(Path(asked))
     return found
+
+
+def own(recipe: Recipe, saved: checkpoint.Manifest) -> bool:
+    """Whether a checkpoint is this run's, not one that a new run begins from."""
+    return saved.path.parent == recipe.run_dir / "checkpoints"
 
 
 def mismatches(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex | None) -> list[str]:
@@ -564,13 +699,12 @@ def mismatches(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIn
     return problems
 
 
-def start_folder(recipe: Recipe, *, fresh: bool) -> None:
-    """Make the run's folder and write its recipe. `fresh` moves old checkpoints aside. Collective."""
+def start_folder(recipe: Recipe, saved: checkpoint.Manifest | None) -> None:
+    """Write the recipe, and move checkpoints aside that this run does not go on from. Collective, under the lease."""
     if dist.rank() == 0:
-        folder, old = recipe.run_dir, recipe.run_dir / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        if fresh and old.exists():
-            old.rename(folder / f"checkpoints-before-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder, root = recipe.run_dir, recipe.run_dir / "checkpoints"
+        if root.exists():
+            checkpoint.set_aside(root, beyond=saved.step if saved and own(recipe, saved) else -1)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         (folder / "recipe.yaml.new").write_text(text)
         (folder / "recipe.yaml.new").replace(folder / "recipe.yaml")
@@ -633,26 +767,29 @@ def parse(argv: Sequence[str] | None) -> tuple[str, list[str]]:
 
 def train(recipe: Recipe, stop: preempt.StopRequest) -> int:
     """Run a recipe from where it stands; the exit status. Collective: every rank calls, inside the process group."""
+    if recipe.run.deadline_s is not None:
+        stop.within(recipe.run.deadline_s)
     try:
         run = assemble(recipe, stop)
-    except (ValueError, checkpoint.CheckpointError) as error:  # raised on all ranks together; nothing was written
+    except (ValueError, checkpoint.CheckpointError) as error:  # raised on all ranks together
         say_error(error)
         return preempt.REFUSED if isinstance(error, ValueError) else preempt.FAILED
     status, outcome = preempt.FINISHED, "finished"
     with run.log:
         try:
             why_stop = fit(run)
-            run.save()
+            run.finish_saves()
             if why_stop and run.step < run.sizes.total_steps:
                 status, outcome = preempt.STOPPED, f"stopped, {why_stop}"
             run.log.say(run.summary(outcome))
-        except (NumbersGoneBad, DataGoneBad, checkpoint.CheckpointError) as error:  # raised on all ranks together
+        except (NumbersGoneBad, DataGoneBad, checkpoint.CheckpointError, LeaseLost) as error:  # on all ranks together
             say_error(error)
             status, outcome = preempt.FAILED, str(error)
         run.log.event("stop", step=run.step, status=status, reason=outcome)
     run.stream.close()
-    if dist.rank() == 0:
+    if run.lease is not None and not run.lease.lost:
         preempt.write_outcome(recipe.run_dir, status=status, step=run.step, reason=outcome)
+        run.lease.release()
     return status
 
 
@@ -672,7 +809,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         say_error(error)
         return preempt.REFUSED
-    status = train(recipe, stop)
+    try:
+        status = train(recipe, stop)
+    except Exception:
+        # This rank alone, or its peers were gone: they are in another collective and would never come to a barrier.
+        print(f"rcmae: rank {dist.launched()['rank']} failed", file=sys.stderr)
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(preempt.FAILED)
     dist.finish()
     return status
 

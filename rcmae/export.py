@@ -1,0 +1,427 @@
+"""A run's weights in the files that others read, and such files read back without running anything in them.
+
+A checkpoint has every tensor in pieces, for going on; an export has the student or the teacher whole, by its published
+names: safetensors, MAE's and RC-MAE's `.pth` layouts, timm's. Position tables are the checkpoint's own. Tensors pass
+one by one from the checkpoint to the file, as float32, so memory is bounded by the largest. A file is put in place
+whole or not at all.
+
+A `.pth` is a pickle, which can run code when it is opened. It is read by torch's restricted reader, which builds
+tensors, plain containers and `argparse.Namespace` (the published files hold one) and refuses everything else.
+Not written: the optimizer's state of RC-MAE's layout. To go on training, copy the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import secrets
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rcmae import __version__, checkpoint
+from rcmae.checkpoint import CheckpointError, Manifest
+from rcmae.optim import ENCODER
+
+Network = Literal["student", "teacher"]
+Shape = tuple[int, ...]
+
+KIND = {"student": "weight", "teacher": "teacher"}  # what a checkpoint calls a network's tensors
+
+
+class Layout(NamedTuple):
+    """A file that others read."""
+
+    about: str
+    suffixes: tuple[str, ...]  # of its name
+    decoder: bool  # the whole network, or its encoder alone
+
+
+TORCH = (".pth", ".pt")
+LAYOUTS = {
+    "safetensors": Layout("the whole network, with what made it in the metadata", (".safetensors",), True),
+    "mae": Layout("MAE's published file for fine-tuning: the encoder under 'model'", TORCH, False),
+    "mae-full": Layout("MAE's published file with the decoder: the whole network under 'model'", TORCH, True),
+    "rcmae": Layout("RC-MAE's checkpoint: student and teacher, each wrapped and plain, epoch, args", TORCH, True),
+    "timm": Layout("the encoder as timm's vit_* models name it", (".safetensors", *TORCH), False),
+}
+
+
+class Exported(NamedTuple):
+    """A file that was written."""
+
+    path: Path
+    layout: str
+    networks: tuple[str, ...]  # whose weights are in it
+    step: int
+    tensors: int
+    bytes: int
+    use: str  # a line of Python that reads it
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Networks read from a file, names and shapes checked."""
+
+    path: Path
+    layout: str  # "safetensors", "mae", "rcmae", or "plain": tensors by name and nothing else
+    networks: dict[str, dict[str, Tensor]]  # "student", "teacher", or "model" where the file does not say which
+    sizes: dict[str, Any]  # what shapes tell: not the numbers of heads, nor the sides of the grid
+    about: dict[str, Any]  # the file's own account: metadata, or RC-MAE's epoch and args
+
+
+# -------------------------------------------------------------------------------------------------- names and shapes
+
+
+def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The sizes of a network, as far as the shapes of its weights tell them.
+
+    Returns:
+        patch_size, in_channels, embed_dim, depth, mlp_ratio and num_patches; decoder_dim and decoder_depth where there
+        is a decoder.
+
+    Raises:
+        ValueError: it is no masked autoencoder, nor the encoder of one.
+    """
+    try:
+        width, tokens = shapes["cls_token"][2], shapes["pos_embed"][1]
+        _, channels, patch, _ = shapes["patch_embed.proj.weight"]
+        hidden = shapes["blocks.0.mlp.fc1.weight"][0]
+        sizes = {
+            "patch_size": patch, "in_channels": channels, "embed_dim": width, "depth": _count(shapes, "blocks"),
+            "mlp_ratio": hidden / width, "num_patches": tokens - 1,
+        }  # fmt: skip
+        if any(name.startswith(("decoder_", "mask_token")) for name in shapes):
+            sizes["decoder_dim"] = shapes["decoder_embed.weight"][0]
+            sizes["decoder_depth"] = _count(shapes, "decoder_blocks")
+        return sizes
+    except KeyError as error:
+        raise ValueError(f"it has no {error.args[0]}: no masked autoencoder, nor the encoder of one") from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise ValueError("shapes of its first weights are those of no masked autoencoder") from error
+
+
+def _count(shapes: Iterable[str], blocks: str) -> int:
+    return len({match[1] for name in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", name))})
+
+
+def shape_problems(shapes: Mapping[str, Shape]) -> list[str]:
+    """What keeps weights from being those of a whole network or a whole encoder, one line a kind of problem."""
+    from rcmae.vit import MaskedAutoencoder  # timm costs seconds: only where it is used
+
+    try:
+        sizes = sizes_of(shapes)
+        decoder = sizes.pop("decoder_dim", 4), sizes.pop("decoder_depth", 1)
+        grid = sizes["patch_size"], sizes["patch_size"] * sizes.pop("num_patches")  # any grid of as many patches
+        ratio = (sizes.pop("mlp_ratio") * sizes["embed_dim"] + 0.5) / sizes["embed_dim"]  # rounded down by the blocks
+        with torch.device("meta"):
+            model = MaskedAutoencoder(
+                **sizes, image_size=grid, mlp_ratio=ratio, num_heads=1, decoder_dim=decoder[0],
+                decoder_depth=decoder[1], decoder_heads=1,
+            )  # fmt: skip
+    except ValueError as error:
+        return [str(error)]
+    whole = any(name.startswith(("decoder_", "mask_token")) for name in shapes)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if whole or in_encoder(name)}
+    differing = [
+        f"{name} {_by(shapes[name])} instead of {_by(wanted[name])}"
+        for name in wanted
+        if name in shapes and shapes[name] != wanted[name]
+    ]
+    return [
+        f"{what} {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for what, names in (
+            ("lacks", [name for name in wanted if name not in shapes]),
+            ("has unknown", [name for name in shapes if name not in wanted]),
+            ("has", differing),
+        )
+        if names
+    ]
+
+
+def in_encoder(name: str) -> bool:
+    """Whether a weight or table, by its published name, is the encoder's."""
+    return name.startswith((*ENCODER, "pos_embed"))
+
+
+def _by(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def find_checkpoint(path: Path) -> tuple[Manifest, list[str]]:
+    """The checkpoint that a path names, verified: a checkpoint's folder, or a run's for its newest valid one.
+
+    Returns:
+        its manifest, and what was wrong with newer ones of the run.
+
+    Raises:
+        ValueError: there is no checkpoint.
+        CheckpointError: none is valid.
+    """
+    if (path / "manifest.json").exists():
+        return checkpoint.open_verified(path), []
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not any(root.glob("step-*")):
+        what = "no such folder" if not path.is_dir() else "no checkpoint in this folder"
+        raise ValueError(f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000")
+    found, passed_over = checkpoint.newest(root)
+    if found is None:
+        raise CheckpointError(f"{root} has no valid checkpoint: {'; '.join(passed_over)}; restore one")
+    return found, passed_over
+
+
+def export(
+    manifest: Manifest, out: Path, *, layout: str, network: Network | None = None, overwrite: bool = False
+) -> Exported:
+    """Write weights of a checkpoint to a file.
+
+    Args:
+        manifest: of a verified checkpoint.
+        out: the file.
+        layout: one of LAYOUTS.
+        network: whose weights. None: the teacher, which RC-MAE fine-tunes, or the student where there is no teacher.
+            RC-MAE's layout has both.
+        overwrite: replace the file if it is there.
+
+    Raises:
+        ValueError: this checkpoint, layout, network and file do not go together; every reason at once.
+        OSError: the file could not be written; what was there before still is.
+    """
+    networks = _networks(manifest, out, layout, network, overwrite)
+    keys = {  # name in the file -> key in the checkpoint
+        f"{each}/{name}": f"buffer/{name}" if f"buffer/{name}" in manifest.tensors else f"{KIND[each]}/{name}"
+        for each in networks
+        for name in _shapes(manifest, each)
+        if LAYOUTS[layout].decoder or in_encoder(name)
+    }
+    token = secrets.token_hex(4)
+    aside, raw = (out.with_name(f".{out.name}.{token}.{what}") for what in ("writing", "raw"))
+    try:
+        with aside.open("wb") as file:
+            if out.suffix == ".safetensors":
+                plain = {name.partition("/")[2]: key for name, key in keys.items()}
+                _write_header(file, manifest, plain, about(manifest) | {"network": networks[0]})
+                _write_elements(file, manifest, plain.values())
+            else:
+                with raw.open("wb") as elements:
+                    _write_elements(elements, manifest, keys.values())
+                tensors = _mapped(raw, {name: manifest.tensors[key]["shape"] for name, key in keys.items()})
+                torch.save(_document(manifest, layout, networks, tensors), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+        raw.unlink(missing_ok=True)
+    return Exported(out, layout, networks, manifest.step, len(keys), out.stat().st_size, _use(manifest, layout, out))
+
+
+def _networks(manifest: Manifest, out: Path, layout: str, network: str | None, overwrite: bool) -> tuple[Network, ...]:
+    """Whose weights go into the file. Raises ValueError with everything that stands against it."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    problems, kinds = [], {key.partition("/")[0] for key in manifest.tensors}
+    networks: tuple[Network, ...] = ("teacher",) if "teacher" in kinds else ("student",)
+    if layout == "rcmae":
+        networks = ("student", "teacher")
+        if network is not None:
+            problems.append(f"layout rcmae has student and teacher; leave {network!r} out, or use mae-full")
+    elif network is not None:
+        networks = ("student",) if network == "student" else ("teacher",)
+    if "teacher" in networks and "teacher" not in kinds:
+        problems.append(f"{manifest.path} is of a run without a teacher; export the student, in another layout than rcmae")
+    elif unfit := [f"{each} {problem}" for each in networks for problem in shape_problems(_shapes(manifest, each))]:
+        problems.append(f"{manifest.path} does not fit the published layouts: {'; '.join(unfit)}")
+    if out.suffix not in LAYOUTS[layout].suffixes:
+        problems.append(f"{out}: a file of layout {layout} ends in {' or '.join(LAYOUTS[layout].suffixes)}")
+    if not out.parent.is_dir():
+        problems.append(f"{out.parent} is no folder; make it first")
+    if out.is_dir() or (out.exists() and not overwrite):
+        problems.append(f"{out} is there already; give another name{'' if out.is_dir() else ', or ask to overwrite it'}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return networks
+
+
+def _shapes(manifest: Manifest, network: str) -> dict[str, Shape]:
+    return {
+        name: tuple(row["shape"])
+        for key, row in manifest.tensors.items()
+        for kind, _, name in [key.partition("/")]
+        if kind in (KIND[network], "buffer")
+    }
+
+
+def about(manifest: Manifest) -> dict[str, str]:
+    """What made the weights, as safetensors' metadata wants it: text by text, JSON where there is structure."""
+    return {
+        "format": "pt",
+        "written_by": f"rcmae {__version__}",
+        "step": str(manifest.step),
+        "images": str(manifest.images),
+        "data_fingerprint": manifest.meta["data_fingerprint"],
+        "versions": json.dumps(manifest.meta["versions"]),
+        "recipe": json.dumps(manifest.meta["recipe"]),
+    }
+
+
+def _write_header(file: IO[bytes], manifest: Manifest, keys: Mapping[str, str], metadata: Mapping[str, str]) -> None:
+    """The head of a safetensors file: length, then JSON that says where the elements of each tensor will lie."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, key in keys.items():
+        shape = manifest.tensors[key]["shape"]
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def _write_elements(file: IO[bytes], manifest: Manifest, keys: Iterable[str]) -> None:
+    for key in keys:
+        file.write(checkpoint.tensor_of(manifest, key).float().numpy().data)  # one tensor in memory at a time
+
+
+def _mapped(raw: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """Tensors over a file of their elements: torch.save reads them from there, and none is in memory before."""
+    elements = np.memmap(raw, np.float32, mode="c")
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
+    return {
+        name: torch.from_numpy(elements[end - math.prod(shape) : end]).view(shape)
+        for (name, shape), end in zip(shapes.items(), ends, strict=True)
+    }
+
+
+def _document(
+    manifest: Manifest, layout: str, networks: Iterable[str], tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What torch.save gets."""
+    plain: dict[str, dict[str, Tensor]] = {each: {} for each in networks}
+    for name, tensor in tensors.items():
+        each, _, published = name.partition("/")
+        plain[each][published] = tensor
+    if layout == "rcmae":
+        recipe = manifest.meta["recipe"]
+        args = argparse.Namespace(
+            model=recipe["model"]["name"], input_size=recipe["model"]["image_size"],
+            mask_ratio=recipe["objective"]["mask_ratio"], norm_pix_loss=recipe["objective"]["norm_pix_loss"],
+            **about(manifest),
+        )  # fmt: skip
+        return {
+            "student": {f"module.{name}": tensor for name, tensor in plain["student"].items()},
+            "teacher": plain["teacher"],
+            "student_without_ddp": plain["student"],  # the same storages: in the file once
+            "teacher_without_ddp": plain["teacher"],
+            "epoch": manifest.step // manifest.meta["sizes"]["steps_per_epoch"] - 1,  # the last whole one, from 0
+            "args": args,
+        }
+    [state] = plain.values()
+    return {"model": state} if layout.startswith("mae") else state
+
+
+def _use(manifest: Manifest, layout: str, out: Path) -> str:
+    """A line of Python that reads the file."""
+    if layout == "timm":
+        return f"timm.create_model({', '.join(_timm_arguments(manifest))}, checkpoint_path={str(out)!r})"
+    if layout == "safetensors":
+        return f"safetensors.torch.load_file({str(out)!r})"
+    return f"rcmae.export.load_weights(Path({str(out)!r}))"
+
+
+def _timm_arguments(manifest: Manifest) -> list[str]:
+    """Of timm's create_model, for this encoder without a head: its architecture, and what differs from it."""
+    model = manifest.meta["recipe"]["model"]
+    known = {"image_size": 224, "in_channels": 3}
+    names = {"image_size": "img_size", "in_channels": "in_chans"}
+    differing = {
+        names.get(key, key): model[key]
+        for key in ("image_size", "in_channels", "patch_size", "embed_dim", "depth", "num_heads")
+        if model[key] not in (None, known.get(key))
+    }
+    return [f"'{model['name']}_224'", "num_classes=0", *(f"{key}={value}" for key, value in differing.items())]
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def load_weights(path: Path) -> Weights:
+    """Read the weights of a file in any of LAYOUTS, or a published one. Nothing in the file is run.
+
+    Raises:
+        ValueError: it cannot be read, holds more than weights, or its names and shapes are those of no network.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    layout, networks, told = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    problems, sizes = [], {}
+    for each, state in networks.items():
+        strange = [name for name, value in state.items() if not _is_dense(value)]
+        shapes = {name: tuple(value.shape) for name, value in state.items() if name not in strange}
+        if strange:
+            problems.append(f"{each} has entries that are no dense tensors of floats, such as {strange[0]}")
+        elif unfit := shape_problems(shapes):
+            problems += [f"{each} {problem}" for problem in unfit]
+        else:
+            sizes = sizes_of(shapes)
+    if problems:
+        raise ValueError(f"{path} is not a whole network or encoder of this family: {'; '.join(problems)}")
+    return Weights(path, layout, networks, sizes, told)
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+
+
+def _read_safetensors(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    return "safetensors", {told.get("network", "model"): state}, told
+
+
+def _read_torch(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Any]]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks for {refused[1]}" if refused else "is damaged or asks for code"
+        raise ValueError(
+            f"{path} {what}; only tensors, plain values and argparse.Namespace are read, and nothing was run. "
+            "Save the weights alone, as a dict of tensors, where you trust the file"
+        ) from error
+    except Exception as error:  # damaged bytes make torch's reader fail in any way
+        raise ValueError(f"{path} cannot be read as a file of torch.save: {error or type(error).__name__}") from error
+    if not isinstance(document, Mapping):
+        raise ValueError(f"{path} holds a {type(document).__name__}, not weights by name")
+    if "student" in document or "teacher" in document:
+        told = {key: document[key] for key in ("epoch", "args") if key in document}
+        return "rcmae", {each: _plain(document[each]) for each in KIND if each in document}, told
+    if "model" in document:
+        return "mae", {"model": _plain(document["model"])}, {}
+    return "plain", {"model": _plain(document)}, {}
+
+
+def _plain(state: object) -> dict[str, Tensor]:
+    """Weights by name, without the prefix of torch's wrapper for data parallelism."""
+    return {str(name).removeprefix("module."): value for name, value in dict(state or {}).items()}  # type: ignore[call-overload]

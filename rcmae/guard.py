@@ -1,0 +1,126 @@
+"""What happens when numbers go bad: a loss or gradient that is not finite, or a loss that jumps.
+
+All ranks come to the same verdict before the update, so nothing is ever updated with them. What is known of the step is
+put into a bundle that tools/replay.py runs again on one process. A jump is judged robustly: by the median of the last
+losses and their median absolute deviation, which an outlier does not move.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rcmae import dist
+from rcmae.batch import Batch
+
+Action = Literal["stop", "skip", "rewind"]
+FLOOR = 0.01  # of the median: a smaller deviation is no scale to judge by
+
+
+class NumbersGoneBad(RuntimeError):
+    """A loss or gradient is not finite, or the loss jumped; nothing was updated."""
+
+
+@dataclass
+class Guard:
+    """Judges each step's loss and counts what was done about bad ones."""
+
+    action: Action
+    max_skips: int
+    max_rewinds: int
+    weights: dict[str, float]  # of the objective's terms
+    spike_factor: float | None = None
+    spike_window: int = 64
+    skips: int = 0
+    rewinds: int = 0
+    history: list[float] = field(default_factory=list)  # the last losses that were not bad
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"skips": self.skips, "rewinds": self.rewinds, "history": self.history}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `state()`."""
+        self.skips, self.rewinds, self.history = state["skips"], state["rewinds"], list(state["history"])
+
+    def jumped(self, seen: Sequence[dict[str, Tensor]]) -> str | None:
+        """Why this step's loss is an outlier, None if it is not or jumps are not looked for.
+
+        Collective where `spike_factor` is set: every rank calls, with its shares of the step's loss.
+        """
+        if self.spike_factor is None:
+            return None
+        share = torch.stack([weight * part[term] for part in seen for term, weight in self.weights.items()]).sum()
+        loss = float(dist.all_sum(share.double()))  # waits for the device
+        if not math.isfinite(loss):
+            return None  # the gradient's check says that better
+        if len(self.history) >= 16:
+            middle = median(self.history)
+            deviation = 1.4826 * median(abs(value - middle) for value in self.history)  # a normal one's, from the MAD
+            limit = middle + self.spike_factor * max(deviation, FLOOR * abs(middle))
+            if loss > limit:
+                return f"the loss jumped to {loss:.4g}, above {limit:.4g} (the median of late is {middle:.4g})"
+        self.history = [*self.history, loss][-self.spike_window :]
+        return None
+
+    def decide(self, *, can_rewind: bool) -> Action:
+        """What to do about a bad step, within the limits; counts it."""
+        if self.action == "skip" and self.skips < self.max_skips:
+            self.skips += 1
+            return "skip"
+        if self.action == "rewind" and self.rewinds < self.max_rewinds and can_rewind:
+            self.rewinds += 1
+            return "rewind"
+        return "stop"
+
+
+class Report(NamedTuple):
+    """A bundle as it was written."""
+
+    path: Path
+    samples: dict[int, list[str]]  # rank -> samples of the micro-batches whose loss is not finite
+    what: str
+    shown: str
+
+
+def bundle(
+    run_dir: Path, about: dict[str, Any], micros: Sequence[Batch], seen: Sequence[dict[str, Tensor]]
+) -> Report:
+    """Write what is known of a bad step: recipe, checkpoint, and every sample with its position and mask.
+
+    Positions and the recipe's seeds are the random keys: crop, flip and mask are functions of them. Collective.
+    """
+    mine = [
+        {
+            "positions": batch.positions.tolist(),
+            "keys": list(batch.keys),
+            "masks": batch.ids_shuffle[:, : batch.num_visible].tolist(),
+            "losses": {term: loss.item() for term, loss in losses.items()},
+        }
+        for batch, losses in zip(micros, seen, strict=True)
+    ]
+    ranks = dist.gather(mine)
+    bad = {
+        rank: [key for micro in each if not all(map(math.isfinite, micro["losses"].values())) for key in micro["keys"]]
+        for rank, each in enumerate(ranks)
+    }
+    bad = {rank: keys for rank, keys in bad.items() if keys}
+    path = run_dir / "replay" / f"step-{about['step']:08d}.json"
+    if dist.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**about, "ranks": ranks}))  # Python's JSON, which has NaN
+    named = "; ".join(f"rank {rank}: {', '.join(keys[:4])}{' ...' * (len(keys) > 4)}" for rank, keys in bad.items())
+    return Report(
+        path,
+        bad,
+        f"{'a loss' if bad else 'the gradient, but no loss,'} is not finite (gradient norm {about['grad_norm']})",
+        f"Samples of the micro-batches with such a loss: {named}. " if bad else "",
+    )

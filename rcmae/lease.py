@@ -1,0 +1,252 @@
+"""One writer a run: a lease in the run's folder that a second training respects, and that is fenced when it passes on.
+
+`leases/00000003.json` says who holds generation 3 and, when it was a take-over, from which committed step. A file is
+linked into place whole, so of two jobs that reach for a generation one gets it. The holder beats: a thread counts up in
+`leases/00000003.beat`. Who finds a lease watches the count on its own clock; clocks of two nodes are never compared.
+A count that stands still for `timeout_s` means the holder is gone or cut off, and the next generation may be taken.
+
+A holder that was paused or cut off can wake up at any instant, so being careful is not enough: every manifest carries
+its writer's generation, and readers ignore what an older generation wrote beyond the step a take-over started from
+(`Fence`). Its last checkpoints are then as if they never were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+class LeaseLost(RuntimeError):
+    """Another job took the run over; this one must not write any more."""
+
+
+class LeaseHeld(ValueError):
+    """Another job is training in this folder."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who took a generation, where it runs, and what it found committed."""
+
+    generation: int
+    from_step: int  # newest valid checkpoint at the take-over; what older generations wrote beyond it does not count
+    token: str
+    host: str
+    boot: str  # tells a host's restarts apart, and two containers of one name
+    pid: int
+    job: str  # the scheduler's job id, empty without one
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Which checkpoints count, given who took the run over when."""
+
+    from_steps: tuple[tuple[int, int], ...]  # (generation, from_step)
+
+    def allows(self, generation: int, step: int) -> bool:
+        """Whether a checkpoint that this generation wrote counts."""
+        return all(step <= begin for later, begin in self.from_steps if later > generation)
+
+
+def fence(run_dir: Path) -> Fence:
+    """The fence of a run as it stands now."""
+    return Fence(tuple((holder.generation, holder.from_step) for holder in _holders(run_dir / "leases")))
+
+
+class Lease:
+    """The right to write a run's folder. One process of a job holds it: rank 0.
+
+    Args:
+        run_dir: the run's folder; made if it is not there.
+        timeout_s: a holder whose count stands still this long on the observer's clock is taken to be gone.
+        wait_s: how long to wait for a holder that is alive to finish, before giving up.
+        newest_step: called at a take-over: the newest valid committed step, 0 if there is none.
+        say: told what is waited for.
+
+    Raises:
+        LeaseHeld: another job holds it and is alive.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        timeout_s: float,
+        wait_s: float,
+        newest_step: Callable[[], int],
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._folder, self._timeout_s = run_dir / "leases", timeout_s
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lost: str | None = None
+        self.holder = self._acquire(wait_s, newest_step, say)
+        self._beats, self._written = 0, time.monotonic()
+        self._done = threading.Event()
+        self._beat()
+        self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def generation(self) -> int:
+        """This holder's generation, from 1."""
+        return self.holder.generation
+
+    def check(self) -> None:
+        """Look whether the lease is still ours.
+
+        Raises:
+            LeaseLost: it is not, or the folder could not be written for so long that others may think us gone.
+        """
+        later = [holder for holder in _holders(self._folder) if holder.generation > self.generation]
+        if later:
+            new = max(later, key=lambda holder: holder.generation)
+            self._lost = f"{_who(new)} took this run over from step {new.from_step}"
+        elif time.monotonic() - self._written > self._timeout_s:
+            self._lost = f"no beat could be written for {time.monotonic() - self._written:.0f} s"
+        if self._lost:
+            raise LeaseLost(f"{self._lost}; this job stops and writes nothing more")
+
+    @property
+    def lost(self) -> bool:
+        """Whether the beating thread has seen that the lease passed on. Cheap."""
+        return self._lost is not None
+
+    def release(self) -> None:
+        """Say that this job is done with the folder, and stop beating. A second call does nothing."""
+        if not self._done.is_set():
+            self._done.set()
+            self._thread.join()
+            if not self.lost:
+                _replace(self._beat_file(self.generation), "released")
+
+    # acquiring
+
+    def _acquire(self, wait_s: float, newest_step: Callable[[], int], say: Callable[[str], None]) -> Holder:
+        me = {"token": secrets.token_hex(8), "host": socket.gethostname(), "boot": _boot(), "pid": os.getpid()}
+        job = os.environ.get("SLURM_JOB_ID", "")
+        give_up, told = time.monotonic() + wait_s, False
+        while True:
+            holders = _holders(self._folder)
+            last = max(holders, key=lambda holder: holder.generation, default=None)
+            if last is None or self._is_gone(last):
+                begin = newest_step()
+                mine = Holder(generation=last.generation + 1 if last else 1, from_step=begin, job=job, **me)  # type: ignore[arg-type]
+                if _link(self._folder, mine):
+                    return mine
+                continue  # another job was faster
+            if time.monotonic() > give_up:
+                raise LeaseHeld(
+                    f"{self._folder.parent} is being trained by {_who(last)}, which is alive; wait for it, stop it, "
+                    "or use another run.dir"
+                )
+            if not told:
+                say(f"waiting up to {wait_s:.0f} s for {_who(last)}, which holds {self._folder.parent}")
+                told = True
+
+    def _is_gone(self, holder: Holder) -> bool:
+        """Whether a holder released the run, died on this host, or stood still for the time-out. Waits to see it."""
+        file = self._beat_file(holder.generation)
+        first, begin = _read(file), time.monotonic()
+        while True:
+            if _read(file) == "released":
+                return True
+            if holder.host == socket.gethostname() and holder.boot == _boot() and not _alive(holder.pid):
+                return True
+            if _read(file) != first:
+                return False
+            if time.monotonic() - begin > self._timeout_s:
+                return True
+            time.sleep(min(0.2, self._timeout_s / 20))
+
+    # holding
+
+    def _beat_file(self, generation: int) -> Path:
+        return self._folder / f"{generation:08d}.beat"
+
+    def _beat(self) -> None:
+        self._beats += 1
+        _replace(self._beat_file(self.generation), str(self._beats))
+        self._written = time.monotonic()
+
+    def _keep_beating(self) -> None:
+        while not self._done.wait(self._timeout_s / 6):
+            try:
+                self._beat()
+                self.check()
+            except LeaseLost:
+                return
+            except OSError:
+                continue  # check() of the loop sees how long it lasts
+
+
+def _who(holder: Holder) -> str:
+    job = f"job {holder.job}, " if holder.job else ""
+    return f"{job}process {holder.pid} on {holder.host} (generation {holder.generation})"
+
+
+def _boot() -> str:
+    """Names this host since it started, and this set of processes of it: a pid means nothing elsewhere."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return secrets.token_hex(8)  # not known: then only the beat tells
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()  # a zombie writes nothing
+    except OSError:
+        return False
+
+
+def _holders(folder: Path) -> list[Holder]:
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found.append(Holder(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError) as error:
+            raise LeaseHeld(f"{path} cannot be read ({error}); if no job trains here, delete it") from error
+    return found
+
+
+def _link(folder: Path, holder: Holder) -> bool:
+    """Put the holder's file in place whole; False where another job has done so."""
+    aside = folder / f".{holder.token}"
+    with aside.open("w") as file:
+        json.dump(asdict(holder), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(aside, folder / f"{holder.generation:08d}.json")  # fails if it is there, on network file systems too
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink()
+    return True
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
