@@ -79,7 +79,7 @@ def test_a_class_folder_becomes_labelled_indexed_shards(images, tmp_path):
         data = Path(sample.path).read_bytes()[sample.offset : sample.offset + sample.size]
         assert data in {path.read_bytes() for path in images.glob("*/*")}
     assert len({index[number].id for number in range(18)}) == 18
-    assert len(set(index.labels[:6].tolist())) > 1  # a shard mixes the classes
+    assert np.count_nonzero(np.diff(index.labels)) > 4  # class after class there would be 2 changes
 
 
 def test_the_same_images_give_the_same_bytes_with_any_number_of_processes(images, tmp_path):
