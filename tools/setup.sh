@@ -21,7 +21,7 @@ new_enough .venv/bin/python || stop ".venv has $(.venv/bin/python --version); re
 stamp="$(sha256sum < requirements.txt)"
 if [ "$(cat .venv/requirements.sha256 2> /dev/null)" != "$stamp" ]; then
     say "installing requirements.txt into .venv (a minute or more)"
-    .venv/bin/python -m pip install --disable-pip-version-check --quiet -r requirements.txt \
+    .venv/bin/python -m pip install --disable-pip-version-check -qq -r requirements.txt \
         || stop "pip could not install requirements.txt (see above); the same command tries again"
     echo "$stamp" > .venv/requirements.sha256
 else
