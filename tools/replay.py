@@ -1,0 +1,124 @@
+"""Run a step that went bad again, on one process: from the checkpoint before it, with the very samples and masks.
+
+    python tools/replay.py RUN/replay/step-00001234.json [--checkpoint FOLDER] [--json]
+
+Exit status: 0 the step goes bad here too, 1 it does not, 2 the bundle or its checkpoint cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rcmae import config, dist, preempt, train
+from rcmae.batch import Batch
+from rcmae.guard import NumbersGoneBad
+
+
+def replay(document: dict[str, Any], checkpoint_path: str | None, folder: Path) -> dict[str, Any]:
+    """Train from the checkpoint to the step of a bundle, and say what is seen there.
+
+    Args:
+        document: the bundle.
+        checkpoint_path: where its checkpoint lies now; None for where it was, or for the run's beginning.
+        folder: for the files of this run.
+
+    Raises:
+        ValueError: the data or the checkpoint are not there any more.
+    """
+    recipe = config.Recipe.model_validate(document["recipe"])
+    recipe.engine.name, recipe.engine.config = "local", None
+    recipe.run.dir, recipe.data.workers, recipe.log.tensorboard = str(folder), 0, False
+    recipe.evaluate.every_steps = recipe.evaluate.picture_every_steps = None
+    recipe.checkpoint.every_steps = recipe.checkpoint.every_minutes = None
+    recipe.guard.action, recipe.run.stop_after_steps = "stop", None
+    path = checkpoint_path or document["checkpoint"]
+    recipe.checkpoint.resume = path or "never"
+    run = train.assemble(recipe, preempt.StopRequest())
+    with run.log:
+        run.data_step = document["data_step"] - (document["step"] - run.step)
+        recipe.run.stop_after_steps = document["step"] - run.step + 1
+        begin, reproduced, said = run.step, False, "the step ends well here"
+        try:
+            train.fit(run)
+        except NumbersGoneBad as error:
+            reproduced, said = run.step == document["step"], str(error).split(";")[0]
+        samples, same = look_at(run, document) if run.step == document["step"] else ([], True)
+    run.stream.close()
+    if run.lease:
+        run.lease.release()
+    return {
+        "step": run.step, "from_step": begin, "reproduced": reproduced, "said": said, "same_masks": same,
+        "samples": samples,
+    }  # fmt: skip
+
+
+def look_at(run: train.Run, document: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """Each sample's own loss at the step, worst first, and whether its masks are those of the bundle."""
+    masks = {
+        position: mask
+        for rank in document["ranks"]
+        for micro in rank
+        for position, mask in zip(micro["positions"], micro["masks"], strict=True)
+    }
+    rows, same = [], True
+    for micro in next(run.stream.steps(run.data_step)):
+        for index in range(len(micro)):
+            one = part(micro, index)
+            position = int(one.positions[0])
+            same &= one.ids_shuffle[0, : one.num_visible].tolist() == masks.get(position)
+            with torch.no_grad():
+                sums = run.objective(run.engine.student, run.engine.teacher, run.on_device(one), 0.0)
+            counts = run.objective.counts(one)
+            loss = sum(weight * sums[term].item() / counts[term] for term, weight in run.objective.weights.items())
+            rows.append({"position": position, "sample": one.keys[0], "loss": loss})
+    return sorted(rows, key=lambda row: (math.isfinite(row["loss"]), -row["loss"])), same
+
+
+def part(batch: Batch, index: int) -> Batch:
+    """One sample of a batch, as a batch."""
+    at = slice(index, index + 1)
+    labels = None if batch.labels is None else batch.labels[at]
+    return replace(
+        batch, images=batch.images[at], ids_shuffle=batch.ids_shuffle[at], labels=labels, keys=batch.keys[at],
+        positions=batch.positions[at], crops=batch.crops[at],
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = argparse.ArgumentParser(description="Run a step that went bad again, on one process.")
+    parser.add_argument("bundle", type=Path, help="RUN/replay/step-XXXXXXXX.json")
+    parser.add_argument("--checkpoint", help="the checkpoint's folder, where it has moved")
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+    args = parser.parse_args(argv)
+    dist.start(required=False)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found = replay(json.loads(args.bundle.read_text()), args.checkpoint, Path(folder) / "replay")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        print(f"replay: {args.bundle}: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(found))
+    else:
+        verdict = "goes bad here too" if found["reproduced"] else "does not go bad here"
+        masks = "the same" if found["same_masks"] else "NOT the same: the shards or the package have changed"
+        print(f"step {found['step']}, replayed from step {found['from_step']}: {verdict} ({found['said']})")
+        print(f"samples and masks are {masks}; the worst samples by their own loss:")
+        for row in found["samples"][:10]:
+            print(f"  {row['loss']:12.4g}  position {row['position']}  {row['sample']}")
+    return 0 if found["reproduced"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
