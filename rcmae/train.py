@@ -14,6 +14,7 @@ import contextlib
 import copy
 import difflib
 import importlib.metadata
+import itertools
 import math
 import os
 import sys
@@ -40,7 +41,7 @@ from rcmae.metrics import Meter, MetricsLog, closing_summary
 from rcmae.objectives import OBJECTIVES, Objective
 from rcmae.schedules import teacher_momentum, warmup_half_cosine
 from rcmae.shards import Plan, ShardIndex
-from rcmae.stream import Stream, TooManyBadSamples, labelled_batches
+from rcmae.stream import BadSample, Stream, TooManyBadSamples, labelled_batches
 from rcmae.transforms import Normalise, TrainTransform
 from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, flops_per_image, size_problems
 
@@ -121,6 +122,7 @@ class Run:
     def __post_init__(self) -> None:
         self.first_step, self._saved_at, self._save_asked = self.step, time.monotonic(), False
         self._trouble: str | None = None  # why this rank has no samples
+        self._bad: list[BadSample] = []  # of this rank's micro-batches
         self._save_seconds, self._failed_saves = 0.0, 0
 
     def advance(self) -> None:
@@ -143,8 +145,7 @@ class Run:
                     micros = next(steps)
             except (TooManyBadSamples, OSError, RuntimeError) as error:  # the others learn of it in agree()
                 micros, self._trouble = [], str(error)
-            for bad in self.stream.drain_bad():
-                self.log.event("bad_sample", step=self.step, **bad._asdict())
+            self._bad = self.stream.drain_bad()
             yield micros
 
     def on_device(self, batch: Batch) -> Batch:
@@ -170,21 +171,25 @@ class Run:
             self.stop.ask("the deadline is near")
         flags = [
             self.stop.reason is not None, due, self._trouble is not None, self.lease is not None and self.lease.lost,
-            self.saver.is_done(),
+            self.saver.is_done(), bool(self._bad),
         ]  # fmt: skip
-        *totals, stops, saves, troubles, losts, saved = dist.sum_numbers([*mine.values(), *flags])
+        *totals, stops, saves, troubles, losts, saved, bads = dist.sum_numbers([*mine.values(), *flags])
         self._save_asked = saves > 0
         if losts:
             raise LeaseLost(f"another job took {self.recipe.run_dir} over; this one stops and writes nothing more")
         if saved == dist.world():
             self.note_save(self.saver.wait)
+        if bads:
+            for bad in itertools.chain(*dist.gather(self._bad)):
+                self.log.event("bad_sample", step=self.step, **bad._asdict())
         if troubles:
             told = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(self._trouble)) if text]
             raise DataGoneBad(f"step {self.step}: " + "\n".join(told))
         limit = self.recipe.run.stop_after_steps
         if stops:
-            reasons = {reason for reason in dist.gather(self.stop.reason) if reason}
-            return {}, f"asked by {' and '.join(sorted(reasons))}"
+            asked = {rank: reason for rank, reason in enumerate(dist.gather(self.stop.reason)) if reason}
+            self.log.event("signal", step=self.step, asked=asked)
+            return {}, f"asked by {' and '.join(sorted(set(asked.values())))}"
         if limit is not None and self.step - self.first_step >= limit:
             return {}, f"run.stop_after_steps={limit}"
         return dict(zip(mine, totals, strict=True)), None
@@ -795,7 +800,7 @@ def train(recipe: Recipe, stop: preempt.StopRequest) -> int:
 
 def say_error(error: Exception) -> None:
     """One message for all ranks, on standard error."""
-    if dist.launched()["rank"] == 0:
+    if dist.launched_first():
         print(f"rcmae: {error}", file=sys.stderr, flush=True)
 
 
