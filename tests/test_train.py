@@ -1,0 +1,484 @@
+"""A run is one thing, whatever happens to the jobs that carry it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from PIL import Image
+from runs import Folder, distance, equal, finite, keeping_handlers, once, send, start, wait_for
+
+from rcmae import preempt, train
+from rcmae.checkpoint import read_manifest
+from rcmae.config import load
+from tests.conftest import ROOT, Ranks, free_port
+
+MANY = str(Path(__file__).parent / "programs" / "train_many.py")
+ZERO1, ZERO2, ZERO3 = ([f"engine.config=zero{stage}.json", "engine.name=deepspeed"] for stage in (1, 2, 3))
+FSDP2 = ["engine.name=fsdp2"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------- a run to its end
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted: Folder) -> None:
+    rows = uninterrupted.rows()
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    promised = {
+        "step", "images_seen", "epoch", "loss", "loss_reconstruction", "loss_consistency", "lr", "momentum",
+        "grad_norm", "images_per_s", "data_wait_s", "time",
+    }  # fmt: skip
+    assert all(promised <= row.keys() and finite(row) for row in rows)
+    assert all(row["loss"] == pytest.approx(row["loss_reconstruction"] + row["loss_consistency"]) for row in rows)
+    assert [row["images_seen"] for row in rows] == [32 * step for step in range(1, 21)]
+    assert [row["epoch"] for row in rows] == [pytest.approx(step / 7) for step in range(1, 21)]
+    assert rows[-1]["loss_reconstruction"] < 0.8 * rows[0]["loss_reconstruction"]  # it learns
+    assert max(row["lr"] for row in rows) == 1e-3
+    assert uninterrupted.outcome() | {"status": "finished", "exit_status": 0, "step": 20} == uninterrupted.outcome()
+    assert uninterrupted.committed() == [10, 20]
+    assert (uninterrupted.checkpoints / "LATEST").read_text().strip() == "step-00000020"
+    assert [uninterrupted.events(kind)[0]["step"] for kind in ("start", "checkpoint", "stop")] == [0, 10, 20]
+
+
+def test_the_recipe_in_the_folder_goes_on_with_the_run(tiny: Path, folder: Folder, uninterrupted: Folder) -> None:
+    assert start(tiny, folder.path, "run.stop_after_steps=3") == 75
+    written = folder.path / "recipe.yaml"
+    assert load(str(written)) == load(str(tiny), [f"run.dir={folder.path}", "run.stop_after_steps=3"])
+    with keeping_handlers():
+        assert train.main([str(written), "run.stop_after_steps=null"]) == 0
+    assert folder.losses() == uninterrupted.losses()
+
+
+def test_evaluation_and_picture_are_written(
+    tiny: Path, photo_shards: str, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_shards = photo_shards.replace("000005", "000003")
+    test_shards = photo_shards.replace("000000..", "000004..")
+    evaluated = [
+        "schedule.steps=7", "schedule.warmup_steps=1", "log.tensorboard=true", "evaluate.every_steps=4",
+        "evaluate.picture_every_steps=4", "evaluate.picture_images=3", "evaluate.k=[1, 5]",
+        f"evaluate.train_shards={train_shards}", f"evaluate.test_shards={test_shards}",
+    ]  # fmt: skip
+    assert start(tiny, folder.path, *evaluated) == 0
+    found = folder.events("evaluate")
+    assert [event["step"] for event in found] == [4, 7]  # every fourth, and the last
+    for event in found:
+        assert list(event["knn"]) == ["student", "teacher", "random", "pixels"]
+        for row in event["knn"].values():
+            assert row.keys() == {"1", "5"}
+            assert all(0 <= top1 <= 100 for top1 in row.values())
+    assert found[0]["knn"]["pixels"] == found[1]["knn"]["pixels"]
+    assert found[0]["knn"]["random"] == found[1]["knn"]["random"]
+    pictures = sorted(path.name for path in (folder.path / "pictures").iterdir())
+    assert pictures == ["step-00000004.png", "step-00000007.png"]
+    with Image.open(folder.path / "pictures" / pictures[0]) as sheet:
+        assert sheet.width >= 4 * 32  # input, masked, student, teacher
+        assert sheet.height >= 3 * 32
+    assert list((folder.path / "tensorboard").glob("events.out.*"))
+    said = capsys.readouterr().out
+    for text in ("finished at step 7 of 7", "k-NN, top-1 in %", str(folder.checkpoints), "tensorboard --logdir"):
+        assert text in said
+
+
+def test_evaluating_and_logging_change_nothing_in_the_training(
+    tiny: Path, photo_shards: str, folder: Folder, uninterrupted: Folder
+) -> None:
+    shards = [f"evaluate.{which}_shards={photo_shards}" for which in ("train", "test")]
+    seen = ["evaluate.every_steps=6", "evaluate.picture_every_steps=5", "log.every_steps=3", "checkpoint.every_steps=7"]
+    assert start(tiny, folder.path, *shards, *seen) == 0
+    assert folder.steps() == [3, 6, 9, 12, 15, 18, 20]  # the last is always logged
+    assert equal(folder.state(), uninterrupted.state())
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def make_shard(path: Path, jpegs: int, broken: Sequence[int] = ()) -> str:
+    """A shard of grey squares, some of which are no images."""
+    square = path.with_suffix(".jpg")
+    Image.new("RGB", (40, 40), (90, 120, 150)).save(square)
+    garbage = path.with_suffix(".garbage")
+    garbage.write_bytes(b"no image" * 20)
+    with tarfile.open(path, "w") as tar:
+        for number in range(jpegs):
+            tar.add(garbage if number in broken else square, f"{path.stem}_{number:03d}.jpg")
+    return str(path)
+
+
+def contradicting_json(folder: Path) -> Path:
+    path = folder / "contradicts.json"
+    path.write_text(json.dumps({"train_batch_size": 64, "gradient_clipping": 3.0, "zero_optimization": {"stage": 2}}))
+    return path
+
+
+def test_bad_input_is_refused_with_every_problem_and_nothing_written(
+    tiny: Path, tmp_path: Path, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.tar").touch()
+    (tmp_path / "text.tar").write_text("no tar\n" * 200)
+    cases: list[tuple[list[str], list[str]]] = [
+        (["modle.depth=2", "batch.images=many", "log.zzz=1"],
+         ["unknown key 'modle'; did you mean 'model'?", "batch.images: ", "unknown key 'zzz' in log"]),
+        (["data.shards=[nowhere/*.tar, 'a-{0..1}.tar']", "model.image_size=33", "model.embed_dim=65"],
+         ["nowhere/*.tar: matches nothing", "a-0.tar: No such file", "a-1.tar: No such file", "image", "65"]),
+        ([f"data.shards=[{tmp_path}/empty.tar, {tmp_path}/text.tar]", "model.name=vit_smal_patch16"],
+         ["empty.tar: is empty", "text.tar: is not a tar file", "did you mean 'vit_small_patch16'?"]),
+        (["batch.images=4096"], ["batch.images=4096 is more than the 240 samples"]),
+        (["schedule.warmup_steps=20"], ["the warm-up of 20 steps does not end before the last of 20 steps"]),
+        (["schedule.epochs=1", "schedule.base_lr=1"], ["one of epochs and steps", "one of base_lr and lr"]),
+        (["checkpoint.resume=must"], ["has no valid checkpoint; use auto to start anew"]),
+        (["checkpoint.resume=elsewhere"], ["checkpoint.resume=elsewhere: "]),
+    ]  # fmt: skip
+    for overrides, wanted in cases:
+        assert start(tiny, folder.path, *overrides) == 2, overrides
+        said = capsys.readouterr().err
+        assert said.count("rcmae:") == 1, said
+        assert [text for text in wanted if text not in said] == [], said
+        assert "Traceback" not in said
+        assert not folder.path.exists()
+
+
+def test_bad_input_under_a_launcher_ends_every_rank_with_2_and_one_message(
+    tiny: Path, tmp_path: Path, folder: Folder, ranks: Callable[..., Ranks]
+) -> None:
+    wrong = [
+        f"run.dir={folder.path}", "batch.images=31", "engine.name=deepspeed", "model.patch_size=7",
+        f"engine.config={contradicting_json(tmp_path)}", "data.shards=nowhere.tar",
+    ]  # fmt: skip
+    started = ranks("-m", "rcmae.train", tiny, *wrong, world=2)
+    assert started.wait() == [2, 2]
+    said = started.said(0)
+    for text in ("batch.images=31 is not divisible by 2 ranks; use 30 or 32", "nowhere.tar: No such file", "patch"):
+        assert text in said
+    assert said.count("rcmae:") == 1
+    assert "rcmae:" not in started.said(1)
+    assert not folder.path.exists()
+
+
+def test_launcher_variables_that_are_incomplete_are_named(
+    tiny: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    assert start(tiny, folder.path) == 2
+    assert "RANK or WORLD_SIZE is set but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err
+    assert not folder.path.exists()
+
+
+def test_a_folder_of_another_recipe_or_other_data_is_refused_with_the_difference(
+    tiny: Path, photo_shards: str, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tiny, folder.path, "run.stop_after_steps=2") == 75
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    fewer = photo_shards.replace("000005", "000004")
+    cases = [
+        (["model.depth=2", "schedule.lr=5e-4", "data.seed=3"],
+         ["model.depth: 3 in the run, 2 asked for", "schedule.lr: 0.001 in the run, 0.0005", "data.seed: 0 in the"]),
+        ([f"data.shards={fewer}"], ["data.shards are not those of", "give the same shards"]),
+        (["checkpoint.resume=must", "run.seed=1"], ["run.seed: 0 in the run, 1 asked for"]),
+    ]  # fmt: skip
+    for overrides, wanted in cases:
+        capsys.readouterr()
+        assert start(tiny, folder.path, *overrides) == 2, overrides
+        said = capsys.readouterr().err
+        assert [text for text in wanted if text not in said] == [], said
+        assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+
+
+# ------------------------------------------------------------------------------------------------- asked to stop
+
+
+def test_a_run_asked_to_stop_after_steps_is_finished_by_the_same_command(
+    tiny: Path, folder: Folder, uninterrupted: Folder
+) -> None:
+    for step in (8, 16):
+        assert start(tiny, folder.path, "run.stop_after_steps=8") == 75
+        assert folder.outcome() | {"status": "stopped", "exit_status": 75, "step": step} == folder.outcome()
+        assert "run.stop_after_steps=8" in folder.outcome()["reason"]
+        assert folder.committed()[-1] == step
+    assert start(tiny, folder.path, "run.stop_after_steps=8") == 0
+    assert folder.outcome() | {"status": "finished", "exit_status": 0, "step": 20} == folder.outcome()
+    assert [event["step"] for event in folder.events("resume")] == [8, 16]
+    assert folder.steps() == list(range(1, 21))
+    assert folder.losses() == uninterrupted.losses()
+    assert equal(folder.state(), uninterrupted.state())
+    assert start(tiny, folder.path) == 0  # there is nothing left to do
+    assert folder.losses() == uninterrupted.losses()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_commits_the_step_and_asks_to_be_run_again(
+    tiny: Path, folder: Folder, uninterrupted: Folder, number: signal.Signals
+) -> None:
+    with once(lambda: len(folder.rows()) >= 3, send(number)):
+        assert start(tiny, folder.path) == 75
+    stopped = folder.outcome()
+    assert (stopped["status"], stopped["exit_status"]) == ("stopped", 75)
+    assert number.name in stopped["reason"]
+    assert folder.events("signal")[0]["asked"] == {"0": number.name}
+    assert folder.committed()[-1] == stopped["step"] == folder.steps()[-1]
+    assert 3 <= stopped["step"] < 20
+    assert start(tiny, folder.path) == 0
+    assert equal(folder.state(), uninterrupted.state())
+
+
+def test_a_signal_before_the_first_step_loses_nothing(tiny: Path, folder: Folder, uninterrupted: Folder) -> None:
+    with keeping_handlers():
+        stop = preempt.StopRequest()
+        send(signal.SIGUSR1)()
+        assert train.train(load(str(tiny), [f"run.dir={folder.path}"]), stop) == 75
+    assert (folder.outcome()["step"], folder.committed()) == (0, [0])
+    assert start(tiny, folder.path) == 0
+    assert equal(folder.state(), uninterrupted.state())
+
+
+def test_signals_during_a_save_do_not_break_it(
+    tiny: Path, folder: Folder, uninterrupted: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, sent = os.fsync, []
+
+    def signalled(file: int) -> None:
+        if "/checkpoints/" in os.readlink(f"/proc/self/fd/{file}") and len(sent) < 3:  # a first and two impatient ones
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", signalled)
+    assert start(tiny, folder.path) == 75
+    assert len(sent) == 3
+    assert folder.outcome()["step"] == folder.committed()[-1] >= 10
+    assert folder.leftovers() == []
+    assert start(tiny, folder.path) == 0
+    assert equal(folder.state(), uninterrupted.state())
+
+
+# -------------------------------------------------------------------------------------------- where it goes on from
+
+
+def test_never_starts_anew_and_keeps_the_old_checkpoints_aside(
+    tiny: Path, folder: Folder, uninterrupted: Folder
+) -> None:
+    assert start(tiny, folder.path, "run.stop_after_steps=12", "run.seed=5") == 75
+    assert start(tiny, folder.path, "checkpoint.resume=never") == 0
+    assert folder.steps() == list(range(1, 21))
+    assert equal(folder.state(), uninterrupted.state())
+    aside = [path.parent for path in folder.path.rglob("manifest.json") if "step-00000012" in str(path)]
+    assert len(aside) == 1
+    assert read_manifest(aside[0]).meta["recipe"]["run"]["seed"] == 5
+
+
+def test_must_goes_on_and_a_path_begins_a_new_run_there(tiny: Path, folder: Folder, uninterrupted: Folder) -> None:
+    first = uninterrupted.checkpoints / "step-00000010"
+    assert start(tiny, folder.path, f"checkpoint.resume={first}", "run.stop_after_steps=2") == 75
+    assert folder.events("resume")[0]["step"] == 10
+    assert start(tiny, folder.path, "checkpoint.resume=must", "run.stop_after_steps=3") == 75
+    # a requeued job repeats its command: it must go on from its own checkpoint, not begin again at the path
+    assert start(tiny, folder.path, f"checkpoint.resume={first}") == 0
+    assert [event["step"] for event in folder.events("resume")] == [10, 12, 15]
+    assert folder.steps() == list(range(11, 21))
+    assert equal(folder.state(), uninterrupted.state())
+
+
+def test_a_path_to_a_damaged_checkpoint_is_an_error_that_names_the_file(
+    tiny: Path, tmp_path: Path, folder: Folder, uninterrupted: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(uninterrupted.checkpoints / "step-00000010", tmp_path / "broken")
+    (broken / "rank-00000.safetensors").write_bytes(b"")
+    assert start(tiny, folder.path, f"checkpoint.resume={broken}") == 1
+    assert str(broken / "rank-00000.safetensors") in capsys.readouterr().err
+    assert folder.steps() == []
+
+
+# ---------------------------------------------------------------------------------------------------- killed
+
+
+def test_a_run_killed_and_started_again_is_the_uninterrupted_one_bit_for_bit(
+    tiny: Path, folder: Folder, uninterrupted: Folder
+) -> None:
+    command = [
+        sys.executable, "-m", "rcmae.train", str(tiny), f"run.dir={folder.path}", "checkpoint.every_steps=3",
+        "data.workers=1",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, start_new_session=True) as killed:
+        wait_for(lambda: len(folder.rows()) >= 8, lambda: killed.poll() is None)
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+    before = folder.steps()
+    assert before[-1] < 20
+    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert folder.events("resume")[0]["step"] >= 6
+    assert folder.steps() == list(range(1, 21))
+    assert folder.losses() == uninterrupted.losses()
+    assert equal(folder.state(), uninterrupted.state())
+
+
+def rank_processes(launcher: subprocess.Popen[str], world: int) -> dict[int, psutil.Process]:
+    """The launcher's descendants that are ranks, by rank."""
+    found = {}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        try:
+            if "--multiprocessing-fork" not in process.cmdline() and "RANK" in process.environ():
+                found[int(process.environ()["RANK"])] = process
+        except psutil.Error:
+            continue
+    assert len(found) == world
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_launchers_engines_kills_and_a_signal_to_one_rank(
+    tiny: Path, folder: Folder, tmp_path: Path
+) -> None:
+    """deepspeed, killed -> deepspeed, asked to stop -> torchrun, one rank signalled -> one process, to the end."""
+    recipe = yaml.safe_load(tiny.read_text())
+    recipe["schedule"]["steps"] = 40
+    long = tmp_path / "long.yaml"
+    long.write_text(yaml.safe_dump(recipe))
+    oracle = Folder(tmp_path / "oracle")
+    assert start(long, oracle.path) == 0
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    bin_dir = Path(sys.executable).parent
+    job = [str(long), f"run.dir={folder.path}", "checkpoint.every_steps=4", "run.stop_after_steps=9"]
+
+    def launch(*command: str) -> subprocess.Popen[str]:
+        log = (tmp_path / f"{Path(command[0]).name}.log").open("a")
+        with log:
+            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, text=True)
+
+    def deepspeed() -> subprocess.Popen[str]:
+        return launch(
+            str(bin_dir / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "--module",
+            "rcmae.train", *job, "--deepspeed_config", "ds_configs/zero2.json",
+        )  # fmt: skip
+
+    with deepspeed() as launcher:
+        wait_for(lambda: len(folder.rows()) >= 6, lambda: launcher.poll() is None)
+        for process in rank_processes(launcher, 2).values():
+            process.kill()
+        assert launcher.wait() != 0
+    assert folder.steps()[-1] < 9
+
+    with deepspeed() as launcher:
+        assert launcher.wait() == 75, (tmp_path / "deepspeed.log").read_text()
+    resumed = folder.events("resume")[-1]["step"]
+    assert resumed >= 4
+    assert folder.outcome()["step"] == resumed + 9
+
+    job[-1] = "run.stop_after_steps=null"
+    with launch(
+        str(bin_dir / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()),
+        "-m", "rcmae.train", *job, *FSDP2,
+    ) as launcher:  # fmt: skip
+        wait_for(lambda: folder.steps()[-1] > resumed + 9, lambda: launcher.poll() is None)
+        rank_processes(launcher, 2)[1].send_signal(signal.SIGUSR1)
+        assert launcher.wait() == 1  # torchrun turns 75 into 1 ...
+    stopped = folder.outcome()
+    assert (stopped["status"], stopped["exit_status"]) == ("stopped", 75)  # ... so this says it
+    assert folder.events("signal")[-1]["asked"] == {"1": "SIGUSR1"}
+    assert folder.committed()[-1] == stopped["step"] == folder.steps()[-1] < 40
+
+    assert start(long, folder.path) == 0
+    assert folder.steps() == list(range(1, 41))
+    assert folder.losses() == pytest.approx(oracle.losses(), rel=1e-5)
+    for kind in ("weight", "teacher"):
+        assert distance(folder.state(), oracle.state(), kind) < 1e-5
+
+
+# --------------------------------------------------------------------------------------- any engine opens any other's
+
+
+@pytest.mark.slow
+def test_any_engine_goes_on_from_any_others_checkpoint(
+    tiny: Path, tmp_path: Path, uninterrupted: Folder, ranks: Callable[..., Ranks]
+) -> None:
+    engines = {"zero1": ZERO1, "zero3": ZERO3, "fsdp2": FSDP2}
+    saved = {name: tmp_path / name / "checkpoints" / "step-00000010" for name in engines}
+    saved["local"] = uninterrupted.checkpoints / "step-00000010"
+    jobs = [
+        [str(tiny), f"run.dir={tmp_path / name}", "run.stop_after_steps=10", *engine]
+        for name, engine in engines.items()
+    ]
+    jobs += [
+        [str(tiny), f"run.dir={tmp_path / f'{saver}-{loader}'}", f"checkpoint.resume={path}", *engine]
+        for loader, engine in engines.items()
+        for saver, path in saved.items()
+    ]
+    said = ranks(MANY, json.dumps(jobs), world=2).succeed()
+    assert f"STATUS {[75] * 3 + [0] * 12}" in said
+    for saver in engines:
+        assert start(tiny, tmp_path / f"{saver}-local", f"checkpoint.resume={saved[saver]}") == 0
+
+    oracle, state = dict(zip(uninterrupted.steps(), uninterrupted.losses(), strict=True)), uninterrupted.state()
+    pairs = [f"{saver}-{loader}" for saver in saved for loader in (*engines, "local")]
+    pairs.remove("local-local")
+    assert len(pairs) == 15
+    for pair in pairs:
+        went_on = Folder(tmp_path / pair)
+        assert went_on.steps() == list(range(11, 21)), pair
+        assert went_on.losses() == pytest.approx([oracle[step] for step in went_on.steps()], rel=1e-5), pair
+        for kind in ("weight", "teacher"):
+            assert distance(went_on.state(), state, kind) < 1e-5, (pair, kind)
+
+
+# ------------------------------------------------------------------------------------------------- bad samples
+
+
+@pytest.mark.slow
+def test_unreadable_samples_are_reported_whichever_rank_meets_them_and_too_many_stop_all(
+    tiny: Path, photo_shards: str, tmp_path: Path, ranks: Callable[..., Ranks]
+) -> None:
+    shards = f"data.shards=['{photo_shards}', {make_shard(tmp_path / 'bad.tar', 40, broken=range(0, 40, 2))}]"
+    evaluated = [
+        "evaluate.every_steps=7", "evaluate.picture_every_steps=7", *[
+            f"evaluate.{which}_shards={photo_shards}" for which in ("train", "test")
+        ],
+    ]  # fmt: skip
+    short = [str(tiny), "schedule.steps=7", "schedule.warmup_steps=1", "checkpoint.every_steps=5"]
+    bearable, stopped, after = (Folder(tmp_path / name) for name in ("bearable", "stopped", "after"))
+    jobs = [
+        [*short, shards, f"run.dir={bearable.path}", "data.max_bad_fraction=0.5", *ZERO1],
+        [*short, shards, f"run.dir={stopped.path}", "data.max_bad_fraction=0.01", *ZERO1],
+        [*short, *evaluated, f"run.dir={after.path}", *ZERO3],
+        [*short, *evaluated, f"run.dir={tmp_path / 'after-fsdp2'}", *FSDP2],
+    ]
+    started = ranks(MANY, json.dumps(jobs), world=2)
+    assert "STATUS [0, 1, 0, 0]" in started.succeed()
+
+    known = {f"bad_{number:03d}" for number in range(0, 40, 2)}
+    reported = bearable.events("bad_sample")
+    assert {line["key"] for line in reported} <= known
+    assert {line["position"] % 2 for line in reported} == {0, 1}  # ranks 0 and 1 both met some
+    one = Folder(tmp_path / "one")
+    assert start(short[0], one.path, *short[1:], shards, "data.max_bad_fraction=0.5") == 0
+    assert sorted(line["position"] for line in reported) == sorted(e["position"] for e in one.events("bad_sample"))
+    assert bearable.losses() == pytest.approx(one.losses(), rel=1e-5)
+
+    assert stopped.outcome()["status"] == "failed"
+    message = started.said(0)
+    assert "could not be read, more than data.max_bad_fraction=0.01" in message
+    assert re.search(r"bad/bad_\d+ at byte \d+, position \d+", message)
+
+    for name in ("after", "after-fsdp2"):  # evaluation and pictures are collective
+        assert Folder(tmp_path / name).events("evaluate")[0]["knn"].keys() == {"student", "teacher", "random", "pixels"}
+        assert (tmp_path / name / "pictures" / "step-00000007.png").is_file()
+
+
