@@ -410,7 +410,8 @@ def _scan_all(paths: Sequence[str], jobs: int) -> Iterator[Scan]:
     if jobs <= 1 or len(paths) <= 1:
         yield from map(scan, paths)
         return
-    with ProcessPoolExecutor(min(jobs, len(paths)), mp_context=get_context("forkserver")) as pool:
+    # Not from the fork server: whoever uses it first decides what it has imported, and the stream wants torch there.
+    with ProcessPoolExecutor(min(jobs, len(paths)), mp_context=get_context("spawn")) as pool:
         yield from pool.map(scan, paths)
 
 
