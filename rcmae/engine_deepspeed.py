@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -420,6 +421,7 @@ def _shard_teacher(teacher: nn.Module, config: dict[str, Any]) -> nn.Module:
 def _prepare_deepspeed() -> None:
     """Quiet its log, and keep it from compiling a shared-memory collective for CPU runs (a compiler is not a given)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*deprecated", FutureWarning)  # its own call
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -37,5 +37,6 @@ with socket.socket() as probe:
 done
 [ "$status" = 0 ] || exit "$status"
 
-say "done: the curves, checkpoints and events are in $run; what the networks make of hidden patches is in"
+say "done; what student and teacher make of hidden patches:"
 find "$run/pictures" -name '*.png' | sort | tail -n 1
+echo "To train anew: rm -r $run"
