@@ -118,24 +118,31 @@ def _count(shapes: Iterable[str], blocks: str) -> int:
     return len({match[1] for name in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", name))})
 
 
-def shape_problems(shapes: Mapping[str, Shape]) -> list[str]:
-    """What keeps weights from being those of a whole network or a whole encoder, one line a kind of problem."""
+def shapes_of(sizes: Mapping[str, Any]) -> dict[str, Shape]:
+    """Names and shapes of the network of these sizes (of `sizes_of`), or of an encoder, in the model's order.
+
+    Raises:
+        ValueError: no network has such sizes.
+    """
     from rcmae.vit import MaskedAutoencoder  # timm costs seconds: only where it is used
 
+    width, patch, whole = sizes["embed_dim"], sizes["patch_size"], "decoder_dim" in sizes
+    with torch.device("meta"):
+        model = MaskedAutoencoder(
+            image_size=(patch, patch * sizes["num_patches"]),  # any grid of as many patches
+            patch_size=patch, in_channels=sizes["in_channels"], embed_dim=width, depth=sizes["depth"], num_heads=1,
+            decoder_dim=sizes.get("decoder_dim", 4), decoder_depth=sizes.get("decoder_depth", 1), decoder_heads=1,
+            mlp_ratio=sizes["mlp_ratio"] + 0.5 / width,  # blocks round the width of their MLP down
+        )  # fmt: skip
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if whole or in_encoder(name)}
+
+
+def shape_problems(shapes: Mapping[str, Shape]) -> list[str]:
+    """What keeps weights from being those of a whole network or a whole encoder, one line a kind of problem."""
     try:
-        sizes = sizes_of(shapes)
-        decoder = sizes.pop("decoder_dim", 4), sizes.pop("decoder_depth", 1)
-        grid = sizes["patch_size"], sizes["patch_size"] * sizes.pop("num_patches")  # any grid of as many patches
-        ratio = (sizes.pop("mlp_ratio") * sizes["embed_dim"] + 0.5) / sizes["embed_dim"]  # rounded down by the blocks
-        with torch.device("meta"):
-            model = MaskedAutoencoder(
-                **sizes, image_size=grid, mlp_ratio=ratio, num_heads=1, decoder_dim=decoder[0],
-                decoder_depth=decoder[1], decoder_heads=1,
-            )  # fmt: skip
+        wanted = shapes_of(sizes_of(shapes))
     except ValueError as error:
         return [str(error)]
-    whole = any(name.startswith(("decoder_", "mask_token")) for name in shapes)
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if whole or in_encoder(name)}
     differing = [
         f"{name} {_by(shapes[name])} instead of {_by(wanted[name])}"
         for name in wanted
@@ -174,7 +181,7 @@ def find_checkpoint(path: Path) -> tuple[Manifest, list[str]]:
         ValueError: there is no checkpoint.
         CheckpointError: none is valid.
     """
-    if (path / "manifest.json").exists():
+    if (path / "manifest.json").exists() or (path.is_dir() and path.name.startswith("step-")):
         return checkpoint.open_verified(path), []
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not any(root.glob("step-*")):
@@ -207,7 +214,7 @@ def export(
     keys = {  # name in the file -> key in the checkpoint
         f"{each}/{name}": f"buffer/{name}" if f"buffer/{name}" in manifest.tensors else f"{KIND[each]}/{name}"
         for each in networks
-        for name in _shapes(manifest, each)
+        for name in shapes_of(sizes_of(_shapes(manifest, each)))  # the same order, whoever saved
         if LAYOUTS[layout].decoder or in_encoder(name)
     }
     token = secrets.token_hex(4)
@@ -222,7 +229,7 @@ def export(
                 with raw.open("wb") as elements:
                     _write_elements(elements, manifest, keys.values())
                 tensors = _mapped(raw, {name: manifest.tensors[key]["shape"] for name, key in keys.items()})
-                torch.save(_document(manifest, layout, networks, tensors), file)
+                _save_torch(_document(manifest, layout, networks, tensors), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, out)
@@ -245,15 +252,17 @@ def _networks(manifest: Manifest, out: Path, layout: str, network: str | None, o
     elif network is not None:
         networks = ("student",) if network == "student" else ("teacher",)
     if "teacher" in networks and "teacher" not in kinds:
-        problems.append(f"{manifest.path} is of a run without a teacher; export the student, in another layout than rcmae")
+        problems.append(f"{manifest.path} has no teacher; export the student, in another layout than rcmae")
     elif unfit := [f"{each} {problem}" for each in networks for problem in shape_problems(_shapes(manifest, each))]:
         problems.append(f"{manifest.path} does not fit the published layouts: {'; '.join(unfit)}")
     if out.suffix not in LAYOUTS[layout].suffixes:
         problems.append(f"{out}: a file of layout {layout} ends in {' or '.join(LAYOUTS[layout].suffixes)}")
     if not out.parent.is_dir():
         problems.append(f"{out.parent} is no folder; make it first")
-    if out.is_dir() or (out.exists() and not overwrite):
-        problems.append(f"{out} is there already; give another name{'' if out.is_dir() else ', or ask to overwrite it'}")
+    if out.is_dir():
+        problems.append(f"{out} is a folder; give a file's name")
+    elif out.exists() and not overwrite:
+        problems.append(f"{out} is there already; give another name, or ask to overwrite it")
     if problems:
         raise ValueError("\n".join(problems))
     return networks
@@ -307,6 +316,13 @@ def _mapped(raw: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
         name: torch.from_numpy(elements[end - math.prod(shape) : end]).view(shape)
         for (name, shape), end in zip(shapes.items(), ends, strict=True)
     }
+
+
+def _save_torch(document: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(document, file)
+    except RuntimeError as error:  # torch's own, of the archive that it could not close
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _document(
@@ -386,7 +402,10 @@ def load_weights(path: Path) -> Weights:
 
 
 def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+    """Whether it is a tensor of floats, each of which is in the file: a few bytes can claim to be any shape."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _read_safetensors(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -396,7 +415,8 @@ def _read_safetensors(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], di
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-    return "safetensors", {told.get("network", "model"): state}, told
+    network = told.get("network", "model")
+    return "safetensors", {network if network in KIND else "model": state}, told
 
 
 def _read_torch(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -412,16 +432,17 @@ def _read_torch(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str
         ) from error
     except Exception as error:  # damaged bytes make torch's reader fail in any way
         raise ValueError(f"{path} cannot be read as a file of torch.save: {error or type(error).__name__}") from error
-    if not isinstance(document, Mapping):
-        raise ValueError(f"{path} holds a {type(document).__name__}, not weights by name")
-    if "student" in document or "teacher" in document:
+    layout, networks, told = "plain", {"model": document}, {}
+    if isinstance(document, Mapping) and document.keys() & KIND.keys():
+        layout, networks = "rcmae", {each: document[each] for each in KIND if each in document}
         told = {key: document[key] for key in ("epoch", "args") if key in document}
-        return "rcmae", {each: _plain(document[each]) for each in KIND if each in document}, told
-    if "model" in document:
-        return "mae", {"model": _plain(document["model"])}, {}
-    return "plain", {"model": _plain(document)}, {}
-
-
-def _plain(state: object) -> dict[str, Tensor]:
-    """Weights by name, without the prefix of torch's wrapper for data parallelism."""
-    return {str(name).removeprefix("module."): value for name, value in dict(state or {}).items()}  # type: ignore[call-overload]
+    elif isinstance(document, Mapping) and "model" in document:
+        layout, networks = "mae", {"model": document["model"]}
+    for each, state in networks.items():
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{path} holds a {type(state).__name__} as its {each}, not weights by name")
+    plain = {  # torch's wrapper for data parallelism puts a prefix before each name
+        each: {str(name).removeprefix("module."): value for name, value in state.items()}
+        for each, state in networks.items()
+    }
+    return layout, plain, told

@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Write a run's student or teacher to a file that others read: safetensors, MAE's and RC-MAE's .pth, timm's names.
+
+    python tools/export.py RUN --format timm --out encoder.safetensors
+    python tools/export.py RUN/checkpoints/step-00001000 --what student --format mae --out encoder.pth
+
+RUN stands for its newest valid checkpoint. Checksums are verified first; weights pass tensor by tensor, so a network of
+any size fits into memory. Exit status: 0 written; 2 these arguments do not go together; 1 the checkpoint is damaged or
+the file could not be written, and what was there before still is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rcmae import export
+from rcmae.checkpoint import CheckpointError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Gives the exit status."""
+    layouts = "\n".join(f"  {name:<12} {layout.about}" for name, layout in export.LAYOUTS.items())
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog=f"formats:\n{layouts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument(
+        "--what", choices=export.KIND, help="default: the teacher where there is one, which RC-MAE fine-tunes"
+    )
+    parser.add_argument("--format", choices=export.LAYOUTS, required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    options = parser.parse_args(arguments)
+    try:
+        manifest, passed_over = export.find_checkpoint(options.source)
+        for problem in passed_over:
+            print(f"passed over: {problem}", file=sys.stderr)
+        done = export.export(
+            manifest, options.out, layout=options.format, network=options.what, overwrite=options.overwrite
+        )
+    except (ValueError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    if options.json:
+        print(json.dumps(done._asdict() | {"path": str(done.path), "checkpoint": str(manifest.path)}, indent=1))
+        return 0
+    print(
+        f"{done.path}: {' and '.join(done.networks)} of step {done.step:,} ({manifest.path}), "
+        f"{done.tensors} tensors, {done.bytes / 1e6:,.1f} MB\n  {done.use}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
