@@ -4,7 +4,7 @@
 tensor (weight, moments, teacher of each parameter), and in which file each run of its flattened elements lies, so a
 reader of any other cut takes just the bytes it needs. Files are written into a fresh temporary folder and flushed;
 every rank reports size and checksum; only then does rank 0 write the manifest and rename the folder. A folder without a
-manifest, or whose files differ from it, is not a checkpoint.
+manifest, or whose files or manifest differ from their checksums, is not a checkpoint.
 
 Not used: `torch.distributed.checkpoint`, whose metadata is a pickle. safetensors files and a JSON manifest can be read
 by anyone and can run nothing.
@@ -216,16 +216,14 @@ class Saver:
             )
 
     def _commit(self, aside: Path, final: Path, document: Mapping[str, Any]) -> None:
-        _write_text(aside / "manifest.json", json.dumps(document, indent=1))
+        _write_text(aside / "manifest.json", sealed(document))
         _flush_folder(aside)
         self._check_lease()
         if final.exists() and not _counts(final):  # damaged, or of a writer that had lost the run
             _drop(final)
         os.rename(aside, final)  # fails on a valid one of the same step: a writer that lost the run replaces nothing
         _flush_folder(self._root)
-        _write_text(self._root / "LATEST.new", final.name + "\n")
-        os.replace(self._root / "LATEST.new", self._root / "LATEST")
-        _flush_folder(self._root)
+        _point_at(final)
         prune(self._root, keep=self._keep, keep_every=self._keep_every)
 
 
@@ -342,6 +340,24 @@ def _write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> dic
     return {"bytes": 8 + len(text) + offset, "sha256": digest.hexdigest()}
 
 
+def sealed(document: Mapping[str, Any]) -> str:
+    """A manifest's text, closed by a checksum of all the rest: a flipped digit in a run would load other weights."""
+    plain = json.loads(json.dumps(document))
+    return json.dumps({**plain, "sha256": _seal(plain)}, indent=1)
+
+
+def _seal(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _point_at(final: Path) -> None:
+    """Have LATEST name a checkpoint."""
+    aside = final.with_name("LATEST.new")
+    _write_text(aside, final.name + "\n")
+    os.replace(aside, final.with_name("LATEST"))
+    _flush_folder(final.parent)
+
+
 def _write_text(path: Path, text: str) -> None:
     with path.open("w") as file:
         file.write(text)
@@ -372,6 +388,8 @@ def read_manifest(path: Path) -> Manifest:
         if document["format"] > FORMAT:
             found = document["format"]
             raise CheckpointError(f"{file} is of format {found}, this rcmae reads up to {FORMAT}: update rcmae")
+        if document.pop("sha256") != _seal(document):
+            raise CheckpointError(f"{file} differs from its own checksum")
         keys = ("generation", "step", "images", "optimizer_step", "teacher_updates", "meta", "files", "tensors")
         return Manifest(path=path, **{key: document[key] for key in keys})
     except FileNotFoundError as error:
@@ -436,15 +454,24 @@ def newest(root: Path) -> tuple[Manifest | None, list[str]]:
     return None, passed_over
 
 
-def set_aside(root: Path, beyond: int) -> list[Path]:
-    """Rename the checkpoints beyond a step, which were passed over, so that the run can commit those steps anew.
+def start_from(root: Path, step: int) -> list[Path]:
+    """Make a step's checkpoint the newest, as if just saved; -1: none is. One process calls, under the lease.
 
-    They are kept, as `passed-over-step-...`, for whoever wants to know. One process calls, holding the lease.
+    Those beyond it were passed over: they are kept as `passed-over-step-...`, for whoever wants to know, so that the
+    run can commit those steps anew.
+
+    Returns:
+        what was renamed.
     """
     moved = []
     for path in sorted(root.glob("step-*")):
-        if int(path.name.removeprefix("step-")) > beyond:
+        if int(path.name.removeprefix("step-")) > step:
             moved.append(path.rename(path.with_name(f"passed-over-{path.name}-{secrets.token_hex(4)}")))
+    final = root / f"step-{step:08d}"
+    if final.exists():
+        _point_at(final)  # a kill may have come between the commit and this
+    else:
+        (root / "LATEST").unlink(missing_ok=True)
     return moved
 
 

@@ -274,47 +274,55 @@ class Run:
         self.log.say(f"rewound to {last.path}; passing over the samples of {passed_over - last.step} steps")
 
     def save_when_due(self) -> None:
-        """Start to commit a checkpoint if this step is one for it. Collective.
-
-        Raises:
-            CheckpointError: on every rank, when three in a row could not be written.
-        """
+        """Start to commit a checkpoint if this step is one for it. Collective. Raises as `note_save`."""
         every = self.recipe.checkpoint.every_steps
         if self._save_asked or (every is not None and self.step % every == 0):
-            try:
-                self.save()
-            except checkpoint.CheckpointError as error:
-                self._failed_saves += 1
-                self.log.event("checkpoint_failed", step=self.step, reason=str(error))
-                self.log.say(f"going on without a checkpoint of step {self.step}: {error}")
-                if self._failed_saves >= 3:
-                    raise
+            self.save()
 
     def save(self) -> None:
-        """Start to commit a checkpoint of this step, once. Collective. Raises CheckpointError on every rank."""
+        """Start to commit a checkpoint of this step, once. Collective. Raises as `note_save`."""
         if self.saved_step == self.step:
             return
+
+        def begin() -> checkpoint.Saved | None:
+            images = self.data_step * self.sizes.images_per_step
+            return self.saver.save(self.engine, step=self.step, images=images, meta=self.about())
+
         with self.meter.away():
             self.log.sync()
-            self.saved_step, self._saved_at = self.step, time.monotonic()
-            self.note_save(
-                lambda: self.saver.save(
-                    self.engine, step=self.step, images=self.data_step * self.sizes.images_per_step, meta=self.about()
-                )
-            )
+            self._saved_at = time.monotonic()
+            begun = self.note_save(begin)
+            if not begun and self.recipe.checkpoint.background:  # it was the one before that failed
+                begun = self.note_save(begin)
+            if begun:
+                self.saved_step = self.step
 
     def finish_saves(self) -> None:
-        """Commit this step and wait for it. Collective. Raises CheckpointError on every rank."""
-        self.save()
+        """Commit this step and wait for it. Collective. Raises as `note_save`."""
         self.note_save(self.saver.wait)
-        assert self.saved_step == self.step
+        while self.saved_step != self.step:
+            self.save()
+            self.note_save(self.saver.wait)
 
-    def note_save(self, get: Callable[[], checkpoint.Saved | None]) -> None:
-        """Write down what a save committed. Collective. Raises CheckpointError on every rank."""
-        saved = get()
+    def note_save(self, get: Callable[[], checkpoint.Saved | None]) -> bool:
+        """Write down what a save committed, or that it failed; whether it did not. Collective.
+
+        Raises:
+            CheckpointError: on every rank, when three in a row could not be written. Until then the run goes on.
+        """
+        try:
+            saved = get()
+        except checkpoint.CheckpointError as error:
+            self.saved_step, self._failed_saves = -1, self._failed_saves + 1
+            self.log.event("checkpoint_failed", step=self.step, reason=str(error))
+            if self._failed_saves >= 3:
+                raise
+            self.log.say(f"going on without a checkpoint: {error}")
+            return False
         if saved is not None:
             self._failed_saves, self._save_seconds = 0, max(self._save_seconds, saved.seconds)
             self.log.event("checkpoint", **{**saved._asdict(), "path": str(saved.path)})
+        return True
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint says of the run besides its tensors."""
@@ -709,7 +717,7 @@ def start_folder(recipe: Recipe, saved: checkpoint.Manifest | None) -> None:
     if dist.rank() == 0:
         folder, root = recipe.run_dir, recipe.run_dir / "checkpoints"
         if root.exists():
-            checkpoint.set_aside(root, beyond=saved.step if saved and own(recipe, saved) else -1)
+            checkpoint.start_from(root, saved.step if saved and own(recipe, saved) else -1)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         (folder / "recipe.yaml.new").write_text(text)
         (folder / "recipe.yaml.new").replace(folder / "recipe.yaml")
