@@ -1,0 +1,398 @@
+"""A checkpoint is committed or never was: whatever is broken, the run goes on from the newest that is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Folder, distance, equal, once, start
+from safetensors.torch import load_file
+
+from rcmae import checkpoint
+from rcmae.engine import LocalEngine, Settings
+from rcmae.vit import MaskedAutoencoder
+from tests.conftest import ROOT, Ranks
+
+PROGRAMS = Path(__file__).parent / "programs"
+SMALL = 200_000  # bytes: more than any other file of a run, less than the tensors of a checkpoint
+
+
+@pytest.fixture(scope="module")
+def with_four(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """A finished run with checkpoints of steps 5, 10, 15 and 20; do not write to it."""
+    folder = Folder(tmp_path_factory.mktemp("four") / "run")
+    assert start(tiny, folder.path, "checkpoint.every_steps=5", "checkpoint.keep=4") == 0
+    assert folder.committed() == [5, 10, 15, 20]
+    return folder
+
+
+@pytest.fixture
+def folder(with_four: Folder, tmp_path: Path) -> Folder:
+    """A copy of it to be damaged."""
+    return Folder(shutil.copytree(with_four.path, tmp_path / "run"))
+
+
+def files(root: Path) -> dict[Path, bytes]:
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------ damage
+
+
+def flip(at: float) -> Callable[[Path], None]:
+    """Flip a bit of the byte at this share of a file."""
+
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[min(int(at * len(data)), len(data) - 1)] ^= 1
+        path.write_bytes(data)
+
+    return damage
+
+
+def cut(share: float) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, int(share * path.stat().st_size))
+
+
+def extend(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0")
+
+
+def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Change a manifest's content and leave its checksum as it was."""
+
+    def damage(path: Path) -> None:
+        document = json.loads(path.read_text())
+        change(document)
+        path.write_text(json.dumps(document))
+
+    return damage
+
+
+RANK, MANIFEST = "rank-00000.safetensors", "manifest.json"
+NEWER = checkpoint.FORMAT + 1
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # the file, what happens to it, what is said
+    "a flipped length of the header": (RANK, flip(0), "20/rank-00000.safetensors differs from its checksum"),
+    "a flipped byte of the header": (RANK, flip(0.001), "20/rank-00000.safetensors differs from its checksum"),
+    "a flipped byte of a tensor": (RANK, flip(0.5), "20/rank-00000.safetensors differs from its checksum"),
+    "a flipped last byte": (RANK, flip(1), "20/rank-00000.safetensors differs from its checksum"),
+    "half a file": (RANK, cut(0.5), "20/rank-00000.safetensors has "),
+    "an empty file": (RANK, cut(0), "20/rank-00000.safetensors has 0 bytes"),
+    "a byte too many": (RANK, extend, "20/rank-00000.safetensors has "),
+    "no file": (RANK, Path.unlink, "20/rank-00000.safetensors: No such file"),
+    "half a manifest": (MANIFEST, cut(0.5), "20/manifest.json cannot be read"),
+    "an empty manifest": (MANIFEST, cut(0), "20/manifest.json cannot be read"),
+    "no manifest": (MANIFEST, Path.unlink, "20 has no manifest.json: it was never committed"),
+    "a list for a manifest": (MANIFEST, lambda path: path.write_text("[1]"), "20/manifest.json cannot be read"),
+    "a flipped first byte of the manifest": (MANIFEST, flip(0), "20/manifest.json cannot be read"),
+    "another place in the data in the manifest": (
+        MANIFEST, rewrite(lambda d: d.update(images=32)), "20/manifest.json differs from its own checksum",
+    ),
+    "other runs in the manifest": (
+        MANIFEST, rewrite(lambda d: d["tensors"]["weight/norm.weight"]["runs"][0].__setitem__(1, 1)),
+        "20/manifest.json differs from its own checksum",
+    ),
+    "a manifest of the future": (
+        MANIFEST, rewrite(lambda d: d.update(format=NEWER)),
+        f"20/manifest.json is of format {NEWER}, this rcmae reads up to {NEWER - 1}: update rcmae",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
+    tiny: Path, folder: Folder, uninterrupted: Folder, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    name, damage, named = DAMAGES[kind]
+    damage(folder.checkpoints / "step-00000020" / name)
+    assert start(tiny, folder.path, "checkpoint.every_steps=5", "checkpoint.keep=4") == 0
+    assert f"{folder.checkpoints}/step-000000{named}" in capsys.readouterr().err
+    assert folder.events("resume")[-1]["step"] == 15
+    assert folder.committed() == [5, 10, 15, 20]  # nothing valid was deleted, and the last step committed anew
+    assert folder.steps() == list(range(1, 21))
+    assert equal(folder.state(), uninterrupted.state())
+
+
+def test_no_flipped_byte_of_a_manifest_goes_unseen(folder: Folder) -> None:
+    path = folder.checkpoints / "step-00000020"
+    file, right = path / "manifest.json", checkpoint.read_manifest(path)
+    whole = file.read_bytes()
+    seen = 0
+    for at in range(0, len(whole), 211):
+        for bit in (1, 4, 16):
+            changed = bytearray(whole)
+            changed[at] ^= bit
+            file.write_bytes(changed)
+            try:
+                assert checkpoint.read_manifest(path) == right, f"byte {at}, bit {bit}"  # white space became other such
+            except checkpoint.CheckpointError:
+                seen += 1
+    assert seen > len(whole) / 211
+
+
+def test_several_damaged_checkpoints_are_all_named_and_without_a_whole_one_nothing_is_touched(
+    tiny: Path, folder: Folder, uninterrupted: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (10, 15, 20):
+        flip(0.5)(folder.checkpoints / f"step-{step:08d}" / "rank-00000.safetensors")
+    assert start(tiny, folder.path, "run.stop_after_steps=1") == 75
+    said = capsys.readouterr().err
+    assert all(f"step-{step:08d}" in said for step in (10, 15, 20))
+    assert folder.events("resume")[-1]["step"] == 5
+    assert folder.committed() == [5, 6]
+
+    for step in (5, 6):
+        flip(0.5)(folder.checkpoints / f"step-{step:08d}" / "rank-00000.safetensors")
+    before, steps = files(folder.checkpoints), folder.steps()
+    assert start(tiny, folder.path) == 1
+    said = capsys.readouterr().err
+    assert "none is valid" in said
+    assert "step-00000005" in said
+    assert "checkpoint.resume=never" in said  # the way out
+    assert files(folder.checkpoints) == before
+    assert folder.steps() == steps
+
+
+@pytest.mark.parametrize("text", ["", "step-00000099\n", None])
+def test_latest_is_for_people_and_a_wrong_one_misleads_no_run(tiny: Path, folder: Folder, text: str | None) -> None:
+    latest = folder.checkpoints / "LATEST"
+    latest.unlink()
+    if text is not None:
+        latest.write_text(text)
+    shutil.rmtree(folder.checkpoints / "step-00000020")
+    assert start(tiny, folder.path, "run.stop_after_steps=2") == 75
+    assert folder.events("resume")[-1]["step"] == 15
+    assert latest.read_text() == "step-00000017\n"
+
+
+# ------------------------------------------------------------------------------------------------------ retention
+
+
+def test_retention_keeps_the_newest_and_those_for_good(tiny: Path, tmp_path: Path) -> None:
+    run = Folder(tmp_path / "run")
+    often = ["checkpoint.every_steps=1", "checkpoint.keep=3", "checkpoint.keep_every=5", "run.stop_after_steps=12"]
+    assert start(tiny, run.path, *often) == 75
+    assert run.committed() == [5, 10, 11, 12]
+    assert run.leftovers() == []
+    assert [event["step"] for event in run.events("checkpoint")] == list(range(1, 13))
+
+
+def test_retention_counts_valid_checkpoints_alone(folder: Folder) -> None:
+    cut(0.5)(folder.checkpoints / "step-00000015" / "rank-00000.safetensors")
+    (folder.checkpoints / "step-00000020" / "manifest.json").unlink()
+    checkpoint.prune(folder.checkpoints, keep=1)
+    assert folder.committed() == [10]
+    manifest, passed_over = checkpoint.newest(folder.checkpoints)
+    assert manifest is not None
+    assert (manifest.step, len(passed_over)) == (10, 2)
+
+
+def test_one_checkpoint_to_keep_still_means_that_the_one_before_stays(tiny: Path, tmp_path: Path) -> None:
+    run = Folder(tmp_path / "run")
+    assert start(tiny, run.path, "checkpoint.every_steps=3", "checkpoint.keep=1") == 0
+    assert run.committed() == [18, 20]  # a writer that lost the run must not delete what its follower goes on from
+
+
+# ---------------------------------------------------------------------------------------------- writes that fail
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int | None], None]]:
+    """Set the size from which on writes to a file fail, here and now; None lifts it. The system does the failing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+
+    yield limit
+    limit(None)
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_what_was_committed_before(
+    tiny: Path, tmp_path: Path, uninterrupted: Folder, capsys: pytest.CaptureFixture[str],
+    file_size_limit: Callable[[int | None], None],
+) -> None:  # fmt: skip
+    run = Folder(tmp_path / "run")
+    often = "checkpoint.every_steps=3"
+    assert start(tiny, run.path, often, "run.stop_after_steps=4") == 75
+    before = {path: data for path, data in files(run.checkpoints).items() if path.parts[0].startswith("step-")}
+    file_size_limit(SMALL)
+    assert start(tiny, run.path, often) == 1
+    file_size_limit(None)
+    said = capsys.readouterr().err
+    for text in ("was not written", "rank-00000.safetensors", "File too large", "Free space", "start the same command"):
+        assert text in said
+    assert run.outcome()["status"] == "failed"
+    assert run.events("checkpoint_failed")
+    after = files(run.checkpoints)
+    assert {path: after[path] for path in before} == before
+    assert run.committed() == [3, 4]
+    assert run.leftovers() == []
+    assert start(tiny, run.path, often) == 0
+    assert run.steps() == list(range(1, 21))
+    assert equal(run.state(), uninterrupted.state())
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_step(
+    tiny: Path, tmp_path: Path, uninterrupted: Folder, file_size_limit: Callable[[int | None], None]
+) -> None:
+    run = Folder(tmp_path / "run")
+    file_size_limit(SMALL)
+    with once(lambda: bool(run.events("checkpoint_failed")), lambda: file_size_limit(None)):
+        assert start(tiny, run.path, "checkpoint.every_steps=5") == 0
+    assert len(run.events("start")) == 1
+    assert run.events("resume") == []
+    assert run.committed()[-1] == 20
+    assert equal(run.state(), uninterrupted.state())
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_or_a_damaged_part_of_one_rank_is_every_ranks_news(
+    tiny: Path, tmp_path: Path, uninterrupted: Folder, ranks: Callable[..., Ranks]
+) -> None:
+    run = Folder(tmp_path / "run")
+    zero2 = ["engine.name=deepspeed", "engine.config=zero2.json", "checkpoint.every_steps=4"]
+    job = ["train", str(tiny), f"run.dir={run.path}", *zero2]
+    steps = [
+        [*job, "run.stop_after_steps=5"],
+        ["limit", 1, SMALL],
+        job,
+        ["limit", 1, None],
+        [*job, "run.stop_after_steps=4"],
+        ["flip", f"{run.checkpoints}/step-*/rank-00001.safetensors"],
+        job,
+    ]
+    started = ranks(str(PROGRAMS / "mishaps.py"), json.dumps(steps))
+    assert "STATUS [75, 1, 75, 0]" in started.succeed()
+    said = started.said()
+    assert "rank 1: " in said
+    assert "File too large" in said
+    assert "step-00000009/rank-00001.safetensors differs from its checksum" in said
+    assert [event["step"] for event in run.events("resume")] == [5, 5, 8]
+    assert run.steps() == list(range(1, 21))
+    assert run.losses() == pytest.approx(uninterrupted.losses(), rel=1e-5)
+    assert distance(run.state(), uninterrupted.state(), "teacher") < 1e-5
+    names = sorted(path.name for path in (run.checkpoints / "step-00000020").iterdir())
+    assert names == ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"]
+    assert equal(library_view(run.checkpoints / "step-00000020"), run.state())
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_call_of_a_save_leaves_the_run_as_it_was_or_one_save_further(tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "short.yaml"
+    recipe.write_text(tiny.read_text().replace("steps: 20", "steps: 12").replace("images: 32", "images: 8"))
+    ended = subprocess.run(
+        [sys.executable, str(PROGRAMS / "killed_saves.py"), str(recipe), str(tmp_path)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith("RESULT ")).partition(" ")[2])
+    assert len(found) >= 12
+    for kill in found:
+        assert kill["committed"] in ([4], [4, 8], [8, 12], [4, 8, 12]), kill
+        assert (kill["again"], kill["as if nothing"], kill["tidy"]) == (0, True, True), kill
+    assert [4] in [kill["committed"] for kill in found]
+    assert [4, 8] in [kill["committed"] for kill in found]
+
+
+def test_what_killed_writers_left_is_removed(tiny: Path, folder: Folder) -> None:
+    for name in (".writing-step-00000016-0badf00d", ".dropped-step-00000005-0badf00d"):
+        shutil.copytree(folder.checkpoints / "step-00000005", folder.checkpoints / name)
+    shutil.rmtree(folder.checkpoints / "step-00000020")
+    assert start(tiny, folder.path, "run.stop_after_steps=1") == 75
+    assert folder.leftovers() == []
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def library_view(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, put together from what the safetensors library reads."""
+    document = json.loads((path / "manifest.json").read_text())
+    held = {name: load_file(path / name) for name in document["files"]}
+    return {
+        key: torch.cat([held[file][f"{key}@{begin}"] for file, begin, _ in row["runs"]]).view(row["shape"])
+        for key, row in document["tensors"].items()
+    }
+
+
+@pytest.fixture
+def engine() -> LocalEngine:
+    student, teacher = (
+        MaskedAutoencoder(
+            image_size=(16, 16), patch_size=8, in_channels=3, embed_dim=24, depth=2, num_heads=2,
+            decoder_dim=20, decoder_depth=1, decoder_heads=2,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    return LocalEngine(student, teacher, Settings())
+
+
+def live(engine: LocalEngine) -> dict[str, torch.Tensor]:
+    """A copy of everything that moves, by kind/parameter, and the frozen tables."""
+    state = engine.state()
+    found = {f"buffer/{name}": table.clone() for name, table in state.buffers.items()}
+    for piece in state.pieces:
+        for kind, tensor in piece.tensors.items():
+            found[f"{kind}/{piece.name}"] = tensor.clone().view(state.shapes[piece.name])
+    return found
+
+
+def disturb(engine: LocalEngine) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for piece in engine.state().pieces:
+        for tensor in piece.tensors.values():
+            tensor.add_(torch.rand(tensor.shape, generator=generator))
+
+
+def test_the_files_open_with_the_library_and_are_the_state(tmp_path: Path, engine: LocalEngine) -> None:
+    disturb(engine)
+    saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2, background=False)
+    saved = saver.save(engine, step=7, images=224, meta={"recipe": {}})
+    assert saved is not None
+    assert equal(library_view(saved.path), live(engine))
+    manifest = checkpoint.open_verified(saved.path)
+    assert (manifest.step, manifest.images) == (7, 224)
+    assert equal({key: checkpoint.tensor_of(manifest, key) for key in manifest.tensors}, live(engine))
+    assert saved.bytes == sum(path.stat().st_size for path in saved.path.glob("*.safetensors"))
+
+
+def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(
+    tmp_path: Path, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturb(engine)
+    wanted, fsync, go_on = live(engine), os.fsync, threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda file: (go_on.wait(60), fsync(file))[1])
+    saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2)
+    assert saver.save(engine, step=7, images=224, meta={"recipe": {}}) is None
+    assert not saver.is_done()
+    disturb(engine)  # the training goes on while nothing has reached the disk
+    go_on.set()
+    saved = saver.wait()
+    assert saved is not None
+    assert equal(library_view(saved.path), wanted)
+    assert not equal(wanted, live(engine))
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path, engine: LocalEngine) -> None:
+    saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2, background=False)
+    saved = saver.save(engine, step=1, images=32, meta={"recipe": {}})
+    assert saved is not None
+    deeper = MaskedAutoencoder(
+        image_size=(16, 16), patch_size=8, in_channels=3, embed_dim=24, depth=3, num_heads=2,
+        decoder_dim=20, decoder_depth=1, decoder_heads=2,
+    )  # fmt: skip
+    other = LocalEngine(deeper, None, Settings())
+    with pytest.raises(checkpoint.CheckpointError, match=r"does not fit the model: weight/blocks\.2"):
+        checkpoint.load(checkpoint.open_verified(saved.path), other)
