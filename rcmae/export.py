@@ -22,7 +22,7 @@ import re
 import secrets
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -171,6 +171,22 @@ def _by(shape: Shape) -> str:
 # -------------------------------------------------------------------------------------------------------------- export
 
 
+def checkpoint_folders(path: Path) -> list[Path]:
+    """The checkpoints that a path names, oldest first, whatever their state: one's folder names itself, a run's all.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / "manifest.json").exists() or (path.is_dir() and path.name.startswith("step-")):
+        return [path]
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = sorted(root.glob("step-*"))
+    if not found:
+        what = "no such folder" if not path.is_dir() else "no checkpoint in this folder"
+        raise ValueError(f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000")
+    return found
+
+
 def find_checkpoint(path: Path) -> tuple[Manifest, list[str]]:
     """The checkpoint that a path names, verified: a checkpoint's folder, or a run's for its newest valid one.
 
@@ -181,16 +197,23 @@ def find_checkpoint(path: Path) -> tuple[Manifest, list[str]]:
         ValueError: there is no checkpoint.
         CheckpointError: none is valid.
     """
-    if (path / "manifest.json").exists() or (path.is_dir() and path.name.startswith("step-")):
+    folders = checkpoint_folders(path)
+    if folders == [path]:
         return checkpoint.open_verified(path), []
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if not any(root.glob("step-*")):
-        what = "no such folder" if not path.is_dir() else "no checkpoint in this folder"
-        raise ValueError(f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000")
+    root = folders[0].parent
     found, passed_over = checkpoint.newest(root)
     if found is None:
         raise CheckpointError(f"{root} has no valid checkpoint: {'; '.join(passed_over)}; restore one")
     return found, passed_over
+
+
+def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The tensors of these keys, such as "teacher/norm.bias", flattened; one is in memory at a time."""
+    with checkpoint._Reader(manifest) as reader:  # opens each file once, unlike tensor_of
+        for key in keys:
+            elements = torch.empty(math.prod(manifest.tensors[key]["shape"]), dtype=dtype)
+            reader.read(key, 0, elements)
+            yield elements
 
 
 def export(
@@ -304,8 +327,8 @@ def _write_header(file: IO[bytes], manifest: Manifest, keys: Mapping[str, str], 
 
 
 def _write_elements(file: IO[bytes], manifest: Manifest, keys: Iterable[str]) -> None:
-    for key in keys:
-        file.write(checkpoint.tensor_of(manifest, key).float().numpy().data)  # one tensor in memory at a time
+    for elements in whole_tensors(manifest, keys, torch.float32):
+        file.write(elements.numpy().data)
 
 
 def _mapped(raw: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:

@@ -52,9 +52,13 @@ def write_checkpoint(
     ranks: int = 3,
     model: Mapping[str, Any] = MODEL,
     generation: int = 1,
+    **sections: Any,
 ) -> Path:
-    """Commit the tensors, each cut into as many pieces as there are ranks, to `run`; the checkpoint's folder."""
-    recipe = Recipe.model_validate({"model": dict(model), "data": {"shards": "x.tar"}, "schedule": {"steps": 100}})
+    """Commit the tensors, each cut into as many pieces as there are ranks, to `run`; the checkpoint's folder.
+
+    `sections` are further sections of the recipe.
+    """
+    recipe = Recipe.model_validate({"model": dict(model), "data": {"shards": "x.tar"}, **sections})
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     pieces: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
