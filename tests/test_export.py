@@ -279,6 +279,22 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+def test_a_published_training_checkpoint_is_read(networks, tmp_path):
+    """As the published code saves it: wrapped student, plain teacher, optimizer, loss scale, options."""
+    student, teacher = (networks[which].state_dict() for which in ("student", "teacher"))
+    optimizer = torch.optim.AdamW(networks["student"].parameters()).state_dict()
+    document = {
+        "student": {f"module.{name}": value for name, value in student.items()}, "teacher": teacher,
+        "student_without_ddp": student, "teacher_without_ddp": teacher, "optimizer": optimizer, "epoch": 7,
+        "scaler": {"scale": 65536.0}, "args": argparse.Namespace(model="rc_vit_tiny_patch16", betas=(0.9, 0.95)),
+    }  # fmt: skip
+    torch.save(document, tmp_path / "checkpoint-7.pth")
+    read = export.load_weights(tmp_path / "checkpoint-7.pth")
+    assert read.layout == "rcmae"
+    assert all(same(read.networks[which], networks[which]) for which in ("student", "teacher"))
+    assert (read.about["epoch"], read.about["args"].betas) == (7, (0.9, 0.95))
+
+
 class Bomb:
     """Touches a file when it is unpickled."""
 

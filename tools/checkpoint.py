@@ -7,13 +7,15 @@
     python tools/checkpoint.py diff A B                   differences by parameter
     python tools/checkpoint.py prune RUN --keep 2         delete all valid ones but the newest
 
-Where one checkpoint is wanted, RUN stands for its newest. `list` and `show` look at manifests and sizes alone; the
-others read every byte. Exit status: 0 fine, or equal; 1 something is damaged, or two differ; 2 wrong arguments.
+Where one checkpoint is wanted, RUN stands for its newest valid one. `list` and `show` look at manifests and sizes
+alone; the others read every byte. Exit status: 0 fine, or equal; 1 something is damaged, or two differ; 2 wrong
+arguments.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -254,12 +256,9 @@ class Difference:
     @property
     def facts(self) -> dict[str, Any]:
         """Plain values; a number that JSON has no way to write is null."""
-        finite = {key: value if math.isfinite(value) else None for key, value in self._measures.items()}
+        measures = {"relative_l2": self.relative, "max_abs": self.max_abs}
+        finite = {key: value if math.isfinite(value) else None for key, value in measures.items()}
         return {"name": self.name, **finite, "tensors": self.tensors, "differing": self.differing}
-
-    @property
-    def _measures(self) -> dict[str, float]:
-        return {"relative_l2": self.relative, "max_abs": self.max_abs}
 
 
 def _order(value: float) -> float:
@@ -357,20 +356,17 @@ def diff(options: argparse.Namespace, out: Console) -> int:
     for which, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         if names:
             out.print(f"only in {which}: {', '.join(names)}", markup=False)
-    _print_differences(out, "kind", found.kinds.values())
+    by_kind = Table("kind", "tensors", "differing", "relative L2", "max abs")
+    for row in found.kinds.values():
+        by_kind.add_row(row.name, str(row.tensors), str(row.differing), f"{row.relative:.3g}", f"{row.max_abs:.3g}")
+    out.print(by_kind)
     if shown:
-        _print_differences(out, f"worst {len(shown)} of {len(found.tensors)} tensors that differ", shown)
+        worst = Table(f"worst {len(shown)} of {len(found.tensors)} tensors that differ", "relative L2", "max abs")
+        for row in shown:
+            worst.add_row(row.name, f"{row.relative:.3g}", f"{row.max_abs:.3g}")
+        out.print(worst)
     out.print("they differ" if apart else "they are equal" + (" within the tolerance" if found.tensors else ""))
     return int(apart)
-
-
-def _print_differences(out: Console, title: str, rows: Iterable[Difference]) -> None:
-    table = Table(title, "tensors", "differing", "relative L2", "max abs")
-    for row in rows:
-        table.add_row(
-            row.name, str(row.tensors), str(row.differing), *(f"{value:.3g}" for value in row._measures.values())
-        )
-    out.print(table)
 
 
 def _verified(path: Path) -> Manifest:
@@ -405,8 +401,9 @@ def prune(options: argparse.Namespace, out: Console) -> int:
     freed = sum(sizes[row.path] for row in gone)
     for row in gone if not options.dry_run else ():
         doomed = row.path.with_name(f".dropped-{row.path.name}-{secrets.token_hex(4)}")
-        row.path.rename(doomed)  # first the name, so that a kill leaves no half of a checkpoint
-        shutil.rmtree(doomed)
+        with contextlib.suppress(FileNotFoundError):  # the run itself was faster
+            row.path.rename(doomed)  # first the name, so that a kill leaves no half of a checkpoint
+            shutil.rmtree(doomed)
     names = {"deleted": [row.path.name for row in gone], "kept": [row.path.name for row in rows if row not in gone]}
     if options.json:
         print(json.dumps({"dry_run": options.dry_run, **names, "bytes": freed}, indent=1))
