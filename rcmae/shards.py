@@ -283,6 +283,11 @@ class ShardIndex:
         """What the numbers of the samples mean: names, sizes, counts and sample tables of the shards, in order."""
         return hashlib.sha256("\n".join(shard.fingerprint for shard in self.shards).encode()).hexdigest()
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether all of it lies in files, so that opening it again reads no tar."""
+        return not any(isinstance(shard.table, bytes) for shard in self.shards)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 

@@ -212,10 +212,7 @@ def labelled_batches(
     Raises:
         ValueError: samples have no label; names the first of them. The same on every rank.
     """
-    unlabelled = np.flatnonzero(index.labels == NO_LABEL)
-    if unlabelled.size:
-        named = ", ".join(index[number].id for number in unlabelled[:5].tolist())
-        raise ValueError(f"{unlabelled.size} of {len(index)} samples have no label (.cls): {named}")
+    refuse_unlabelled(index)
     share = -(-len(index) // world)
     batch = min(batch, share)
     count = -(-share // batch)
@@ -234,6 +231,14 @@ def labelled_batches(
             yield read.batch
     finally:
         _stop(reads)
+
+
+def refuse_unlabelled(index: ShardIndex) -> None:
+    """Raise ValueError, naming the first of them, if samples have no label."""
+    unlabelled = np.flatnonzero(index.labels == NO_LABEL)
+    if unlabelled.size:
+        named = ", ".join(index[number].id for number in unlabelled[:5].tolist())
+        raise ValueError(f"{unlabelled.size} of {len(index)} samples have no label (.cls): {named}")
 
 
 # ---------------------------------------------------------------------------------------- what is asked of the workers
@@ -323,7 +328,9 @@ class _TrainReading(Dataset[_Read | Exception]):
         self._index, self._plan, self._transform, self._mask = index, plan, transform, mask
         self._seed, self._max_bad_in_a_row = seed, max_bad_in_a_row
         self._shards = _Shards()
-        self._known_bad: dict[int, str] = {}  # saves reading a damaged shard again for each of its samples
+        # Saves looking again for bytes that are not there. Of what does not decode nothing is kept: a crop may do
+        # without the damaged part, and what a worker happens to have met must not decide.
+        self._known_bad: dict[int, str] = {}
 
     def __getitem__(self, requests: Requests) -> _Read | Exception:
         rows: list[tuple[Sample, View]] = []
@@ -350,9 +357,8 @@ class _TrainReading(Dataset[_Read | Exception]):
             try:
                 if tried in self._known_bad:
                     raise BadImage(self._known_bad[tried])
-                view = self._transform(self._shards.read(sample), self._seed, position)
+                view = self._transform(self._read(tried, sample), self._seed, position)
             except BadImage as error:
-                self._known_bad[tried] = str(error)
                 reason = reason or str(error)
                 continue
             if tried != number:
@@ -363,6 +369,13 @@ class _TrainReading(Dataset[_Read | Exception]):
             f"nothing can be read in place of {sample.id} ({sample.path} at byte {sample.offset}: {reason}): "
             f"the rest of its shard and data.max_bad_in_a_row={self._max_bad_in_a_row} samples after it failed as well"
         )
+
+    def _read(self, number: int, sample: Sample) -> bytes:
+        try:
+            return self._shards.read(sample)
+        except BadImage as error:
+            self._known_bad[number] = str(error)
+            raise
 
     def _candidates(self, position: int, number: int) -> Iterator[int]:
         yield number

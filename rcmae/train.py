@@ -41,7 +41,7 @@ from rcmae.metrics import Meter, MetricsLog, closing_summary
 from rcmae.objectives import OBJECTIVES, Objective
 from rcmae.schedules import teacher_momentum, warmup_half_cosine
 from rcmae.shards import Plan, ShardIndex
-from rcmae.stream import BadSample, Stream, TooManyBadSamples, labelled_batches
+from rcmae.stream import BadSample, Stream, TooManyBadSamples, labelled_batches, refuse_unlabelled
 from rcmae.transforms import Normalise, TrainTransform
 from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, flops_per_image, size_problems
 
@@ -108,6 +108,7 @@ class Run:
     stream: Stream
     normalise: Normalise
     index: ShardIndex
+    labelled: list[ShardIndex]  # training and test set of the evaluation, if there is one
     log: MetricsLog
     meter: Meter
     stop: preempt.StopRequest
@@ -354,11 +355,11 @@ class Run:
         networks |= {"random": pooled(untrained, evaluate.pool), "pixels": pixels}
         sets = [
             labelled_batches(
-                ShardIndex.open(shards), image_size=self.recipe.model.image_hw,
+                index, image_size=self.recipe.model.image_hw,
                 in_channels=self.recipe.model.in_channels, batch=evaluate.batch, rank=dist.rank(), world=dist.world(),
                 workers=self.recipe.data.workers,
             )
-            for shards in (evaluate.train_shards, evaluate.test_shards)
+            for index in self.labelled
         ]  # fmt: skip
         with evaluating(self.engine.student, self.engine.teacher):
             rows = knn_rows(
@@ -429,6 +430,7 @@ class Checked:
     """What the checks of a recipe found out on their way."""
 
     index: ShardIndex
+    labelled: list[ShardIndex]  # training and test set of the evaluation, if there is one
     plan: Plan
     sizes: Resolved
     mask: RandomMask
@@ -456,10 +458,12 @@ def check(recipe: Recipe) -> Checked:
         patches = height // shapes["patch_size"] * (width // shapes["patch_size"])
         mask = RandomMask(patches, visible_count(patches, recipe.objective.mask_ratio))
     with problems:
-        index = ShardIndex.open(data.shards)
+        index = open_index(data.shards, recipe.run_dir / "index")
+    labelled = []
     for shards in (recipe.evaluate.train_shards, recipe.evaluate.test_shards) if recipe.evaluate.every_steps else ():
         with problems:
-            ShardIndex.open(shards)
+            labelled.append(open_index(shards, recipe.run_dir / "index"))
+            refuse_unlabelled(labelled[-1])
     undivided = config.batch_problems(recipe, world)
     problems += undivided
     if index is not None and not undivided:
@@ -481,7 +485,25 @@ def check(recipe: Recipe) -> Checked:
     assert plan is not None
     assert sizes is not None
     assert mask is not None
-    return Checked(index, plan, sizes, mask, saved, engine_config)
+    return Checked(index, labelled, plan, sizes, mask, saved, engine_config)
+
+
+def open_index(shards: str | list[str], cache: Path) -> ShardIndex:
+    """The index of shards, read once for all ranks. Collective: every rank calls.
+
+    Raises:
+        ValueError: on every rank, naming what cannot be used.
+    """
+    index, problem = None, None
+    if dist.rank() == 0:  # without an index beside them the headers of all shards are read, and once is enough
+        try:
+            index = ShardIndex.open(shards, cache=cache, jobs=min(8, os.cpu_count() or 1))
+        except ValueError as error:
+            problem = str(error)
+    index, problem = dist.from_first((index, problem))
+    if problem:
+        raise ValueError(problem)
+    return index
 
 
 def assemble(recipe: Recipe, stop: preempt.StopRequest) -> Run:
@@ -536,7 +558,7 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
     engine = make_engine(recipe, sizes, student, teacher, found.engine_config)
     if saved is not None:
         checkpoint.load(saved, engine)
-    start_folder(recipe, saved)
+    start_folder(recipe, saved, found.index)
     saver = checkpoint.Saver(
         recipe.run_dir / "checkpoints", keep=recipe.checkpoint.keep, keep_every=recipe.checkpoint.keep_every,
         generation=dist.from_first(lease.generation if lease else None), background=recipe.checkpoint.background,
@@ -568,7 +590,7 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
     )  # fmt: skip
     run = Run(
         recipe=recipe, sizes=sizes, objective=objective, engine=engine, stream=stream, index=found.index,
-        normalise=Normalise(data.mean, data.std, dist.device()), log=log, meter=meter, stop=stop, guard=guard,
+        labelled=found.labelled, normalise=Normalise(data.mean, data.std, dist.device()), log=log, meter=meter, stop=stop, guard=guard,
         saver=saver, lease=lease, step=step, data_step=images // sizes.images_per_step,
         saved_step=step if saved and own(recipe, saved) else -1,
     )  # fmt: skip
@@ -712,12 +734,14 @@ def mismatches(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIn
     return problems
 
 
-def start_folder(recipe: Recipe, saved: checkpoint.Manifest | None) -> None:
-    """Write the recipe, and move checkpoints aside that this run does not go on from. Collective, under the lease."""
+def start_folder(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex) -> None:
+    """Write recipe and index; move checkpoints aside that this run does not go on from. Collective; with the lease."""
     if dist.rank() == 0:
         folder, root = recipe.run_dir, recipe.run_dir / "checkpoints"
         if root.exists():
             checkpoint.start_from(root, saved.step if saved and own(recipe, saved) else -1)
+        if not index.is_saved:
+            index.save(folder / "index")  # the next job need not read all the headers again
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         (folder / "recipe.yaml.new").write_text(text)
         (folder / "recipe.yaml.new").replace(folder / "recipe.yaml")
@@ -754,6 +778,10 @@ def announce(run: Run, saved: checkpoint.Manifest | None) -> None:
         compile=recipe.engine.compile, checkpointing=recipe.engine.activation_checkpointing,
     ):  # fmt: skip
         run.log.say(f"  {part:<12} {used}  ({why})")
+    if run.index.short:
+        cut = ", ".join(run.index.short[:5]) + " ..." * (len(run.index.short) > 5)
+        run.log.event("short_shards", shards=run.index.short)
+        run.log.say(f"{len(run.index.short)} shards are shorter than their index says, their last samples bad: {cut}")
     if saved:
         run.log.say(f"going on from {saved.path}, step {saved.step}")
 
