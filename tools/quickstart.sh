@@ -29,7 +29,7 @@ while [ "$status" = 75 ] && [ -z "$interrupted" ]; do
 import socket
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
-    print(probe.getsockname()[1])')" --module rcmae.train quickstart run.stop_after_steps=180 "$@")
+    print(probe.getsockname()[1])')" --module rcmae.train quickstart run.stop_after_steps=500 "$@")
     say "${command[*]}"
     status=0
     "${command[@]}" || status=$?
