@@ -590,8 +590,8 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
     )  # fmt: skip
     run = Run(
         recipe=recipe, sizes=sizes, objective=objective, engine=engine, stream=stream, index=found.index,
-        labelled=found.labelled, normalise=Normalise(data.mean, data.std, dist.device()), log=log, meter=meter, stop=stop, guard=guard,
-        saver=saver, lease=lease, step=step, data_step=images // sizes.images_per_step,
+        labelled=found.labelled, normalise=Normalise(data.mean, data.std, dist.device()), log=log, meter=meter,
+        stop=stop, guard=guard, saver=saver, lease=lease, step=step, data_step=images // sizes.images_per_step,
         saved_step=step if saved and own(recipe, saved) else -1,
     )  # fmt: skip
     announce(run, saved)
