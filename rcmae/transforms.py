@@ -1,9 +1,10 @@
 """From the bytes of an image to uint8 [C, H, W]: decode, random-resized-crop or centre crop, flip; keyed per sample.
 
 Resizing is torch's antialiased bicubic on uint8, which is within rounding of PIL's and several times as fast. JPEG goes
-through libjpeg-turbo (bit-equal to PIL), all else through PIL. As in the published pipelines an EXIF rotation is not
-applied and transparency is dropped, so the pixels are theirs; unlike there, 16-bit grey is scaled to 8 bits instead of
-clipped to white. Normalisation happens on the device, where it is cheap: a quarter of the bytes travel.
+through libjpeg-turbo (bit-equal to PIL at full size; at half or less where a random box is several times the target),
+all else through PIL. As in the published pipelines an EXIF rotation is not applied and transparency is dropped, so the
+pixels are theirs; unlike there, 16-bit grey is scaled to 8 bits instead of clipped to white. Normalisation happens on
+the device, where it is cheap: a quarter of the bytes travel.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,11 +25,12 @@ from torch.nn.functional import interpolate
 
 from rcmae.batch import Batch
 from rcmae.draws import Purpose, uniform
+from rcmae.jpeg import Box, decode_box, header
 
 MAX_PIXELS = 178_956_970  # of an encoded image; PIL's limit against decompression bombs
 CENTRE_SHARE = 0.875  # of the shorter side that a centre crop keeps, as the field evaluates
 _TRIES = 10  # random boxes that may stick out before the centre is taken
-_MODES = {1: ("GRAY", "L"), 3: ("RGB", "RGB")}  # channels -> names of the colour space in simplejpeg and PIL
+_MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name of the colour space
 
 
 class BadImage(ValueError):
@@ -67,21 +68,36 @@ class TrainTransform:
     scale: tuple[float, float] = (0.2, 1.0)  # area of the box over the image's
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of the box
     flip: float = 0.5  # probability
+    margin: float = 2.5  # JPEGs are decoded at 1/2, 1/4 or 1/8 where the box keeps this many times the target's pixels
 
     def __post_init__(self) -> None:
         _check_channels(self.in_channels)
         for name, (low, high), limit in (("crop_scale", self.scale, 1.0), ("crop_ratio", self.ratio, math.inf)):
             if not 0 < low <= high <= limit:
                 raise ValueError(f"data.{name}=({low}, {high}) must be two numbers in order, above 0 and up to {limit}")
+        if not self.margin >= 1:
+            raise ValueError(f"data.decode_margin={self.margin} must be at least 1; .inf decodes all at full size")
 
     def __call__(self, data: bytes, seed: int, position: int, draw: int = 0) -> View:
         """The view of an encoded image at an absolute position of the run. Raises BadImage."""
-        pixels = decode(data, self.in_channels)
-        draws = uniform(seed, Purpose.CROP, draw, position, count=4 * _TRIES)
-        top, left, height, width = random_box(pixels.shape[0], pixels.shape[1], self.scale, self.ratio, draws.tolist())
+        draws = uniform(seed, Purpose.CROP, draw, position, count=4 * _TRIES).tolist()
         flipped = bool(uniform(seed, Purpose.FLIP, draw, position, count=1)[0] < self.flip)
-        image = resize(pixels[top : top + height, left : left + width], self.image_size)
-        return View(image.flip(-1) if flipped else image, (top, left, height, width, int(flipped)))
+        pixels, box = self._part(data, draws)
+        image = resize(pixels, self.image_size)
+        return View(image.flip(-1) if flipped else image, (*box, int(flipped)))
+
+    def _part(self, data: bytes, draws: Sequence[float]) -> tuple[NDArray[np.uint8], Box]:
+        """The pixels of a random box, shrunken or not, and the box."""
+        size = plain_jpeg(data)
+        if size is None:
+            pixels = decode(data, self.in_channels)
+            box = Box(*random_box(pixels.shape[0], pixels.shape[1], self.scale, self.ratio, draws))
+            return box.of(pixels), box
+        box, shrink = shrunken(Box(*random_box(*size, self.scale, self.ratio, draws)), self.image_size, self.margin)
+        try:
+            return decode_box(data, box, shrink, self.in_channels), box
+        except ValueError:
+            return box.of(decode(data, self.in_channels)), box  # if PIL can
 
 
 @dataclass(frozen=True)
@@ -133,17 +149,12 @@ def decode(data: bytes, channels: int = 3) -> NDArray[np.uint8]:
     Raises:
         BadImage: the bytes are no image, are cut short or damaged, or would take more than MAX_PIXELS.
     """
-    try:
-        if data.startswith(b"\xff\xd8"):
-            height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-            if height * width > MAX_PIXELS:
-                raise BadImage(f"{height} x {width} pixels are too many")
-            if colour in ("YCbCr", "Gray", "RGB"):
-                return simplejpeg.decode_jpeg(data, _MODES[channels][0])
-    except BadImage:
-        raise
-    except ValueError:
-        pass  # PIL has the last word on what is readable
+    size = plain_jpeg(data)
+    if size is not None:
+        try:
+            return decode_box(data, Box(0, 0, *size), channels=channels)
+        except ValueError:
+            pass  # PIL has the last word on what is readable
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd metadata, and on large images below the limit
@@ -155,6 +166,31 @@ def decode(data: bytes, channels: int = 3) -> NDArray[np.uint8]:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
+def plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that libjpeg-turbo turns into RGB or grey; None for all else. Raises BadImage."""
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    try:
+        height, width, plain = header(data)
+    except ValueError:
+        return None
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"{height} x {width} pixels are too many")
+    return (height, width) if plain else None
+
+
+def shrunken(box: Box, target: tuple[int, int], margin: float) -> tuple[Box, int]:
+    """By how much a box may be shrunk in decoding (1, 2, 4 or 8) to keep `margin` times the target on both sides.
+
+    The box is moved to whole pixels of the shrunken image, by less than one of them, so that nothing has to be
+    resampled at a fraction of a pixel: a random box of a large photograph is as good there as where it was.
+    """
+    room = min(box.height / target[0], box.width / target[1]) / margin
+    shrink = max(factor for factor in (1, 2, 4, 8) if factor == 1 or factor <= room)
+    top, left, height, width = (number // shrink * shrink for number in box)
+    return Box(top, left, height, width), shrink
+
+
 def _pixels(image: Image.Image, channels: int) -> NDArray[np.uint8]:
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion would clip it at 255
         grey = (np.array(image).astype(np.int64).clip(0, 65535) + 128) // 257
@@ -163,7 +199,7 @@ def _pixels(image: Image.Image, channels: int) -> NDArray[np.uint8]:
         raise BadImage("its pixels are floating-point numbers of unknown range")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    pixels = np.array(image.convert(_MODES[channels][1]))
+    pixels = np.array(image.convert(_MODES[channels]))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 

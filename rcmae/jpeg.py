@@ -1,0 +1,171 @@
+"""JPEG to pixels: the part asked for, at full, half, quarter or eighth size, by libjpeg-turbo.
+
+Where libjpeg-turbo 3 is found as a shared library (that of the `turbojpeg` wheel, or the system's) only the part is
+transformed and converted, and nothing below it is read; else simplejpeg, which brings its own, decodes the whole and
+the part is cut out. The pixels are the same, so a run may go from one machine to the other. The one difference: there,
+damage below the part goes unseen, but a missing end is seen everywhere. No maintained binding that we know of offers
+parts: hence ctypes, on eight functions of a stable interface.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.util
+import logging
+import threading
+from functools import cache
+from glob import glob
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+_END = b"\xff\xd9"
+_COLOURS = ("YCbCr", "Gray", "RGB")
+_PIXEL_FORMATS = {3: ("RGB", 0), 1: ("GRAY", 6)}  # channels -> names of simplejpeg and of turbojpeg.h
+_INIT_DECOMPRESS, _STOP_ON_WARNING, _SUBSAMPLING, _WIDTH = 1, 0, 4, 5  # of turbojpeg.h, too
+_MCU_WIDTHS = (8, 16, 16, 8, 8, 32, 8)  # pixels; by chroma subsampling as numbered there: 444 422 420 grey 440 411 441
+_log = logging.getLogger(__name__)
+
+
+class Header(NamedTuple):
+    """What the header of a JPEG says."""
+
+    height: int
+    width: int
+    plain: bool  # its colours are those this module decodes
+
+
+class Box(NamedTuple):
+    """A part of an image, in its pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """This part of an image, a view."""
+        return pixels[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def header(data: bytes) -> Header:
+    """The header of a JPEG. Raises ValueError."""
+    height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+    return Header(height, width, colour in _COLOURS)
+
+
+def decode_box(data: bytes, box: Box, shrink: int = 1, channels: int = 3) -> NDArray[np.uint8]:
+    """The pixels of a box of a plain JPEG, [box.height / shrink, box.width / shrink, channels].
+
+    Args:
+        data: the whole file.
+        box: inside the image; all four numbers are multiples of `shrink`.
+        shrink: 1, 2, 4 or 8.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        ValueError: the bytes are damaged or cut short.
+    """
+    assert not any(number % shrink for number in box), (box, shrink)
+    small = Box(*(number // shrink for number in box))
+    if _library() is not None and data.endswith(_END):
+        return _decode_part(data, small, shrink, channels)
+    return small.of(_decode_whole(data, shrink, channels))
+
+
+def _decode_whole(data: bytes, shrink: int, channels: int) -> NDArray[np.uint8]:
+    if shrink == 1:
+        return simplejpeg.decode_jpeg(data, _PIXEL_FORMATS[channels][0])
+    height, width, _ = header(data)
+    return simplejpeg.decode_jpeg(
+        data, _PIXEL_FORMATS[channels][0],
+        min_height=-(-height // shrink), min_width=-(-width // shrink), min_factor=shrink,
+    )  # fmt: skip
+
+
+class _Fraction(ctypes.Structure):
+    _fields_ = (("num", ctypes.c_int), ("denom", ctypes.c_int))
+
+
+class _Region(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_int), ("y", ctypes.c_int), ("w", ctypes.c_int), ("h", ctypes.c_int))
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """libjpeg-turbo's turbojpeg library of version 3 or later, where there is one."""
+    wheel = importlib.util.find_spec("turbojpeg")
+    beside = Path(wheel.origin).parent / "turbojpeg.libs" / "libturbojpeg*.so*" if wheel and wheel.origin else None
+    for path in chain(glob(str(beside)) if beside else (), filter(None, [ctypes.util.find_library("turbojpeg")])):
+        try:
+            library = ctypes.CDLL(path)
+            library.tj3Init.restype = ctypes.c_void_p
+            library.tj3Destroy.argtypes = [ctypes.c_void_p]
+            library.tj3Set.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+            library.tj3Get.argtypes = [ctypes.c_void_p, ctypes.c_int]
+            library.tj3DecompressHeader.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+            library.tj3SetScalingFactor.argtypes = [ctypes.c_void_p, _Fraction]
+            library.tj3SetCroppingRegion.argtypes = [ctypes.c_void_p, _Region]
+            library.tj3Decompress8.argtypes = [
+                ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int, ctypes.c_int
+            ]  # fmt: skip
+            library.tj3GetErrorStr.argtypes, library.tj3GetErrorStr.restype = [ctypes.c_void_p], ctypes.c_char_p
+        except (OSError, AttributeError) as error:  # version 2 has no tj3 functions
+            _log.debug("%s: %s", path, error)
+        else:
+            return library
+    return None
+
+
+class _Decoder:
+    """A decompressor of libjpeg-turbo: for one thread at a time."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._handle = library.tj3Init(_INIT_DECOMPRESS)
+        if not self._handle:
+            raise MemoryError("libjpeg-turbo gave no decompressor")
+        library.tj3Set(self._handle, _STOP_ON_WARNING, 1)
+
+    def __del__(self) -> None:
+        self._library.tj3Destroy(self._handle)
+
+    def decode(self, data: bytes, box: Box, shrink: int, channels: int) -> NDArray[np.uint8]:
+        """The pixels of a box, given in pixels of the shrunken image."""
+        library, handle = self._library, self._handle
+        self._check(library.tj3SetCroppingRegion(handle, _Region(0, 0, 0, 0)))  # of the last image
+        self._check(library.tj3DecompressHeader(handle, data, len(data)))
+        self._check(library.tj3SetScalingFactor(handle, _Fraction(1, shrink)))
+        # A part starts at a multiple of the MCU's width. Chroma at its sides is interpolated without what lies beyond,
+        # so it is one MCU wider than the box on either side, and the box cut out: the same pixels as from the whole.
+        subsampling = library.tj3Get(handle, _SUBSAMPLING)
+        if subsampling not in range(len(_MCU_WIDTHS)):
+            raise ValueError("chroma subsampling of a kind that libjpeg-turbo has no name for")
+        mcu = _MCU_WIDTHS[subsampling] // shrink
+        width = -(-library.tj3Get(handle, _WIDTH) // shrink)
+        left = max(0, box.left // mcu - 1) * mcu
+        right = min(width, box.left + box.width + mcu)
+        pixels = np.empty((box.height, right - left, channels), np.uint8)
+        self._check(library.tj3SetCroppingRegion(handle, _Region(left, box.top, right - left, box.height)))
+        self._check(library.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 0, _PIXEL_FORMATS[channels][1]))
+        return pixels[:, box.left - left : box.left - left + box.width]
+
+    def _check(self, failed: int) -> None:
+        if failed:
+            raise ValueError(self._library.tj3GetErrorStr(self._handle).decode())
+
+
+_decoders = threading.local()
+
+
+def _decode_part(data: bytes, box: Box, shrink: int, channels: int) -> NDArray[np.uint8]:
+    if not hasattr(_decoders, "one"):
+        library = _library()
+        assert library is not None
+        _decoders.one = _Decoder(library)
+    return _decoders.one.decode(data, box, shrink, channels)
