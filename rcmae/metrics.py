@@ -260,7 +260,7 @@ class MetricsLog:
     def say(self, text: str) -> None:
         """Print above the bar, or just print; as it is, without wrapping or colours."""
         if self.writes:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
             self._console.file.flush()
 
     def sync(self) -> None:

@@ -152,7 +152,7 @@ def test_a_log_file_gets_one_plain_line_a_step(tmp_path):
             "lr": 1.5e-4, "images_per_s": 512.3, "data_wait_s": 0.0123, "memory_peak_gib": 1.25, "mfu": 0.412,
         })  # fmt: skip
         log.step({"step": 10, "loss": float("nan")})
-        log.say("[not markup]")
+        log.say("[not markup] :x:")
     first, second, said = out.getvalue().splitlines()
     assert first.startswith(
         "step 3/10  epoch 0.25  loss 0.8123 (reconstruction 0.5000, consistency 0.3123)  lr 1.50e-04  512 img/s  "
@@ -160,7 +160,7 @@ def test_a_log_file_gets_one_plain_line_a_step(tmp_path):
     )
     assert first.endswith("left")
     assert second == "step 10/10  loss nan"
-    assert said == "[not markup]"
+    assert said == "[not markup] :x:"
 
 
 def test_a_terminal_gets_a_bar(tmp_path):
