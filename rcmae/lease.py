@@ -3,7 +3,9 @@
 `leases/00000003.json` says who holds generation 3 and, when it was a take-over, from which committed step. A file is
 linked into place whole, so of two jobs that reach for a generation one gets it. The holder beats: a thread counts up in
 `leases/00000003.beat`. Who finds a lease watches the count on its own clock; clocks of two nodes are never compared.
-A count that stands still for `timeout_s` means the holder is gone or cut off, and the next generation may be taken.
+A count that stands still for `timeout_s` means the holder is gone or cut off, and the next generation may be taken. A
+scheduler that starts a job again has given its earlier start up, whatever still runs of it on a node it cannot reach:
+the later start takes the run over at once.
 
 A holder that was paused or cut off can wake up at any instant, so being careful is not enough: every manifest carries
 its writer's generation, and readers ignore what an older generation wrote beyond the step a take-over started from
@@ -42,6 +44,7 @@ class Holder:
     boot: str  # tells a host's restarts apart, and two containers of one name
     pid: int
     job: str  # the scheduler's job id, empty without one
+    restart: int = 0  # how often the scheduler had started that job before
 
 
 @dataclass(frozen=True)
@@ -129,15 +132,16 @@ class Lease:
     # acquiring
 
     def _acquire(self, wait_s: float, newest_step: Callable[[], int], say: Callable[[str], None]) -> Holder:
-        me = {"token": secrets.token_hex(8), "host": socket.gethostname(), "boot": _boot(), "pid": os.getpid()}
-        job = os.environ.get("SLURM_JOB_ID", "")
+        host, boot, pid, token = socket.gethostname(), _boot(), os.getpid(), secrets.token_hex(8)
+        job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         give_up, told = time.monotonic() + wait_s, False
         while True:
             holders = _holders(self._folder)
             last = max(holders, key=lambda holder: holder.generation, default=None)
-            if last is None or self._is_gone(last):
+            earlier_start = last is not None and last.job == job != "" and last.restart < restart
+            if last is None or earlier_start or self._is_gone(last):
                 begin = newest_step()
-                mine = Holder(generation=last.generation + 1 if last else 1, from_step=begin, job=job, **me)  # type: ignore[arg-type]
+                mine = Holder(last.generation + 1 if last else 1, begin, token, host, boot, pid, job, restart)
                 if _link(self._folder, mine):
                     return mine
                 continue  # another job was faster

@@ -64,6 +64,25 @@ def test_a_count_that_stands_still_on_my_clock_is_a_holder_gone(tmp_path: Path) 
     assert time.monotonic() - begin > 0.6
 
 
+def test_a_job_that_was_started_again_takes_the_run_from_its_earlier_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    earlier = take(tmp_path, timeout_s=0.9)  # alive and beating, as on a node that the scheduler cannot reach
+    with pytest.raises(LeaseHeld):
+        take(tmp_path, timeout_s=0.9, wait_s=0.0)  # a second training of the same start
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    later = take(tmp_path, timeout_s=0.9, wait_s=0.0, step=40)
+    assert (later.generation, later.holder.restart, later.holder.from_step) == (2, 1, 40)
+    with pytest.raises(LeaseLost, match=r"job 17, .* took this run over from step 40"):
+        earlier.check()
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    with pytest.raises(LeaseHeld, match="job 17"):
+        take(tmp_path, timeout_s=0.9, wait_s=0.0)  # another job waits like anybody
+    later.release()
+    earlier.release()
+
+
 def test_a_holder_that_was_passed_over_notices_and_stops(tmp_path: Path) -> None:
     held = take(tmp_path, timeout_s=0.3)
     held.check()
