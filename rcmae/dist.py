@@ -96,9 +96,12 @@ def start(*, required: bool, timeout_s: float = 1800.0) -> None:
     os.environ.setdefault("RANK", str(where["rank"]))  # DeepSpeed reads these whatever the launcher was
     os.environ.setdefault("WORLD_SIZE", str(where["world"]))
     os.environ.setdefault("LOCAL_RANK", str(where["local_rank"]))
+    if device().type == "cuda":  # DeepSpeed takes it for the index of a GPU: 0 where a rank sees only its own
+        os.environ["LOCAL_RANK"] = str(device().index)
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _slurm_master() if where["world"] > 1 else "127.0.0.1"
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        # one a job, below the range that Linux gives to outgoing connections
+        os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
     timeout = _timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
     if where["world"] == 1 and "MASTER_PORT" not in os.environ:
