@@ -59,6 +59,11 @@ def header(data: bytes) -> Header:
     return Header(height, width, colour in _COLOURS)
 
 
+def decodes_parts() -> bool:
+    """Whether parts are decoded alone here; else the whole is, to the same pixels."""
+    return _library() is not None
+
+
 def decode_box(data: bytes, box: Box, shrink: int = 1, channels: int = 3) -> NDArray[np.uint8]:
     """The pixels of a box of a plain JPEG, [box.height / shrink, box.width / shrink, channels].
 
@@ -73,7 +78,7 @@ def decode_box(data: bytes, box: Box, shrink: int = 1, channels: int = 3) -> NDA
     """
     assert not any(number % shrink for number in box), (box, shrink)
     small = Box(*(number // shrink for number in box))
-    if _library() is not None and data.endswith(_END):
+    if decodes_parts() and data.endswith(_END):
         return _decode_part(data, small, shrink, channels)
     return small.of(_decode_whole(data, shrink, channels))
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Bottom first. A module imports only from rows below its own; train.py alone may see everything.
 LAYERS = (
     {"config", "dist", "draws", "preempt", "lease"},
-    {"batch", "masking", "shards", "schedules", "optim", "kernels", "metrics"},
+    {"batch", "jpeg", "masking", "shards", "schedules", "optim", "kernels", "metrics"},
     {"transforms", "guard"},
     {"stream", "vit"},
     {"objectives"},
