@@ -96,6 +96,9 @@ class Data(Section):
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the crop over the image's
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of the crop
     flip: Fraction = 0.5
+    # JPEGs are decoded at 1/2, 1/4 or 1/8 where the crop keeps this many times the target's side; .inf: never. Under
+    # 2.5 is looser and faster: the likeness to a full-size decode may fall under 45 dB.
+    decode_margin: Annotated[float, Field(ge=1)] = 2.5
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     max_bad_fraction: Fraction = 0.001
@@ -208,7 +211,7 @@ class Recipe(Section):
 FROZEN = (
     "objective", "model", "teacher", "schedule", "batch.images", "run.seed",
     "data.seed", "data.epoch_samples", "data.canonical_streams", "data.shuffle_window",
-    "data.crop_scale", "data.crop_ratio", "data.flip", "data.mean", "data.std",
+    "data.crop_scale", "data.crop_ratio", "data.flip", "data.decode_margin", "data.mean", "data.std",
 )  # fmt: skip
 
 

@@ -571,7 +571,7 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
     if saved is not None and own(recipe, saved):
         guard.restore(saved.meta["guard"])
     transform = TrainTransform(
-        recipe.model.image_hw, recipe.model.in_channels, data.crop_scale, data.crop_ratio, data.flip
+        recipe.model.image_hw, recipe.model.in_channels, data.crop_scale, data.crop_ratio, data.flip, data.decode_margin
     )
     stream = Stream(
         index=found.index, plan=found.plan, transform=transform, mask=found.mask, seed=data.seed,

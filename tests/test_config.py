@@ -265,6 +265,7 @@ CHANGES_THE_TRAINING = [
     "schedule.weight_decay=0", "schedule.clip_grad=1", "batch.images=64", "run.seed=1", "data.seed=1",
     "data.epoch_samples=9000", "data.canonical_streams=8", "data.shuffle_window=7", "data.crop_scale=[0.1, 1.0]",
     "data.crop_ratio=[0.5, 2.0]", "data.flip=0", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]",
+    "data.decode_margin=3.0",
 ]  # fmt: skip
 MAY_CHANGE = [
     "engine.name=fsdp2", "engine.precision=fp32", "engine.compile=true", "engine.activation_checkpointing=torch",
