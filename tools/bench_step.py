@@ -35,7 +35,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -55,6 +55,7 @@ from timm.models.vision_transformer import Block  # isort: skip  # after kernels
 PHASES = ("teacher_forward", "student_forward", "backward", "optimizer", "ema")
 MASK_RATIO, MOMENTUM, LR, WEIGHT_DECAY = 0.75, 0.996, 1e-4, 0.05
 MIB = 2**20
+Clock = Literal["wall", "cpu"]
 
 
 class Variant(NamedTuple):
@@ -248,15 +249,16 @@ def made_up_batch(model: MaskedAutoencoder, size: int, device: torch.device) -> 
 
 
 class Stopwatch:
-    """Seconds of each phase of a step: by events of the GPU on one, by the host's clock without."""
+    """Seconds of each phase of a step: by events of the GPU on one, by `clock` without."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Clock = "wall") -> None:
         self._cuda = device.type == "cuda"
+        self._host = time.perf_counter if clock == "wall" else time.process_time
         self._spans: list[tuple[str, Any, Any]] = []
 
     def _now(self) -> Any:
         if not self._cuda:
-            return time.perf_counter()
+            return self._host()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -280,10 +282,9 @@ class Stopwatch:
         return seconds
 
 
-def matrix_product_rate(precision: str, device: torch.device, size: int) -> float:
-    """FLOP/s of one product of two square matrices of this side, by a warm one."""
+def matrix_product_rate(precision: str, device: torch.device, size: int, watch: Stopwatch) -> float:
+    """FLOP/s of one product of two square matrices of this side, after a warm one."""
     left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
-    watch = Stopwatch(device)
     torch.mm(left, right)
     with watch.phase("product"):
         torch.mm(left, right)
@@ -292,7 +293,7 @@ def matrix_product_rate(precision: str, device: torch.device, size: int) -> floa
 
 def measure_times(
     variants: Sequence[Variant], sizes: dict[str, Any], device: torch.device, *, batch: int, steps: int, warmup: int,
-    ceiling_size: int, progress: Callable[[str], None],
+    ceiling_size: int, clock: Clock, progress: Callable[[str], None],
 ) -> tuple[dict[Variant, list[dict[str, float]]], dict[str, list[float]]]:  # fmt: skip
     """Each variant's rounds (phase -> seconds, "step" the whole), and each precision's products in FLOP/s."""
     benches = {}
@@ -301,10 +302,10 @@ def measure_times(
         benches[precision] = Bench(sizes, precision, device, batch=batch, teacher=teacher)
     rounds: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in variants}
     rates: dict[str, list[float]] = {precision: [] for precision in benches}
-    watch = Stopwatch(device)
+    watch = Stopwatch(device, clock)
     for number in range(-warmup, steps):
         for precision in benches:
-            rates[precision].append(matrix_product_rate(precision, device, ceiling_size))
+            rates[precision].append(matrix_product_rate(precision, device, ceiling_size, watch))
         first = number % len(variants)  # no variant always comes after the same other one's end of a round
         for variant in (*variants[first:], *variants[:first]):
             with watch.phase("step"):
@@ -471,7 +472,7 @@ def print_report(report: dict[str, Any]) -> None:
     print(
         f"{settings['model']}, {settings['image_size']} px, batch {settings['batch']}, medians of {settings['steps']} "
         f"rounds; {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, "
-        f"torch {report['versions']['torch']}"
+        f"torch {report['versions']['torch']}" + ", seconds of CPU time" * (settings["clock"] == "cpu")
     )
     for precision, ceiling in report["ceilings"].items():
         print(f"ceiling {precision}: {ceiling['best'] / 1e12:.3f} TFLOP/s in a product of side {ceiling['side']}")
@@ -531,6 +532,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="rounds that are counted (10)")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them (2)")
     parser.add_argument("--threads", type=int, help="of the CPU; torch's choice by default")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: seconds that one thread computed (--threads 1), where others use the machine too",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-memory", action="store_true", help="leave it out: it takes a process a variant")
     parser.add_argument("--quick", action="store_true", help="two tiny blocks, two rounds: does it run?")
@@ -546,6 +551,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(asked, name)
         if value is not None and value < (0 if name == "warmup" else 1):
             parser.error(f"--{name.replace('_', '-')}={value} must be at least {0 if name == 'warmup' else 1}")
+    if asked.clock == "cpu" and (asked.device != "cpu" or asked.threads != 1):
+        parser.error("--clock cpu adds up the seconds of all threads: it goes with --device cpu --threads 1")
     bf16 = any(variant.precision == "bf16" for variant in asked.variants)
     if asked.device == "cuda" and bf16 and not torch.cuda.is_bf16_supported(False):
         parser.error(f"{torch.cuda.get_device_name()} has no bf16; ask for fp32 variants")
@@ -581,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     side = 256 if asked.quick else 8192 if device.type == "cuda" else 2048
     rounds, rates = measure_times(
         asked.variants, sizes, device, batch=asked.batch, steps=asked.steps, warmup=asked.warmup,
-        ceiling_size=side, progress=progress,
+        ceiling_size=side, clock=asked.clock, progress=progress,
     )  # fmt: skip
     ceilings = {name: {"best": max(values), **spread(values), "side": side} for name, values in rates.items()}
     report = {
@@ -595,7 +602,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "hardware": hardware(device),
         "settings": {
             "model": asked.model, **sizes, "image_size": asked.image_size, "batch": asked.batch, "steps": asked.steps,
-            "warmup": asked.warmup, "mask_ratio": MASK_RATIO, "quick": asked.quick,
+            "warmup": asked.warmup, "clock": asked.clock, "mask_ratio": MASK_RATIO, "quick": asked.quick,
         },
         "ceilings": ceilings,
         "variants": [
