@@ -73,10 +73,10 @@ def test_pixels_tell_some_of_the_photographs_apart(made):
 
 
 def test_shards_of_someone_else_are_left_alone(tmp_path, capsys):
-    (tmp_path / "train-000000.tar").write_text("precious")
+    (tmp_path / "val-000000.tar").write_text("precious")
     assert quickstart_data.main([str(tmp_path)]) == 2
-    assert "1 shards named train-*.tar" in capsys.readouterr().err
-    assert (tmp_path / "train-000000.tar").read_text() == "precious"
+    assert "shards of something else (val-000000.tar, 1 in all)" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_a_folder_that_is_a_file_is_said(tmp_path, capsys):

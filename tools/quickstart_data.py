@@ -94,6 +94,9 @@ def quickstart_data(out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)  # before the work of cutting
     photos, class_file = photographs(), out / "classes.txt"
     ours = class_file.exists() and class_file.read_text().split() == sorted(photos)
+    others = [] if ours else sorted(path.name for name in ("train", "val") for path in out.glob(f"{name}-*.tar"))
+    if others:
+        raise ValueError(f"{out} has shards of something else ({others[0]}, {len(others)} in all); take another folder")
     made: dict[str, Any] = {}
     for name in ("train", "val"):
         with tempfile.TemporaryDirectory() as folder:
