@@ -23,7 +23,7 @@ LAYERS = (
     {"stream", "vit"},
     {"objectives"},
     {"teacher"},
-    {"engine"},
+    {"engine", "memory"},
     {"engine_deepspeed", "engine_fsdp2", "checkpoint"},
     {"evaluate", "export"},
     {"train"},
