@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
 RECIPES = Path(__file__).parent / "recipes"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Strict(), Field(ge=1)]  # strict: not true, nor "8"
+Natural = Annotated[int, Strict(), Field(ge=0)]
 
 
 class Section(BaseModel):

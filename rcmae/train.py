@@ -738,6 +738,7 @@ def start_folder(recipe: Recipe, saved: checkpoint.Manifest | None, index: Shard
     """Write recipe and index; move checkpoints aside that this run does not go on from. Collective; with the lease."""
     if dist.rank() == 0:
         folder, root = recipe.run_dir, recipe.run_dir / "checkpoints"
+        (folder / "outcome.json").unlink(missing_ok=True)  # of the job before: a crash of this one ends as nothing
         if root.exists():
             checkpoint.start_from(root, saved.step if saved and own(recipe, saved) else -1)
         if not index.is_saved:

@@ -124,7 +124,7 @@ def once(condition: Callable[[], bool], action: Callable[[], object]) -> Iterato
     assert done.is_set(), "the block ended before the condition held"
 
 
-def wait_for(condition: Callable[[], bool], alive: Callable[[], bool], timeout_s: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], alive: Callable[[], bool], timeout_s: float = 300.0) -> None:
     """Return when a condition holds; fail if what should bring it about has died or takes too long."""
     end = time.monotonic() + timeout_s
     while not condition():

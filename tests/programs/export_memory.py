@@ -35,7 +35,7 @@ def measured(run: Path, layout: str) -> dict[str, float]:
     begin = time.monotonic()
     manifest, _ = export.find_checkpoint(run)
     verified = time.monotonic()
-    out = run / f"weights{export.LAYOUTS[layout].suffixes[0]}"
+    out = run / f"{layout}{export.LAYOUTS[layout].suffixes[0]}"
     written = export.export(manifest, out, layout=layout).bytes
     end = time.monotonic()
     done.set()
