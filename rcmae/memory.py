@@ -1,0 +1,332 @@
+"""What a rank needs of its device's memory, by arithmetic alone: model states, activations, and what engines add.
+
+A step is walked through: the teacher's forward pass, the student's, its backward pass part by part (activations go
+while gradients come), the update, the teacher's update. `footprint` gives the bytes of each of these moments, by what
+they are. Everything here follows from sizes and from how the engines work (torch 2.13, DeepSpeed 0.19); nothing is
+allocated. tests/test_plan.py holds it to live tensors of real ranks.
+
+Not in it: what the device's driver, its communication library and a fragmented allocator take on top, and kernels that
+`torch.compile` fuses (which keep less).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rcmae.optim import param_groups
+from rcmae.teacher import TeacherBytes, teacher_bytes
+from rcmae.vit import MaskedAutoencoder
+
+PLACEMENTS = ("local", "zero0", "zero1", "zero2", "zero3", "fsdp2")
+_FLUSH = 500_000_000  # elements of DeepSpeed's all-reduce at stage 0, and of its default buckets
+_LIVE = 1_000_000_000  # parameters that its stage 3 keeps gathered by default: all of a ViT
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the student; bytes of one image."""
+
+    name: str
+    params: int
+    saved: float  # from the forward to the backward pass
+    passing: float  # more than that, while the backward pass is in it
+
+
+def activations(
+    model: MaskedAutoencoder, *, num_visible: int, precision: str, teacher: bool, checkpointing: str = "none"
+) -> list[Part]:
+    """The student's parts in the order of the forward pass, the loss last.
+
+    Args:
+        model: any, also on the meta device: only its sizes are read.
+        num_visible: patches that the encoder sees.
+        precision: "fp32" or "bf16".
+        teacher: whether the loss has a term to a teacher.
+        checkpointing: as in `kernels.checkpoint_blocks`.
+    """
+    sizes, width = model.sizes, _width(precision)
+    seen, tokens, hidden = 1 + num_visible, 1 + model.num_patches, model.num_patches - num_visible
+    dim, decoder_dim = sizes["embed_dim"], sizes["decoder_dim"]
+    pixels = sizes["patch_size"] ** 2 * sizes["in_channels"]
+
+    def block(name: str, part: torch.nn.Module, dim: int, heads: int, keys: int, queries: int) -> Part:
+        # keys: input, its norm, q, k and v; queries: attention, sum, its norm, the MLP before and after GELU
+        mlp = sizes["mlp_ratio"]
+        kept = (5 * keys + (3 + 2 * mlp) * queries) * dim * width + 4 * (heads * queries + 2 * keys + 2 * queries)
+        grads = (1 + mlp) * queries * dim * width
+        given = keys * dim * width
+        if checkpointing == "none":
+            return Part(name, _numel(part), kept, grads)
+        held = 0 if checkpointing == "fairscale_offload" else given
+        return Part(name, _numel(part), held, kept - held + grads)
+
+    embedding = Part(
+        "embedding", _numel(model.patch_embed) + model.cls_token.numel(), num_visible * pixels * width,
+        (seen + num_visible) * dim * width,
+    )  # fmt: skip
+    encoder = [
+        block(f"block {i}", part, dim, sizes["num_heads"], seen, seen) for i, part in enumerate(model.blocks)
+    ]  # fmt: skip
+    bridge = Part(
+        "bridge", _numel(model.norm) + _numel(model.decoder_embed) + model.mask_token.numel(),
+        2 * seen * dim * width, 2 * tokens * decoder_dim * width,
+    )  # fmt: skip
+    last = len(model.decoder_blocks) - 1
+    decoder = [
+        block(
+            f"decoder block {i}", part, decoder_dim, sizes["decoder_heads"], tokens, hidden if i == last else tokens
+        )
+        for i, part in enumerate(model.decoder_blocks)
+    ]  # fmt: skip
+    head = Part(
+        "head", _numel(model.decoder_norm) + _numel(model.decoder_pred), 2 * hidden * decoder_dim * width,
+        hidden * (pixels + decoder_dim) * width,
+    )  # fmt: skip
+    # in fp32: the target and the predictions, which in bf16 each term widens for itself; passing: those in bf16, and
+    # a term's temporaries
+    widened = (1 if precision == "fp32" else 2) + 1 if teacher else 1
+    narrow = 0 if precision == "fp32" else 2 if teacher else 1
+    loss = Part("loss", 0, hidden * pixels * 4 * (1 + widened), hidden * pixels * (8 + narrow * width))
+    return [embedding, *encoder, bridge, *decoder, head, loss]
+
+
+def inference_bytes(model: MaskedAutoencoder, *, num_visible: int, precision: str) -> float:
+    """Bytes of one image at the height of a forward pass without gradients: inside an MLP."""
+    sizes = model.sizes
+    widest = max((1 + num_visible) * sizes["embed_dim"], (1 + model.num_patches) * sizes["decoder_dim"])
+    return (2 + 2 * sizes["mlp_ratio"]) * widest * _width(precision)
+
+
+def _width(precision: str) -> int:
+    return 2 if precision == "bf16" else 4
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+# -------------------------------------------------------------------------------------------------------------- engines
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a rank's memory beside the model."""
+
+    placement: str  # one of PLACEMENTS
+    precision: str = "bf16"
+    world: int = 1
+    per_device: int = 1  # images of a micro-batch
+    accumulation: int = 1  # micro-batches of a step
+    num_visible: int = 1
+    teacher: bool = True
+    accumulate: str = "fp32_shard"  # the teacher's, as in `teacher.Teacher`
+    checkpointing: str = "none"
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)  # its JSON
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank, by moment of a step and by what they are. Every moment has all that is resident."""
+
+    resident: dict[str, float]
+    moments: dict[str, dict[str, float]]
+    host: float  # bytes of host memory that hold model states
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the highest moment."""
+        return max(sum(parts.values()) for parts in self.moments.values())
+
+    @property
+    def when(self) -> str:
+        """The highest moment."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def at_peak(self) -> dict[str, float]:
+        """Bytes at the highest moment by what they are."""
+        return self.moments[self.when]
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """Bytes that an engine takes, apart from activations."""
+
+    resident: dict[str, float]
+    gathered: float = 0.0  # the student's whole parameters, from its forward to the end of its backward pass
+    teacher_gathered: float = 0.0  # the teacher's, in its forward pass
+    part_gathered: float = 0.0  # for each parameter of the part that computes
+    part_leaving: float = 0.0  # for each parameter of the part that a backward pass is in: gradients on their way
+    grown: float = 0.0  # gradients that a backward pass builds up
+    carried: float = 0.0  # gradients that lie there from the first micro-batch on, where there are several
+    regrown: float = 0.0  # and that the later ones add to them
+    buckets: float = 0.0  # while a backward pass runs
+    flushed: float = 0.0  # copies of a full bucket, for each element
+    bucket: int = 0  # elements
+    reducing: float = 0.0  # copies at the end of a backward pass, beside all gradients
+    updating: float = 0.0  # gradients and copies in the optimizer's step
+    publishing: float = 0.0  # in the teacher's update
+    host: float = 0.0
+
+
+def states(model: MaskedAutoencoder, settings: Settings) -> dict[str, int]:
+    """Elements: `whole` of the model, `shard` of this rank, `group` the largest optimizer group's part of that."""
+    groups = [[tuple(param.shape) for param in group["params"]] for group in param_groups(model, 0.0)]
+
+    def held(of: Sequence[Sequence[Sequence[int]]]) -> int:
+        return _bytes_of_teacher(settings, of, "bf16", "fp32_shard").accumulator // 4
+
+    return {
+        "whole": sum(math.prod(shape) for group in groups for shape in group),
+        "shard": held(groups),
+        "group": max(held([group]) for group in groups),
+    }
+
+
+def _bytes_of_teacher(
+    settings: Settings, groups: Sequence[Sequence[Sequence[int]]], precision: str, accumulate: str
+) -> TeacherBytes:
+    return teacher_bytes(
+        settings.placement, groups, rank=0, world=settings.world, precision=precision, accumulate=accumulate
+    )
+
+
+def _engine(model: MaskedAutoencoder, settings: Settings) -> _Engine:
+    width, bf16 = _width(settings.precision), settings.precision == "bf16"
+    count = states(model, settings)
+    whole, shard, group = count["whole"], count["shard"], count["group"]
+    groups = [[tuple(param.shape) for param in group["params"]] for group in param_groups(model, 0.0)]
+    teacher = _bytes_of_teacher(settings, groups, settings.precision, settings.accumulate)
+    copy, accumulator = (teacher.copy, teacher.accumulator) if settings.teacher else (0, 0)
+    largest = max(param.numel() for param in model.parameters())
+    publishing = width * shard if settings.teacher else 0.0  # a logged step keeps the old copy
+
+    zero = settings.deepspeed.get("zero_optimization", {})
+    bucket = int(zero.get("reduce_bucket_size", _FLUSH))
+    overlap = bool(zero.get("overlap_comm", settings.placement == "zero3"))
+    summed = 4 if settings.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32" else width
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
+    master = 4.0 * shard
+    on_device, on_host = (0.0, 1.0) if offload else (1.0, 0.0)
+
+    def parts(weights: float, gradients: float, moments: float, buffers: float = 0.0) -> dict[str, float]:
+        return {
+            "weights": weights, "gradients": gradients, "moments": moments,
+            "teacher": copy + accumulator * on_device, "communication": buffers,
+        }  # fmt: skip
+
+    if settings.placement == "local":
+        both = (2 + 4 if bf16 else 4) * whole
+        return _Engine(parts(both, both, 8 * whole), buckets=width * largest, publishing=publishing)
+    if settings.placement == "zero0":
+        flush = width * min(whole, _FLUSH)
+        return _Engine(
+            parts((2 + 4 if bf16 else 4) * whole, 0.0, 8 * whole), grown=width * whole, carried=width * whole,
+            reducing=flush, updating=(2 + 4 if bf16 else 4) * whole, publishing=publishing,
+        )  # fmt: skip
+    if settings.placement == "fsdp2":
+        # a block's shards arrive in one buffer and are copied out while the next one's arrive; its gradients leave as
+        # the fp32 input of a reduce-scatter. Without it, in all micro-batches but the last, they stay whole.
+        leaving = 4 if settings.accumulation > 1 else width + 4
+        return _Engine(
+            parts(4 * shard, 0.0, 8 * shard), part_gathered=3 * width, part_leaving=leaving, grown=4 * shard,
+            carried=4 * whole, updating=4 * shard, publishing=publishing,
+        )  # fmt: skip
+    moments = 8 * shard * on_device
+    host = (master + 8 * shard + 4 * shard + accumulator) * on_host
+    if settings.placement == "zero3":
+        gathered = width * min(whole, int(zero.get("stage3_max_live_parameters", _LIVE)))
+        contiguous = zero.get("contiguous_gradients", True)
+        return _Engine(
+            parts(
+                width * shard + master * on_device, summed * shard * on_device, moments,
+                width * bucket if contiguous else 0.0,
+            ),
+            gathered=gathered, teacher_gathered=gathered if settings.teacher else 0.0,
+            flushed=width if contiguous else 2 * width, bucket=bucket, updating=4 * group, publishing=publishing,
+            host=host,
+        )  # fmt: skip
+    buckets = width * bucket * (2 if overlap else 1)
+    published = publishing * 2  # the shard on its way, too
+    if settings.placement == "zero1" and bf16 and summed == 4:  # DeepSpeed's BF16_Optimizer: whole fp32 gradients
+        flush = min(whole, _FLUSH)
+        return _Engine(
+            parts(2 * whole + master, 4 * whole, moments), grown=2 * whole, carried=2 * whole,
+            reducing=(4 + 2) * flush, updating=2 * whole, publishing=published, host=host,
+        )  # fmt: skip
+    weights = width * whole + master * on_device
+    if settings.placement == "zero1":
+        return _Engine(
+            parts(weights, 0.0, moments), grown=width * whole, carried=width * whole, buckets=buckets,
+            reducing=summed * shard, updating=summed * shard + 4 * group, publishing=published, host=host,
+        )  # fmt: skip
+    kept, apart = float(summed * shard * on_device), summed != width  # apart: straight into the fp32 partition
+    return _Engine(
+        parts(weights, 0.0, moments), grown=kept, carried=kept, regrown=0.0 if apart else kept,
+        buckets=buckets + width * largest, flushed=4, bucket=bucket,
+        updating=kept + (8 * largest if apart else 4 * group), publishing=published, host=host,
+    )  # fmt: skip
+
+
+def footprint(model: MaskedAutoencoder, settings: Settings) -> Footprint:
+    """The memory of one rank.
+
+    Args:
+        model: the student, also on the meta device: only its sizes are read.
+        settings: how it is trained.
+    """
+    engine = _engine(model, settings)
+    each, images = settings.precision, settings.per_device
+    parts = activations(
+        model, num_visible=settings.num_visible, precision=each, teacher=settings.teacher,
+        checkpointing=settings.checkpointing,
+    )  # fmt: skip
+    tables = sum(table.numel() * table.element_size() for table in model.buffers())
+    resident = {**engine.resident, "activations": 0.0}
+    resident["weights"] += tables * (2 if settings.teacher else 1)
+    pixels = math.prod(model.image_size) * model.in_channels
+    batch = images * (4 * pixels + 8 * model.num_patches)
+    carried = engine.carried if settings.accumulation > 1 else 0.0
+    moments: dict[str, dict[str, float]] = {}
+
+    def moment(name: str, **more: float) -> None:
+        moments[name] = {kind: size + more.get(kind, 0.0) for kind, size in resident.items()}
+
+    if settings.teacher:
+        passing = inference_bytes(model, num_visible=settings.num_visible, precision=each)
+        moment(
+            "teacher's forward", gradients=carried, communication=engine.teacher_gathered,
+            activations=batch + images * passing,
+        )  # fmt: skip
+    sizes = [part.params for part in parts]
+    busy = [max(pair) for pair in zip(sizes, [*sizes[1:], 0], strict=True)]  # the next part's parameters come early
+    saved, done = 0.0, 0
+    for part, params in zip(parts, busy, strict=True):
+        saved += part.saved
+        moment(
+            f"forward, {part.name}", gradients=carried, communication=engine.gathered + engine.part_gathered * params,
+            activations=batch + images * (saved + part.passing * (part.name == "loss")),
+        )  # fmt: skip
+    grown = engine.regrown if settings.accumulation > 1 else engine.grown
+    for part, params in reversed(list(zip(parts, busy, strict=True))):
+        done += part.params
+        buckets = engine.buckets if done else 0.0  # they come with the first gradient
+        moment(
+            f"backward, {part.name}", gradients=carried + grown * done / sum(sizes),
+            communication=engine.gathered + buckets + engine.flushed * min(engine.bucket, done)
+            + engine.part_gathered * params + engine.part_leaving * part.params,
+            activations=batch + images * (saved + part.passing),
+        )  # fmt: skip
+        saved -= part.saved
+    moment("reduction", gradients=carried + grown, communication=engine.reducing, activations=batch)
+    moment("update", gradients=engine.updating)
+    moment("teacher's update", teacher=engine.publishing)
+    return Footprint(resident, moments, engine.host)
