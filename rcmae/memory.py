@@ -243,14 +243,16 @@ def _engine(model: MaskedAutoencoder, settings: Settings) -> _Engine:
     moments = 8 * shard * on_device
     host = (master + 8 * shard + 4 * shard + accumulator) * on_host
     if settings.placement == "zero3":
+        small = int(zero.get("stage3_param_persistence_threshold", 100_000))  # these stay whole on every rank
+        persistent = sum(param.numel() for param in model.parameters() if param.numel() <= small)
         gathered = width * min(whole, int(zero.get("stage3_max_live_parameters", _LIVE)))
         contiguous = zero.get("contiguous_gradients", True)
         return _Engine(
             parts(
-                width * shard + master * on_device, summed * shard * on_device, moments,
+                width * (shard + persistent) + master * on_device, summed * shard * on_device, moments,
                 width * bucket if contiguous else 0.0,
             ),
-            gathered=gathered, teacher_gathered=gathered if settings.teacher else 0.0,
+            gathered=gathered - width * persistent, teacher_gathered=gathered if settings.teacher else 0.0,
             flushed=width if contiguous else 2 * width, bucket=bucket, updating=4 * group, publishing=publishing,
             host=host,
         )  # fmt: skip

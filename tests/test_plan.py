@@ -1,0 +1,277 @@
+"""What plan says of memory is what ranks take; what it says of a run is what the run finds."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Folder
+
+from rcmae import config, kernels, memory, train
+from rcmae.masking import visible_count
+from rcmae.memory import Settings, activations, footprint, states
+from rcmae.objectives import MAE, RCMAE
+from tests.conftest import Ranks
+from tools import plan
+from tools.bench_step import made_up_batch
+
+PROGRAM = Path(__file__).parent / "programs" / "live_memory.py"
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose activations, states and buckets all weigh; with DeepSpeed files of small buckets beside it."""
+    folder = tmp_path_factory.mktemp("middling")
+    for stage in (1, 2, 3):
+        deepspeed = json.loads((Path(plan.__file__).parent.parent / "ds_configs" / f"zero{stage}.json").read_text())
+        zero = deepspeed["zero_optimization"] | {"reduce_bucket_size": 2_000_000}
+        (folder / f"zero{stage}.json").write_text(json.dumps(deepspeed | {"zero_optimization": zero}))
+    path = folder / "middling.yaml"
+    path.write_text(
+        """
+model: {name: vit_tiny_patch16, image_size: 64, patch_size: 8, embed_dim: 192, depth: 6, num_heads: 3,
+        decoder_dim: 128, decoder_depth: 2, decoder_heads: 4}
+engine: {name: fsdp2}
+data: {shards: unseen.tar, canonical_streams: 8}
+batch: {images: 32}
+schedule: {steps: 20, lr: 1.0e-3}
+"""
+    )
+    return path
+
+
+def predicted(path: Path, overrides: list[str], world: int) -> tuple[Settings, memory.Footprint, int]:
+    """(settings, footprint, elements of a shard) of rank 0."""
+    recipe = config.load(str(path), overrides)
+    sizes = config.resolve(recipe, world=world, samples_per_epoch=recipe.batch.images)
+    model = plan.student(recipe)
+    settings = plan.settings_of(recipe, model, plan.placement(recipe), world, sizes.per_device)
+    return settings, footprint(model, settings), states(model, settings)["shard"]
+
+
+CASES = {
+    "zero0 fp32": ["engine.config=zero0", "engine.precision=fp32", "objective.name=mae"],
+    "zero1 bf16": ["engine.config={}/zero1.json"],
+    "zero1 fp32": ["engine.config={}/zero1.json", "engine.precision=fp32", "batch.per_device=8"],
+    "zero2 bf16": ["engine.config={}/zero2.json"],
+    "zero3 bf16, recomputed": ["engine.config={}/zero3.json", "engine.activation_checkpointing=torch"],
+    "zero3 fp32": ["engine.config={}/zero3.json", "engine.precision=fp32"],
+    "fsdp2 bf16": ["engine.name=fsdp2"],
+    "fsdp2 bf16, two micro-batches": ["engine.name=fsdp2", "batch.per_device=8"],
+}
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_live_tensors_on_ranks(
+    middling: Path, ranks: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Model states to 1 %; the height of a step above them, on every rank, to 15 %."""
+    world = 2
+    cases = {
+        name: [each.format(middling.parent) for each in ([] if "fsdp2" in name else ["engine.name=deepspeed"]) + given]
+        for name, given in CASES.items()
+    }
+    said = ranks(str(PROGRAM), str(middling), json.dumps(cases), world=world).succeed()
+    found = json.loads(next(line for line in said.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
+    for name, overrides in cases.items():
+        settings, told, shard = predicted(middling, overrides, world)
+        resident = sum(told.resident.values())
+        width = 2 if settings.precision == "bf16" else 4
+        on_its_way = shard * width if settings.placement in ("zero1", "zero2") and settings.teacher else 0
+        for ready, peak in zip(found[name]["ready"], found[name]["peak"], strict=True):
+            baseline = ready - on_its_way  # the teacher's first publication has left by the second step
+            above = (told.peak - resident) / (peak - baseline)
+            with capsys.disabled():
+                print(f"\n{name}: {baseline / 1e6:.1f} MB ({resident / baseline - 1:+.1%} told), in a step "
+                      f"{(peak - baseline) / 1e6:.1f} more ({above - 1:+.1%}), {told.when}", end="")  # fmt: skip
+            assert resident == pytest.approx(baseline, rel=0.01), name
+            assert above == pytest.approx(1.0, abs=0.15), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("objective", [MAE(), RCMAE()])
+@pytest.mark.parametrize("checkpointing", ["none", "torch"])
+def test_saved_activations_are_those_that_autograd_saves(
+    middling: Path, precision: str, objective: Any, checkpointing: Any
+) -> None:
+    recipe = config.load(str(middling))
+    model = train.new_student(recipe)
+    if precision == "bf16":
+        model = model.bfloat16()
+    kernels.checkpoint_blocks(model, checkpointing)
+    batch = made_up_batch(model, 4, torch.device("cpu"))
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    known |= {batch.images.untyped_storage().data_ptr(), batch.ids_shuffle.untyped_storage().data_ptr()}
+    saved: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # its address is not given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        sums = objective(model, model, batch, 0.0)
+    parts = activations(
+        model, num_visible=batch.num_visible, precision=precision, teacher=objective.needs_teacher,
+        checkpointing=checkpointing,
+    )  # fmt: skip
+    assert 4 * sum(part.saved for part in parts) == pytest.approx(sum(saved.values()), rel=0.01)
+    assert sum(part.params for part in parts) == sum(param.numel() for param in model.parameters())
+    assert sums
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(middling: Path) -> None:
+    recipe = config.load(str(middling), ["batch.images=3072"])
+    model = plan.student(recipe)
+    sizes = config.resolve(recipe, world=2, samples_per_epoch=3072)
+    row = plan.memory_row(recipe, model, "fsdp2", sizes, plan.RESERVED + 2**30)
+    largest = row["kept"]["largest_per_device"]
+    next_one = min(size for size in plan.divisors(1536) if size > largest)
+    for images, fits in ((largest, True), (next_one, False)):
+        found = footprint(model, plan.settings_of(recipe, model, "fsdp2", 2, images))
+        assert (plan.needed(found) <= plan.RESERVED + 2**30) is fits
+    assert row["recomputed"]["largest_per_device"] > largest
+    assert not row["kept"]["fits"], "it was asked for all 1,536 at once"
+
+
+@pytest.mark.parametrize("where", memory.PLACEMENTS)
+def test_more_ranks_never_need_more_memory(middling: Path, where: str) -> None:
+    model = plan.student(config.load(str(middling)))
+    needs = []
+    for world in (1, 2, 8, 64):
+        settings = Settings(where, world=world, per_device=4, num_visible=16)
+        needs.append(footprint(model, settings).peak)
+    assert needs == sorted(needs, reverse=True)
+    if where in ("local", "zero0"):
+        assert len(set(needs)) == 1
+    alone = footprint(model, Settings(where, world=8, per_device=4, num_visible=16, teacher=False))
+    with_teacher = footprint(model, Settings(where, world=8, per_device=4, num_visible=16))
+    assert alone.peak < with_teacher.peak
+
+
+def test_offload_moves_states_to_the_host(middling: Path) -> None:
+    model = plan.student(config.load(str(middling)))
+    kept = Settings("zero3", world=2, deepspeed={"zero_optimization": {}, "data_types": {"grad_accum_dtype": "fp32"}})
+    moved = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "data_types": {"grad_accum_dtype": "fp32"}}
+    there, here = (footprint(model, each) for each in (kept, Settings("zero3", world=2, deepspeed=moved)))
+    shard = states(model, kept)["shard"]
+    assert here.host == (4 + 8 + 4 + 4) * shard  # master, moments, gradients, teacher
+    assert there.host == 0
+    assert sum(there.resident.values()) - sum(here.resident.values()) == pytest.approx(here.host)
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    status = plan.main([*arguments, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("recipe", ["rcmae_vit_l_16", "rcmae_vit_h_14"])
+@pytest.mark.parametrize("nodes", [1, 4, 8])
+@pytest.mark.parametrize("gpu", ["a100-40g", "h100-80g", "h200"])
+def test_shipped_recipes_can_run(recipe: str, nodes: int, gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = run(capsys, recipe, "--nodes", str(nodes), "--gpu", gpu)
+    assert status == 0, report["problems"]
+    assert report["verdict"] == "can run"
+    assert [row["engine"] for row in report["memory"]] == ["zero0", "zero1", "zero2", "zero3", "fsdp2"]
+    assert [row["engine"] for row in report["memory"] if row["own"]] == [report["engine"]]
+    speed = report["speed"]
+    assert speed["hours"] == pytest.approx(report["sizes"]["total_steps"] * 4096 / speed["images_per_s"] / 3600)
+    peak = plan.peak_flops(plan.GPUS[gpu].device_name, "bf16")
+    assert speed["images_per_s"] * speed["step_flops_per_image"] / (8 * nodes * peak) == pytest.approx(0.35)
+
+
+REFUSED = {
+    "ranks that do not divide the batch": (["--nodes", "3"], "batch.images=4096 is not divisible by 24 ranks"),
+    "streams": (["data.canonical_streams=100"], "data.canonical_streams=100 is not divisible by 8"),
+    "too large": (["--gpu", "a10g", "batch.per_device=512"], "use batch.per_device=256"),
+    "local on many": (["engine.name=local", "engine.config=null"], "engine.name=local is one process, not 8"),
+    "no bf16": (["--gpu", "v100-32g"], "has no bf16; use engine.precision=fp32"),
+    "DeepSpeed's JSON against the recipe": (["engine.config={}"], "delete it there"),
+    "few samples": (["--samples", "100"], "batch.images=4096 is more than the 100 samples"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_run_that_cannot_work_is_refused_with_the_way_out(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}')
+    arguments, text = REFUSED[name]
+    status, report = run(capsys, "rcmae_vit_l_16", *(each.format(tmp_path / "own.json") for each in arguments))
+    assert status == 2
+    assert report["verdict"] == "refused"
+    assert text in "\n".join(report["problems"])
+
+
+def test_wrong_input_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["rcmae_vit_x", "--json"]) == 2
+    assert plan.main(["rcmae_vit_l_16", "batch.imagse=1"]) == 2
+    assert "did you mean 'images'" in capsys.readouterr().err
+
+
+def test_what_people_read_has_the_same_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["rcmae_vit_l_16", "--nodes", "4", "--cores", "8", "data.workers=1"]) == 0
+    said = capsys.readouterr().out
+    assert "zero2 *" in said
+    assert "better: data.workers=4: 1 decode 700 images/s" in said
+    assert "decoding wants 25 cores of a node, it has 8" in said
+    assert said.rstrip().endswith("can run")
+
+
+def test_shards_and_a_run_are_looked_at_where_they_are(
+    tiny: Path, uninterrupted: Folder, photo_shards: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    given = [str(tiny), f"run.dir={uninterrupted.path}", "--gpus", "1"]
+    status, report = run(capsys, *given)
+    assert status == 0
+    data, saved = report["data"], report["checkpoint"]
+    assert (data["shards"], data["samples"], data["streams_per_rank"]) == (6, 240, 8)
+    assert data["decode_from"] == "tried here on these shards"
+    assert data["decode_per_core"] > 100
+    event = uninterrupted.events("checkpoint")[-1]
+    assert saved["bytes"] == pytest.approx(event["bytes"], rel=0.1)  # headers of many small tensors
+    assert saved["bytes"] <= event["bytes"]
+    assert (saved["seconds"], saved["seconds_from"]) == (event["seconds"], "this run")
+    assert report["sizes"]["steps_per_epoch"] == 7
+    elsewhere = photo_shards.replace("000005}", "000007}")
+    status, report = run(capsys, *given, f"data.shards={elsewhere}")
+    assert status == 2
+    assert "photo-000006.tar" in report["problems"][0]
+    assert "photo-000007.tar" in report["problems"][0]
+
+
+def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:
+    recipe = config.load("rcmae_vit_l_16", ["data.shards=x.tar"])
+    assert plan.measured_utilisation(recipe, "h200", tmp_path) is None
+    peak = plan.peak_flops("NVIDIA H200", "bf16")
+    for name, gpu, share in (("a", "NVIDIA H200", 0.3), ("b", "NVIDIA H200", 0.4), ("c", "NVIDIA H100", 0.9)):
+        row = {"variant": "rcmae-lean-bf16-eager", "model_flops_per_s": share * peak}
+        other = {"variant": "rcmae-lean-bf16-compiled", "model_flops_per_s": 0.5 * peak}
+        (tmp_path / f"{name}.json").write_text(json.dumps({
+            "tool": "bench_step", "settings": {"model": "vit_large_patch16"}, "hardware": {"gpu": gpu},
+            "variants": [row, other],
+        }))  # fmt: skip
+    assert plan.measured_utilisation(recipe, "h200", tmp_path) == (pytest.approx(0.4), "b.json")
+    recipe.engine.compile = True
+    assert plan.measured_utilisation(recipe, "h200", tmp_path) == (pytest.approx(0.5), "b.json")
+    (tmp_path / "d.json").write_text("{")
+    with pytest.raises(ValueError, match="no result"):
+        plan.measured_utilisation(recipe, "h200", tmp_path)
+
+
+def test_the_command_runs(middling: Path, ranks: Callable[..., Ranks]) -> None:
+    assert "can run" in ranks(str(Path(plan.__file__)), str(middling), "--gpus", "2", world=1).succeed()
+
+
+def test_visible_patches_are_those_of_the_run(middling: Path) -> None:
+    recipe = config.load(str(middling))
+    model = plan.student(recipe)
+    assert plan.settings_of(recipe, model, "fsdp2", 2, 1).num_visible == visible_count(64, 0.75) == 16
