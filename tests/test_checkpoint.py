@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Folder, distance, equal, once, start
+from runs import Folder, distance, equal, start
 from safetensors.torch import load_file
 
 from rcmae import checkpoint
@@ -234,7 +234,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_was_committed_before(
     for text in ("was not written", "rank-00000.safetensors", "File too large", "Free space", "start the same command"):
         assert text in said
     assert run.outcome()["status"] == "failed"
-    assert run.events("checkpoint_failed")
+    assert len(run.events("checkpoint_failed")) == 3
     after = files(run.checkpoints)
     assert {path: after[path] for path in before} == before
     assert run.committed() == [3, 4]
@@ -244,14 +244,24 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_was_committed_before(
     assert equal(run.state(), uninterrupted.state())
 
 
+@pytest.mark.parametrize("every_steps", ["5", "null"])  # null: of the last step alone
 def test_a_disk_that_is_full_for_a_while_costs_no_step(
-    tiny: Path, tmp_path: Path, uninterrupted: Folder, file_size_limit: Callable[[int | None], None]
-) -> None:
-    run = Folder(tmp_path / "run")
-    file_size_limit(SMALL)
-    with once(lambda: bool(run.events("checkpoint_failed")), lambda: file_size_limit(None)):
-        assert start(tiny, run.path, "checkpoint.every_steps=5") == 0
-    assert len(run.events("start")) == 1
+    tiny: Path, tmp_path: Path, uninterrupted: Folder, file_size_limit: Callable[[int | None], None],
+    monkeypatch: pytest.MonkeyPatch, every_steps: str,
+) -> None:  # fmt: skip
+    run, mkdir, tries = Folder(tmp_path / "run"), os.mkdir, []
+
+    def full_for_two_tries(path: Any, *args: Any, **named: Any) -> None:
+        if ".writing-" in str(path):
+            tries.append(path)
+            file_size_limit(SMALL if len(tries) <= 2 else None)
+        mkdir(path, *args, **named)
+
+    monkeypatch.setattr(os, "mkdir", full_for_two_tries)
+    assert start(tiny, run.path, f"checkpoint.every_steps={every_steps}") == 0
+    failed = run.events("checkpoint_failed")
+    assert len(failed) == 2
+    assert all("File too large" in event["reason"] for event in failed)
     assert run.events("resume") == []
     assert run.committed()[-1] == 20
     assert equal(run.state(), uninterrupted.state())
@@ -372,12 +382,12 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(
     tmp_path: Path, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disturb(engine)
-    wanted, fsync, go_on = live(engine), os.fsync, threading.Event()
-    monkeypatch.setattr(os, "fsync", lambda file: (go_on.wait(60), fsync(file))[1])
+    wanted, mkdir, go_on = live(engine), os.mkdir, threading.Event()
+    monkeypatch.setattr(os, "mkdir", lambda *args: (go_on.wait(60), mkdir(*args))[1])
     saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2)
     assert saver.save(engine, step=7, images=224, meta={"recipe": {}}) is None
     assert not saver.is_done()
-    disturb(engine)  # the training goes on while nothing has reached the disk
+    disturb(engine)  # the training goes on while nothing has been written
     go_on.set()
     saved = saver.wait()
     assert saved is not None
