@@ -1,0 +1,164 @@
+"""The templates on a real SLURM: whatever happens to the jobs, the run is the uninterrupted one.
+
+Two ranks on two nodes of a cluster on this machine (tests/slurm/lab.sh). Longer drills: tests/slurm/drills.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import ROOT, Cluster, Job, missing, rank_logs
+from runs import Folder
+
+if (why := missing()) is not None:
+    pytest.skip(why, allow_module_level=True)
+
+# Two ranks, and steps that take their time: what should hit the middle of a run does.
+TWO = ["engine.name=fsdp2", "batch.per_device=2", "evaluate.picture_every_steps=1", "run.lease_timeout_s=3"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(8) as cluster:
+        yield cluster
+
+
+def equals(run: Folder, whole: Folder) -> bool:
+    """Whether a run took the steps of another, each once, with the same losses."""
+    assert run.steps() == whole.steps()
+    assert run.losses() == pytest.approx(whole.losses(), rel=1e-5)
+    assert run.outcome()["status"] == "finished"
+    assert run.committed()[-1] == whole.steps()[-1]
+    return True
+
+
+def test_every_template_is_accepted_by_the_scheduler(cluster: Cluster) -> None:
+    templates = sorted((ROOT / "slurm").glob("*.sbatch"))
+    assert {path.name for path in templates} >= {
+        "pretrain.sbatch", "pretrain_vit_l.sbatch", "pretrain_vit_h.sbatch", "sweep.sbatch",
+    }  # fmt: skip
+    nodes = {"pretrain_vit_l.sbatch": "node[1-4]", "pretrain_vit_h.sbatch": "node[1-8]"}
+    for path in templates:
+        told = cluster.run("sbatch", "--test-only", path)
+        assert f"nodes {nodes.get(path.name, 'node1')} " in told
+        lines = path.read_text().splitlines()
+        options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+        first_command = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+        assert max(options) < first_command  # sbatch would pass over it without a word
+
+
+def test_each_launcher_saves_when_warned_and_goes_on_after_the_requeue(
+    cluster: Cluster, tiny: Path, uninterrupted: Folder, tmp_path: Path
+) -> None:
+    runs = {launcher: Folder(tmp_path / launcher) for launcher in ("srun", "torchrun", "deepspeed")}
+    engines = {"deepspeed": ["engine.name=deepspeed", "engine.config=zero2.json"]}
+    jobs = {
+        launcher: cluster.submit(
+            "pretrain.sbatch", tiny, *TWO, *engines.get(launcher, []), f"run.dir={run.path}", of="1-2",
+            LAUNCHER=launcher,
+        )
+        for launcher, run in runs.items()
+    }  # fmt: skip
+    for launcher, job in jobs.items():
+        job.until(lambda run=runs[launcher]: len(run.steps()) >= 3)
+        job.warn()
+    used = set()
+    for launcher, job in jobs.items():
+        job.ends("COMPLETED")
+        run = runs[launcher]
+        assert equals(run, uninterrupted)
+        assert job.restarts == 1
+        stop, finish = run.events("stop")
+        assert (stop["status"], stop["reason"], finish["status"]) == (75, "stopped, asked by SIGUSR1", 0)
+        assert [event["step"] for event in run.events("resume")] == [stop["step"]]  # the save was of that very step
+        logs = rank_logs(run, job)
+        assert set(logs) == {0, 1}
+        for rank, log in logs.items():
+            headers = re.findall(r"^== .* job (\d+), start (\d), rank (\d) on (\w+), GPU (\d),", log, re.MULTILINE)
+            assert [header[:4] for header in headers] == [
+                (str(job.id), start, str(rank), f"node{rank + 1}") for start in ("0", "1")
+            ]
+            used |= {(headers[0][3], headers[0][4])}
+    assert len(used) == 6  # three jobs shared two nodes at once, and no GPU or port
+
+
+def test_a_preempted_job_goes_on_when_the_other_is_done(
+    cluster: Cluster, tiny: Path, uninterrupted: Folder, tmp_path: Path
+) -> None:
+    run = Folder(tmp_path / "run")
+    job = cluster.submit("pretrain.sbatch", tiny, *TWO, f"run.dir={run.path}", of="1-2")
+    job.until(lambda: len(run.steps()) >= 3)
+    whole = ("--partition=high", "--exclusive", "--nodes=2", "--exclude=node[3-8]", "--output=/dev/null")
+    urgent = Job(cluster, int(cluster.run("sbatch", "--parsable", *whole, "--wrap=sleep 1")))
+    urgent.ends("COMPLETED")
+    job.ends("COMPLETED")
+    assert equals(run, uninterrupted)
+    assert job.restarts == 1
+    assert run.events("stop")[0]["reason"] == "stopped, asked by SIGTERM"  # in the grace time: nothing is done twice
+    assert run.events("resume")[0]["step"] == run.events("stop")[0]["step"]
+
+
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
+    cluster: Cluster, tiny: Path, uninterrupted: Folder, tmp_path: Path
+) -> None:
+    run = Folder(tmp_path / "run")
+    cluster.idle("3-4")
+    job = cluster.submit("pretrain.sbatch", tiny, *TWO, f"run.dir={run.path}", nodes="1-2", of="3-4")
+    job.until(lambda: run.committed() == [10] and len(run.steps()) > 10)
+    cluster.lab("kill", 4)
+    try:
+        job.ends("COMPLETED")
+    finally:
+        cluster.lab("start", 4)
+    assert equals(run, uninterrupted)
+    assert job.restarts == 1
+    (started,), (resumed,) = run.events("start"), run.events("resume")
+    assert (started["sizes"]["world"], resumed["sizes"]["world"]) == (2, 1)  # on what is left, with the same batch
+    assert resumed["step"] == 10
+    assert resumed["sizes"]["images_per_step"] == started["sizes"]["images_per_step"] == 32
+
+
+def test_scancel_ends_a_run_cleanly_and_for_good(cluster: Cluster, tiny: Path, tmp_path: Path) -> None:
+    run = Folder(tmp_path / "run")
+    job = cluster.submit("pretrain.sbatch", tiny, *TWO, f"run.dir={run.path}", of="5-6")
+    job.until(lambda: len(run.steps()) >= 3)
+    job.scancel()
+    job.ends("CANCELLED")
+    job.until(lambda: "ended by scancel" in job.said())
+    assert job.restarts == 0
+    assert (run.outcome()["exit_status"], run.outcome()["step"]) == (75, run.committed()[-1])
+    assert run.steps() == list(range(1, run.outcome()["step"] + 1))
+
+
+def test_what_cannot_run_is_not_requeued(cluster: Cluster, tiny: Path, tmp_path: Path) -> None:
+    run = Folder(tmp_path / "run")
+    wrong = cluster.submit("pretrain.sbatch", tiny, "model.nam=x", f"run.dir={tmp_path / 'wrong'}", of="5-6")
+    late = cluster.submit("pretrain.sbatch", tiny, "model.name=vit_x", f"run.dir={run.path}", nodes="1", of="5-6")
+    uneven = cluster.submit("pretrain.sbatch", tiny, f"run.dir={run.path}", nodes="1", ranks=3, of="5-6")
+    for job, words in ((wrong, "did you mean 'name'"), (late, "unknown architecture"), (uneven, "use 30 or 33")):
+        job.ends("FAILED")
+        shown = job.show()
+        assert (shown["ExitCode"], shown["Restarts"]) == ("2:0", "0")
+        assert words in job.said()
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tiny: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "rates.yaml"
+    sweep.write_text(
+        f"recipe: {tiny}\ndir: {tmp_path / 'runs'}\n"
+        "set: {schedule.steps: 6, schedule.warmup_steps: 1, run.stop_after_steps: 3}\n"
+        "runs:\n  low: {schedule.lr: 1.0e-4}\n  high: {schedule.lr: 1.0e-3, teacher.momentum: 0.99}\n"
+    )
+    tasks = cluster.run(cluster.python, ROOT / "tools" / "slurm_job.py", "sweep", sweep).splitlines()[0]
+    job = cluster.submit("sweep.sbatch", sweep, nodes="1", of="7-8", options=(f"--array={tasks}",))
+    runs = {name: Folder(tmp_path / "runs" / name) for name in ("low", "high")}
+    job.until(lambda: all((run.path / "outcome.json").exists() for run in runs.values()))
+    job.until(lambda: all(run.outcome()["status"] == "finished" for run in runs.values()))
+    for name, lr in (("low", 1e-4), ("high", 1e-3)):
+        assert runs[name].steps() == list(range(1, 7))  # through the requeue of a task
+        assert [stop["status"] for stop in runs[name].events("stop")] == [75, 0]  # and of that task alone
+        assert max(row["lr"] for row in runs[name].rows()) == lr

@@ -1,0 +1,243 @@
+"""What the templates in slurm/ ask: answered without a scheduler."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rcmae import preempt
+from rcmae.config import batch_problems, load
+from tests.conftest import ROOT
+from tools import slurm_job
+
+SHAPE = ["--nodes=6", "--ranks-per-node=8"]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's folder, inside a job of the scheduler."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    return tmp_path / "run"
+
+
+def begin(run_dir: Path, *overrides: str, shape: list[str] = SHAPE) -> int:
+    recipe = ["rcmae_vit_l_16", "data.shards=x.tar", f"run.dir={run_dir}"]
+    return slurm_job.main(["begin", *shape, "--idle-starts=3", "--", *recipe, *overrides])
+
+
+def end(run_dir: Path, status: int) -> int:
+    return slurm_job.main(["end", str(run_dir), f"--status={status}", "--idle-starts=3", "--backoff-s=60"])
+
+
+def answers(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in shlex.split(capsys.readouterr().out.splitlines()[-1]))
+
+
+def commit(run_dir: Path, step: int, streams: int = 256) -> None:
+    """A checkpoint as far as the templates look at it."""
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"meta": {"sizes": {"canonical_streams": streams}}}))
+    (run_dir / "checkpoints" / "LATEST").write_text(folder.name + "\n")
+
+
+# -------------------------------------------------------------------------------------------------------------- begin
+
+
+@pytest.mark.parametrize(("images", "streams"), [(4096, None), (4096, 256), (4608, 288), (960, 240)])
+def test_the_largest_number_of_nodes_that_divides_is_used(images: int, streams: int | None) -> None:
+    recipe = load("rcmae_vit_l_16", ["data.shards=x.tar", f"batch.images={images}"])
+    recipe.data.canonical_streams = streams
+    for nodes, ranks in itertools.product(range(1, 13), (1, 3, 4, 5, 6, 8)):
+        worlds = [n * ranks for n in range(1, nodes + 1)]
+        fit = [world for world in worlds if images % world == 0 and (streams or world) % world == 0]
+        if fit:
+            assert slurm_job.nodes_that_fit(recipe, nodes=nodes, ranks_per_node=ranks) * ranks == max(fit)
+            assert not batch_problems(recipe, max(fit))
+        else:
+            with pytest.raises(ValueError, match=f"no number of nodes of {ranks} ranks fits"):
+                slurm_job.nodes_that_fit(recipe, nodes=nodes, ranks_per_node=ranks)
+
+
+def test_idle_nodes_are_said_and_the_start_is_noted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert begin(run_dir) == 0
+    heard = capsys.readouterr()
+    assert heard.out == f"run_dir={run_dir} nodes=4\n"
+    assert "2 of 6 nodes stay idle" in heard.err
+    (start,) = slurm_job.starts(run_dir, "17")
+    assert (start.restart, start.nodes, start.used, start.ranks, start.step) == (0, 6, 4, 32, 0)
+
+
+def test_the_streams_that_a_run_chose_at_its_first_start_count(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nine = ["--nodes=9", "--ranks-per-node=8"]
+    assert begin(run_dir, "batch.images=4608", shape=nine) == 0  # 72 ranks: 288 streams will do
+    assert answers(capsys)["nodes"] == "9"
+    commit(run_dir, 10, streams=256)
+    assert begin(run_dir, "batch.images=4608", shape=nine) == 0
+    assert answers(capsys)["nodes"] == "8"
+    assert begin(run_dir, "batch.images=4608", "checkpoint.resume=never", shape=nine) == 0
+    assert answers(capsys)["nodes"] == "9"
+    other = [f"run.dir={run_dir.parent / 'other'}", f"checkpoint.resume={run_dir}/checkpoints/step-00000010"]
+    assert begin(run_dir, "batch.images=4608", *other, shape=nine) == 0
+    assert answers(capsys)["nodes"] == "8"
+
+
+def test_a_recipe_that_fits_no_node_or_is_wrong_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides, words in (
+        (["batch.images=4100"], "use 4096 or 5120"),
+        (["batch.imagse=4096", "data.shrads=x"], "did you mean 'images'"),
+        (["--deepspeed"], "'--deepspeed' is no key=value"),
+    ):
+        assert begin(run_dir, *overrides) == 2
+        assert words in capsys.readouterr().err
+    assert not run_dir.exists()
+
+
+def test_outside_a_job_nothing_is_written(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert begin(run_dir) == 0
+    assert answers(capsys) == {"run_dir": str(run_dir), "nodes": "4"}
+    assert not run_dir.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- end
+
+
+@pytest.mark.parametrize(
+    ("launcher", "told", "status", "again"),
+    [
+        (75, 75, 75, "yes"),
+        (1, 75, 75, "yes"),  # torchrun
+        (143, 75, 75, "yes"),  # a rank was ended while it left, after the commit
+        (134, 0, 0, "no"),  # or aborted
+        (75, None, 75, "yes"),
+        (1, 1, 1, "no"),
+        (2, None, 2, "no"),
+        (1, None, 1, "no"),
+        (0, 0, 0, "no"),
+    ],
+)
+def test_a_training_is_started_again_if_and_only_if_it_stopped_on_request(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], launcher: int, told: int | None, status: int, again: str
+) -> None:
+    run_dir.mkdir()
+    preempt.write_outcome(run_dir, status=preempt.STOPPED, step=4, reason="of an earlier job")
+    assert begin(run_dir) == 0
+    commit(run_dir, 8)
+    if told is not None:
+        preempt.write_outcome(run_dir, status=told, step=8, reason="of this one")
+    capsys.readouterr()
+    assert end(run_dir, launcher) == 0
+    assert answers(capsys) == {"status": str(status), "again": again, "delay_s": "0", "step": "8"}
+
+
+def test_starts_without_progress_wait_longer_each_time_and_then_end(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit(run_dir, 8)
+    for restart, delay in enumerate((60, 120)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        assert begin(run_dir) == end(run_dir, preempt.STOPPED) == 0
+        assert answers(capsys) == {"status": "75", "again": "yes", "delay_s": str(delay), "step": "8"}
+    assert begin(run_dir) == end(run_dir, preempt.STOPPED) == 0
+    assert answers(capsys)["again"] == "no"
+    assert begin(run_dir) == 1  # and where SLURM starts it again itself, after lost nodes
+    assert "3 starts of this job in a row did not get beyond step 8" in capsys.readouterr().err
+    commit(run_dir, 9)
+    assert begin(run_dir) == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # who submits anew means it
+    commit(run_dir, 10)
+    assert begin(run_dir) == end(run_dir, preempt.STOPPED) == 0
+    assert answers(capsys) == {"status": "75", "again": "yes", "delay_s": "60", "step": "10"}
+
+
+def test_torn_lines_and_files_are_no_history(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert begin(run_dir) == 0
+    with (run_dir / "jobs.jsonl").open("a") as file:
+        file.write('{"job": "17", "res')
+    (run_dir / "outcome.json").write_text('{"sta')
+    assert len(slurm_job.starts(run_dir, "17")) == 1
+    assert end(run_dir, 75) == 0
+    assert answers(capsys)["again"] == "yes"
+
+
+def test_the_status_of_run_me_again_is_the_trainers() -> None:
+    assert slurm_job.STOPPED == preempt.STOPPED
+
+
+def test_the_answer_comes_without_torch() -> None:
+    probe = "import sys; import tools.slurm_job; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT).returncode == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- sweep
+
+
+def test_a_sweep_gives_each_task_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "rates.yaml"
+    sweep.write_text(
+        "recipe: rcmae_vit_s_16\n"
+        "set: {data.shards: '/x/{000..003}.tar', schedule.epochs: 10, schedule.warmup_epochs: 1}\n"
+        "runs: {low: {schedule.base_lr: 1e-5}, wide: {model.image_size: [32, 64], schedule.epochs: 20}, same: }\n"
+    )
+    assert slurm_job.main(["sweep", str(sweep)]) == 0
+    assert capsys.readouterr().out == "0-2\n"
+    recipes = []
+    for task in range(3):
+        assert slurm_job.main(["sweep", str(sweep), f"--task={task}"]) == 0
+        name, *overrides = shlex.split(capsys.readouterr().out)
+        recipes.append(load(name, overrides))
+    low, wide, same = recipes
+    assert [recipe.run.dir for recipe in recipes] == ["runs/rates/low", "runs/rates/wide", "runs/rates/same"]
+    assert (low.schedule.base_lr, low.schedule.epochs, low.data.shards) == (1e-5, 10, "/x/{000..003}.tar")
+    assert (wide.model.image_hw, wide.schedule.epochs) == ((32, 64), 20)
+    assert same.schedule.base_lr == 1.5e-4
+    assert slurm_job.main(["sweep", str(sweep), "--task=3"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("runs: {a: {}}", "a sweep has 'recipe'"),
+        ("recipe: rcmae_vit_s_16\nruns: {a: {}}\nrun: 3", "a sweep has 'recipe'"),
+        ("recipe: rcmae_vit_s_16\nruns: {a/b: {}}", "names a folder"),
+        ("recipe: rcmae_vit_s_16\nruns: {a: {data.shards: x, schedule.base_rl: 1}}", "did you mean 'base_lr'"),
+        ("recipe: [", "cannot be read"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_it_is_queued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(text)
+    assert slurm_job.main(["sweep", str(sweep)]) == 2
+    assert words in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- shell
+
+
+def scripts() -> list[str]:
+    found = [path for folder in ("slurm", "tests/slurm") for path in (ROOT / folder).iterdir()]
+    return sorted(str(path.relative_to(ROOT)) for path in found if path.suffix in (".sh", ".sbatch"))
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_shell_is_clean(script: str) -> None:
+    assert subprocess.run(["bash", "-n", script], cwd=ROOT).returncode == 0
+    assert max(map(len, (ROOT / script).read_text().splitlines())) <= 120
+    if shutil.which("shellcheck"):  # tests/slurm/install.sh puts it there
+        done = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout

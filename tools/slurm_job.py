@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""What the templates in slurm/ ask around a training: where it runs, whether to run it again, which run of a sweep.
+
+    python tools/slurm_job.py begin RECIPE [key=value ...] --nodes 8 --ranks-per-node 8
+    python tools/slurm_job.py end RUN_DIR --status 75
+    python tools/slurm_job.py sweep SWEEP.yaml [--task 3]
+
+Answers are shell assignments or words on standard output, for `eval`; what people should know goes to standard error.
+`begin` says on how many of the nodes the run can go on (the largest number whose ranks divide the batch and the
+canonical streams) and notes the start in `run.dir/jobs.jsonl`; outside a job it only answers. `end` asks for another
+start where the training stopped on request with a checkpoint committed, and for none after several starts without a
+step of progress. Imports no torch: the answer comes at once. Exit status: 0 answered; 1 no progress; 2 refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rcmae import config
+from rcmae.config import Recipe
+
+STOPPED = 75  # the exit status of "run me again", as rcmae.preempt has it; not imported, so as not to import torch
+
+
+# ------------------------------------------------------------------------------------------------------------- placing
+
+
+def streams_of(folder: Path) -> int | None:
+    """The canonical streams that a checkpoint's folder has frozen, None if it is no checkpoint."""
+    try:
+        return int(json.loads((folder / "manifest.json").read_text())["meta"]["sizes"]["canonical_streams"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def freeze_streams(recipe: Recipe) -> None:
+    """Put the number of streams into the recipe that the run it goes on with has chosen for good."""
+    asked = recipe.checkpoint.resume
+    if recipe.data.canonical_streams is None and asked != "never":
+        own = sorted((recipe.run_dir / "checkpoints").glob("step-*"), reverse=True)
+        found = [streams for streams in map(streams_of, own) if streams]
+        other = streams_of(Path(asked)) if asked not in ("auto", "must") else None
+        recipe.data.canonical_streams = next(iter(found), other)
+
+
+def nodes_that_fit(recipe: Recipe, *, nodes: int, ranks_per_node: int) -> int:
+    """The largest number of nodes, at most `nodes`, whose ranks divide the batch and the streams.
+
+    Raises:
+        ValueError: not even one node's do, with what stands against it.
+    """
+    for count in range(nodes, 0, -1):
+        if not config.batch_problems(recipe, count * ranks_per_node):
+            return count
+    problems = "\n".join(f"  {problem}" for problem in config.batch_problems(recipe, ranks_per_node))
+    raise ValueError(f"no number of nodes of {ranks_per_node} ranks fits this run; on one node:\n{problems}")
+
+
+# ------------------------------------------------------------------------------------------------------------- history
+
+
+class Started(NamedTuple):
+    """A line of jobs.jsonl: a job began here."""
+
+    job: str  # the scheduler's id, the same over requeues
+    restart: int  # 0 on the first start of the job
+    time: float  # seconds since 1970
+    nodes: int  # that the job has
+    used: int  # of them, by the training
+    ranks: int
+    step: int  # committed by then
+    outcome: float | None  # the `time` in outcome.json by then: another one after the training is its own
+
+
+def committed_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint that was committed in a run's folder, 0 without one."""
+    try:
+        return int((run_dir / "checkpoints" / "LATEST").read_text().strip().removeprefix("step-"))
+    except (OSError, ValueError):
+        return 0
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """What outcome.json says, empty where it says nothing."""
+    try:
+        found = json.loads((run_dir / "outcome.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def starts(run_dir: Path, job: str) -> list[Started]:
+    """The starts of a job in a run's folder, oldest first."""
+    try:
+        lines = (run_dir / "jobs.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(Started(**json.loads(line)))
+        except (ValueError, TypeError):  # torn by a full disk or a kill
+            continue
+    return [start for start in found if start.job == job]
+
+
+def idle_starts(run_dir: Path, job: str) -> int:
+    """How many of the job's last starts, in a row, found the step that is committed now: they made no progress."""
+    step, count = committed_step(run_dir), 0
+    for start in reversed(starts(run_dir, job)):
+        if start.step != step:
+            break
+        count += 1
+    return count
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def begin(options: argparse.Namespace) -> int:
+    """Answer run_dir and nodes, and note the start."""
+    recipe = config.load(options.recipe, options.overrides)
+    freeze_streams(recipe)
+    used = nodes_that_fit(recipe, nodes=options.nodes, ranks_per_node=options.ranks_per_node)
+    ranks, job = used * options.ranks_per_node, os.environ.get("SLURM_JOB_ID", "")
+    if used < options.nodes:
+        tell(
+            f"{options.nodes - used} of {options.nodes} nodes stay idle: {options.nodes} x {options.ranks_per_node} "
+            f"ranks do not divide batch.images={recipe.batch.images} and the "
+            f"{recipe.data.canonical_streams or 'future'} canonical streams, {used} x {options.ranks_per_node} do"
+        )
+    if job:
+        idle, step = idle_starts(recipe.run_dir, job), committed_step(recipe.run_dir)
+        if idle >= options.idle_starts:
+            tell(f"{idle} starts of this job in a row did not get beyond step {step}: not started again")
+            return 1
+        recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        start = Started(
+            job=job, restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0), time=time.time(), nodes=options.nodes,
+            used=used, ranks=ranks, step=step, outcome=outcome(recipe.run_dir).get("time"),
+        )  # fmt: skip
+        with (recipe.run_dir / "jobs.jsonl").open("a") as file:
+            file.write(json.dumps(start._asdict()) + "\n")
+    print(f"run_dir={shlex.quote(str(recipe.run_dir))} nodes={used}")
+    return 0
+
+
+def end(options: argparse.Namespace) -> int:
+    """Answer the status that counts, whether to start again, and after how many seconds."""
+    mine = starts(options.run_dir, options.job)
+    told, status = outcome(options.run_dir), options.status
+    if mine and told and told.get("time") != mine[-1].outcome:  # written since: torchrun's status is 1 whatever it was
+        status = int(told.get("exit_status", status))
+    step, again, delay = committed_step(options.run_dir), status == STOPPED, 0
+    if again:
+        idle = idle_starts(options.run_dir, options.job)
+        if idle >= options.idle_starts:
+            tell(f"{idle} starts of this job in a row did not get beyond step {step}: not started again")
+            again = False
+        elif idle:
+            delay = options.backoff_s * 2 ** (idle - 1)
+            tell(f"no step was done beyond {step}; another start in {delay} s, {options.idle_starts - idle} are left")
+    print(f"status={status} again={'yes' if again else 'no'} delay_s={delay} step={step}")
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Answer the arguments of one run of a sweep; without a task check all of them and answer the array's range."""
+    runs = read_sweep(options.file)
+    if options.task is None:
+        for arguments in runs.values():
+            config.load(arguments[0], arguments[1:])
+        for number, arguments in enumerate(runs.values()):
+            tell(f"{number}: {shlex.join(arguments)}")
+        print(f"0-{len(runs) - 1}")
+        return 0
+    if not 0 <= options.task < len(runs):
+        raise ValueError(f"{options.file} has runs 0 to {len(runs) - 1}, not {options.task}; submit that array")
+    print(shlex.join(list(runs.values())[options.task]))
+    return 0
+
+
+def read_sweep(path: Path) -> dict[str, list[str]]:
+    """The arguments of each run of a sweep, by its name, in the file's order.
+
+    Raises:
+        ValueError: the file is no sweep; says what one looks like.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    known = {"recipe", "dir", "set", "runs"}
+    if not isinstance(tree, dict) or not {"recipe", "runs"} <= tree.keys() <= known or not tree["runs"]:
+        raise ValueError(
+            f"{path}: a sweep has 'recipe' (a name or path), 'runs' (a mapping of each run's name to its keys), and "
+            "may have 'set' (keys of all runs) and 'dir' (the folder of their folders)"
+        )
+    folder, runs = tree.get("dir") or f"runs/{path.stem}", {}
+    for name, keys in tree["runs"].items():
+        if not re.fullmatch(r"[\w.=+-]+", str(name)):
+            raise ValueError(f"{path}: the run {name!r} names a folder; use letters, digits and . _ = + -")
+        keys = {**(tree.get("set") or {}), **(keys or {}), "run.dir": f"{folder}/{name}"}
+        runs[str(name)] = [str(tree["recipe"]), *(f"{key}={json.dumps(value)}" for key, value in keys.items())]
+    return runs
+
+
+def tell(text: str) -> None:
+    """Say something to people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer one question of a template; the exit status."""
+    parser = argparse.ArgumentParser(prog="tools/slurm_job.py", description="What the templates in slurm/ ask.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    parser_begin = verbs.add_parser("begin", help="on how many nodes a run goes on; notes the start")
+    parser_begin.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser_begin.add_argument("overrides", nargs="*", metavar="key=value", help="as rcmae.train takes them")
+    parser_begin.add_argument("--nodes", type=int, required=True, help="that the job has")
+    parser_begin.add_argument("--ranks-per-node", type=int, required=True, help="one a GPU")
+    parser_begin.set_defaults(answer=begin)
+    parser_end = verbs.add_parser("end", help="whether to start again")
+    parser_end.add_argument("run_dir", type=Path)
+    parser_end.add_argument("--status", type=int, required=True, help="the launcher's exit status")
+    parser_end.add_argument("--backoff-s", type=int, default=60, help="wait after a start without progress; doubles")
+    parser_end.add_argument("--job", default=os.environ.get("SLURM_JOB_ID", ""), help="default: this one")
+    parser_end.set_defaults(answer=end)
+    for each in (parser_begin, parser_end):
+        each.add_argument("--idle-starts", type=int, default=5, help="so many in a row without progress end the job")
+    parser_sweep = verbs.add_parser("sweep", help="the runs of a sweep")
+    parser_sweep.add_argument("file", type=Path, help="YAML: recipe, runs, and set and dir if wanted")
+    parser_sweep.add_argument("--task", type=int, help="the array's task; without it all runs are checked")
+    parser_sweep.set_defaults(answer=sweep)
+    options = parser.parse_args(argv)
+    try:
+        return int(options.answer(options))
+    except (ValueError, OSError) as error:
+        tell(f"error: {error}")
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
