@@ -12,6 +12,7 @@ by anyone and can run nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -258,7 +259,8 @@ def _counts(path: Path) -> bool:
 def _drop(path: Path) -> None:
     """Take a checkpoint's folder away: first its name, so that a kill leaves no half of it."""
     doomed = path.with_name(f".dropped-{path.name}-{secrets.token_hex(4)}")
-    os.rename(path, doomed)
+    with contextlib.suppress(FileNotFoundError):  # someone prunes by hand meanwhile
+        os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -492,7 +494,7 @@ def load(manifest: Manifest, engine: Engine) -> None:
     ]
     if problems:
         raise CheckpointError(f"{manifest.path} does not fit the model: " + "; ".join(problems[:5]))
-    with _Reader(manifest) as reader:
+    with Reader(manifest) as reader:
         for piece in state.pieces:
             for kind, tensor in piece.tensors.items():
                 reader.read(f"{kind}/{piece.name}", piece.start, tensor)
@@ -503,19 +505,19 @@ def tensor_of(manifest: Manifest, key: str) -> Tensor:
     """One whole logical tensor, such as "teacher/blocks.0.norm1.weight", in its shape. One process."""
     row = manifest.tensors[key]
     out = torch.empty(math.prod(row["shape"]), dtype=next(t for t, name in _DTYPES.items() if name == row["dtype"]))
-    with _Reader(manifest) as reader:
+    with Reader(manifest) as reader:
         reader.read(key, 0, out)
     return out.view(row["shape"])
 
 
-class _Reader:
+class Reader:
     """Open files of a checkpoint, read by runs."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._open: dict[str, Any] = {}
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -211,7 +211,7 @@ def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -
     """The tensors of these keys, such as "teacher/norm.bias", flattened; each is good until the next is asked for."""
     counts = [(key, math.prod(manifest.tensors[key]["shape"])) for key in keys]
     memory = torch.empty(max((count for _, count in counts), default=0), dtype=dtype)  # of all of them in turn
-    with checkpoint._Reader(manifest) as reader:  # opens each file once, unlike tensor_of
+    with checkpoint.Reader(manifest) as reader:  # opens each file once, unlike tensor_of
         for key, count in counts:
             reader.read(key, 0, memory[:count])
             yield memory[:count]
