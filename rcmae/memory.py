@@ -332,3 +332,9 @@ def footprint(model: MaskedAutoencoder, settings: Settings) -> Footprint:
     moment("update", gradients=engine.updating)
     moment("teacher's update", teacher=engine.publishing)
     return Footprint(resident, moments, engine.host)
+
+
+def checkpoint_bytes(model: MaskedAutoencoder, *, teacher: bool) -> int:
+    """Bytes of a checkpoint's tensors: weight, two moments and teacher of each parameter in fp32, and the tables."""
+    params = sum(param.numel() for param in model.parameters())
+    return 4 * (4 if teacher else 3) * params + sum(table.numel() * table.element_size() for table in model.buffers())

@@ -37,7 +37,7 @@ from rich.table import Table
 from rcmae import config
 from rcmae.config import Recipe, Resolved
 from rcmae.masking import visible_count
-from rcmae.memory import Footprint, Settings, footprint
+from rcmae.memory import Footprint, Settings, checkpoint_bytes, footprint
 from rcmae.metrics import peak_flops
 from rcmae.shards import INDEX, Plan, ShardIndex
 from rcmae.train import engine_settings, student_sizes
@@ -300,9 +300,7 @@ def data_needs(recipe: Recipe, sizes: Resolved, site: Site, index: ShardIndex | 
 
 def checkpoint_needs(recipe: Recipe, model: MaskedAutoencoder, site: Site, step_s: float) -> dict[str, Any]:
     """Bytes and seconds of a checkpoint: those of this run's own where it has written some."""
-    kinds = 3 + (recipe.objective.name != "mae")  # weight, two moments, teacher; fp32
-    size = 4 * kinds * sum(param.numel() for param in model.parameters())
-    size += sum(table.numel() * table.element_size() for table in model.buffers())
+    size = checkpoint_bytes(model, teacher=recipe.objective.name != "mae")
     seen = [line for line in _events(recipe) if line.get("event") == "checkpoint" and line.get("seconds")]
     seconds = seen[-1]["seconds"] if seen else size / (site.write_gbps * 1e9)
     often = recipe.checkpoint
