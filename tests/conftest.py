@@ -50,7 +50,7 @@ class Ranks:
     def said(self, rank: int = 0) -> str:
         return self.logs[rank].read_text()
 
-    def wait(self, timeout_s: float = 300.0) -> list[int]:
+    def wait(self, timeout_s: float = 900.0) -> list[int]:
         """Exit statuses; a rank that outlives a failed peer by half a minute is killed."""
         end = time.monotonic() + timeout_s
         while any(process.poll() is None for process in self.processes):
@@ -62,7 +62,7 @@ class Ranks:
             time.sleep(0.05)
         return [process.wait() for process in self.processes]
 
-    def succeed(self, timeout_s: float = 300.0) -> str:
+    def succeed(self, timeout_s: float = 900.0) -> str:
         """What rank 0 said, once all ranks ended with 0."""
         statuses = self.wait(timeout_s)
         heard = "\n".join(f"--- rank {rank}: {status}\n{self.said(rank)}" for rank, status in enumerate(statuses))
