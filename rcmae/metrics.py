@@ -106,6 +106,18 @@ def cut_back(path: Path, step: int) -> int:
     return dropped
 
 
+def undone(path: Path, step: int) -> dict[str, float] | None:
+    """The last whole line of a metrics file beyond `step`: its step and when it was written; None without one.
+
+    Steps up to there were done once and will be done again.
+    """
+    if not path.exists():
+        return None
+    with path.open("rb") as lines:
+        rows = [json.loads(line) for line in lines if (_step_of(line) or 0) > step]
+    return {"step": rows[-1]["step"], "time": rows[-1].get("time", 0.0)} if rows else None
+
+
 def _step_of(line: bytes) -> int | None:
     """The step of a whole line, None for a torn or foreign one."""
     if not line.endswith(b"\n"):
@@ -195,10 +207,12 @@ class MetricsLog:
         self._started = time.monotonic()
         self._board: SummaryWriter | None = None
         self._bar: Progress | None = None
+        self.undone: dict[str, float] | None = None
         if not writes:
             return
         directory.mkdir(parents=True, exist_ok=True)
         metrics, events = directory / "metrics.jsonl", directory / "events.jsonl"
+        self.undone = undone(metrics, resume_step)
         self.dropped_lines = cut_back(metrics, resume_step)
         _drop_torn_line(events)
         self._metrics = metrics.open("a", encoding="utf-8")

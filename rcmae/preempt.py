@@ -14,6 +14,9 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+import psutil
 
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit statuses of a rank; 75 says: run me again
 MARGIN_S = 20.0  # for the step under way and the exit
@@ -48,6 +51,13 @@ class StopRequest:
 def _scheduler_deadline() -> float:
     """When the scheduler ends this job, in seconds since 1970; never, where it does not tell."""
     return float(os.environ.get("SLURM_JOB_END_TIME", math.inf))
+
+
+def this_start() -> dict[str, Any]:
+    """When this process began, in seconds since 1970, and the scheduler's job and its restart, where there is one."""
+    env = os.environ
+    restart = int(env.get("SLURM_RESTART_COUNT") or 0) if "SLURM_JOB_ID" in env else None
+    return {"process_started": psutil.Process().create_time(), "job": env.get("SLURM_JOB_ID"), "restart": restart}
 
 
 def write_outcome(run_dir: Path, *, status: int, step: int, reason: str) -> None:

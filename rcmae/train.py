@@ -766,6 +766,7 @@ def announce(run: Run, saved: checkpoint.Manifest | None) -> None:
     run.log.event(
         "resume" if saved else "start", step=run.step, sizes=sizes.asdict(), versions=versions(),
         engine=recipe.engine.model_dump(mode="json"), from_checkpoint=str(saved.path) if saved else None,
+        generation=run.lease.generation if run.lease else None, undone=run.log.undone, **preempt.this_start(),
     )  # fmt: skip
     run.log.say(
         f"{recipe.run.name}: {recipe.objective.name} {recipe.model.name} on {dist.device()}, {recipe.engine.name}"
