@@ -1,0 +1,177 @@
+"""Every second of a run is accounted for once, over stops, kills, requeues and rewinds."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Folder, once, send, start, wait_for
+
+from tests.conftest import Ranks
+from tools import runs
+
+SIZES = {"world": 8, "total_steps": 100}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def step(number: int, at: float, **more: float) -> dict[str, Any]:
+    return {"step": number, "time": at, "step_s": 1.0, "data_wait_s": 0.25, "loss": 0.5, "epoch": 0.1, **more}
+
+
+def begin(at: float, number: int, **more: Any) -> dict[str, Any]:
+    kind = "resume" if number else "start"
+    return {"event": kind, "time": at, "step": number, "sizes": SIZES, "process_started": at - 10, **more}
+
+
+@pytest.fixture
+def told_run(tmp_path: Path) -> Path:
+    """Two starts of one SLURM job and one of another; the first was killed at step 35 after a checkpoint of 20."""
+    write(
+        tmp_path / "events.jsonl",
+        begin(1000, 0, job="7", restart=0, generation=1),
+        {"event": "checkpoint", "time": 1021, "step": 20, "stall_s": 0.5, "seconds": 3.0, "bytes": 10},
+        begin(1100, 20, job="7", restart=1, generation=2, undone={"step": 35, "time": 1037}),
+        {"event": "evaluate", "time": 1126, "step": 40, "seconds": 5.0, "knn": {}},
+        {"event": "stop", "time": 1130, "step": 40, "status": 75, "reason": "stopped, asked by SIGUSR1"},
+        begin(1200, 40, job="9", restart=0, generation=3),
+        {"event": "checkpoint", "time": 1261, "step": 100, "stall_s": 1.0, "seconds": 3.0, "bytes": 10},
+        {"event": "stop", "time": 1262, "step": 100, "status": 0, "reason": "finished"},
+    )
+    first = [step(n, 1000 + n, teacher_update_s=0.125) for n in (5, 10, 15, 20)]
+    second = [step(n, 1100 + n - 20 + 5 * (n == 25), step_s=2.0 if n == 25 else 1.0) for n in (25, 30, 35, 40)]
+    third = [step(n, 1200 + n - 40) for n in range(45, 101, 5)]
+    write(tmp_path / "metrics.jsonl", *first, *second, *third)
+    write(tmp_path / "jobs.jsonl", *({"job": job, "restart": restart, "time": at, "step": 0} for job, restart, at in (
+        ("7", 0, 980), ("7", 1, 1080), ("8", 0, 1140), ("9", 0, 1185),
+    )))  # fmt: skip
+    return tmp_path
+
+
+def test_every_second_is_of_one_kind(told_run: Path) -> None:
+    told = runs.status(told_run, now=2000.0)
+    assert told["wall_s"] == 1262 - 980
+    assert sum(told["seconds"].values()) == pytest.approx(told["wall_s"])
+    first, second, third = (job["seconds"] for job in told["jobs"])
+    assert first["start-up"] == 20
+    assert first["step"] == pytest.approx(20 * (1 - 0.25 - 0.125))
+    assert first["ema"] == pytest.approx(20 * 0.125)
+    assert first["data wait"] == pytest.approx(5)
+    assert first["replayed"] == 17 - 0.5, "from the checkpoint's step to the last logged one, less its stall"
+    assert second["queue"] == 1080 - 1037, "the same job came back"
+    assert second["start-up"] == 20 + 5, "the first steps took a second longer than usual"
+    assert second["evaluation"] == 5
+    assert third["idle"] == 1185 - 1130, "another job"
+    assert third["checkpoint"] == 1
+    assert told["goodput"] == pytest.approx(sum(job["step"] + job["ema"] for job in (first, second, third)) / 282)
+
+
+def test_where_a_run_stands(told_run: Path) -> None:
+    told = runs.status(told_run, now=2000.0)
+    assert (told["state"], told["step"], told["hours_to_go"]) == ("finished", 100, 0.0)
+    assert told["undone_steps"] == 15
+    assert told["starts_without_training"] == 1, "job 8 never came to a step"
+    assert [job["how"] for job in told["jobs"]] == ["ended without a word", "stopped, asked by SIGUSR1", "finished"]
+    assert [(job["first_step"], job["last_step"]) for job in told["jobs"]] == [(0, 20), (20, 40), (40, 100)]
+    assert told["last_events"][-1]["reason"] == "finished"
+
+
+def test_a_rewind_counts_as_replayed(tmp_path: Path) -> None:
+    spike = {"event": "spike", "time": 1031, "step": 30, "action": "rewind", "checkpoint": "step-00000020"}
+    write(tmp_path / "events.jsonl", begin(1000, 0), spike)
+    write(tmp_path / "metrics.jsonl", *(step(n, 1000 + n) for n in (10, 20)), *(step(n, 1012 + n) for n in (30, 40)))
+    told = runs.status(tmp_path, now=1100.0)
+    assert told["undone_steps"] == 10
+    assert told["seconds"]["replayed"] == 11
+    assert told["seconds"]["step"] == pytest.approx(40 * 0.75)
+
+
+def test_a_silent_job_is_alive_until_its_beat_is_old(tmp_path: Path) -> None:
+    write(tmp_path / "events.jsonl", begin(1000, 0, generation=3))
+    write(tmp_path / "metrics.jsonl", *(step(n, 1000 + n) for n in (10, 20)))
+    beat = tmp_path / "leases" / "00000003.beat"
+    beat.parent.mkdir()
+    beat.write_text("4")
+    os.utime(beat, (1025, 1025))
+    told = runs.status(tmp_path, now=1040.0)
+    assert (told["state"], told["jobs"][0]["ended"]) == ("training", 1040.0)
+    assert told["hours_to_go"] == pytest.approx(80 / 3600)
+    assert told["seconds"]["other"] == pytest.approx(20.0), "what no line tells of"
+    told = runs.status(tmp_path, now=1025 + 181.0)
+    assert (told["state"], told["jobs"][0]["ended"]) == ("not running: ended without a word", 1025)
+    (tmp_path / "recipe.yaml").write_text("run: {lease_timeout_s: 1000}")
+    assert runs.status(tmp_path, now=1025 + 181.0)["state"] == "training"
+
+
+def test_torn_lines_and_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.main(["status", str(tmp_path / "nothing")]) == 2
+    assert "is no run" in capsys.readouterr().err
+    write(tmp_path / "events.jsonl", begin(1000, 0))
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "stop", "ti')
+    told = runs.status(tmp_path, now=1001.0)
+    assert (told["step"], told["hours_to_go"], told["goodput"]) == (0, None, 0.0)
+    assert runs.main(["status", str(tmp_path)]) == 0
+    assert "step 0 of 100" in capsys.readouterr().out
+
+
+def test_a_real_run_stopped_and_killed_is_told_right(
+    tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One start stopped by a signal, one killed in its checkpoint's wake, one to the end: real files, real clocks."""
+    before = time.time()
+    folder = Folder(tmp_path / "run")
+    common = ["checkpoint.every_steps=4", "run.lease_timeout_s=3"]
+    with once(lambda: 6 in folder.steps(), send(signal.SIGTERM)):
+        assert start(tiny, folder.path, *common) == 75
+    stopped = folder.committed()[-1]
+    killed = ranks("-m", "rcmae.train", str(tiny), f"run.dir={folder.path}", *common, "schedule.steps=20", world=1)
+    wait_for(lambda: 14 in folder.steps(), lambda: killed.processes[0].poll() is None)
+    killed.processes[0].kill()
+    killed.wait()
+    told = runs.status(folder.path)
+    assert told["step"] >= 14
+    assert start(tiny, folder.path, *common) == 0
+    told = runs.status(folder.path)
+    assert (told["state"], told["step"], len(told["jobs"])) == ("finished", 20, 3)
+    resumed = folder.events("resume")[-1]
+    assert told["undone_steps"] == resumed["undone"]["step"] - resumed["step"] > 0
+    assert [job["first_step"] for job in told["jobs"]] == [0, stopped, resumed["step"]]
+    assert all(one["ended"] <= other["began"] for one, other in itertools.pairwise(told["jobs"]))
+    assert sum(told["seconds"].values()) == pytest.approx(told["wall_s"], rel=0.02)
+    assert 0 < told["goodput"] < 1
+    assert told["jobs"][1]["seconds"]["start-up"] > 0.5, "a process that imports torch"
+    assert told["jobs"][1]["began"] > before
+    assert runs.main(["status", str(folder.path), "--watch"]) == 0
+    assert "goodput" in capsys.readouterr().out
+
+
+def test_watching_ends_with_the_run(tmp_path: Path) -> None:
+    write(tmp_path / "events.jsonl", begin(time.time(), 0, generation=1))
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases" / "00000001.beat").write_text("1")
+
+    def finish() -> None:
+        write(tmp_path / "metrics.jsonl", step(100, time.time()))
+        write(tmp_path / "events.jsonl", {"event": "stop", "time": time.time(), "step": 100, "reason": "finished"})
+
+    timer = threading.Timer(3.0, finish)
+    timer.start()
+    command = [sys.executable, runs.__file__, "status", str(tmp_path), "--watch", "--json", "--every-s", "0.2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    timer.join()
+    states = [json.loads(line)["state"] for line in done.stdout.splitlines()]
+    assert states[-1] == "finished", done.stderr
+    assert set(states[:-1]) <= {"training"}
