@@ -94,8 +94,8 @@ def jobs_of(folder: Path, now: float) -> list[Job]:
         until = later["time"] if later else float("inf")
         mine = [row for row in rows if start["time"] <= row["time"] < until]
         happened = [event for event in events if start["time"] <= event["time"] < until and event is not start]
-        process = start.get("process_started", start["time"])
-        began = float(scheduled.get((start.get("job"), start.get("restart")), process))
+        process: float = start.get("process_started") or start["time"]
+        began: float = scheduled.get((start.get("job"), start.get("restart"))) or process
         if found:  # it may have waited for the one before to end
             began = max(began, found[-1].ended)
         found.append(job_of(folder, start, mine, happened, later, min(began, start["time"]), now))
