@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import sklearn
 from PIL import Image
+
 from runs import Folder, start
 
 ROOT = Path(__file__).parent.parent

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Folder, distance, equal, start
 from safetensors.torch import load_file
 
 from rcmae import checkpoint
 from rcmae.engine import LocalEngine, Settings
 from rcmae.vit import MaskedAutoencoder
+from runs import Folder, distance, equal, start
 from tests.conftest import ROOT, Ranks
 
 PROGRAMS = Path(__file__).parent / "programs"

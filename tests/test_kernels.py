@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-from reference import Sizes
 
+import reference
 from rcmae import kernels
 from rcmae.optim import param_groups
 from rcmae.vit import MaskedAutoencoder
+from reference import Sizes
 
 SIZES = Sizes()
 STANDIN = Path(__file__).parent / "data" / "apex_standin"

@@ -4,14 +4,14 @@ import copy
 import dataclasses
 
 import pytest
-import reference
 import torch
-from reference import Sizes
 from torch import Tensor
 
+import reference
 from rcmae.batch import Batch
 from rcmae.objectives import MAE, OBJECTIVES, RCMAE, Objective
 from rcmae.vit import MaskedAutoencoder, patchify
+from reference import Sizes
 
 SIZES = Sizes()
 KEPT = 6

@@ -3,13 +3,13 @@
 import copy
 
 import pytest
-import reference
 import torch
-from reference import Sizes
 
+import reference
 from rcmae import kernels
 from rcmae.optim import GROUPS, param_groups
 from rcmae.vit import MaskedAutoencoder
+from reference import Sizes
 
 SIZES = Sizes()
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import Sizes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+import reference
+from reference import Sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"

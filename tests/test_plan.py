@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Folder
 
 from rcmae import config, kernels, memory, train
 from rcmae.masking import visible_count
 from rcmae.memory import Settings, activations, footprint, states
 from rcmae.objectives import MAE, RCMAE
+from runs import Folder
 from tests.conftest import Ranks
 from tools import plan
 from tools.bench_step import made_up_batch

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Folder, once, send, start, wait_for
 
+from runs import Folder, once, send, start, wait_for
 from tests.conftest import Ranks
 from tools import runs
 

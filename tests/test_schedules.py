@@ -1,8 +1,8 @@
 """Learning rate and momentum, number by number. The recorded ones come from the released code."""
 
 import pytest
-import reference
 
+import reference
 from rcmae.schedules import teacher_momentum, warmup_half_cosine
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from cluster import ROOT, Cluster, Job, missing, rank_logs
 from runs import Folder
 

@@ -17,11 +17,11 @@ import psutil
 import pytest
 import yaml
 from PIL import Image
-from runs import Folder, distance, equal, finite, keeping_handlers, once, send, start, wait_for
 
 from rcmae import preempt, train
 from rcmae.checkpoint import read_manifest
 from rcmae.config import load
+from runs import Folder, distance, equal, finite, keeping_handlers, once, send, start, wait_for
 from tests.conftest import ROOT, Ranks, free_port
 
 MANY = str(Path(__file__).parent / "programs" / "train_many.py")

@@ -3,12 +3,11 @@
 import copy
 
 import pytest
-import reference
 import torch
-from reference import Sizes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import reference
 from rcmae.vit import (
     ARCHITECTURES,
     Block,
@@ -20,6 +19,7 @@ from rcmae.vit import (
     sincos_positions,
     unpatchify,
 )
+from reference import Sizes
 
 SHAPES = {
     "tall": Sizes(image=(24, 16)),

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import Folder, equal
 
 from rcmae import train
+from runs import Folder, equal
 
 CALLS = {"fsync": os, "rename": os, "replace": os, "rmtree": shutil}
 
