@@ -41,8 +41,9 @@ class Part:
 
 
 def activations(
-    model: MaskedAutoencoder, *, num_visible: int, precision: str, teacher: bool, checkpointing: str = "none"
-) -> list[Part]:
+    model: MaskedAutoencoder, *, num_visible: int, precision: str, teacher: bool, checkpointing: str = "none",
+    fused_attention: bool = True,
+) -> list[Part]:  # fmt: skip
     """The student's parts in the order of the forward pass, the loss last.
 
     Args:
@@ -51,6 +52,7 @@ def activations(
         precision: "fp32" or "bf16".
         teacher: whether the loss has a term to a teacher.
         checkpointing: as in `kernels.checkpoint_blocks`.
+        fused_attention: as in `kernels.attention`; what is not keeps the attention of each pair of tokens.
     """
     sizes, width = model.sizes, _width(precision)
     seen, tokens, hidden = 1 + num_visible, 1 + model.num_patches, model.num_patches - num_visible
@@ -62,6 +64,10 @@ def activations(
         mlp = sizes["mlp_ratio"]
         kept = (5 * keys + (3 + 2 * mlp) * queries) * dim * width + 4 * (heads * queries + 2 * keys + 2 * queries)
         grads = (1 + mlp) * queries * dim * width
+        if not fused_attention:  # the matrix of attention, in place of its log-sums
+            matrix = heads * queries * keys * width
+            kept += matrix - 4 * heads * queries
+            grads = max(grads, 2 * matrix + queries * dim * width)
         given = keys * dim * width
         if checkpointing == "none":
             return Part(name, _numel(part), kept, grads)
@@ -129,6 +135,7 @@ class Settings:
     teacher: bool = True
     accumulate: str = "fp32_shard"  # the teacher's, as in `teacher.Teacher`
     checkpointing: str = "none"
+    fused_attention: bool = True
     deepspeed: Mapping[str, Any] = field(default_factory=dict)  # its JSON
 
 
@@ -289,7 +296,7 @@ def footprint(model: MaskedAutoencoder, settings: Settings) -> Footprint:
     each, images = settings.precision, settings.per_device
     parts = activations(
         model, num_visible=settings.num_visible, precision=each, teacher=settings.teacher,
-        checkpointing=settings.checkpointing,
+        checkpointing=settings.checkpointing, fused_attention=settings.fused_attention,
     )  # fmt: skip
     tables = sum(table.numel() * table.element_size() for table in model.buffers())
     resident = {**engine.resident, "activations": 0.0}

@@ -648,8 +648,9 @@ def make_engine(
     engine_config: dict[str, Any],
 ) -> Engine:  # fmt: skip
     """The engine of a recipe, around the student and the teacher. Collective: every rank calls."""
-    if recipe.engine.compile:
-        for model in filter(None, (student, teacher)):
+    for model in filter(None, (student, teacher)):
+        kernels.choose_attention(model, dist.device(), recipe.engine.precision)
+        if recipe.engine.compile:
             kernels.compile_blocks(model)
     kernels.checkpoint_blocks(student, recipe.engine.activation_checkpointing)
     settings = engine_settings(recipe, sizes)
@@ -776,8 +777,9 @@ def announce(run: Run, saved: checkpoint.Manifest | None) -> None:
         f"{sizes.samples_per_epoch:,} samples; lr {sizes.lr:.3g} after {sizes.warmup_steps:g} steps of warm-up"
     )
     for part, used, why in kernels.table(
-        device=dist.device(), layer_norm=recipe.engine.layer_norm, optimizer=recipe.engine.optimizer,
-        compile=recipe.engine.compile, checkpointing=recipe.engine.activation_checkpointing,
+        device=dist.device(), precision=recipe.engine.precision, layer_norm=recipe.engine.layer_norm,
+        optimizer=recipe.engine.optimizer, compile=recipe.engine.compile,
+        checkpointing=recipe.engine.activation_checkpointing,
     ):  # fmt: skip
         run.log.say(f"  {part:<12} {used}  ({why})")
     if run.index.short:

@@ -104,7 +104,7 @@ class LastBlock(Block):
         # the query projection of the few head tokens is wasted: slicing its weight would reach around the engines
         # that gather a parameter when its module is called
         q, k, v = attn.qkv(self.norm1(x)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q[:, :, first_query:], k, v)  # [B, heads, N - first_query, d]
+        mixed = kernels.attention(q[:, :, first_query:], k, v, fused=attn.fused_attn)  # [B, heads, N - first_query, d]
         tail = x[:, first_query:] + self.drop_path1(self.ls1(attn.proj(mixed.transpose(1, 2).flatten(2))))
         return tail + self.drop_path2(self.ls2(self.mlp(self.norm2(tail))))
 

@@ -15,6 +15,7 @@ from tests.conftest import Ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
 STAGES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+PUBLISHED = ("teacher.update=micro_step", "teacher.schedule=published", "teacher.momentum=0.9")  # the released weights'
 
 
 def engine_of(stage: str) -> list[str]:
@@ -54,10 +55,12 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(job(f"{stage}-fp32-1", *engine_of(stage), *fp32, "batch.per_device=16") for stage in STAGES),
         *(job(f"{stage}-fp32-2", *engine_of(stage), *fp32, "batch.per_device=8") for stage in STAGES),
         *(job(f"{stage}-bf16-2", *engine_of(stage), *bf16, "batch.per_device=8") for stage in STAGES),
+        *(job(f"{stage}-micro", *engine_of(stage), *fp32, *PUBLISHED, "batch.per_device=8") for stage in STAGES),
     ]
     one = [
         job("local-fp32", *fp32), job("local-fp32-2", *fp32, "batch.per_device=16"), job("local-bf16", *bf16),
         job("local-fp32-long", "engine.precision=fp32", "schedule.steps=40"),
+        job("local-micro", *fp32, *PUBLISHED, "batch.per_device=16"),
     ]  # fmt: skip
     started = [
         Ranks([sys.executable, str(PROGRAMS / "train_many.py"), json.dumps(jobs)], world, root)
@@ -76,6 +79,15 @@ def test_every_engine_is_the_local_one_in_fp32(runs: Path, stage: str, accumulat
     assert losses(run) == pytest.approx(losses(oracle), rel=1e-5)
     assert losses(runs / "local-fp32-2") == pytest.approx(losses(oracle), rel=1e-5)
     assert relative(tensors(run, "teacher"), tensors(oracle, "teacher")) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_teacher_may_move_at_each_micro_batch(runs: Path, stage: str) -> None:
+    run, oracle = runs / f"{stage}-micro", runs / "local-micro"
+    assert losses(run) == pytest.approx(losses(oracle), rel=1e-5)
+    assert relative(tensors(run, "teacher"), tensors(oracle, "teacher")) < 1e-5
+    assert relative(tensors(oracle, "teacher"), tensors(runs / "local-fp32", "teacher")) > 1e-3  # another teacher
 
 
 @pytest.mark.slow

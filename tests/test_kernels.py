@@ -199,6 +199,18 @@ def test_the_start_up_table_says_what_is_used_and_why(apex: pytest.MonkeyPatch) 
     assert "engine.optimizer=apex" in kernels.table(device=torch.device("cpu"))[2].why
 
 
+def test_attention_is_the_same_function_either_way_and_chosen_by_device_and_type() -> None:
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind(0)
+    fused = kernels.attention(q[:, :, 3:], k, v, fused=True)
+    torch.testing.assert_close(kernels.attention(q[:, :, 3:], k, v, fused=False), fused, rtol=1e-12, atol=1e-12)
+    model = small()
+    blocks = [*model.blocks, *model.decoder_blocks]
+    for device, precision, wanted in (("cpu", "fp32", True), ("cpu", "bf16", False), ("cuda", "bf16", True)):
+        kernels.choose_attention(model, torch.device(device), precision)
+        assert {block.attn.fused_attn for block in blocks} == {wanted}
+    assert "softmax" in kernels.table(device=torch.device("cpu"), precision="bf16")[0].used
+
+
 def test_torchvision_imports_beside_any_torch() -> None:
     program = "import rcmae.kernels as kernels, torchvision; print(kernels.guard_torchvision())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

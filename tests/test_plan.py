@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rcmae import config, kernels, memory, train
+from rcmae import config, dist, kernels, memory, train
 from rcmae.masking import visible_count
 from rcmae.memory import Settings, activations, footprint, states
 from rcmae.objectives import MAE, RCMAE
@@ -48,6 +49,7 @@ def predicted(path: Path, overrides: list[str], world: int) -> tuple[Settings, m
     sizes = config.resolve(recipe, world=world, samples_per_epoch=recipe.batch.images)
     model = plan.student(recipe)
     settings = plan.settings_of(recipe, model, plan.placement(recipe), world, sizes.per_device)
+    settings = replace(settings, fused_attention=kernels.attention_is_fused(dist.device(), settings.precision))
     return settings, footprint(model, settings), states(model, settings)["shard"]
 
 
@@ -100,6 +102,7 @@ def test_saved_activations_are_those_that_autograd_saves(
     model = train.new_student(recipe)
     if precision == "bf16":
         model = model.bfloat16()
+    kernels.choose_attention(model, torch.device("cpu"), precision)
     kernels.checkpoint_blocks(model, checkpointing)
     batch = made_up_batch(model, 4, torch.device("cpu"))
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -118,7 +121,7 @@ def test_saved_activations_are_those_that_autograd_saves(
         sums = objective(model, model, batch, 0.0)
     parts = activations(
         model, num_visible=batch.num_visible, precision=precision, teacher=objective.needs_teacher,
-        checkpointing=checkpointing,
+        checkpointing=checkpointing, fused_attention=kernels.attention_is_fused(torch.device("cpu"), precision),
     )  # fmt: skip
     assert 4 * sum(part.saved for part in parts) == pytest.approx(sum(saved.values()), rel=0.01)
     assert sum(part.params for part in parts) == sum(param.numel() for param in model.parameters())

@@ -179,6 +179,7 @@ class Bench:
             self.student, self.teacher, Settings(precision=precision, weight_decay=WEIGHT_DECAY, device=device)
         )
         self.batch = made_up_batch(self.student, batch, device)
+        self._fused = kernels.attention_is_fused(device, precision)
         self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}
 
     def step(self, variant: Variant, watch: Watch) -> None:
@@ -214,7 +215,7 @@ class Bench:
         for block in blocks:
             if variant.mode == "compiled":
                 block.forward = self._compiled[block]
-            block.attn.fused_attn = variant.path == "lean"
+            block.attn.fused_attn = variant.path == "lean" and self._fused
         try:
             yield
         finally:

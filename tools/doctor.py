@@ -129,8 +129,8 @@ def check_kernels(recipe: Recipe) -> Iterator[Finding]:
         if getattr(engine, key) == "apex" and not usable.usable:
             yield Finding("kernels", "red", f"engine.{key}=apex: {usable.found}", f"engine.{key}=torch")
     for row in kernels.table(
-        device=dist.device(), layer_norm=engine.layer_norm, optimizer=engine.optimizer, compile=engine.compile,
-        checkpointing=engine.activation_checkpointing,
+        device=dist.device(), precision=engine.precision, layer_norm=engine.layer_norm, optimizer=engine.optimizer,
+        compile=engine.compile, checkpointing=engine.activation_checkpointing,
     ):  # fmt: skip
         yield Finding("kernels", "green", f"{row.part}: {row.used} ({row.why})")
     offload = False
