@@ -84,10 +84,23 @@ class Engine(Section):
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # a collective that a peer does not join raises after this
 
 
+class WeightedShards(Section):
+    """A set of a mixture."""
+
+    shards: str | list[str]
+    weight: Annotated[float, Field(gt=0)]  # its part of an epoch, in proportion to the other sets'
+
+
 class Data(Section):
     """Which samples, in which order, with which crops."""
 
-    shards: str | list[str] = Field(default_factory=list)
+    # A pattern (braces, globs, URLs, pipe:COMMAND), a list of them, or of {shards: ..., weight: ...} for a mixture.
+    shards: str | list[str] | list[WeightedShards] = Field(default_factory=list)
+    index: str | None = None  # a folder with the index of these shards, where it does not lie beside them
+    cache_dir: str | None = None  # for shards from elsewhere, on each node's disk; None: of this user, in $TMPDIR
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0  # its limit, 10^9 bytes, over all jobs that use it
+    source_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # of a request for 8 MiB of a shard from elsewhere
+    source_attempts: Positive = 8  # requests that fail one after the other end the run
     workers: Natural = 4  # decoding processes of each rank; 0 decodes in the rank itself
     seed: Natural = 0
     epoch_samples: Positive | None = None
@@ -335,8 +348,12 @@ def _parse(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
 def _known_keys(place: Sequence[str]) -> list[str]:
     fields = Recipe.model_fields
     for part in place:
+        if part not in fields:  # a branch of a union, or a place in a list
+            fields = next((each.model_fields for each in Section.__subclasses__() if each.__name__ in part), fields)
+            continue
         section = fields[part].annotation
-        assert isinstance(section, type)
+        if not isinstance(section, type):
+            continue
         assert issubclass(section, Section)
         fields = section.model_fields
     return list(fields)

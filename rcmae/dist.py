@@ -62,6 +62,11 @@ def launched() -> dict[str, int]:
     return {"rank": 0, "world": 1, "local_rank": 0, "local_world": 1}
 
 
+def ranks_of_node() -> int:
+    """Ranks on this node."""
+    return min(launched()["local_world"], world())
+
+
 def launched_first() -> bool:
     """Whether the launcher made this rank 0, also where its variables are incomplete: who speaks for all ranks."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

@@ -3,13 +3,13 @@
 The index knows for every image where its bytes lie in its tar, so training reads by offset and needs no tar library.
 It is a file beside the shards (`index.json`, and a binary table that is mapped, not read), written by
 tools/make_shards.py and tools/index_shards.py; for shards without one it is built in memory by reading their headers.
+Shards from elsewhere (rcmae/sources.py) are indexed alike, and their index may lie beside them there.
 The plan is a pure function of (sample counts, seed, batch, streams, window): any position is reached without replaying
 those before it. We do not shuffle through a buffer, whose state would have to be saved and would depend on the ranks.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import math
@@ -21,17 +21,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from braceexpand import braceexpand
 from numpy.typing import NDArray
 
+from rcmae import sources
 from rcmae.draws import Purpose, permutation, uniform
+from rcmae.sources import USUAL, Patience
 
 INDEX = "index.json"
 FORMAT, VERSION = "rcmae shard index", 1
@@ -50,28 +52,29 @@ _NAMED = 20  # problems that a message lists before it counts the rest
 class Shard:
     """One tar, and where its part of the index table lies: rows, then keys."""
 
-    path: str
+    path: str  # or URL, or `pipe:` command
     size: int  # bytes of the tar when it was indexed
     samples: int
     fingerprint: str  # of name, size, count and table
     table: str | bytes  # the file that holds the part, or the part itself
     at: int = 0  # where the part begins
     length: int = 0  # bytes of the part
+    sha256: str = ""  # of the tar, where somebody has read all of it
 
     @property
     def name(self) -> str:
         """The file name without `.tar`: the first half of a sample id."""
-        return Path(self.path).name.removesuffix(".tar")
+        return sources.basename(self.path).removesuffix(".tar")
 
     @property
     def rows(self) -> NDArray[np.void]:
         """[samples] of ROW, a view of the table."""
         return np.frombuffer(self._buffer, ROW, self.samples, self.at)
 
-    def key(self, row: int) -> str:
-        """The WebDataset key of a sample."""
-        start = self.at + ROW.itemsize * self.samples + int(self.rows["key"][row])
-        return self._buffer[start : start + int(self.rows["key_size"][row])].decode("utf-8", "surrogateescape")
+    def key_at(self, at: int, length: int) -> str:
+        """The WebDataset key that a row of the table says to lie there among the keys."""
+        start = self.at + ROW.itemsize * self.samples + at
+        return self._buffer[start : start + length].decode("utf-8", "surrogateescape")
 
     @property
     def part(self) -> bytes:
@@ -93,11 +96,31 @@ def _mapped(path: str) -> mmap.mmap:
 class Sample(NamedTuple):
     """What it takes to read a sample."""
 
-    path: str
+    shard: Shard
     id: str  # "shard/key"
     offset: int  # bytes from the start of the tar
     size: int
     label: int
+
+    @property
+    def path(self) -> str:
+        """Of its shard."""
+        return self.shard.path
+
+
+class Weighted(Protocol):
+    """A set of a mixture."""
+
+    @property
+    def shards(self) -> str | Sequence[str]:
+        """Its patterns."""
+
+    @property
+    def weight(self) -> float:
+        """What part of an epoch it makes, in proportion to the others."""
+
+
+Patterns = str | Sequence[str] | Sequence[Weighted]
 
 
 class ShardIndex:
@@ -106,53 +129,107 @@ class ShardIndex:
     It is small to hand to another process: tables that lie in files travel by name and are mapped there.
     """
 
-    def __init__(self, shards: Sequence[Shard], short: Sequence[str] = ()) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], short: Sequence[str] = (), weights: Sequence[tuple[int, float]] = ()
+    ) -> None:
         self.shards = tuple(shards)
+        self.weights = tuple(weights)  # of a mixture's sets: (shards, weight) of each, in order; else empty
         self.short = tuple(short)  # shards with fewer bytes than they were indexed with: their last samples are bad
         self.counts = np.array([shard.samples for shard in self.shards], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self._views: dict[int, tuple[str, NDArray[np.void]]] = {}  # of a shard: name and rows, once they were used
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": {}}
 
     @classmethod
-    def open(cls, patterns: str | Sequence[str], *, cache: str | Path | None = None, jobs: int = 1) -> ShardIndex:
+    def open(
+        cls,
+        patterns: Patterns,
+        *,
+        cache: str | Path | Sequence[str | Path] = (),
+        jobs: int = 1,
+        patience: Patience = USUAL,
+        scan: bool = True,
+    ) -> ShardIndex:
         """The index of the shards that `patterns` name: from their folders or from `cache`, else built in memory.
 
         Args:
-            patterns: what `expand` takes.
-            cache: a folder in which `save` may have left an index of these shards, beside those next to them.
+            patterns: what `expand` takes, or sets of a mixture, each of that.
+            cache: folders in which `save` may have left an index of these shards, beside those next to them.
             jobs: processes that read tar headers where shards have no index.
+            patience: with shards from elsewhere.
+            scan: False refuses shards without an index instead of reading them.
 
         Raises:
             ValueError: names every pattern and shard that cannot be used.
         """
-        paths, problems = _find(patterns)
+        sets = [(one.shards, one.weight) for one in patterns if not isinstance(one, str)]
+        found = [_find(shards, patience) for shards, _ in sets] if sets else [_find(patterns, patience)]
+        paths = [path for some, _ in found for path in some]
+        problems = [*(problem for _, some in found for problem in some), *_named_twice(paths)]
+        weights = [(len(some), weight) for (some, _), (_, weight) in zip(found, sets, strict=False)]
         known: dict[str, Shard] = {}
-        for folder in dict.fromkeys([*([cache] if cache else []), *(os.path.dirname(path) or "." for path in paths)]):
+        caches = [cache] if isinstance(cache, str | Path) else cache
+        folders, gone = [*map(str, caches), *filter(None, map(sources.folder_of, paths))], set[str]()
+        for folder in dict.fromkeys(folders):
             try:
-                if _ours(folder):
-                    known |= {os.path.abspath(shard.path): shard for shard in cls.load(folder).shards}
-            except ValueError as error:
+                if (index := cls._found(folder, patience)) is not None:
+                    known = {sources.identity(shard.path): shard for shard in index.shards} | known
+            except (ValueError, OSError) as error:
                 problems.append(str(error))
-        short, stale = [], []
-        for path in paths:
-            if (shard := known.get(os.path.abspath(path))) is not None:
-                size = os.path.getsize(path)
-                if size > shard.size:
-                    stale.append(path)
-                elif size < shard.size:
-                    short.append(path)
-        problems += [
-            f"{path}: is not the file that the index beside it describes; run tools/index_shards.py --rebuild on it"
-            for path in stale
-        ]
-        unknown = [path for path in paths if os.path.abspath(path) not in known]
+                gone.add(folder)
+        there: dict[str, int | OSError | None] = {path: _size(path) for path in paths if not sources.is_remote(path)}
+        elsewhere = [path for path in paths if sources.is_remote(path) and sources.folder_of(path) not in gone]
+        there |= sources.sizes(elsewhere, patience)
+        problems += [str(error) for path, error in there.items() if isinstance(error, OSError) and "://" in path]
+        short, shards = [], dict[str, Shard]()
+        for path, size in there.items():
+            shard = known.get(sources.identity(path))
+            if shard is None:
+                continue
+            shards[path] = replace(shard, path=path)
+            if not isinstance(size, int):
+                continue
+            if size > shard.size or (size < shard.size and sources.is_remote(path)):
+                problems.append(
+                    f"{sources.redacted(path)}: is not the file that the index beside it describes; "
+                    "run tools/index_shards.py --rebuild on it"
+                )
+            elif size < shard.size:
+                short.append(path)
+        unknown = [path for path in paths if path not in shards]
         problems += filter(None, map(_not_a_tar, unknown))
+        if not scan:
+            problems += [f"{sources.redacted(path)}: has no index; run tools/index_shards.py on it" for path in unknown]
         _refuse(problems)
-        built = dict(zip(unknown, cls.build(unknown, jobs=jobs).shards, strict=True)) if unknown else {}
-        return cls([built.get(path) or known[os.path.abspath(path)] for path in paths], short)
+        fresh = cls.build(unknown, jobs=jobs, patience=patience).shards if unknown else ()
+        built = dict(zip(unknown, fresh, strict=True))
+        return cls([built.get(path) or shards[path] for path in paths], short, weights)
+
+    @classmethod
+    def _found(cls, folder: str, patience: Patience) -> ShardIndex | None:
+        """The index in a folder, here or elsewhere, if there is one of this package."""
+        if "://" not in folder:
+            return cls.load(folder) if _ours(folder) else None
+        head = sources.small_file(f"{folder}/{INDEX}", patience)
+        if head is None or FORMAT.encode() not in head[:100]:
+            return None
+        try:
+            described = json.loads(head)
+            table = sources.small_file(f"{folder}/{described['table']}", patience) or b""
+            return cls._described(described, folder, table, len(table))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}/{INDEX}: cannot be used ({error}); write it anew") from error
 
     @classmethod
     def build(
-        cls, paths: Sequence[str], *, jobs: int = 1, on_scan: Callable[[Scan], None] = lambda scan: None
+        cls,
+        paths: Sequence[str],
+        *,
+        jobs: int = 1,
+        on_scan: Callable[[Scan], None] = lambda scan: None,
+        patience: Patience = USUAL,
     ) -> ShardIndex:
         """The index of these tars from their headers alone, in memory; `on_scan` sees each shard's as it is done.
 
@@ -160,7 +237,7 @@ class ShardIndex:
             ValueError: names every shard that is no tar, ends too early or holds no image.
         """
         shards, problems = [], []
-        for scan in _scan_all(paths, jobs):
+        for scan in _scan_all(paths, jobs, patience):
             on_scan(scan)
             if scan.shard is None:
                 problems.append(scan.problem)
@@ -181,7 +258,8 @@ class ShardIndex:
     ) -> ShardIndex:
         """Write the index of a folder so that it covers these shards of it, and give it.
 
-        What it says of shards that still have their size is kept, of these ones too unless `rebuild`.
+        What it says of shards that still have their size (and of those elsewhere) is kept, of these ones too unless
+        `rebuild`.
 
         Raises:
             ValueError: names every shard that cannot be used; the index is then what it was.
@@ -189,18 +267,19 @@ class ShardIndex:
         known: dict[str, Shard] = {}
         try:
             if _ours(folder):
-                known = {os.path.abspath(shard.path): shard for shard in cls.load(folder).shards}
+                known = {sources.identity(shard.path): shard for shard in cls.load(folder).shards}
         except ValueError:
             if not rebuild:
                 raise
-        asked = dict.fromkeys(map(os.path.abspath, paths))
+        asked = {sources.identity(path): path for path in paths}
         kept = {
             path: shard
             for path, shard in known.items()
-            if os.path.isfile(path) and os.path.getsize(path) == shard.size and not (rebuild and path in asked)
+            if (sources.is_remote(path) or _size(path) == shard.size) and not (rebuild and path in asked)
         }
-        built = cls.build([path for path in asked if path not in kept], jobs=jobs, on_scan=on_scan)
-        merged = kept | {shard.path: shard for shard in built.shards}
+        missing = {path: where for path, where in asked.items() if path not in kept}
+        built = cls.build(list(missing.values()), jobs=jobs, on_scan=on_scan)
+        merged = kept | dict(zip(missing, built.shards, strict=True))
         index = cls([merged[path] for path in sorted(merged)])
         index.save(folder)
         return index
@@ -215,23 +294,31 @@ class ShardIndex:
         path = Path(folder) / INDEX
         try:
             head = json.loads(path.read_text(encoding="utf-8"))
-            if head["version"] != VERSION:
-                raise ValueError(f"version {head['version']}, this package reads {VERSION}")
             table = path.parent / head["table"]
-            if (size := table.stat().st_size) != head["bytes"]:
-                raise ValueError(f"{table.name} has {size} bytes of {head['bytes']}")
-            at, shards = 0, []
-            for entry in head["shards"]:
-                location = str(path.parent / entry["name"])
-                length = entry["table_bytes"]
-                shards.append(
-                    Shard(location, entry["bytes"], entry["samples"], entry["fingerprint"], str(table), at, length)
-                )
-                at += length
-            if at != head["bytes"] or cls(shards).fingerprint != head["fingerprint"]:
-                raise ValueError("its parts do not add up")
+            return cls._described(head, str(path.parent), str(table), table.stat().st_size)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: cannot be used ({error}); run tools/index_shards.py --rebuild") from error
+
+    @classmethod
+    def _described(cls, head: dict[str, Any], folder: str, table: str | bytes, size: int) -> ShardIndex:
+        """The index that a parsed index.json of a folder describes. Raises what damaged ones lead to."""
+        if head["version"] != VERSION:
+            raise ValueError(f"version {head['version']}, this package reads {VERSION}")
+        if size != head["bytes"]:
+            raise ValueError(f"{head['table']} has {size} bytes of {head['bytes']}")
+        at, shards = 0, []
+        for entry in head["shards"]:
+            name, length = entry["name"], entry["table_bytes"]
+            path = name if sources.is_remote(name) or os.path.isabs(name) else f"{folder}/{name}"
+            shards.append(
+                Shard(
+                    path, entry["bytes"], entry["samples"], entry["fingerprint"], table, at, length,
+                    entry.get("sha256", ""),
+                )
+            )  # fmt: skip
+            at += length
+        if at != head["bytes"] or cls(shards).fingerprint != head["fingerprint"]:
+            raise ValueError("its parts do not add up")
         return cls(shards)
 
     def save(self, folder: str | Path) -> Path:
@@ -247,7 +334,9 @@ class ShardIndex:
         here = os.path.abspath(folder)
 
         def name(path: str) -> str:  # shards beside the index move with it
-            path = os.path.abspath(path)
+            path = sources.identity(path)
+            if sources.is_remote(path):
+                return path
             return os.path.basename(path) if os.path.dirname(path) == here else path
 
         table = f"index-{self.fingerprint[:16]}.bin"
@@ -265,6 +354,7 @@ class ShardIndex:
                     "samples": shard.samples,
                     "table_bytes": shard.length,
                     "fingerprint": shard.fingerprint,
+                    **({"sha256": shard.sha256} if shard.sha256 else {}),
                 }
                 for shard in self.shards
             ],
@@ -281,7 +371,8 @@ class ShardIndex:
     @cached_property
     def fingerprint(self) -> str:
         """What the numbers of the samples mean: names, sizes, counts and sample tables of the shards, in order."""
-        return hashlib.sha256("\n".join(shard.fingerprint for shard in self.shards).encode()).hexdigest()
+        mixture = [json.dumps(self.weights)] if self.weights else []
+        return hashlib.sha256("\n".join([*(shard.fingerprint for shard in self.shards), *mixture]).encode()).hexdigest()
 
     @property
     def is_saved(self) -> bool:
@@ -295,19 +386,70 @@ class ShardIndex:
         """The sample of a number."""
         which, row = self.place(number)
         shard = self.shards[which]
-        entry = shard.rows[row]
-        key = f"{shard.name}/{shard.key(row)}"
-        return Sample(shard.path, key, int(entry["offset"]), int(entry["size"]), int(entry["label"]))
+        view = self._views.get(which)
+        if view is None:
+            view = self._views[which] = (shard.name, shard.rows)
+        name, rows = view
+        offset, size, label, at, length = rows[row].item()
+        return Sample(shard, f"{name}/{shard.key_at(at, length)}", offset, size, label)
+
+    def shards_of(self, numbers: NDArray[np.int64]) -> list[int]:
+        """The numbers of the shards that hold these samples, each once, in the order in which they are met."""
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        return list(dict.fromkeys(shards.tolist()))
 
     def place(self, number: int) -> tuple[int, int]:
         """(number of the shard, row in it) of a sample."""
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        shard = int(self._starts.searchsorted(number, side="right")) - 1
         return shard, number - int(self._starts[shard])
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """[samples] the label of each, NO_LABEL where it has none. Reads the whole table."""
         return np.concatenate([shard.rows["label"] for shard in self.shards]).astype(np.int64)
+
+
+def open_bytes(index: ShardIndex, *, streams: int, window: int, nodes: int) -> int:
+    """Bytes of the shards that a node reads at the same time, on average: of each of its streams a window and a shard
+    (of a mixture a shard of each set).
+
+    It is what a cache has to hold for no shard to be copied twice in a pass.
+    """
+    sizes, samples = np.array([shard.size for shard in index.shards]), min(window, math.ceil(len(index) / streams))
+    sets = index.weights or [(len(sizes), 1.0)]
+    weight, each, first = sum(weight for _, weight in sets), 0.0, 0
+    for count, share in sets:
+        mine = slice(first, first + count)
+        each += samples * share / weight * sizes[mine].sum() / index.counts[mine].sum() + sizes[mine].max()
+        first += count
+    return min(int(sizes.sum()), math.ceil(math.ceil(streams / nodes) * each))
+
+
+def cache_problem(index: ShardIndex, *, streams: int, window: int, nodes: int, world: int, limit: int) -> str | None:
+    """Why a node's cache of `limit` bytes is too small for this order, with settings that would fit; None if it is not.
+
+    Args:
+        index: the shards.
+        streams, window: data.canonical_streams and data.shuffle_window.
+        nodes, world: of the run; the ranks must divide the streams.
+        limit: bytes.
+    """
+
+    def needed(streams: int, window: int) -> int:
+        return open_bytes(index, streams=streams, window=window, nodes=nodes)
+
+    if not any(sources.is_remote(shard.path) for shard in index.shards) or needed(streams, window) <= limit:
+        return None
+    ways = [f"data.cache_gb={math.ceil(needed(streams, window) / 1e8) / 10:g}"]
+    halves = [window >> shift for shift in range(1, 7)]
+    ways += [f"data.shuffle_window={half}" for half in halves if half >= 64 and needed(streams, half) <= limit][:1]
+    halves = [streams >> shift for shift in range(1, 12) if (streams >> shift) % world == 0 < streams >> shift]
+    ways += [f"data.canonical_streams={half}" for half in halves if needed(half, window) <= limit][:1]
+    return (
+        f"data.cache_gb={limit / 1e9:g} is less than the {needed(streams, window) / 1e9:.3g} GB of shards that a node "
+        f"reads at once ({math.ceil(streams / nodes)} streams x (a window of {window} samples + a shard)); "
+        f"use {' or '.join(ways)}, or smaller shards"
+    )
 
 
 def _ours(folder: str | Path) -> bool:
@@ -320,15 +462,24 @@ def _ours(folder: str | Path) -> bool:
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
-    """The shard paths that a pattern or a list of them names: `train-{000000..000005}.tar`, `data/*.tar`, plain paths.
+    """The shards that a pattern or a list of them names: `train-{000000..000005}.tar`, `data/*.tar`, plain paths, URLs
+    with either, `pipe:` commands with braces.
 
     Raises:
         ValueError: names each pattern that matches nothing and each shard that is missing, empty, unreadable or named
             twice, all at once.
     """
     paths, problems = _find(patterns)
-    _refuse(problems)
+    _refuse([*problems, *_named_twice(paths)])
     return paths
+
+
+def flat(patterns: Patterns) -> list[str]:
+    """The patterns of all sets, without their weights."""
+    sets = (
+        [patterns] if isinstance(patterns, str) else [one if isinstance(one, str) else one.shards for one in patterns]
+    )
+    return [pattern for one in sets for pattern in ([one] if isinstance(one, str) else one)]
 
 
 @contextmanager
@@ -345,31 +496,40 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
-def _find(patterns: str | Sequence[str]) -> tuple[list[str], list[str]]:
+def _find(patterns: Patterns, patience: Patience = USUAL) -> tuple[list[str], list[str]]:
     paths: list[str] = []
     problems: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if "://" in pattern or pattern.startswith("pipe:"):
-            problems.append(f"{pattern}: shards are read from a file system; copy them there or mount their store")
-            continue
+    for pattern in flat(patterns):
         try:
-            pieces = list(braceexpand(os.path.expanduser(pattern)))
+            pieces = list(braceexpand(pattern if sources.is_remote(pattern) else os.path.expanduser(pattern)))
         except ValueError:
-            problems.append(f"{pattern}: its braces do not pair")
+            problems.append(f"{sources.redacted(pattern)}: its braces do not pair")
             continue
         for piece in pieces:
-            found = sorted(glob.glob(piece)) if glob.has_magic(piece) and not os.path.exists(piece) else [piece]
+            try:
+                found = sources.find(piece, patience)
+            except (ValueError, OSError) as error:
+                problems.append(f"{sources.redacted(piece)}: {error}")
+                continue
             if not found:
-                problems.append(f"{piece}: matches nothing" + (f" (of {pattern})" if piece != pattern else ""))
+                of = f" (of {sources.redacted(pattern)})" if piece != pattern else ""
+                problems.append(f"{sources.redacted(piece)}: matches nothing{of}")
             paths += found
     if not paths and not problems:
         problems.append("no shards are named; give data.shards a pattern, such as data/train-{000000..000099}.tar")
     problems += filter(None, map(_not_a_shard, dict.fromkeys(paths)))
-    problems += [f"{path}: is named {count} times" for path, count in Counter(paths).items() if count > 1]
     return paths, problems
 
 
+def _named_twice(paths: Sequence[str]) -> list[str]:
+    times = Counter(map(sources.identity, paths))
+    named = {sources.identity(path): path for path in paths}
+    return [f"{sources.redacted(named[path])}: is named {count} times" for path, count in times.items() if count > 1]
+
+
 def _not_a_shard(path: str) -> str | None:
+    if sources.is_remote(path):
+        return None  # asked for with all others: sources.sizes
     try:
         if os.path.isdir(path):
             return f"{path}: is a folder; name the shards in it, such as {path.rstrip('/')}/*.tar"
@@ -380,7 +540,17 @@ def _not_a_shard(path: str) -> str | None:
     return None if os.access(path, os.R_OK) else f"{path}: is not readable"
 
 
+def _size(path: str) -> int | None:
+    """Bytes of a file here; None where there is none: _not_a_shard has said it."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return None
+
+
 def _not_a_tar(path: str) -> str | None:
+    if sources.is_remote(path):
+        return None
     try:
         with open(path, "rb") as file:
             block = file.read(tarfile.BLOCKSIZE)
@@ -411,59 +581,71 @@ class Scan(NamedTuple):
     bad_labels: int = 0  # samples whose .cls holds no class number: they count as unlabelled
 
 
-def _scan_all(paths: Sequence[str], jobs: int) -> Iterator[Scan]:
+def _scan_all(paths: Sequence[str], jobs: int, patience: Patience) -> Iterator[Scan]:
+    one = partial(scan, patience=patience)
     if jobs <= 1 or len(paths) <= 1:
-        yield from map(scan, paths)
+        yield from map(one, paths)
         return
     # Not from the fork server: whoever uses it first decides what it has imported, and the stream wants torch there.
     with ProcessPoolExecutor(min(jobs, len(paths)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(scan, paths)
+        yield from pool.map(one, paths)
 
 
-def scan(path: str) -> Scan:
+def scan(path: str, patience: Patience = USUAL) -> Scan:
     """Read the headers of a tar (USTAR, GNU and PAX) and group its members into samples as WebDataset does.
 
     A key is the member's path up to the first dot of its base name; neighbours with one key are one sample. Its image
-    is the member with the plainest image suffix, its label the number in `.cls`.
+    is the member with the plainest image suffix, its label the number in `.cls`. A tar from elsewhere is copied whole
+    to do so, and hashed.
     """
+    try:
+        if not sources.is_remote(path):
+            with open(path, "rb") as file:
+                return _scan(path, file, "")
+        with sources.fetched(path, patience) as (file, digest):
+            return _scan(path, file, digest)
+    except (tarfile.TarError, OSError) as error:
+        told = str(error) if isinstance(error, sources.SourceGone | FileNotFoundError) and error.errno is None else ""
+        return Scan(path, problem=told or f"{sources.redacted(path)}: is no complete tar ({error})")
+
+
+def _scan(path: str, file: BinaryIO, sha256: str) -> Scan:
     rows: list[tuple[int, int, int, int, int]] = []
     keys: list[bytes] = []
     names: list[str] = []  # the first few, for the message when no sample is found
     without_image = bad_labels = key_at = 0
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for key, members in _groups(tar):
-                names += [member.name for member in members.values()][: max(0, 3 - len(names))]
-                suffix = _image_suffix(members)
-                if suffix is None:
-                    without_image += 1
-                    continue
-                label = NO_LABEL
-                if (cls := members.get("cls")) is not None:
-                    try:
-                        label = int(os.pread(file.fileno(), min(cls.size, 32), cls.offset_data))
-                    except ValueError:
-                        bad_labels += 1
-                image, raw_key = members[suffix], key.encode("utf-8", "surrogateescape")
-                rows.append((image.offset_data, image.size, label, key_at, len(raw_key)))
-                keys.append(raw_key)
-                key_at += len(raw_key)
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(
-                    "no end mark"
-                )  # tarfile takes one cut between members, or in a header, as whole
-            size = os.fstat(file.fileno()).st_size
-    except (tarfile.TarError, OSError) as error:
-        return Scan(path, problem=f"{path}: is no complete tar ({error})")
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for key, members in groups(tar):
+            names += [member.name for member in members.values()][: max(0, 3 - len(names))]
+            suffix = image_suffix(members)
+            if suffix is None:
+                without_image += 1
+                continue
+            label = NO_LABEL
+            if (cls := members.get("cls")) is not None:
+                try:
+                    label = int(os.pread(file.fileno(), min(cls.size, 32), cls.offset_data))
+                except ValueError:
+                    bad_labels += 1
+            image, raw_key = members[suffix], key.encode("utf-8", "surrogateescape")
+            rows.append((image.offset_data, image.size, label, key_at, len(raw_key)))
+            keys.append(raw_key)
+            key_at += len(raw_key)
+        if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("no end mark")  # tarfile takes one cut between members, or in a header, as whole
+        size = os.fstat(file.fileno()).st_size
     if not rows:
-        return Scan(path, problem=f"{path}: holds no image (its first members: {', '.join(names) or 'none'})")
+        shown = ", ".join(names) or "none"
+        return Scan(path, problem=f"{sources.redacted(path)}: holds no image (its first members: {shown})")
     part = np.array(rows, ROW).tobytes() + b"".join(keys)
-    print_of = hashlib.sha256(json.dumps([os.path.basename(path), size, len(rows)]).encode() + part).hexdigest()
-    shard = Shard(os.path.abspath(path), size, len(rows), print_of, part, 0, len(part))
+    print_of = hashlib.sha256(json.dumps([sources.basename(path), size, len(rows)]).encode() + part).hexdigest()
+    where = path if sources.is_remote(path) else os.path.abspath(path)
+    shard = Shard(where, size, len(rows), print_of, part, 0, len(part), sha256)
     return Scan(path, shard, "", without_image, bad_labels)
 
 
-def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """(key, suffix -> member) of each sample of an open tar, in its order. Links, folders and devices are left out."""
     current: str | None = None
     members: dict[str, tarfile.TarInfo] = {}
     while (member := tar.next()) is not None:
@@ -481,7 +663,8 @@ def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarIn
         yield str(current), members
 
 
-def _image_suffix(members: Iterable[str]) -> str | None:
+def image_suffix(members: Iterable[str]) -> str | None:
+    """The suffix of the member that is a sample's image, if it has one."""
     images = [suffix for suffix in members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
     return min(images, key=lambda suffix: suffix.count("."), default=None)  # "jpg" before "mask.png"; else the first
 
@@ -505,6 +688,9 @@ class Plan:
     that many samples of passes laid end to end, nothing left over. It is cut into `streams` contiguous streams, a
     stream into blocks of `window` samples, each in an order of its own. Position g of an epoch is item g // streams of
     stream g % streams. A rank reads the positions g % world == rank, so `world` has to divide `streams` and `images`.
+
+    A mixture's sets are dealt out evenly along the epoch, each in proportion to its weight, so every block of every
+    stream has its part of each; the passes of each set are its own, laid end to end over all epochs.
     """
 
     counts: NDArray[np.int64]  # [shards] samples of each
@@ -513,7 +699,10 @@ class Plan:
     streams: int
     window: int
     epoch_samples: int | None = None
-    _passes: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], int]] = field(default_factory=dict, repr=False)
+    weights: tuple[tuple[int, float], ...] = ()  # of a mixture: (shards, weight) of each set, in their order
+    _passes: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64], int]] = field(
+        default_factory=dict, repr=False
+    )
     _blocks: dict[tuple[int, int, int], NDArray[np.int64]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -536,6 +725,12 @@ class Plan:
             problems.append(
                 f"data.epoch_samples={self.epoch_samples} is less than batch.images={self.images}: no step fits in it"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
+        for number, (part, (_, weight)) in enumerate(zip(self._parts, self.weights, strict=False)):
+            if part.samples == 0 or part.share == 0:
+                what = "holds no samples" if part.samples == 0 else f"with weight {weight:g} has no sample in an epoch"
+                problems.append(f"data.shards: set {number} {what}; leave it out, or give it more")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -561,23 +756,26 @@ class Plan:
                 f" use multiples of {world}, or another number of ranks"
             )
         positions = np.arange(first + (rank - first) % world, stop, world, dtype=np.int64)
-        laid = self._laid(positions)
         samples = np.empty_like(positions)
-        for which in np.unique(laid // self._pass_samples).tolist():
-            chosen = laid // self._pass_samples == which
-            samples[chosen] = self._pass_sample(which, laid[chosen] % self._pass_samples)
+        parts, places = self._dealt(positions)
+        for number, part in enumerate(self._parts):
+            chosen = np.flatnonzero(parts == number)
+            passes, within = np.divmod(places[chosen], max(part.samples, 1))
+            for which in np.unique(passes).tolist():
+                mine = passes == which
+                samples[chosen[mine]] = self._pass_sample(number, which, within[mine])
         return Requests(positions, samples)
 
     def substitutes(self, position: int, sample: int) -> Iterator[int]:
         """What to try in place of an unreadable sample: its shard from there on, all round, then the next shards."""
-        which = int(self._laid(np.array([position]))[0]) // self._pass_samples
-        order, _, _ = self._pass(which)
+        (number,), (place,) = self._dealt(np.array([position], np.int64))
+        order, _, _ = self._pass(int(number), int(place) // self._parts[number].samples)
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         start, count = int(self._starts[shard]), int(self.counts[shard])
         yield from range(sample + 1, start + count)
         yield from range(start, sample)
-        place = int(np.flatnonzero(order == shard)[0])
-        for following in np.roll(order, -place)[1:].tolist():
+        turn = int(np.flatnonzero(order == shard)[0])
+        for following in np.roll(order, -turn)[1:].tolist():
             start = int(self._starts[following])
             yield from range(start, start + int(self.counts[following]))
 
@@ -589,8 +787,45 @@ class Plan:
     def _pass_samples(self) -> int:
         return int(self.counts.sum())
 
-    def _laid(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[n] where the positions lie in the passes laid end to end: pass x its samples + place in it."""
+    @cached_property
+    def _parts(self) -> list[_Part]:
+        epoch, ends = self.samples_per_epoch, np.cumsum([0, *self.counts]).tolist()
+        if not self.weights:
+            moves = epoch if self.epoch_samples is not None else self._pass_samples
+            return [_Part(0, len(self.counts), self._pass_samples, epoch, moves)]
+        whole = sum(weight for _, weight in self.weights)
+        exact = [epoch * weight / whole for _, weight in self.weights]
+        shares = [math.floor(share) for share in exact]
+        rest = sorted(range(len(exact)), key=lambda number: shares[number] - exact[number])  # the largest remainders
+        for number in rest[: epoch - sum(shares)]:
+            shares[number] += 1
+        parts, first = [], 0
+        for (count, _), share in zip(self.weights, shares, strict=True):
+            parts.append(_Part(first, first + count, ends[first + count] - ends[first], share, share))
+            first += count
+        return parts
+
+    def _dealt(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """([n] the set that stands at each position, [n] its place in the set's passes laid end to end).
+
+        Of the first p samples of an epoch floor(p x A / B) are of the first sets, where these have A samples of the B
+        that they have with the next set: so counts are exact, and never more than one off in between.
+        """
+        epochs, rank = self._laid(positions)
+        number = np.zeros_like(positions)
+        ends = np.cumsum([part.share for part in self._parts]).tolist()
+        undecided = np.ones(len(positions), bool)
+        for last in range(len(self._parts) - 1, 0, -1):
+            below = rank * ends[last - 1] // ends[last]
+            above = (rank + 1) * ends[last - 1] // ends[last] == below
+            number[undecided & above] = last
+            rank = np.where(undecided, np.where(above, rank - below, below), rank)
+            undecided &= ~above
+        moves = np.array([part.moves for part in self._parts])
+        return number, rank + epochs * moves[number]
+
+    def _laid(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """([n] the epoch of each position, [n] where it lies in the epoch before blocks are shuffled)."""
         per_epoch = self.samples_per_epoch
         epochs, within = np.divmod(positions, per_epoch)
         items, streams = np.divmod(within, self.streams)
@@ -613,8 +848,7 @@ class Plan:
                 epoch, stream, block = int(epochs[one]), int(streams[one]), int(blocks[one])
                 size = int(ends[one]) - block * self.window
                 places[group] = self._block(epoch, stream, block, size)[places[group]]
-        laid = starts + blocks * self.window + places
-        return laid + epochs * (per_epoch if self.epoch_samples is not None else self._pass_samples)
+        return epochs, starts + blocks * self.window + places
 
     def _block(self, epoch: int, stream: int, block: int, size: int) -> NDArray[np.int64]:
         key = (epoch, stream, block)
@@ -624,21 +858,35 @@ class Plan:
             self._blocks[key] = permutation(self.seed, Purpose.BLOCK, *key, count=size)
         return self._blocks[key]
 
-    def _pass(self, which: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        """(order of the shards, [shards] where each ends in it, where the circle is entered)."""
-        if which not in self._passes:
+    def _pass(self, number: int, which: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """(order of a set's shards, [shards] where each ends in it, where the circle is entered)."""
+        if (number, which) not in self._passes:
             # The streams of an epoch stand in all its passes at once.
-            while len(self._passes) >= 2 + self.samples_per_epoch // self._pass_samples:
+            kept = sum(2 + part.share // max(part.samples, 1) for part in self._parts)
+            while len(self._passes) >= kept:
                 del self._passes[next(iter(self._passes))]
-            order = permutation(self.seed, Purpose.SHARDS, which, count=len(self.counts))
-            turn = math.floor(uniform(self.seed, Purpose.ROTATION, which, count=1)[0] * self._pass_samples)
-            self._passes[which] = (order, np.cumsum(self.counts[order]), turn)
-        return self._passes[which]
+            part = self._parts[number]
+            order = part.first + permutation(
+                self.seed, Purpose.SHARDS, which, number, count=part.stop - part.first
+            )  # fmt: skip
+            turn = math.floor(uniform(self.seed, Purpose.ROTATION, which, number, count=1)[0] * part.samples)
+            self._passes[number, which] = (order, np.cumsum(self.counts[order]), turn)
+        return self._passes[number, which]
 
-    def _pass_sample(self, which: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        order, ends, turn = self._pass(which)
-        places = (places + turn) % self._pass_samples
+    def _pass_sample(self, number: int, which: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        order, ends, turn = self._pass(number, which)
+        places = (places + turn) % self._parts[number].samples
         slots = np.searchsorted(ends, places, side="right")
         shards = order[slots]
         rows = places - (ends[slots] - self.counts[shards])
         return self._starts[shards] + rows
+
+
+class _Part(NamedTuple):
+    """A set of a mixture; the only one where there is none."""
+
+    first: int  # of its shards
+    stop: int
+    samples: int  # of a pass
+    share: int  # samples of an epoch
+    moves: int  # samples of its passes that an epoch goes through or leaves out

@@ -10,13 +10,15 @@ writer) and pinned or registered memory, which a fork can deadlock or corrupt. T
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
+import queue
 import signal
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import count, islice
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
@@ -29,11 +31,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from rcmae.batch import NO_LABEL, Batch
 from rcmae.masking import Mask
-from rcmae.shards import Plan, Requests, Sample, ShardIndex
+from rcmae.shards import Plan, Requests, Sample, Shard, ShardIndex
+from rcmae.sources import Cache, Reader, is_remote, redacted
 from rcmae.transforms import BadImage, CentreTransform, Transform, View
 
-_OPEN_SHARDS = 128  # files that a process keeps open; the usual limit is 1,024
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+_STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
 _NAMED = 20  # bad samples that a message lists before it counts the rest
 _log = logging.getLogger(__name__)
 
@@ -71,6 +74,8 @@ class Stream:
         prefetch: int = 2,
         max_bad_fraction: float = 0.001,
         max_bad_in_a_row: int = 100,
+        cache: Cache | None = None,
+        ranks_of_node: int = 1,
     ) -> None:
         """Nothing is read and no worker started before the first step is asked for.
 
@@ -86,6 +91,8 @@ class Stream:
             prefetch: micro-batches that each worker keeps ready.
             max_bad_fraction: more unreadable samples than this, of an epoch's or of all read so far, stop the run.
             max_bad_in_a_row: so do more than this one after the other.
+            cache: of the node, for shards from elsewhere; what comes next is copied there while training goes on.
+            ranks_of_node: how many share it.
 
         Raises:
             ValueError: micro-batches do not divide this rank's part of a step, or ranks the batch and the streams.
@@ -98,8 +105,11 @@ class Stream:
             )
         self._plan, self._per_rank, self._micros = plan, per_rank, per_rank // micro
         self._limits = Limits(max_bad_fraction, max_bad_in_a_row, plan.samples_per_epoch // world)
-        self._reading = _TrainReading(index, plan, transform, mask, seed, max_bad_in_a_row)
-        self._order = _MicroOrder(plan, rank, world, micro)
+        self._reading = _TrainReading(index, plan, transform, mask, seed, max_bad_in_a_row, cache)
+        remote = any(is_remote(shard.path) for shard in index.shards)
+        assert not remote or cache is not None, "shards from elsewhere need a cache"
+        ahead = _Ahead(index, cache.limit // ranks_of_node) if remote and cache is not None else None
+        self._order = _MicroOrder(plan, rank, world, micro, ahead)
         self._loader: DataLoader[_Read | Exception] | None = _loader(
             self._reading, self._order, workers, prefetch, persistent=True
         )
@@ -142,7 +152,7 @@ class Stream:
 
     def first_images(self, count: int) -> Batch:
         """The first `count` positions of the run, the same on every rank, read here and now: for pictures."""
-        read = self._reading[self._plan.requests(0, count)]
+        read = self._reading[_Asked(self._plan.requests(0, count))]
         if isinstance(read, Exception):
             raise read
         return read.batch
@@ -201,6 +211,7 @@ def labelled_batches(
     world: int = 1,
     workers: int = 0,
     prefetch: int = 2,
+    cache: Cache | None = None,
     on_bad: Callable[[BadSample], None] | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of the labelled samples, each once, resized and cut at the centre, in batches of one size.
@@ -219,7 +230,7 @@ def labelled_batches(
     numbers = np.full(count * batch, -1)
     mine = np.arange(rank * share, min((rank + 1) * share, len(index)))
     numbers[: len(mine)] = mine
-    reading = _LabelledReading(index, CentreTransform(image_size, in_channels))
+    reading = _LabelledReading(index, CentreTransform(image_size, in_channels), cache)
     reads = iter(_loader(reading, _Chunks(numbers, batch), min(workers, count), prefetch, persistent=False))
     try:
         for read in reads:
@@ -244,33 +255,77 @@ def refuse_unlabelled(index: ShardIndex) -> None:
 # ---------------------------------------------------------------------------------------- what is asked of the workers
 
 
-class _MicroOrder(Sampler[Requests]):
+class _Asked(NamedTuple):
+    """What a worker is handed: a micro-batch to make, and shards from elsewhere to copy meanwhile."""
+
+    requests: Requests
+    ahead: tuple[int, ...] = ()
+
+
+class _Ahead:
+    """Which shards to copy ahead of the reader: as many as fit into this rank's part of the cache."""
+
+    def __init__(self, index: ShardIndex, room: int) -> None:
+        self._index, self._room = index, room
+
+    def walk(self, steps: Iterator[Requests]) -> Iterator[tuple[Requests, list[int]]]:
+        """Each step's requests, and the shards that it is time to copy when that step begins."""
+        last_need: dict[int, int] = {}  # shard -> the last step up to `planned` that reads it
+        coming: deque[tuple[Requests, list[int]]] = deque()
+        used = done = planned = 0
+        while True:
+            fresh = []
+            while len(coming) < 2 or (used < self._room and len(coming) < _STEPS_AHEAD):
+                requests = next(steps)
+                shards = self._index.shards_of(requests.samples)
+                for shard in shards:
+                    if shard not in last_need:
+                        used += self._index.shards[shard].size
+                        fresh.append(shard)
+                    last_need[shard] = planned
+                coming.append((requests, shards))
+                planned += 1
+            requests, shards = coming.popleft()
+            yield requests, [shard for shard in fresh if is_remote(self._index.shards[shard].path)]
+            for shard in shards:
+                if last_need[shard] == done:
+                    del last_need[shard]
+                    used -= self._index.shards[shard].size
+            done += 1
+
+
+class _MicroOrder(Sampler[_Asked]):
     """The requests of each micro-batch of a rank, from a step on, without end."""
 
-    def __init__(self, plan: Plan, rank: int, world: int, micro: int) -> None:
-        self._plan, self._rank, self._world, self._micro = plan, rank, world, micro
+    def __init__(self, plan: Plan, rank: int, world: int, micro: int, ahead: _Ahead | None) -> None:
+        self._plan, self._rank, self._world, self._micro, self._ahead = plan, rank, world, micro, ahead
         self.first_step = 0
 
-    def __iter__(self) -> Iterator[Requests]:
-        step, images = self.first_step, self._plan.images
-        while True:
-            requests = self._plan.requests(step * images, (step + 1) * images, self._rank, self._world)
-            for at in range(0, len(requests.positions), self._micro):
+    def __iter__(self) -> Iterator[_Asked]:
+        steps = self._steps()
+        for requests, shards in self._ahead.walk(steps) if self._ahead else ((each, []) for each in steps):
+            cuts = range(0, len(requests.positions), self._micro)
+            for number, at in enumerate(cuts):
                 part = slice(at, at + self._micro)
-                yield Requests(requests.positions[part], requests.samples[part])
-            step += 1
+                share = tuple(shards[number :: len(cuts)])
+                yield _Asked(Requests(requests.positions[part], requests.samples[part]), share)
+
+    def _steps(self) -> Iterator[Requests]:
+        images = self._plan.images
+        for step in count(self.first_step):
+            yield self._plan.requests(step * images, (step + 1) * images, self._rank, self._world)
 
 
-class _Chunks(Sampler[Requests]):
+class _Chunks(Sampler[_Asked]):
     """Numbers of samples, cut into batches."""
 
     def __init__(self, numbers: NDArray[np.int64], batch: int) -> None:
         self._numbers, self._batch = numbers, batch
 
-    def __iter__(self) -> Iterator[Requests]:
+    def __iter__(self) -> Iterator[_Asked]:
         for at in range(0, len(self._numbers), self._batch):
             part = self._numbers[at : at + self._batch]
-            yield Requests(part, part)
+            yield _Asked(Requests(part, part))
 
 
 # ---------------------------------------------------------------------------------------------- what the workers do
@@ -283,37 +338,35 @@ class _Read(NamedTuple):
     bad: list[BadSample]
 
 
-class _Shards:
-    """Reads samples by offset, keeping the shards last read open. Travels to another process closed."""
+class _Copying:
+    """Copies shards into the cache in a thread, while the process decodes. Travels to another process idle.
 
-    def __init__(self) -> None:
-        self._open: OrderedDict[str, int] = OrderedDict()
+    It is a help only: who needs a shard copies it itself, or waits for whoever does. So nothing is raised here.
+    """
 
-    def read(self, sample: Sample) -> bytes:
-        """The bytes of a sample's image. Raises BadImage where the shard ends before them, OSError where it is gone."""
-        file = self._open.get(sample.path)
-        if file is None:
-            file = os.open(sample.path, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._open) >= _OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[sample.path] = file
-        self._open.move_to_end(sample.path)
-        data = os.pread(file, sample.size, sample.offset)
-        while 0 < len(data) < sample.size:  # a read may stop early, and at 2 GB does
-            more = os.pread(file, sample.size - len(data), sample.offset + len(data))
-            if not more:
-                break
-            data += more
-        if len(data) < sample.size:
-            raise BadImage(f"only {len(data)} of its {sample.size} bytes are there")
-        return data
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._thread: threading.Thread | None = None
+        self._coming: queue.SimpleQueue[Sequence[Shard]] = queue.SimpleQueue()
 
-    def __reduce__(self) -> tuple[type[_Shards], tuple[()]]:
-        return _Shards, ()
+    def ask(self, shards: Sequence[Shard]) -> None:
+        """Copy these as soon as those before are there."""
+        if not shards:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="copy shards ahead")
+            self._thread.start()
+        self._coming.put(shards)
 
-    def __del__(self) -> None:
-        for file in self._open.values():
-            os.close(file)
+    def _run(self) -> None:
+        while True:
+            try:
+                self._reader.prepare(self._coming.get())
+            except Exception as error:  # who needs it meets it again, and says so
+                _log.debug("not copied ahead: %s", error)
+
+    def __reduce__(self) -> tuple[type[_Copying], tuple[Reader]]:
+        return _Copying, (self._reader,)
 
 
 class _TrainReading(Dataset[_Read | Exception]):
@@ -323,18 +376,32 @@ class _TrainReading(Dataset[_Read | Exception]):
     """
 
     def __init__(
-        self, index: ShardIndex, plan: Plan, transform: Transform, mask: Mask, seed: int, max_bad_in_a_row: int
+        self,
+        index: ShardIndex,
+        plan: Plan,
+        transform: Transform,
+        mask: Mask,
+        seed: int,
+        max_bad_in_a_row: int,
+        cache: Cache | None,
     ) -> None:
         self._index, self._plan, self._transform, self._mask = index, plan, transform, mask
         self._seed, self._max_bad_in_a_row = seed, max_bad_in_a_row
-        self._shards = _Shards()
+        self._reader = Reader(cache)
+        self._copying = _Copying(self._reader)
         # Saves looking again for bytes that are not there. Of what does not decode nothing is kept: a crop may do
         # without the damaged part, and what a worker happens to have met must not decide.
         self._known_bad: dict[int, str] = {}
 
-    def __getitem__(self, requests: Requests) -> _Read | Exception:
+    def __getitem__(self, asked: _Asked) -> _Read | Exception:
+        requests = asked.requests
         rows: list[tuple[Sample, View]] = []
         bad: list[BadSample] = []
+        self._copying.ask([self._index.shards[number] for number in asked.ahead])
+        try:
+            self._reader.prepare([self._index.shards[number] for number in self._index.shards_of(requests.samples)])
+        except OSError as error:
+            return error
         for position, number in zip(requests.positions.tolist(), requests.samples.tolist(), strict=True):
             try:
                 sample, view = self._view(position, number, bad)
@@ -366,13 +433,13 @@ class _TrainReading(Dataset[_Read | Exception]):
             return sample, view
         sample = self._index[number]
         raise TooManyBadSamples(
-            f"nothing can be read in place of {sample.id} ({sample.path} at byte {sample.offset}: {reason}): "
+            f"nothing can be read in place of {sample.id} ({redacted(sample.path)} at byte {sample.offset}: {reason}): "
             f"the rest of its shard and data.max_bad_in_a_row={self._max_bad_in_a_row} samples after it failed as well"
         )
 
     def _read(self, number: int, sample: Sample) -> bytes:
         try:
-            return self._shards.read(sample)
+            return _bytes(self._reader, sample)
         except BadImage as error:
             self._known_bad[number] = str(error)
             raise
@@ -385,14 +452,15 @@ class _TrainReading(Dataset[_Read | Exception]):
 class _LabelledReading(Dataset[_Read]):
     """Numbers of samples -> views at the centre. What cannot be read, and -1, gives an empty image at position -1."""
 
-    def __init__(self, index: ShardIndex, transform: CentreTransform) -> None:
-        self._index, self._transform, self._shards = index, transform, _Shards()
+    def __init__(self, index: ShardIndex, transform: CentreTransform, cache: Cache | None) -> None:
+        self._index, self._transform, self._reader = index, transform, Reader(cache)
 
-    def __getitem__(self, requests: Requests) -> _Read:
+    def __getitem__(self, asked: _Asked) -> _Read:
+        requests = asked.requests
         nothing = View(
             torch.zeros(self._transform.in_channels, *self._transform.image_size, dtype=torch.uint8), (0, 0, 0, 0, 0)
         )
-        padding = (Sample("", "", 0, 0, NO_LABEL), nothing)
+        padding = (Sample(Shard("", 0, 0, "", b""), "", 0, 0, NO_LABEL), nothing)
         rows: list[tuple[Sample, View]] = []
         bad: list[BadSample] = []
         positions = requests.positions.copy()
@@ -402,15 +470,23 @@ class _LabelledReading(Dataset[_Read]):
                 continue
             sample = self._index[number]
             try:
-                rows[row] = (sample, self._transform(self._shards.read(sample), 0, number))
+                rows[row] = (sample, self._transform(_bytes(self._reader, sample), 0, number))
             except BadImage as error:
                 bad.append(_bad_sample(number, sample, str(error), ""))
                 positions[row] = -1
         return _Read(_batch(rows, positions, torch.zeros(len(rows), 0, dtype=torch.int64), 0), bad)
 
 
+def _bytes(reader: Reader, sample: Sample) -> bytes:
+    """The bytes of a sample's image. Raises BadImage where the shard ends before them, OSError where it is gone."""
+    data = reader.read(sample.shard, sample.offset, sample.size)
+    if len(data) < sample.size:
+        raise BadImage(f"only {len(data)} of its {sample.size} bytes are there")
+    return data
+
+
 def _batch(rows: list[tuple[Sample, View]], positions: NDArray[np.int64], ids: Tensor, num_visible: int) -> Batch:
-    images = torch.empty(len(rows), *rows[0][1].image.shape, dtype=torch.uint8)
+    images = _images(len(rows), *rows[0][1].image.shape)
     for row, (_, view) in enumerate(rows):
         images[row] = view.image
     return Batch(
@@ -424,6 +500,18 @@ def _batch(rows: list[tuple[Sample, View]], positions: NDArray[np.int64], ids: T
     )
 
 
+def _images(count: int, channels: int, height: int, width: int) -> Tensor:
+    """[count, channels, height, width] uint8 to be filled. A worker's lies in shared memory, handed over as it is.
+
+    torch has no public way to begin there; its own collation does the same.
+    """
+    shape = (count, channels, height, width)
+    if multiprocessing.parent_process() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
 def _bad_sample(position: int, sample: Sample, reason: str, replaced_by: str) -> BadSample:
     shard, _, key = sample.id.partition("/")
     return BadSample(position, shard, key, sample.offset, reason, replaced_by)
@@ -433,7 +521,7 @@ def _bad_sample(position: int, sample: Sample, reason: str, replaced_by: str) ->
 
 
 def _loader(
-    reading: Dataset[Any], order: Sampler[Requests], workers: int, prefetch: int, *, persistent: bool
+    reading: Dataset[Any], order: Sampler[_Asked], workers: int, prefetch: int, *, persistent: bool
 ) -> DataLoader[Any]:
     processes: dict[str, Any] = {}
     if workers:

@@ -40,7 +40,8 @@ from rcmae.masking import RandomMask, visible_count
 from rcmae.metrics import Meter, MetricsLog, closing_summary
 from rcmae.objectives import OBJECTIVES, Objective
 from rcmae.schedules import teacher_momentum, warmup_half_cosine
-from rcmae.shards import Plan, ShardIndex
+from rcmae.shards import Patterns, Plan, ShardIndex, cache_problem
+from rcmae.sources import Cache, Patience, is_remote
 from rcmae.stream import BadSample, Stream, TooManyBadSamples, labelled_batches, refuse_unlabelled
 from rcmae.transforms import Normalise, TrainTransform
 from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, flops_per_image, size_problems
@@ -109,6 +110,7 @@ class Run:
     normalise: Normalise
     index: ShardIndex
     labelled: list[ShardIndex]  # training and test set of the evaluation, if there is one
+    cache: Cache | None  # of this node, where shards come from elsewhere
     log: MetricsLog
     meter: Meter
     stop: preempt.StopRequest
@@ -357,7 +359,7 @@ class Run:
             labelled_batches(
                 index, image_size=self.recipe.model.image_hw,
                 in_channels=self.recipe.model.in_channels, batch=evaluate.batch, rank=dist.rank(), world=dist.world(),
-                workers=self.recipe.data.workers,
+                workers=self.recipe.data.workers, cache=self.cache,
             )
             for index in self.labelled
         ]  # fmt: skip
@@ -436,6 +438,7 @@ class Checked:
     mask: RandomMask
     saved: checkpoint.Manifest | None  # where the run goes on from, if its bytes are as written
     engine_config: dict[str, Any]  # DeepSpeed's JSON
+    cache: Cache | None  # of this node, where shards come from elsewhere
 
 
 def check(recipe: Recipe) -> Checked:
@@ -452,27 +455,35 @@ def check(recipe: Recipe) -> Checked:
         problems.append(f"engine.name=local is one process, {world} were launched; use deepspeed or fsdp2")
     if recipe.engine.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         problems.append(f"engine.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use engine.precision=fp32")
-    index, plan, sizes, mask, engine_config = None, None, None, None, {}
+    index, plan, sizes, mask, engine_config, cache = None, None, None, None, {}, None
     with problems:
         shapes, (height, width) = student_sizes(recipe.model), recipe.model.image_hw
         patches = height // shapes["patch_size"] * (width // shapes["patch_size"])
         mask = RandomMask(patches, visible_count(patches, recipe.objective.mask_ratio))
     with problems:
-        index = open_index(data.shards, recipe.run_dir / "index")
+        index = open_index(recipe, data.shards)
     labelled = []
     for shards in (recipe.evaluate.train_shards, recipe.evaluate.test_shards) if recipe.evaluate.every_steps else ():
         with problems:
-            labelled.append(open_index(shards, recipe.run_dir / "index"))
+            labelled.append(open_index(recipe, shards))
             refuse_unlabelled(labelled[-1])
+    if any(is_remote(shard.path) for each in (index, *labelled) if each is not None for shard in each.shards):
+        with problems:
+            cache = Cache.of(data.cache_dir, data.cache_gb, patience(recipe))
     undivided = config.batch_problems(recipe, world)
     problems += undivided
     if index is not None and not undivided:
         with problems:
             plan = Plan(
                 index.counts, seed=data.seed, images=recipe.batch.images, streams=config.streams_for(recipe, world),
-                window=data.shuffle_window, epoch_samples=data.epoch_samples,
+                window=data.shuffle_window, epoch_samples=data.epoch_samples, weights=index.weights,
             )  # fmt: skip
             sizes = config.resolve(recipe, world=world, samples_per_epoch=plan.samples_per_epoch)
+            small = cache_problem(
+                index, streams=plan.streams, window=plan.window, nodes=world // dist.ranks_of_node(), world=world,
+                limit=int(data.cache_gb * 1e9),
+            )  # fmt: skip
+            problems += [small] if small else []
     if recipe.engine.name == "deepspeed" and sizes is not None:
         with problems:
             from rcmae.engine_deepspeed import config_problems, read_config  # costs seconds: only where it is used
@@ -485,10 +496,15 @@ def check(recipe: Recipe) -> Checked:
     assert plan is not None
     assert sizes is not None
     assert mask is not None
-    return Checked(index, labelled, plan, sizes, mask, saved, engine_config)
+    return Checked(index, labelled, plan, sizes, mask, saved, engine_config, cache)
 
 
-def open_index(shards: str | list[str], cache: Path) -> ShardIndex:
+def patience(recipe: Recipe) -> Patience:
+    """With shards from elsewhere."""
+    return Patience(recipe.data.source_timeout_s, recipe.data.source_attempts)
+
+
+def open_index(recipe: Recipe, shards: Patterns) -> ShardIndex:
     """The index of shards, read once for all ranks. Collective: every rank calls.
 
     Raises:
@@ -497,7 +513,9 @@ def open_index(shards: str | list[str], cache: Path) -> ShardIndex:
     index, problem = None, None
     if dist.rank() == 0:  # without an index beside them the headers of all shards are read, and once is enough
         try:
-            index = ShardIndex.open(shards, cache=cache, jobs=min(8, os.cpu_count() or 1))
+            folders = [str(recipe.run_dir / "index"), *([recipe.data.index] if recipe.data.index else [])]
+            jobs = min(8, os.cpu_count() or 1)
+            index = ShardIndex.open(shards, cache=folders, jobs=jobs, patience=patience(recipe))
         except ValueError as error:
             problem = str(error)
     index, problem = dist.from_first((index, problem))
@@ -577,6 +595,7 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
         index=found.index, plan=found.plan, transform=transform, mask=found.mask, seed=data.seed,
         micro=sizes.per_device, rank=dist.rank(), world=world, workers=data.workers,
         max_bad_fraction=data.max_bad_fraction, max_bad_in_a_row=data.max_bad_in_a_row,
+        cache=found.cache, ranks_of_node=dist.ranks_of_node(),
     )  # fmt: skip
     step, images = (saved.step, saved.images) if saved else (0, 0)
     log = MetricsLog(
@@ -590,9 +609,9 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
     )  # fmt: skip
     run = Run(
         recipe=recipe, sizes=sizes, objective=objective, engine=engine, stream=stream, index=found.index,
-        labelled=found.labelled, normalise=Normalise(data.mean, data.std, dist.device()), log=log, meter=meter,
-        stop=stop, guard=guard, saver=saver, lease=lease, step=step, data_step=images // sizes.images_per_step,
-        saved_step=step if saved and own(recipe, saved) else -1,
+        labelled=found.labelled, cache=found.cache, normalise=Normalise(data.mean, data.std, dist.device()), log=log,
+        meter=meter, stop=stop, guard=guard, saver=saver, lease=lease, step=step,
+        data_step=images // sizes.images_per_step, saved_step=step if saved and own(recipe, saved) else -1,
     )  # fmt: skip
     announce(run, saved)
     return run

@@ -47,6 +47,7 @@ def refused(path, *overrides):
         ("modle.depth=2", "unknown key 'modle'; did you mean 'model'?"),
         ("objective.mask_ration=0.5", "unknown key 'mask_ration' in objective; did you mean 'mask_ratio'?"),
         ("schedule.warmup_epoch=5", "unknown key 'warmup_epoch' in schedule; did you mean 'warmup_epochs'?"),
+        ("data.shards=[{shards: a.tar, weight: 0}]", "data.shards: input should be a valid string"),
         ("log.zzzz=1", "unknown key 'zzzz' in log; known: every_steps, tensorboard"),
         ("batch.images=many", "batch.images: input should be a valid integer"),
         ("batch.images=32.5", "batch.images: input should be a valid integer"),
@@ -89,6 +90,13 @@ def test_keys_that_contradict_each_other_are_refused(recipe, wrong, line):
     lines = refused(recipe(), wrong)
     assert len(lines) == 1
     assert lines[0].startswith(line)
+
+
+def test_a_mixture_is_a_list_of_sets_with_weights(recipe):
+    loaded = config.load(recipe(), ["data.shards=[{shards: a.tar, weight: 2}, {shards: [b.tar, c.tar], weight: 1}]"])
+    assert [(one.shards, one.weight) for one in loaded.data.shards] == [("a.tar", 2.0), (["b.tar", "c.tar"], 1.0)]
+    lines = refused(recipe(), "data.shards=[{shards: a.tar, wieght: 1}]")
+    assert "unknown key 'wieght' in data.shards.list[WeightedShards].0; did you mean 'weight'?" in lines
 
 
 def test_a_teacher_rounded_to_bf16_needs_bf16(recipe):

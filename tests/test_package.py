@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # Bottom first. A module imports only from rows below its own; train.py alone may see everything.
 LAYERS = (
-    {"config", "dist", "draws", "preempt", "lease"},
+    {"config", "dist", "draws", "preempt", "lease", "sources"},
     {"batch", "jpeg", "masking", "shards", "schedules", "optim", "kernels", "metrics"},
     {"transforms", "guard"},
     {"stream", "vit"},
@@ -164,5 +164,3 @@ def test_licence_is_apache_2():
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence
     assert "END OF TERMS AND CONDITIONS" in licence
-
-

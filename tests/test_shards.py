@@ -4,14 +4,19 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
-import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from rcmae.shards import INDEX, NO_LABEL, Plan, ShardIndex, expand, scan
+from rcmae.shards import INDEX, NO_LABEL, Plan, ShardIndex, expand, flat, scan
+
+ROOT = Path(__file__).parent.parent
 
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):
@@ -59,7 +64,7 @@ def test_every_unusable_pattern_and_shard_is_named_at_once(folder):
     (folder / "empty.tar").touch()
     patterns = [
         f"{folder}/none-*.tar", f"{folder}/train-{{000001..000004}}.tar", f"{folder}/empty.tar", str(folder),
-        f"{folder}/train-000001.tar", f"{folder}/{{a", "s3://bucket/x.tar",
+        f"{folder}/train-000001.tar", f"{folder}/{{a", "nosuch://bucket/x.tar",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="cannot be used") as caught:
         ShardIndex.open(patterns)
@@ -67,7 +72,7 @@ def test_every_unusable_pattern_and_shard_is_named_at_once(folder):
     for line in (
         "none-*.tar: matches nothing", "train-000003.tar: No such file", "train-000004.tar: No such file",
         "empty.tar: is empty", f"{folder}: is a folder", "train-000001.tar: is named 2 times", "braces do not pair",
-        "s3://bucket/x.tar: shards are read from a file system",
+        "nosuch://bucket/x.tar: no client for it",
     ):  # fmt: skip
         assert line in message
     with pytest.raises(ValueError, match="no shards are named"):
@@ -160,7 +165,7 @@ def test_a_saved_index_is_the_built_one_and_moves_with_its_shards(folder, tmp_pa
     folder.rename(elsewhere)
     loaded = ShardIndex.load(elsewhere)
     assert loaded.fingerprint == built.fingerprint
-    assert [loaded[n]._replace(path="") for n in range(12)] == [built[n]._replace(path="") for n in range(12)]
+    assert [loaded[n][1:] for n in range(12)] == [built[n][1:] for n in range(12)]
     assert all(read(loaded[number]) == f"image 1 {number - 5}".encode() for number in range(5, 8))
 
 
@@ -203,7 +208,7 @@ def test_a_cache_folder_holds_the_index_of_shards_that_lie_elsewhere(folder, tmp
     built.save(cache)
     opened = ShardIndex.open(f"{folder}/*.tar", cache=cache)
     assert isinstance(opened.shards[0].table, str)
-    assert [opened[number] for number in range(12)] == [built[number] for number in range(12)]
+    assert [opened[number][1:] for number in range(12)] == [built[number][1:] for number in range(12)]
 
 
 def test_a_damaged_or_newer_index_is_refused_and_another_programs_is_left_alone(folder):
@@ -345,6 +350,79 @@ def test_the_order_stays_what_it_was():
     assert made.requests(1_000_000_007, 1_000_000_015).samples.tolist() == [94, 101, 9, 15, 22, 28, 33, 1]
 
 
+# ---------------------------------------------------------------------------------------------------- mixtures
+
+MIXED = [*COUNTS["uneven"], 40, 9, 300]  # sets of 104, 49 and 300 samples
+WEIGHTS = ((6, 2.0), (2, 1.0), (1, 0.5))
+
+
+def set_of(samples):
+    return np.searchsorted([104, 153], samples, side="right")
+
+
+def test_a_mixture_gives_each_set_its_part_of_every_epoch_and_no_sample_twice_in_a_pass():
+    made = plan(MIXED, weights=WEIGHTS, epoch_samples=210)
+    per_epoch = made.samples_per_epoch
+    assert per_epoch == 208
+    whole = made.requests(0, 40 * per_epoch).samples
+    for epoch in range(40):
+        parts = set_of(whole[epoch * per_epoch : (epoch + 1) * per_epoch])
+        assert np.bincount(parts).tolist() == [119, 59, 30]  # 208 x 4/7, 2/7, 1/7, rounded to their sum
+    for number, size in enumerate((104, 49, 300)):
+        times = np.bincount(whole[set_of(whole) == number])
+        assert times.max() - times[times.nonzero()[0][0] :].min() <= 1, size
+
+
+def test_the_sets_of_a_mixture_are_mixed_in_every_block():
+    made = plan(MIXED, weights=WEIGHTS, epoch_samples=2080, window=26)
+    stream = made.requests(0, made.samples_per_epoch).samples[5::16]  # 130 samples: five blocks of one stream
+    for block in stream.reshape(5, 26):
+        drawn = np.bincount(set_of(block), minlength=3)
+        assert np.abs(drawn - np.array([4, 2, 1]) * 26 / 7).max() <= 1.5
+
+
+def test_a_mixture_is_the_same_for_every_world_and_from_any_position():
+    made = plan(MIXED, weights=WEIGHTS)
+    stop = 3 * made.samples_per_epoch
+    whole = made.requests(0, stop).samples
+    for world in (2, 4, 8):
+        for rank in range(world):
+            part = plan(MIXED, weights=WEIGHTS).requests(77, stop, rank, world)
+            np.testing.assert_array_equal(part.samples, whole[part.positions])
+
+
+def test_a_set_with_all_the_weight_is_read_as_alone_and_substitutes_stay_in_their_set():
+    made = plan(MIXED, weights=WEIGHTS)
+    for position in range(0, 400, 7):
+        sample = int(made.requests(position, position + 1).samples[0])
+        others = list(made.substitutes(position, sample))
+        assert sorted([*others, sample]) == np.flatnonzero(set_of(np.arange(453)) == set_of(sample)).tolist()
+    one = plan(COUNTS["uneven"], weights=((6, 3.0),), epoch_samples=104)
+    np.testing.assert_array_equal(
+        one.requests(0, 500).samples, plan(COUNTS["uneven"], epoch_samples=104).requests(0, 500).samples
+    )
+
+
+def test_a_set_without_a_sample_in_an_epoch_is_refused():
+    with pytest.raises(ValueError, match=r"set 2 with weight 0\.0001 has no sample in an epoch"):
+        plan(MIXED, weights=((6, 1.0), (2, 1.0), (1, 0.0001)))
+
+
+def test_an_index_of_a_mixture_knows_its_sets(folder):
+    def sets(*weights):
+        named = (f"{folder}/train-00000{{0,2}}.tar", f"{folder}/train-000001.tar")
+        return [SimpleNamespace(shards=shards, weight=weight) for shards, weight in zip(named, weights, strict=True)]
+
+    index = ShardIndex.open(sets(1.0, 2.0))
+    assert index.counts.tolist() == [5, 4, 3]
+    assert index.weights == ((2, 1.0), (1, 2.0))
+    assert index.fingerprint == ShardIndex.open(sets(1.0, 2.0)).fingerprint
+    assert index.fingerprint != ShardIndex.open(sets(1.0, 3.0)).fingerprint
+    assert flat(sets(1.0, 2.0)) == [f"{folder}/train-00000{{0,2}}.tar", f"{folder}/train-000001.tar"]
+    with pytest.raises(ValueError, match=r"train-000001\.tar: is named 2 times"):
+        ShardIndex.open([*sets(1, 1), SimpleNamespace(shards=[f"{folder}/train-000001.tar"], weight=1)])
+
+
 def test_substitutes_are_the_rest_of_the_shard_then_each_other_sample_once():
     made = plan(COUNTS["uneven"])
     assert made.samples_per_epoch == 104
@@ -369,10 +447,64 @@ def test_a_plan_that_cannot_work_is_refused_with_the_way_out():
         plan(COUNTS["uneven"]).requests(0, 8, 0, 3)
 
 
-def test_a_rank_of_a_thousand_plans_its_epoch_of_a_billion_samples_in_seconds():
-    made = Plan(np.full(100_000, 12_800), seed=0, images=65_536, streams=1024, window=4096)
-    began = time.perf_counter()
-    requests = made.requests(made.samples_per_epoch, 2 * made.samples_per_epoch, 1023, 1024)
-    took = time.perf_counter() - began
-    assert len(requests.positions) == made.samples_per_epoch // 1024
-    assert took < 5  # 0.5 s on an idle core
+LARGE = """
+import json, mmap, os, resource, sys, time
+import numpy as np
+from rcmae.shards import FORMAT, INDEX, ROW, VERSION, Plan, Shard, ShardIndex
+folder, shards, samples = sys.argv[1], 100_000, 12_800
+keys = 9  # bytes of one
+part = samples * (ROW.itemsize + keys)
+table, told = "index-large.bin", {"table_gb": shards * part / 1e9}
+with open(f"{folder}/{table}", "wb") as file:  # a file with holes: only what is read below is there
+    file.truncate(shards * part)
+    row = np.array([(512, 1000, 7, 9 * 100, 9)], ROW).tobytes()
+    for at, data in ((100 * ROW.itemsize, row), (samples * ROW.itemsize + 9 * 100, b"000000100")):
+        file.seek(777 * part + at)
+        file.write(data)
+entries = [
+    {"name": f"train-{n:06d}.tar", "bytes": 2**30, "samples": samples, "table_bytes": part, "fingerprint": f"{n:064x}"}
+    for n in range(shards)
+]
+whole = ShardIndex([Shard(e["name"], e["bytes"], e["samples"], e["fingerprint"], b"") for e in entries]).fingerprint
+head = {"format": FORMAT, "version": VERSION, "fingerprint": whole, "samples": shards * samples, "table": table}
+with open(f"{folder}/{INDEX}", "w") as file:
+    json.dump({**head, "bytes": shards * part, "shards": entries}, file, indent=1)
+del entries
+told["json_mb"] = os.path.getsize(f"{folder}/{INDEX}") / 1e6
+
+def timed(name, call):
+    begin = time.process_time()
+    result = call()
+    told[name] = time.process_time() - begin
+    return result
+
+index = timed("load_s", lambda: ShardIndex.load(folder))
+plan = lambda: Plan(index.counts, seed=0, images=65_536, streams=1024, window=4096)
+first, made = 17_300 * 65_536, plan()
+epoch = made.samples_per_epoch
+asked = timed("plan_s", lambda: made.requests(epoch, 2 * epoch, 1023, 1024))
+assert len(asked.positions) == epoch // 1024
+def resumed():
+    requests = plan().requests(first, first + 65_536, 1023, 1024)
+    return [index[number] for number in requests.samples.tolist()]
+assert len(timed("resume_s", resumed)) == 64
+sample = index[777 * samples + 100]
+assert (sample.id, sample.offset, sample.size, sample.label) == ("train-000777/000000100", 512, 1000, 7)
+told["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+print(json.dumps(told))
+"""
+
+
+def test_a_rank_of_a_thousand_plans_its_epoch_of_a_billion_samples_within_a_second(tmp_path):
+    """100,000 shards of 12,800 samples. Seconds of a core: index.json (20 MB; the table of 40 GB is mapped, not read)
+    is loaded in 0.33; an epoch of one rank of 1,024 is planned in 0.44; from nothing to the offsets of a step in its
+    middle takes 0.02. All together peak at 272 MB, most of it while the JSON is parsed.
+    """
+    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["plan_s"] < 2
+    assert told["resume_s"] < 1
+    assert told["load_s"] < 10
+    assert told["peak_mb"] < 500
+    assert told["json_mb"] < 30

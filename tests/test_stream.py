@@ -66,13 +66,17 @@ def stream_of(index, *, images=8, **changes):
     return Stream(index=index, plan=plan, **{**settings, **changes})
 
 
-def record(index, first_step, steps, *, world=1, **changes):
-    """What stands at each position: everything that a batch tells of it, over all ranks."""
+def record(index, first_step, steps, *, world=1, killed_in=0, **changes):
+    """What stands at each position: everything that a batch tells of it, over all ranks.
+
+    With `killed_in`, ranks of at least as many have seen one step more than the others, and are dropped there.
+    """
     seen = {}
     for rank in range(world):
         stream = stream_of(index, rank=rank, world=world, **changes)
-        for _, batches in zip(range(steps), stream.steps(first_step), strict=False):
-            for batch in batches:
+        running = stream.steps(first_step)
+        for _ in range(steps + (0 < killed_in <= rank)):
+            for batch in next(running):
                 for row, position in enumerate(batch.positions.tolist()):
                     assert position not in seen
                     seen[position] = (
@@ -92,6 +96,24 @@ def test_ids_crops_masks_and_pixels_are_the_same_on_any_ranks_and_workers(index,
     expected = record(index, 0, 10)  # an epoch has 4 steps: over its end twice
     assert sorted(expected) == list(range(80))
     assert record(index, 0, 10, world=world, workers=workers) == expected
+
+
+def test_fifty_random_schedules_of_kills_and_resumes_give_one_stream(index):
+    """1, 2, 4 or 8 ranks with 0, 2 or 5 workers; killed at any micro-batch, back to any step since, over epoch ends."""
+    last, draw, met = 14, np.random.RandomState(7), set()
+    expected = record(index, 0, last + 1)
+    assert len(index) // 8 == 4  # steps of an epoch: the schedules go over three ends
+    for _ in range(50):
+        step = 0
+        while step < last:
+            world, workers = int(draw.choice([1, 2, 4, 8])), int(draw.choice([0] * 18 + [2, 5]))
+            reached = min(last, step + draw.randint(1, 8))
+            got = record(index, step, reached - step, world=world, workers=workers, micro=1, killed_in=draw.randint(4))
+            assert got == {position: expected[position] for position in got}
+            assert set(range(8 * step, 8 * reached)) <= got.keys()
+            met.add((world, workers))
+            step = draw.randint(step, reached) + 1  # of the last checkpoint
+    assert len(met) >= 10  # of the 12 pairs
 
 
 @pytest.mark.parametrize(("micro", "workers"), [(8, 0), (4, 1), (1, 2)])

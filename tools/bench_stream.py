@@ -46,6 +46,7 @@ from rcmae import jpeg
 from rcmae.kernels import guard_torchvision
 from rcmae.masking import RandomMask, visible_count
 from rcmae.shards import Plan, ShardIndex
+from rcmae.sources import Reader
 from rcmae.stream import Stream
 from rcmae.transforms import TrainTransform, decode
 
@@ -69,11 +70,11 @@ def copy_samples(index: ShardIndex, samples: int, longer_side: int | None, folde
             f"the shards hold {len(index)} samples, --samples asks for {samples}; at least {BATCH} are needed"
         )
     files: list[bytes] = []
+    reader = Reader()
     with tarfile.open(folder / "set.tar", "w") as tar:
         for number in np.linspace(0, len(index) - 1, count).round().astype(int).tolist():
             sample = index[number]
-            with open(sample.path, "rb") as shard:
-                data = os.pread(shard.fileno(), sample.size, sample.offset)
+            data = reader.read(sample.shard, sample.offset, sample.size)
             if longer_side is not None:
                 image = Image.fromarray(decode(data))
                 factor = longer_side / max(image.size)

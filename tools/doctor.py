@@ -40,6 +40,7 @@ from rich.table import Table
 from rcmae import __version__, config, dist, kernels
 from rcmae.config import Recipe
 from rcmae.shards import ShardIndex
+from rcmae.sources import Reader
 
 GIB = 2**30
 NEEDED = ("timm", "torchvision", "deepspeed", "pydantic", "simplejpeg", "safetensors", "tensorboard", "webdataset")
@@ -381,17 +382,17 @@ def check_shards(recipe: Recipe) -> tuple[list[Finding], str]:
     from rcmae.transforms import BadImage, CentreTransform
 
     try:
-        index = ShardIndex.open(recipe.data.shards)
+        folders = [str(recipe.run_dir / "index"), *([recipe.data.index] if recipe.data.index else [])]
+        index = ShardIndex.open(recipe.data.shards, cache=folders)
     except ValueError as error:
         return [Finding("shards", "red", str(error), "mend or leave out these shards, or correct data.shards")], ""
     transform, bad, size = CentreTransform(recipe.model.image_hw, recipe.model.in_channels), [], 0
-    begin = time.perf_counter()
+    reader, begin = Reader(), time.perf_counter()
     numbers = range(0, len(index), max(1, len(index) // 32))
     for number in numbers:
         sample = index[number]
         try:
-            with open(sample.path, "rb") as file:
-                data = os.pread(file.fileno(), sample.size, sample.offset)
+            data = reader.read(sample.shard, sample.offset, sample.size)
             size += len(data)
             transform(data, 0, number)
         except (OSError, BadImage) as error:

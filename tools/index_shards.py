@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Index WebDataset tars where they lie: training then starts at once and reads every image by offset.
 
-    python tools/index_shards.py PATTERN [PATTERN ...] [--rebuild] [--jobs N] [--json]
+    python tools/index_shards.py PATTERN [PATTERN ...] [--out FOLDER] [--rebuild] [--jobs N] [--json]
 
-Patterns are those of data.shards: 'data/train-{000000..000099}.tar', 'data/*.tar', plain paths. Only headers are read
-and nothing is rewritten: `index.json` and `index-*.bin` are put beside the shards. What an index already says of shards
+Patterns are those of data.shards: 'data/train-{000000..000099}.tar', 'data/*.tar', plain paths, URLs, `pipe:` commands.
+Of files here only headers are read, and nothing is rewritten: `index.json` and `index-*.bin` are put beside the shards,
+or all into --out. Tars from elsewhere are read whole, once, and hashed, so that each later copy is verified; they need
+--out: upload its two files beside the shards, or give the folder as data.index. What an index already says of shards
 that still have their size is kept. Exit status: 0 written; 2 a shard or a folder cannot be used, and nothing is changed
 in its folder.
 """
@@ -24,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from rcmae.shards import NO_LABEL, Scan, ShardIndex, expand
+from rcmae.sources import is_remote, redacted
 
 
 def index_folder(folder: str, paths: Sequence[str], *, rebuild: bool, jobs: int) -> dict[str, object]:
@@ -46,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("patterns", nargs="+", metavar="PATTERN")
+    parser.add_argument("--out", metavar="FOLDER", help="put the index of all there")
     parser.add_argument(
         "--rebuild", action="store_true", help="read these shards again, whatever an index says of them"
     )
@@ -55,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folders: dict[str, list[str]] = {}
         for path in expand(options.patterns):
-            folders.setdefault(os.path.dirname(path) or ".", []).append(path)
+            if options.out is None and is_remote(path):
+                raise ValueError(f"{redacted(path)} lies elsewhere; say with --out where its index is to be put")
+            folders.setdefault(options.out or os.path.dirname(path) or ".", []).append(path)
         told = [
             index_folder(folder, paths, rebuild=options.rebuild, jobs=options.jobs)
             for folder, paths in track(

@@ -39,7 +39,8 @@ from rcmae.config import Recipe, Resolved
 from rcmae.masking import visible_count
 from rcmae.memory import Footprint, Settings, checkpoint_bytes, footprint
 from rcmae.metrics import peak_flops
-from rcmae.shards import INDEX, Plan, ShardIndex
+from rcmae.shards import INDEX, Plan, ShardIndex, cache_problem, flat, open_bytes
+from rcmae.sources import Reader, is_remote
 from rcmae.train import engine_settings, student_sizes
 from rcmae.transforms import BadImage, TrainTransform
 from rcmae.vit import MaskedAutoencoder, flops_per_image
@@ -237,7 +238,10 @@ def see_shards(recipe: Recipe) -> tuple[ShardIndex | None, str]:
     Raises:
         ValueError: their folder is there, but shards cannot be used.
     """
-    patterns = [recipe.data.shards] if isinstance(recipe.data.shards, str) else recipe.data.shards
+    patterns = flat(recipe.data.shards)
+    caches = [str(recipe.run_dir / "index"), *([recipe.data.index] if recipe.data.index else [])]
+    if any(map(is_remote, patterns)):
+        return ShardIndex.open(recipe.data.shards, cache=caches, scan=False), ""
     pieces = [piece for pattern in patterns for piece in braceexpand(os.path.expanduser(pattern))]
     paths = [path for piece in pieces for path in (glob.glob(piece) or [piece])]
     folders = {os.path.dirname(path) for path in paths}
@@ -245,7 +249,7 @@ def see_shards(recipe: Recipe) -> tuple[ShardIndex | None, str]:
         return None, "not seen from here"
     if len(paths) > _MANY_SHARDS and not all(os.path.exists(os.path.join(folder, INDEX)) for folder in folders):
         return None, f"{len(paths)} shards without an index: run tools/index_shards.py on them"
-    return ShardIndex.open(recipe.data.shards), ""
+    return ShardIndex.open(recipe.data.shards, cache=caches), ""
 
 
 def decode_rate(recipe: Recipe, index: ShardIndex, *, seconds: float = 1.0) -> float | None:
@@ -256,12 +260,12 @@ def decode_rate(recipe: Recipe, index: ShardIndex, *, seconds: float = 1.0) -> f
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    reader = Reader()
     done, begin = 0, time.thread_time()
     try:
         for number in range(0, len(index), max(1, len(index) // 64)):
             sample = index[number]
-            with open(sample.path, "rb") as file:
-                encoded = os.pread(file.fileno(), sample.size, sample.offset)
+            encoded = reader.read(sample.shard, sample.offset, sample.size)
             with contextlib.suppress(BadImage):
                 transform(encoded, data.seed, number)
                 done += 1
@@ -291,6 +295,9 @@ def data_needs(recipe: Recipe, sizes: Resolved, site: Site, index: ShardIndex | 
         figures |= {
             "samples": len(index), "shards": len(index.shards), "bytes": sum(shard.size for shard in index.shards),
             "shards_read_at_once_per_rank": math.ceil(min(len(index.shards), figures["streams_per_rank"] * spanned)),
+            "open_bytes_per_node": open_bytes(
+                index, streams=sizes.canonical_streams, window=recipe.data.shuffle_window, nodes=site.nodes
+            ),
         }  # fmt: skip
     return figures
 
@@ -351,6 +358,11 @@ def plan(recipe: Recipe, site: Site) -> dict[str, Any]:
     if not problems:
         try:
             sizes = resolve(recipe, site, index)
+            small = index and cache_problem(
+                index, streams=sizes.canonical_streams, window=recipe.data.shuffle_window, nodes=site.nodes,
+                world=site.world, limit=int(recipe.data.cache_gb * 1e9),
+            )  # fmt: skip
+            problems += [small] if small else []
             report |= figures(recipe, model, site, sizes, index)
             judge(recipe, site, sizes, report, problems, advice)
         except ValueError as error:
@@ -364,7 +376,7 @@ def resolve(recipe: Recipe, site: Site, index: ShardIndex | None) -> Resolved:
     if index is not None:
         epoch = Plan(
             index.counts, seed=recipe.data.seed, images=images, streams=config.streams_for(recipe, site.world),
-            window=recipe.data.shuffle_window, epoch_samples=recipe.data.epoch_samples,
+            window=recipe.data.shuffle_window, epoch_samples=recipe.data.epoch_samples, weights=index.weights,
         ).samples_per_epoch  # fmt: skip
     else:
         epoch = (recipe.data.epoch_samples or site.samples) // images * images
@@ -494,7 +506,7 @@ def _print_figures(report: dict[str, Any], console: Console) -> None:
         "shards": (
             f"{data['shards']} with {data['samples']:,} samples, {data['bytes'] / 1e9:.1f} GB; a rank reads "
             f"{data['streams_per_rank']} of {data['streams']} streams, {data['shards_read_at_once_per_rank']} shards "
-            "at once"
+            f"at once, a node {data['open_bytes_per_node'] / 1e9:.2f} GB of them"
             if "shards" in data
             else f"{report['shards']}; {data['samples_per_epoch']:,} samples an epoch are taken; "
             f"{data['streams_per_rank']} of {data['streams']} streams a rank"

@@ -1,0 +1,649 @@
+"""Where shards come from: this machine's file systems, any URL that fsspec knows, and the output of a command.
+
+A shard that lies on a file system is read where it lies, by offset. One from elsewhere (`https://`, `s3://`, `gs://`,
+..., or `pipe:COMMAND` as webdataset has it) is first copied whole into a cache on the node's disk, which all processes
+of the node share, and read from there: shards are made to be read whole, and a store sees one reader a node. Clients
+find their credentials in their usual places (environment, ~/.aws, metadata service); nothing here shows a URL's
+password or query. A `pipe:` command is the user's own, run by the shell word for word; none is ever put together here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import os
+import random
+import re
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
+
+from fsspec.core import url_to_fs
+
+PIPE = "pipe:"
+PIECE = 8 * 2**20  # bytes of a request; each is tried again by itself
+_OPEN_SHARDS = 128  # local files that a process keeps open; the usual limit is 1,024
+_LONGEST_PAUSE_S = 30.0
+_AT_ONCE = 16  # requests for sizes under way together
+_PASSWORD = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>)\]]+", re.IGNORECASE)
+_T = TypeVar("_T")
+
+
+class SourceGone(OSError):
+    """A shard that lies elsewhere cannot be had; the message says which, what was tried and what came of it."""
+
+
+class Refused(SourceGone):
+    """A source does not give it to this user; or, as some stores say it, has no such file."""
+
+
+class Patience(NamedTuple):
+    """How long a source may take, and how often it may fail."""
+
+    timeout_s: float = 60.0  # of a request, or without a byte from a command
+    attempts: int = 8  # that fail one after the other; pauses between them double, from half a second to half a minute
+    pause_s: float = 0.5
+
+
+USUAL = Patience()
+
+
+class Stored(Protocol):
+    """What it takes to know a shard when one has it."""
+
+    @property
+    def path(self) -> str:
+        """Path, URL or `pipe:` command."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes; empty where it is not known."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What the index says of it, hashed."""
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+def is_remote(path: str) -> bool:
+    """Whether a shard is copied into the cache to be read."""
+    return path.startswith(PIPE) or "://" in path
+
+
+def local(path: str) -> str:
+    """A `file://` URL as a path; all else as it is."""
+    return path.removeprefix("file://") if path.startswith("file://") else path
+
+
+def redacted(text: str) -> str:
+    """A text without the passwords and queries of the URLs in it, and a command without its words."""
+    if text.startswith(PIPE):
+        return f"{PIPE}{text.removeprefix(PIPE).split(maxsplit=1)[0]} ... ({basename(text)})"
+
+    def shown(url: re.Match[str]) -> str:
+        plain, *query = re.split(r"[?#]", url.group(), maxsplit=1)
+        return _PASSWORD.sub(r"\1***@", plain) + ("?..." if query else "")
+
+    return _URL.sub(shown, text)
+
+
+def identity(path: str) -> str:
+    """What tells a shard from others wherever it is named: absolute path, or URL without password and query."""
+    if path.startswith(PIPE):
+        return path
+    return _PASSWORD.sub(r"\1", re.split(r"[?#]", path, maxsplit=1)[0]) if "://" in path else os.path.abspath(path)
+
+
+def basename(path: str) -> str:
+    """The file name of a shard; of a command the last word that names a tar, else a name made of its hash."""
+    if path.startswith(PIPE):
+        tars = re.findall(r"[^\s/\"'=?&]+\.tar\b", path)
+        return tars[-1] if tars else f"pipe-{hashlib.sha256(path.encode()).hexdigest()[:12]}.tar"
+    return identity(path).rstrip("/").rpartition("/")[2]
+
+
+def folder_of(path: str) -> str:
+    """The folder that a shard lies in; empty for a command."""
+    if path.startswith(PIPE):
+        return ""
+    return identity(path).rpartition("/")[0] if "://" in path else os.path.dirname(path) or "."
+
+
+def find(pattern: str, patience: Patience = USUAL) -> list[str]:
+    """The shards that a path, URL or glob of either names, sorted; a command is itself.
+
+    Raises:
+        ValueError: the URL holds a password, or its client is not installed.
+        OSError: the store cannot be asked.
+    """
+    pattern = local(pattern)
+    if pattern.startswith(PIPE):
+        if not pattern.removeprefix(PIPE).strip():
+            raise ValueError("a command belongs after it, such as pipe:cat data/train-000000.tar")
+        return [pattern]
+    if "://" not in pattern:
+        return sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not os.path.exists(pattern) else [pattern]
+    if _PASSWORD.search(pattern):
+        raise ValueError("its URL holds a password; leave it to the client's own settings, such as ~/.netrc or ~/.aws")
+    client, path = _client(pattern)
+    if "*" not in re.split(r"[?#]", pattern, maxsplit=1)[0]:
+        return [pattern]
+    found = _persist(pattern, patience, lambda: _within(client, patience.timeout_s, client.glob, path))
+    return sorted(client.unstrip_protocol(each) for each in found)
+
+
+def _client(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path there. Raises ValueError where its package is not installed."""
+    try:
+        client, path = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"no client for it ({redacted(str(error))})") from error
+    return client, path
+
+
+# ------------------------------------------------------------------------------------------------ asking with patience
+
+
+def _persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
+    """What `ask` gives, tried again while it fails and there is hope.
+
+    Raises:
+        SourceGone: it failed for good, or `attempts` times in a row.
+        FileNotFoundError: there is no such shard.
+    """
+    begin = time.monotonic()
+    for attempt in range(1, patience.attempts + 1):
+        try:
+            return ask()
+        except MemoryError:
+            raise
+        except Exception as error:  # clients raise what they like
+            cause = error.__cause__ if isinstance(error, FileNotFoundError | TimeoutError) else None
+            text = redacted(str(cause or error)) or type(cause or error).__name__
+            status = _status(error)
+            if _is_missing(error, status):
+                raise FileNotFoundError(f"{redacted(path)}: there is no such file") from None
+            hopeless = status is not None and 400 <= status < 500 and status not in (408, 425, 429)
+            if hopeless or isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+                raise Refused(f"{redacted(path)}: is refused ({text})") from None
+            if attempt == patience.attempts:
+                raise SourceGone(
+                    f"{redacted(path)}: stays away: {attempt} attempts in a row failed in "
+                    f"{time.monotonic() - begin:.0f} s, the last with: {text}"
+                ) from None
+            pause = min(patience.pause_s * 2 ** (attempt - 1), _LONGEST_PAUSE_S)
+            time.sleep(max(pause * random.uniform(0.5, 1.0), min(_asked_pause(error), _LONGEST_PAUSE_S)))
+    raise AssertionError("at least one attempt is made")
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error, where there is one; fsspec wraps it."""
+    while error is not None:
+        status = getattr(error, "status", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
+
+
+def _is_missing(error: BaseException, status: int | None) -> bool:
+    """Whether a source says that it has no such file; fsspec says so too of a server that did not answer."""
+    if status is not None:
+        return status in (404, 410)
+    cause = error.__cause__
+    unanswered = isinstance(cause, TimeoutError | ConnectionError) or type(cause).__module__.startswith("aiohttp")
+    return isinstance(error, FileNotFoundError) and not unanswered
+
+
+def _asked_pause(error: BaseException) -> float:
+    """Seconds that a server asks its clients to wait."""
+    try:
+        return float((getattr(error, "headers", None) or {}).get("Retry-After", 0))
+    except (ValueError, AttributeError):
+        return 0.0
+
+
+def _within(client: Any, timeout_s: float, call: Callable[..., _T], *args: Any, **options: Any) -> _T:
+    """A call of a client, ended after so many seconds. Raises TimeoutError."""
+    if client.async_impl:
+        return call(*args, timeout=timeout_s, **options)
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(call, *args, **options).result(timeout_s)
+    finally:
+        pool.shutdown(wait=False)
+
+
+def size_of(path: str, patience: Patience = USUAL) -> int | None:
+    """Bytes of a shard at a URL; None where its server does not tell, and for a command.
+
+    Raises:
+        SourceGone, FileNotFoundError: as it says.
+    """
+    if path.startswith(PIPE):
+        return None
+    client, inside = _client(path)
+    return _persist(path, patience, lambda: _within(client, patience.timeout_s, client.info, inside))["size"]
+
+
+def sizes(paths: Iterable[str], patience: Patience = USUAL) -> dict[str, int | OSError | None]:
+    """`size_of` each, or why it cannot be had; many are asked for at once, and no more once a source stays away."""
+    gone: list[SourceGone] = []
+
+    def one(path: str) -> int | OSError | None:
+        if gone:
+            return None
+        try:
+            return size_of(path, patience)
+        except SourceGone as error:
+            first = not gone
+            gone.append(error)
+            return error if first else None
+        except OSError as error:
+            return error
+
+    paths = list(paths)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return dict(zip(paths, pool.map(one, paths), strict=True))
+
+
+def small_file(url: str, patience: Patience = USUAL) -> bytes | None:
+    """All bytes of a file at a URL, such as an index; None where there is none, or it is refused.
+
+    Raises:
+        SourceGone: it may be there, but cannot be had.
+    """
+    client, path = _client(url)
+    try:
+        return _persist(url, patience, lambda: _within(client, patience.timeout_s, client.cat_file, path))
+    except (FileNotFoundError, Refused):
+        return None
+
+
+def copy(path: str, file: BinaryIO, patience: Patience = USUAL, size: int | None = None) -> str:
+    """Write the bytes of a shard from elsewhere into an open file; gives their SHA-256.
+
+    A drop costs the piece that was under way, not what came before it; a command is started anew.
+
+    Args:
+        path: URL or command.
+        file: empty, at its start.
+        patience: with each piece.
+        size: bytes that there must be, where it is known.
+
+    Raises:
+        SourceGone, FileNotFoundError: as they say.
+    """
+    if path.startswith(PIPE):
+        return _persist(path, patience, lambda: _run(path, file, patience.timeout_s, size))
+    client, inside = _client(path)
+
+    def length() -> int | None:
+        told = _within(client, patience.timeout_s, client.info, inside)["size"]
+        if None not in (told, size) and told != size:
+            raise EOFError(f"it has {told} bytes, {size} when it was indexed")
+        return told
+
+    told = _persist(path, patience, length)
+    digest, at, end = hashlib.sha256(), 0, size if size is not None else told
+    while end is None or at < end:
+        piece = _piece(path, at, end, patience)
+        file.write(piece)
+        digest.update(piece)
+        at, end = at + len(piece), end if end is not None else at + len(piece)
+    return digest.hexdigest()
+
+
+def _piece(url: str, start: int, end: int | None, patience: Patience) -> bytes:
+    """The next bytes of a file: PIECE of them, up to its end; all from there on where the server knows no ranges."""
+    client, path = _client(url)
+
+    def ask() -> bytes:
+        if end is None:
+            return _within(client, patience.timeout_s, client.cat_file, path)
+        stop = min(start + PIECE, end)
+        data = _within(client, patience.timeout_s, client.cat_file, path, start=start, end=stop)
+        if len(data) == end and (start, stop) != (0, end):
+            return data[start:]
+        if len(data) != stop - start:
+            raise EOFError(f"{len(data)} bytes came of {stop - start}")
+        return data
+
+    return _persist(url, patience, ask)
+
+
+def _run(pipe: str, file: BinaryIO, timeout_s: float, size: int | None) -> str:
+    """Write what a command prints into a file; gives its SHA-256. Raises OSError where it fails or stalls."""
+    file.seek(0)
+    digest, came = hashlib.sha256(), 0
+    with subprocess.Popen(
+        pipe.removeprefix(PIPE), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            while True:
+                if not select.select([process.stdout], [], [], timeout_s)[0]:
+                    raise TimeoutError(f"the command said nothing for {timeout_s:g} s")
+                data = os.read(process.stdout.fileno(), 2**20)
+                if not data:
+                    break
+                file.write(data)
+                digest.update(data)
+                came += len(data)
+                if size is not None and came > size:
+                    raise EOFError(f"the command gave more than the {size} bytes that there were")
+            status = process.wait(timeout_s)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    if status:
+        raise OSError(f"the command ended with status {status} after {came} bytes")
+    if size is not None and came != size:
+        raise EOFError(f"the command gave {came} bytes of {size}")
+    file.truncate()  # an earlier attempt may have given more
+    return digest.hexdigest()
+
+
+def part(path: str, offset: int, size: int, patience: Patience = USUAL) -> bytes:
+    """`size` bytes of a shard from elsewhere, or as many as are there, without a cache: for a look at a few samples.
+
+    Raises:
+        SourceGone, FileNotFoundError: as they say.
+    """
+    if path.startswith(PIPE):
+        with fetched(path, patience) as (file, _):
+            return _pread(file.fileno(), size, offset)
+    client, inside = _client(path)
+
+    def ask() -> bytes:
+        data = _within(client, patience.timeout_s, client.cat_file, inside, start=offset, end=offset + size)
+        return data if len(data) <= size else data[offset : offset + size]
+
+    return _persist(path, patience, ask)
+
+
+@contextlib.contextmanager
+def fetched(path: str, patience: Patience = USUAL) -> Iterator[tuple[BinaryIO, str]]:
+    """(an open file with the bytes of a shard from elsewhere, their SHA-256), for as long as the block runs.
+
+    Raises:
+        SourceGone, FileNotFoundError: as `copy`.
+    """
+    with tempfile.TemporaryFile(prefix="rcmae-") as file:
+        digest = copy(path, file, patience)
+        file.flush()
+        file.seek(0)
+        yield file, digest
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+
+class CacheTooSmall(SourceGone):
+    """The cache cannot hold what has to be in it."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Shards from elsewhere on this node's disk, for all processes that name the same folder, also of other jobs.
+
+    A shard is there whole, verified, under a name made of hashes (so nothing that a URL says can lead out of the
+    folder), or it is not there. Who needs one that is not there copies it, once on the node, into a file of its full
+    size that it holds locked: the lock ends with its process, and what a killed one leaves is deleted by the next.
+    Room is made before the copy begins: least recently used out first. Files in use may be deleted, as their readers
+    have them open; so nobody waits for a reader, and the limit holds at every moment.
+    """
+
+    folder: Path
+    limit: int  # bytes
+    patience: Patience = USUAL
+    _places: dict[tuple[str, str], Path] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, folder: str | None, gigabytes: float, patience: Patience = USUAL) -> Cache:
+        """The cache in a folder, by default one of this user's under $SLURM_TMPDIR or the temporary folder.
+
+        Raises:
+            ValueError: the folder cannot be used.
+        """
+        place = folder or os.path.join(
+            os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir(), f"rcmae-shards-{os.getuid()}"
+        )
+        path = Path(place).expanduser()
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder is None and path.stat().st_uid != os.getuid():
+                raise PermissionError("it belongs to somebody else")
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise ValueError(f"data.cache_dir={path} cannot be used ({error}); give another folder") from error
+        return cls(path, int(gigabytes * 1e9), patience)
+
+    def place(self, shard: Stored) -> Path:
+        """Where a shard lies when it is there."""
+        if (known := self._places.get((shard.path, shard.fingerprint))) is not None:
+            return known
+        name = hashlib.sha256(f"{identity(shard.path)}\n{shard.size}\n{shard.fingerprint}".encode()).hexdigest()[:32]
+        readable = re.sub(r"[^A-Za-z0-9_-]", "_", basename(shard.path).removesuffix(".tar"))[:80]
+        return self._places.setdefault((shard.path, shard.fingerprint), self.folder / f"{name}-{readable}.tar")
+
+    @contextlib.contextmanager
+    def opened(self, shard: Stored) -> Iterator[int]:
+        """A descriptor of a shard's file, copied first where it is not there. Keep it open for moments only.
+
+        Raises:
+            SourceGone, FileNotFoundError: it cannot be had.
+            CacheTooSmall: it is larger than the limit.
+        """
+        place = self.place(shard)
+        file = self._descriptor(place, shard.size)
+        if file is None:
+            file = self._copy(shard, place)
+        try:
+            yield file
+        finally:
+            os.close(file)
+
+    def fetch(self, shard: Stored) -> None:
+        """Have a shard ready. Raises as `opened`."""
+        with self.opened(shard):
+            pass
+
+    def shards(self) -> list[tuple[float, int, Path]]:
+        """(last used, bytes, path) of each shard that is there, least recently used first."""
+        return sorted(self._entries(".tar"))
+
+    def _entries(self, suffix: str) -> Iterator[tuple[float, int, Path]]:
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if re.fullmatch(r"\.?[0-9a-f]{32}-[A-Za-z0-9_-]*" + re.escape(suffix), entry.name):
+                    with contextlib.suppress(FileNotFoundError):  # just deleted or renamed by another process
+                        stat = entry.stat(follow_symlinks=False)
+                        yield stat.st_mtime, stat.st_size, Path(entry.path)
+
+    def _descriptor(self, place: Path, size: int) -> int | None:
+        try:
+            file = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        if os.fstat(file).st_size != size:  # somebody else's doing: we rename whole files only
+            os.close(file)
+            place.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(place)  # when it was last used
+        return file
+
+    def _copy(self, shard: Stored, place: Path) -> int:
+        """Copy a shard, or wait until another process has; gives a descriptor, so that it can be read in any case."""
+        part = place.with_name(f".{place.name.removesuffix('.tar')}.part")
+        while True:
+            file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)  # whoever copies it has this lock
+                if (ready := self._descriptor(place, shard.size)) is not None:
+                    _remove_if_same(part, file)
+                    return ready
+                if not _is_same(part, file):
+                    continue  # it failed there, or was evicted since
+                try:
+                    self._make_room(shard, part, file)
+                    self._fill(shard, file)
+                    os.utime(part)
+                    os.rename(part, place)
+                except BaseException:
+                    _remove_if_same(part, file)
+                    raise
+                return os.dup(file)
+            finally:
+                os.close(file)
+
+    def _fill(self, shard: Stored, file: int) -> None:
+        with open(os.dup(file), "r+b") as out:
+            out.seek(0)
+            digest = copy(shard.path, out, self.patience, shard.size)
+            out.flush()
+            os.fsync(out.fileno())
+            if (size := os.fstat(out.fileno()).st_size) != shard.size:
+                raise SourceGone(f"{redacted(shard.path)}: has {size} bytes, {shard.size} when it was indexed")
+        if shard.sha256 and digest != shard.sha256:
+            raise SourceGone(
+                f"{redacted(shard.path)}: its bytes are not those of the index (SHA-256 {digest[:12]}, was "
+                f"{shard.sha256[:12]}); copy it there again, or index it again"
+            )
+
+    def _make_room(self, shard: Stored, mine: Path, file: int) -> None:
+        """Give the file its full size, once the limit allows it."""
+        if shard.size > self.limit:
+            raise CacheTooSmall(
+                f"{redacted(shard.path)} has {shard.size / 1e9:.3g} GB, the cache {self.folder} may hold "
+                f"{self.limit / 1e9:.3g}; raise data.cache_gb"
+            )
+        while True:
+            with open(self.folder / ".lock", "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                held = self.shards()
+                used = sum(size for _, size, _ in held) + sum(
+                    size for _, size, part in self._entries(".part") if part != mine and not _is_abandoned(part)
+                )
+                while held and used + shard.size > self.limit:
+                    _, size, oldest = held.pop(0)
+                    oldest.unlink(missing_ok=True)
+                    used -= size
+                if used + shard.size <= self.limit:
+                    os.ftruncate(file, 0)
+                    os.ftruncate(file, shard.size)  # counts from now on, though it takes no disk yet
+                    return
+            time.sleep(0.05)  # others are copying: what they have copied can be deleted
+
+
+def _is_abandoned(part: Path) -> bool:
+    """Delete what a killed process left of a copy; whether it was such."""
+    try:
+        file = os.open(part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove_if_same(part, file)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(file)
+    return True
+
+
+def _is_same(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_same(path: Path, file: int) -> None:
+    if _is_same(path, file):
+        path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+class Reader:
+    """Reads parts of shards by offset, wherever these come from. Travels to another process with nothing open.
+
+    Without a cache what lies elsewhere is asked for sample by sample: for tools that look at a few.
+    """
+
+    def __init__(self, cache: Cache | None = None) -> None:
+        self.cache = cache
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, shard: Stored, offset: int, size: int) -> bytes:
+        """`size` bytes, or as many as are there.
+
+        Raises:
+            OSError: the shard is gone or cannot be had.
+        """
+        if is_remote(shard.path):
+            if self.cache is None:
+                return part(shard.path, offset, size)
+            with self.cache.opened(shard) as file:
+                return _pread(file, size, offset)
+        return _pread(self._local(shard.path), size, offset)
+
+    def prepare(self, shards: Sequence[Stored]) -> None:
+        """Copy these shards into the cache, several at once. Raises as `Cache.opened`."""
+        missing = [shard for shard in shards if is_remote(shard.path)]
+        if self.cache is None or not missing:
+            return
+        missing = [shard for shard in missing if not self.cache.place(shard).exists()]
+        if len(missing) == 1:
+            self.cache.fetch(missing[0])
+        elif missing:
+            with ThreadPoolExecutor(min(len(missing), _AT_ONCE)) as pool:
+                list(pool.map(self.cache.fetch, missing))
+
+    def _local(self, path: str) -> int:
+        file = self._open.get(path)
+        if file is None:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._open) >= _OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[path] = file
+        self._open.move_to_end(path)
+        return file
+
+    def __reduce__(self) -> tuple[type[Reader], tuple[Cache | None]]:
+        return Reader, (self.cache,)
+
+    def __del__(self) -> None:
+        for file in self._open.values():
+            os.close(file)
+
+
+def _pread(file: int, size: int, offset: int) -> bytes:
+    data = os.pread(file, size, offset)
+    while 0 < len(data) < size:  # a read may stop early, and at 2 GB does
+        more = os.pread(file, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data

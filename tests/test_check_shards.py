@@ -1,0 +1,194 @@
+"""Damage of every kind: a run goes on or stops as it was told, and the tool names, counts and mends it."""
+
+import importlib
+import io
+import json
+import shutil
+import struct
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rcmae.shards import Plan, ShardIndex
+from runs import Folder, start
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))  # worker processes find it there, too
+main = importlib.import_module("check_shards").main
+
+
+def bomb():
+    """A JPEG that says it has 30,000 x 30,000 pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    data = bytearray(file.getvalue())
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", 30_000, 30_000)
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def damaged(photo_shards, tmp_path_factory):
+    """(index as it was, ids of what was damaged): one sample of each kind, and the second half of one shard."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for path in Path(photo_shards).parent.glob("*.tar"):
+        shutil.copy(path, folder)
+    noise, bad = np.random.RandomState(3), set()
+    index = ShardIndex.open(f"{folder}/*.tar")
+    index.save(folder)
+    index = ShardIndex.load(folder)
+    # Keep what an index saw: the same sizes, other bytes.
+    for kind in ("flipped", "text", "zeros", "bomb"):
+        sample = index[int(noise.randint(40, 240))]
+        with open(sample.path, "r+b") as file:
+            file.seek(sample.offset)
+            data = bytearray(file.read(sample.size))
+            if kind == "flipped":
+                for at in (0, 1, *noise.randint(0, sample.size, 50)):
+                    data[at] ^= 0x55
+            elif kind == "bomb":
+                data[: len(bomb())] = bomb()[: len(data)]
+            else:
+                data[:] = (b"no photograph " * 9000 if kind == "text" else bytes(sample.size))[: sample.size]
+            file.seek(sample.offset)
+            file.write(data)
+        bad.add(sample.id)
+    first = index.shards[0]
+    cut = index[20]
+    with open(first.path, "r+b") as file:
+        file.truncate(cut.offset + 7)
+    return index, bad | {index[number].id for number in range(20, 40)}
+
+
+def test_a_run_over_damage_has_all_its_steps_and_names_each_sample(tiny, damaged, uninterrupted, tmp_path, capsys):
+    index, bad = damaged
+    shards = f"data.shards={Path(index.shards[0].path).parent}/photo-*.tar"
+    run = Folder(tmp_path / "run")
+    assert start(tiny, run.path, shards, "data.max_bad_fraction=0.2") == 0
+    assert run.steps() == uninterrupted.steps()
+    plan = Plan(index.counts, seed=0, images=32, streams=8, window=4096)
+    order = [index[number].id for number in plan.requests(0, 20 * 32).samples.tolist()]
+    expected = {position: name for position, name in enumerate(order) if name in bad}
+    told = run.events("bad_sample")
+    assert {entry["position"]: f"{entry['shard']}/{entry['key']}" for entry in told} == expected  # and no other moved
+    assert set(expected.values()) == bad  # each was met in the 20 steps
+    assert run.events("short_shards")
+
+    assert main(["report", "--ledger", str(run.path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{len(bad)} samples could not be read, {len(expected)} times:" in said
+    assert all(name in said for name in bad)
+    assert "30000 x 30000 pixels are too many" in said
+    assert main(["report", "--ledger", str(run.path / "events.jsonl"), "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["bad_samples"]) == len(expected)
+
+
+def test_by_default_it_stops_and_says_why(tiny, damaged, tmp_path, capsys):
+    shards = f"data.shards={Path(damaged[0].shards[0].path).parent}/photo-*.tar"
+    assert start(tiny, tmp_path / "run", shards) == 1
+    assert "could not be read, more than data.max_bad_fraction=0.001" in capsys.readouterr().err
+
+
+def test_a_sample_of_no_bytes_is_replaced_too(tmp_path):
+    from rcmae.masking import RandomMask
+    from rcmae.stream import Stream
+    from rcmae.transforms import TrainTransform
+
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "PNG")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number, data in enumerate([file.getvalue(), b"", file.getvalue()]):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    index = ShardIndex.open(str(tmp_path / "x.tar"))
+    stream = Stream(
+        index=index, plan=Plan(index.counts, 0, 3, 1, 3), transform=TrainTransform((8, 8)), mask=RandomMask(4, 1),
+        seed=0, micro=3, max_bad_fraction=1.0,
+    )  # fmt: skip
+    (batch,) = next(stream.steps(0))
+    assert sorted(batch.keys) == ["x/0", "x/2", "x/2"]
+    assert [entry.key for entry in stream.drain_bad()] == ["1"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the tool
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_verify_names_what_is_wrong_and_repair_leaves_it_out(damaged, tmp_path, capsys, jobs):
+    index, bad = damaged
+    pattern = f"{Path(index.shards[0].path).parent}/photo-*.tar"
+    picture = tmp_path / "sizes.png"
+    assert main(["verify", pattern, "--jobs", jobs, "--json", "--picture", str(picture)]) == 1
+    told = json.loads(capsys.readouterr().out)
+    named = {f"{row['shard'].removesuffix('.tar')}/{row['key']}" for row in told["rejected"] if row["offset"] >= 0}
+    assert named | {index[number].id for number in range(20, 40)} == bad
+    assert [row["reason"] for row in told["rejected"] if row["shard"] == "photo-000000.tar"] == [
+        "the tar breaks off: unexpected end of data"
+    ]
+    assert told["samples"] == 240 - len(bad) == sum(told["classes"].values()) == sum(told["shorter_sides"].values())
+    with Image.open(picture) as drawn:
+        assert drawn.size[0] == 640
+
+    clean = tmp_path / "clean"
+    assert main(["repair", pattern, "--out", str(clean), "--jobs", jobs, "--json"]) == 1
+    fingerprint = json.loads(capsys.readouterr().out)["fingerprint"]
+    assert main(["verify", f"{clean}/*.tar", "--jobs", jobs]) == 0
+    mended = ShardIndex.load(clean)
+    assert mended.fingerprint == fingerprint
+    assert {mended[number].id for number in range(len(mended))} == {index[n].id for n in range(240)} - bad
+    one = mended[100]
+    original = next(index[number] for number in range(240) if index[number].id == one.id)
+    assert one.label == original.label
+    content = [Path(each.path).read_bytes()[each.offset : each.offset + each.size] for each in (one, original)]
+    assert content[0] == content[1]
+    assert main(["repair", pattern, "--out", str(clean)]) == 2
+    assert "has photo-000000.tar already" in capsys.readouterr().err
+
+
+def test_verify_finds_keys_that_are_there_twice_and_bytes_that_changed(photo_shards, tmp_path, capsys):
+    source = Path(photo_shards).parent / "photo-000001.tar"
+    with tarfile.open(source) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()[:6]]
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for member, data in [*members, *(members[:2] if name == "a" else [])]:
+                tar.addfile(member, io.BytesIO(data))
+    assert main(["verify", f"{tmp_path}/*.tar", "--jobs", "1", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [row["reason"] for row in told["rejected"]] == ["its key is there before in this shard"]
+    assert told["keys_in_several_shards"] == {f"1_{n:02d}": ["a.tar", "b.tar"] for n in range(3)}
+
+    shutil.copy(source, tmp_path / "c.tar")
+    built = ShardIndex.open(str(tmp_path / "c.tar"))
+    whole = built.shards[0].__class__(**{**vars(built.shards[0]), "sha256": "0" * 64})
+    ShardIndex([whole]).save(tmp_path)
+    assert main(["verify", str(tmp_path / "c.tar"), "--jobs", "1"]) == 1
+    assert "c.tar: its bytes are not those that were indexed" in capsys.readouterr().out
+
+
+def test_report_tells_what_the_index_says(photo_shards, capsys):
+    assert main(["report", photo_shards]) == 0
+    assert "report: 240 samples in 6 shards" in capsys.readouterr().out
+    assert main(["report", photo_shards, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sum(told["classes"].values()) == told["samples"] == 240
+    assert told["fingerprint"] == ShardIndex.open(photo_shards).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["verify", "none.tar"], "No such file"),
+        (["repair", "none.tar"], "give --out"),
+        (["verify", "x.tar", "--ledger", "."], "--ledger belongs to report"),
+        (["report", "--ledger", "none"], "is no run's events.jsonl"),
+        (["report"], "no shards are named"),
+    ],
+)
+def test_input_that_cannot_be_used_is_told(arguments, reason, capsys):
+    assert main(arguments) == 2
+    assert reason in capsys.readouterr().err
