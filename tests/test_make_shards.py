@@ -171,6 +171,98 @@ def test_a_folder_that_makes_no_sense_is_refused(images, tmp_path):
     assert contents(tmp_path / "shards") == {}
 
 
+def contents_of(out):
+    """(label, bytes) of every sample, in order."""
+    index = ShardIndex.load(out)
+    samples = [index[number] for number in range(len(index))]
+    return [(one.label, Path(one.path).read_bytes()[one.offset : one.offset + one.size]) for one in samples]
+
+
+def test_a_list_names_images_and_classes(images, tmp_path):
+    lines = [f"{path.relative_to(images)}\t{path.parent.name}" for path in sorted(images.glob("*/*.jpg"))]
+    (images / "list.tsv").write_text("path\tlabel\n" + "\n".join(lines))
+    report = make_shards(images / "list.tsv", tmp_path / "shards", samples=7)
+    assert (report.samples, report.classes) == (17, ["ant", "bee", "cat dog"])
+    numbered = [f"{path.relative_to(images)},{number}" for number, path in enumerate(sorted(images.glob("ant/*.jpg")))]
+    (images / "list.csv").write_text("path,label\n" + "\n".join(numbered))
+    report = make_shards(images / "list.csv", tmp_path / "numbered")
+    assert report.classes == []
+    assert sorted(label for label, _ in contents_of(tmp_path / "numbered")) == list(range(8))
+    for text, reason in (
+        ("name\nx", "wants a first line with the columns path"), ("path\nnone.jpg", "names 1 files that are not there"),
+        ("path,label\nant/ant.0.jpg,1\nant/ant.1.jpg,", "1 of 2 lines have no label"),
+        ("path\nant/ant.0.jpg\nant/ant.0.jpg", "more than once, such as ant/ant.0.jpg"),
+    ):  # fmt: skip
+        (images / "bad.csv").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            make_shards(images / "bad.csv", tmp_path / "none")
+
+
+def test_parquet_with_image_bytes_becomes_shards(images, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    files = [path.read_bytes() for path in sorted(images.glob("ant/*"))]
+    rows = {"image": [{"bytes": data, "path": None} for data in files], "label": list(range(9))}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"image": files[:3], "label": [0, 1, 2]}), tmp_path / "b.parquet")
+    report = make_shards([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "shards", samples=5)
+    assert (report.samples, len(report.shards)) == (12, 3)
+    assert sorted(contents_of(tmp_path / "shards")) == sorted([*enumerate(files), *enumerate(files[:3])])
+    with tarfile.open(report.shards[0]) as tar:
+        assert {name.rpartition(".")[2] for name in tar.getnames()} <= {"jpg", "png", "cls"}
+    assert not list((tmp_path / "shards").glob(".*"))
+    parquet.write_table(pyarrow.table({"picture": files[:1]}), tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"c\.parquet cannot be used \(no column image; it has picture\)"):
+        make_shards(tmp_path / "c.parquet", tmp_path / "none")
+
+
+def test_tars_are_merged_laid_out_anew_and_filtered_by_size(images, tmp_path):
+    make_shards(images, tmp_path / "one", samples=5)
+    make_shards(images, tmp_path / "two", name="small", samples=9, size=40)
+    patterns = [f"{tmp_path}/one/*.tar", f"{tmp_path}/two/*.tar"]
+    report = make_shards(patterns, tmp_path / "merged", samples=12, min_size=50)
+    assert len(report.shards) == 3
+    assert report.samples == 18
+    assert len(report.rejected) == 18
+    assert report.rejected[0].path.startswith("small-00000")
+    assert "its shorter side has 40 pixels, --min-size=50" in report.rejected[0].reason
+    assert sorted(contents_of(tmp_path / "merged")) == sorted(contents_of(tmp_path / "one"))
+    report = make_shards(patterns, tmp_path / "all", samples=12)
+    assert report.samples == 36
+    both = contents_of(tmp_path / "one") + contents_of(tmp_path / "two")
+    assert sorted(contents_of(tmp_path / "all")) == sorted(both)
+    with pytest.raises(ValueError, match="several inputs are"):
+        make_shards([images, f"{tmp_path}/one/*.tar"], tmp_path / "none")
+
+
+def test_a_job_that_was_killed_goes_on_and_gives_the_same_bytes(images, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    make_shards(images, whole, samples=4, size=64)
+    written = []
+
+    def killed(task, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(task[0])
+        return tool_make_shards.Written(*write(task, **options))
+
+    write = tool_make_shards.write_shard
+    monkeypatch.setattr(tool_make_shards, "write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(images, out, samples=4, size=64)
+    monkeypatch.undo()
+    assert not (out / "index.json").exists()
+    with pytest.raises(ValueError, match=r"has 2 shards named train"):
+        make_shards(images, out, samples=4, size=32)  # another job
+    before = {path: os.stat(path).st_mtime_ns for path in written}
+    report = make_shards(images, out, samples=4, size=64)
+    assert report.kept == 2
+    assert {path: os.stat(path).st_mtime_ns for path in written} == before
+    assert contents(out) == contents(whole)
+    assert [Path(one.path).name for one in report.rejected] == ["broken.jpg"]  # also of the shards that were kept
+
+
 def test_the_commands_tell_what_they_made(images, tmp_path, capsys):
     out = tmp_path / "shards"
     done = subprocess.run(

@@ -1,20 +1,28 @@
 #!/usr/bin/env python3
-"""Make WebDataset shards, with their index, from a folder of images.
+"""Make WebDataset shards, with their index, from images in a folder, a list, Parquet files or other tars.
 
-    python tools/make_shards.py IMAGES OUT [--name train] [--samples 1000] [--size 256] [--quality 90]
-                                [--classes FILE] [--jobs N] [--overwrite] [--json]
+    python tools/make_shards.py IMAGES [IMAGES ...] OUT [--name train] [--samples 1000] [--size 256] [--quality 90]
+                                [--min-size N] [--classes FILE] [--jobs N] [--overwrite] [--json]
 
-IMAGES holds a sub-folder for each class, or images alone (no labels then). OUT gets NAME-000000.tar, ..., `index.json`
-and, with classes, `classes.txt`: line i, counted from 0, is the class of label i (--classes takes such a file, so that
-a validation set gets the training set's labels). Every image is decoded once; what cannot be is left out and listed.
-The order is that of a hash of the path, so each shard mixes the classes. The same images and options give the same
-bytes. --size makes images whose shorter side has more pixels than that smaller, as JPEG; all others go in as they are.
+IMAGES is a folder with a sub-folder for each class, or with images alone (no labels then); or a .csv or .tsv file with
+the columns `path` (from the file's folder) and, if wanted, `label`; or .parquet files with a column `image` (bytes, or
+a struct with `bytes`) and, if wanted, `label`; or .tar files, whose images and labels are laid out anew. OUT gets
+NAME-000000.tar, ..., `index.json` and, with class names, `classes.txt`: line i, counted from 0, is the class of label i
+(--classes takes such a file, so that a validation set gets the training set's labels). ImageNet-1k in one command:
+
+    python tools/make_shards.py ILSVRC2012/train shards --name train --size 256
+
+Every image is decoded once; what cannot be is left out and listed, as are those whose shorter side has fewer pixels
+than --min-size. The order is that of a hash of the name, so each shard mixes the classes. The same images and options
+give the same bytes. --size makes images whose shorter side has more pixels than that smaller, as JPEG; all others go in
+as they are. A job that was killed goes on where it was when it is started again.
 Exit status: 0 written; 2 the input cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import io
 import json
@@ -33,21 +41,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import simplejpeg
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from rcmae.shards import IMAGE_SUFFIXES, ShardIndex, written_aside
+from rcmae.shards import IMAGE_SUFFIXES, NO_LABEL, ShardIndex, expand, written_aside
 from rcmae.transforms import BadImage, decode, resize
 
 _KEY_BYTES = 90  # USTAR has 100 for a name
 
 
 class Source(NamedTuple):
-    """An image file and what it becomes."""
+    """An image, a file or a part of one, and what it becomes."""
 
     path: str
     key: str
     label: int | None
+    offset: int = 0
+    size: int = -1  # bytes; -1: to the end of the file
+    name: str = ""  # what messages call it, where that is not the path
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+class Named(NamedTuple):
+    """An image that was found, before it has a key and a number for its class."""
+
+    name: str  # decides its place in the order
+    label: str | int | None
+    path: str
+    offset: int = 0
+    size: int = -1
+
+
+class Found(NamedTuple):
+    """All images of an input."""
+
+    images: list[Named]
+    other_files: int = 0  # files that no image suffix names: not looked at
 
 
 class Rejected(NamedTuple):
@@ -74,30 +109,33 @@ class Report(NamedTuple):
     classes: list[str]  # empty: no labels
     rejected: list[Rejected]
     other_files: int  # files that no image suffix names: not looked at
+    kept: int  # shards that a job before had written
 
 
 def make_shards(
-    images: str | Path,
+    images: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     name: str = "train",
     samples: int = 1000,
     size: int | None = None,
     quality: int = 90,
+    min_size: int = 1,
     classes: Sequence[str] | None = None,
     jobs: int = 1,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Report:
-    """Write the images of a folder as shards with their index and classes.
+    """Write images as shards with their index and classes.
 
     Args:
-        images: a folder of class folders, or of images.
+        images: a folder of class folders, or of images; a list; Parquet files; tars. Or several of one kind.
         out: folder of the shards; made where it is not there.
         name: what their names begin with.
         samples: at most so many in a shard; all have equally many, to one.
         size: make images smaller whose shorter side has more pixels than this.
         quality: of the JPEG that these become.
+        min_size: leave out images whose shorter side has fewer pixels.
         classes: names in the order of the labels; by default the class folders' in alphabetical order.
         jobs: processes.
         overwrite: replace shards of this name.
@@ -107,10 +145,18 @@ def make_shards(
         ValueError: the folder holds no images, or images beside class folders, or folders of no known class; OUT has
             shards of this name or other classes; all images of a shard are unreadable.
     """
-    images, out = Path(images), Path(out)
-    sources, labels, other_files = find_images(images, classes)
+    inputs = [str(images)] if isinstance(images, str | Path) else [str(one) for one in images]
+    out = Path(out)
+    spool = out / f".{name}.spool"
+    found = find_images(inputs, spool)
+    sources, labels = keyed(found.images, classes, " ".join(inputs))
     old = sorted(out.glob(f"{name}-*.tar"))
-    if old and not overwrite:
+    count = -(-len(sources) // samples)
+    cuts = [len(sources) * shard // count for shard in range(count + 1)]
+    paths = [str(out / f"{name}-{shard:06d}.tar") for shard in range(count)]
+    tasks = [(path, sources[first:stop]) for path, first, stop in zip(paths, cuts, cuts[1:], strict=False)]
+    job = Job.of(out / f".{name}.progress", [tasks, size, quality, min_size])
+    if old and not overwrite and job.done is None:
         raise ValueError(f"{out} has {len(old)} shards named {name}-*.tar; take another --name, or --overwrite them")
     class_file, text = out / "classes.txt", "".join(f"{label}\n" for label in labels).encode()
     if labels and not overwrite and class_file.exists() and class_file.read_bytes() != text:
@@ -119,36 +165,99 @@ def make_shards(
     out.mkdir(parents=True, exist_ok=True)
     for torn in out.glob(f".{name}-*.tar.*"):
         torn.unlink()  # of a job that was killed
-    count = -(-len(sources) // samples)
-    cuts = [len(sources) * shard // count for shard in range(count + 1)]
-    paths = [str(out / f"{name}-{shard:06d}.tar") for shard in range(count)]
-    tasks = [(path, sources[first:stop]) for path, first, stop in zip(paths, cuts, cuts[1:], strict=False)]
-    written = list(
-        track(
-            _each(partial(write_shard, size=size, quality=quality), tasks, jobs), "writing shards", total=count,
-            console=Console(stderr=True), disable=not progress,
-        )
+    done = {path: each for path, each in (job.done or {}).items() if os.path.isfile(path)}
+    missing = [task for task in tasks if task[0] not in done]
+    write = partial(write_shard, size=size, quality=quality, min_size=min_size)
+    shown = track(
+        _each(write, missing, jobs), "writing shards", total=len(missing), console=Console(stderr=True),
+        disable=not progress,
     )  # fmt: skip
+    job.begin(done.values())
+    try:
+        for each in shown:
+            job.note(each)
+            done[each.path] = each
+    except ValueError:
+        if not done:
+            job.end()  # nothing to go on with
+        raise
+    written = [done[path] for path in paths]
     for path in {*map(str, old)} - set(paths):
         Path(path).unlink()
     if labels:
         with written_aside(class_file) as file:
             file.write(text)
     ShardIndex.refresh(out, paths, rebuild=True, jobs=jobs)
+    job.end()
+    spool.unlink(missing_ok=True)
     return Report(
         shards=paths,
         samples=sum(shard.samples for shard in written),
         bytes=sum(os.path.getsize(path) for path in paths),
         classes=labels,
         rejected=[reject for shard in written for reject in shard.rejected],
-        other_files=other_files,
+        other_files=found.other_files,
+        kept=count - len(missing),
     )
 
 
-def find_images(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[Source], list[str], int]:
-    """(the images of a folder in the order of their paths' hashes, the classes, how many files are no images)."""
+class Job:
+    """What a job has written so far, in a file beside the shards: started again with the same input, it goes on."""
+
+    def __init__(self, path: Path, what: str, done: dict[str, Written] | None) -> None:
+        self._path, self._what = path, what
+        self.done = done  # of a job before with the same input and options; None: there was none
+
+    @classmethod
+    def of(cls, path: Path, what: object) -> Job:
+        """The job that is to do this."""
+        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        try:
+            head, *lines = path.read_text().splitlines(keepends=True)
+            if head != digest + "\n":
+                return cls(path, digest, None)
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        except (OSError, ValueError):
+            return cls(path, digest, None)
+        done = {row[0]: Written(row[0], row[1], [Rejected(*reject) for reject in row[2]]) for row in rows}
+        return cls(path, digest, done)
+
+    def begin(self, done: Iterable[Written]) -> None:
+        """Say what the job is, and what is done of it."""
+        with written_aside(self._path) as file:
+            file.write("".join([self._what + "\n", *(json.dumps(each) + "\n" for each in done)]).encode())
+
+    def note(self, written: Written) -> None:
+        """A shard more is there."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(written) + "\n")
+
+    def end(self) -> None:
+        """All is there."""
+        self._path.unlink(missing_ok=True)
+
+
+def find_images(inputs: Sequence[str], spool: Path) -> Found:
+    """The images of some inputs of one kind; those of Parquet files are put into `spool` to be read by offset.
+
+    Raises:
+        ValueError: there are none, or the input is not of the form that it should have.
+    """
+    kinds = {Path(one).suffix.lower() for one in inputs}
+    if len(kinds) == 1 and kinds <= {".tar"}:
+        return _in_tars(inputs)
+    if len(kinds) == 1 and kinds <= {".parquet"}:
+        return _in_parquet(inputs, spool)
+    if len(inputs) > 1:
+        raise ValueError(f"several inputs are .tar or .parquet files, all of one kind; got {', '.join(inputs[:5])}")
+    if kinds <= {".csv", ".tsv"}:
+        return _in_list(Path(inputs[0]))
+    return _in_folder(Path(inputs[0]))
+
+
+def _in_folder(folder: Path) -> Found:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of images")
+        raise ValueError(f"{folder} is not a folder of images, nor a .csv, .tsv, .parquet or .tar file")
     found: list[str] = []
     other_files = 0
     for top, _, names in os.walk(folder, followlinks=True):
@@ -164,35 +273,120 @@ def find_images(folder: Path, classes: Sequence[str] | None = None) -> tuple[lis
     if in_class and len(in_class) < len(found):
         alone = len(found) - len(in_class)
         raise ValueError(f"{folder} holds {alone} images beside class folders; move them into one, or the folders away")
-    folders = sorted({path.split(os.sep, 1)[0] for path in in_class})
-    labels = list(classes) if classes is not None and folders else folders
-    if unknown := sorted(set(folders) - set(labels)):
+    label = (lambda path: path.split(os.sep, 1)[0]) if in_class else (lambda path: None)
+    return Found([Named(path, label(path), str(folder / path)) for path in found], other_files)
+
+
+def _in_list(path: Path) -> Found:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a list ({error})") from error
+    if not rows or not rows[0].get("path"):
         raise ValueError(
-            f"folders of {folder} that are no known class: {', '.join(unknown[:10])} ({len(unknown)} in all)"
+            f"{path}: wants a first line with the columns path and, if wanted, label; then an image a line"
         )
-    number = {label: index for index, label in enumerate(labels)}
-    hashes = {path: hashlib.sha256(os.fsencode(path)).hexdigest() for path in found}
-    plain = {path: os.path.splitext(path)[0].replace(os.sep, "_").replace(".", "_") for path in found}
+    if gone := [row["path"] for row in rows if not (path.parent / row["path"]).is_file()]:
+        raise ValueError(f"{path} names {len(gone)} files that are not there, such as {', '.join(gone[:5])}")
+    labels = [row.get("label") for row in rows]
+    if any(label in (None, "") for label in labels):
+        if any(labels):
+            raise ValueError(f"{path}: {sum(not label for label in labels)} of {len(rows)} lines have no label")
+        labels = [None] * len(rows)
+    numbers = all(label is not None and label.isdecimal() for label in labels)
+    return Found(
+        [
+            Named(row["path"], int(label) if numbers and label else label, str(path.parent / row["path"]))
+            for row, label in zip(rows, labels, strict=True)
+        ]
+    )
+
+
+def _in_tars(patterns: Sequence[str]) -> Found:
+    index = ShardIndex.open(expand(patterns), jobs=min(8, os.cpu_count() or 1))
+    found = []
+    for number in range(len(index)):
+        sample = index[number]
+        label = None if sample.label == NO_LABEL else sample.label
+        found.append(Named(sample.id, label, sample.path, sample.offset, sample.size))
+    return Found(found)
+
+
+def _in_parquet(paths: Sequence[str], spool: Path) -> Found:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError("Parquet files are read with pyarrow: pip install pyarrow") from error
+    spool.parent.mkdir(parents=True, exist_ok=True)
+    found = []
+    with written_aside(spool) as out:
+        for path in paths:
+            try:
+                table = parquet.ParquetFile(path)
+                columns = [name for name in ("image", "label") if name in table.schema_arrow.names]
+                if "image" not in columns:
+                    raise ValueError(f"no column image; it has {', '.join(table.schema_arrow.names)}")
+                row = 0
+                for batch in table.iter_batches(batch_size=256, columns=columns):
+                    labels = batch.column("label").to_pylist() if "label" in columns else [None] * batch.num_rows
+                    for image, label in zip(batch.column("image").to_pylist(), labels, strict=True):
+                        data = image.get("bytes") if isinstance(image, dict) else image
+                        if not isinstance(data, bytes):
+                            raise ValueError(f"row {row} of the column image holds no bytes")
+                        found.append(Named(f"{Path(path).stem}/{row:09d}", label, str(spool), out.tell(), len(data)))
+                        out.write(data)
+                        row += 1
+            except (OSError, ArrowException, ValueError) as error:
+                raise ValueError(f"{path} cannot be used ({error})") from error
+    return Found(found)
+
+
+def keyed(images: Sequence[Named], classes: Sequence[str] | None, what: str) -> tuple[list[Source], list[str]]:
+    """(the images in the order of their names' hashes, the names of the classes if they have names)."""
+    names = sorted({image.label for image in images if isinstance(image.label, str)})
+    labels = list(classes) if classes is not None and names else names
+    if unknown := sorted(set(names) - set(labels)):
+        raise ValueError(
+            f"folders of {what} that are no known class: {', '.join(unknown[:10])} ({len(unknown)} in all)"
+        )
+    number: dict[str | int | None, int] = {label: index for index, label in enumerate(labels)}
+    hashes = {image.name: hashlib.sha256(os.fsencode(image.name)).hexdigest() for image in images}
+    if len(hashes) < len(images):
+        twice = Counter(image.name for image in images).most_common(1)[0][0]
+        raise ValueError(f"{what} names {len(images) - len(hashes)} images more than once, such as {twice}")
+    plain = {image.name: _plain(image) for image in images}
     times = Counter(plain.values())
     sources = []
-    for path in sorted(found, key=hashes.__getitem__):
-        key = plain[path]
+    for image in sorted(images, key=lambda image: hashes[image.name]):
+        key = plain[image.name]
         if times[key] > 1 or len(os.fsencode(key)) > _KEY_BYTES:
-            key = os.fsdecode(os.fsencode(key)[: _KEY_BYTES - 17]) + "-" + hashes[path][:16]
-        sources.append(Source(str(folder / path), key, number.get(path.split(os.sep, 1)[0]) if folders else None))
-    return sources, labels, other_files
+            key = os.fsdecode(os.fsencode(key)[: _KEY_BYTES - 17]) + "-" + hashes[image.name][:16]
+        label = number.get(image.label, image.label if isinstance(image.label, int) else None)
+        whole = image.size < 0
+        sources.append(Source(image.path, key, label, image.offset, image.size, "" if whole else image.name))
+    return sources, labels
 
 
-def write_shard(task: tuple[str, Sequence[Source]], size: int | None = None, quality: int = 90) -> Written:
+def _plain(image: Named) -> str:
+    name = os.path.splitext(image.name)[0] if image.size < 0 else image.name.rpartition("/")[2]
+    if image.path.endswith(".spool"):
+        name = image.name
+    return name.lstrip("./").replace(os.sep, "_").replace(".", "_")
+
+
+def write_shard(
+    task: tuple[str, Sequence[Source]], size: int | None = None, quality: int = 90, min_size: int = 1
+) -> Written:
     """Write a tar of the images that can be decoded. It is there whole or not at all."""
     path, sources = task
     count, rejected = 0, []
     with written_aside(Path(path)) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for source in sources:
             try:
-                suffix, data = encoded(Path(source.path), size, quality)
+                suffix, data = encoded(source, size, quality, min_size)
             except (BadImage, OSError) as error:
-                rejected.append(Rejected(source.path, str(error)))
+                rejected.append(Rejected(source.name or source.path, str(error)))
                 continue
             _add(tar, f"{source.key}.{suffix}", data)
             if source.label is not None:
@@ -206,16 +400,25 @@ def write_shard(task: tuple[str, Sequence[Source]], size: int | None = None, qua
     return Written(path, count, rejected)
 
 
-def encoded(path: Path, size: int | None, quality: int) -> tuple[str, bytes]:
-    """(suffix, bytes) of an image: the file's own, or a smaller JPEG. Raises BadImage."""
-    data = path.read_bytes()
+def encoded(source: Source, size: int | None, quality: int, min_size: int) -> tuple[str, bytes]:
+    """(suffix, bytes) of an image: its own, or a smaller JPEG. Raises BadImage."""
+    data = source.read()
     pixels = decode(data)
     rows, columns = pixels.shape[:2]
+    if min(rows, columns) < min_size:
+        raise BadImage(f"its shorter side has {min(rows, columns)} pixels, --min-size={min_size}")
     if size is None or min(rows, columns) <= size:
-        return path.suffix[1:].lower(), data
+        return Path(source.path).suffix[1:].lower() if source.size < 0 else kind_of(data), data
     factor = size / min(rows, columns)
     smaller = resize(pixels, (round(rows * factor), round(columns * factor)))
     return "jpg", simplejpeg.encode_jpeg(smaller.permute(1, 2, 0).contiguous().numpy(), quality, "RGB", "420")
+
+
+def kind_of(data: bytes) -> str:
+    """The suffix of an encoded image."""
+    with Image.open(io.BytesIO(data)) as image:
+        name = (image.format or "jpeg").lower()
+    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(name, name if name in IMAGE_SUFFIXES else "png")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -237,12 +440,13 @@ def _each(write: partial[Written], tasks: Iterable[tuple[str, Sequence[Source]]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("images", type=Path, metavar="IMAGES")
+    parser.add_argument("images", nargs="+", metavar="IMAGES")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--name", default="train", help="what the shards' names begin with (default: %(default)s)")
     parser.add_argument("--samples", type=_positive, default=1000, help="most in a shard (default: %(default)s)")
     parser.add_argument("--size", type=_positive, help="pixels of the shorter side of images that have more")
     parser.add_argument("--quality", type=_positive, default=90, help="of the JPEG they become (default: %(default)s)")
+    parser.add_argument("--min-size", type=_positive, default=1, help="leave out images with fewer pixels a side")
     parser.add_argument("--classes", type=Path, help="file with a class on each line, in the order of the labels")
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: the cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this name")
@@ -251,7 +455,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = make_shards(
             options.images, options.out, name=options.name, samples=options.samples, size=options.size,
-            quality=options.quality, classes=options.classes and options.classes.read_text("utf-8").splitlines(),
+            quality=options.quality, min_size=options.min_size,
+            classes=options.classes and options.classes.read_text("utf-8").splitlines(),
             jobs=options.jobs, overwrite=options.overwrite, progress=sys.stderr.isatty(),
         )  # fmt: skip
     except (ValueError, OSError) as error:
@@ -264,6 +469,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.out}: {report.samples:,} images of {len(report.classes) or 'no'} classes"
         f" in {len(report.shards)} shards, {report.bytes / 1e6:,.1f} MB"
     )
+    if report.kept:
+        print(f"  {report.kept:,} shards were there from a job that did not end")
     if report.other_files:
         print(f"  {report.other_files:,} other files were not looked at")
     for reject in report.rejected:
