@@ -106,6 +106,7 @@ class Data(Section):
     epoch_samples: Positive | None = None
     canonical_streams: Positive | None = None  # V; None: 256, raised to a multiple of the ranks at the first start
     shuffle_window: Positive = 4096  # samples permuted together within a stream
+    repeats: Positive = 1  # crops and masks of each image that is read, in one batch: less to read and decode
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the crop over the image's
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of the crop
     flip: Fraction = 0.5
@@ -223,7 +224,7 @@ class Recipe(Section):
 # data.shards is not here: the fingerprint of the index is compared instead, so shards may move to another disk.
 FROZEN = (
     "objective", "model", "teacher", "schedule", "batch.images", "run.seed",
-    "data.seed", "data.epoch_samples", "data.canonical_streams", "data.shuffle_window",
+    "data.seed", "data.epoch_samples", "data.canonical_streams", "data.shuffle_window", "data.repeats",
     "data.crop_scale", "data.crop_ratio", "data.flip", "data.decode_margin", "data.mean", "data.std",
 )  # fmt: skip
 
@@ -425,7 +426,12 @@ def streams_for(recipe: Recipe, world: int) -> int:
 def batch_problems(recipe: Recipe, world: int) -> list[str]:
     """What stands against this batch on this many ranks, one line a problem."""
     problems = []
-    images, streams = recipe.batch.images, streams_for(recipe, world)
+    images, streams, repeats = recipe.batch.images, streams_for(recipe, world), recipe.data.repeats
+    if images % (world * repeats) and repeats > 1:
+        problems.append(
+            f"batch.images={images} is not divisible by {world} ranks x data.repeats={repeats}; use "
+            f"{max(1, images // (world * repeats)) * world * repeats}"
+        )
     if images % world:
         unit = world * min(recipe.batch.per_device or 1, max(1, images // world))
         near = sorted({max(unit, images // unit * unit), (images // unit + 1) * unit})
@@ -448,7 +454,7 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     Args:
         recipe: a checked recipe.
         world: ranks that train.
-        samples_per_epoch: what the plan takes of an epoch, a multiple of batch.images.
+        samples_per_epoch: what the plan takes of an epoch, times data.repeats: a multiple of batch.images.
 
     Raises:
         ValueError: the batch does not divide, with the nearest that do.
@@ -467,7 +473,12 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     lr = schedule.lr if schedule.lr is not None else (schedule.base_lr or 0.0) * images / 256
     per_rank = images // world
     limit = min(recipe.batch.per_device or per_rank, per_rank)
-    per_device = next(size for size in range(limit, 0, -1) if per_rank % size == 0)
+    repeats = recipe.data.repeats
+    if limit < repeats:
+        raise ValueError(
+            f"batch.per_device={limit} is less than data.repeats={repeats}, which belong together; raise it"
+        )
+    per_device = next(size for size in range(limit, 0, -1) if per_rank % size == 0 and size % repeats == 0)
     return Resolved(
         world=world,
         images_per_step=images,

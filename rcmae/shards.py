@@ -40,7 +40,7 @@ FORMAT, VERSION = "rcmae shard index", 1
 # One row a sample: where its image lies in the tar, its label (-100 = none), where its key lies in the shard's keys.
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("key", "<u4"), ("key_size", "<u2")])
 NO_LABEL = -100
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 _NAMED = 20  # problems that a message lists before it counts the rest
 
@@ -666,7 +666,8 @@ def groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInf
 def image_suffix(members: Iterable[str]) -> str | None:
     """The suffix of the member that is a sample's image, if it has one."""
     images = [suffix for suffix in members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
-    return min(images, key=lambda suffix: suffix.count("."), default=None)  # "jpg" before "mask.png"; else the first
+    # "jpg" before "mask.png" and before an array; else the first
+    return min(images, key=lambda suffix: (suffix.endswith("npy"), suffix.count(".")), default=None)
 
 
 # ---------------------------------------------------------------------------------------------------- the plan

@@ -76,6 +76,7 @@ class Stream:
         max_bad_in_a_row: int = 100,
         cache: Cache | None = None,
         ranks_of_node: int = 1,
+        repeats: int = 1,
     ) -> None:
         """Nothing is read and no worker started before the first step is asked for.
 
@@ -93,23 +94,27 @@ class Stream:
             max_bad_in_a_row: so do more than this one after the other.
             cache: of the node, for shards from elsewhere; what comes next is copied there while training goes on.
             ranks_of_node: how many share it.
+            repeats: views of each sample that is read, one after the other in a micro-batch: the plan's position p
+                gives the views at p x repeats and the following, each with its own crop, flip and mask.
 
         Raises:
             ValueError: micro-batches do not divide this rank's part of a step, or ranks the batch and the streams.
         """
         plan.requests(0, 0, rank, world)  # whether the ranks divide what they must
-        per_rank = plan.images // world
-        if micro < 1 or per_rank % micro:
+        per_rank = plan.images // world * repeats
+        if micro < 1 or per_rank % micro or micro % repeats:
+            of = f"{micro}, or that not of data.repeats={repeats}" if repeats > 1 else str(micro)
             raise ValueError(
-                f"{per_rank} images a step and rank (batch.images={plan.images}) are no multiple of {micro}"
+                f"{per_rank} images a step and rank (batch.images={plan.images * repeats}) are no multiple of {of}"
             )
         self._plan, self._per_rank, self._micros = plan, per_rank, per_rank // micro
         self._limits = Limits(max_bad_fraction, max_bad_in_a_row, plan.samples_per_epoch // world)
-        self._reading = _TrainReading(index, plan, transform, mask, seed, max_bad_in_a_row, cache)
+        self._repeats = repeats
+        self._reading = _TrainReading(index, plan, transform, mask, seed, max_bad_in_a_row, cache, repeats)
         remote = any(is_remote(shard.path) for shard in index.shards)
         assert not remote or cache is not None, "shards from elsewhere need a cache"
         ahead = _Ahead(index, cache.limit // ranks_of_node) if remote and cache is not None else None
-        self._order = _MicroOrder(plan, rank, world, micro, ahead)
+        self._order = _MicroOrder(plan, rank, world, micro // repeats, ahead)
         self._loader: DataLoader[_Read | Exception] | None = _loader(
             self._reading, self._order, workers, prefetch, persistent=True
         )
@@ -141,7 +146,7 @@ class Stream:
                 if isinstance(read, Exception):
                     raise read
                 self._bad += read.bad
-                self._limits.check(read.bad, read.batch.positions.tolist())
+                self._limits.check(read.bad, read.batch.positions[:: self._repeats].tolist())
                 batches.append(read.batch)
             yield batches
 
@@ -151,7 +156,7 @@ class Stream:
         return bad
 
     def first_images(self, count: int) -> Batch:
-        """The first `count` positions of the run, the same on every rank, read here and now: for pictures."""
+        """The first `count` samples of the run, the same on every rank, read here and now: for pictures."""
         read = self._reading[_Asked(self._plan.requests(0, count))]
         if isinstance(read, Exception):
             raise read
@@ -384,7 +389,9 @@ class _TrainReading(Dataset[_Read | Exception]):
         seed: int,
         max_bad_in_a_row: int,
         cache: Cache | None,
+        repeats: int,
     ) -> None:
+        self._repeats = repeats
         self._index, self._plan, self._transform, self._mask = index, plan, transform, mask
         self._seed, self._max_bad_in_a_row = seed, max_bad_in_a_row
         self._reader = Reader(cache)
@@ -404,33 +411,34 @@ class _TrainReading(Dataset[_Read | Exception]):
             return error
         for position, number in zip(requests.positions.tolist(), requests.samples.tolist(), strict=True):
             try:
-                sample, view = self._view(position, number, bad)
+                sample, views = self._views(position, number, bad)
             except TooManyBadSamples as error:
                 return error
             except OSError as error:
                 return OSError(f"{self._index[number].id} at position {position} cannot be read: {error}")
             except Exception as error:
                 raise RuntimeError(f"{self._index[number].id} at position {position}: {error!r}") from error
-            rows.append((sample, view))
-        ids = np.stack([self._mask.ids(self._seed, position) for position in requests.positions.tolist()])
-        return _Read(_batch(rows, requests.positions, torch.from_numpy(ids), self._mask.num_visible), bad)
+            rows += [(sample, view) for view in views]
+        positions = (requests.positions[:, None] * self._repeats + np.arange(self._repeats)).reshape(-1)
+        ids = np.stack([self._mask.ids(self._seed, position) for position in positions.tolist()])
+        return _Read(_batch(rows, positions, torch.from_numpy(ids), self._mask.num_visible), bad)
 
-    def _view(self, position: int, number: int, bad: list[BadSample]) -> tuple[Sample, View]:
-        """The sample of a number, or else the next that can be read, seen as the position's key has it."""
-        reason = ""
+    def _views(self, position: int, number: int, bad: list[BadSample]) -> tuple[Sample, list[View]]:
+        """The sample of a number, or else the next that can be read, seen as its positions' keys have it."""
+        reason, positions = "", range(position * self._repeats, (position + 1) * self._repeats)
         beyond = int(self._index.counts[self._index.place(number)[0]]) + self._max_bad_in_a_row
         for tried in islice(self._candidates(position, number), beyond):
             sample = self._index[tried]
             try:
                 if tried in self._known_bad:
                     raise BadImage(self._known_bad[tried])
-                view = self._transform(self._read(tried, sample), self._seed, position)
+                views = self._transform.views(self._read(tried, sample), self._seed, positions)
             except BadImage as error:
                 reason = reason or str(error)
                 continue
             if tried != number:
-                bad.append(_bad_sample(position, self._index[number], reason, sample.id))
-            return sample, view
+                bad.append(_bad_sample(positions[0], self._index[number], reason, sample.id))
+            return sample, views
         sample = self._index[number]
         raise TooManyBadSamples(
             f"nothing can be read in place of {sample.id} ({redacted(sample.path)} at byte {sample.offset}: {reason}): "

@@ -475,10 +475,11 @@ def check(recipe: Recipe) -> Checked:
     if index is not None and not undivided:
         with problems:
             plan = Plan(
-                index.counts, seed=data.seed, images=recipe.batch.images, streams=config.streams_for(recipe, world),
-                window=data.shuffle_window, epoch_samples=data.epoch_samples, weights=index.weights,
+                index.counts, seed=data.seed, images=recipe.batch.images // data.repeats,
+                streams=config.streams_for(recipe, world), window=data.shuffle_window,
+                epoch_samples=data.epoch_samples, weights=index.weights,
             )  # fmt: skip
-            sizes = config.resolve(recipe, world=world, samples_per_epoch=plan.samples_per_epoch)
+            sizes = config.resolve(recipe, world=world, samples_per_epoch=plan.samples_per_epoch * data.repeats)
             small = cache_problem(
                 index, streams=plan.streams, window=plan.window, nodes=world // dist.ranks_of_node(), world=world,
                 limit=int(data.cache_gb * 1e9),
@@ -595,7 +596,7 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
         index=found.index, plan=found.plan, transform=transform, mask=found.mask, seed=data.seed,
         micro=sizes.per_device, rank=dist.rank(), world=world, workers=data.workers,
         max_bad_fraction=data.max_bad_fraction, max_bad_in_a_row=data.max_bad_in_a_row,
-        cache=found.cache, ranks_of_node=dist.ranks_of_node(),
+        cache=found.cache, ranks_of_node=dist.ranks_of_node(), repeats=data.repeats,
     )  # fmt: skip
     step, images = (saved.step, saved.images) if saved else (0, 0)
     log = MetricsLog(

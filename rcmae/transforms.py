@@ -3,8 +3,9 @@
 Resizing is torch's antialiased bicubic on uint8, which is within rounding of PIL's and several times as fast. JPEG goes
 through libjpeg-turbo (bit-equal to PIL at full size; at half or less where a random box is several times the target),
 all else through PIL. As in the published pipelines an EXIF rotation is not applied and transparency is dropped, so the
-pixels are theirs; unlike there, 16-bit grey is scaled to 8 bits instead of clipped to white. Normalisation happens on
-the device, where it is cheap: a quarter of the bytes travel.
+pixels are theirs; unlike there, 16-bit grey is scaled to 8 bits instead of clipped to white. Images of other than 1 or
+3 channels are `.npy` arrays or multi-band TIFF of uint8 or uint16, with the channels last or first. Normalisation
+happens on the device, where it is cheap: a quarter of the bytes travel.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,7 +32,8 @@ from rcmae.jpeg import Box, decode_box, header
 MAX_PIXELS = 178_956_970  # of an encoded image; PIL's limit against decompression bombs
 CENTRE_SHARE = 0.875  # of the shorter side that a centre crop keeps, as the field evaluates
 _TRIES = 10  # random boxes that may stick out before the centre is taken
-_MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name of the colour space
+_MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name of the colour space; others have to be there as they are asked for
+_NPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class BadImage(ValueError):
@@ -58,6 +61,9 @@ class Transform(Protocol):
     def __call__(self, data: bytes, seed: int, position: int, draw: int = 0) -> View:
         """The view of an encoded image at an absolute position of the run. Raises BadImage."""
 
+    def views(self, data: bytes, seed: int, positions: Sequence[int]) -> list[View]:
+        """Views of one image at several positions. Raises BadImage."""
+
 
 @dataclass(frozen=True)
 class TrainTransform:
@@ -80,15 +86,36 @@ class TrainTransform:
 
     def __call__(self, data: bytes, seed: int, position: int, draw: int = 0) -> View:
         """The view of an encoded image at an absolute position of the run. Raises BadImage."""
-        draws = uniform(seed, Purpose.CROP, draw, position, count=4 * _TRIES).tolist()
+        pixels, box = self._part(data, self._draws(seed, position, draw))
+        return self._view(pixels, box, seed, position, draw)
+
+    def views(self, data: bytes, seed: int, positions: Sequence[int]) -> list[View]:
+        """Views of one image at several positions, decoded once, at full size where there are several.
+
+        Raises:
+            BadImage: as the call.
+        """
+        if len(positions) == 1:
+            return [self(data, seed, positions[0])]
+        pixels, views = decode(data, self.in_channels), []
+        for position in positions:
+            box = Box(
+                *random_box(pixels.shape[0], pixels.shape[1], self.scale, self.ratio, self._draws(seed, position, 0))
+            )
+            views.append(self._view(box.of(pixels), box, seed, position, 0))
+        return views
+
+    def _draws(self, seed: int, position: int, draw: int) -> list[float]:
+        return uniform(seed, Purpose.CROP, draw, position, count=4 * _TRIES).tolist()
+
+    def _view(self, pixels: NDArray[np.uint8], box: Box, seed: int, position: int, draw: int) -> View:
         flipped = bool(uniform(seed, Purpose.FLIP, draw, position, count=1)[0] < self.flip)
-        pixels, box = self._part(data, draws)
         image = resize(pixels, self.image_size)
         return View(image.flip(-1) if flipped else image, (*box, int(flipped)))
 
     def _part(self, data: bytes, draws: Sequence[float]) -> tuple[NDArray[np.uint8], Box]:
         """The pixels of a random box, shrunken or not, and the box."""
-        size = plain_jpeg(data)
+        size = plain_jpeg(data) if self.in_channels in _MODES else None
         if size is None:
             pixels = decode(data, self.in_channels)
             box = Box(*random_box(pixels.shape[0], pixels.shape[1], self.scale, self.ratio, draws))
@@ -149,21 +176,61 @@ def decode(data: bytes, channels: int = 3) -> NDArray[np.uint8]:
     Raises:
         BadImage: the bytes are no image, are cut short or damaged, or would take more than MAX_PIXELS.
     """
-    size = plain_jpeg(data)
+    size = plain_jpeg(data) if channels in _MODES else None
     if size is not None:
         try:
             return decode_box(data, Box(0, 0, *size), channels=channels)
         except ValueError:
             pass  # PIL has the last word on what is readable
     try:
+        if data.startswith(_NPY):
+            return _bands(_array(data), channels)
+        if channels not in _MODES and data[:4] in _TIFF:
+            with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+                _refuse_bombs(tiff.series[0].shape)
+                return _bands(tiff.series[0].asarray(), channels)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd metadata, and on large images below the limit
             with Image.open(io.BytesIO(data)) as image:
-                return _pixels(image, channels)
-    except MemoryError:
+                return _pixels(image, channels) if channels in _MODES else _bands(np.array(image), channels)
+    except (MemoryError, BadImage):
         raise
     except Exception as error:  # PIL's plugins raise whatever damaged bytes lead them to
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _array(data: bytes) -> NDArray[np.generic]:
+    """The array of a `.npy` file, a view of its bytes; objects are refused, they would need pickle."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, kind = read_header(file)
+    if kind.hasobject:
+        raise BadImage("its array holds objects, not numbers")
+    _refuse_bombs(shape)
+    values = np.frombuffer(data, kind, math.prod(shape), file.tell())
+    return values.reshape(shape, order="F" if fortran else "C")
+
+
+def _refuse_bombs(shape: Sequence[int]) -> None:
+    if math.prod(sorted(shape)[-2:]) > MAX_PIXELS:
+        raise BadImage(f"{' x '.join(map(str, shape))} values are too many")
+
+
+def _bands(values: NDArray[np.generic], channels: int) -> NDArray[np.uint8]:
+    """[H, W, channels] uint8 of an array with the channels last or first; 16-bit values are scaled to 8."""
+    if values.ndim == 2:
+        values = values[:, :, None]
+    if values.ndim == 3 and values.shape[2] != channels and values.shape[0] == channels:
+        values = values.transpose(1, 2, 0)
+    if values.ndim != 3 or values.shape[2] != channels or 0 in values.shape:
+        shape = " x ".join(map(str, values.shape))
+        raise BadImage(f"it is an array of {shape}, wanted are height x width x {channels} (model.in_channels)")
+    if values.dtype == np.uint16:
+        values = (values.astype(np.uint32) + 128) // 257
+    elif values.dtype != np.uint8:
+        raise BadImage(f"its values are {values.dtype}, of unknown range; store uint8 or uint16")
+    return np.array(values, np.uint8, order="C")  # a copy: what lies in the file's bytes cannot be written to
 
 
 def plain_jpeg(data: bytes) -> tuple[int, int] | None:
@@ -236,5 +303,5 @@ def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
 
 
 def _check_channels(channels: int) -> None:
-    if channels not in _MODES:
-        raise ValueError(f"model.in_channels={channels}: images are decoded to 1 (grey) or 3 (RGB) channels")
+    if channels < 1:
+        raise ValueError(f"model.in_channels={channels} must be at least 1")

@@ -92,6 +92,16 @@ def test_keys_that_contradict_each_other_are_refused(recipe, wrong, line):
     assert lines[0].startswith(line)
 
 
+def test_views_of_one_image_stay_in_one_micro_batch(recipe):
+    loaded = config.load(recipe(), ["data.repeats=3", "batch.images=96", "batch.per_device=20"])
+    sizes = config.resolve(loaded, world=2, samples_per_epoch=960)
+    assert (sizes.per_device, sizes.accumulation, sizes.steps_per_epoch) == (12, 4, 10)
+    assert config.batch_problems(config.load(recipe(), ["data.repeats=3", "batch.images=32"]), 2)[-1].endswith("use 30")
+    few = config.load(recipe(), ["data.repeats=3", "batch.images=96", "batch.per_device=2"])
+    with pytest.raises(ValueError, match=r"batch\.per_device=2 is less than data\.repeats=3"):
+        config.resolve(few, world=2, samples_per_epoch=960)
+
+
 def test_a_mixture_is_a_list_of_sets_with_weights(recipe):
     loaded = config.load(recipe(), ["data.shards=[{shards: a.tar, weight: 2}, {shards: [b.tar, c.tar], weight: 1}]"])
     assert [(one.shards, one.weight) for one in loaded.data.shards] == [("a.tar", 2.0), (["b.tar", "c.tar"], 1.0)]

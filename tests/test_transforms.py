@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -108,6 +109,61 @@ def test_grey_models_get_one_channel():
         assert psnr(got[:, :, 0], np.asarray(Image.open(io.BytesIO(data)).convert("L"))) > 45
     view = TrainTransform((16, 16), in_channels=1)(encoded(PHOTOGRAPHS[0]), 0, 0)
     assert view.image.shape == (1, 16, 16)
+
+
+def saved(array):
+    """An array as a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_arrays_and_multi_band_tiff_feed_models_of_other_channels():
+    noise = np.random.RandomState(0)
+    bands = noise.randint(0, 256, (40, 60, 5)).astype(np.uint8)
+    files = [saved(bands), saved(bands.transpose(2, 0, 1)), saved(np.asfortranarray(bands))]
+    for planar in ("contig", "separate"):
+        file = io.BytesIO()
+        image = bands if planar == "contig" else bands.transpose(2, 0, 1)
+        tifffile.imwrite(file, image, photometric="minisblack", planarconfig=planar, compression="zlib")
+        files.append(file.getvalue())
+    for data in files:
+        np.testing.assert_array_equal(decode(data, 5), bands)
+        view = TrainTransform((16, 24), in_channels=5)(data, 1, 2)
+        assert view.image.shape == (5, 16, 24)
+        assert CentreTransform((16, 16), in_channels=5)(data, 0, 0).image.shape == (5, 16, 16)
+    np.testing.assert_array_equal(decode(saved(bands.astype(np.uint16) * 257), 5), bands)
+    np.testing.assert_array_equal(decode(saved(bands[:, :, 0]), 1)[:, :, 0], bands[:, :, 0])
+    np.testing.assert_array_equal(decode(saved(bands[:, :, :3]), 3), bands[:, :, :3])
+    rgba = encoded(bands[:, :, :4], "PNG", "RGBA")
+    np.testing.assert_array_equal(decode(rgba, 4), bands[:, :, :4])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (saved(np.zeros((4, 6, 4), np.uint8)), r"an array of 4 x 6 x 4, wanted are height x width x 5"),
+        (saved(np.zeros((4, 6, 5), np.float32)), "float32, of unknown range; store uint8 or uint16"),
+        (saved(np.zeros((4, 6, 5), np.uint8))[:-9], "ValueError: buffer is smaller"),
+        (saved(np.zeros((4, 6, 5), np.uint8)).replace(b"(4, 6, 5), ", b"(9**9,5,5),"), "ValueError"),
+        (saved(np.zeros((1, 1, 5), np.uint8)).replace(b"(1, 1, 5), }     ", b"(30000, 30000,5)}"), "are too many"),
+        (np.lib.format.MAGIC_PREFIX + b"\x01\x00", "Error"),
+        (encoded(PHOTOGRAPHS[0], "JPEG"), "an array of 427 x 640 x 3, wanted are height x width x 5"),
+        (b"II*\0" + bytes(100), "Error"),
+    ],
+)  # fmt: skip
+def test_other_arrays_are_bad_images(data, reason):
+    with pytest.raises(BadImage, match=reason):
+        decode(data, 5)
+
+
+def test_several_views_of_one_decode_are_those_of_their_positions():
+    transform = TrainTransform((48, 48), margin=math.inf)
+    views = transform.views(JPEG, 3, range(40, 44))
+    for position, view in zip(range(40, 44), views, strict=True):
+        alone = transform(JPEG, 3, position)
+        assert view.crop == alone.crop
+        assert torch.equal(view.image, alone.image)
 
 
 def bomb(side):
@@ -349,8 +405,8 @@ def test_normalisation_is_that_of_to_tensor_then_normalize():
 
 
 def test_settings_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match=r"model\.in_channels=5"):
-        TrainTransform((8, 8), in_channels=5)
+    with pytest.raises(ValueError, match=r"model\.in_channels=0"):
+        TrainTransform((8, 8), in_channels=0)
     with pytest.raises(ValueError, match=r"data\.crop_scale"):
         TrainTransform((8, 8), scale=(0.5, 0.2))
     with pytest.raises(ValueError, match=r"data\.crop_scale"):

@@ -372,14 +372,15 @@ def plan(recipe: Recipe, site: Site) -> dict[str, Any]:
 
 def resolve(recipe: Recipe, site: Site, index: ShardIndex | None) -> Resolved:
     """The derived numbers, with the epoch of the shards where they can be seen. Raises ValueError: it cannot be."""
-    images = recipe.batch.images
+    images, repeats = recipe.batch.images, recipe.data.repeats
     if index is not None:
-        epoch = Plan(
-            index.counts, seed=recipe.data.seed, images=images, streams=config.streams_for(recipe, site.world),
-            window=recipe.data.shuffle_window, epoch_samples=recipe.data.epoch_samples, weights=index.weights,
+        epoch = repeats * Plan(
+            index.counts, seed=recipe.data.seed, images=images // repeats,
+            streams=config.streams_for(recipe, site.world), window=recipe.data.shuffle_window,
+            epoch_samples=recipe.data.epoch_samples, weights=index.weights,
         ).samples_per_epoch  # fmt: skip
     else:
-        epoch = (recipe.data.epoch_samples or site.samples) // images * images
+        epoch = (recipe.data.epoch_samples or site.samples) * repeats // images * images
     if epoch == 0:
         raise ValueError(f"batch.images={images} is more than the {site.samples} samples of an epoch; give --samples")
     return config.resolve(recipe, world=site.world, samples_per_epoch=epoch)
