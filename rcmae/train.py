@@ -29,7 +29,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from rcmae import __version__, checkpoint, config, dist, kernels, preempt
+from rcmae import __version__, checkpoint, config, dist, kernels, preempt, startup
 from rcmae.batch import Batch
 from rcmae.config import Recipe, Resolved
 from rcmae.engine import Engine, LocalEngine, Settings
@@ -130,6 +130,9 @@ class Run:
 
     def advance(self) -> None:
         """A step is done: one further in the training and in the stream."""
+        if self.step == self.first_step:
+            startup.mark("first step")
+            self.log.event("first_step", step=self.step + 1, startup_s=startup.seconds())
         self.step += 1
         self.data_step += 1
         self.meter.step(self.sizes.images_per_step)
@@ -146,6 +149,8 @@ class Run:
             try:
                 with self.meter.waiting():
                     micros = next(steps)
+                if self.step == self.first_step:
+                    startup.mark("first batch")
             except (TooManyBadSamples, OSError, RuntimeError) as error:  # the others learn of it in agree()
                 micros, self._trouble = [], str(error)
             self._bad = self.stream.drain_bad()
@@ -487,8 +492,10 @@ def check(recipe: Recipe) -> Checked:
             problems += [small] if small else []
     if recipe.engine.name == "deepspeed" and sizes is not None:
         with problems:
+            startup.mark("checks")
             from rcmae.engine_deepspeed import config_problems, read_config  # costs seconds: only where it is used
 
+            startup.mark("imports")
             engine_config = read_config(recipe.engine.config or "")
             problems += config_problems(engine_config, engine_settings(recipe, sizes), lr=sizes.lr, world=world)
     problems += mismatches(recipe, saved, index)
@@ -533,7 +540,9 @@ def assemble(recipe: Recipe, stop: preempt.StopRequest) -> Run:
         CheckpointError: on every rank; there are checkpoints and none can be used.
     """
     found = check(recipe)
+    startup.mark("checks")
     lease = hold(recipe)
+    startup.mark("lease")
     try:
         return build(recipe, stop, found, lease)
     except BaseException:
@@ -572,11 +581,15 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
     """The parts, at the newest valid checkpoint. Collective: every rank calls, rank 0 with the lease."""
     data, sizes, world = recipe.data, found.sizes, dist.world()
     saved = choose_checkpoint(recipe)
+    startup.mark("checkpoint")
     student, objective = new_student(recipe), make_objective(recipe)
     teacher = copy.deepcopy(student) if objective.needs_teacher else None
+    startup.mark("model")
     engine = make_engine(recipe, sizes, student, teacher, found.engine_config)
+    startup.mark("engine")
     if saved is not None:
         checkpoint.load(saved, engine)
+        startup.mark("checkpoint")
     start_folder(recipe, saved, found.index)
     saver = checkpoint.Saver(
         recipe.run_dir / "checkpoints", keep=recipe.checkpoint.keep, keep_every=recipe.checkpoint.keep_every,
@@ -615,6 +628,7 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
         data_step=images // sizes.images_per_step, saved_step=step if saved and own(recipe, saved) else -1,
     )  # fmt: skip
     announce(run, saved)
+    startup.mark("files")
     return run
 
 
@@ -867,10 +881,13 @@ def say_error(error: Exception) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train by a command line; the exit status of this rank."""
     stop = preempt.StopRequest()  # first: Python's default for SIGUSR1 is to die
+    startup.begin()
     name, overrides = parse(argv)
     try:
         recipe = config.load(name, overrides)
+        startup.mark("recipe")
         dist.start(required=recipe.engine.name != "local", timeout_s=recipe.engine.timeout_s)
+        startup.mark("process group")
     except ValueError as error:
         say_error(error)
         return preempt.REFUSED

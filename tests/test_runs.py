@@ -154,6 +154,11 @@ def test_a_real_run_stopped_and_killed_is_told_right(
     assert 0 < told["goodput"] < 1
     assert told["jobs"][1]["seconds"]["start-up"] > 0.5, "a process that imports torch"
     assert told["jobs"][1]["began"] > before
+    begun, first = folder.events("resume")[0], folder.events("first_step")[1]
+    assert sum(first["startup_s"].values()) == pytest.approx(first["time"] - begun["process_started"], abs=0.1)
+    assert list(first["startup_s"])[:3] == ["imports", "recipe", "process group"]
+    assert first["startup_s"]["imports"] > 0.5
+    assert told["startup_s"] == folder.events("first_step")[-1]["startup_s"]
     assert runs.main(["status", str(folder.path), "--watch"]) == 0
     assert "goodput" in capsys.readouterr().out
 

@@ -221,6 +221,7 @@ def status(folder: Path, now: float | None = None) -> dict[str, Any]:
         "undone_steps": sum(job.undone_steps for job in jobs),
         "seconds_per_step": pace,
         "hours_to_go": left / 3600 if left is not None else None,
+        "startup_s": next((event["startup_s"] for event in reversed(events) if event["event"] == "first_step"), {}),
         "jobs": [asdict(job) for job in jobs],
         "starts_without_training": starts_without_training(folder, events),
         "last_events": events[-EVENTS_SHOWN:],
@@ -272,6 +273,9 @@ def report(told: Mapping[str, Any]) -> Group:
         f"goodput {told['goodput']:.1%} of {duration(told['wall_s'])} since the first start; "
         f"{told['undone_steps']} steps done twice, {told['starts_without_training']} starts without training"
     )
+    if told["startup_s"]:
+        parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in told["startup_s"].items())
+        head += f"\nlast start-up of rank 0, {duration(sum(told['startup_s'].values()))} to the first step: {parts}"
     split = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("where the time went", "", "%"):
         split.add_column(name, justify="left" if name.startswith("where") else "right")
