@@ -326,15 +326,26 @@ def footprint(model: MaskedAutoencoder, settings: Settings) -> Footprint:
         )  # fmt: skip
     grown = engine.regrown if settings.accumulation > 1 else engine.grown
     for part, params in reversed(list(zip(parts, busy, strict=True))):
-        done += part.params
+        before, done = done, done + part.params
         buckets = engine.buckets if done else 0.0  # they come with the first gradient
+        reduced, flushed = done, 0  # elements
+        if engine.bucket:  # gradients arrive with each full bucket; a flush holds copies of one
+            full = done // engine.bucket
+            flushed = engine.bucket if full > before // engine.bucket else 0
+            reduced = full * engine.bucket - flushed
         moment(
-            f"backward, {part.name}", gradients=carried + grown * done / sum(sizes),
-            communication=engine.gathered + buckets + engine.flushed * min(engine.bucket, done)
-            + engine.part_gathered * params + engine.part_leaving * part.params,
+            f"backward, {part.name}", gradients=carried + grown * reduced / sum(sizes),
+            communication=engine.gathered + buckets + engine.flushed * flushed + engine.part_gathered * params
+            + engine.part_leaving * part.params,
             activations=batch + images * (saved + part.passing),
         )  # fmt: skip
         saved -= part.saved
+    if engine.bucket:
+        last = sum(sizes) % engine.bucket
+        moment(
+            "last bucket", gradients=carried + grown * (1 - last / sum(sizes)),
+            communication=engine.gathered + engine.buckets + engine.flushed * last, activations=batch,
+        )  # fmt: skip
     moment("reduction", gradients=carried + grown, communication=engine.reducing, activations=batch)
     moment("update", gradients=engine.updating)
     moment("teacher's update", teacher=engine.publishing)

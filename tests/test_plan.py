@@ -2,23 +2,20 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rcmae import config, dist, kernels, memory, train
+from rcmae import config, kernels, memory, train
 from rcmae.masking import visible_count
 from rcmae.memory import Settings, activations, footprint, states
 from rcmae.objectives import MAE, RCMAE
 from runs import Folder
 from tests.conftest import Ranks
-from tools import plan
+from tools import bench_memory, plan
 from tools.bench_step import made_up_batch
-
-PROGRAM = Path(__file__).parent / "programs" / "live_memory.py"
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +40,6 @@ schedule: {steps: 20, lr: 1.0e-3}
     return path
 
 
-def predicted(path: Path, overrides: list[str], world: int) -> tuple[Settings, memory.Footprint, int]:
-    """(settings, footprint, elements of a shard) of rank 0."""
-    recipe = config.load(str(path), overrides)
-    sizes = config.resolve(recipe, world=world, samples_per_epoch=recipe.batch.images)
-    model = plan.student(recipe)
-    settings = plan.settings_of(recipe, model, plan.placement(recipe), world, sizes.per_device)
-    settings = replace(settings, fused_attention=kernels.attention_is_fused(dist.device(), settings.precision))
-    return settings, footprint(model, settings), states(model, settings)["shard"]
-
-
 CASES = {
     "zero0 fp32": ["engine.config=zero0", "engine.precision=fp32", "objective.name=mae"],
     "zero1 bf16": ["engine.config={}/zero1.json"],
@@ -66,30 +53,29 @@ CASES = {
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_live_tensors_on_ranks(
-    middling: Path, ranks: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_is_that_of_live_tensors_on_ranks(middling: Path, ranks: Callable[..., Ranks]) -> None:
     """Model states to 1 %; the height of a step above them, on every rank, to 15 %."""
-    world = 2
     cases = {
         name: [each.format(middling.parent) for each in ([] if "fsdp2" in name else ["engine.name=deepspeed"]) + given]
         for name, given in CASES.items()
     }
-    said = ranks(str(PROGRAM), str(middling), json.dumps(cases), world=world).succeed()
-    found = json.loads(next(line for line in said.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
-    for name, overrides in cases.items():
-        settings, told, shard = predicted(middling, overrides, world)
-        resident = sum(told.resident.values())
-        width = 2 if settings.precision == "bf16" else 4
-        on_its_way = shard * width if settings.placement in ("zero1", "zero2") and settings.teacher else 0
-        for ready, peak in zip(found[name]["ready"], found[name]["peak"], strict=True):
-            baseline = ready - on_its_way  # the teacher's first publication has left by the second step
-            above = (told.peak - resident) / (peak - baseline)
-            with capsys.disabled():
-                print(f"\n{name}: {baseline / 1e6:.1f} MB ({resident / baseline - 1:+.1%} told), in a step "
-                      f"{(peak - baseline) / 1e6:.1f} more ({above - 1:+.1%}), {told.when}", end="")  # fmt: skip
-            assert resident == pytest.approx(baseline, rel=0.01), name
-            assert above == pytest.approx(1.0, abs=0.15), name
+    given = ["--images=16", f"--cases={json.dumps(cases)}", "--json=-"]
+    said = ranks(bench_memory.__file__, str(middling), *given, world=2).succeed()
+    report = json.loads(said[said.index("{\n") : said.rindex("}") + 1])
+    assert (report["beyond"], list(report["cases"])) == ([], list(CASES))
+    for name, case in report["cases"].items():
+        assert case["told_ready_bytes"] == pytest.approx(max(case["measured_ready_bytes"]), rel=0.01), name
+        for measured in case["measured_step_bytes"]:
+            assert case["told_step_bytes"] == pytest.approx(measured, rel=0.15), name
+
+
+def test_the_check_that_is_kept_is_within_its_tolerances() -> None:
+    report = json.loads((plan.RESULTS / "memory_vit_base_cpu.json").read_text())
+    assert (report["tool"], report["beyond"]) == ("bench_memory", [])
+    assert {(case["placement"], case["checkpointing"]) for case in report["cases"].values()} == {
+        (placement, way) for placement in bench_memory.ENGINES for way in ("none", "torch")
+    }
+    assert all(abs(case["step_off"]) <= 0.15 for case in report["cases"].values())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -268,6 +254,24 @@ def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text("{")
     with pytest.raises(ValueError, match="no result"):
         plan.measured_utilisation(recipe, "h200", tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["rcmae_vit_l_16", "rcmae_vit_h_14"])
+def test_the_table_in_the_readme_is_the_planners(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([recipe, "--table", "a100-40g,h100-80g,h200"]) == 0
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + 3 * len(plan.TABLE_NODES)
+    readme = (Path(plan.__file__).parent.parent / "slurm" / "README.md").read_text()
+    assert table in readme, f"python tools/plan.py {recipe} --table a100-40g,h100-80g,h200 gives another one"
+
+
+def test_a_row_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["rcmae_vit_l_16", "batch.per_device=512", "--table", "a10g"]) == 0
+    first, *_ = capsys.readouterr().out.splitlines()[2:]
+    assert "needs" in first
+    assert "use batch.per_device=" in first
+    with pytest.raises(SystemExit):
+        plan.main(["rcmae_vit_l_16", "--table", "h300"])
 
 
 def test_the_command_runs(middling: Path, ranks: Callable[..., Ranks]) -> None:

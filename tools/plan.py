@@ -2,6 +2,7 @@
 """Before the queue: whether a run fits and divides, how long it takes, and what to change. Nothing is trained.
 
     python tools/plan.py RECIPE [key=value ...] [--nodes N] [--gpus N] [--gpu KIND] [--json]
+    python tools/plan.py RECIPE --table a100-40g,h100-80g,h200         kinds and sizes side by side, as Markdown
 
 Memory is that of one GPU for every ZeRO stage and FSDP2 (`rcmae.memory`: it agrees with live tensors of CPU ranks), and
 what the driver, NCCL and a fragmented allocator take is left free. Hours follow from the model's FLOPs and a
@@ -56,6 +57,7 @@ DECODE_PER_CORE = 700.0  # images/s of a core, photographs of 500 x 375 to 224 p
 RESERVED = 2.0 * GIB  # CUDA's context, workspaces of libraries, NCCL's channels
 FRAGMENTED = 1.05  # what the caching allocator holds over what lives in it
 WRITE_GBPS = 1.0  # GB/s of the file system for one checkpoint, all ranks together
+TABLE_NODES = (1, 4, 8)
 _MANY_SHARDS = 64  # without an index, headers of more shards than this are not read
 
 
@@ -520,6 +522,34 @@ def _print_figures(report: dict[str, Any], console: Console) -> None:
         console.print(f"  {name:<11}{text}", highlight=False, soft_wrap=True)
 
 
+def markdown(recipe: Recipe, kinds: Sequence[str], gpus: int) -> str:
+    """A table of the recipe on each kind of GPU and each of TABLE_NODES."""
+    titles = (
+        "GPUs", "kind", "placement", "GiB needed of", "images at once", "at most (recomputed)", "images/s", "step s",
+        "hours", "GPU hours", "cores a node to decode", "checkpoint GB",
+    )  # fmt: skip
+    rows = [list(titles), ["---"] * len(titles)]
+    for kind in kinds:
+        for nodes in TABLE_NODES:
+            site = Site(nodes=nodes, gpus=gpus, gpu=kind)
+            report = plan(recipe, site)
+            cells = [str(site.world), kind, report["engine"]]
+            if report["problems"]:
+                rows.append([*cells, "; ".join(report["problems"]), *[""] * (len(titles) - 4)])
+                continue
+            own, rate = next(row for row in report["memory"] if row["own"]), report["speed"]
+            way = own["kept" if report["activation_checkpointing"] == "none" else "recomputed"]
+            rows.append([
+                *cells, f"{way['needed'] / GIB:.1f} of {GPUS[kind].memory / GIB:.1f}",
+                f"{report['sizes']['per_device']} x {report['sizes']['accumulation']}",
+                f"{way['largest_per_device']} ({own['recomputed']['largest_per_device']})",
+                f"{rate['images_per_s']:,.0f}", f"{rate['step_s']:.2f}", f"{rate['hours']:.1f}",
+                f"{rate['hours'] * site.world:,.0f}", str(report["data"]["cores_needed"]),
+                f"{report['checkpoint']['bytes'] / 1e9:.2f}",
+            ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan and report; the exit status."""
     parser = argparse.ArgumentParser(prog="tools/plan.py", description=(__doc__ or "").split("\n")[0])
@@ -534,11 +564,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decode-per-core", type=float, help="images/s (tried on the shards where they can be seen)")
     parser.add_argument("--write-gbps", type=float, default=WRITE_GBPS, help="GB/s of the run's file system (1)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--table", metavar="KINDS", help="of GPUs, with commas between: print a Markdown table of them")
     asked = vars(parser.parse_intermixed_args(argv))
     recipe_name, overrides, as_json = asked.pop("recipe"), asked.pop("overrides"), asked.pop("json")
+    kinds = (asked.pop("table") or "").split(",")
     if low := [key for key, value in asked.items() if isinstance(value, int | float) and value <= 0]:
         parser.error(", ".join(f"--{key.replace('_', '-')}" for key in low) + " must be above 0")
+    if kinds != [""] and (unknown := [kind for kind in kinds if kind not in GPUS]):
+        parser.error(f"--table: unknown {', '.join(unknown)}; known: {', '.join(GPUS)}")
     try:
+        if kinds != [""]:
+            print(markdown(load(recipe_name, overrides), kinds, asked["gpus"]))
+            return 0
         report = plan(load(recipe_name, overrides), Site(**asked))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

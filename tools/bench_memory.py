@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""Hold the planner's memory against what ranks take: tensors alive through a training step of each engine.
+
+    torchrun --nproc-per-node 2 tools/bench_memory.py [RECIPE] [key=value ...] [--json FILE]
+
+Each case is the recipe under one engine, with activations kept or recomputed. On the CPU every storage that an
+operation gives is counted after each operation: exact, and the same every time, unlike resident memory; it does not
+see the inside of an operation. On GPUs it is the allocator's own peak. Told and measured are compared twice: what lies
+there when everything is built, and the height of a step above that.
+Exit status: 0 all within the tolerances; 1 not; 2 the input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import gc
+import json
+import platform
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rcmae import config, dist, kernels, train
+from rcmae.config import Recipe
+from rcmae.memory import footprint, states
+from tools import plan
+from tools.bench_step import commit, hardware, made_up_batch
+
+RESIDENT, STEP = 0.01, {"cpu": 0.15, "cuda": 0.10}  # relative tolerances
+KEPT, RECOMPUTED = ("engine.activation_checkpointing=none",), ("engine.activation_checkpointing=torch",)
+ENGINES = {
+    **{f"zero{stage}": ("engine.name=deepspeed", f"engine.config=zero{stage}.json") for stage in (1, 2, 3)},
+    "fsdp2": ("engine.name=fsdp2", "engine.config=null"),
+}
+CASES = {
+    f"{engine}, {way}": [*overrides, *more]
+    for engine, overrides in ENGINES.items()
+    for way, more in (("kept", KEPT), ("recomputed", RECOMPUTED))
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operations gave and that are alive, looked at after each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, weakref.ReferenceType[torch.UntypedStorage]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do the operation and look."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its own dispatch comes back here with the local tensors
+        out = func(*args, **(kwargs or {}))
+        for item in tree_leaves(out):
+            if isinstance(item, torch.Tensor) and not isinstance(item, DTensor) and item.device.type != "meta":
+                storage = item.untyped_storage()
+                self._storages[storage._cdata] = weakref.ref(storage)
+        self.peak = max(self.peak, self.now())
+        return out
+
+    def now(self) -> int:
+        """Bytes alive."""
+        total = 0
+        for key, reference in list(self._storages.items()):
+            storage = reference()
+            if storage is None:
+                del self._storages[key]
+            else:
+                total += storage.nbytes()  # asked each time: FSDP2 resizes
+        return total
+
+    def reset(self) -> None:
+        """Look for a new peak."""
+        self.peak = 0
+
+
+class Allocated:
+    """The same by a GPU's allocator."""
+
+    def __enter__(self) -> Allocated:
+        torch.cuda.empty_cache()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    @property
+    def peak(self) -> int:
+        """The most bytes since `reset`."""
+        return torch.cuda.max_memory_allocated()
+
+    def now(self) -> int:
+        """Bytes alive."""
+        return torch.cuda.memory_allocated()
+
+    def reset(self) -> None:
+        """Look for a new peak."""
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure(recipe: Recipe) -> dict[str, int]:
+    """This rank's bytes when everything is built, and the most in the second step. Collective: every rank calls."""
+    sizes = config.resolve(recipe, world=dist.world(), samples_per_epoch=recipe.batch.images)
+    objective, engine_config = train.make_objective(recipe), {}
+    if recipe.engine.name == "deepspeed":
+        from rcmae.engine_deepspeed import read_config
+
+        engine_config = read_config(recipe.engine.config or "")
+    gc.collect()
+    with Allocated() if dist.device().type == "cuda" else LiveBytes() as live:
+        student = train.new_student(recipe)
+        teacher = copy.deepcopy(student) if objective.needs_teacher else None
+        plain = student
+        engine = train.make_engine(recipe, sizes, student, teacher, engine_config)
+        del student, teacher
+        gc.collect()
+        ready = live.now()
+        for _ in range(2):
+            live.reset()
+            for micro in range(sizes.accumulation):
+                batch = made_up_batch(plain, sizes.per_device, dist.device())
+                sums = objective(engine.student, engine.teacher, batch, 0.0)
+                engine.backward(torch.stack(list(sums.values())).sum() / 1000, last=micro == sizes.accumulation - 1)
+                del sums, batch
+            engine.step(lr=1e-4, weight_decay=0.05)
+            engine.update_teacher(0.99)
+        peak = live.peak
+        del engine, plain
+        gc.collect()
+    return {"ready": ready, "peak": peak}
+
+
+def compare(recipe: Recipe, measured: Sequence[dict[str, int]]) -> dict[str, Any]:
+    """What the planner tells of a case beside what each rank took, and how far off it is."""
+    world = len(measured)
+    sizes = config.resolve(recipe, world=world, samples_per_epoch=recipe.batch.images)
+    model = plan.student(recipe)
+    settings = plan.settings_of(recipe, model, plan.placement(recipe), world, sizes.per_device)
+    fused = kernels.attention_is_fused(dist.device(), settings.precision)  # the planner's own is a GPU's
+    settings = dataclasses.replace(settings, fused_attention=fused)
+    told = footprint(model, settings)
+    resident = sum(told.resident.values())
+    # the teacher's first publication, which has left by the second step
+    shard = states(model, settings)["shard"] * (2 if settings.precision == "bf16" else 4)
+    on_its_way = shard if settings.placement in ("zero1", "zero2") and settings.teacher else 0
+    ready = [each["ready"] - on_its_way for each in measured]
+    above = [each["peak"] - base for each, base in zip(measured, ready, strict=True)]
+    return {
+        "placement": settings.placement, "checkpointing": settings.checkpointing, "precision": settings.precision,
+        "per_device": settings.per_device, "accumulation": settings.accumulation, "when": told.when,
+        "told_ready_bytes": round(resident), "measured_ready_bytes": ready,
+        "told_step_bytes": round(told.peak - resident), "measured_step_bytes": above,
+        "ready_off": max((resident / base - 1 for base in ready), key=abs),
+        "step_off": max(((told.peak - resident) / each - 1 for each in above), key=abs),
+    }  # fmt: skip
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="tools/bench_memory.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="rcmae_vit_b_16", help="a YAML file, or a shipped recipe's name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as rcmae.train takes them")
+    parser.add_argument("--images", type=int, default=8, help="of a micro-batch, and of a step on each rank (8)")
+    parser.add_argument("--cases", type=json.loads, default=CASES, help="others: a JSON object, name -> overrides")
+    parser.add_argument("--json", metavar="FILE", help="write the report; - prints it")
+    return parser.parse_intermixed_args(argv)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The cases as a table."""
+    print(f"{report['recipe']} on {report['world']} ranks, MB of a rank: told / measured, off")
+    for name, case in report["cases"].items():
+        told = [case[f"told_{what}_bytes"] / 1e6 for what in ("ready", "step")]
+        ready, step = (max(case[f"measured_{what}_bytes"]) / 1e6 for what in ("ready", "step"))
+        print(
+            f"  {name:<20} built {told[0]:9.1f} / {ready:9.1f} {case['ready_off']:+7.2%}   "
+            f"in a step {told[1]:8.1f} / {step:8.1f} {case['step_off']:+7.1%}  {case['when']}"
+        )
+    print("all within the tolerances" if not report["beyond"] else f"beyond: {', '.join(report['beyond'])}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every case, compare and report; the exit status. Collective: every rank calls."""
+    asked = arguments(argv)
+    dist.start(required=True)
+    each_rank, cases = f"batch.images={asked.images * dist.world()}", {}
+    try:
+        for name, overrides in asked.cases.items():
+            whole = [each_rank, f"batch.per_device={asked.images}", *asked.overrides, *overrides]
+            recipe = plan.load(asked.recipe, whole)
+            cases[name] = compare(recipe, dist.gather(measure(recipe))) | {"overrides": whole}
+    except ValueError as error:
+        train.say_error(error)
+        return 2
+    limit = STEP[dist.device().type]
+    beyond = [
+        name for name, case in cases.items() if abs(case["ready_off"]) > RESIDENT or abs(case["step_off"]) > limit
+    ]
+    report = {
+        "tool": "bench_memory", "command": "torchrun --nproc-per-node N tools/bench_memory.py " + " ".join(
+            sys.argv[1:] if argv is None else argv
+        ), "commit": commit(), "versions": train.versions() | {"platform": platform.system()},
+        "hardware": hardware(dist.device()), "recipe": asked.recipe, "world": dist.world(),
+        "tolerance": {"ready": RESIDENT, "step": limit}, "cases": cases, "beyond": beyond,
+    }  # fmt: skip
+    if dist.rank() == 0:
+        if asked.json == "-":
+            print(json.dumps(report, indent=1))
+        else:
+            print_report(report)
+        if asked.json not in (None, "-"):
+            Path(asked.json).write_text(json.dumps(report, indent=1) + "\n")
+    dist.finish()
+    return 1 if beyond else 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    raise SystemExit(main())
