@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import ROOT, Cluster, Job, missing, rank_logs
+from cluster import ROOT, TWO, Cluster, Job, equals, missing, rank_logs
 from runs import Folder
 
 if (why := missing()) is not None:
     pytest.skip(why, allow_module_level=True)
-
-# Two ranks, and steps that take their time: what should hit the middle of a run does.
-TWO = ["engine.name=fsdp2", "batch.per_device=2", "evaluate.picture_every_steps=1", "run.lease_timeout_s=3"]
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +24,10 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-def equals(run: Folder, whole: Folder) -> bool:
-    """Whether a run took the steps of another, each once, with the same losses."""
-    assert run.steps() == whole.steps()
-    assert run.losses() == pytest.approx(whole.losses(), rel=1e-5)
-    assert run.outcome()["status"] == "finished"
-    assert run.committed()[-1] == whole.steps()[-1]
-    return True
-
-
 def test_every_template_is_accepted_by_the_scheduler(cluster: Cluster) -> None:
     templates = sorted((ROOT / "slurm").glob("*.sbatch"))
     assert {path.name for path in templates} >= {
-        "pretrain.sbatch", "pretrain_vit_l.sbatch", "pretrain_vit_h.sbatch", "sweep.sbatch",
+        "pretrain.sbatch", "pretrain_vit_l.sbatch", "pretrain_vit_h.sbatch", "sweep.sbatch", "evaluate.sbatch",
     }  # fmt: skip
     nodes = {"pretrain_vit_l.sbatch": "node[1-4]", "pretrain_vit_h.sbatch": "node[1-8]"}
     for path in templates:
@@ -151,15 +139,37 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tiny: Path, tmp_path: Pat
     sweep = tmp_path / "rates.yaml"
     sweep.write_text(
         f"recipe: {tiny}\ndir: {tmp_path / 'runs'}\n"
-        "set: {schedule.steps: 6, schedule.warmup_steps: 1, run.stop_after_steps: 3}\n"
-        "runs:\n  low: {schedule.lr: 1.0e-4}\n  high: {schedule.lr: 1.0e-3, teacher.momentum: 0.99}\n"
+        "set: {schedule.steps: 6, schedule.warmup_steps: 1}\n"
+        "runs:\n  low: {schedule.lr: 1.0e-4}\n  high: {schedule.lr: 1.0e-3, run.stop_after_steps: 3}\n"
     )
     tasks = cluster.run(cluster.python, ROOT / "tools" / "slurm_job.py", "sweep", sweep).splitlines()[0]
     job = cluster.submit("sweep.sbatch", sweep, nodes="1", of="7-8", options=(f"--array={tasks}",))
     runs = {name: Folder(tmp_path / "runs" / name) for name in ("low", "high")}
-    job.until(lambda: all((run.path / "outcome.json").exists() for run in runs.values()))
-    job.until(lambda: all(run.outcome()["status"] == "finished" for run in runs.values()))
-    for name, lr in (("low", 1e-4), ("high", 1e-3)):
-        assert runs[name].steps() == list(range(1, 7))  # through the requeue of a task
-        assert [stop["status"] for stop in runs[name].events("stop")] == [75, 0]  # and of that task alone
+    job.until(lambda: [len(run.events("stop")) for run in runs.values()] == [1, 2])
+    for name, lr, statuses in (("low", 1e-4, [0]), ("high", 1e-3, [75, 0])):  # that task alone was requeued
+        assert runs[name].steps() == list(range(1, 7))
+        assert [stop["status"] for stop in runs[name].events("stop")] == statuses
         assert max(row["lr"] for row in runs[name].rows()) == lr
+
+
+def test_a_side_car_sees_each_checkpoint_once_over_requeues_of_both(
+    cluster: Cluster, tiny: Path, photo_shards: str, tmp_path: Path
+) -> None:
+    run, known = Folder(tmp_path / "run"), photo_shards.replace("000005}", "000003}")
+    often = ["schedule.steps=60", "checkpoint.every_steps=4", "checkpoint.keep=99"]
+    job = cluster.submit("pretrain.sbatch", tiny, *often, f"run.dir={run.path}", nodes="1", of="5-6")
+    labelled = [f"evaluate.train_shards={known}", f"evaluate.test_shards={photo_shards}", "evaluate.k=[3]"]
+    beside = cluster.submit(
+        "evaluate.sbatch", run.path, *labelled, "--patience-s=3", "--poll-s=0.2", nodes="1", of="7-8",
+        options=(f"--dependency=after:{job.id}",),
+    )  # fmt: skip
+    evaluations = Folder(run.path / "evaluations")
+    job.until(lambda: len(evaluations.events("evaluate")) >= 2)
+    beside.warn()
+    job.warn()
+    job.ends("COMPLETED")
+    beside.ends("COMPLETED")
+    assert (job.restarts, beside.restarts >= 1) == (1, True)
+    assert [event["step"] for event in evaluations.events("evaluate")] == run.committed()
+    assert len(run.committed()) >= 60 / 4
+    assert "the run is finished, and evaluated up to step 60" in rank_logs(evaluations, beside)[0]

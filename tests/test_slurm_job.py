@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -224,6 +225,85 @@ def test_a_wrong_sweep_is_refused_before_it_is_queued(
     sweep.write_text(text)
     assert slurm_job.main(["sweep", str(sweep)]) == 2
     assert words in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- side-car
+
+
+def test_a_side_car_is_started_again_until_its_starts_come_to_nothing(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "evaluations").mkdir(parents=True)
+    (run_dir / "jobs.jsonl").write_text('{"job": "5"}\n')
+    follow = ["follow", str(run_dir), "--idle-starts=2", "--backoff-s=60"]
+    assert begin(run_dir) == 0
+    seen = []
+    for step, status in ((0, 75), (4, 75), (4, 75), (4, 75)):
+        with (run_dir / "evaluations" / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"event": "evaluate", "step": step}) + "\n" if step else "")
+        assert slurm_job.main(follow) == 0
+        if step == 4 and not seen[1:]:  # this start evaluates one
+            with (run_dir / "evaluations" / "events.jsonl").open("a") as file:
+                file.write(json.dumps({"event": "evaluate", "step": 8}) + "\n")
+        capsys.readouterr()
+        assert slurm_job.main([*follow, f"--status={status}"]) == 0
+        seen.append(answers(capsys))
+    assert [each["again"] for each in seen[:2]] == ["yes", "yes"]
+    assert [each["delay_s"] for each in seen] == ["60", "0", "60", "0"]
+    assert seen[-1]["again"] == "no"
+    assert {each["followed"] for each in seen} == {"17"}
+    assert slurm_job.main(follow) == 1
+    assert slurm_job.main([*follow, "--status=0"]) == 0
+    assert answers(capsys)["again"] == "no"
+
+
+# ------------------------------------------------------------------------------------------------------------- submit
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with what an sbatch in the PATH was called with, if it was."""
+    called, program = tmp_path / "called", tmp_path / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {called}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("GPU", "a10g")
+    return called
+
+
+def test_what_the_planner_refuses_is_not_submitted(sbatch: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    template = str(ROOT / "slurm" / "pretrain_vit_l.sbatch")
+    words = ["submit", "--nodes=1", template, "data.shards=x.tar"]
+    assert slurm_job.main([*words, "batch.per_device=512"]) == 2
+    assert "use batch.per_device=" in capfd.readouterr().out
+    assert slurm_job.main([*words, "batch.images=4100"]) == 2
+    assert "no number of nodes of 8 ranks fits" in capfd.readouterr().err
+    assert slurm_job.main(["submit", "--nodes=1"]) == 2
+    assert not sbatch.exists()
+    assert slurm_job.main([*words, "batch.per_device=64"]) == 0
+    assert sbatch.read_text().splitlines() == ["--nodes=1", template, "data.shards=x.tar", "batch.per_device=64"]
+    assert "on 1 x 8 a10g" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape"),
+    [
+        ([], (4, 8)), (["--nodes=2-6"], (6, 8)), (["-N", "3"], (3, 8)), (["-N2", "--gpus-per-node=h100:4"], (2, 4)),
+        (["--nodes", "2", "--gpus-per-node", "6", "--time=1:00"], (2, 6)),
+    ],
+)  # fmt: skip
+def test_the_shape_of_a_job_is_sbatchs_or_the_templates(asked: list[str], shape: tuple[int, int]) -> None:
+    assert slurm_job.shape(asked, (ROOT / "slurm" / "pretrain_vit_l.sbatch").read_text()) == shape
+
+
+def test_a_sweep_is_submitted_as_the_array_of_its_runs(sbatch: Path, tmp_path: Path) -> None:
+    sweep, template = tmp_path / "s.yaml", str(ROOT / "slurm" / "sweep.sbatch")
+    sweep.write_text("recipe: rcmae_vit_s_16\nset: {data.shards: x.tar}\nruns: {low: {schedule.base_lr: 1e-5}, same: }")
+    assert slurm_job.main(["submit", template, str(sweep)]) == 0
+    assert sbatch.read_text().splitlines() == ["--array=0-1", template, str(sweep)]
+    sweep.write_text("recipe: rcmae_vit_s_16\nset: {data.shards: x.tar}\nruns: {low: {batch.images: 4100}}")
+    assert slurm_job.main(["submit", "--array=0-0%4", template, str(sweep)]) == 2
 
 
 # -------------------------------------------------------------------------------------------------------------- shell

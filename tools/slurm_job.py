@@ -3,13 +3,16 @@
 
     python tools/slurm_job.py begin RECIPE [key=value ...] --nodes 8 --ranks-per-node 8
     python tools/slurm_job.py end RUN_DIR --status 75
+    python tools/slurm_job.py follow RUN_DIR [--status 75]
     python tools/slurm_job.py sweep SWEEP.yaml [--task 3]
+    python tools/slurm_job.py submit [sbatch's options] TEMPLATE [arguments]      what slurm/submit.sh does
 
 Answers are shell assignments or words on standard output, for `eval`; what people should know goes to standard error.
 `begin` says on how many of the nodes the run can go on (the largest number whose ranks divide the batch and the
 canonical streams) and notes the start in `run.dir/jobs.jsonl`; outside a job it only answers. `end` asks for another
 start where the training stopped on request with a checkpoint committed, and for none after several starts without a
-step of progress. Imports no torch: the answer comes at once. Exit status: 0 answered; 1 no progress; 2 refused.
+step of progress. `follow` does both for a side-car that evaluates the run, whose progress is the last step evaluated.
+Imports no torch: the answer comes at once. Exit status: 0 answered; 1 no progress; 2 refused.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,7 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rcmae import config
 from rcmae.config import Recipe
 
-STOPPED = 75  # the exit status of "run me again", as rcmae.preempt has it; not imported, so as not to import torch
+# As rcmae.preempt and rcmae.follow have them; not imported, so as not to import torch.
+STOPPED = 75  # the exit status of "run me again"
+EVALUATIONS = "evaluations"  # the side-car's folder in the run's
 
 
 # ------------------------------------------------------------------------------------------------------------- placing
@@ -102,10 +108,10 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def starts(run_dir: Path, job: str) -> list[Started]:
-    """The starts of a job in a run's folder, oldest first."""
+def starts(folder: Path, job: str | None = None) -> list[Started]:
+    """The starts that a folder's jobs.jsonl tells of, oldest first; of one job or all."""
     try:
-        lines = (run_dir / "jobs.jsonl").read_text().splitlines()
+        lines = (folder / "jobs.jsonl").read_text().splitlines()
     except OSError:
         return []
     found = []
@@ -114,17 +120,57 @@ def starts(run_dir: Path, job: str) -> list[Started]:
             found.append(Started(**json.loads(line)))
         except (ValueError, TypeError):  # torn by a full disk or a kill
             continue
-    return [start for start in found if start.job == job]
+    return [start for start in found if job in (None, start.job)]
 
 
-def idle_starts(run_dir: Path, job: str) -> int:
-    """How many of the job's last starts, in a row, found the step that is committed now: they made no progress."""
-    step, count = committed_step(run_dir), 0
-    for start in reversed(starts(run_dir, job)):
+def evaluated_step(run_dir: Path) -> int:
+    """The last step of a run that a side-car has evaluated, 0 before the first."""
+    try:
+        lines = (run_dir / EVALUATIONS / "events.jsonl").read_text().splitlines(keepends=True)
+    except OSError:
+        return 0
+    events = [json.loads(line) for line in lines if line.endswith("\n")]
+    return max((event["step"] for event in events if event["event"] == "evaluate"), default=0)
+
+
+def idle_starts(folder: Path, job: str, step: int) -> int:
+    """How many of the job's last starts, in a row, found the step where it stands now: they made no progress."""
+    count = 0
+    for start in reversed(starts(folder, job)):
         if start.step != step:
             break
         count += 1
     return count
+
+
+def note_start(folder: Path, limit: int, **about: Any) -> bool:
+    """Note in a folder's jobs.jsonl that this job starts, if it is one; False: too many starts came to nothing."""
+    job, step = os.environ.get("SLURM_JOB_ID", ""), about["step"]
+    if not job:
+        return True
+    idle = idle_starts(folder, job, step)
+    if idle >= limit:
+        tell(f"{idle} starts of this job in a row did not get beyond step {step}: not started again")
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    start = Started(job=job, restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0), time=time.time(), **about)
+    with (folder / "jobs.jsonl").open("a") as file:
+        file.write(json.dumps(start._asdict()) + "\n")
+    return True
+
+
+def start_again(folder: Path, step: int, status: int, options: argparse.Namespace) -> str:
+    """The answer to how a start ended: the status that counts, whether to start again, and after how many seconds."""
+    again, delay = status == STOPPED, 0
+    if again:
+        idle = idle_starts(folder, options.job, step)
+        if idle >= options.idle_starts:
+            tell(f"{idle} starts of this job in a row did not get beyond step {step}: not started again")
+            again = False
+        elif idle:
+            delay = options.backoff_s * 2 ** (idle - 1)
+            tell(f"no step was done beyond {step}; another start in {delay} s, {options.idle_starts - idle} are left")
+    return f"status={status} again={'yes' if again else 'no'} delay_s={delay} step={step}"
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -135,25 +181,17 @@ def begin(options: argparse.Namespace) -> int:
     recipe = config.load(options.recipe, options.overrides)
     freeze_streams(recipe)
     used = nodes_that_fit(recipe, nodes=options.nodes, ranks_per_node=options.ranks_per_node)
-    ranks, job = used * options.ranks_per_node, os.environ.get("SLURM_JOB_ID", "")
     if used < options.nodes:
         tell(
             f"{options.nodes - used} of {options.nodes} nodes stay idle: {options.nodes} x {options.ranks_per_node} "
             f"ranks do not divide batch.images={recipe.batch.images} and the "
             f"{recipe.data.canonical_streams or 'future'} canonical streams, {used} x {options.ranks_per_node} do"
         )
-    if job:
-        idle, step = idle_starts(recipe.run_dir, job), committed_step(recipe.run_dir)
-        if idle >= options.idle_starts:
-            tell(f"{idle} starts of this job in a row did not get beyond step {step}: not started again")
-            return 1
-        recipe.run_dir.mkdir(parents=True, exist_ok=True)
-        start = Started(
-            job=job, restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0), time=time.time(), nodes=options.nodes,
-            used=used, ranks=ranks, step=step, outcome=outcome(recipe.run_dir).get("time"),
-        )  # fmt: skip
-        with (recipe.run_dir / "jobs.jsonl").open("a") as file:
-            file.write(json.dumps(start._asdict()) + "\n")
+    if not note_start(
+        recipe.run_dir, options.idle_starts, nodes=options.nodes, used=used, ranks=used * options.ranks_per_node,
+        step=committed_step(recipe.run_dir), outcome=outcome(recipe.run_dir).get("time"),
+    ):  # fmt: skip
+        return 1
     print(f"run_dir={shlex.quote(str(recipe.run_dir))} nodes={used}")
     return 0
 
@@ -164,16 +202,17 @@ def end(options: argparse.Namespace) -> int:
     told, status = outcome(options.run_dir), options.status
     if mine and told and told.get("time") != mine[-1].outcome:  # written since: torchrun's status is 1 whatever it was
         status = int(told.get("exit_status", status))
-    step, again, delay = committed_step(options.run_dir), status == STOPPED, 0
-    if again:
-        idle = idle_starts(options.run_dir, options.job)
-        if idle >= options.idle_starts:
-            tell(f"{idle} starts of this job in a row did not get beyond step {step}: not started again")
-            again = False
-        elif idle:
-            delay = options.backoff_s * 2 ** (idle - 1)
-            tell(f"no step was done beyond {step}; another start in {delay} s, {options.idle_starts - idle} are left")
-    print(f"status={status} again={'yes' if again else 'no'} delay_s={delay} step={step}")
+    print(start_again(options.run_dir, committed_step(options.run_dir), status, options))
+    return 0
+
+
+def follow(options: argparse.Namespace) -> int:
+    """Note the start of a side-car; with a status, answer as `end`, and which job trains the run."""
+    folder, step = options.run_dir / EVALUATIONS, evaluated_step(options.run_dir)
+    if options.status is None:
+        return 0 if note_start(folder, options.idle_starts, nodes=1, used=1, ranks=1, step=step, outcome=None) else 1
+    jobs = starts(options.run_dir)
+    print(start_again(folder, step, options.status, options), f"followed={jobs[-1].job if jobs else ''}")
     return 0
 
 
@@ -218,6 +257,54 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
     return runs
 
 
+def submit(options: argparse.Namespace) -> int:
+    """Hand a job to sbatch if it can run on what it asks for; 2 if tools/plan.py refuses it."""
+    words = options.words
+    at = next((number for number, word in enumerate(words) if word.endswith(".sbatch")), None)
+    if at is None:
+        raise ValueError("no template given: submit [sbatch's options] slurm/pretrain.sbatch RECIPE [key=value ...]")
+    asked, template, arguments = words[:at], Path(words[at]), words[at + 1 :]
+    text = template.read_text()
+    if template.name == "sweep.sbatch":
+        runs = list(read_sweep(Path(arguments[0])).values()) if arguments else []
+        if not any(word.startswith(("--array", "-a")) for word in asked):
+            asked = [*asked, f"--array=0-{len(runs) - 1}"]
+    else:
+        fixed = re.search(r'pretrain\.sbatch" (\w+) "\$@"', text)
+        runs = [] if template.name == "evaluate.sbatch" else [[fixed[1], *arguments] if fixed else arguments]
+    nodes, gpus = shape(asked, text)
+    for run in runs:
+        if not run:
+            raise ValueError(f"no recipe given: {template} RECIPE [key=value ...]")
+        recipe = config.load(run[0], run[1:])
+        freeze_streams(recipe)
+        used = nodes_that_fit(recipe, nodes=nodes, ranks_per_node=gpus)
+        plan = [sys.executable, str(Path(__file__).with_name("plan.py")), *run, f"--nodes={used}", f"--gpus={gpus}"]
+        if subprocess.run([*plan, *([f"--gpu={os.environ['GPU']}"] if "GPU" in os.environ else [])]).returncode:
+            tell("not submitted")
+            return 2
+    return subprocess.run(["sbatch", *asked, str(template), *arguments]).returncode
+
+
+def shape(asked: Sequence[str], template: str) -> tuple[int, int]:
+    """(nodes, GPUs of each) at most, by sbatch's options and else by a template's own.
+
+    Raises:
+        ValueError: they cannot be told.
+    """
+    found = {"nodes": "1", "gpus-per-node": "1"}
+    given = re.sub(r"(^| )(?:-N ?|--nodes )", r"\1--nodes=", " ".join(asked))
+    given = given.replace("--gpus-per-node ", "--gpus-per-node=")
+    for word in [*re.findall(r"^#SBATCH (--\S+)", template, re.MULTILINE), *given.split()]:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if equals and name in found:
+            found[name] = value
+    try:
+        return int(re.split("[-,:]", found["nodes"])[-1]), int(found["gpus-per-node"].rpartition(":")[2])
+    except ValueError as error:
+        raise ValueError(f"cannot tell the shape of the job from {found}: {error}") from error
+
+
 def tell(text: str) -> None:
     """Say something to people."""
     print(text, file=sys.stderr, flush=True)
@@ -236,16 +323,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser_end = verbs.add_parser("end", help="whether to start again")
     parser_end.add_argument("run_dir", type=Path)
     parser_end.add_argument("--status", type=int, required=True, help="the launcher's exit status")
-    parser_end.add_argument("--backoff-s", type=int, default=60, help="wait after a start without progress; doubles")
-    parser_end.add_argument("--job", default=os.environ.get("SLURM_JOB_ID", ""), help="default: this one")
     parser_end.set_defaults(answer=end)
-    for each in (parser_begin, parser_end):
+    parser_follow = verbs.add_parser("follow", help="notes the start of a side-car, or whether to start it again")
+    parser_follow.add_argument("run_dir", type=Path)
+    parser_follow.add_argument("--status", type=int, help="its exit status; without it, it starts")
+    parser_follow.set_defaults(answer=follow)
+    for each in (parser_end, parser_follow):
+        each.add_argument("--backoff-s", type=int, default=60, help="wait after a start without progress; doubles")
+        each.add_argument("--job", default=os.environ.get("SLURM_JOB_ID", ""), help="default: this one")
+    for each in (parser_begin, parser_end, parser_follow):
         each.add_argument("--idle-starts", type=int, default=5, help="so many in a row without progress end the job")
     parser_sweep = verbs.add_parser("sweep", help="the runs of a sweep")
     parser_sweep.add_argument("file", type=Path, help="YAML: recipe, runs, and set and dir if wanted")
     parser_sweep.add_argument("--task", type=int, help="the array's task; without it all runs are checked")
     parser_sweep.set_defaults(answer=sweep)
-    options = parser.parse_args(argv)
+    verbs.add_parser("submit", help="submits a job that can run; arguments as for sbatch, the GPUs' kind in GPU")
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["submit"]:  # what follows is sbatch's
+        options = argparse.Namespace(answer=submit, words=words[1:])
+    else:
+        options = parser.parse_args(words)
     try:
         return int(options.answer(options))
     except (ValueError, OSError) as error:

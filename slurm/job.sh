@@ -1,0 +1,74 @@
+# shellcheck shell=bash disable=SC2034  # some are for the jobs
+# What every job of slurm/ begins with, sourced in its batch shell: the repository's root, the site's settings, and how
+# a job starts its ranks, hands them the warning of its end, and sees whether it was ended for good.
+set -euo pipefail
+
+say() { echo "$(date '+%F %T') $*"; }
+refuse() { say "refused: $*" >&2; exit 2; }
+
+warned="" ended=""
+trap 'warned=1' USR1  # the time limit is near
+trap 'ended=1' TERM   # scancel, preemption, the time limit itself; the ranks have it too
+
+me=$SLURM_JOB_ID
+# The last task of an array has the array's own id: by that, scontrol would requeue them all.
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+cd "${RCMAE_HOME:-$SLURM_SUBMIT_DIR}"
+
+python=.venv/bin/python
+[ -x $python ] || python=python3
+container=() srun_arguments=()
+# shellcheck source=slurm/env.example.sh
+[ ! -f "${RCMAE_ENV:-slurm/env.sh}" ] || source "${RCMAE_ENV:-slurm/env.sh}"
+python=${PYTHON:-$python}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+ask() { "${container[@]}" "$python" tools/slurm_job.py "$@"; }
+idle_starts=${IDLE_STARTS:-5} backoff_s=${BACKOFF_S:-60}
+
+ranks=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}  # the first may be h100:8
+ranks=${RANKS_PER_NODE:-${ranks##*:}}
+cores=${SLURM_CPUS_PER_GPU:-${SLURM_CPUS_PER_TASK:-1}}  # of each rank
+unset SLURM_CPUS_PER_GPU                                # srun refuses it beside --cpus-per-task
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
+
+# SLURM before 23.02 does not tell a job its end; the ranks save in time for it even where a warning went missing.
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+    limit=$(squeue -h -j "$me" -o %e) && limit=$(date -d "$limit" +%s 2> /dev/null) || limit=""
+    [ -z "$limit" ] || export SLURM_JOB_END_TIME="$limit"
+fi
+
+# launch COMMAND...: run it to its end; its exit status is in $status. Does not return where the job was ended.
+launch() {
+    if [ -n "$ended" ]; then exit 143; fi
+    "$@" &
+    local launched=$!
+    sleep 1  # until srun listens: the default is to die of a warning
+    while kill -0 $launched 2> /dev/null; do
+        if [ -n "$warned" ]; then  # srun hands it on to the ranks; again and again, for those that were still starting
+            kill -USR1 $launched 2> /dev/null || true
+            sleep 10 &
+            wait -n $launched $! || true
+        else
+            wait $launched || true  # returns when srun ends, and when a trap has run
+        fi
+    done
+    status=0
+    wait $launched || status=$?
+    [ -n "$ended" ] || return 0
+    local job
+    job=$(scontrol -o show job "$me") || job=""
+    case $job in
+    *JobState=RUNNING*) ;;     # the grace time of a preemption: left alone the job would end before SLURM requeues it
+    *Reason=TimeLimit*) ;;     # no warning came in time
+    *) say "ended by scancel, or to be requeued by SLURM; the launcher's status was $status"; exit "$status" ;;
+    esac
+}
+
+# start_again DELAY_S [DEPENDENCY]: back into the queue.
+start_again() {
+    trap '' TERM  # what the requeue sends to this shell
+    scontrol requeue "$me" || return 1
+    [ -z "${2:-}" ] || scontrol update JobId="$me" Dependency="$2" || true
+    [ "$1" = 0 ] || scontrol update JobId="$me" StartTime="now+$1" || true
+    say "requeued"
+}

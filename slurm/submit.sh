@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# sbatch for what can run: the plan of the job first, and into the queue only if it is not refused. As sbatch otherwise.
+#   slurm/submit.sh [sbatch's options] TEMPLATE [arguments]
+#   GPU=h200 slurm/submit.sh --nodes=2-8 slurm/pretrain_vit_l.sbatch data.shards=... run.dir=...
+# GPU is the kind that the plan is for, one of tools/plan.py --gpu.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+python=${PYTHON:-.venv/bin/python}
+[ -x "$(command -v "$python")" ] || python=python3
+PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" tools/slurm_job.py submit "$@"
