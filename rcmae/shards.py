@@ -42,6 +42,7 @@ ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("key", "<
 NO_LABEL = -100
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+_MIXED = 3_000_000_000  # samples of a mixture's epoch: their square still fits into 64 bits
 _NAMED = 20  # problems that a message lists before it counts the rest
 
 
@@ -726,6 +727,8 @@ class Plan:
             problems.append(
                 f"data.epoch_samples={self.epoch_samples} is less than batch.images={self.images}: no step fits in it"
             )
+        elif self.weights and (self.epoch_samples or available) > _MIXED:
+            problems.append(f"an epoch of a mixture has at most {_MIXED:,} samples; set data.epoch_samples to less")
         if problems:
             raise ValueError("\n".join(problems))
         for number, (part, (_, weight)) in enumerate(zip(self._parts, self.weights, strict=False)):

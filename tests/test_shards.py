@@ -408,6 +408,15 @@ def test_a_set_without_a_sample_in_an_epoch_is_refused():
         plan(MIXED, weights=((6, 1.0), (2, 1.0), (1, 0.0001)))
 
 
+def test_an_epoch_of_a_mixture_is_exact_up_to_its_limit():
+    made = Plan(np.array([2 * 10**9, 10**9]), 0, 100_000, 1000, 4096, weights=((1, 2.0), (1, 1.0)))
+    last = made.requests(made.samples_per_epoch - 100_000, made.samples_per_epoch).samples
+    assert ((last >= 0) & (last < 3 * 10**9)).all()
+    assert abs(np.count_nonzero(last < 2 * 10**9) - 66_667) <= 1000
+    with pytest.raises(ValueError, match=r"at most 3,000,000,000 samples; set data\.epoch_samples"):
+        Plan(np.array([2 * 10**9, 10**9 + 1]), 0, 8, 8, 8, weights=((1, 2.0), (1, 1.0)))
+
+
 def test_an_index_of_a_mixture_knows_its_sets(folder):
     def sets(*weights):
         named = (f"{folder}/train-00000{{0,2}}.tar", f"{folder}/train-000001.tar")
