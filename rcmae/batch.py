@@ -22,6 +22,7 @@ class Batch:
     keys: tuple[str, ...]  # "shard/key" of each sample that was read
     positions: Tensor  # [B] int64, absolute position in the run (in an evaluation: number of the sample, -1 = padding)
     crops: Tensor  # [B, 5] int64: top, left, height, width in pixels of the source image, 1 = flipped
+    teacher_ids: Tensor | None = None  # [B, L] int64, an order of the patches for a teacher that sees others
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -36,4 +37,7 @@ class Batch:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         labels = None if self.labels is None else move(self.labels)
-        return replace(self, images=move(self.images), ids_shuffle=move(self.ids_shuffle), labels=labels)
+        teacher_ids = None if self.teacher_ids is None else move(self.teacher_ids)
+        return replace(
+            self, images=move(self.images), ids_shuffle=move(self.ids_shuffle), labels=labels, teacher_ids=teacher_ids
+        )

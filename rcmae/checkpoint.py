@@ -498,6 +498,10 @@ def load(manifest: Manifest, engine: Engine) -> None:
         for piece in state.pieces:
             for kind, tensor in piece.tensors.items():
                 reader.read(f"{kind}/{piece.name}", piece.start, tensor)
+        for name, table in state.buffers.items():  # position tables are as they were; running statistics are not
+            row = manifest.tensors.get(f"buffer/{name}")
+            if row is not None and row["shape"] == list(table.shape):
+                reader.read(f"buffer/{name}", 0, table.view(-1))
     engine.restored(optimizer_step=manifest.optimizer_step, teacher_updates=manifest.teacher_updates)
 
 

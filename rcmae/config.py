@@ -35,10 +35,39 @@ class Section(BaseModel):
 class Objective(Section):
     """What the student is asked to do."""
 
-    name: Literal["mae", "rcmae"] = "rcmae"
+    name: Literal["mae", "rcmae", "supmae", "bootmae"] = "rcmae"
+    # terms to add and their weights, such as {class: 0.01} to rcmae; what they need is set by the keys below
+    terms: dict[Literal["consistency", "class", "features"], Annotated[float, Field(ge=0.0)]] = Field(
+        default_factory=dict
+    )
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
+    mask: Literal["random", "boxes"] = "random"  # boxes: BEiT's, with single patches up to mask_ratio
+    mask_shared: Literal["image", "step"] = "image"  # who has the same mask
+    box_ratio: Fraction = 0.62  # share of the patches that boxes hide
+    box_smallest: Positive = 16  # patches
+    box_largest: Positive = 60  # patches
     norm_pix_loss: bool = True  # the target of a patch is normalised by its own mean and variance
+    pixel_norm: Literal["unbiased", "biased", "channel"] | None = None  # by which variance; None: as published
+    weight_mask: bool | None = None  # hidden patches among hidden ones count more; None: in bootmae
     consistency_weight: Annotated[float, Field(ge=0.0)] = 1.0  # gamma of the RC-MAE paper
+    teacher_mask: Literal["same", "different"] = "same"  # which patches the teacher of the consistency sees
+    class_weight: Annotated[float, Field(ge=0.0)] = 0.01  # of supmae
+    class_temperature: Annotated[float, Field(gt=0.0)] = 10.0
+    class_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    feature_weight: Annotated[float, Field(ge=0.0)] = 1.0  # of bootmae; 0: no features, and no teacher
+
+    def has(self, term: str) -> bool:
+        """Whether the loss has this term."""
+        own = {"rcmae": "consistency", "supmae": "class"}.get(self.name)
+        own = "features" if self.name == "bootmae" and self.feature_weight > 0 else own
+        return term == own or term in self.terms
+
+    @property
+    def teacher_parts(self) -> tuple[str, ...]:
+        """Parts of the student that its teacher has: none, the encoder, or the decoder, too."""
+        if self.has("consistency"):
+            return ("encoder", "decoder")
+        return ("encoder",) if self.has("features") else ()
 
 
 class Model(Section):
@@ -54,6 +83,17 @@ class Model(Section):
     decoder_dim: Positive | None = None
     decoder_depth: Positive | None = None
     decoder_heads: Positive | None = None
+    decoder: Literal["mae", "bootmae"] | None = None  # bootmae: a regressor a target; None: as the objective has it
+    cls_token: bool = True
+    decoder_cls: bool = True  # whether it goes through the decoder, too
+    qkv_bias: Literal["qkv", "qv"] = "qkv"  # qv: none for the keys
+    positions: Literal["column_first", "row_first"] = "column_first"  # halves of the sin-cos tables
+    pixel_order: Literal["hwc", "chw"] = "hwc"  # of the prediction's weights
+    num_classes: Positive = 1000  # of a class term
+    class_hidden: Natural = 2048  # width of its head's hidden layer; 0: one linear layer
+    class_pool: Literal["mean", "cls"] = "mean"
+    low_layer: Natural = 0  # of the encoder, that bootmae's regressor of pixels looks at
+    high_layer: Natural | None = None  # and that of features; None: the last
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -66,7 +106,8 @@ class Teacher(Section):
 
     momentum: Fraction = 0.996
     momentum_end: Fraction = 1.0
-    schedule: Literal["cosine", "constant", "published"] = "cosine"
+    schedule: Literal["cosine", "constant", "published", "by_epoch"] = "cosine"
+    dynamic: bool = True  # of by_epoch: on to 0.99999 after the first hundred epochs
     accumulate: Literal["fp32_shard", "stochastic"] = "fp32_shard"
     update: Literal["step", "micro_step"] = "step"
 
@@ -231,7 +272,8 @@ FROZEN = (
 
 def differences(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Lines `key: saved -> mine` for every frozen key that differs between two dumped recipes."""
-    left, right = dict(_leaves(mine)), dict(_leaves(saved))
+    left = dict(_leaves(mine))
+    right = {**dict(_leaves(Recipe().model_dump(mode="json"))), **dict(_leaves(saved))}  # of before a key was there
     allowed = left.get("checkpoint.allow") or []
     return [
         f"{key}: {right.get(key)!r} in the run, {left.get(key)!r} asked for"
@@ -389,8 +431,30 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json")
     if recipe.engine.name != "deepspeed" and recipe.engine.config is not None:
         problems.append(f"engine.config={recipe.engine.config} is DeepSpeed's, but engine.name={recipe.engine.name}")
+    problems += _objective_problems(recipe)
     if recipe.teacher.accumulate == "stochastic" and recipe.engine.precision != "bf16":
         problems.append("teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use fp32_shard")
+    return problems
+
+
+def _objective_problems(recipe: Recipe) -> list[str]:
+    """Problems between what is to be learnt and the network that learns it."""
+    problems, objective, model = [], recipe.objective, recipe.model
+    regressors = (model.decoder or objective.name) == "bootmae"
+    if objective.name == "bootmae" and not regressors and objective.has("features"):
+        problems.append("objective.name=bootmae has regressors: leave model.decoder out, or use mae with terms")
+    if regressors:
+        needs = {"cls_token": True, "decoder_cls": True, "qkv_bias": "qkv", "positions": "column_first"}
+        needs |= {"pixel_order": "hwc"}
+        given = [key for key, default in needs.items() if getattr(model, key) != default]
+        if given:
+            problems.append(f"model.{' and '.join(given)}: bootmae's network has its own; leave it out")
+        if objective.has("class"):
+            problems.append("objective: bootmae's network has no class head; use a class term with mae or rcmae")
+        if objective.teacher_mask == "different":
+            problems.append("objective.teacher_mask is of a consistency term; bootmae's teacher sees the whole image")
+    elif not model.cls_token and (model.class_pool == "cls" or recipe.evaluate.pool == "cls"):
+        problems.append("model.cls_token=false: there is no token to pool; use class_pool=mean and evaluate.pool=mean")
     return problems
 
 
@@ -448,6 +512,21 @@ def batch_problems(recipe: Recipe, world: int) -> list[str]:
     return problems
 
 
+def per_device(recipe: Recipe, world: int) -> int:
+    """Images of a micro-batch of a rank: the largest divisor of its part of a step that the recipe allows.
+
+    Raises:
+        ValueError: that is less than data.repeats.
+    """
+    per_rank, repeats = recipe.batch.images // world, recipe.data.repeats
+    limit = min(recipe.batch.per_device or per_rank, per_rank)
+    if limit < repeats:
+        raise ValueError(
+            f"batch.per_device={limit} is less than data.repeats={repeats}, which belong together; raise it"
+        )
+    return next(size for size in range(limit, 0, -1) if per_rank % size == 0 and size % repeats == 0)
+
+
 def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     """The derived numbers, once.
 
@@ -471,20 +550,13 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     if warmup >= total:
         raise ValueError(f"schedule: the warm-up of {warmup:g} steps does not end before the last of {total} steps")
     lr = schedule.lr if schedule.lr is not None else (schedule.base_lr or 0.0) * images / 256
-    per_rank = images // world
-    limit = min(recipe.batch.per_device or per_rank, per_rank)
-    repeats = recipe.data.repeats
-    if limit < repeats:
-        raise ValueError(
-            f"batch.per_device={limit} is less than data.repeats={repeats}, which belong together; raise it"
-        )
-    per_device = next(size for size in range(limit, 0, -1) if per_rank % size == 0 and size % repeats == 0)
+    per_rank, size = images // world, per_device(recipe, world)
     return Resolved(
         world=world,
         images_per_step=images,
         images_per_rank=per_rank,
-        per_device=per_device,
-        accumulation=per_rank // per_device,
+        per_device=size,
+        accumulation=per_rank // size,
         canonical_streams=streams_for(recipe, world),
         samples_per_epoch=samples_per_epoch,
         steps_per_epoch=steps_per_epoch,

@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     CROP = 4
     FLIP = 5
     MASK = 6
+    MASK_BLOCKS = 20  # boxes of a block mask
 
 
 def raw(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.uint64]:

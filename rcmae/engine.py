@@ -12,7 +12,7 @@ runs: weights, gradients and moments are one flat tensor a group, so a step is a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -41,7 +41,7 @@ class Piece:
 
     name: str  # as published
     start: int  # offset into the flattened parameter
-    tensors: dict[str, Tensor]  # kind -> 1-D; no "teacher" where there is none
+    tensors: dict[str, Tensor]  # kind -> 1-D; no "teacher" where there is none, or it lacks the parameter
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Engine(Protocol):
     """Moves the weights. Every method but `state` is collective: every rank calls, in the same order."""
 
     student: nn.Module  # call it; wrapped, one forward
-    teacher: nn.Module | None  # frozen, sharded like the student
+    teacher: nn.Module | None  # frozen, sharded like the student; it may lack whole optimizer groups of the student's
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the global loss; `last` micro-batch of the step reduces."""
@@ -160,6 +160,13 @@ def freeze(teacher: nn.Module | None) -> nn.Module | None:
     return teacher.requires_grad_(False) if teacher is not None else None
 
 
+def has_all(theirs: Mapping[str, object], names: Sequence[str]) -> bool:
+    """Whether a teacher has an optimizer group. It has all of a group or nothing of it: groups are cut as one."""
+    found = [name in theirs for name in names]
+    assert all(found) or not any(found), f"a teacher has {sum(found)} of {len(found)} parameters of a group"
+    return all(found)
+
+
 def cast_params(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters alone: frozen tables stay fp32 at any precision."""
     for param in module.parameters():
@@ -198,14 +205,16 @@ class LocalEngine:
         self._ema: Teacher | None = None
         if teacher is not None:
             teacher.to(settings.device)
-            flats = [copy.clone() for copy in self._copies]
             theirs = dict(teacher.named_parameters())
-            for names, params, flat in zip(self._names, self._params, flats, strict=True):
-                for name, part in zip(names, _views(flat, params), strict=True):
+            self._taught = [index for index, names in enumerate(self._names) if has_all(theirs, names)]
+            flats = [self._copies[index].clone() for index in self._taught]
+            for index, flat in zip(self._taught, flats, strict=True):
+                for name, part in zip(self._names[index], _views(flat, self._params[index]), strict=True):
                     theirs[name].data = part
             self._ema = Teacher(
-                [m.data for m in self._masters], flats, accumulate=settings.teacher_accumulate, seed=settings.seed
-            )
+                [self._masters[index].data for index in self._taught], flats,
+                accumulate=settings.teacher_accumulate, seed=settings.seed,
+            )  # fmt: skip
             self._ema.start_from_student()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -246,8 +255,8 @@ class LocalEngine:
             moments = self._optimizer.state[self._masters[index]]
             flats = {"weight": self._masters[index].data, "exp_avg": moments["exp_avg"]}
             flats["exp_avg_sq"] = moments["exp_avg_sq"]
-            if self._ema is not None:
-                flats["teacher"] = self._ema.accumulators[index]
+            if self._ema is not None and index in self._taught:
+                flats["teacher"] = self._ema.accumulators[self._taught.index(index)]
             offset = 0
             for name, param in zip(names, params, strict=True):
                 size = param.numel()

@@ -35,6 +35,7 @@ from rcmae.engine import (
     cast_params,
     freeze,
     global_norm,
+    has_all,
     prime,
     restore_teacher,
     set_rates,
@@ -279,19 +280,26 @@ class DeepSpeedEngine:
         prime(self._adam, self._stage.keys, 0, zero=True)
         self._stage.refresh()
 
+    _taught: list[Any]  # what the teacher has: indices of masters or groups; at stage 3 names
+
     def _add_teacher(self, teacher: nn.Module, config: Mapping[str, Any]) -> Teacher:
         device, stored = self._settings.device, [master.data for master in self._stage.masters]
         publication = None
         cast_params(teacher.to(device), self._dtype)
         if isinstance(self._stage, _Whole):
             theirs = dict(teacher.named_parameters())
-            masters, copies = stored, [theirs[name].data for name in self._stage.names]
+            self._taught = [index for index, name in enumerate(self._stage.names) if name in theirs]
+            masters = [stored[index] for index in self._taught]
+            copies = [theirs[self._stage.names[index]].data for index in self._taught]
         elif isinstance(self._stage, _Partitioned):
-            masters, (copies, publication) = stored, _whole_copies(teacher, self._stage, self._dtype)
+            self._taught = _taught_groups(teacher, self._stage)
+            masters = [stored[index] for index in self._taught]
+            copies, publication = _whole_copies(teacher, self._stage, self._taught, self._dtype)
         else:
             self.teacher = _shard_teacher(teacher, self._config(config))
             cut: dict[str, Any] = dict(teacher.named_parameters())
-            places = self._stage.places()
+            places = {name: place for name, place in self._stage.places().items() if name in cut}
+            self._taught = list(places)
             masters = [stored[index].narrow(0, at, size) for index, at, size in places.values()]
             copies = [cut[name].ds_tensor.data[: places[name][2]] for name in places]
         ema = Teacher(
@@ -347,7 +355,7 @@ class DeepSpeedEngine:
             flats = {"weight": self._stage.masters[index].data}
             flats |= {key: moments[key] for key in ("exp_avg", "exp_avg_sq")}
             tensors = {kind: flat.view(-1)[at : at + length] for kind, flat in flats.items()}
-            if averages:
+            if name in averages:
                 tensors["teacher"] = averages[name]
             pieces.append(Piece(name, start, tensors))
         tables, step = dict(self.student.module.named_buffers()), step_of(self._adam, self._stage.keys[0])
@@ -358,9 +366,10 @@ class DeepSpeedEngine:
             return {}
         self._ema.settle()  # who asks may write
         if isinstance(self._stage, _Sharded):  # one accumulator a parameter, not one a group
-            held = dict(zip(self._stage.places(), self._ema.accumulators, strict=True))
-            return {name: held[name][:length] for name, _, _, _, length in runs}
-        return {name: self._ema.accumulators[i].view(-1)[at : at + n] for name, _, i, at, n in runs}
+            held = dict(zip(self._taught, self._ema.accumulators, strict=True))
+            return {name: held[name][:length] for name, _, _, _, length in runs if name in held}
+        accumulators = dict(zip(self._taught, self._ema.accumulators, strict=True))
+        return {name: accumulators[i].view(-1)[at : at + n] for name, _, i, at, n in runs if i in accumulators}
 
     def restored(self, *, optimizer_step: int, teacher_updates: int) -> None:
         """Compute copies and counters after a load."""
@@ -373,11 +382,19 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
     return [group["params"] for group in optimizer.param_groups]
 
 
-def _whole_copies(teacher: nn.Module, stage: _Partitioned, dtype: torch.dtype) -> tuple[list[Tensor], _Gather]:
+def _taught_groups(teacher: nn.Module, stage: _Partitioned) -> list[int]:
+    """Groups that the teacher has."""
+    theirs = dict(teacher.named_parameters())
+    return [i for i, group in enumerate(stage.groups) if has_all(theirs, [stage.names[param] for param in group])]
+
+
+def _whole_copies(
+    teacher: nn.Module, stage: _Partitioned, taught: Sequence[int], dtype: torch.dtype
+) -> tuple[list[Tensor], _Gather]:
     """Teacher parameters as views of one flat tensor a group; this rank's shards of those, and what gathers them."""
     theirs = dict(teacher.named_parameters())
-    flats = [torch.zeros_like(flat, dtype=dtype) for flat in stage.flats]
-    for group, flat in zip(stage.groups, flats, strict=True):
+    flats = [torch.zeros_like(stage.flats[index], dtype=dtype) for index in taught]
+    for group, flat in zip((stage.groups[index] for index in taught), flats, strict=True):
         offset = 0
         for param in group:
             name, size = stage.names[param], math.prod(param.shape)

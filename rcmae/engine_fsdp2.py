@@ -32,7 +32,7 @@ from rcmae.engine import (
     updates_of,
     verdict,
 )  # fmt: skip
-from rcmae.kernels import adamw
+from rcmae.kernels import adamw, blocks_of
 from rcmae.optim import param_groups
 from rcmae.teacher import Teacher
 
@@ -56,8 +56,10 @@ class FSDP2Engine:
         if teacher is not None:
             cast_params(teacher.to(settings.device), dtype)
             _shard(teacher, mesh, MixedPrecisionPolicy(cast_forward_inputs=False))
+            theirs = dict(teacher.named_parameters())
+            self._taught = [name for name in self._shapes if name in theirs]
             self._ema = Teacher(
-                _local(student), _local(teacher),
+                _local(student, self._taught), _local(teacher, self._taught),
                 accumulate=settings.teacher_accumulate, seed=settings.seed, offset=dist.rank(),
             )  # fmt: skip
             self._ema.start_from_student()
@@ -86,14 +88,15 @@ class FSDP2Engine:
     def state(self) -> EngineState:
         """Live views: this rank's rows of each parameter."""
         pieces = []
-        for index, (name, param) in enumerate(self.student.named_parameters()):
+        averages = dict(zip(self._taught, self._ema.accumulators, strict=True)) if self._ema is not None else {}
+        for name, param in self.student.named_parameters():
             local, rows = _shard_of(param), param.shape[0]
             moments = self._optimizer.state[param]
             tensors = {"weight": local}
             for key in ("exp_avg", "exp_avg_sq"):
                 tensors[key] = _shard_of(moments[key])
-            if self._ema is not None:
-                tensors["teacher"] = self._ema.accumulators[index]
+            if name in averages:
+                tensors["teacher"] = averages[name]
             if local.numel():
                 first_row = min(dist.rank() * -(-rows // dist.world()), rows)  # torch.chunk's cut
                 start = first_row * (param.numel() // rows)
@@ -108,10 +111,8 @@ class FSDP2Engine:
 
 
 def _shard(model: nn.Module, mesh: torch.distributed.DeviceMesh, policy: MixedPrecisionPolicy) -> FSDPModule:
-    for blocks in (model.blocks, model.decoder_blocks):
-        assert isinstance(blocks, nn.ModuleList)
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     # the root keeps its parameters gathered after a forward by default: a teacher, which never runs backward, would
     # then compute with old weights for good
     return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -122,5 +123,5 @@ def _shard_of(tensor: Tensor | None) -> Tensor:
     return tensor._local_tensor
 
 
-def _local(model: nn.Module) -> list[Tensor]:
-    return [_shard_of(param) for param in model.parameters()]
+def _local(model: nn.Module, names: list[str]) -> list[Tensor]:
+    return [_shard_of(model.get_parameter(name)) for name in names]

@@ -9,6 +9,7 @@ every rank runs the same number of forwards, always through the engine's own wra
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from rcmae import dist
 from rcmae.batch import Batch
-from rcmae.objectives.mae import NORM_EPS
+from rcmae.objectives.mae import PixelNorm, pixel_statistics
 from rcmae.vit import patchify, unpatchify
 
 Network = Callable[[Tensor], Tensor]  # normalised images [B, C, H, W] -> one vector each [B, D]
@@ -311,7 +312,9 @@ GAP = 6
 WHITE, GREY, BLACK = (255, 255, 255), (128, 128, 128), (0, 0, 0)
 
 
-def reconstruct(model: nn.Module, batch: Batch, *, norm_pix_loss: bool) -> Tensor:
+def reconstruct(
+    model: nn.Module, batch: Batch, *, norm_pix_loss: bool, pixel_norm: PixelNorm = "unbiased"
+) -> Tensor:
     """The images [B, C, H, W] as the model fills them in: visible patches as they are, hidden ones as predicted.
 
     With `norm_pix_loss` the model predicts patches normalised by their own mean and deviation, which it never sees:
@@ -322,6 +325,7 @@ def reconstruct(model: nn.Module, batch: Batch, *, norm_pix_loss: bool) -> Tenso
         model: the wrapper, in evaluation mode.
         batch: normalised float images, on the model's device.
         norm_pix_loss: as trained.
+        pixel_norm: as trained.
     """
     images = batch.images
     _, channels, height, width = images.shape
@@ -329,8 +333,8 @@ def reconstruct(model: nn.Module, batch: Batch, *, norm_pix_loss: bool) -> Tenso
     patch_size = math.isqrt(predicted.shape[-1] // channels)
     true = patchify(images.float(), patch_size)
     if norm_pix_loss:
-        variance, mean = torch.var_mean(true, dim=-1, keepdim=True)
-        predicted = predicted * (variance + NORM_EPS).sqrt() + mean
+        mean, variance = pixel_statistics(true, channels, pixel_norm)
+        predicted = predicted * variance.sqrt() + mean
     hidden = _hidden(batch)[..., None]  # [B, L, 1], True = hidden
     return unpatchify(torch.where(hidden, predicted, true), patch_size, (height, width), channels)
 
@@ -349,6 +353,7 @@ def reconstruction_picture(
     mean: Sequence[float],
     std: Sequence[float],
     norm_pix_loss: bool,
+    pixel_norm: PixelNorm = "unbiased",
 ) -> np.ndarray:
     """A picture uint8 [height, width, 3]: a row an image; columns input, masked, student, and teacher if there is one.
 
@@ -362,11 +367,13 @@ def reconstruction_picture(
         mean: per channel, what the images were normalised by; std: alike.
         std: in the units of pixels/255.
         norm_pix_loss: as trained; the picture says that true means and deviations were put back.
+        pixel_norm: as trained.
     """
+    fill = functools.partial(reconstruct, norm_pix_loss=norm_pix_loss, pixel_norm=pixel_norm)
     with evaluating(student, teacher):
-        filled = {"input": batch.images.float(), "student": reconstruct(student, batch, norm_pix_loss=norm_pix_loss)}
+        filled = {"input": batch.images.float(), "student": fill(student, batch)}
         if teacher is not None:
-            filled["teacher"] = reconstruct(teacher, batch, norm_pix_loss=norm_pix_loss)
+            filled["teacher"] = fill(teacher, batch)
     shown = {name: _to_uint8(images, mean, std) for name, images in filled.items()}
     hidden = _hidden(batch)
     share = 1 - batch.num_visible / hidden.shape[1]

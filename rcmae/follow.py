@@ -33,9 +33,8 @@ from rcmae.metrics import MetricsLog
 from rcmae.shards import ShardIndex
 from rcmae.sources import Cache, is_remote
 from rcmae.stream import labelled_batches
-from rcmae.train import make_objective, new_student, open_index, patience, say_error
+from rcmae.train import Network, new_student, open_index, patience, say_error
 from rcmae.transforms import Normalise
-from rcmae.vit import MaskedAutoencoder
 
 FOLDER = "evaluations"  # in the run's folder
 
@@ -128,7 +127,7 @@ def open_sets(recipe: Recipe) -> Sets:
 
 
 @torch.no_grad()
-def networks(recipe: Recipe, manifest: checkpoint.Manifest) -> dict[str, MaskedAutoencoder]:
+def networks(recipe: Recipe, manifest: checkpoint.Manifest) -> dict[str, Network]:
     """Student and, where there is one, teacher with the weights of a checkpoint, in the precision they train in.
 
     Raises:
@@ -136,8 +135,10 @@ def networks(recipe: Recipe, manifest: checkpoint.Manifest) -> dict[str, MaskedA
     """
     models = {}
     with checkpoint.Reader(manifest) as reader:
-        for name in ("student", "teacher") if make_objective(recipe).needs_teacher else ("student",):
+        for name in ("student", "teacher") if recipe.objective.teacher_parts else ("student",):
             model = new_student(recipe)
+            if name == "teacher":  # it may be the encoder alone
+                model.keep(("pixels",) if "decoder" in recipe.objective.teacher_parts else ())
             for weight, value in model.state_dict().items():  # live
                 key = f"buffer/{weight}" if f"buffer/{weight}" in manifest.tensors else f"{KIND[name]}/{weight}"
                 flat = torch.empty(value.numel(), dtype=value.dtype)
@@ -149,7 +150,7 @@ def networks(recipe: Recipe, manifest: checkpoint.Manifest) -> dict[str, MaskedA
     return models
 
 
-def answer(recipe: Recipe, sets: Sets, models: dict[str, MaskedAutoencoder], stop: preempt.StopRequest) -> Rows:
+def answer(recipe: Recipe, sets: Sets, models: dict[str, Network], stop: preempt.StopRequest) -> Rows:
     """k-NN of these networks. Collective: every rank calls, and gets the same rows.
 
     Raises:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from rcmae.optim import param_groups
 from rcmae.teacher import TeacherBytes, teacher_bytes
@@ -50,7 +51,7 @@ def activations(
         model: any, also on the meta device: only its sizes are read.
         num_visible: patches that the encoder sees.
         precision: "fp32" or "bf16".
-        teacher: whether the loss has a term to a teacher.
+        teacher: whether the loss has a term to a teacher's pixels.
         checkpointing: as in `kernels.checkpoint_blocks`.
         fused_attention: as in `kernels.attention`; what is not keeps the attention of each pair of tokens.
     """
@@ -92,8 +93,10 @@ def activations(
         )
         for i, part in enumerate(model.decoder_blocks)
     ]  # fmt: skip
+    heads = ("decoder_norm", "decoder_pred", "cls_head", "feature_head")  # what the last two keep is small
     head = Part(
-        "head", _numel(model.decoder_norm) + _numel(model.decoder_pred), 2 * hidden * decoder_dim * width,
+        "head", sum(_numel(getattr(model, name)) for name in heads if hasattr(model, name)),
+        2 * hidden * decoder_dim * width,
         hidden * (pixels + decoder_dim) * width,
     )  # fmt: skip
     # in fp32: the target and the predictions, which in bf16 each term widens for itself; passing: those in bf16, and
@@ -104,10 +107,14 @@ def activations(
     return [embedding, *encoder, bridge, *decoder, head, loss]
 
 
-def inference_bytes(model: MaskedAutoencoder, *, num_visible: int, precision: str) -> float:
+def inference_bytes(
+    model: MaskedAutoencoder, *, num_visible: int, precision: str, decodes: bool = True
+) -> float:
     """Bytes of one image at the height of a forward pass without gradients: inside an MLP."""
     sizes = model.sizes
-    widest = max((1 + num_visible) * sizes["embed_dim"], (1 + model.num_patches) * sizes["decoder_dim"])
+    widest = (1 + num_visible) * sizes["embed_dim"]
+    if decodes:
+        widest = max(widest, (1 + model.num_patches) * sizes["decoder_dim"])
     return (2 + 2 * sizes["mlp_ratio"]) * widest * _width(precision)
 
 
@@ -132,7 +139,7 @@ class Settings:
     per_device: int = 1  # images of a micro-batch
     accumulation: int = 1  # micro-batches of a step
     num_visible: int = 1
-    teacher: bool = True
+    teacher: tuple[str, ...] = ("encoder", "decoder")  # parts of the student that it has; none: there is no teacher
     accumulate: str = "fp32_shard"  # the teacher's, as in `teacher.Teacher`
     checkpointing: str = "none"
     fused_attention: bool = True
@@ -198,6 +205,12 @@ def states(model: MaskedAutoencoder, settings: Settings) -> dict[str, int]:
     }
 
 
+def teacher_groups(model: nn.Module, parts: Sequence[str]) -> list[list[tuple[int, ...]]]:
+    """Shapes of the optimizer groups that a teacher of these parts has, for `teacher.teacher_bytes`."""
+    groups = [group for group in param_groups(model, 0.0) if group["name"].partition("_")[0] in parts]
+    return [[tuple(param.shape) for param in group["params"]] for group in groups]
+
+
 def _bytes_of_teacher(
     settings: Settings, groups: Sequence[Sequence[Sequence[int]]], precision: str, accumulate: str
 ) -> TeacherBytes:
@@ -210,11 +223,12 @@ def _engine(model: MaskedAutoencoder, settings: Settings) -> _Engine:
     width, bf16 = _width(settings.precision), settings.precision == "bf16"
     count = states(model, settings)
     whole, shard, group = count["whole"], count["shard"], count["group"]
-    groups = [[tuple(param.shape) for param in group["params"]] for group in param_groups(model, 0.0)]
-    teacher = _bytes_of_teacher(settings, groups, settings.precision, settings.accumulate)
+    taught = teacher_groups(model, settings.teacher)
+    teacher = _bytes_of_teacher(settings, taught, settings.precision, settings.accumulate)
     copy, accumulator = (teacher.copy, teacher.accumulator) if settings.teacher else (0, 0)
     largest = max(param.numel() for param in model.parameters())
-    publishing = width * shard if settings.teacher else 0.0  # a logged step keeps the old copy
+    # a logged step keeps the old copy
+    publishing = float(width * _bytes_of_teacher(settings, taught, "bf16", "fp32_shard").accumulator // 4)
 
     zero = settings.deepspeed.get("zero_optimization", {})
     bucket = int(zero.get("reduce_bucket_size", _FLUSH))
@@ -259,7 +273,8 @@ def _engine(model: MaskedAutoencoder, settings: Settings) -> _Engine:
                 width * (shard + persistent) + master * on_device, summed * shard * on_device, moments,
                 width * bucket if contiguous else 0.0,
             ),
-            gathered=gathered - width * persistent, teacher_gathered=gathered if settings.teacher else 0.0,
+            gathered=gathered - width * persistent,
+            teacher_gathered=min(gathered, float(width * sum(math.prod(shape) for each in taught for shape in each))),
             flushed=width if contiguous else 2 * width, bucket=bucket, updating=4 * group, publishing=publishing,
             host=host,
         )  # fmt: skip
@@ -295,7 +310,7 @@ def footprint(model: MaskedAutoencoder, settings: Settings) -> Footprint:
     engine = _engine(model, settings)
     each, images = settings.precision, settings.per_device
     parts = activations(
-        model, num_visible=settings.num_visible, precision=each, teacher=settings.teacher,
+        model, num_visible=settings.num_visible, precision=each, teacher="decoder" in settings.teacher,
         checkpointing=settings.checkpointing, fused_attention=settings.fused_attention,
     )  # fmt: skip
     tables = sum(table.numel() * table.element_size() for table in model.buffers())
@@ -310,7 +325,8 @@ def footprint(model: MaskedAutoencoder, settings: Settings) -> Footprint:
         moments[name] = {kind: size + more.get(kind, 0.0) for kind, size in resident.items()}
 
     if settings.teacher:
-        passing = inference_bytes(model, num_visible=settings.num_visible, precision=each)
+        seen = settings.num_visible if "decoder" in settings.teacher else model.num_patches
+        passing = inference_bytes(model, num_visible=seen, precision=each, decodes="decoder" in settings.teacher)
         moment(
             "teacher's forward", gradients=carried, communication=engine.teacher_gathered,
             activations=batch + images * passing,
@@ -352,7 +368,11 @@ def footprint(model: MaskedAutoencoder, settings: Settings) -> Footprint:
     return Footprint(resident, moments, engine.host)
 
 
-def checkpoint_bytes(model: MaskedAutoencoder, *, teacher: bool) -> int:
-    """Bytes of a checkpoint's tensors: weight, two moments and teacher of each parameter in fp32, and the tables."""
-    params = sum(param.numel() for param in model.parameters())
-    return 4 * (4 if teacher else 3) * params + sum(table.numel() * table.element_size() for table in model.buffers())
+def checkpoint_bytes(model: nn.Module, *, teacher: Sequence[str]) -> int:
+    """Bytes of a checkpoint's tensors: weight, two moments and teacher of each parameter in fp32, and the tables.
+
+    `teacher`: the parts that it has.
+    """
+    taught = sum(math.prod(shape) for group in teacher_groups(model, teacher) for shape in group)
+    params = 3 * sum(param.numel() for param in model.parameters()) + taught
+    return 4 * params + sum(table.numel() * table.element_size() for table in model.buffers())

@@ -18,6 +18,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from itertools import count, islice
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ class Stream:
         cache: Cache | None = None,
         ranks_of_node: int = 1,
         repeats: int = 1,
+        teacher_masks: bool = False,
     ) -> None:
         """Nothing is read and no worker started before the first step is asked for.
 
@@ -101,6 +103,7 @@ class Stream:
             ranks_of_node: how many share it.
             repeats: views of each sample that is read, one after the other in a micro-batch: the plan's position p
                 gives the views at p x repeats and the following, each with its own crop, flip and mask.
+            teacher_masks: whether each image has a second mask, for a teacher that sees other patches.
 
         Raises:
             ValueError: micro-batches do not divide this rank's part of a step, or ranks the batch and the streams.
@@ -115,7 +118,9 @@ class Stream:
         self._plan, self._per_rank, self._micros = plan, per_rank, per_rank // micro
         self._limits = Limits(max_bad_fraction, max_bad_in_a_row, plan.samples_per_epoch // world)
         self._repeats = repeats
-        self._reading = _TrainReading(index, plan, transform, mask, seed, max_bad_in_a_row, cache, repeats)
+        self._reading = _TrainReading(
+            index, plan, transform, mask, seed, max_bad_in_a_row, cache, repeats, teacher_masks
+        )
         remote = any(is_remote(shard.path) for shard in index.shards)
         assert not remote or cache is not None, "shards from elsewhere need a cache"
         ahead = _Ahead(index, cache.limit // ranks_of_node) if remote and cache is not None else None
@@ -395,10 +400,11 @@ class _TrainReading(Dataset[_Read | Exception]):
         max_bad_in_a_row: int,
         cache: Cache | None,
         repeats: int,
+        teacher_masks: bool,
     ) -> None:
         self._repeats = repeats
         self._index, self._plan, self._transform, self._mask = index, plan, transform, mask
-        self._seed, self._max_bad_in_a_row = seed, max_bad_in_a_row
+        self._seed, self._max_bad_in_a_row, self._teacher_masks = seed, max_bad_in_a_row, teacher_masks
         self._reader = Reader(cache)
         self._copying = _Copying(self._reader)
         # Saves looking again for bytes that are not there. Of what does not decode nothing is kept: a crop may do
@@ -425,8 +431,14 @@ class _TrainReading(Dataset[_Read | Exception]):
                 raise RuntimeError(f"{self._index[number].id} at position {position}: {error!r}") from error
             rows += [(sample, view) for view in views]
         positions = (requests.positions[:, None] * self._repeats + np.arange(self._repeats)).reshape(-1)
-        ids = np.stack([self._mask.ids(self._seed, position) for position in positions.tolist()])
-        return _Read(_batch(rows, positions, torch.from_numpy(ids), self._mask.num_visible), bad)
+        batch = _batch(rows, positions, self._ids(positions), self._mask.num_visible)
+        if self._teacher_masks:
+            batch = replace(batch, teacher_ids=self._ids(positions, draw=1))
+        return _Read(batch, bad)
+
+    def _ids(self, positions: NDArray[np.int64], draw: int = 0) -> Tensor:
+        ids = [self._mask.ids(self._seed, position, draw) for position in positions.tolist()]
+        return torch.from_numpy(np.stack(ids))
 
     def _views(self, position: int, number: int, bad: list[BadSample]) -> tuple[Sample, list[View]]:
         """The sample of a number, or else the next that can be read, seen as its positions' keys have it."""

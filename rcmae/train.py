@@ -30,21 +30,23 @@ import yaml
 from torch import Tensor
 
 from rcmae import __version__, checkpoint, config, dist, kernels, preempt, startup
-from rcmae.batch import Batch
+from rcmae.batch import NO_LABEL, Batch
+from rcmae.bootmae_vit import BootstrappedAutoencoder
 from rcmae.config import Recipe, Resolved
 from rcmae.engine import Engine, LocalEngine, Settings
 from rcmae.evaluate import evaluating, knn_rows, knn_table, pixels, pooled, reconstruction_picture, save_png
 from rcmae.guard import Guard, NumbersGoneBad, bundle
 from rcmae.lease import Lease, LeaseHeld, LeaseLost
-from rcmae.masking import RandomMask, visible_count
+from rcmae.masking import BlockMask, Mask, RandomMask, SharedMask, visible_count
 from rcmae.metrics import Meter, MetricsLog, closing_summary
-from rcmae.objectives import OBJECTIVES, Objective
+from rcmae.objectives import OBJECTIVES, TERMS, Objective, Sum
+from rcmae.objectives.mae import PixelNorm
 from rcmae.schedules import teacher_momentum, warmup_half_cosine
 from rcmae.shards import Patterns, Plan, ShardIndex, cache_problem
 from rcmae.sources import Cache, Patience, is_remote
 from rcmae.stream import BadSample, Stream, TooManyBadSamples, labelled_batches, refuse_unlabelled
 from rcmae.transforms import Normalise, TrainTransform
-from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, flops_per_image, size_problems
+from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, size_problems
 
 # ----------------------------------------------------------------------------------------------------------- the method
 
@@ -70,7 +72,7 @@ def fit(run: Run) -> str | None:
         for index, batch in enumerate(micros):
             batch, last = run.on_device(batch), index == len(micros) - 1
             sums = objective(engine.student, engine.teacher, batch, run.step / sizes.total_steps)
-            shares = {term: total / counts[term] for term, total in sums.items()}
+            shares = {term: total / max(counts[term], 1.0) for term, total in sums.items()}  # 0: no image has a label
             loss = torch.stack([objective.weights[term] * share for term, share in shares.items()]).sum()
             engine.backward(loss, last=last)  # gradients are summed: over micro-batches, and in the last over ranks
             seen.append({term: share.detach() for term, share in shares.items()})
@@ -223,7 +225,7 @@ class Run:
         return teacher_momentum(
             self.step * each + (micro if each > 1 else 0), kind=teacher.schedule, base=teacher.momentum,
             end=teacher.momentum_end, total_updates=self.sizes.total_steps * each,
-            updates_per_epoch=self.sizes.steps_per_epoch * each,
+            updates_per_epoch=self.sizes.steps_per_epoch * each, dynamic=teacher.dynamic,
         )  # fmt: skip
 
     # what is written
@@ -383,10 +385,12 @@ class Run:
         """Write what student and teacher make of a few images of the stream's beginning. Collective."""
         evaluate, data = self.recipe.evaluate, self.recipe.data
         batch = self.on_device(self.stream.first_images(evaluate.picture_images))
-        with evaluating(self.engine.student, self.engine.teacher):
+        draws = self.objective.needs_teacher and self.recipe.objective.has("consistency")
+        teacher = self.engine.teacher if draws else None  # one of features alone draws nothing
+        with evaluating(self.engine.student, teacher):
             sheet = reconstruction_picture(
-                self.engine.student, self.engine.teacher, batch, mean=data.mean, std=data.std,
-                norm_pix_loss=self.recipe.objective.norm_pix_loss,
+                self.engine.student, teacher, batch, mean=data.mean, std=data.std,
+                norm_pix_loss=self.recipe.objective.norm_pix_loss, pixel_norm=pixel_norm(self.recipe.objective),
             )  # fmt: skip
         if dist.rank() == 0:
             save_png(sheet, self.recipe.run_dir / "pictures" / f"step-{self.step:08d}.png")
@@ -440,7 +444,7 @@ class Checked:
     labelled: list[ShardIndex]  # training and test set of the evaluation, if there is one
     plan: Plan
     sizes: Resolved
-    mask: RandomMask
+    mask: Mask
     saved: checkpoint.Manifest | None  # where the run goes on from, if its bytes are as written
     engine_config: dict[str, Any]  # DeepSpeed's JSON
     cache: Cache | None  # of this node, where shards come from elsewhere
@@ -461,10 +465,8 @@ def check(recipe: Recipe) -> Checked:
     if recipe.engine.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         problems.append(f"engine.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use engine.precision=fp32")
     index, plan, sizes, mask, engine_config, cache = None, None, None, None, {}, None
-    with problems:
-        shapes, (height, width) = student_sizes(recipe.model), recipe.model.image_hw
-        patches = height // shapes["patch_size"] * (width // shapes["patch_size"])
-        mask = RandomMask(patches, visible_count(patches, recipe.objective.mask_ratio))
+    with problems, torch.device("meta"):
+        mask = make_mask(recipe, new_network(recipe).grid)
     with problems:
         index = open_index(recipe, data.shards)
     labelled = []
@@ -475,6 +477,8 @@ def check(recipe: Recipe) -> Checked:
     if any(is_remote(shard.path) for each in (index, *labelled) if each is not None for shard in each.shards):
         with problems:
             cache = Cache.of(data.cache_dir, data.cache_gb, patience(recipe))
+    if index is not None and recipe.objective.has("class"):
+        problems += label_problems(index, recipe.model.num_classes)
     undivided = config.batch_problems(recipe, world)
     problems += undivided
     if index is not None and not undivided:
@@ -582,8 +586,8 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
     data, sizes, world = recipe.data, found.sizes, dist.world()
     saved = choose_checkpoint(recipe)
     startup.mark("checkpoint")
-    student, objective = new_student(recipe), make_objective(recipe)
-    teacher = copy.deepcopy(student) if objective.needs_teacher else None
+    student, objective = new_student(recipe), make_objective(recipe, sizes)
+    teacher = new_teacher(student, objective)
     startup.mark("model")
     engine = make_engine(recipe, sizes, student, teacher, found.engine_config)
     startup.mark("engine")
@@ -610,16 +614,16 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
         micro=sizes.per_device, rank=dist.rank(), world=world, workers=data.workers,
         max_bad_fraction=data.max_bad_fraction, max_bad_in_a_row=data.max_bad_in_a_row,
         cache=found.cache, ranks_of_node=dist.ranks_of_node(), repeats=data.repeats,
+        teacher_masks=recipe.objective.teacher_mask == "different",
     )  # fmt: skip
     step, images = (saved.step, saved.images) if saved else (0, 0)
     log = MetricsLog(
         recipe.run_dir, resume_step=step, total_steps=sizes.total_steps,
         writes=dist.rank() == 0, tensorboard=recipe.log.tensorboard,
     )  # fmt: skip
-    flops = flops_per_image(**student.sizes, num_visible=found.mask.num_visible)
     meter = Meter(
         device=dist.device(), world=world, precision=recipe.engine.precision,
-        step_flops_per_image=flops * (4 if teacher is not None else 3),
+        step_flops_per_image=step_flops(student, objective, found.mask.num_visible),
     )  # fmt: skip
     run = Run(
         recipe=recipe, sizes=sizes, objective=objective, engine=engine, stream=stream, index=found.index,
@@ -632,8 +636,10 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
     return run
 
 
-def student_sizes(model: config.Model) -> dict[str, int]:
+def student_sizes(model: config.Model, *, regressors: bool = False) -> dict[str, int]:
     """The sizes of the student: the architecture's, with the recipe's over them.
+
+    `regressors`: whether the decoder is BootMAE's, whose heads need not divide its width.
 
     Raises:
         ValueError: unknown architecture, or sizes that do not fit together, all named.
@@ -643,28 +649,124 @@ def student_sizes(model: config.Model) -> dict[str, int]:
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(ARCHITECTURES)}"
         raise ValueError(f"model.name: unknown architecture {model.name!r}; {hint}")
     sizes = {key: getattr(model, key) or value for key, value in ARCHITECTURES[model.name].items()}
-    problems = size_problems(**sizes, image_size=model.image_hw, in_channels=model.in_channels)
+    problems = size_problems(
+        **sizes, image_size=model.image_hw, in_channels=model.in_channels, heads_divide=not regressors
+    )
     if problems:
         raise ValueError("\n".join(f"model: {problem}" for problem in problems))
     return sizes
 
 
-def new_student(recipe: Recipe) -> MaskedAutoencoder:
-    """The student with the weights of `run.seed`, the same on every rank."""
-    model = MaskedAutoencoder(
-        **student_sizes(recipe.model), image_size=recipe.model.image_hw, in_channels=recipe.model.in_channels,
-        norm_layer=kernels.layer_norm(recipe.engine.layer_norm),
+Network = MaskedAutoencoder | BootstrappedAutoencoder
+
+
+def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Network:
+    """The network of a recipe, with weights of no meaning.
+
+    `norm`: whose layer norm, instead of the recipe's: where sizes alone matter, what it asks for need not be there.
+
+    Raises:
+        ValueError: as `student_sizes`, or the network's own.
+    """
+    model, objective = recipe.model, recipe.objective
+    common: dict[str, Any] = {
+        **student_sizes(model, regressors=has_regressors(recipe)), "image_size": model.image_hw,
+        "in_channels": model.in_channels, "norm_layer": kernels.layer_norm(norm or recipe.engine.layer_norm),
+        "predicts_features": objective.has("features"),
+    }  # fmt: skip
+    if has_regressors(recipe):
+        return BootstrappedAutoencoder(**common, low_layer=model.low_layer, high_layer=model.high_layer)
+    return MaskedAutoencoder(
+        **common, cls_token=model.cls_token, qkv_bias=model.qkv_bias, positions=model.positions,
+        decoder_cls=model.decoder_cls, pixel_order=model.pixel_order,
+        num_classes=model.num_classes if objective.has("class") else 0, class_hidden=model.class_hidden,
+        class_pool=model.class_pool,
     )  # fmt: skip
-    model.init_weights(torch.Generator().manual_seed(recipe.run.seed))
-    return model
 
 
-def make_objective(recipe: Recipe) -> Objective:
-    """The objective of a recipe."""
-    values: dict[str, Any] = {"norm_pix_loss": recipe.objective.norm_pix_loss}
-    if recipe.objective.name == "rcmae":
-        values["consistency_weight"] = recipe.objective.consistency_weight
-    return OBJECTIVES[recipe.objective.name](**values)
+def has_regressors(recipe: Recipe) -> bool:
+    """Whether the network is BootMAE's."""
+    return (recipe.model.decoder or recipe.objective.name) == "bootmae"
+
+
+def new_student(recipe: Recipe) -> Network:
+    """The student with the weights of `run.seed`, the same on every rank."""
+    network = new_network(recipe)
+    network.init_weights(torch.Generator().manual_seed(recipe.run.seed))
+    return network
+
+
+def new_teacher(student: Network, objective: Sum) -> Network | None:
+    """A copy of the student's parts that the objective asks a teacher for; None where it asks for nothing."""
+    if not objective.needs_teacher:
+        return None
+    teacher = copy.deepcopy(student)
+    teacher.keep(objective.teacher_outputs)
+    return teacher
+
+
+def make_mask(recipe: Recipe, grid: tuple[int, int]) -> Mask:
+    """What of an image is seen, for a grid of patches.
+
+    Raises:
+        ValueError: all or nothing is, or boxes do not fit.
+    """
+    objective, patches = recipe.objective, grid[0] * grid[1]
+    visible = visible_count(patches, objective.mask_ratio)
+    mask: Mask = RandomMask(patches, visible)
+    if objective.mask == "boxes":
+        boxed = round(objective.box_ratio * patches)
+        mask = BlockMask(grid, visible, boxed, objective.box_smallest, objective.box_largest)
+    return SharedMask(mask, recipe.batch.images) if objective.mask_shared == "step" else mask
+
+
+def pixel_norm(objective: config.Objective) -> PixelNorm:
+    """What a patch's pixels are normalised by."""
+    return objective.pixel_norm or ("channel" if objective.name == "bootmae" else "unbiased")
+
+
+def make_objective(recipe: Recipe, sizes: Resolved) -> Sum:
+    """The objective of a recipe: a published one, and the terms added to it."""
+    asked = recipe.objective
+    kind, epochs = pixel_norm(asked), sizes.total_steps / sizes.steps_per_epoch
+    weight_mask = asked.name == "bootmae" if asked.weight_mask is None else asked.weight_mask
+    smooth = {"class_temperature": asked.class_temperature, "class_smoothing": asked.class_smoothing}
+    options: dict[str, dict[str, Any]] = {
+        "mae": {"weight_mask": weight_mask},
+        "rcmae": {"consistency_weight": asked.consistency_weight},
+        "supmae": {"class_weight": asked.class_weight, **smooth},
+        "bootmae": {"feature_weight": asked.feature_weight, "weight_mask": weight_mask, "epochs": epochs},
+    }
+    terms: dict[str, dict[str, Any]] = {
+        "consistency": {},
+        "class": {"temperature": asked.class_temperature, "smoothing": asked.class_smoothing},
+        "features": {"weight_mask": weight_mask, "epochs": epochs},
+    }
+    published = OBJECTIVES[asked.name](
+        norm_pix_loss=asked.norm_pix_loss, pixel_norm=kind, **options[asked.name]
+    )
+    return published.plus({name: TERMS[name](weight=weight, **terms[name]) for name, weight in asked.terms.items()})
+
+
+def label_problems(index: ShardIndex, num_classes: int) -> list[str]:
+    """What stands against these labels for a class term, one line a problem. -100 is no label, and no problem."""
+    labels = index.labels[index.labels != NO_LABEL]
+    if not labels.size:
+        return ["no sample of data.shards has a label (.cls); a class term needs some, or use mae or rcmae"]
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        return [f"data.shards have labels {low} to {high}, model.num_classes={num_classes}; use {high + 1} or more"]
+    return []
+
+
+def step_flops(student: Network, objective: Sum, num_visible: int) -> float:
+    """Floating-point operations of a step for one image: three forward passes of the student, one of the teacher."""
+    total = 3 * student.flops(num_visible)
+    if "pixels" in objective.teacher_outputs:
+        total += student.flops(num_visible)
+    if "tokens" in objective.teacher_outputs:
+        total += student.encoder_flops(student.num_patches)
+    return total
 
 
 def engine_settings(recipe: Recipe, sizes: Resolved) -> Settings:
@@ -678,7 +780,7 @@ def engine_settings(recipe: Recipe, sizes: Resolved) -> Settings:
 
 
 def make_engine(
-    recipe: Recipe, sizes: Resolved, student: MaskedAutoencoder, teacher: MaskedAutoencoder | None,
+    recipe: Recipe, sizes: Resolved, student: Network, teacher: Network | None,
     engine_config: dict[str, Any],
 ) -> Engine:  # fmt: skip
     """The engine of a recipe, around the student and the teacher. Collective: every rank calls."""
@@ -761,12 +863,33 @@ def mismatches(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIn
         lines = config.differences(recipe.model_dump(mode="json"), theirs)
         where = saved.path if saved else written
         problems += [f"{where} is of another recipe: {line}; use another run.dir, or its value" for line in lines]
+    if saved is not None and recipe.objective.has("class") and recipe.model.class_hidden:
+        problems += norm_problems(recipe, saved)
     if saved is not None and index is not None and saved.meta["data_fingerprint"] != index.fingerprint:
         problems.append(
             f"data.shards are not those of {saved.path}: their names, sizes or samples differ "
             f"(fingerprint {index.fingerprint[:12]}, was {saved.meta['data_fingerprint'][:12]}); give the same shards"
         )
     return problems
+
+
+def norm_problems(recipe: Recipe, saved: checkpoint.Manifest) -> list[str]:
+    """What changes a batch norm's batch, the images that all ranks take at once, within a run; one line a problem."""
+    sizes = saved.meta["sizes"]
+    before, world = sizes["world"] * sizes["per_device"], dist.world()
+    if "batch.per_device" in recipe.checkpoint.allow or config.batch_problems(recipe, world):
+        return []
+    try:
+        now = config.per_device(recipe, world) * world
+    except ValueError:  # said already
+        return []
+    if now == before:
+        return []
+    fits = f"batch.per_device={before // world}" if before % world == 0 else "a number of ranks that divides that"
+    return [
+        f"{saved.path} normalised {before} images at once, here they are {now}: the class head's batch norm would see "
+        f"others; use {fits}, or checkpoint.allow=[batch.per_device]"
+    ]
 
 
 def start_folder(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex) -> None:

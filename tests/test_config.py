@@ -1,5 +1,6 @@
 """A recipe is checked whole, says every problem at once, and its derived numbers follow from the world and the data."""
 
+import copy
 import math
 import re
 import shlex
@@ -56,7 +57,7 @@ def refused(path, *overrides):
         ("schedule.lr=fast", "schedule.lr: input should be a valid number"),
         ("schedule.lr=.nan", "schedule.lr: input should be greater than 0, got nan"),
         ("objective.mask_ratio=1", "objective.mask_ratio: input should be less than 1, got 1"),
-        ("objective.name=mea", "objective.name: input should be 'mae' or 'rcmae', got 'mea'"),
+        ("objective.name=mea", "objective.name: input should be 'mae', 'rcmae', 'supmae' or 'bootmae', got 'mea'"),
         ("log.tensorboard=maybe", "log.tensorboard: input should be a valid boolean"),
         ("data.crop_scale=[0.2]", "data.crop_scale: field required, got [0.2]"),
         ("model=[1]", "model: input should be a valid dictionary or instance of Model, got [1]"),
@@ -365,3 +366,25 @@ def test_the_papers_run_is_what_the_recipes_say(size):
     assert (recipe.objective.mask_ratio, recipe.objective.norm_pix_loss, recipe.objective.consistency_weight) == (
         0.75, True, 1.0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["objective.name=bootmae", "model.cls_token=false"], "model.cls_token: bootmae's network has its own"),
+        (["objective.name=bootmae", "objective.terms={class: 1}"], "bootmae's network has no class head"),
+        (["objective.name=bootmae", "objective.teacher_mask=different"], "objective.teacher_mask"),
+        (["objective.name=supmae", "model.cls_token=false", "model.class_pool=cls"], "there is no token to pool"),
+        (["objective.terms={clas: 1}"], "objective.terms: input should be 'consistency', 'class' or 'features'"),
+    ],
+)
+def test_what_a_network_cannot_learn_is_refused(recipe, wrong, said):
+    assert said in "\n".join(refused(recipe(), *wrong))
+
+
+def test_a_run_from_before_a_key_was_there_goes_on(recipe):
+    mine = config.load(recipe()).model_dump(mode="json")
+    old = copy.deepcopy(mine)
+    del old["objective"]["teacher_mask"], old["model"]["qkv_bias"]
+    assert config.differences(mine, old) == []
+    assert config.differences(config.load(recipe(), ["model.qkv_bias=qv"]).model_dump(mode="json"), old)

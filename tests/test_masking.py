@@ -5,7 +5,7 @@ import pytest
 
 from rcmae import draws
 from rcmae.draws import Purpose
-from rcmae.masking import RandomMask, random_ids, visible_count
+from rcmae.masking import BlockMask, RandomMask, SharedMask, random_ids, visible_count
 
 
 def test_the_number_of_visible_patches_is_the_truncated_product():
@@ -60,3 +60,47 @@ def test_uniform_draws_lie_in_the_half_open_unit_interval_and_do_not_overlap():
     assert abs(first.mean() - 0.5) < 0.05
     assert not np.intersect1d(first, draws.uniform(1, Purpose.CROP, 0, 6, count=1000)).size
     assert not np.intersect1d(first, draws.uniform(1, Purpose.FLIP, 0, 5, count=1000)).size
+
+
+def test_boxes_hide_their_count_and_single_patches_the_rest():
+    mask = BlockMask((14, 14), num_visible=49, num_boxed=120)
+    for position in range(50):
+        ids, boxes = mask.ids(3, position), mask.boxes(3, position)
+        assert sorted(ids) == list(range(196))
+        assert boxes.sum() == 120
+        assert not boxes.ravel()[ids[:49]].any()  # nothing is seen that a box hides
+        assert boxes.ravel()[ids[-120:]].all()
+    np.testing.assert_array_equal(mask.ids(3, 7), mask.ids(3, 7))
+    for other in (mask.ids(4, 7), mask.ids(3, 8), mask.ids(3, 7, draw=1)):
+        assert not np.array_equal(mask.ids(3, 7), other)
+
+
+def test_boxes_hang_together_more_than_chance():
+    boxed = np.stack([BlockMask((14, 14), 49, 120).boxes(0, position) for position in range(100)])
+    single = np.stack([np.isin(np.arange(196), random_ids(0, p, 196)[76:]).reshape(14, 14) for p in range(100)])
+
+    def together(hidden):  # pairs of adjacent patches
+        return (hidden[:, 1:] & hidden[:, :-1]).sum() + (hidden[:, :, 1:] & hidden[:, :, :-1]).sum()
+
+    assert together(boxed) > 1.2 * together(single)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"num_boxed": 60}, "box_ratio"),
+        ({"num_visible": 64}, "mask_ratio"),
+        ({"smallest": 9, "largest": 8}, "box_smallest"),
+        ({"smallest": 50, "largest": 60}, "do not fit"),
+    ],
+)
+def test_boxes_that_cannot_be_are_refused(given, named):
+    with pytest.raises(ValueError, match=named):
+        BlockMask(**{"grid": (8, 8), "num_visible": 16, "num_boxed": 30, "smallest": 4, "largest": 20} | given)
+
+
+def test_a_shared_mask_is_one_for_each_step():
+    mask = SharedMask(RandomMask(64, 16), images=32)
+    assert (mask.num_patches, mask.num_visible) == (64, 16)
+    np.testing.assert_array_equal(mask.ids(1, 32), mask.ids(1, 63))
+    assert not np.array_equal(mask.ids(1, 31), mask.ids(1, 32))

@@ -1,4 +1,4 @@
-"""Both objectives give the papers' losses and gradients, as sums that can be cut anywhere."""
+"""Objectives give the papers' losses and gradients, as sums that can be cut anywhere."""
 
 import copy
 import dataclasses
@@ -9,7 +9,8 @@ from torch import Tensor
 
 import reference
 from rcmae.batch import Batch
-from rcmae.objectives import MAE, OBJECTIVES, RCMAE, Objective
+from rcmae.bootmae_vit import BootstrappedAutoencoder
+from rcmae.objectives import MAE, OBJECTIVES, RCMAE, TERMS, BootMAE, Objective, SupMAE
 from rcmae.vit import MaskedAutoencoder, patchify
 from reference import Sizes
 
@@ -111,7 +112,88 @@ def test_losses_of_a_bf16_model_are_computed_in_float32() -> None:
 
 
 def test_objectives_are_made_from_values_and_say_what_they_need() -> None:
-    assert {name: make().needs_teacher for name, make in OBJECTIVES.items()} == {"mae": False, "rcmae": True}
+    asked = {name: make().teacher_outputs for name, make in OBJECTIVES.items()}
+    assert asked == {"mae": (), "rcmae": ("pixels",), "supmae": (), "bootmae": ("tokens",)}
     assert RCMAE(norm_pix_loss=False, consistency_weight=0.5).weights == {"reconstruction": 1.0, "consistency": 0.5}
     with pytest.raises(dataclasses.FrozenInstanceError):
-        MAE().norm_pix_loss = False  # type: ignore[misc]
+        MAE().terms = {}  # type: ignore[misc]
+
+
+def seen_forwards(network: torch.nn.Module) -> list[tuple[str, ...]]:
+    """What each later forward of a network is asked for."""
+    asked: list[tuple[str, ...]] = []
+    network.register_forward_pre_hook(lambda _, args: asked.append(args[3]))
+    return asked
+
+
+def test_unlabelled_images_count_in_the_reconstruction_alone() -> None:
+    model = MaskedAutoencoder(**SIZES.model(), num_classes=5, class_hidden=8).double()
+    images, noise = reference.inputs(SIZES, 4, seed=11)
+    labels = torch.tensor([2, -100, 4, -100])
+    batch = dataclasses.replace(batch_of(images.double(), noise), labels=labels)
+    objective = SupMAE(class_temperature=3.0, class_smoothing=0.1)
+    sums, counts = objective(model, None, batch, 0.0), objective.counts(batch)
+    assert counts == {"reconstruction": 4 * 18, "class": 2}
+    shares = (model(batch.images, batch.ids_shuffle, KEPT, ("classes",))["classes"] / 3).log_softmax(dim=1)
+    want = sum(-0.9 * shares[row, labels[row]] - 0.1 * shares[row].mean() for row in (0, 2))
+    assert sums["class"].item() == pytest.approx(want.item(), rel=1e-12)
+    assert sums["reconstruction"].item() == pytest.approx(MAE()(model, None, batch, 0.0)["reconstruction"].item())
+
+    for none in (torch.full((4,), -100), None):
+        bare = dataclasses.replace(batch, labels=none)
+        assert objective.counts(bare)["class"] == 0
+        assert objective(model, None, bare, 0.0)["class"].item() == 0.0
+
+
+def test_terms_share_the_forward_passes() -> None:
+    student = MaskedAutoencoder(**SIZES.model(), num_classes=5, class_hidden=0, predicts_features=True).double()
+    teacher = copy.deepcopy(student)
+    images, noise = reference.inputs(SIZES, 3, seed=12)
+    batch = dataclasses.replace(batch_of(images.double(), noise), labels=torch.tensor([0, 1, 2]))
+    objective = RCMAE().plus({"class": TERMS["class"](weight=0.01), "features": TERMS["features"](weight=2.0)})
+    teacher.keep(objective.teacher_outputs)
+    assert not hasattr(teacher, "cls_head")
+    asked, taught = seen_forwards(student), seen_forwards(teacher)
+    sums = objective(student, teacher, batch, 0.0)
+    assert (asked, taught) == ([("classes", "features", "pixels")], [("pixels", "tokens")])
+    assert objective.weights == {"reconstruction": 1.0, "consistency": 1.0, "class": 0.01, "features": 2.0}
+    total(objective, sums, objective.counts(batch)).backward()
+    assert all(param.grad is not None for param in student.parameters())
+    alone = RCMAE()(student, teacher, batch, 0.0)
+    assert sums["consistency"].item() == pytest.approx(alone["consistency"].item())
+
+
+def test_a_teacher_of_features_is_the_encoder_alone() -> None:
+    student = BootstrappedAutoencoder(**SIZES.model())
+    teacher = copy.deepcopy(student)
+    teacher.keep(BootMAE().teacher_outputs)
+    names = {name for name, _ in teacher.named_parameters()}
+    assert {name.split(".")[0] for name in names} == {"cls_token", "patch_embed", "blocks", "norm"}
+    assert [name for name, _ in teacher.named_buffers()] == ["pos_embed"]
+    batch = batch_of(*reference.inputs(SIZES, 2, seed=13))
+    assert BootMAE()(student, teacher, batch, 1.0).keys() == {"reconstruction", "features"}
+    nothing = BootMAE(feature_weight=0.0)
+    assert not nothing.needs_teacher
+    bare = BootstrappedAutoencoder(**SIZES.model(), predicts_features=False)
+    nothing(bare, None, batch, 0.0)["reconstruction"].backward()
+    assert all(param.grad is not None for param in bare.parameters())
+
+
+def test_the_weight_of_features_grows_over_the_first_quarter() -> None:
+    features = BootMAE(epochs=40).terms["features"]
+    ramp = [features.ramp(step / 400) for step in range(400)]  # type: ignore[attr-defined]
+    assert ramp[:11] == [0.1] * 10 + [0.2]
+    assert ramp[89:91] == [0.9, 1.0]
+    assert set(ramp[90:]) == {1.0}
+
+
+def test_a_teacher_may_see_other_patches() -> None:
+    student, teacher = networks()
+    images, noise = reference.inputs(SIZES, 3, seed=14)
+    same = batch_of(images.double(), noise)
+    other = dataclasses.replace(same, teacher_ids=noise.flip(1).argsort(dim=1))
+    pred = teacher(same.images, other.teacher_ids, KEPT, "all").take_along_dim(same.ids_shuffle[:, KEPT:, None], dim=1)
+    want = (student(same.images, same.ids_shuffle, KEPT) - pred).square().mean(dim=2).sum()
+    found = RCMAE()(student, teacher, other, 0.0)["consistency"].item()
+    assert found == pytest.approx(want.item(), rel=1e-12)
+    assert found != pytest.approx(RCMAE()(student, teacher, same, 0.0)["consistency"].item())

@@ -7,6 +7,7 @@ import torch
 
 import reference
 from rcmae import kernels
+from rcmae.bootmae_vit import BootstrappedAutoencoder
 from rcmae.optim import GROUPS, param_groups
 from rcmae.vit import MaskedAutoencoder
 from reference import Sizes
@@ -17,7 +18,7 @@ SIZES = Sizes()
 def test_every_trainable_parameter_is_in_one_group_by_the_published_rule() -> None:
     model = MaskedAutoencoder(**SIZES.model())
     groups = param_groups(model, 0.05)
-    assert tuple(group["name"] for group in groups) == GROUPS
+    assert tuple(group["name"] for group in groups) == GROUPS[:4]
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0, 0.05, 0.0]
     named = dict(model.named_parameters())
     for group in groups:
@@ -57,3 +58,17 @@ def test_optimizer_moves_weights_as_decoupled_adam_with_the_papers_betas(decay: 
         for name, param in model.named_parameters():
             torch.testing.assert_close(param.detach(), state[name], atol=1e-14, rtol=1e-12, msg=name)
             assert torch.equal(state[name], before[name]) == (lr == 0.0)
+
+
+def test_heads_and_regressors_are_no_part_of_what_teachers_share() -> None:
+    model = MaskedAutoencoder(**SIZES.model(), num_classes=3, class_hidden=8, predicts_features=True)
+    groups = {group["name"]: group["param_names"] for group in param_groups(model, 0.05)}
+    assert tuple(groups) == GROUPS
+    assert all(name.startswith(("cls_head.", "feature_head.")) for name in groups["head_decay"])
+    assert "cls_head.1.weight" in groups["head_no_decay"]
+
+    regressors = BootstrappedAutoencoder(**SIZES.model())
+    boot = {group["name"]: group["param_names"] for group in param_groups(regressors, 0.05)}
+    assert tuple(boot) == GROUPS[:4]
+    assert "cls_token" in boot["encoder_no_decay"]  # as published, of this network alone
+    assert {"mask_token", "lm_head.proj.weight"} <= set(boot["decoder_decay"])

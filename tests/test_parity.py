@@ -7,6 +7,8 @@ recorded ones are at hand they are checked too.
 import hashlib
 import importlib.util
 import json
+import math
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import reference
+import relatives
+from rcmae.bootmae_vit import BootstrappedAutoencoder
+from rcmae.vit import MaskedAutoencoder
 from reference import Sizes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -307,6 +312,233 @@ def arch_names(folder: Path) -> Path:
     return write(folder, "arch-names", config={"img_size": 64}, values=values, tolerance=("exact", "exact"))
 
 
+def published_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in model.state_dict().items() if "pos_embed" not in name}
+
+
+def supmae_forward(folder: Path) -> Path:
+    sizes, ratio, kept, classes, hidden, weight, temperature = Sizes(image=(16, 16)), 0.6, 6, 7, 12, 0.3, 2.5
+    config = model_config(sizes, ratio, kept)
+    config |= {
+        "cls_hidden_mlp": hidden, "nb_classes": classes, "global_pool": False, "norm_pix_loss": False,
+        "temperature": temperature, "cls_loss_ratio": weight, "bn_eps": 1e-5, "bn_momentum": 0.1,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = MaskedAutoencoder(**sizes.model(), num_classes=classes, class_hidden=hidden, class_pool="cls")
+    head = {name: shape for name, shape in published_shapes(model).items() if "cls_head" in name}
+    start = reference.weights(sizes, 81) | relatives.drawn(head, 82)
+    start["cls_head.1.num_batches_tracked"] = torch.tensor(4)
+    images, noise = reference.inputs(sizes, 5, seed=83)
+    labels = {"labels": torch.tensor([3, 0, 6, 6, 2]), "labels_one_ignored": torch.tensor([3, 0, -100, 6, 2])}
+
+    def leaves() -> reference.State:
+        state = reference.double({name: array for name, array in start.items() if "tracked" not in name}, grad=True)
+        return {name: array.detach() if "running" in name else array for name, array in state.items()}
+
+    def total(state: reference.State, images: Tensor, noise: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        found = reference.forward(state, sizes, images.double(), noise, kept)
+        pixels, _ = reference.losses(state, None, sizes, images.double(), noise, kept, False)
+        logits, mean, variance = relatives.class_logits(state, found["latent"][:, 0], True)
+        loss = relatives.class_loss(logits, labels, temperature)
+        return pixels + weight * loss, pixels, loss, logits, mean, variance
+
+    state, cases = leaves(), {}
+    for case, key in (("all_labelled", "labels"), ("one_ignored", "labels_one_ignored")):
+        loss, pixels, of_class, logits, mean, variance = total(state, images, noise, labels[key])
+        grads = reference.gradients(state, loss)
+        cases[case] = {
+            "labels": labels[key].tolist(), "rec_loss": pixels.item(), "cls_loss_unweighted": of_class.item(),
+            "cls_loss_weighted": weight * of_class.item(), "total_loss": loss.item(), **norms(grads),
+        }  # fmt: skip
+        if case == "all_labelled":
+            all_grads = {name: grad.detach() for name, grad in grads.items()}
+    found = reference.forward(state, sizes, images.double(), noise, kept)
+    linear = relatives.drawn({"cls_head.weight": (classes, sizes.width), "cls_head.bias": (classes,)}, 84)
+    feature = found["latent"][:, 0]
+    expected = {key: found[key] for key in ("latent", "pred", "ids_restore")} | {"mask": found["mask"].float()}
+    expected |= {
+        "logits_train": logits, "logits_eval": relatives.class_logits(state, feature, False)[0],
+        "logits_linear_head": relatives.linear(reference.double(linear), "cls_head", feature),
+        "bn_after.cls_head.1.running_mean": mean, "bn_after.cls_head.1.running_var": variance,
+        "bn_after.cls_head.1.num_batches_tracked": torch.tensor(5),
+    }  # fmt: skip
+    config["train"] = {
+        "lr": 0.002, "min_lr": 1e-4, "warmup_epochs": 1, "epochs": 4, "weight_decay": 0.1, "start_epoch": 1,
+        "accum_iter": 1, "iters": 2, "betas": [0.9, 0.95],
+    }  # fmt: skip
+    optimizer, rows, trained = reference.AdamW(0.1), [], leaves()
+    batches = [reference.inputs(sizes, 5, seed=85 + step) for step in range(2)]
+    train_labels = torch.tensor([[1, 2, 3, 4, 5], [0, 0, -100, 6, 1]])
+    for step, batch in enumerate(batches):
+        lr = reference.lr_at(1 + step / 2, warmup=1, epochs=4, lr=0.002, min_lr=1e-4)
+        loss, *_, mean, variance = total(trained, *batch, train_labels[step])
+        optimizer.step(trained, reference.gradients(trained, loss), lr)
+        trained["cls_head.1.running_mean"], trained["cls_head.1.running_var"] = mean, variance
+        rows.append({"train_loss": loss.item(), "lr": lr})
+    kept_names = ("cls_head.1.running_mean", "cls_head.1.running_var", "cls_head.3.weight", "blocks.1.mlp.fc1.weight")
+    inputs = {"images": images, "noise": noise, **labels, "train_labels": train_labels}
+    inputs |= {"train_images": torch.stack([b[0] for b in batches])}
+    inputs |= {"train_noise": torch.stack([b[1] for b in batches])}
+    files = {
+        "model.safetensors": ("state_dict", start),
+        "linear_head.safetensors": ("of a head of one layer", linear),
+        "inputs.safetensors": ("inputs", inputs),
+        "expected.safetensors": ("expected", expected),
+        "grads.safetensors": ("gradient of the total loss, all labels valid", all_grads),
+        "after_2_steps.safetensors": ("some weights", {name: trained[name] for name in kept_names}),
+    }
+    return write(folder, "supmae-forward", config=config, values={"losses": cases, "train_rows": rows}, files=files)
+
+
+BOOT64 = "relative 1e-6 where weight_mask is on (and so on), else 1e-9"
+BOOT32 = "losses relative 1e-5, gradients relative 1e-3 of the largest magnitude"
+
+
+def bootmae_forward(folder: Path) -> Path:
+    side, patch, width, depth, heads, narrow, decoder_depth, layers = 20, 4, 24, 3, 2, 16, 2, (1, 2)
+    patches, hidden_count = 25, 18
+    config = {
+        "img_size": side, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads,
+        "decode_dim": narrow, "decoder_depth": decoder_depth, "fea_list": list(layers), "mask_num": hidden_count,
+        "feature_weight": 0.7, "epoch": 3, "epochs": 40, "model_ema_decay": 0.99, "model_ema_dynamic": False,
+        "mlp_ratio": 4,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = BootstrappedAutoencoder(
+            image_size=(side, side), patch_size=patch, in_channels=3, embed_dim=width, depth=depth, num_heads=heads,
+            decoder_dim=narrow, decoder_depth=decoder_depth, decoder_heads=heads, low_layer=1, high_layer=2,
+        )  # fmt: skip
+    tables = {
+        "pos_embed": relatives.row_first(width, (5, 5), cls_token=True),
+        "de_pos_embed": relatives.row_first(narrow, (5, 5), cls_token=True),
+    }
+    start, theirs = (relatives.drawn(published_shapes(model), seed) | tables for seed in (91, 92))
+    generator = torch.Generator().manual_seed(93)
+    images, noise = torch.randn(2, 3, side, side, generator=generator), torch.rand(2, 5, 5, generator=generator)
+    boxes = torch.zeros(2, 5, 5)
+    boxes[0, 1:4, 0:3], boxes[1, 0:2, 1:4] = 1, 1
+    order = (boxes - noise).flatten(1).argsort(dim=1)
+    state, teacher = reference.double(start, grad=True), reference.double(theirs)
+    taught = relatives.boot_features(teacher, images.double(), patch, depth, heads)
+    cases, used, momentum = {}, min(4 * 0.7 * 4 / 40, 0.7), 0.99 + 0.03 * (0.9999 - 0.99)
+    for case, weighted, roll in (("main", True, 0), ("plain", False, 0), ("rolled", True, 3)):
+        ids = order.roll(roll, dims=1)
+        found = relatives.boot_forward(
+            state, images.double(), ids, patches - hidden_count, patch, depth, heads, decoder_depth, layers
+        )
+        hidden = torch.zeros(2, patches, dtype=torch.float64).scatter(1, ids[:, patches - hidden_count :], 1.0)
+        pixels, features = relatives.boot_losses(
+            *found, taught, images.double(), hidden.view(2, 5, 5), patch, weighted
+        )
+        grads = reference.gradients(state, pixels + used * features)
+        cases[case] = {
+            "weight_mask": weighted, "roll": roll, "feature_weight_used": used, "Rloss": pixels.item(),
+            "Ploss": features.item(), "total_loss": (pixels + used * features).item(), **norms(grads),
+            "ema_decay": momentum,
+        }  # fmt: skip
+        if case == "main":
+            main, main_grads, main_hidden = found, grads, hidden.view(2, 5, 5)
+    cases["no_feature"] = {"official_code_fails": "it does"}
+    expected = {
+        "idx_shuffle": order, "idx_shuffle_rolled": order.roll(3, dims=1), "feature_pred": main[1],
+        "pixel_pred": main[0], "feature_target": taught, "loss_mask": main_hidden.float(),
+        "pixel_target": relatives.boot_target(images.double(), patch),
+        "weight_mask": relatives.boot_weights(main_hidden, True),
+    }  # fmt: skip
+    some = ("norm.bias", "lm_head.proj.weight", "blocks.0.attn.q_bias")
+    after = {name: momentum * theirs[name].double() + (1 - momentum) * start[name].double() for name in some}
+    files = {
+        "model.safetensors": ("state_dict", start), "ema.safetensors": ("state_dict of the average", theirs),
+        "inputs.safetensors": ("inputs", {"images": images, "noise": noise, "block_mask": boxes}),
+        "expected.safetensors": ("expected", expected),
+        "grads.safetensors": ("gradient of case main", {name: grad.detach() for name, grad in main_grads.items()}),
+        "ema_after_update_some.safetensors": ("after an update", after),
+    }  # fmt: skip
+    return write(
+        folder, "bootmae-forward", config=config, values={"cases": cases}, files=files, tolerance=(BOOT64, BOOT32)
+    )
+
+
+def bootmae_schedules(folder: Path) -> Path:
+    rows = [[0, 0.9, True, 0.9], [50, 0.9, True, 0.94995], [100, 0.9, False, 0.9999], [250, 0.9, True, 0.999945]]
+    rows += [[300, 0.9, False, 0.9999], [1000, 0.9, True, 0.99999]]
+    peak, end, each, warmup, total = 0.5, 0.1, 3, 6, 15
+    heights = [peak * index / (warmup - 1) for index in range(warmup)]
+    falls = [end + 0.5 * (peak - end) * (1 + math.cos(math.pi * i / (total - warmup))) for i in range(total - warmup)]
+    args = {"base_value": peak, "final_value": end, "epochs": 5, "niter_per_ep": each, "warmup_epochs": 2}
+    chance, masks = random.Random(7), torch.zeros(40, 7, 7)
+    for mask in masks:
+        while (left := 18 - int(mask.sum())) > 0:
+            area, flat = chance.uniform(3, min(left, 8)), math.exp(chance.uniform(math.log(0.3), -math.log(0.3)))
+            height, width = round(math.sqrt(area * flat)), round(math.sqrt(area / flat))
+            if height >= 7 or width >= 7:
+                continue
+            top, start = chance.randint(0, 7 - height), chance.randint(0, 7 - width)
+            tried = mask.clone()
+            tried[top : top + height, start : start + width] = 1
+            if 0 < int(tried.sum() - mask.sum()) <= min(left, 8):
+                mask.copy_(tried)
+    config = {"grid": 7, "num_mask_patches": 18, "max_mask_patches_per_block": 8, "min_mask_patches_per_block": 3}
+    return write(
+        folder, "bootmae-schedules", config=config,
+        values={"ema_decay": rows, "cosine_scheduler": {"args": args, "values": heights + falls}},
+        files={"block_masks.safetensors": ("masks", {"masks": masks})}, tolerance=("1e-12", "1e-12"),
+    )  # fmt: skip
+
+
+def maepriv_pretrain(folder: Path) -> Path:
+    side, patch, grid, depths, heads, widths, visible = 15, 5, (3, 3), (2, 1), (3, 2), (24, 16), 4
+    config = {
+        "img_size": side, "patch_size": patch, "encoder_embed_dim": widths[0], "encoder_depth": depths[0],
+        "encoder_num_heads": heads[0], "decoder_embed_dim": widths[1], "decoder_depth": depths[1],
+        "decoder_num_heads": heads[1], "mask_ratio": 0.6, "mlp_ratio": 4, "layer_norm_eps": 1e-6,
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(95)
+    images, noise = torch.randn(3, 3, side, side, generator=generator), torch.rand(3, 9, generator=generator)
+    cases, expected, files = {}, {}, {}
+    for case, has_cls, shared, normalised in (("one", True, False, True), ("two", False, True, False)):
+        with torch.device("meta"):
+            model = MaskedAutoencoder(
+                image_size=(side, side), patch_size=patch, in_channels=3, embed_dim=widths[0], depth=depths[0],
+                num_heads=heads[0], decoder_dim=widths[1], decoder_depth=depths[1], decoder_heads=heads[1],
+                cls_token=has_cls, decoder_cls=False, qkv_bias="qv",
+            )  # fmt: skip
+        shapes = {published_name(name): shape for name, shape in published_shapes(model).items()}
+        start = relatives.drawn(shapes, 96) | {
+            "encoder.pos_embed": relatives.row_first(widths[0], grid, cls_token=has_cls),
+            "decoder_pos_embed": relatives.row_first(widths[1], grid, cls_token=False),
+        }
+        state = reference.double(start, grad=True)
+        ids = (noise[:1].expand_as(noise) if shared else noise).argsort(dim=1)
+        latent, pred = relatives.priv_forward(state, images.double(), ids, visible, patch, depths, heads)
+        target = relatives.priv_target(images.double(), patch, normalised)
+        hidden = ids[:, visible:, None].expand(-1, -1, target.shape[2])
+        loss = (pred.gather(1, hidden) - target.gather(1, hidden)).square().mean()
+        cases[case] = {
+            "use_cls_token": has_cls, "batched_shuffle": shared, "normalized_pixel": normalised,
+            "visible_size": visible, "loss": loss.item(), **norms(reference.gradients(state, loss)),
+        }  # fmt: skip
+        outputs = {"shuffle": ids.contiguous(), "encoder_output": latent, "decoder_output": pred, "target": target}
+        expected |= {f"{case}.{name}": array for name, array in outputs.items()}
+        files[f"{case}.safetensors"] = ("state_dict", start)
+    files |= {
+        "inputs.safetensors": ("inputs", {"images": images, "noise": noise}),
+        "expected.safetensors": ("expected", expected),
+    }
+    return write(folder, "maepriv-pretrain", config=config, values={"cases": cases}, files=files)
+
+
+def published_name(name: str) -> str:
+    """MAE-priv's name of a parameter."""
+    head, _, rest = name.partition(".")
+    decoder = {"decoder_embed": "encoder_to_decoder", "decoder_pred": "decoder.head"}
+    decoder |= {"decoder_blocks": "decoder.blocks", "decoder_norm": "decoder.norm"}
+    if head in decoder:
+        return f"{decoder[head]}.{rest}"
+    return name if name == "mask_token" else f"encoder.{name}"
+
+
+
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "mae-forward": mae_forward,
     "rcmae-forward": rcmae_forward,
@@ -316,6 +548,10 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "momentum-schedule": momentum_schedule,
     "pos-embed": pos_embed,
     "arch-names": arch_names,
+    "supmae-forward": supmae_forward,
+    "bootmae-forward": bootmae_forward,
+    "bootmae-schedules": bootmae_schedules,
+    "maepriv-pretrain": maepriv_pretrain,
 }
 
 

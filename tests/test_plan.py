@@ -138,7 +138,7 @@ def test_more_ranks_never_need_more_memory(middling: Path, where: str) -> None:
     assert needs == sorted(needs, reverse=True)
     if where in ("local", "zero0"):
         assert len(set(needs)) == 1
-    alone = footprint(model, Settings(where, world=8, per_device=4, num_visible=16, teacher=False))
+    alone = footprint(model, Settings(where, world=8, per_device=4, num_visible=16, teacher=()))
     with_teacher = footprint(model, Settings(where, world=8, per_device=4, num_visible=16))
     assert alone.peak < with_teacher.peak
 

@@ -63,3 +63,18 @@ def test_published_momentum_starts_again_each_epoch() -> None:
 
 def test_constant_momentum_is_constant() -> None:
     assert {momentum(update, "constant") for update in range(12)} == {0.9}
+
+
+@pytest.mark.parametrize(
+    ("epoch", "dynamic", "momentum"),
+    [(0, True, 0.999), (50, True, 0.99945), (100, False, 0.9999), (250, True, 0.999945), (900, True, 0.99999)],
+)
+def test_the_momentum_by_epochs_is_bootmaes(epoch: int, dynamic: bool, momentum: float) -> None:
+    found = {
+        teacher_momentum(
+            update, kind="by_epoch", base=0.999, end=1.0, total_updates=9999, updates_per_epoch=7, dynamic=dynamic
+        )
+        for update in range(7 * epoch, 7 * (epoch + 1))
+    }
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(momentum, abs=1e-12)

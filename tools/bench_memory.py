@@ -13,7 +13,6 @@ Exit status: 0 all within the tolerances; 1 not; 2 the input is wrong.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import gc
 import json
@@ -115,7 +114,7 @@ class Allocated:
 def measure(recipe: Recipe) -> dict[str, int]:
     """This rank's bytes when everything is built, and the most in the second step. Collective: every rank calls."""
     sizes = config.resolve(recipe, world=dist.world(), samples_per_epoch=recipe.batch.images)
-    objective, engine_config = train.make_objective(recipe), {}
+    objective, engine_config = train.make_objective(recipe, sizes), {}
     if recipe.engine.name == "deepspeed":
         from rcmae.engine_deepspeed import read_config
 
@@ -123,7 +122,7 @@ def measure(recipe: Recipe) -> dict[str, int]:
     gc.collect()
     with Allocated() if dist.device().type == "cuda" else LiveBytes() as live:
         student = train.new_student(recipe)
-        teacher = copy.deepcopy(student) if objective.needs_teacher else None
+        teacher = train.new_teacher(student, objective)
         plain = student
         engine = train.make_engine(recipe, sizes, student, teacher, engine_config)
         del student, teacher

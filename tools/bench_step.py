@@ -44,11 +44,13 @@ from torch import Tensor, nn
 
 from rcmae import __version__, kernels
 from rcmae.batch import Batch
+from rcmae.bootmae_vit import BootstrappedAutoencoder
 from rcmae.engine import DTYPES, LocalEngine, Settings
 from rcmae.masking import random_ids, visible_count
-from rcmae.objectives import MAE, RCMAE, Objective
-from rcmae.objectives.mae import pixel_targets, widen
-from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, flops_per_image
+from rcmae.objectives import MAE, RCMAE, BootMAE, Objective
+from rcmae.objectives.mae import pixel_targets
+from rcmae.objectives.terms import widen
+from rcmae.vit import ARCHITECTURES, Encoder, MaskedAutoencoder, flops_per_image
 
 from timm.models.vision_transformer import Block  # isort: skip  # after kernels, which makes it importable
 
@@ -77,16 +79,19 @@ class Variant(NamedTuple):
             ValueError: there is none of that name.
         """
         parts = name.split("-")
-        known = (("mae", "rcmae"), ("lean", "plain"), ("fp32", "bf16"), ("eager", "compiled"))
+        known = (("mae", "rcmae", "bootmae"), ("lean", "plain"), ("fp32", "bf16"), ("eager", "compiled"))
         if len(parts) != 4 or any(part not in choices for part, choices in zip(parts, known, strict=True)):
             ways = "-".join(f"{{{','.join(choices)}}}" for choices in known)
             raise ValueError(f"unknown variant {name!r}: it is {ways}")
         variant = cls(*parts)
         if variant.path == "plain" and variant.mode == "compiled":
             raise ValueError(f"variant {name!r}: the plain path is the eager reference and is not compiled")
+        if variant.path == "plain" and variant.objective == "bootmae":
+            raise ValueError(f"variant {name!r}: bootmae has no plain path; use bootmae-lean")
         return variant
 
 
+PUBLISHED: dict[str, Callable[..., Objective]] = {"mae": MAE, "rcmae": RCMAE, "bootmae": BootMAE}
 DEFAULT_VARIANTS = (
     "mae-lean-bf16-eager", "rcmae-lean-bf16-eager", "rcmae-lean-bf16-compiled",
     "rcmae-lean-fp32-eager", "rcmae-plain-bf16-eager", "rcmae-plain-fp32-eager",
@@ -171,10 +176,13 @@ class Bench:
     """The networks and the engine of one precision, and a step of any variant of that precision."""
 
     def __init__(
-        self, sizes: dict[str, Any], precision: str, device: torch.device, *, batch: int, teacher: bool
+        self, sizes: dict[str, Any], precision: str, device: torch.device, *, batch: int, teacher: bool,
+        bootmae: bool = False,
     ) -> None:  # fmt: skip
-        self.student = MaskedAutoencoder(**sizes)
+        self.student = BootstrappedAutoencoder(**sizes) if bootmae else MaskedAutoencoder(**sizes)
         self.teacher = copy.deepcopy(self.student) if teacher else None
+        if bootmae and self.teacher is not None:
+            self.teacher.keep(BootMAE().teacher_outputs)
         self.engine = LocalEngine(
             self.student, self.teacher, Settings(precision=precision, weight_decay=WEIGHT_DECAY, device=device)
         )
@@ -185,8 +193,8 @@ class Bench:
     def step(self, variant: Variant, watch: Watch) -> None:
         """One whole step: losses, gradients, update, teacher."""
         with self._mode(variant):
-            plain, has_teacher = variant.path == "plain", variant.objective == "rcmae"
-            objective: Objective = PlainObjective(has_teacher) if plain else RCMAE() if has_teacher else MAE()
+            plain, has_teacher = variant.path == "plain", variant.objective != "mae"
+            objective: Objective = PlainObjective(has_teacher) if plain else PUBLISHED[variant.objective]()
             sums = objective(
                 watched(self.student, "student_forward", watch, plain=plain),
                 watched(self.teacher, "teacher_forward", watch, plain=plain) if has_teacher and self.teacher else None,
@@ -203,11 +211,16 @@ class Bench:
                 with watch.phase("ema"):
                     self.engine.update_teacher(MOMENTUM)
 
+    def encode(self, variant: Variant, watch: Watch) -> None:
+        """The student's encoder on whole images, without gradients: what bootmae's teacher should cost."""
+        with self._mode(variant), torch.no_grad(), watch.phase("encoder_forward"):
+            self.student.whole(self.batch.images)
+
     @contextmanager
     def _mode(self, variant: Variant) -> Iterator[None]:
         """Blocks compiled, or with plain attention, for the time of a step."""
         networks = [network for network in (self.student, self.teacher) if network is not None]
-        blocks = [block for network in networks for block in (*network.blocks, *network.decoder_blocks)]
+        blocks: list[Any] = [block for network in networks for block in kernels.blocks_of(network)]
         if variant.mode == "compiled" and not self._compiled:
             for network in networks:
                 kernels.compile_blocks(network)
@@ -215,7 +228,8 @@ class Bench:
         for block in blocks:
             if variant.mode == "compiled":
                 block.forward = self._compiled[block]
-            block.attn.fused_attn = variant.path == "lean" and self._fused
+            for attn in filter(None, (block.attn, getattr(block, "c_attn", None))):
+                attn.fused_attn = variant.path == "lean" and self._fused
         try:
             yield
         finally:
@@ -234,7 +248,7 @@ def watched(network: nn.Module, phase: str, watch: Watch, *, plain: bool) -> nn.
     return cast(nn.Module, call)  # objectives only call it
 
 
-def made_up_batch(model: MaskedAutoencoder, size: int, device: torch.device) -> Batch:
+def made_up_batch(model: Encoder, size: int, device: torch.device) -> Batch:
     """Normal noise for images, with the masks of a run."""
     num_patches = model.num_patches
     generator = torch.Generator().manual_seed(0)
@@ -297,20 +311,24 @@ def measure_times(
     ceiling_size: int, clock: Clock, progress: Callable[[str], None],
 ) -> tuple[dict[Variant, list[dict[str, float]]], dict[str, list[float]]]:  # fmt: skip
     """Each variant's rounds (phase -> seconds, "step" the whole), and each precision's products in FLOP/s."""
-    benches = {}
-    for precision in sorted({variant.precision for variant in variants}):
-        teacher = any(v.precision == precision and v.objective == "rcmae" for v in variants)
-        benches[precision] = Bench(sizes, precision, device, batch=batch, teacher=teacher)
+    benches, precisions = {}, sorted({variant.precision for variant in variants})
+    for precision, bootmae in sorted({(v.precision, v.objective == "bootmae") for v in variants}):
+        alike = [v for v in variants if v.precision == precision and (v.objective == "bootmae") == bootmae]
+        teacher = any(v.objective != "mae" for v in alike)
+        benches[precision, bootmae] = Bench(sizes, precision, device, batch=batch, teacher=teacher, bootmae=bootmae)
     rounds: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in variants}
-    rates: dict[str, list[float]] = {precision: [] for precision in benches}
+    rates: dict[str, list[float]] = {precision: [] for precision in precisions}
     watch = Stopwatch(device, clock)
     for number in range(-warmup, steps):
-        for precision in benches:
+        for precision in precisions:
             rates[precision].append(matrix_product_rate(precision, device, ceiling_size, watch))
         first = number % len(variants)  # no variant always comes after the same other one's end of a round
         for variant in (*variants[first:], *variants[:first]):
+            bench = benches[variant.precision, variant.objective == "bootmae"]
             with watch.phase("step"):
-                benches[variant.precision].step(variant, watch)
+                bench.step(variant, watch)
+            if variant.objective == "bootmae":
+                bench.encode(variant, watch)
             seconds = watch.read()
             if number >= 0:
                 rounds[variant].append(seconds)
@@ -378,7 +396,10 @@ def peak_memory(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    bench = Bench(sizes, variant.precision, device, batch=batch, teacher=variant.objective == "rcmae")
+    bench = Bench(
+        sizes, variant.precision, device, batch=batch, teacher=variant.objective != "mae",
+        bootmae=variant.objective == "bootmae",
+    )  # fmt: skip
     bench.step(variant, NoWatch())  # moments are touched, blocks compiled
     memory = PeakMemory(device)
     bench.step(variant, memory)
@@ -413,14 +434,20 @@ def describe(
 ) -> dict[str, Any]:  # fmt: skip
     """One variant's figures."""
     patches = sizes["image_size"][0] // sizes["patch_size"] * (sizes["image_size"][1] // sizes["patch_size"])
-    forward = flops_per_image(
-        **sizes, num_visible=visible_count(patches, MASK_RATIO), hidden_only=variant.path == "lean"
-    )
+    visible = visible_count(patches, MASK_RATIO)
+    forward = flops_per_image(**sizes, num_visible=visible, hidden_only=variant.path == "lean")
+    flops = forward * (4 if variant.objective == "rcmae" else 3)
+    if variant.objective == "bootmae":
+        with torch.device("meta"):
+            network = BootstrappedAutoencoder(**sizes)
+        flops = 3 * network.flops(visible) + network.encoder_flops(patches)
     phases = [name for name in PHASES if name in rounds[0]]
     parts = {name: [seconds[name] for seconds in rounds] for name in phases}
     parts["rest"] = [seconds["step"] - sum(seconds[name] for name in phases) for seconds in rounds]  # losses, targets
     step = spread([seconds["step"] for seconds in rounds])
-    rate = forward * (4 if variant.objective == "rcmae" else 3) * batch / step["median"]
+    rate = flops * batch / step["median"]
+    if "encoder_forward" in rounds[0]:  # beside the step, not in it
+        parts["encoder_forward"] = [seconds["encoder_forward"] for seconds in rounds]
     return {
         "variant": str(variant),
         "step_s": step,
@@ -477,7 +504,8 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for precision, ceiling in report["ceilings"].items():
         print(f"ceiling {precision}: {ceiling['best'] / 1e12:.3f} TFLOP/s in a product of side {ceiling['side']}")
-    names = [*PHASES, "rest"]
+    has_encoder = any("encoder_forward" in row["phases_s"] for row in report["variants"])
+    names = [*PHASES, "rest", *(["encoder_forward"] if has_encoder else [])]  # the last is beside the step
     titles = [name.replace("_", " ") for name in names]
     rows = [["variant", "step s", "q1..q3", *titles, "img/s", "TFLOP/s", "of ceiling"]]
     for row in report["variants"]:
@@ -492,7 +520,7 @@ def print_report(report: dict[str, Any]) -> None:
         rows.append([row["variant"], *spreads, *parts, *rates, f"{100 * row['share_of_ceiling']:.1f}%"])
     _print_columns(rows)
     if any(row["peak_bytes"] for row in report["variants"]):
-        rows = [["peak memory, MiB", "step", *titles[:-1]]]
+        rows = [["peak memory, MiB", "step", *titles[: len(PHASES)]]]
         for row in report["variants"]:
             peaks = row["peak_bytes"] or {}
             cells = [f"{peaks[name] / MIB:,.0f}" if name in peaks else "-" for name in ("step", *PHASES)]

@@ -19,7 +19,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from rcmae import kernels
 from rcmae.batch import Batch
-from rcmae.masking import visible_count
-from rcmae.objectives import MAE, RCMAE, Objective
-from rcmae.objectives.mae import pixel_targets
+from rcmae.bootmae_vit import BootstrappedAutoencoder
+from rcmae.masking import BlockMask, visible_count
+from rcmae.objectives import MAE, RCMAE, BootMAE, Objective, SupMAE
+from rcmae.objectives.mae import crowding, pixel_targets
 from rcmae.optim import param_groups
-from rcmae.schedules import teacher_momentum, warmup_half_cosine
+from rcmae.schedules import epoch_momentum, teacher_momentum, warmup_half_cosine
 from rcmae.teacher import Teacher
 from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, patchify, sincos_positions, unpatchify
 
@@ -233,13 +234,18 @@ def _of_losses(relative: float) -> Limit:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def build(fixture: Fixture, weights: str, dtype: torch.dtype) -> MaskedAutoencoder:
-    """The package's model of the folder's sizes, with a file of published weights, loaded strictly."""
+def build(
+    fixture: Fixture, weights: str, dtype: torch.dtype, state: dict[str, Tensor] | None = None, **options: Any
+) -> MaskedAutoencoder:
+    """The package's model of the folder's sizes, with a file of published weights, loaded strictly.
+
+    `state`: those weights under this package's names, where they are not published so; `options`: of the model.
+    """
     config = fixture.config
     for key, ours in (("layer_norm_eps", kernels.LAYER_NORM_EPS), ("qkv_bias", True), ("adam_eps", kernels.ADAM_EPS)):
         if config.get(key, ours) != ours:
             raise Unusable(f"config.{key}={config[key]}: this package has {ours}")
-    side, state = config["img_size"], fixture.arrays(weights)
+    side, state = config["img_size"], fixture.arrays(weights) if state is None else state
     model = MaskedAutoencoder(
         image_size=(side, side) if isinstance(side, int) else tuple(side),
         patch_size=config["patch_size"],
@@ -251,6 +257,7 @@ def build(fixture: Fixture, weights: str, dtype: torch.dtype) -> MaskedAutoencod
         decoder_depth=config["decoder_depth"],
         decoder_heads=config["decoder_num_heads"],
         mlp_ratio=config.get("mlp_ratio", 4),
+        **options,
     )
     tables = {name: state[name] for name in ("pos_embed", "decoder_pos_embed") if name in state}  # float32 as published
     fixture.all_close("position tables", dict(model.named_buffers()), tables, Limit(1e-7, 0.0), "float32")
@@ -263,13 +270,20 @@ def build(fixture: Fixture, weights: str, dtype: torch.dtype) -> MaskedAutoencod
     return model.to(dtype)
 
 
-def masked(fixture: Fixture, images: Tensor, noise: Tensor, dtype: torch.dtype) -> Batch:
-    """The recorded images under the mask that the recorded noise makes: the smallest are seen."""
+def masked(
+    fixture: Fixture, images: Tensor, noise: Tensor, dtype: torch.dtype, num_hidden: int | None = None
+) -> Batch:
+    """The recorded images under the mask that the recorded noise makes: the smallest are seen.
+
+    `num_hidden`: how many are not, where the folder does not say it by a mask_ratio.
+    """
     nothing = torch.empty(0)
     return Batch(
         images=images.to(dtype),
         ids_shuffle=noise.argsort(dim=1, stable=True),
-        num_visible=visible_count(noise.shape[1], fixture.config["mask_ratio"]),
+        num_visible=visible_count(noise.shape[1], fixture.config["mask_ratio"])
+        if num_hidden is None
+        else noise.shape[1] - num_hidden,
         labels=None,
         keys=(),
         positions=nothing,
@@ -278,10 +292,10 @@ def masked(fixture: Fixture, images: Tensor, noise: Tensor, dtype: torch.dtype) 
 
 
 def losses(
-    objective: Objective, student: nn.Module, teacher: nn.Module | None, batch: Batch
+    objective: Objective, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The total loss and each term, normalised as the training loop does."""
-    sums, counts = objective(student, teacher, batch, 0.0), objective.counts(batch)
+    sums, counts = objective(student, teacher, batch, progress), objective.counts(batch)
     terms = {term: total / counts[term] for term, total in sums.items()}
     return torch.stack([objective.weights[term] * value for term, value in terms.items()]).sum(), terms
 
@@ -686,6 +700,361 @@ def arch_names(fixture: Fixture) -> None:
             fixture.true("optimizer order", name, order == stated["optimizer_order"], "another order than recorded")
 
 
+def supmae_forward(fixture: Fixture) -> None:
+    """Both terms with all and with some labels, the head in training and evaluation, gradients, then some steps."""
+    config = fixture.config
+    if config.get("bn_eps", 1e-5) != 1e-5 or config.get("bn_momentum", 0.1) != 0.1:
+        raise Unusable("config.bn_eps and bn_momentum: this package has 1e-5 and 0.1")
+    head = {"num_classes": config["nb_classes"], "class_pool": "mean" if config["global_pool"] else "cls"}
+    objective = SupMAE(config["norm_pix_loss"], config["cls_loss_ratio"], config["temperature"])
+    zero = "cls_head.0.bias" if config["cls_hidden_mlp"] else ""  # it stands before a batch norm: nothing sees it
+    for precision, dtype in PRECISIONS.items():
+        limits = fixture.limits(precision)
+        inputs, expected = fixture.arrays("inputs.safetensors"), dict(fixture.arrays("expected.safetensors"))
+        for case, stated in fixture.value("losses").items():
+            model = build(fixture, "model.safetensors", dtype, class_hidden=config["cls_hidden_mlp"], **head)
+            model.cls_head.to(dtype)
+            batch = masked(fixture, inputs["images"], inputs["noise"], dtype)
+            labels = torch.tensor(stated["labels"])
+            names = [key for key in inputs if key.startswith("labels")]
+            fixture.true("labels", case, any(labels.equal(inputs[key]) for key in names), "not among the inputs")
+            batch = replace(batch, labels=labels)
+            if case == next(iter(fixture.value("losses"))):
+                check_mask(fixture, batch, expected)
+                check_class_head(fixture, model, batch, expected, precision)
+                continue_from = {name: table.clone() for name, table in model.named_buffers()}
+                fixture.all_close(
+                    "batch norm's statistics", {f"bn_after.{name}": table for name, table in continue_from.items()},
+                    {name: array for name, array in expected.items() if name.startswith("bn_after.")},
+                    limits.activation, precision,
+                )  # fmt: skip
+            loss, terms = losses(objective, model, None, batch)
+            found = {
+                "rec_loss": terms["reconstruction"], "cls_loss_unweighted": terms["class"], "total_loss": loss,
+                "cls_loss_weighted": config["cls_loss_ratio"] * terms["class"],
+            }  # fmt: skip
+            for name, value in found.items():
+                fixture.close("losses", f"{case} {name}", value, stated[name], limits.loss, precision)
+            grads = gradients(model, loss)
+            rounding = grads.pop(zero, torch.zeros(()))
+            fixture.close("gradients that are 0", zero, rounding.abs().max(), 0.0, Limit(1e-12, 0.0) if
+                          precision == "float64" else Limit(1e-6, 0.0), precision)  # fmt: skip
+            of_each = {name: norm for name, norm in stated["grad_norm"].items() if name != zero}
+            check_grads(fixture, case, grads, {**stated, "grad_norm": of_each}, precision)
+            for file in fixture.files("grads.*"):
+                if labels.ge(0).all():
+                    want = {name: array for name, array in fixture.arrays(file).items() if name != zero}
+                    fixture.all_close("gradients", grads, want, limits.gradient, precision)
+        supmae_steps(fixture, objective, head, inputs, precision)
+        supmae_linear(fixture, head, inputs, precision)
+
+
+def check_class_head(
+    fixture: Fixture, model: MaskedAutoencoder, batch: Batch, expected: dict[str, Tensor], precision: str
+) -> None:
+    """Latent, predictions and logits; the head's statistics move by its one forward pass in training."""
+    model.eval()
+    evaluated = model(batch.images, batch.ids_shuffle, batch.num_visible, ("classes",))["classes"]
+    model.train()
+    outputs = {
+        "latent": model.encode(batch.images, batch.ids_shuffle[:, : batch.num_visible]),
+        "pred": model(batch.images, batch.ids_shuffle, batch.num_visible, "all"),
+        "logits_eval": evaluated,
+        "logits_train": model(batch.images, batch.ids_shuffle, batch.num_visible, ("classes",))["classes"],
+    }
+    want = {name: expected[name] for name in outputs}
+    fixture.all_close("predictions and logits", outputs, want, fixture.limits(precision).activation, precision)
+
+
+def supmae_linear(fixture: Fixture, head: dict[str, Any], inputs: dict[str, Tensor], precision: str) -> None:
+    """The head of one layer."""
+    dtype = PRECISIONS[precision]
+    state = {name: array for name, array in fixture.arrays("model.safetensors").items() if "cls_head" not in name}
+    state |= fixture.arrays("linear_head.safetensors")
+    model = build(fixture, "linear_head.safetensors", dtype, state, class_hidden=0, **head)
+    batch = masked(fixture, inputs["images"], inputs["noise"], dtype)
+    logits = model(batch.images, batch.ids_shuffle, batch.num_visible, ("classes",))["classes"]
+    want = fixture.arrays("expected.safetensors")["logits_linear_head"]
+    fixture.close(
+        "predictions and logits", "logits_linear_head", logits, want, fixture.limits(precision).activation, precision
+    )
+
+
+def supmae_steps(
+    fixture: Fixture, objective: Objective, head: dict[str, Any], inputs: dict[str, Tensor], precision: str
+) -> None:
+    """The recorded training steps, each on its own batch."""
+    config, dtype, limits = fixture.config, PRECISIONS[precision], fixture.limits(precision)
+    steps = config["train"]
+    if steps.get("accum_iter", 1) != 1:
+        raise Unusable(f"config.train.accum_iter={steps['accum_iter']}: this check knows 1")
+    model = build(fixture, "model.safetensors", dtype, class_hidden=config["cls_hidden_mlp"], **head)
+    model.cls_head.to(dtype)
+    optimizer = optimizer_for(model, steps["weight_decay"], steps["betas"])
+    for index, row in enumerate(fixture.value("train_rows")):
+        lr = warmup_half_cosine(
+            steps["start_epoch"] * steps["iters"] + index, warmup_steps=steps["warmup_epochs"] * steps["iters"],
+            total_steps=steps["epochs"] * steps["iters"], lr=steps["lr"], min_lr=steps["min_lr"],
+        )  # fmt: skip
+        batch = masked(fixture, inputs["train_images"][index], inputs["train_noise"][index], dtype)
+        loss, _ = losses(objective, model, None, replace(batch, labels=inputs["train_labels"][index]))
+        loss.backward()
+        update(optimizer, lr)
+        for key, got in (("train_loss", loss), ("lr", lr)):
+            fixture.close("training losses, rates", f"{key} {index}", got, row[key], limits.loss, precision)
+    stated = re.search(r"limit (\d\S*?\d),", fixture.tolerance(precision)) or re.search(
+        r"steps: absolute (\S+\d)", fixture.tolerance(precision)
+    )
+    of_weights = Limit(float(stated[1]), 0.0) if stated else limits.weight
+    arrays = model.state_dict()
+    for file in fixture.files("after_.*"):
+        want = dict(fixture.arrays(file))
+        if precision == "float32":  # Adam blows up what rounding leaves of gradients that are 0
+            want = {name: without_key_bias(name, array) for name, array in want.items() if name != "cls_head.0.bias"}
+        found = {name: arrays[name] for name in want}
+        if precision == "float32":
+            found = {name: without_key_bias(name, array) for name, array in found.items()}
+        fixture.all_close(file.removesuffix(".safetensors"), found, want, of_weights, precision)
+
+
+def bootmae_limits(fixture: Fixture, precision: str, weighted: bool) -> Limits:
+    """What the folder states, with weights of the mask and without."""
+    text = fixture.tolerance(precision)
+    if precision == "float64":
+        stated = re.search(r"relative (\S+) where weight_mask is on.*else (\S+)", text)
+        if stated is None:
+            raise Unusable(f"states no limits for {precision} that can be read: {text!r}")
+        limit = Limit(1e-12, float(stated[1 if weighted else 2]))
+        return Limits(limit, limit, limit, limit)
+    stated = re.search(r"losses relative (\S+), gradients relative (\S+) of", text)
+    if stated is None:
+        raise Unusable(f"states no limits for {precision} that can be read: {text!r}")
+    loss, grad = float(stated[1]), float(stated[2])
+    return Limits(Limit(0.0, loss), Limit(0.0, loss), Limit(0.0, grad), Limit(0.0, loss))
+
+
+def bootmae_forward(fixture: Fixture) -> None:
+    """Masks, both predictions and targets, both terms, gradients and a step of the moving average."""
+    config = fixture.config
+    per_row = config["img_size"] // config["patch_size"]
+    low, high = config["fea_list"]
+
+    def network(file: str, dtype: torch.dtype) -> BootstrappedAutoencoder:
+        state, problem = fixture.arrays(file), ""
+        model = BootstrappedAutoencoder(
+            image_size=(config["img_size"],) * 2, patch_size=config["patch_size"],
+            in_channels=state["patch_embed.proj.weight"].shape[1], embed_dim=config["embed_dim"],
+            depth=config["depth"], num_heads=config["num_heads"], decoder_dim=config["decode_dim"],
+            decoder_depth=config["decoder_depth"], decoder_heads=config["num_heads"], mlp_ratio=config["mlp_ratio"],
+            low_layer=low, high_layer=high,
+        )  # fmt: skip
+        tables = {name: state[name] for name in model.TABLES}
+        fixture.all_close("position tables", dict(model.named_buffers()), tables, Limit(1e-6, 0.0), "float32")
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            problem = str(error)
+        fixture.true("weights load strictly", file, not problem, problem)
+        return model.to(dtype)
+
+    for precision, dtype in PRECISIONS.items():
+        student = network("model.safetensors", dtype)
+        teacher = network("ema.safetensors", dtype).requires_grad_(False)
+        teacher.keep(("tokens",))
+        inputs, expected = fixture.arrays("inputs.safetensors"), fixture.arrays("expected.safetensors")
+        # the recorded order: what boxes hide comes last, in each part by noise; a roll may follow
+        seen_first = (inputs["block_mask"].flatten(1) - inputs["noise"].flatten(1)).argsort(dim=1, stable=True)
+        fixture.close("masks", "idx_shuffle", seen_first, expected["idx_shuffle"], EXACT)
+        for case, stated in fixture.value("cases").items():
+            if "official_code_fails" in stated:
+                objective = BootMAE(feature_weight=0.0)
+                bare = not objective.needs_teacher and list(objective.weights) == ["reconstruction"]
+                fixture.true("cases", f"{case}: a feature weight of 0 works", bare, "it has a teacher")
+                continue
+            limits = bootmae_limits(fixture, precision, stated["weight_mask"])
+            ids = seen_first.roll(stated["roll"], dims=1)
+            if stated["roll"]:
+                fixture.close("masks", "idx_shuffle_rolled", ids, expected["idx_shuffle_rolled"], EXACT)
+            batch = replace(
+                masked(fixture, inputs["images"], inputs["noise"].flatten(1), dtype, config["mask_num"]),
+                ids_shuffle=ids,
+            )  # fmt: skip
+            objective = BootMAE(
+                feature_weight=config["feature_weight"], weight_mask=stated["weight_mask"], epochs=config["epochs"]
+            )
+            if not stated["roll"] and precision == "float64":
+                check_bootmae_outputs(fixture, student, teacher, batch, expected, stated["weight_mask"], per_row)
+            loss, terms = losses(objective, student, teacher, batch, config["epoch"] / config["epochs"])
+            used = min(1.0, 4 * (1 + config["epoch"]) / config["epochs"]) * config["feature_weight"]
+            found = {
+                "Rloss": terms["reconstruction"], "total_loss": loss, "feature_weight_used": used,
+                "Ploss": terms["features"] * config["feature_weight"] / used,
+            }  # fmt: skip
+            for name, value in found.items():
+                fixture.close("losses", f"{case} {name}", value, stated[name], limits.loss, precision)
+            grads = gradients(student, loss)
+            norms = {name: grad.double().norm() for name, grad in grads.items()}
+            want = {name: torch.tensor(norm, dtype=torch.float64) for name, norm in stated["grad_norm"].items()}
+            fixture.all_close("gradient norms", norms, want, limits.gradient, precision)
+            total = torch.stack(list(norms.values())).norm()
+            fixture.close("gradient norms", case, total, stated["grad_norm_total"], limits.gradient, precision)
+            if case == "main":
+                for file in fixture.files("grads.*"):
+                    fixture.all_close("gradients", grads, fixture.arrays(file), limits.gradient, precision)
+            momentum = epoch_momentum(
+                config["epoch"], base=config["model_ema_decay"], dynamic=config["model_ema_dynamic"]
+            )
+            fixture.close("momenta", case, momentum, stated["ema_decay"], limits.loss, precision)
+            moved = {
+                name: array.to(dtype).lerp(param.detach(), 1.0 - momentum)
+                for (name, param), array in zip(
+                    student.named_parameters(),
+                    (fixture.arrays("ema.safetensors")[name] for name, _ in student.named_parameters()), strict=True,
+                )
+            }  # fmt: skip
+            after = fixture.arrays("ema_after_update_some.safetensors")
+            fixture.all_close("moving average", moved, after, Limit(1e-12 if precision == "float64" else 1e-6, 1e-6),
+                              precision)  # fmt: skip
+
+
+def check_bootmae_outputs(
+    fixture: Fixture, student: nn.Module, teacher: nn.Module, batch: Batch, expected: Mapping[str, Tensor],
+    weighted: bool, per_row: int,
+) -> None:  # fmt: skip
+    """Predictions and targets of every hidden patch, of the folder's pictures and features."""
+    limit, patch = bootmae_limits(fixture, "float64", weighted).activation, fixture.config["patch_size"]
+    hidden = batch.ids_shuffle[:, batch.num_visible :]
+    outputs = student(batch.images, batch.ids_shuffle, batch.num_visible, ("features", "pixels"))
+    taught = teacher(batch.images, None, None, ("tokens",))["tokens"]
+    fixture.close("predictions and targets", "feature_target", taught, expected["feature_target"], limit, "float64")
+
+    def of_hidden(rows: Tensor) -> Tensor:
+        return rows.take_along_dim(hidden[:, :, None], dim=1)
+
+    # the published code also predicts what is seen; losses read the hidden patches alone, and so does this package
+    features = of_hidden(expected["feature_pred"])
+    fixture.close("predictions and targets", "feature_pred", outputs["features"], features, limit, "float64")
+    pixels = of_hidden(patchify(expected["pixel_pred"], patch))
+    fixture.close("predictions and targets", "pixel_pred", outputs["pixels"], pixels, limit, "float64")
+    everything = torch.arange(per_row**2).expand(len(batch), -1)
+    target = pixel_targets(batch.images, everything, per_row**2, norm_pix=True, kind="channel")
+    want = patchify(expected["pixel_target"], patch)
+    fixture.close("predictions and targets", "pixel_target", target, want, limit, "float64")
+    mask = torch.zeros(batch.ids_shuffle.shape).scatter(1, hidden, 1.0)  # [B, L], 1 = hidden
+    fixture.close("masks", "loss_mask", mask, expected["loss_mask"].flatten(1), EXACT, "float64")
+    if weighted:
+        weights = torch.zeros(mask.shape, dtype=torch.float64).scatter(1, hidden, crowding(batch).double())
+        fixture.close("masks", "weight_mask", weights, expected["weight_mask"].flatten(1), limit, "float64")
+
+
+def bootmae_schedules(fixture: Fixture) -> None:
+    """The moving average's momentum by epochs, the learning rate, and what masks of boxes look like."""
+    limit = Limit(float(fixture.tolerance("float64")), 0.0)
+    for epoch, base, dynamic, want in fixture.value("ema_decay"):
+        got = epoch_momentum(epoch, base=base, dynamic=dynamic)
+        fixture.close("momenta", f"epoch {epoch} from {base}", got, want, limit, "float64")
+    stated = fixture.value("cosine_scheduler")
+    args = stated["args"]
+    each, warmup = args["niter_per_ep"], args["warmup_epochs"] * args["niter_per_ep"]
+    for index, want in enumerate(stated["values"]):
+        # the published table reaches its height one step early and stands on it for two: the warm-up's last is 1 here
+        step = index if index >= warmup else index * warmup / (warmup - 1)
+        got = args["base_value"]
+        if step < warmup or index > warmup:
+            got = warmup_half_cosine(
+                step, warmup_steps=warmup, total_steps=args["epochs"] * each, lr=args["base_value"],
+                min_lr=args["final_value"],
+            )  # fmt: skip
+        fixture.close("learning rates", f"step {index}", got, want, limit, "float64")
+    config, masks = fixture.config, fixture.arrays("block_masks.safetensors")["masks"].bool()
+    side = config["grid"]
+    drawn = BlockMask(
+        (side, side), num_visible=side**2 - config["num_mask_patches"], num_boxed=config["num_mask_patches"],
+        smallest=config["min_mask_patches_per_block"], largest=config["max_mask_patches_per_block"],
+    )  # fmt: skip
+    ours = torch.stack([torch.from_numpy(drawn.boxes(0, position)) for position in range(500)])
+    for name, found in (("recorded", masks), ("drawn", ours)):
+        counts = found.flatten(1).sum(dim=1)
+        fixture.true("boxes", f"{name}: as many hidden in each", bool((counts == config["num_mask_patches"]).all()),
+                     f"{counts.min()} to {counts.max()}, wanted {config['num_mask_patches']}")  # fmt: skip
+    # how compact they are: hidden neighbours of hidden patches; within five deviations of the difference of means
+    theirs, mine = (neighbours(found) for found in (masks, ours))
+    deviation = (theirs.var() / len(theirs) + mine.var() / len(mine)).sqrt().item()
+    fixture.close("boxes", "neighbours hidden together", mine.mean(), theirs.mean(), Limit(5 * deviation, 0.0))
+
+
+def neighbours(masks: Tensor) -> Tensor:
+    """For each mask [n, rows, columns], how many pairs of adjacent patches it hides."""
+    across = (masks[:, :, 1:] & masks[:, :, :-1]).flatten(1).sum(dim=1)
+    return (across + (masks[:, 1:] & masks[:, :-1]).flatten(1).sum(dim=1)).double()
+
+
+MAEPRIV_NAMES = (
+    ("encoder_to_decoder.", "decoder_embed."), ("encoder.", ""), ("decoder.blocks.", "decoder_blocks."),
+    ("decoder.norm.", "decoder_norm."), ("decoder.head.", "decoder_pred."),
+)  # fmt: skip
+
+
+def maepriv_name(name: str) -> str:
+    """What this package calls a parameter of MAE-priv's model."""
+    for theirs, ours in MAEPRIV_NAMES:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def maepriv_pretrain(fixture: Fixture) -> None:
+    """Each variant: masks, encoder's and decoder's output, targets, loss and gradients."""
+    config, side = fixture.config, fixture.config["img_size"] // fixture.config["patch_size"]
+    for key in ("embed_dim", "depth", "num_heads"):
+        config.setdefault(key, config[f"encoder_{key}"])
+    for precision, dtype in PRECISIONS.items():
+        limits, inputs = fixture.limits(precision), fixture.arrays("inputs.safetensors")
+        for case, stated in fixture.value("cases").items():
+            raw = fixture.arrays(f"{case}.safetensors")
+            state = {maepriv_name(name): array for name, array in raw.items()}
+            shared = build_variant(fixture, case, stated, state)
+            model = shared.to(dtype)
+            noise = inputs["noise"][:1].expand_as(inputs["noise"]) if stated["batched_shuffle"] else inputs["noise"]
+            batch = masked(fixture, inputs["images"], noise, dtype, side**2 - stated["visible_size"])
+            expected = {
+                name.partition(".")[2]: array
+                for name, array in fixture.arrays("expected.safetensors").items() if name.startswith(f"{case}.")
+            }  # fmt: skip
+            fixture.close("masks", f"{case} shuffle", batch.ids_shuffle, expected.pop("shuffle"), EXACT)
+            latent = model.encode(batch.images, batch.ids_shuffle[:, : batch.num_visible])
+            everything = torch.arange(side**2).expand(len(batch), -1)
+            target = pixel_targets(
+                batch.images, everything, side**2, norm_pix=stated["normalized_pixel"], kind="biased"
+            )
+            outputs = {
+                "encoder_output": latent[:, model.num_prefix :],
+                "decoder_output": channels_first(model(batch.images, batch.ids_shuffle, batch.num_visible, "all")),
+                "target": channels_first(target),
+            }
+            fixture.all_close(f"{case} outputs", outputs, expected, limits.activation, precision)
+            objective = MAE(norm_pix_loss=stated["normalized_pixel"], pixel_norm="biased")
+            loss, _ = losses(objective, model, None, batch)
+            fixture.close("losses", case, loss, stated["loss"], limits.loss, precision)
+            norms = {maepriv_name(name): norm for name, norm in stated["grad_norm"].items()}
+            check_grads(fixture, case, gradients(model, loss), {**stated, "grad_norm": norms}, precision)
+
+
+def build_variant(
+    fixture: Fixture, case: str, stated: Mapping[str, Any], state: dict[str, Tensor]
+) -> MaskedAutoencoder:
+    """MAE-priv's model by this package's options."""
+    return build(
+        fixture, f"{case}.safetensors", torch.float32, state, cls_token=stated["use_cls_token"], decoder_cls=False,
+        qkv_bias="qv", positions="row_first", pixel_order="chw",
+    )  # fmt: skip
+
+
+def channels_first(pixels: Tensor) -> Tensor:
+    """Patches [B, n, p*p*C] of `patchify`, counted channel by channel."""
+    return pixels.unflatten(2, (-1, 3)).transpose(2, 3).flatten(2)
+
+
 # A fixture's name -> what checks a folder of it. A new objective adds its line here.
 CHECKS: dict[str, Callable[[Fixture], None]] = {
     "mae-forward": mae_forward,
@@ -696,6 +1065,10 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "momentum-schedule": momentum_schedule,
     "pos-embed": pos_embed,
     "arch-names": arch_names,
+    "supmae-forward": supmae_forward,
+    "bootmae-forward": bootmae_forward,
+    "bootmae-schedules": bootmae_schedules,
+    "maepriv-pretrain": maepriv_pretrain,
 }
 
 

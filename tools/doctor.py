@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -368,13 +368,11 @@ def check_caches(folders: dict[str, Path], recipe: Recipe | None, local_world: i
 def checkpoints_bytes(recipe: Recipe) -> float:
     """Bytes that a run's checkpoints take at most: those it keeps, and one in the making."""
     from rcmae.memory import checkpoint_bytes  # these two cost seconds
-    from rcmae.train import student_sizes
-    from rcmae.vit import MaskedAutoencoder
+    from rcmae.train import new_network
 
-    sizes: dict[str, Any] = student_sizes(recipe.model)
     with torch.device("meta"):
-        model = MaskedAutoencoder(**sizes, image_size=recipe.model.image_hw, in_channels=recipe.model.in_channels)
-    return checkpoint_bytes(model, teacher=recipe.objective.name != "mae") * (max(2, recipe.checkpoint.keep) + 1)
+        model = new_network(recipe, norm="torch")
+    return checkpoint_bytes(model, teacher=recipe.objective.teacher_parts) * (max(2, recipe.checkpoint.keep) + 1)
 
 
 def check_shards(recipe: Recipe) -> tuple[list[Finding], str]:

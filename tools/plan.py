@@ -42,9 +42,9 @@ from rcmae.memory import Footprint, Settings, checkpoint_bytes, footprint
 from rcmae.metrics import peak_flops
 from rcmae.shards import INDEX, Plan, ShardIndex, cache_problem, flat, open_bytes
 from rcmae.sources import Reader, is_remote
-from rcmae.train import engine_settings, student_sizes
+from rcmae.train import engine_settings, new_network
 from rcmae.transforms import BadImage, TrainTransform
-from rcmae.vit import MaskedAutoencoder, flops_per_image
+from rcmae.vit import MaskedAutoencoder
 
 with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
     from rcmae.engine_deepspeed import config_problems, read_config
@@ -121,11 +121,16 @@ def student(recipe: Recipe) -> MaskedAutoencoder:
     """The student without its weights.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes that do not fit together, or a network that there are no formulas for.
     """
-    sizes: dict[str, Any] = student_sizes(recipe.model)
     with torch.device("meta"):
-        return MaskedAutoencoder(**sizes, image_size=recipe.model.image_hw, in_channels=recipe.model.in_channels)
+        network = new_network(recipe, norm="torch")
+    if not isinstance(network, MaskedAutoencoder):
+        raise ValueError(
+            "there are no formulas yet for the activations of bootmae's regressors; see tools/bench_step.py for a "
+            "measurement, or plan mae with objective.terms={features: 1}, which has the same encoder and teacher"
+        )
+    return network
 
 
 def placement(recipe: Recipe) -> str:
@@ -148,7 +153,7 @@ def settings_of(recipe: Recipe, model: MaskedAutoencoder, where: str, world: int
         placement=where, precision=recipe.engine.precision, world=world, per_device=per_device,
         accumulation=recipe.batch.images // world // per_device, accumulate=recipe.teacher.accumulate,
         num_visible=visible_count(model.num_patches, recipe.objective.mask_ratio),
-        teacher=recipe.objective.name != "mae", checkpointing=recipe.engine.activation_checkpointing,
+        teacher=recipe.objective.teacher_parts, checkpointing=recipe.engine.activation_checkpointing,
         deepspeed=deepspeed,
     )  # fmt: skip
 
@@ -218,13 +223,14 @@ def speed(recipe: Recipe, model: MaskedAutoencoder, sizes: Resolved, site: Site)
     measured = measured_utilisation(recipe, site.gpu) if site.utilisation is None else None
     share, source = measured or (site.utilisation or UTILISATION, "stated")
     visible = visible_count(model.num_patches, recipe.objective.mask_ratio)
-    forward = flops_per_image(**model.sizes, num_visible=visible)
-    passes = 3 if recipe.objective.name == "mae" else 4  # a backward pass is two; the teacher's forward is one
-    again = 0 if recipe.engine.activation_checkpointing == "none" else 1
-    per_gpu = share * peak / (forward * (passes + again))
+    forward, parts = model.flops(visible), recipe.objective.teacher_parts
+    taught = forward if "decoder" in parts else model.encoder_flops(model.num_patches) if parts else 0.0
+    passes = 3 if recipe.engine.activation_checkpointing == "none" else 4  # a backward pass is two
+    step = passes * forward + taught
+    per_gpu = share * peak / step
     seconds = sizes.images_per_step / (per_gpu * site.world)
     return {
-        "forward_flops_per_image": forward, "step_flops_per_image": forward * (passes + again), "peak_flops": peak,
+        "forward_flops_per_image": forward, "step_flops_per_image": step, "peak_flops": peak,
         "utilisation": share, "utilisation_from": source, "images_per_s_per_gpu": per_gpu,
         "images_per_s": per_gpu * site.world, "step_s": seconds, "steps": sizes.total_steps,
         "hours": seconds * sizes.total_steps / 3600,
@@ -309,7 +315,7 @@ def data_needs(recipe: Recipe, sizes: Resolved, site: Site, index: ShardIndex | 
 
 def checkpoint_needs(recipe: Recipe, model: MaskedAutoencoder, site: Site, step_s: float) -> dict[str, Any]:
     """Bytes and seconds of a checkpoint: those of this run's own where it has written some."""
-    size = checkpoint_bytes(model, teacher=recipe.objective.name != "mae")
+    size = checkpoint_bytes(model, teacher=recipe.objective.teacher_parts)
     seen = [line for line in _events(recipe) if line.get("event") == "checkpoint" and line.get("seconds")]
     seconds = seen[-1]["seconds"] if seen else size / (site.write_gbps * 1e9)
     often = recipe.checkpoint

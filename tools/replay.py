@@ -79,7 +79,8 @@ def look_at(run: train.Run, document: dict[str, Any]) -> tuple[list[dict[str, An
             with torch.no_grad():
                 sums = run.objective(run.engine.student, run.engine.teacher, run.on_device(one), 0.0)
             counts = run.objective.counts(one)
-            loss = sum(weight * sums[term].item() / counts[term] for term, weight in run.objective.weights.items())
+            weights = run.objective.weights.items()
+            loss = sum(weight * sums[term].item() / max(counts[term], 1) for term, weight in weights)
             rows.append({"position": position, "sample": one.keys[0], "loss": loss})
     return sorted(rows, key=lambda row: (math.isfinite(row["loss"]), -row["loss"])), same
 

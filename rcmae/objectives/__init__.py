@@ -1,21 +1,25 @@
 """What the student is asked to do: a callable over (student, teacher, batch, progress) that knows no engine or rank.
 
-An objective gives *sums* over the hidden patches of a micro-batch, one a term, and tells from the data alone what they
-count; the loop divides by the count of the whole step over all ranks, so a loss never depends on how the step was cut.
-Not done: a mean per micro-batch, which would.
+An objective gives *sums* over a micro-batch, one a term, and tells from the data alone what they count; the loop
+divides by the count of the whole step over all ranks, so a loss never depends on how the step was cut. Not done: a mean
+per micro-batch, which would. Each published objective is a file; `TERMS` can be added to any of them (`Sum.plus`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from rcmae.batch import Batch
-from rcmae.objectives.mae import MAE
-from rcmae.objectives.rcmae import RCMAE
+from rcmae.objectives.bootmae import BootMAE, Features
+from rcmae.objectives.mae import MAE, Reconstruction
+from rcmae.objectives.rcmae import RCMAE, Consistency
+from rcmae.objectives.supmae import Classification, SupMAE
+from rcmae.objectives.terms import Sum, Term
 
-__all__ = ["MAE", "OBJECTIVES", "RCMAE", "Objective"]
+__all__ = ["MAE", "OBJECTIVES", "RCMAE", "TERMS", "BootMAE", "Objective", "Sum", "SupMAE"]
 
 
 class Objective(Protocol):
@@ -39,10 +43,13 @@ class Objective(Protocol):
 
         Args:
             student: called once, with gradients.
-            teacher: called once without, where `needs_teacher`.
+            teacher: called without, where `needs_teacher`.
             batch: images normalised.
             progress: 0 at the run's first step, 1 after its last.
         """
 
 
-OBJECTIVES = {"mae": MAE, "rcmae": RCMAE}
+OBJECTIVES: dict[str, Callable[..., Sum]] = {"mae": MAE, "rcmae": RCMAE, "supmae": SupMAE, "bootmae": BootMAE}
+TERMS: dict[str, Callable[..., Term]] = {
+    "reconstruction": Reconstruction, "consistency": Consistency, "class": Classification, "features": Features,
+}  # fmt: skip

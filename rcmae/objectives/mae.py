@@ -4,69 +4,101 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from rcmae.batch import Batch
+from rcmae.objectives.terms import Sum, hidden_patches, widen
 from rcmae.vit import patches_at
 
-NORM_EPS = 1e-6  # added to a patch's variance
+# By what a patch's pixels are normalised. MAE: the patch's mean and unbiased variance; MAE-priv: the biased one;
+# BootMAE: each channel's own mean and biased variance.
+PixelNorm = Literal["unbiased", "biased", "channel"]
+NORM_EPS: dict[PixelNorm, float] = {"unbiased": 1e-6, "biased": 1e-6, "channel": 1e-5}  # added to the variance
 
 
-def pixel_targets(images: Tensor, ids: Tensor, num_patches: int, *, norm_pix: bool) -> Tensor:
+def MAE(norm_pix_loss: bool = True, pixel_norm: PixelNorm = "unbiased", weight_mask: bool = False) -> Sum:
+    """Mean squared error on the hidden patches."""
+    return Sum({"reconstruction": Reconstruction(norm_pix_loss, pixel_norm, weight_mask)})
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Squared error to the pixels of the hidden patches."""
+
+    norm_pix_loss: bool = True
+    pixel_norm: PixelNorm = "unbiased"
+    weight_mask: bool = False  # patches count by how hidden their surroundings are: `crowding`
+    weight: float = field(default=1.0, init=False)
+    student: str = field(default="pixels", init=False)
+    teacher: None = field(default=None, init=False)
+
+    def count(self, batch: Batch) -> int:
+        """Hidden patches."""
+        return hidden_patches(batch)
+
+    def total(self, seen: Tensor, taught: Tensor | None, batch: Batch, progress: float) -> Tensor:
+        """Sum over hidden patches of the mean over their pixels; `seen`: [B, hidden, p*p*C]."""
+        target = hidden_targets(batch, norm_pix=self.norm_pix_loss, kind=self.pixel_norm)
+        return squared_error(seen, target, crowding(batch) if self.weight_mask else None)
+
+
+def pixel_targets(
+    images: Tensor, ids: Tensor, num_patches: int, *, norm_pix: bool, kind: PixelNorm = "unbiased"
+) -> Tensor:
     """What is to be predicted for the patches `ids` [B, n]: their pixels [B, n, p*p*C], in the order of `patchify`.
 
     Args:
         images: [B, C, H, W] normalised.
         ids: raster indices.
         num_patches: in an image; it gives the side of a patch.
-        norm_pix: each patch less its mean, over its deviation (of the unbiased variance) (MAE, section 4.2).
+        norm_pix: each patch less its mean, over its deviation (MAE, section 4.2).
+        kind: by which of them.
     """
     patch_size = math.isqrt(images.shape[2] * images.shape[3] // num_patches)
     pixels = widen(patches_at(images, patch_size, ids).permute(0, 1, 3, 4, 2).flatten(2))
     if not norm_pix:
         return pixels
-    variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)
-    return (pixels - mean) * torch.rsqrt(variance + NORM_EPS)
+    mean, variance = pixel_statistics(pixels, images.shape[1], kind)
+    return (pixels - mean) * torch.rsqrt(variance)
 
 
-def squared_error(pred: Tensor, target: Tensor) -> Tensor:
-    """Sum over patches of the mean over a patch's pixels of the squared difference; both [B, n, p*p*C]."""
-    return F.mse_loss(widen(pred), target, reduction="sum") / pred.shape[2]
+def pixel_statistics(pixels: Tensor, channels: int, kind: PixelNorm) -> tuple[Tensor, Tensor]:
+    """Mean and variance that patches [B, n, p*p*C] are normalised by: [B, n, 1], or [B, n, p*p*C] by channel."""
+    if kind != "channel":
+        variance, mean = torch.var_mean(pixels, dim=2, correction=int(kind == "unbiased"), keepdim=True)
+        return mean, variance + NORM_EPS[kind]
+    variance, mean = torch.var_mean(pixels.unflatten(2, (-1, channels)), dim=2, correction=0)  # [B, n, C]
+    each = pixels.shape[2] // channels
+    return mean.repeat(1, 1, each), variance.repeat(1, 1, each) + NORM_EPS[kind]
 
 
-def widen(values: Tensor) -> Tensor:
-    """Losses are computed in float32, whatever the model computes in; float64 stays."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-@dataclass(frozen=True)
-class MAE:
-    """Mean squared error on the hidden patches."""
-
-    norm_pix_loss: bool = True
-    needs_teacher: bool = field(default=False, init=False)
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Each term's weight in the total loss."""
-        return {"reconstruction": 1.0}
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """Hidden patches of the micro-batch."""
-        return {"reconstruction": len(batch) * (batch.ids_shuffle.shape[1] - batch.num_visible)}
-
-    def __call__(
-        self, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float
-    ) -> dict[str, Tensor]:
-        """Sum over hidden patches; `teacher` and `progress` play no part."""
-        pred = student(batch.images, batch.ids_shuffle, batch.num_visible)  # [B, hidden, p*p*C]
-        return {"reconstruction": squared_error(pred, hidden_targets(batch, norm_pix=self.norm_pix_loss))}
-
-
-def hidden_targets(batch: Batch, *, norm_pix: bool) -> Tensor:
+def hidden_targets(batch: Batch, *, norm_pix: bool, kind: PixelNorm = "unbiased") -> Tensor:
     """`pixel_targets` of the patches that the encoder did not see, in the order of the predictions."""
     hidden = batch.ids_shuffle[:, batch.num_visible :]
-    return pixel_targets(batch.images, hidden, batch.ids_shuffle.shape[1], norm_pix=norm_pix)
+    return pixel_targets(batch.images, hidden, batch.ids_shuffle.shape[1], norm_pix=norm_pix, kind=kind)
+
+
+def squared_error(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum over patches of the mean over a patch's numbers of the squared difference; both [B, n, d].
+
+    `weights` [B, n]: how much each patch counts; None: 1.
+    """
+    if weights is None:
+        return F.mse_loss(widen(pred), target, reduction="sum") / pred.shape[2]
+    return ((widen(pred) - target).square().mean(dim=2) * weights).sum()
+
+
+def crowding(batch: Batch) -> Tensor:
+    """1 + the share of a hidden patch's 3 x 3 surroundings that is hidden (BootMAE's code); [B, hidden] float32.
+
+    What lies beyond the image's edge counts as seen. Images have as many patches across as their shape says.
+    """
+    ids, (height, width) = batch.ids_shuffle, batch.images.shape[2:]
+    side = math.isqrt(height * width // ids.shape[1])
+    hidden = torch.ones(ids.shape, device=ids.device).scatter(1, ids[:, : batch.num_visible], 0.0)  # 1 = hidden
+    near = F.avg_pool2d(hidden.view(len(ids), 1, height // side, width // side), 3, stride=1, padding=1)
+    return 1.0 + near.flatten(1).gather(1, ids[:, batch.num_visible :])

@@ -8,40 +8,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rcmae.batch import Batch
-from rcmae.objectives.mae import hidden_targets, squared_error, widen
+from rcmae.objectives.mae import PixelNorm, Reconstruction, squared_error
+from rcmae.objectives.terms import Sum, hidden_patches, widen
+
+
+def RCMAE(norm_pix_loss: bool = True, consistency_weight: float = 1.0, pixel_norm: PixelNorm = "unbiased") -> Sum:
+    """Error to the pixels plus `consistency_weight` times the error to the teacher, both on the hidden patches."""
+    return Sum(
+        {"reconstruction": Reconstruction(norm_pix_loss, pixel_norm), "consistency": Consistency(consistency_weight)}
+    )
 
 
 @dataclass(frozen=True)
-class RCMAE:
-    """Error to the pixels plus `consistency_weight` times the error to the teacher, both on the hidden patches."""
+class Consistency:
+    """Squared error to the teacher's predictions of the hidden patches."""
 
-    norm_pix_loss: bool = True
-    consistency_weight: float = 1.0
-    needs_teacher: bool = field(default=True, init=False)
+    weight: float = 1.0
+    student: str = field(default="pixels", init=False)
+    teacher: str = field(default="pixels", init=False)
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """Each term's weight in the total loss."""
-        return {"reconstruction": 1.0, "consistency": self.consistency_weight}
+    def count(self, batch: Batch) -> int:
+        """Hidden patches."""
+        return hidden_patches(batch)
 
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """Hidden patches of the micro-batch, for both terms."""
-        hidden = len(batch) * (batch.ids_shuffle.shape[1] - batch.num_visible)
-        return {"reconstruction": hidden, "consistency": hidden}
-
-    def __call__(
-        self, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float
-    ) -> dict[str, Tensor]:
-        """Sums over hidden patches; `progress` plays no part."""
-        assert teacher is not None
-        with torch.no_grad():  # before the student's activations take their memory
-            teacher_pred = teacher(batch.images, batch.ids_shuffle, batch.num_visible)  # [B, hidden, p*p*C]
-        pred = student(batch.images, batch.ids_shuffle, batch.num_visible)
-        return {
-            "reconstruction": squared_error(pred, hidden_targets(batch, norm_pix=self.norm_pix_loss)),
-            "consistency": squared_error(pred, widen(teacher_pred)),
-        }
+    def total(self, seen: Tensor, taught: Tensor | None, batch: Batch, progress: float) -> Tensor:
+        """Sum over hidden patches of the mean over their pixels; both [B, hidden, p*p*C]."""
+        assert taught is not None
+        return squared_error(seen, widen(taught))
