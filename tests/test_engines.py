@@ -105,9 +105,10 @@ def test_every_engine_in_bf16_stays_near_fp32(runs: Path, stage: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_teacher_is_the_average_at_every_stage(ranks: Callable[..., Ranks]) -> None:
+@pytest.mark.parametrize("parts", ["encoder,decoder", "encoder"])
+def test_the_teacher_is_the_average_at_every_stage(ranks: Callable[..., Ranks], parts: str) -> None:
     """1,000 updates against a float64 average; the copy is its accumulator rounded; bytes are the formula's."""
-    found = result(ranks(str(PROGRAMS / "teacher_stages.py"), ",".join(("local", *STAGES))).succeed())
+    found = result(ranks(str(PROGRAMS / "teacher_stages.py"), ",".join(("local", *STAGES)), parts).succeed())
     print("\nbytes of the teacher on each of two ranks")
     for name, figures in found.items():
         kinds = [" + ".join(f"{kind} {size:,}" for kind, size in each.items()) for each in figures["bytes"]]

@@ -1,6 +1,7 @@
 """Run on two ranks: 1,000 EMA updates at each stage against a float64 average of the same student weights.
 
-Prints one JSON document on rank 0: engine -> figures.
+Arguments: engines, and the teacher's parts: "encoder,decoder" or "encoder". Prints one JSON document on rank 0: engine
+-> figures.
 """
 
 import copy
@@ -13,7 +14,7 @@ from rcmae import dist
 from rcmae.engine import LocalEngine, Settings
 from rcmae.engine_deepspeed import DeepSpeedEngine, read_config
 from rcmae.engine_fsdp2 import FSDP2Engine
-from rcmae.optim import param_groups
+from rcmae.memory import teacher_groups
 from rcmae.teacher import teacher_bytes
 from rcmae.vit import MaskedAutoencoder
 
@@ -23,10 +24,20 @@ SIZES = {
 }  # fmt: skip
 
 
+PARTS = tuple(sys.argv[2].split(","))
+
+
+def teacher_names():
+    teacher = MaskedAutoencoder(**SIZES)
+    teacher.keep(("pixels",) if "decoder" in PARTS else ("tokens",))
+    return {name for name, _ in teacher.named_parameters()}
+
+
 def make(kind, precision):
     student = MaskedAutoencoder(**SIZES)
     settings = Settings(precision=precision)
     teacher = copy.deepcopy(student)
+    teacher.keep(("pixels",) if "decoder" in PARTS else ("tokens",))
     if kind == "local":
         return LocalEngine(student, teacher, settings)
     if kind == "fsdp2":
@@ -37,7 +48,8 @@ def make(kind, precision):
 def whole(state, kind):
     """name -> the full tensor of a kind, on every rank."""
     out = {}
-    for name, shape in state.shapes.items():
+    taught = teacher_names()
+    for name, shape in ((name, shape) for name, shape in state.shapes.items() if name in taught):
         flat = torch.zeros(torch.Size(shape).numel())
         for piece in state.pieces:
             if piece.name == name:
@@ -59,19 +71,21 @@ def held_bytes(tensors):
 def check(kind, precision, momentum):
     engine = make(kind, precision)
     state = engine.state()
-    average = [piece.tensors["teacher"].double().clone() for piece in state.pieces]
+    pieces = [piece for piece in state.pieces if piece.name in teacher_names()]
+    assert all("teacher" not in piece.tensors for piece in state.pieces if piece.name not in teacher_names())
+    average = [piece.tensors["teacher"].double().clone() for piece in pieces]
     index = {name: number for number, name in enumerate(state.shapes)}
     most = max(torch.Size(shape).numel() for shape in state.shapes.values())
     for update in range(1000):  # the student walks at random, the same on every cut
         steps = torch.randn(most + len(index), generator=torch.Generator().manual_seed(update)) * 1e-3
-        for piece in state.pieces:
+        for piece in pieces:
             begin = piece.start + index[piece.name]
             piece.tensors["weight"].data.add_(steps[begin : begin + len(piece.tensors["weight"])])
         engine.update_teacher(momentum)
-        for mean, piece in zip(average, state.pieces, strict=True):
+        for mean, piece in zip(average, pieces, strict=True):
             mean.mul_(momentum).add_(piece.tensors["weight"].double(), alpha=1 - momentum)
     wanted = whole(state, "teacher")
-    for mean, piece in zip(average, state.pieces, strict=True):
+    for mean, piece in zip(average, pieces, strict=True):
         piece.tensors["weight"].data.copy_(mean)  # borrow the student's place to bring the reference together
     figures = {"error": relative(wanted, whole(state, "weight"))}
     ema, dtype = engine._ema, next(engine.teacher.parameters()).dtype
@@ -84,8 +98,7 @@ def check(kind, precision, momentum):
         figures["whole_copy_is_rounding"] = all(
             torch.equal(named[name].detach().flatten(), wanted[name].to(dtype)) for name in wanted
         )
-    cut = param_groups(MaskedAutoencoder(**SIZES), 0.05)
-    groups = [[tuple(state.shapes[name]) for name in group["param_names"]] for group in cut]
+    groups = teacher_groups(MaskedAutoencoder(**SIZES), PARTS)
     formula = teacher_bytes(kind, groups, rank=dist.rank(), world=dist.world(), precision=precision)
     if kind in ("zero3", "fsdp2"):
         copies = sum(c.numel() * c.element_size() for c in ema.copies)
