@@ -13,6 +13,7 @@ by anyone and can run nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -67,8 +68,9 @@ class Saved(NamedTuple):
     step: int
     path: Path
     bytes: int
-    stall_s: float  # how long the training waited: for the copy to host memory, and for a save before it
-    seconds: float  # from the call to the commit
+    stall_s: float  # how long the training waited: for a save that was still under way, and for the copy
+    waited_s: float  # of that, for the save before: above 0 saves take longer than the steps between them
+    seconds: float  # from the copy's begin to the commit
 
 
 @dataclass(frozen=True)
@@ -124,16 +126,18 @@ class Saver:
 
         Raises:
             CheckpointError: on every rank; a save could not be written. What was committed before is untouched.
+            LeaseLost: on every rank; the run is another job's.
         """
         begin = time.monotonic()
         before = self.wait()
+        waited = time.monotonic() - begin
         snapshot = self._snapshot(engine.state(), step, images, meta)
         stall = time.monotonic() - begin
 
         def work() -> None:
             try:
                 path, size = self._write(snapshot)
-                self._outcome = Saved(step, path, size, stall, time.monotonic() - begin)
+                self._outcome = Saved(step, path, size, stall, waited, time.monotonic() - begin - waited)
             except Exception as error:  # handed over in wait()
                 self._outcome = error
 
@@ -149,7 +153,7 @@ class Saver:
         """Wait for the save under way, if any, and give what it committed.
 
         Raises:
-            CheckpointError: on every rank; it was not written.
+            CheckpointError, LeaseLost: on every rank; it was not written.
         """
         if self._thread is None:
             return None
@@ -186,25 +190,43 @@ class Saver:
     def _write(self, snapshot: _Snapshot) -> tuple[Path, int]:
         final = self._root / f"step-{snapshot.step:08d}"
         token = dist.from_first(secrets.token_hex(4), self._group)
-        aside = self._root / f".writing-{final.name}-{token}"
+        aside = self._root / f".writing-{final.name}-{self._generation:08d}-{token}"
         mine, problem, written = f"rank-{dist.rank():05d}.safetensors", None, {}
         if dist.rank() == 0:
-            problem = _attempt(lambda: _fresh(self._root, aside))
+            problem = _attempt(lambda: self._fresh(aside))
         self._all_well(problem, aside)
         named = [(f"{key}@{start}", tensor) for key, start, tensor in snapshot.entries]
         try:
             written = _write_safetensors(aside / mine, named)
         except OSError as error:
-            problem = f"{aside.name}/{mine}: {error.strerror or error}"
+            problem = f"{aside / mine}: {error.strerror or error}"
         self._all_well(problem, aside)
         runs = [(key, start, tensor.numel(), _DTYPES[tensor.dtype]) for key, start, tensor in snapshot.entries]
         reports = dist.gather((mine, written, runs), self._group)
+        lost = None
         if dist.rank() == 0:
             files = {name: about for name, about, _ in reports}
             document = {**snapshot.document, "files": files, "tensors": _table(snapshot.shapes, reports)}
-            problem = _attempt(lambda: self._commit(aside, final, document))
+            try:
+                problem = _attempt(lambda: self._commit(aside, final, document))
+            except LeaseLost as error:
+                lost = str(error)
+                shutil.rmtree(aside, ignore_errors=True)
+        lost = dist.from_first(lost, self._group)
+        if lost:
+            raise LeaseLost(lost)
         self._all_well(problem, aside)
         return final, sum(about["bytes"] for _, about, _ in reports)
+
+    def _fresh(self, aside: Path) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
+        for left in self._root.glob(".dropped-*"):  # of jobs that were killed meanwhile
+            shutil.rmtree(left, ignore_errors=True)
+        for left in self._root.glob(".writing-*"):
+            *_, generation, _ = left.name.split("-")
+            if int(generation) <= self._generation:  # a later one's is being written: this job has lost the run
+                shutil.rmtree(left, ignore_errors=True)
+        aside.mkdir()
 
     def _all_well(self, problem: str | None, aside: Path) -> None:
         problems = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(problem, self._group)) if text]
@@ -217,15 +239,34 @@ class Saver:
             )
 
     def _commit(self, aside: Path, final: Path, document: Mapping[str, Any]) -> None:
-        _write_text(aside / "manifest.json", sealed(document))
-        _flush_folder(aside)
-        self._check_lease()
-        if final.exists() and not _counts(final):  # damaged, or of a writer that had lost the run
-            _drop(final)
-        os.rename(aside, final)  # fails on a valid one of the same step: a writer that lost the run replaces nothing
+        """Make the folder a checkpoint. A writer that was passed over may wake up between any two of these calls: what
+        it renames readers ignore by its generation, and it deletes nothing that they use."""
+        if _counts(final) and read_manifest(final).files == document["files"]:
+            shutil.rmtree(aside)  # committed by the try before this one, which failed after that
+        else:
+            _write_text(aside / "manifest.json", sealed(document))
+            _flush_folder(aside)
+            self._check_lease()
+            if final.exists():  # damaged, or of a writer that had lost the run; a rename replaces no folder with files
+                self._set_aside(final)
+            os.rename(aside, final)
         _flush_folder(self._root)
+        self._check_lease()
         _point_at(final)
         prune(self._root, keep=self._keep, keep_every=self._keep_every)
+
+    def _set_aside(self, path: Path) -> None:
+        """Take a folder of the same name away, unless readers use it: then another job has committed this step."""
+        doomed = path.with_name(f".dropped-{path.name}-{secrets.token_hex(4)}")
+        valid = _counts(path)
+        if not valid:
+            os.rename(path, doomed)
+            if valid := _counts(doomed):  # it was exchanged for another after the look
+                os.rename(doomed, path)
+        if valid:
+            self._check_lease()
+            raise FileExistsError(errno.EEXIST, "there is another valid checkpoint of this step", str(path))
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def prune(root: Path, *, keep: int, keep_every: int | None = None) -> list[Path]:
@@ -269,16 +310,7 @@ def _attempt(action: Callable[[], object]) -> str | None:
         action()
     except OSError as error:
         return f"{error.filename or ''}: {error.strerror or error}"
-    except LeaseLost as error:
-        return str(error)
     return None
-
-
-def _fresh(root: Path, aside: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    for left in (*root.glob(".writing-*"), *root.glob(".dropped-*")):  # of jobs that were killed while they wrote
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir()
 
 
 def _entries(state: EngineState) -> Iterator[tuple[str, int, Tensor]]:

@@ -122,7 +122,9 @@ class Engine(Section):
     compile: bool = False  # torch.compile, block by block
     layer_norm: Literal["torch", "apex"] = "torch"
     optimizer: Literal["torch", "apex"] = "torch"
-    timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # a collective that a peer does not join raises after this
+    # A collective that a peer does not join raises after this; every rank then ends and says whom it lost. Above the
+    # longest that one rank keeps the others waiting: a save's write, an index read from the shards' headers.
+    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
 
 
 class WeightedShards(Section):

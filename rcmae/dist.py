@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 _control: torch_dist.ProcessGroup | None = None
 _timeout = datetime.timedelta(minutes=30)
@@ -108,9 +109,20 @@ def start(*, required: bool, timeout_s: float = 1800.0) -> None:
         # one a job, below the range that Linux gives to outgoing connections
         os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
     timeout = _timeout = datetime.timedelta(seconds=timeout_s)
+    # DeepSpeed makes groups of its own, without a word about time: 10 minutes under NCCL, 30 under gloo, else
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
     if where["world"] == 1 and "MASTER_PORT" not in os.environ:
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps its store over restarts of the ranks: without a prefix each finds addresses of the dead
+        own = torch_dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), where["world"], False, timeout=timeout
+        )
+        store = torch_dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", own)
+        torch_dist.init_process_group(
+            backend, store=store, rank=where["rank"], world_size=where["world"], timeout=timeout
+        )
     else:
         torch_dist.init_process_group(backend, rank=where["rank"], world_size=where["world"], timeout=timeout)
     _control = torch_dist.new_group(backend="gloo", timeout=timeout)

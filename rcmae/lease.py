@@ -14,6 +14,7 @@ its writer's generation, and readers ignore what an older generation wrote beyon
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -61,6 +62,11 @@ class Fence:
 def fence(run_dir: Path) -> Fence:
     """The fence of a run as it stands now."""
     return Fence(tuple((holder.generation, holder.from_step) for holder in _holders(run_dir / "leases")))
+
+
+def newest_generation(run_dir: Path) -> int:
+    """Of the run's leases; 0 where nobody ever took one."""
+    return max((holder.generation for holder in _holders(run_dir / "leases")), default=0)
 
 
 class Lease:
@@ -114,12 +120,23 @@ class Lease:
         elif time.monotonic() - self._written > self._timeout_s:
             self._lost = f"no beat could be written for {time.monotonic() - self._written:.0f} s"
         if self._lost:
-            raise LeaseLost(f"{self._lost}; this job stops and writes nothing more")
+            raise LeaseLost(self.why_lost)
+
+    def holds(self) -> bool:
+        """Whether the lease is ours, looked at now."""
+        with contextlib.suppress(LeaseLost):
+            self.check()
+        return not self.lost
 
     @property
     def lost(self) -> bool:
         """Whether the beating thread has seen that the lease passed on. Cheap."""
         return self._lost is not None
+
+    @property
+    def why_lost(self) -> str:
+        """Who took the run over, for a message."""
+        return f"{self._folder.parent}: {self._lost}; this job stops and writes nothing more"
 
     def release(self) -> None:
         """Say that this job is done with the folder, and stop beating. A second call does nothing."""

@@ -118,6 +118,16 @@ def undone(path: Path, step: int) -> dict[str, float] | None:
     return {"step": rows[-1]["step"], "time": rows[-1].get("time", 0.0)} if rows else None
 
 
+def events_of(directory: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind in a run's folder, oldest first; none where there is no file yet."""
+    try:
+        lines = (directory / "events.jsonl").read_bytes().splitlines(keepends=True)
+    except OSError:
+        return []
+    mark = f'"event": "{kind}"'.encode()
+    return [json.loads(line) for line in lines if mark in line and line.endswith(b"\n")]
+
+
 def _step_of(line: bytes) -> int | None:
     """The step of a whole line, None for a torn or foreign one."""
     if not line.endswith(b"\n"):

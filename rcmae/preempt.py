@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit statuses of a rank; 75 says: run me again
-MARGIN_S = 20.0  # for the step under way and the exit
+MARGIN_S = 5.0  # for the exit; in practice also for what takes longer than it did before
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
@@ -40,9 +40,13 @@ class StopRequest:
         """Set a deadline so many seconds from now, if it is before the scheduler's."""
         self._deadline = min(self._deadline, time.time() + seconds)
 
-    def is_late(self, save_seconds: float) -> bool:
-        """Whether a save must begin now to be committed by the deadline: twice the longest one seen, and some."""
-        return time.time() + 2 * save_seconds + MARGIN_S > self._deadline
+    def is_late(self, save_s: float, step_s: float = 0.0) -> bool:
+        """Whether there is no time for another step: after it two saves (one may be under way) and some must fit."""
+        return time.time() + step_s + 2 * save_s + MARGIN_S > self._deadline
+
+    def has_time(self, seconds: float) -> bool:
+        """Whether something that takes so long ends before the deadline."""
+        return time.time() + seconds < self._deadline
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         self.ask(signal.Signals(number).name)
@@ -60,13 +64,23 @@ def this_start() -> dict[str, Any]:
     return {"process_started": psutil.Process().create_time(), "job": env.get("SLURM_JOB_ID"), "restart": restart}
 
 
-def write_outcome(run_dir: Path, *, status: int, step: int, reason: str) -> None:
+def write_outcome(run_dir: Path, *, status: int, step: int, reason: str, again: bool | None = None) -> None:
     """Say in `outcome.json` how the job ended; torchrun turns every failure into 1, so this is what scripts read.
 
     Written aside and renamed, after the last commit. One rank calls.
+
+    Args:
+        run_dir: the run's folder.
+        status: of the ranks.
+        step: that was done last.
+        reason: why it ended.
+        again: whether the same command goes on with the run; by default if it was stopped on request.
     """
     words = {FINISHED: "finished", FAILED: "failed", REFUSED: "refused", STOPPED: "stopped"}
-    document = {"status": words[status], "exit_status": status, "step": step, "reason": reason, "time": time.time()}
+    document = {
+        "status": words[status], "exit_status": status, "step": step, "reason": reason,
+        "again": status == STOPPED if again is None else again, "time": time.time(),
+    }  # fmt: skip
     aside = run_dir / "outcome.json.new"
     with aside.open("w") as file:
         json.dump(document, file, indent=1)

@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ from rcmae.config import Recipe, Resolved
 from rcmae.engine import Engine, LocalEngine, Settings
 from rcmae.evaluate import evaluating, knn_rows, knn_table, pixels, pooled, reconstruction_picture, save_png
 from rcmae.guard import Guard, NumbersGoneBad, bundle
-from rcmae.lease import Lease, LeaseHeld, LeaseLost
+from rcmae.lease import Lease, LeaseHeld, LeaseLost, newest_generation
 from rcmae.masking import BlockMask, Mask, RandomMask, SharedMask, visible_count
-from rcmae.metrics import Meter, MetricsLog, closing_summary
+from rcmae.metrics import Meter, MetricsLog, closing_summary, events_of
 from rcmae.objectives import OBJECTIVES, TERMS, Objective, Sum
 from rcmae.objectives.mae import PixelNorm
+from rcmae.presence import Presence
 from rcmae.schedules import teacher_momentum, warmup_half_cosine
 from rcmae.shards import Patterns, Plan, ShardIndex, cache_problem
 from rcmae.sources import Cache, Patience, is_remote
@@ -99,6 +100,8 @@ class DataGoneBad(RuntimeError):
 
 # ------------------------------------------------------------------------------------------------------------ the parts
 
+SLOW_DISK = 1e8  # bytes/s, to guess by how long a save takes before one was measured
+
 
 @dataclass
 class Run:
@@ -119,16 +122,22 @@ class Run:
     guard: Guard
     saver: checkpoint.Saver
     lease: Lease | None  # rank 0's
+    presence: Presence
     step: int = 0  # optimizer steps done
     data_step: int = 0  # the same in the stream: beyond `step` by what a rewind passed over
-    saved_step: int = -1
+    saved_step: int = -1  # of which a save was begun
+    committed_step: int = -1
+    save_s: float = 0.0  # the longest save of this job and the last ones before; until then a guess. Rank 0's counts
+    save_measured: bool = False
+    best: dict[str, dict[str, float]] = field(default_factory=dict)  # network -> best k-NN accuracy and its step
     table: str = ""  # of the last evaluation
 
     def __post_init__(self) -> None:
         self.first_step, self._saved_at, self._save_asked = self.step, time.monotonic(), False
         self._trouble: str | None = None  # why this rank has no samples
         self._bad: list[BadSample] = []  # of this rank's micro-batches
-        self._save_seconds, self._failed_saves = 0.0, 0
+        self._failed_saves = 0
+        self._step_s, self._evaluation_s, self._step_began = 0.0, 0.0, math.inf
 
     def advance(self) -> None:
         """A step is done: one further in the training and in the stream."""
@@ -138,6 +147,7 @@ class Run:
         self.step += 1
         self.data_step += 1
         self.meter.step(self.sizes.images_per_step)
+        self._step_s = max(self._step_s, time.monotonic() - self._step_began)
 
     # data
 
@@ -148,6 +158,8 @@ class Run:
             if self.data_step != expected:  # a rewind passed over some
                 steps, expected = self.stream.steps(self.data_step), self.data_step
             expected += 1
+            self.presence.at(self.step, "reading samples")
+            self._step_began = time.monotonic()
             try:
                 with self.meter.waiting():
                     micros = next(steps)
@@ -177,8 +189,9 @@ class Run:
         mine = {term: sum(self.objective.counts(batch)[term] for batch in micros) for term in self.objective.weights}
         minutes = self.recipe.checkpoint.every_minutes
         due = minutes is not None and dist.rank() == 0 and time.monotonic() - self._saved_at >= 60 * minutes
-        if dist.rank() == 0 and self.stop.is_late(self._save_seconds):
+        if dist.rank() == 0 and self.stop.is_late(save_s=self.save_s, step_s=self._step_ahead_s()):
             self.stop.ask("the deadline is near")
+        self.presence.at(self.step, "agreeing on the step")
         flags = [
             self.stop.reason is not None, due, self._trouble is not None, self.lease is not None and self.lease.lost,
             self.saver.is_done(), bool(self._bad),
@@ -186,7 +199,7 @@ class Run:
         *totals, stops, saves, troubles, losts, saved, bads = dist.sum_numbers([*mine.values(), *flags])
         self._save_asked = saves > 0
         if losts:
-            raise LeaseLost(f"another job took {self.recipe.run_dir} over; this one stops and writes nothing more")
+            raise LeaseLost(dist.from_first(self.lease.why_lost if self.lease else None))
         if saved == dist.world():
             self.note_save(self.saver.wait)
         if bads:
@@ -202,7 +215,12 @@ class Run:
             return {}, f"asked by {' and '.join(sorted(set(asked.values())))}"
         if limit is not None and self.step - self.first_step >= limit:
             return {}, f"run.stop_after_steps={limit}"
+        self.presence.at(self.step, "computing the step")
         return dict(zip(mine, totals, strict=True)), None
+
+    def _step_ahead_s(self) -> float:
+        """The longest that the next step may take by what was seen, its evaluation included."""
+        return self._step_s + (self._evaluation_s if self.is_due(self.recipe.evaluate.every_steps) else 0.0)
 
     def is_due(self, every_steps: int | None) -> bool:
         """Whether the step under way is one of every so many, or the last."""
@@ -289,10 +307,18 @@ class Run:
         if self._save_asked or (every is not None and self.step % every == 0):
             self.save()
 
-    def save(self) -> None:
-        """Start to commit a checkpoint of this step, once. Collective. Raises as `note_save`."""
+    def save(self) -> bool:
+        """Start to commit a checkpoint of this step, once; whether there was time. Collective. Raises as `note_save`.
+
+        None is begun that would not be committed by the deadline, by what saves took so far.
+        """
         if self.saved_step == self.step:
-            return
+            return True
+        self.presence.at(self.step, "waiting for the save before, or copying for the next")
+        if not dist.from_first(not self.save_measured or self.stop.has_time(self.save_s)):
+            reason = f"the {self.save_s:.1f} s that a save takes are not left before the deadline"
+            self.log.event("checkpoint_left_out", step=self.step, reason=reason)
+            return False
 
         def begin() -> checkpoint.Saved | None:
             images = self.data_step * self.sizes.images_per_step
@@ -306,13 +332,23 @@ class Run:
                 begun = self.note_save(begin)
             if begun:
                 self.saved_step = self.step
+        return True
 
     def finish_saves(self) -> None:
-        """Commit this step and wait for it. Collective. Raises as `note_save`."""
+        """Commit this step, if there is time, and wait for it. Collective. Raises as `note_save`."""
+        self.presence.at(self.step, "waiting for the last save")
         self.note_save(self.saver.wait)
-        while self.saved_step != self.step:
-            self.save()
+        while self.saved_step != self.step and self.save():
             self.note_save(self.saver.wait)
+
+    def ending(self, why_stop: str | None) -> tuple[int, str]:
+        """Exit status and outcome of a training that came to its end or was stopped."""
+        if self.committed_step != self.step:
+            left = f"no time was left to save step {self.step}, the run goes on from step {self.committed_step}"
+            return preempt.STOPPED, f"stopped, {why_stop or 'at the last step'}; {left}"
+        if why_stop and self.step < self.sizes.total_steps:
+            return preempt.STOPPED, f"stopped, {why_stop}"
+        return preempt.FINISHED, "finished"
 
     def note_save(self, get: Callable[[], checkpoint.Saved | None]) -> bool:
         """Write down what a save committed, or that it failed; whether it did not. Collective.
@@ -330,7 +366,8 @@ class Run:
             self.log.say(f"going on without a checkpoint: {error}")
             return False
         if saved is not None:
-            self._failed_saves, self._save_seconds = 0, max(self._save_seconds, saved.seconds)
+            self.save_s = max(self.save_s, saved.seconds) if self.save_measured else saved.seconds
+            self._failed_saves, self.save_measured, self.committed_step = 0, True, saved.step
             self.log.event("checkpoint", **{**saved._asdict(), "path": str(saved.path)})
         return True
 
@@ -341,6 +378,7 @@ class Run:
             "sizes": self.sizes.asdict(),
             "data_fingerprint": self.index.fingerprint,
             "guard": self.guard.state(),
+            "best": self.best,
             "versions": versions(),
         }
 
@@ -348,6 +386,7 @@ class Run:
         """k-NN and the picture, if this step is one for them. Collective."""
         evaluate = self.recipe.evaluate
         last = self.step == self.sizes.total_steps
+        self.presence.at(self.step, "evaluating or saving")
         with self.meter.away():
             if evaluate.every_steps and (self.step % evaluate.every_steps == 0 or last):
                 self.evaluate()
@@ -376,7 +415,12 @@ class Run:
                 temperature=evaluate.temperature,
             )  # fmt: skip
         self.table = knn_table(rows)
-        self.log.event("evaluate", step=self.step, knn=rows, seconds=time.monotonic() - begin)
+        self._evaluation_s = max(self._evaluation_s, time.monotonic() - begin)
+        for name in networks.keys() & {"student", "teacher"}:
+            accuracy = max(rows[name].values())
+            if accuracy > self.best.get(name, {}).get("knn", -1.0):
+                self.best[name] = {"knn": accuracy, "step": self.step}
+        self.log.event("evaluate", step=self.step, knn=rows, best=self.best, seconds=time.monotonic() - begin)
         for name, row in rows.items():
             self.log.scalars(f"knn_{name}", {f"k{k}": accuracy for k, accuracy in row.items()}, self.step)
         self.log.say(f"k-NN at step {self.step}, top-1 in %\n{self.table}")
@@ -405,6 +449,8 @@ class Run:
                 "objective": f"{self.recipe.objective.name}, {self.recipe.model.name}, {self.recipe.engine.precision}",
                 "engine": f"{self.recipe.engine.name}, {sizes.world} ranks, {sizes.images_per_step} images a step",
                 "images": f"{self.step * sizes.images_per_step:,} seen of {len(self.index):,} in the shards",
+                **{f"best {name}": f"k-NN {best['knn']:.1f} % at step {best['step']}" for name, best in
+                   sorted(self.best.items())},
             },
             table=self.table,
             places={
@@ -502,7 +548,7 @@ def check(recipe: Recipe) -> Checked:
             startup.mark("imports")
             engine_config = read_config(recipe.engine.config or "")
             problems += config_problems(engine_config, engine_settings(recipe, sizes), lr=sizes.lr, world=world)
-    problems += mismatches(recipe, saved, index)
+    problems += mismatches(recipe, saved, index, sizes)
     dist.together("\n".join(problems) or None)
     assert index is not None
     assert plan is not None
@@ -547,9 +593,17 @@ def assemble(recipe: Recipe, stop: preempt.StopRequest) -> Run:
     startup.mark("checks")
     lease = hold(recipe)
     startup.mark("lease")
+    presence = Presence(
+        recipe.run_dir, generation=dist.from_first(lease.generation if lease else 0), rank=dist.rank(),
+        world=dist.world(), timeout_s=recipe.engine.timeout_s,
+    )  # fmt: skip
     try:
-        return build(recipe, stop, found, lease)
-    except BaseException:
+        return build(recipe, stop, found, lease, presence)
+    except BaseException as error:
+        if isinstance(error, ValueError | checkpoint.CheckpointError):  # on all ranks together
+            presence.leave()
+        else:
+            error.add_note(presence.explain(error).message)
         if lease is not None:
             lease.release()
         raise
@@ -573,20 +627,25 @@ def hold(recipe: Recipe) -> Lease | None:
                 recipe.run_dir, timeout_s=recipe.run.lease_timeout_s, wait_s=recipe.run.lease_wait_s,
                 newest_step=newest_step, say=lambda text: print(text, flush=True),
             )  # fmt: skip
-        except (LeaseHeld, OSError) as error:
+        except LeaseHeld as error:
             problem = str(error)
+        except OSError as error:
+            problem = unwritable(recipe, error)
     problem = dist.from_first(problem)
     if problem:
         raise ValueError(problem)
     return lease
 
 
-def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Lease | None) -> Run:
+def build(
+    recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Lease | None, presence: Presence
+) -> Run:  # fmt: skip
     """The parts, at the newest valid checkpoint. Collective: every rank calls, rank 0 with the lease."""
     data, sizes, world = recipe.data, found.sizes, dist.world()
-    saved = choose_checkpoint(recipe)
+    saved, passed_over = choose_checkpoint(recipe)
     startup.mark("checkpoint")
     student, objective = new_student(recipe), make_objective(recipe, sizes)
+    weights = sum(param.numel() for param in student.parameters())
     teacher = new_teacher(student, objective)
     startup.mark("model")
     engine = make_engine(recipe, sizes, student, teacher, found.engine_config)
@@ -597,7 +656,7 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
     start_folder(recipe, saved, found.index)
     saver = checkpoint.Saver(
         recipe.run_dir / "checkpoints", keep=recipe.checkpoint.keep, keep_every=recipe.checkpoint.keep_every,
-        generation=dist.from_first(lease.generation if lease else None), background=recipe.checkpoint.background,
+        generation=presence.generation, background=recipe.checkpoint.background,
         check_lease=lease.check if lease else lambda: None,
     )  # fmt: skip
     guard = Guard(
@@ -628,10 +687,15 @@ def build(recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Leas
     run = Run(
         recipe=recipe, sizes=sizes, objective=objective, engine=engine, stream=stream, index=found.index,
         labelled=found.labelled, cache=found.cache, normalise=Normalise(data.mean, data.std, dist.device()), log=log,
-        meter=meter, stop=stop, guard=guard, saver=saver, lease=lease, step=step,
-        data_step=images // sizes.images_per_step, saved_step=step if saved and own(recipe, saved) else -1,
+        meter=meter, stop=stop, guard=guard, saver=saver, lease=lease, presence=presence, step=step,
+        data_step=images // sizes.images_per_step, save_s=16 * weights / SLOW_DISK,
     )  # fmt: skip
-    announce(run, saved)
+    if saved is not None and own(recipe, saved):
+        run.saved_step = run.committed_step = step
+        run.best = saved.meta.get("best", {})
+        before = [event["seconds"] for event in events_of(recipe.run_dir, "checkpoint")[-5:]]
+        run.save_s, run.save_measured = max(before, default=run.save_s), bool(before)
+    announce(run, saved, passed_over)
     startup.mark("files")
     return run
 
@@ -825,15 +889,17 @@ def peek(recipe: Recipe, problems: list[str]) -> checkpoint.Manifest | None:
     return None
 
 
-def choose_checkpoint(recipe: Recipe) -> checkpoint.Manifest | None:
-    """The checkpoint that the run goes on from, its bytes verified. Collective: every rank calls, under the lease.
+def choose_checkpoint(recipe: Recipe) -> tuple[checkpoint.Manifest | None, list[str]]:
+    """The checkpoint that the run goes on from, its bytes verified, and what was wrong with newer ones.
+
+    Collective: every rank calls, under the lease.
 
     Raises:
         CheckpointError: on every rank; there are checkpoints and none is valid, or the one asked for is not.
     """
     asked, root = recipe.checkpoint.resume, recipe.run_dir / "checkpoints"
     if asked == "never":
-        return None
+        return None, []
     found, passed_over = checkpoint.newest(root)
     if passed_over and dist.rank() == 0:
         print("checkpoints passed over: " + "; ".join(passed_over), file=sys.stderr, flush=True)
@@ -843,8 +909,8 @@ def choose_checkpoint(recipe: Recipe) -> checkpoint.Manifest | None:
             "or start anew with checkpoint.resume=never (they are moved aside, not deleted)"
         )
     if found is None and asked not in ("auto", "must"):
-        return checkpoint.open_verified(Path(asked))
-    return found
+        return checkpoint.open_verified(Path(asked)), []
+    return found, passed_over
 
 
 def own(recipe: Recipe, saved: checkpoint.Manifest) -> bool:
@@ -852,9 +918,11 @@ def own(recipe: Recipe, saved: checkpoint.Manifest) -> bool:
     return saved.path.parent == recipe.run_dir / "checkpoints"
 
 
-def mismatches(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex | None) -> list[str]:
+def mismatches(
+    recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex | None, sizes: Resolved | None
+) -> list[str]:  # fmt: skip
     """What keeps this recipe from going on with what lies in the run's folder, one line a problem."""
-    problems = []
+    problems, allowed = [], recipe.checkpoint.allow
     written = recipe.run_dir / "recipe.yaml"
     theirs: dict[str, Any] | None = saved.meta["recipe"] if saved else None
     if theirs is None and recipe.checkpoint.resume != "never" and written.is_file():
@@ -862,13 +930,27 @@ def mismatches(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIn
     if theirs is not None:
         lines = config.differences(recipe.model_dump(mode="json"), theirs)
         where = saved.path if saved else written
-        problems += [f"{where} is of another recipe: {line}; use another run.dir, or its value" for line in lines]
+        problems += [
+            f"{where} is of another recipe: {line}; use another run.dir, or its value, or, knowingly, "
+            f"checkpoint.allow=[{line.partition(':')[0]}]" for line in lines
+        ]  # fmt: skip
     if saved is not None and recipe.objective.has("class") and recipe.model.class_hidden:
         problems += norm_problems(recipe, saved)
-    if saved is not None and index is not None and saved.meta["data_fingerprint"] != index.fingerprint:
+    every_micro = recipe.teacher.update == "micro_step" and "batch.per_device" not in allowed
+    if saved is not None and sizes is not None and every_micro:  # the accumulation counts the teacher's updates
+        before = saved.meta["sizes"]["accumulation"]
+        if sizes.accumulation != before:
+            problems.append(
+                f"teacher.update=micro_step updates the teacher {before} times a step in {saved.path}, "
+                f"{sizes.accumulation} times with {sizes.world} ranks x {sizes.per_device} per_device; choose "
+                f"batch.per_device so that ranks x per_device x {before} = {sizes.images_per_step}"
+            )
+    moved = saved is not None and index is not None and saved.meta["data_fingerprint"] != index.fingerprint
+    if saved is not None and index is not None and moved and "data.shards" not in allowed:
         problems.append(
             f"data.shards are not those of {saved.path}: their names, sizes or samples differ "
-            f"(fingerprint {index.fingerprint[:12]}, was {saved.meta['data_fingerprint'][:12]}); give the same shards"
+            f"(fingerprint {index.fingerprint[:12]}, was {saved.meta['data_fingerprint'][:12]}); give the same shards, "
+            "or, knowingly, checkpoint.allow=[data.shards]"
         )
     return problems
 
@@ -893,18 +975,36 @@ def norm_problems(recipe: Recipe, saved: checkpoint.Manifest) -> list[str]:
 
 
 def start_folder(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex) -> None:
-    """Write recipe and index; move checkpoints aside that this run does not go on from. Collective; with the lease."""
+    """Write recipe and index; move checkpoints aside that this run does not go on from. Collective; with the lease.
+
+    Raises:
+        ValueError: on every rank; the folder cannot be written.
+    """
+    problem = None
     if dist.rank() == 0:
-        folder, root = recipe.run_dir, recipe.run_dir / "checkpoints"
-        (folder / "outcome.json").unlink(missing_ok=True)  # of the job before: a crash of this one ends as nothing
-        if root.exists():
-            checkpoint.start_from(root, saved.step if saved and own(recipe, saved) else -1)
-        if not index.is_saved:
-            index.save(folder / "index")  # the next job need not read all the headers again
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        (folder / "recipe.yaml.new").write_text(text)
-        (folder / "recipe.yaml.new").replace(folder / "recipe.yaml")
-    dist.barrier()
+        try:
+            write_start(recipe, saved, index)
+        except OSError as error:
+            problem = unwritable(recipe, error)
+    dist.together(dist.from_first(problem))
+
+
+def write_start(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex) -> None:
+    """What `start_folder` writes, on rank 0."""
+    folder, root = recipe.run_dir, recipe.run_dir / "checkpoints"
+    (folder / "outcome.json").unlink(missing_ok=True)  # of the job before: a crash of this one ends as nothing
+    if root.exists():
+        checkpoint.start_from(root, saved.step if saved and own(recipe, saved) else -1)
+    if not index.is_saved:
+        index.save(folder / "index")  # the next job need not read all the headers again
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    (folder / "recipe.yaml.new").write_text(text)
+    (folder / "recipe.yaml.new").replace(folder / "recipe.yaml")
+
+
+def unwritable(recipe: Recipe, error: OSError) -> str:
+    """What to say where the run's folder refuses a write."""
+    return f"run.dir={recipe.run_dir} cannot be written: {error}; make it writable, or use another run.dir"
 
 
 def versions() -> dict[str, str]:
@@ -918,13 +1018,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def announce(run: Run, saved: checkpoint.Manifest | None) -> None:
+def announce(run: Run, saved: checkpoint.Manifest | None, passed_over: list[str]) -> None:
     """Say what will run, and where it goes on from."""
     recipe, sizes = run.recipe, run.sizes
     run.log.event(
         "resume" if saved else "start", step=run.step, sizes=sizes.asdict(), versions=versions(),
         engine=recipe.engine.model_dump(mode="json"), from_checkpoint=str(saved.path) if saved else None,
-        generation=run.lease.generation if run.lease else None, undone=run.log.undone, **preempt.this_start(),
+        passed_over=passed_over, generation=run.lease.generation if run.lease else None, undone=run.log.undone,
+        **preempt.this_start(),
     )  # fmt: skip
     run.log.say(
         f"{recipe.run.name}: {recipe.objective.name} {recipe.model.name} on {dist.device()}, {recipe.engine.name}"
@@ -981,18 +1082,39 @@ def train(recipe: Recipe, stop: preempt.StopRequest) -> int:
         try:
             why_stop = fit(run)
             run.finish_saves()
-            if why_stop and run.step < run.sizes.total_steps:
-                status, outcome = preempt.STOPPED, f"stopped, {why_stop}"
+            status, outcome = run.ending(why_stop)
             run.log.say(run.summary(outcome))
         except (NumbersGoneBad, DataGoneBad, checkpoint.CheckpointError, LeaseLost) as error:  # on all ranks together
             say_error(error)
             status, outcome = preempt.FAILED, str(error)
+        except Exception as error:  # of this rank alone, or of all that have lost one: they never meet again
+            with contextlib.suppress(OSError, ValueError):  # a full disk may be why
+                note_failure(run, error)
+            raise
         run.log.event("stop", step=run.step, status=status, reason=outcome)
     run.stream.close()
-    if run.lease is not None and not run.lease.lost:
+    run.presence.leave()
+    if run.lease is not None and run.lease.holds():
         preempt.write_outcome(recipe.run_dir, status=status, step=run.step, reason=outcome)
         run.lease.release()
     return status
+
+
+def note_failure(run: Run, error: Exception) -> None:
+    """Say to the error whom this rank lost, if it did, and write it down for whoever starts the job again.
+
+    Raises:
+        OSError, ValueError: it cannot be written.
+    """
+    loss = run.presence.explain(error)
+    error.add_note(loss.message)
+    reason = loss.message if loss.of_a_peer else f"rank {dist.rank()}: {error!r}"
+    run.log.event("stop", step=run.step, status=preempt.FAILED, reason=reason)
+    folder = run.recipe.run_dir
+    if loss.speaks and newest_generation(folder) == run.presence.generation:
+        preempt.write_outcome(folder, status=preempt.FAILED, step=run.step, reason=reason, again=loss.of_a_peer)
+    if run.lease is not None:
+        run.lease.release()
 
 
 def say_error(error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 
 from rcmae import checkpoint
 from rcmae.engine import LocalEngine, Settings
+from rcmae.lease import LeaseLost
 from rcmae.vit import MaskedAutoencoder
 from runs import Folder, distance, equal, start
 from tests.conftest import ROOT, Ranks
@@ -118,7 +121,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
     damage(folder.checkpoints / "step-00000020" / name)
     assert start(tiny, folder.path, "checkpoint.every_steps=5", "checkpoint.keep=4") == 0
     assert f"{folder.checkpoints}/step-000000{named}" in capsys.readouterr().err
-    assert folder.events("resume")[-1]["step"] == 15
+    resumed = folder.events("resume")[-1]
+    assert resumed["step"] == 15
+    assert any(f"{folder.checkpoints}/step-000000{named}" in text for text in resumed["passed_over"])
     assert folder.committed() == [5, 10, 15, 20]  # nothing valid was deleted, and the last step committed anew
     assert folder.steps() == list(range(1, 21))
     assert equal(folder.state(), uninterrupted.state())
@@ -267,6 +272,79 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(
     assert equal(run.state(), uninterrupted.state())
 
 
+def test_a_commit_whose_pointer_could_not_be_moved_is_none_the_less_one(
+    tiny: Path, tmp_path: Path, uninterrupted: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step's: its next try finds the folder in place, and must neither fail for it nor write it anew."""
+    run, replace, refused = Folder(tmp_path / "run"), os.replace, []
+
+    def refuse_once(source: Any, target: Any) -> None:
+        if Path(target).name == "LATEST" and (run.checkpoints / "step-00000020").exists() and not refused:
+            refused.append(os.stat(run.checkpoints / "step-00000020").st_ino)
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_once)
+    assert start(tiny, run.path) == 0
+    assert refused == [os.stat(run.checkpoints / "step-00000020").st_ino]
+    assert "LATEST: No space left on device" in run.events("checkpoint_failed")[0]["reason"]
+    assert (run.checkpoints / "LATEST").read_text() == "step-00000020\n"
+    assert run.leftovers() == []
+    assert equal(run.state(), uninterrupted.state())
+
+
+CAP_DAC_OVERRIDE = 1
+
+
+@pytest.fixture
+def permissions_count() -> Iterator[None]:
+    """Have root bound by the permissions of files, in this thread and those it starts."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    before = sets[0]
+    sets[0] &= ~(1 << CAP_DAC_OVERRIDE)
+    assert libc.capset(header, sets) == 0
+    yield
+    sets[0] = before
+    assert libc.capset(header, sets) == 0
+
+
+@pytest.mark.usefixtures("permissions_count")
+def test_a_folder_that_turns_read_only_loses_nothing_and_is_named(
+    tiny: Path, tmp_path: Path, uninterrupted: Folder, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run, replace = Folder(tmp_path / "run"), os.replace
+    often = "checkpoint.every_steps=3"
+
+    def then_read_only(source: Any, target: Any) -> None:
+        replace(source, target)
+        if Path(target).name == "LATEST" and Path(target).read_text() == "step-00000006\n":
+            run.checkpoints.chmod(0o555)
+
+    monkeypatch.setattr(os, "replace", then_read_only)
+    assert start(tiny, run.path, often) == 1
+    monkeypatch.undo()
+    said = capsys.readouterr().err
+    for text in (f"{run.checkpoints}/.writing-step-", "Permission denied", "mend the folder", "start the same command"):
+        assert text in said
+    assert len(run.events("checkpoint_failed")) == 3
+    assert run.committed() == [3, 6]
+
+    before = files(run.checkpoints)
+    for locked, named in ((run.checkpoints, "checkpoints"), (run.path / "leases", "leases")):
+        locked.chmod(0o555)
+        assert start(tiny, run.path, often) == 2  # and no rank trains
+        said = capsys.readouterr().err
+        assert f"run.dir={run.path} cannot be written: [Errno 13] Permission denied: '{run.path}/{named}/" in said
+        assert "make it writable, or use another run.dir" in said
+        locked.chmod(0o755)
+    assert files(run.checkpoints) == before
+    assert start(tiny, run.path, often) == 0
+    assert equal(run.state(), uninterrupted.state())
+
+
 @pytest.mark.slow
 def test_a_rank_that_cannot_write_or_a_damaged_part_of_one_rank_is_every_ranks_news(
     tiny: Path, tmp_path: Path, uninterrupted: Folder, ranks: Callable[..., Ranks]
@@ -317,7 +395,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_the_run_as_it_was_or_one_save_furth
 
 
 def test_what_killed_writers_left_is_removed(tiny: Path, folder: Folder) -> None:
-    for name in (".writing-step-00000016-0badf00d", ".dropped-step-00000005-0badf00d"):
+    for name in (".writing-step-00000016-00000001-0badf00d", ".dropped-step-00000005-0badf00d"):
         shutil.copytree(folder.checkpoints / "step-00000005", folder.checkpoints / name)
     shutil.rmtree(folder.checkpoints / "step-00000020")
     assert start(tiny, folder.path, "run.stop_after_steps=1") == 75
@@ -393,6 +471,58 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(
     assert saved is not None
     assert equal(library_view(saved.path), wanted)
     assert not equal(wanted, live(engine))
+
+
+def test_a_writer_that_was_passed_over_takes_nothing_from_the_one_that_came_after(
+    tmp_path: Path, engine: LocalEngine
+) -> None:
+    """It wakes before its save, and with a folder of its step in place: by an earlier look, that one was damaged."""
+    root = tmp_path / "checkpoints"
+    later = checkpoint.Saver(root, keep=2, generation=2, background=False)
+    saved = later.save(engine, step=7, images=224, meta={"recipe": {}})
+    assert saved is not None
+    under_way = root / ".writing-step-00000009-00000002-0badf00d"
+    under_way.mkdir()
+    before = files(root)
+
+    def passed_over() -> None:
+        raise LeaseLost("job 18 took this run over from step 6")
+
+    disturb(engine)
+    for asked in (passed_over, lambda: None):  # lost for good, or paused right after it asked
+        earlier = checkpoint.Saver(root, keep=2, generation=1, background=False, check_lease=asked)
+        with pytest.raises((LeaseLost, checkpoint.CheckpointError), match=r"took this run|another valid"):
+            earlier.save(engine, step=7, images=224, meta={"recipe": {}})
+        assert files(root) == before
+        assert under_way.is_dir()
+
+
+def test_what_damage_left_in_a_steps_place_is_replaced(tmp_path: Path, engine: LocalEngine) -> None:
+    saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2, background=False)
+    saved = saver.save(engine, step=7, images=224, meta={"recipe": {}})
+    assert saved is not None
+    cut(0.5)(saved.path / RANK)
+    again = saver.save(engine, step=7, images=224, meta={"recipe": {}})
+    assert again is not None
+    assert equal(library_view(again.path), live(engine))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["LATEST", "step-00000007"]
+
+
+def test_a_save_that_finds_another_under_way_waits_for_it_and_says_for_how_long(
+    tmp_path: Path, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda *args: (time.sleep(0.5), mkdir(*args))[1])
+    saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2)
+    assert saver.save(engine, step=1, images=32, meta={"recipe": {}}) is None
+    first = saver.save(engine, step=2, images=64, meta={"recipe": {}})
+    second = saver.wait()
+    assert first is not None
+    assert second is not None
+    assert (first.step, second.step) == (1, 2)
+    assert first.waited_s == pytest.approx(0.0, abs=0.1)
+    assert 0.3 < second.waited_s <= second.stall_s
+    assert second.seconds < 2 * first.seconds + 0.5  # the wait is not its own
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path, engine: LocalEngine) -> None:

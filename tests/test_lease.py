@@ -4,15 +4,23 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from rcmae import checkpoint
 from rcmae import lease as lease_module
 from rcmae.lease import Fence, Lease, LeaseHeld, LeaseLost, fence
+from runs import Folder, equal, start, wait_for
+from tests.conftest import ROOT
 
 FOREIGN = {"host": "elsewhere", "boot": "another", "pid": 1, "token": "t", "job": "17"}
 
@@ -173,3 +181,71 @@ def test_a_folder_that_cannot_be_written_loses_the_run_in_time(tmp_path: Path, m
             held.check()
     with pytest.raises(LeaseLost, match="no beat could be written"):
         held.check()
+
+
+# ---------------------------------------------------------------------------------------- two trainings on one folder
+
+
+@contextlib.contextmanager
+def training(log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`python COMMAND...` in a process of its own, for as long as the block lasts."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=out)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_of_two_trainings_on_one_folder_exactly_one_commits(tiny: Path, tmp_path: Path) -> None:
+    run = Folder(tmp_path / "run")
+    job = ["-m", "rcmae.train", str(tiny), f"run.dir={run.path}", "schedule.steps=100000", "run.lease_wait_s=0"]
+    logs = [tmp_path / "one", tmp_path / "other"]
+    with training(logs[0], *job) as one, training(logs[1], *job) as other:
+        wait_for(lambda: (one.poll() or other.poll()) is not None, lambda: True)
+        refused = (one, other).index(one if one.poll() is not None else other)
+        went = (other, one)[refused]
+        wait_for(lambda: run.committed() != [], lambda: went.poll() is None)
+        went.terminate()
+        assert [process.wait(timeout=120) for process in ((one, other)[refused], went)] == [2, 75]
+    said = logs[refused].read_text()
+    assert re.search(rf"is being trained by process {went.pid} on \S+ \(generation 1\), which is alive", said), said
+    assert "use another run.dir" in said
+    assert {checkpoint.read_manifest(path).generation for path in run.checkpoints.glob("step-*")} == {1}
+    assert run.committed()[-1] == run.outcome()["step"]
+    assert len(run.events("start")) == 1
+
+
+def test_a_holder_paused_between_its_last_check_and_its_rename_changes_nothing_that_is_read(
+    tiny: Path, tmp_path: Path, uninterrupted: Folder
+) -> None:
+    run = Folder(tmp_path / "run")
+    job = [str(tiny), f"run.dir={run.path}", "checkpoint.every_steps=5", "checkpoint.keep=9", "run.lease_timeout_s=1"]
+    pausing = str(ROOT / "tests" / "programs" / "paused_commit.py")
+    with training(tmp_path / "log", pausing, "10", *job) as paused:
+        process = psutil.Process(paused.pid)
+        wait_for(lambda: process.status() == psutil.STATUS_STOPPED, lambda: paused.poll() is None)
+        assert run.committed() == [5]
+        later = take(run.path, timeout_s=1, step=5)
+
+        paused.send_signal(signal.SIGCONT)
+        assert paused.wait(timeout=120) == 1
+    said = (tmp_path / "log").read_text()
+    assert "took this run over from step 5; this job stops and writes nothing more" in said
+    assert "Free space" not in said.splitlines()[-1]  # the wrong way out
+    assert (run.checkpoints / "step-00000010" / "manifest.json").exists()  # it did rename, and ...
+    newest, passed_over = checkpoint.newest(run.checkpoints)
+    assert newest is not None
+    assert newest.step == 5  # ... nobody reads it
+    assert "its writer, generation 1, had lost the run" in passed_over[0]
+    assert (run.checkpoints / "LATEST").read_text() == "step-00000005\n"
+    assert not (run.path / "outcome.json").exists()
+
+    later.release()
+    assert start(tiny, run.path, *job[2:]) == 0
+    assert run.events("resume")[-1]["step"] == 5
+    assert run.steps() == list(range(1, 21))
+    assert equal(run.state(), uninterrupted.state())
+    assert checkpoint.read_manifest(run.checkpoints / "step-00000010").generation == 3

@@ -144,6 +144,24 @@ def test_a_training_is_started_again_if_and_only_if_it_stopped_on_request(
     assert answers(capsys) == {"status": str(status), "again": again, "delay_s": "0", "step": "8"}
 
 
+def test_a_training_that_lost_a_rank_is_started_again_while_it_makes_progress(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for restart in range(4):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        assert begin(run_dir) == 0
+        if restart == 0:
+            commit(run_dir, 8)
+        preempt.write_outcome(run_dir, status=preempt.FAILED, step=9, reason="lost rank 3 on n2", again=True)
+        capsys.readouterr()
+        assert end(run_dir, 1) == 0
+        heard = capsys.readouterr()
+        told = dict(word.split("=") for word in heard.out.split())
+        assert told["status"] == "1"
+        assert "lost rank 3 on n2" in heard.err
+        assert told["again"] == ("yes" if restart < 3 else "no")
+
+
 def test_starts_without_progress_wait_longer_each_time_and_then_end(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -202,6 +202,35 @@ def test_a_folder_of_another_recipe_or_other_data_is_refused_with_the_difference
         assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
 
 
+def test_what_a_resume_may_not_change_it_may_when_it_is_allowed_by_name(
+    tiny: Path, photo_shards: str, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tiny, folder.path, "run.stop_after_steps=2") == 75
+    fewer, changed = photo_shards.replace("000005", "000004"), ["schedule.lr=5e-4", "teacher.momentum=0.9"]
+    assert start(tiny, folder.path, *changed, f"data.shards={fewer}", "checkpoint.allow=[schedule.lr]") == 2
+    said = capsys.readouterr().err
+    assert "teacher.momentum: 0.996 in the run, 0.9 asked for" in said
+    assert "knowingly, checkpoint.allow=[teacher.momentum]" in said
+    assert "knowingly, checkpoint.allow=[data.shards]" in said
+    assert "schedule.lr:" not in said
+    allow = "checkpoint.allow=[schedule.lr, teacher, data.shards]"
+    assert start(tiny, folder.path, *changed, f"data.shards={fewer}", allow) == 0
+    assert max(row["lr"] for row in folder.rows()[2:]) == 5e-4
+    assert [event["step"] for event in folder.events("resume")] == [2]
+
+
+def test_a_teacher_updated_with_every_micro_batch_wants_as_many_of_them(
+    tiny: Path, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    micro = ["teacher.update=micro_step", "run.stop_after_steps=2"]
+    assert start(tiny, folder.path, *micro, "batch.per_device=8") == 75
+    assert start(tiny, folder.path, *micro, "batch.per_device=16") == 2
+    said = capsys.readouterr().err
+    assert "updates the teacher 4 times a step" in said
+    assert "so that ranks x per_device x 4 = 32" in said
+    assert start(tiny, folder.path, *micro, "batch.per_device=8") == 75
+
+
 # ------------------------------------------------------------------------------------------------- asked to stop
 
 

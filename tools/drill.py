@@ -1,97 +1,212 @@
 """Try the promises that cannot be seen in a quiet run: kill a training again and again, and resume it under any engine.
 
     python tools/drill.py kill RECIPE --times 100 [--layout "ds2 x2"] [--json FILE] [key=value ...]
-    python tools/drill.py matrix RECIPE [--layouts "local x1,ds3 x2"] [--json FILE] [key=value ...]
+    python tools/drill.py matrix RECIPE [--layouts "local x1,ds3 x2"] [--pairs "ds1 x2 -> fsdp2 x4"] [--json FILE] ...
+    python tools/drill.py cost RECIPE [--layout "ds2 x2"] [--json FILE] [key=value ...]
 
 `kill` SIGKILLs one rank or all at random moments, a third of them inside a save, starts the same command again each
 time and compares what comes out with a run that nobody touched. `matrix` saves under each engine and world size, goes
-on under each, and compares losses and teacher with an uninterrupted run on one process. Exit status: 0 all as
-promised, 1 not, 2 the recipe cannot run.
+on under each, and compares samples, losses and teacher with an uninterrupted run on one process; of engine.precision
+bf16, with one of fp32. `cost` tells for how long saves hold the training up, in the background and not, and what they
+write. Exit status: 0 all as promised, 1 not, 2 the recipe cannot run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import platform
 import random
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from rcmae import checkpoint, config, dist, preempt, train
+from rcmae import checkpoint, config, dist, memory, preempt, train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "teacher")
 LAYOUTS = {  # name -> ranks, overrides
-    "local x1": (1, ["engine.name=local"]),
+    "local x1": (1, ["engine.name=local", "engine.config=null"]),
     "ds0 x2": (2, ["engine.name=deepspeed", "engine.config=zero0.json"]),
     "ds1 x2": (2, ["engine.name=deepspeed", "engine.config=zero1.json"]),
     "ds2 x2": (2, ["engine.name=deepspeed", "engine.config=zero2.json"]),
     "ds3 x2": (2, ["engine.name=deepspeed", "engine.config=zero3.json"]),
     "ds3 x4": (4, ["engine.name=deepspeed", "engine.config=zero3.json"]),
-    "fsdp2 x2": (2, ["engine.name=fsdp2"]),
-    "fsdp2 x4": (4, ["engine.name=fsdp2"]),
+    "fsdp2 x2": (2, ["engine.name=fsdp2", "engine.config=null"]),
+    "fsdp2 x4": (4, ["engine.name=fsdp2", "engine.config=null"]),
 }
 PHASES = ("copied", "half a file", "file written", "manifest written", "renamed", "LATEST not moved", "pruning")
+BY_ANY_RANK = ("copied", "half a file", "file written")  # the others are rank 0's alone
+BOUNDS = {"fp32": {"loss": 1e-5, "teacher": 1e-5}, "bf16": {"loss": 1e-2, "teacher": 1e-3}}  # relative; L2 for tensors
+
+
+class Failed(RuntimeError):
+    """A training did not do what the drill needs; says what it printed."""
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks
 
 
-def start(world: int, jobs: Sequence[Sequence[str]], log: Path, die: str = "") -> list[subprocess.Popen[bytes]]:
-    """Start ranks that train these recipes one after the other; `die` is PHASE@RANK of a save to die in."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-    }  # fmt: skip
-    command = [sys.executable, __file__, "ranks", json.dumps(jobs), die]
-    ranks = []
-    with log.open("a") as out:
-        for rank in range(world):
-            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL))
-    return ranks
+class Fork:
+    """A fork of this process, which has imported everything, with what `Ranks` uses of a Popen."""
+
+    def __init__(self, env: dict[str, str], out: IO[str], action: Callable[[], int]) -> None:
+        sys.stdout.flush()
+        self._status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.environ.update(env)
+            for stream in (1, 2):
+                os.dup2(out.fileno(), stream)
+            status = 1
+            try:
+                status = action()
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+        if self._status is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if ended else None
+        return self._status
+
+    def wait(self) -> int:
+        """The exit status, once it has one."""
+        while (status := self.poll()) is None:
+            time.sleep(0.02)
+        return status
+
+    def kill(self) -> None:
+        """End it now."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
-def end(ranks: Sequence[subprocess.Popen[bytes]], timeout_s: float = 600.0) -> list[int]:
-    """Wait for ranks; once one has failed the others have ten seconds. Their exit statuses."""
-    give_up = time.monotonic() + timeout_s
-    while any(rank.poll() is None for rank in ranks):
-        if any(rank.poll() for rank in ranks):
-            give_up = min(give_up, time.monotonic() + 10)
-        if time.monotonic() > give_up:
-            for rank in ranks:
-                rank.kill()
-        time.sleep(0.02)
-    return [rank.wait() for rank in ranks]
+class Ranks:
+    """Processes that train these recipes one after the other, as a launcher starts them.
+
+    Args:
+        world: how many.
+        jobs: a recipe and its overrides each.
+        log: what they print is added to this file.
+        die: PHASE@RANK of a save to die in.
+        record: whether each run's folder gets the samples of each step.
+        fork: forks of this process, which saves the imports; else new processes.
+    """
+
+    def __init__(
+        self, world: int, jobs: Sequence[Sequence[str]], log: Path, *, die: str = "", record: bool = False,
+        fork: bool = False,
+    ) -> None:  # fmt: skip
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {
+            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        }  # fmt: skip
+        command = [sys.executable, __file__, "ranks", json.dumps(jobs), die, "record" if record else ""]
+        self.log = log
+        self.processes: list[subprocess.Popen[bytes] | Fork] = []
+        with log.open("a") as out:
+            for rank in range(world):
+                env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self.processes.append(
+                    Fork(env, out, lambda: run_ranks(jobs, die, record))
+                    if fork
+                    else subprocess.Popen(command, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+                )
+
+    def running(self) -> bool:
+        """Whether none has ended."""
+        return all(process.poll() is None for process in self.processes)
+
+    def end(self, timeout_s: float = 900.0) -> list[int]:
+        """Wait for all; once one has failed the others have a minute. Their exit statuses."""
+        give_up = time.monotonic() + timeout_s
+        while any(process.poll() is None for process in self.processes):
+            if any(process.poll() for process in self.processes):
+                give_up = min(give_up, time.monotonic() + 60)
+            if time.monotonic() > give_up:
+                for process in self.processes:
+                    process.kill()
+                raise Failed(f"ranks outlived a failed one by a minute, or {timeout_s:.0f} s:\n{self.said()}")
+            time.sleep(0.02)
+        return [process.wait() for process in self.processes]
+
+    def succeed(self) -> None:
+        """Wait for all to finish, or to stop where they were told to.
+
+        Raises:
+            Failed: one ended otherwise.
+        """
+        statuses = self.end()
+        if not set(statuses) <= {preempt.FINISHED, preempt.STOPPED}:
+            raise Failed(f"exit statuses {statuses}:\n{self.said()}")
+
+    def said(self) -> str:
+        """The end of what they printed."""
+        return self.log.read_text()[-4000:]
 
 
-def run_ranks(jobs: Sequence[Sequence[str]], die: str) -> int:
+def run_ranks(jobs: Sequence[Sequence[str]], die: str, record: bool) -> int:
     """What a started rank does."""
     torch.set_num_threads(1)
     phase, _, rank = die.partition("@")
     if die and int(rank) == int(os.environ["RANK"]):
         arm(phase)
+    if record:
+        record_samples()
+    if len(jobs) == 1:
+        return train.main(list(jobs[0]))
     dist.start(required=True, timeout_s=120)
     statuses = [train.train(config.load(name, overrides), preempt.StopRequest()) for name, *overrides in jobs]
     dist.finish()
     return next((status for status in statuses if status not in (preempt.FINISHED, preempt.STOPPED)), 0)
+
+
+def record_samples() -> None:
+    """Have each rank write the position and key of every sample it trains on to `samples-RANK.jsonl` of the run."""
+    agree = train.Run.agree
+
+    def recorded(self: train.Run, micros: Sequence[Any]) -> Any:
+        found = [pair for batch in micros for pair in zip(batch.positions.tolist(), batch.keys, strict=True)]
+        with (self.recipe.run_dir / f"samples-{dist.rank()}.jsonl").open("a") as file:
+            file.write(json.dumps([self.step, found]) + "\n")
+        return agree(self, micros)
+
+    train.Run.agree = recorded  # type: ignore[method-assign]
+
+
+def samples(run: Path) -> dict[int, set[tuple[int, str]]]:
+    """Step -> the (position, key) that all ranks of all jobs read for it."""
+    found: dict[int, set[tuple[int, str]]] = {}
+    for path in run.glob("samples-*.jsonl"):
+        for step, pairs in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(step, set()).update((position, key) for position, key in pairs)
+    return found
 
 
 def arm(phase: str) -> None:
@@ -155,50 +270,105 @@ def arm(phase: str) -> None:
 def kill(recipe: str, times: int, layout: str, overrides: Sequence[str], seed: int) -> dict[str, Any]:
     """Kill a training so many times and resume it each time; what was hit, and whether it ends as an untouched one."""
     draw, (world, engine) = random.Random(seed), LAYOUTS[layout]
+    plan = draw.sample(moments(times), times)
     hits: Counter[str] = Counter()
-    aimed = [phase for phase in PHASES for _ in range(max(1, round(times / 3 / len(PHASES))))]
-    plan = [*aimed, *[""] * (times - len(aimed))][:times]
-    draw.shuffle(plan)
+    resumed = anew = finished_before = 0
+    slowest_s = 0.0  # from a kill to the end of the last rank
+    checks: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         log, run, oracle = root / "log", root / "run", root / "untouched"
 
         def job(where: Path) -> list[list[str]]:
-            return [[recipe, f"run.dir={where}", "run.lease_timeout_s=3", "log.every_steps=1", *engine, *overrides]]
+            fixed = ["run.lease_timeout_s=3", "log.every_steps=1", "engine.timeout_s=120", "log.tensorboard=false"]
+            return [[recipe, f"run.dir={where}", *fixed, *engine, *overrides]]
 
         begin = time.monotonic()
-        assert end(start(world, job(oracle), log)) == [0] * world, log.read_text()[-3000:]
-        whole = time.monotonic() - begin
-        resumed, finished_early = 0, 0
+        Ranks(world, job(oracle), log).succeed()
+        first, last = (json.loads(line)["time"] for line in ends_of((oracle / "metrics.jsonl").read_text()))
+        step_s = (last - first) / max(1, last_step(oracle) - 1)
         for phase in plan:
-            if finished(run):  # start over: the drill is longer than the training
-                finished_early += 1
-                check = compare(run, oracle)
-                assert check["bit_equal"] or world > 1, check
-                shutil.rmtree(run)
-            victims = draw.choice(("one", "all")) if world > 1 else "all"
-            die = f"{phase}@0" if phase else ""
-            if phase in ("copied", "half a file", "file written"):
-                die = f"{phase}@{draw.randrange(world)}"
-            before = last_step(run)
-            ranks = start(world, job(run), log, die)
-            resumed += before > 0
-            if phase:
-                statuses = end(ranks)
-                hits[f"in a save: {phase}" if -signal.SIGKILL in statuses else "ended before its phase came"] += 1
-                continue
-            time.sleep(draw.uniform(0.2, 0.9) * whole)
-            for rank in ranks if victims == "all" else [draw.choice(ranks)]:
-                rank.kill()
-            end(ranks)
-            hits[f"at a random moment: {victims}"] += 1
-        assert end(start(world, job(run), log)) == [0] * world, log.read_text()[-3000:]
-        after = compare(run, oracle)
+            while True:  # until the kill came before the end of the training
+                if finished(run):  # the drill is longer than the training
+                    checks.append(compare(run, oracle))
+                    shutil.rmtree(run)
+                begun, committed = len(starts_of(run)), last_step(run)
+                die = f"{phase}@{draw.randrange(world) if phase in BY_ANY_RANK else 0}" if phase else ""
+                ranks = Ranks(world, job(run), log, die=die)
+                what = f"in a save: {phase}" if phase else strike(draw, ranks, run, begun, step_s)
+                at = time.monotonic()
+                statuses = ranks.end()
+                if -signal.SIGKILL in statuses:
+                    slowest_s = max(slowest_s, 0.0 if phase else time.monotonic() - at)
+                    hits[what] += 1
+                    break
+                finished_before += 1
+                if any(statuses):
+                    raise Failed(f"it ended by itself with {statuses}:\n{ranks.said()}")
+            for event in starts_of(run)[begun:]:
+                if event["step"] < committed or (committed and event["event"] != "resume"):
+                    raise Failed(f"step {committed} was committed, but it went on from {event}:\n{ranks.said()}")
+            resumed, anew = resumed + (committed > 0), anew + (committed == 0)
+        begun = len(starts_of(run))
+        if not finished(run):
+            Ranks(world, job(run), log).succeed()
+        checks.append(compare(run, oracle))
+    fine = all(check["steps_once"] and check["bit_equal" if world == 1 else "close"] for check in checks)
+    saves = [hits[f"in a save: {phase}"] for phase in dict.fromkeys(filter(None, plan))]
     return {
-        "times": len(plan), "hits": dict(sorted(hits.items())), "resumes": resumed,
-        "runs_finished_on_the_way": finished_early, **after, "seconds": time.monotonic() - begin,
-        "ok": after["steps_once"] and after["bit_equal" if world == 1 else "close"],
+        "layout": layout, "kills": hits.total(), "hits": dict(sorted(hits.items())), "resumes": resumed,
+        "starts_before_a_first_checkpoint": anew, "ended_before_the_kill": finished_before,
+        "slowest_end_after_a_kill_s": slowest_s, "trainings_finished_and_compared": checks,
+        "seconds": time.monotonic() - begin, "ok": fine and hits.total() == len(plan) and min(saves, default=1) > 0,
     }  # fmt: skip
+
+
+def moments(times: int) -> list[str]:
+    """So many moments to kill at: a third in saves, each phase as often as the others, and "" for a random one."""
+    each = -(-times // (3 * len(PHASES)))
+    aimed = [phase for _ in range(each) for phase in PHASES][: max(1, times // 2)]
+    return [*aimed, *[""] * (times - len(aimed))]
+
+
+def strike(draw: random.Random, ranks: Ranks, run: Path, begun: int, step_s: float) -> str:
+    """Kill one rank or all at a random moment of the start or of the first 60 steps; what it was.
+
+    Args:
+        draw: the randomness.
+        ranks: who is killed.
+        run: where they train.
+        begun: starts that the run had before this one.
+        step_s: seconds of a step.
+    """
+    moment, wait = "at a random moment", draw.uniform(0, 60) * step_s
+    if draw.random() < 0.15:
+        moment, wait = "while it started", draw.uniform(0.0, 3.0)
+    while ranks.running() and moment == "at a random moment" and len(starts_of(run)) == begun:
+        time.sleep(0.005)
+    until = time.monotonic() + wait
+    while ranks.running() and time.monotonic() < until:
+        time.sleep(0.002)
+    world = len(ranks.processes)
+    chosen = ranks.processes if draw.random() < 0.5 else [draw.choice(ranks.processes)]
+    for process in chosen:
+        process.kill()
+    return moment + (f", {len(chosen)} of {world} ranks" if world > 1 else "")
+
+
+def ends_of(text: str) -> tuple[str, str]:
+    """The first and the last line."""
+    lines = text.splitlines()
+    return lines[0], lines[-1]
+
+
+def starts_of(run: Path) -> list[dict[str, Any]]:
+    """The events of starts and resumes in a run's folder."""
+    try:
+        lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    except OSError:
+        return []
+    events = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [event for event in events if event["event"] in ("start", "resume")]
 
 
 def finished(run: Path) -> bool:
@@ -216,17 +386,24 @@ def last_step(run: Path) -> int:
 
 
 def compare(run: Path, oracle: Path) -> dict[str, Any]:
-    """The last checkpoints and the metrics of two runs."""
-    mine, theirs = (checkpoint.newest_unverified(each / "checkpoints") for each in (run, oracle))
-    assert mine is not None
-    assert theirs is not None
-    keys = [key for key in theirs.tensors if key.partition("/")[0] in KINDS]
-    pairs = [(checkpoint.tensor_of(mine, key).double(), checkpoint.tensor_of(theirs, key).double()) for key in keys]
-    difference = sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(b.square().sum()) for _, b in pairs)
+    """The last checkpoints, every byte verified, and the metrics of two runs."""
+    (mine, _), (theirs, _) = (checkpoint.newest(each / "checkpoints") for each in (run, oracle))
+    if mine is None or theirs is None:
+        raise Failed(f"no valid checkpoint in {run if mine is None else oracle}")
+    distances = {}
+    equal = mine.step == theirs.step
+    for kind in KINDS:
+        keys = [key for key in theirs.tensors if key.partition("/")[0] == kind]
+        difference = norm = 0.0
+        for key in keys:
+            a, b = (checkpoint.tensor_of(each, key).double() for each in (mine, theirs))
+            equal = equal and torch.equal(a, b)
+            difference, norm = difference + float((a - b).square().sum()), norm + float(b.square().sum())
+        distances[kind] = (difference / norm) ** 0.5 if norm else 0.0
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
-        "step": mine.step, "bit_equal": mine.step == theirs.step and all(torch.equal(a, b) for a, b in pairs),
-        "relative_l2": difference**0.5, "close": mine.step == theirs.step and difference**0.5 < 1e-5,
+        "step": mine.step, "bit_equal": equal, "relative_l2": distances,
+        "close": mine.step == theirs.step and max(distances["weight"], distances["teacher"]) < 1e-5,
         "steps_once": steps == list(range(1, theirs.step + 1)),
     }  # fmt: skip
 
@@ -234,85 +411,197 @@ def compare(run: Path, oracle: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ matrix
 
 
-def matrix(recipe: str, names: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
-    """Save under each layout, go on under each: the largest error of the next losses and of the teacher, by pair."""
-    half = ["run.stop_after_steps=10", "log.every_steps=1", "checkpoint.every_steps=5", *overrides]
-    rest = ["log.every_steps=1", "checkpoint.every_steps=5", *overrides]
+def matrix(recipe: str, pairs: Sequence[tuple[str, str]], precision: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Save under each layout, go on under each: the largest error of the next losses and of the teacher, by pair.
+
+    Args:
+        recipe: of 20 steps; saved is the tenth.
+        pairs: (saver, loader) layouts.
+        precision: of both; the losses are compared with an uninterrupted `local` run in fp32 in any case, the teacher
+            with one in this precision.
+        overrides: of the recipe.
+    """
+    fixed = ["log.every_steps=1", "checkpoint.every_steps=5", "log.tensorboard=false", "schedule.steps=20", *overrides]
+    begin, bounds = time.monotonic(), BOUNDS[precision]
+    savers, loaders = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        log, oracle = root / "log", root / "untouched"
+        log = root / "log"
+        oracles = {each: root / each for each in dict.fromkeys(("fp32", precision))}
 
-        def launch(layout: str, jobs: Sequence[Sequence[str]]) -> None:
+        def launch(layout: str, jobs: Sequence[tuple[Path, Sequence[str]]]) -> None:
             world, engine = LAYOUTS[layout]
-            assert end(start(world, [[*job, *engine] for job in jobs], log)) == [0] * world, log.read_text()[-3000:]
+            told = [[recipe, f"run.dir={where}", *fixed, *engine, *more] for where, more in jobs]
+            Ranks(world, told, log, record=True, fork=True).succeed()
 
-        launch("local x1", [[recipe, f"run.dir={oracle}", *rest]])
-        for saver in names:  # one launch a saver, one a loader that opens all of them
-            launch(saver, [[recipe, f"run.dir={root / saver}", *half]])
-        for loader in names:
-            for saver in names:
+        importlib.import_module("rcmae.engine_deepspeed")  # before the forks; this process itself trains nothing
+        importlib.import_module("rcmae.engine_fsdp2")
+        for each, where in oracles.items():
+            launch("local x1", [(where, [f"engine.precision={each}"])])
+        exact = [f"engine.precision={precision}"]
+        for saver in savers:  # one launch a saver, one a loader that opens all of them
+            launch(saver, [(root / saver, [*exact, "run.stop_after_steps=10"])])
+        found = {}
+        for loader in loaders:
+            mine = [saver for saver, other in pairs if other == loader]
+            for saver in mine:
                 shutil.copytree(root / saver, root / f"{saver} -> {loader}")
-            launch(loader, [[recipe, f"run.dir={root / f'{saver} -> {loader}'}", *rest] for saver in names])
-        pairs = {}
-        for saver in names:
-            for loader in names:
+            launch(loader, [(root / f"{saver} -> {loader}", exact) for saver in mine])
+            for saver in mine:
                 pair = f"{saver} -> {loader}"
-                wanted, got = losses(oracle), losses(root / pair)
-                worst = max(abs(a - b) / abs(b) for a, b in zip(got, wanted, strict=True))
-                teacher = compare(root / pair, oracle)
-                fine = worst < 1e-5 and teacher["steps_once"]
-                pairs[pair] = {"loss": worst, "state": teacher["relative_l2"], "ok": fine}
-    return {"pairs": pairs, "ok": all(pair["ok"] for pair in pairs.values())}
+                found[pair] = judge(root / pair, oracles["fp32"], oracles[precision], bounds)
+                shutil.rmtree(root / pair)
+    return {
+        "precision": precision, "bounds": bounds, "pairs": found, "seconds": time.monotonic() - begin,
+        "ok": all(pair["ok"] for pair in found.values()),
+    }  # fmt: skip
 
 
-def losses(run: Path) -> list[float]:
-    """The logged losses of a run."""
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def judge(run: Path, fp32: Path, same: Path, bounds: dict[str, float]) -> dict[str, Any]:
+    """What a resumed run's last ten steps are, beside uninterrupted ones."""
+    wanted, got, after = losses(fp32), losses(run), compare(run, same)
+    worst = max(abs(got[step] - wanted[step]) / abs(wanted[step]) for step in range(11, 21))
+    same_samples, teacher = samples(run) == samples(fp32), after["relative_l2"]["teacher"]
+    fine = worst < bounds["loss"] and teacher < bounds["teacher"] and same_samples and after["steps_once"]
+    return {"loss": worst, "teacher": teacher, "same_samples": same_samples, "ok": fine}
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> its logged loss."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+# -------------------------------------------------------------------------------------------------------------- cost
+
+
+def cost(recipe: str, layout: str, overrides: Sequence[str], rounds: int = 2) -> dict[str, Any]:
+    """Seconds that saves hold a training up, written in the background and not, and their bytes beside the formula."""
+    world, engine = LAYOUTS[layout]
+    every, saves = 3, 3
+    seen: dict[str, list[dict[str, Any]]] = {"background": [], "waiting": []}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for turn in range(rounds):
+            for kind in seen:
+                run = root / f"{kind}-{turn}"
+                job = [
+                    recipe, f"run.dir={run}", *engine, "log.every_steps=1", "log.tensorboard=false",
+                    f"checkpoint.background={json.dumps(kind == 'background')}", f"schedule.steps={every * saves + 1}",
+                    "schedule.warmup_steps=1", "schedule.epochs=null", "schedule.warmup_epochs=null",
+                    f"checkpoint.every_steps={every}", *overrides,
+                ]  # fmt: skip
+                Ranks(world, [job], root / "log").succeed()
+                events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+                saved = [event for event in events if event["event"] == "checkpoint"][:saves]
+                rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+                seen[kind].append({
+                    "stall_s": [event["stall_s"] for event in saved],
+                    "waited_for_the_one_before_s": [event["waited_s"] for event in saved],
+                    "commit_s": [event["seconds"] for event in saved], "step_s": [row["step_s"] for row in rows[1:]],
+                })  # fmt: skip
+                last, _ = checkpoint.newest(run / "checkpoints")
+                assert last is not None
+                files = [last.files[name]["bytes"] for name in sorted(last.files)]
+                model = train.new_student(config.load(job[0], job[1:]))
+                shutil.rmtree(run)
+    objective = config.load(recipe, [*engine, *overrides]).objective
+    formula = memory.checkpoint_bytes(model, teacher=objective.teacher_parts)
+    held = {
+        kind: statistics.median(
+            (event if kind == "background" else event + commit)
+            for turn in turns
+            for event, commit in zip(turn["stall_s"], turn["commit_s"], strict=True)
+        )
+        for kind, turns in seen.items()
+    }
+    return {
+        "layout": layout, "median_seconds_held_up": held, "rounds": seen, "bytes_of_each_rank": files,
+        "formula_bytes": formula, "formula_bytes_a_rank": formula / world,
+        "ok": held["background"] < held["waiting"] and all(abs(size * world / formula - 1) < 0.01 for size in files),
+    }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- main
 
 
+def about(arguments: Sequence[str], recipe: config.Recipe) -> dict[str, Any]:
+    """What a report was made with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    command = " ".join(["tools/drill.py", *(f"'{word}'" if " " in word else word for word in arguments)])
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {
+        "command": command, "recipe": recipe.model_dump(mode="json"), "commit": commit, "versions": train.versions(),
+        "machine": machine,
+    }  # fmt: skip
+
+
 def show(found: dict[str, Any], console: Console) -> None:
     """A report for people."""
     if "pairs" in found:
-        table = Table("saved by -> gone on by", "worst loss, relative", "state, relative L2")
+        table = Table("saved by -> gone on by", "worst loss, relative", "teacher, relative L2", "samples")
         for name, pair in found["pairs"].items():
-            table.add_row(name, f"{pair['loss']:.1e}", f"{pair['state']:.1e}")
+            same = "the same" if pair["same_samples"] else "[red]others[/red]"
+            table.add_row(name, f"{pair['loss']:.1e}", f"{pair['teacher']:.1e}", same)
     else:
         table = Table("what", "value")
         for name, value in found.items():
-            table.add_row(name, str(value))
+            if name not in ("rounds", "versions"):
+                table.add_row(name, str(value))
     console.print(table)
     console.print("as promised" if found["ok"] else "[red]NOT as promised[/red]")
+
+
+def pairs_of(layouts: str, pairs: str | None) -> list[tuple[str, str]]:
+    """The (saver, loader) pairs asked for.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    names = [name.strip() for name in layouts.split(",")]
+    found = [(saver, loader) for saver in names for loader in names]
+    if pairs:
+        found = [(one.strip(), other.strip()) for one, _, other in (pair.partition("->") for pair in pairs.split(","))]
+    unknown = {name for pair in found for name in pair} - set(LAYOUTS)
+    if unknown:
+        raise ValueError(f"unknown layouts {', '.join(sorted(unknown))}; known: {', '.join(LAYOUTS)}")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["ranks"]:
-        return run_ranks(json.loads(arguments[1]), arguments[2])
+        return run_ranks(json.loads(arguments[1]), arguments[2], bool(arguments[3]))
     parser = argparse.ArgumentParser(description="Kill and resume a training, and see that nothing is lost.")
-    parser.add_argument("drill", choices=("kill", "matrix"))
+    parser.add_argument("drill", choices=("kill", "matrix", "cost"))
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--times", type=int, default=100, help="kills")
-    parser.add_argument("--layout", default="local x1", choices=tuple(LAYOUTS), help="what is killed")
+    parser.add_argument("--layout", default="local x1", choices=tuple(LAYOUTS), help="what is killed, or measured")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of the matrix, separated by commas")
+    parser.add_argument("--pairs", help="of the matrix, SAVER -> LOADER, separated by commas; default: all of layouts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to keep the report")
     args = parser.parse_intermixed_args(arguments)
     try:
-        config.load(args.recipe, args.overrides)
+        recipe = config.load(args.recipe, args.overrides)
+        pairs = pairs_of(args.layouts, args.pairs)
     except ValueError as error:
         print(f"drill: {error}", file=sys.stderr)
         return 2
-    if args.drill == "kill":
-        found = kill(args.recipe, args.times, args.layout, args.overrides, args.seed)
-    else:
-        found = matrix(args.recipe, args.layouts.split(","), args.overrides)
+    try:
+        if args.drill == "kill":
+            found = kill(args.recipe, args.times, args.layout, args.overrides, args.seed)
+        elif args.drill == "matrix":
+            found = matrix(args.recipe, pairs, recipe.engine.precision, args.overrides)
+        else:
+            found = cost(args.recipe, args.layout, args.overrides)
+    except Failed as error:
+        print(f"drill: {error}", file=sys.stderr)
+        return 1
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps({**about(arguments, recipe), **found}, indent=1) + "\n")
     show(found, Console())
     return 0 if found["ok"] else 1
 

@@ -10,9 +10,9 @@
 Answers are shell assignments or words on standard output, for `eval`; what people should know goes to standard error.
 `begin` says on how many of the nodes the run can go on (the largest number whose ranks divide the batch and the
 canonical streams) and notes the start in `run.dir/jobs.jsonl`; outside a job it only answers. `end` asks for another
-start where the training stopped on request with a checkpoint committed, and for none after several starts without a
-step of progress. `follow` does both for a side-car that evaluates the run, whose progress is the last step evaluated.
-Imports no torch: the answer comes at once. Exit status: 0 answered; 1 no progress; 2 refused.
+start where the training stopped on request with a checkpoint committed or lost a rank, and for none after several
+starts without a step of progress. `follow` does both for a side-car that evaluates the run, whose progress is the last
+step evaluated. Imports no torch: the answer comes at once. Exit status: 0 answered; 1 no progress; 2 refused.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ def note_start(folder: Path, limit: int, **about: Any) -> bool:
     return True
 
 
-def start_again(folder: Path, step: int, status: int, options: argparse.Namespace) -> str:
+def start_again(folder: Path, step: int, status: int, options: argparse.Namespace, *, lost: bool = False) -> str:
     """The answer to how a start ended: the status that counts, whether to start again, and after how many seconds."""
-    again, delay = status == STOPPED, 0
+    again, delay = status == STOPPED or lost, 0
     if again:
         idle = idle_starts(folder, options.job, step)
         if idle >= options.idle_starts:
@@ -199,10 +199,13 @@ def begin(options: argparse.Namespace) -> int:
 def end(options: argparse.Namespace) -> int:
     """Answer the status that counts, whether to start again, and after how many seconds."""
     mine = starts(options.run_dir, options.job)
-    told, status = outcome(options.run_dir), options.status
+    told, status, lost = outcome(options.run_dir), options.status, False
     if mine and told and told.get("time") != mine[-1].outcome:  # written since: torchrun's status is 1 whatever it was
         status = int(told.get("exit_status", status))
-    print(start_again(options.run_dir, committed_step(options.run_dir), status, options))
+        lost = bool(told.get("again")) and status != STOPPED
+    if lost:
+        tell(f"started again: {told.get('reason')}")
+    print(start_again(options.run_dir, committed_step(options.run_dir), status, options, lost=lost))
     return 0
 
 

@@ -1,0 +1,204 @@
+"""Where every rank is, so that those who lose one can say which, on what host, and what it was doing.
+
+Each rank has a thread that beats: it writes host, process, step and phase to `run.dir/ranks/00000003/00007.json` (the
+lease's generation, the rank). A collective that a peer never joins only says that it waited too long, and under NCCL
+not even that reaches Python; the beats tell a rank that is gone from one that is late. Files, because they need nobody
+else to be alive, rank 0 not either, and can still be read when all is over. Clocks of two hosts are never compared: a
+rank is silent if its beat stands still while somebody watches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+NAMED = 8  # ranks that a message names at most
+WAY_OUT = "Start the same command again: it goes on from the last committed checkpoint"
+FAILED = 1  # exit status of a process whose peers are gone
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rank last said of itself."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    beat: int
+    ended: str = ""  # why it left, where it could say so
+
+    def __str__(self) -> str:
+        how = f"ended with {self.ended}, " if self.ended else "silent, last seen "
+        return f"rank {self.rank} on {self.host} (process {self.pid}) {how}at step {self.step}, {self.phase}"
+
+
+class Loss(NamedTuple):
+    """What `Presence.explain` found out."""
+
+    message: str
+    of_a_peer: bool  # else the error is this rank's own
+    speaks: bool  # this rank is the lowest that is left: it writes down what happened
+
+
+class Presence:
+    """This rank's beat, and what it knows of the others'. Every rank makes one; nothing in it is collective.
+
+    Args:
+        run_dir: the run's folder.
+        generation: of the lease: beats of an earlier job are not mixed up with this one's.
+        rank: this process among all.
+        world: how many there are; one alone has nobody to beat for.
+        timeout_s: of collectives. A rank that stands still and sees a peer silent, each for half of it, ends itself.
+        interval_s: between two beats; by default such that the file system sees at most 32 small writes a second.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, generation: int, rank: int, world: int, timeout_s: float,
+        interval_s: float | None = None,
+    ) -> None:  # fmt: skip
+        self.generation = generation
+        self._folder = run_dir / "ranks" / f"{generation:08d}"
+        self._rank, self._world, self._timeout_s = rank, world, timeout_s
+        self.interval_s = interval_s or min(max(1.0, world / 32), timeout_s / 10)
+        self._host, self._beats, self._ended = socket.gethostname(), 0, ""
+        self._at, self._since = (0, "starting"), time.monotonic()
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        if world > 1:
+            if rank == 0:
+                for old in self._folder.parent.glob("*"):
+                    if old != self._folder:
+                        shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):  # as in _beat
+                self._folder.mkdir(parents=True, exist_ok=True)
+            self._beat()
+            self._thread = threading.Thread(target=self._keep_beating, name="presence", daemon=True)
+            self._thread.start()
+
+    def at(self, step: int, phase: str) -> None:
+        """Say what this rank does from now on. Costs nothing: the thread writes it."""
+        self._at, self._since = (step, phase), time.monotonic()
+
+    def leave(self) -> None:
+        """Stop beating, at a good end. A second call does nothing."""
+        self._stop()
+        self._file(self._rank).unlink(missing_ok=True)
+
+    def explain(self, error: BaseException) -> Loss:
+        """Say that this rank ends with an error, and look who was gone before. Takes four beats.
+
+        A peer that died this moment shows only by not beating again.
+        """
+        self._stop()
+        if self._world == 1:
+            return Loss(WAY_OUT, False, True)
+        text = str(error).strip()
+        self._ended = f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+        quiet = _Quiet(self)
+        ended = quiet.ended()  # before us, so not because of us
+        self._beat()
+        for _ in range(4):
+            time.sleep(self.interval_s)
+            quiet.look()
+        silent = quiet.longer_than(2.5 * self.interval_s)
+        if silent or ended:
+            lowest = min(set(range(self._world)) - set(silent))
+            return Loss(f"{self._told(silent, ended)}. {WAY_OUT}", True, self._rank == lowest)
+        return Loss(f"the other ranks were alive: the failure is this rank's own. {WAY_OUT}", False, self._rank == 0)
+
+    # beating
+
+    def _keep_beating(self) -> None:
+        quiet: _Quiet | None = None
+        while not self._done.wait(self.interval_s):
+            written = self._beat()
+            if not written or time.monotonic() - self._since < self._timeout_s / 2:
+                quiet = None  # what cannot be written by one cannot by others: their silence means nothing then
+                continue
+            quiet = quiet or _Quiet(self)
+            quiet.look()
+            silent, ended = quiet.longer_than(self._timeout_s / 2 - 2 * self.interval_s), quiet.ended()
+            if (silent or ended) and not self._done.is_set():
+                step, phase = self._at
+                waited = f"waited {time.monotonic() - self._since:.0f} s at step {step}, {phase}"
+                self._ended = f"rank {(silent or [ended[0].rank])[0]} lost: {waited}"
+                told = f"rcmae: rank {self._rank} {waited}; {self._told(silent, ended)}. {WAY_OUT}"
+                print(told, file=sys.stderr, flush=True)
+                self._beat()
+                os._exit(FAILED)  # the main thread is in a collective that nobody will end
+
+    def _beat(self) -> bool:
+        """Write where this rank is; whether that could be done."""
+        self._beats += 1
+        step, phase = self._at
+        place = Place(self._rank, self._host, os.getpid(), step, phase, self._beats, self._ended)
+        try:  # in place and of one length: NFS shows who opens a file its last bytes, but a renamed one minutes late
+            with open(os.open(self._file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644), "w") as file:
+                file.write(json.dumps(asdict(place)).ljust(1024))
+        except OSError:
+            return False
+        return True
+
+    def _stop(self) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    # watching
+
+    def _file(self, rank: int) -> Path:
+        return self._folder / f"{rank:05d}.json"
+
+    def _peers(self) -> dict[int, Place | None]:
+        """What each other rank last said; None of one that nothing can be read of."""
+        return {rank: self._read(rank) for rank in range(self._world) if rank != self._rank}
+
+    def _read(self, rank: int) -> Place | None:
+        try:
+            return Place(**json.loads(self._file(rank).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _told(self, silent: Sequence[int], ended: Sequence[Place]) -> str:
+        lines = [str(self._read(rank) or f"rank {rank} silent, it never began") for rank in silent]
+        # who lost a peer ended with its collective's error: where nobody is silent, others come first
+        causes = sorted(ended, key=lambda place: any(word in place.ended.lower() for word in ("gloo", "nccl", " lost")))
+        lines += [str(place) for place in causes if not silent]
+        return f"lost {'; '.join(lines[:NAMED])}{f'; and {len(lines) - NAMED} more' * (len(lines) > NAMED)}"
+
+
+class _Quiet:
+    """For how long each peer's beat has stood still while this process was looking, and ran."""
+
+    def __init__(self, presence: Presence) -> None:
+        self._presence, self._looked = presence, time.monotonic()
+        self._last = presence._peers()
+        self._quiet_s = dict.fromkeys(self._last, 0.0)
+
+    def look(self) -> None:
+        # of a time in which this process was paused itself only two beats count: its peers may have been as well
+        elapsed = min(time.monotonic() - self._looked, 2 * self._presence.interval_s)
+        self._looked = time.monotonic()
+        now = self._presence._peers()
+        for rank, place in now.items():
+            alive = place is not None and (place.ended != "" or place != self._last[rank])
+            self._quiet_s[rank] = 0.0 if alive else self._quiet_s[rank] + elapsed
+        self._last = now
+
+    def ended(self) -> list[Place]:
+        return [place for place in self._last.values() if place is not None and place.ended]
+
+    def longer_than(self, seconds: float) -> list[int]:
+        return [rank for rank, quiet_s in self._quiet_s.items() if quiet_s > seconds]
