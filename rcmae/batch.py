@@ -23,6 +23,8 @@ class Batch:
     positions: Tensor  # [B] int64, absolute position in the run (in an evaluation: number of the sample, -1 = padding)
     crops: Tensor  # [B, 5] int64: top, left, height, width in pixels of the source image, 1 = flipped
     teacher_ids: Tensor | None = None  # [B, L] int64, an order of the patches for a teacher that sees others
+    targets: Tensor | None = None  # [B, classes] float: what mixed images show
+    mate: Batch | None = None  # what these images are to be mixed with, row by row
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -38,6 +40,8 @@ class Batch:
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         labels = None if self.labels is None else move(self.labels)
         teacher_ids = None if self.teacher_ids is None else move(self.teacher_ids)
+        mate = None if self.mate is None else self.mate._moved(move)
         return replace(
-            self, images=move(self.images), ids_shuffle=move(self.ids_shuffle), labels=labels, teacher_ids=teacher_ids
-        )
+            self, images=move(self.images), ids_shuffle=move(self.ids_shuffle), labels=labels, teacher_ids=teacher_ids,
+            mate=mate,
+        )  # fmt: skip

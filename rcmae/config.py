@@ -35,7 +35,7 @@ class Section(BaseModel):
 class Objective(Section):
     """What the student is asked to do."""
 
-    name: Literal["mae", "rcmae", "supmae", "bootmae"] = "rcmae"
+    name: Literal["mae", "rcmae", "supmae", "bootmae", "finetune", "probe"] = "rcmae"
     # terms to add and their weights, such as {class: 0.01} to rcmae; what they need is set by the keys below
     terms: dict[Literal["consistency", "class", "features"], Annotated[float, Field(ge=0.0)]] = Field(
         default_factory=dict
@@ -192,6 +192,7 @@ class Checkpoint(Section):
     keep: Positive = 2  # newest ones; two stay at least
     keep_every: Positive | None = None  # one of every so many steps stays for good
     resume: str = "auto"  # auto | never | must | a checkpoint's folder, to start a new run from
+    init: str | None = None  # a new pretraining starts from these weights: a run, a checkpoint or a file of any family
     background: bool = True  # write while training goes on
     allow: list[str] = Field(default_factory=list)  # frozen keys that this job may change, knowingly
 
@@ -219,6 +220,31 @@ class Evaluate(Section):
     batch: Positive = 128
     picture_every_steps: Positive | None = None
     picture_images: Positive = 4
+
+
+class Classify(Section):
+    """What rcmae.finetune and rcmae.probe train; nothing else reads it. Evaluation is on evaluate.test_shards."""
+
+    init: str | None = None  # a run's or a checkpoint's folder, or a file of weights; None: weights of run.seed
+    network: Literal["student", "teacher"] | None = None  # whose weights; None: the teacher's where there is one
+    num_classes: Positive | None = None  # None: one more than the largest label of data.shards
+    class_names: str | None = None  # a text file, a name a line, for tables and pictures
+    pool: Literal["cls", "mean"] = "mean"
+    depth: Positive | None = None  # of a probe: features after this block; None: after the last
+    rule: Literal["adamw", "lars", "sgd"] = "adamw"
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # lr of a layer over that of the one above it
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # at the last block; grows from 0 at the first
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0  # parameter of the beta distribution; 0: never
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    mix_probability: Fraction = 1.0  # of a step
+    mix_switch: Fraction = 0.5  # CutMix's share of mixed steps
+    rand_augment: str | None = None  # timm's policy, such as rand-m9-mstd0.5-inc1
+    erase: Fraction = 0.0  # of the images
+    average: bool = False  # keep a moving average of the classifier by the section teacher, and evaluate it too
+
+
+CLASSIFYING = ("finetune", "probe")  # values of objective.name
 
 
 class Log(Section):
@@ -253,6 +279,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     guard: Guard = Field(default_factory=Guard)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    classify: Classify = Field(default_factory=Classify)
     log: Log = Field(default_factory=Log)
     run: Run = Field(default_factory=Run)
 
@@ -277,10 +304,12 @@ def differences(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     left = dict(_leaves(mine))
     right = {**dict(_leaves(Recipe().model_dump(mode="json"))), **dict(_leaves(saved))}  # of before a key was there
     allowed = left.get("checkpoint.allow") or []
+    classifies = left.get("objective.name") in CLASSIFYING
+    frozen = (*FROZEN, *(f"classify.{key}" for key in Classify.model_fields if classifies and key != "class_names"))
     return [
         f"{key}: {right.get(key)!r} in the run, {left.get(key)!r} asked for"
         for key in sorted(left.keys() | right.keys())
-        if _is_under(key, FROZEN)
+        if _is_under(key, frozen)
         and not _is_under(key, allowed)
         and _plain(left.get(key)) != _plain(right.get(key))
         and not (key == "data.canonical_streams" and left.get(key) is None)
@@ -427,7 +456,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
         low, high = getattr(data, key)
         if not 0 < low <= high <= top:
             problems.append(f"data.{key}: wants 0 < low <= high{' <= 1' if top == 1 else ''}, got [{low}, {high}]")
-    if evaluate.every_steps and not (evaluate.train_shards and evaluate.test_shards):
+    if recipe.objective.name in CLASSIFYING:
+        problems += _classifying_problems(recipe)
+    elif evaluate.every_steps and not (evaluate.train_shards and evaluate.test_shards):
         problems.append("evaluate.every_steps is set: give evaluate.train_shards and test_shards, both labelled")
     if recipe.engine.name == "deepspeed" and recipe.engine.config is None:
         problems.append("engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json")
@@ -457,6 +488,26 @@ def _objective_problems(recipe: Recipe) -> list[str]:
             problems.append("objective.teacher_mask is of a consistency term; bootmae's teacher sees the whole image")
     elif not model.cls_token and (model.class_pool == "cls" or recipe.evaluate.pool == "cls"):
         problems.append("model.cls_token=false: there is no token to pool; use class_pool=mean and evaluate.pool=mean")
+    return problems
+
+
+def _classifying_problems(recipe: Recipe) -> list[str]:
+    """Problems of a recipe that fine-tunes or probes."""
+    problems = []
+    evaluate, classify, probes = recipe.evaluate, recipe.classify, recipe.objective.name == "probe"
+    if evaluate.every_steps and not evaluate.test_shards:
+        problems.append("evaluate.every_steps is set: give evaluate.test_shards, labelled")
+    if evaluate.picture_every_steps:
+        problems.append("evaluate.picture_every_steps is of a pretraining, which alone reconstructs; leave it out")
+    if not probes and classify.rule != "adamw":
+        problems.append(f"classify.rule={classify.rule} is for probes; fine-tuning uses adamw")
+    if not probes and classify.depth is not None:
+        problems.append("classify.depth is for probes; fine-tuning trains all blocks")
+    trains = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "average": False, "layer_decay": 1.0}
+    if probes and (set_ := [key for key, off in trains.items() if getattr(classify, key) != off]):
+        problems.append(f"classify.{' and '.join(set_)} is for fine-tuning; a probe's encoder is frozen")
+    if classify.average and recipe.teacher.update != "step":
+        problems.append("classify.average moves at each step: leave teacher.update=step")
     return problems
 
 

@@ -24,6 +24,10 @@ class Purpose(IntEnum):
     FLIP = 5
     MASK = 6
     MASK_BLOCKS = 20  # boxes of a block mask
+    DROP_PATH = 21
+    AUGMENT = 22
+    ERASE = 23
+    MIX = 24
 
 
 def raw(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.uint64]:

@@ -14,18 +14,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rcmae import dist
 from rcmae.kernels import Source, adamw
-from rcmae.optim import param_groups
+from rcmae.optim import LARS, moments, param_groups
 from rcmae.teacher import Teacher, Telemetry
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "teacher")  # the tensors that move, one set a parameter
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+Rule = Literal["adamw", "lars", "sgd"]
 
 
 class StepStats(NamedTuple):
@@ -67,6 +70,8 @@ class Settings:
     accumulation: int = 1  # micro-batches a step
     per_device: int = 1  # images a micro-batch
     optimizer: Source = "torch"
+    rule: Rule = "adamw"
+    layer_decay: float | None = None  # groups by layer, each slower than the one above it; None: encoder and decoder
     teacher_accumulate: str = "fp32_shard"
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -109,12 +114,20 @@ def global_norm(grads: Sequence[Tensor], *, sharded: bool, device: torch.device)
 def set_rates(groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
     """The step's rates into an optimizer's groups; no-decay groups stay at 0."""
     for group in groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
         group["weight_decay"] = 0.0 if group["name"].endswith("_no_decay") else weight_decay
 
 
+def optimizer_for(groups: list[dict[str, Any]], settings: Settings, *, sharded: bool) -> torch.optim.Optimizer:
+    """The optimizer of the settings over an engine's groups; `sharded` where each rank holds a part of a tensor."""
+    if settings.rule == "adamw":
+        return adamw(groups, betas=settings.betas, kind=settings.optimizer)
+    trust = 0.001 if settings.rule == "lars" else None
+    return LARS(groups, trust=trust, all_sum=dist.all_sum if sharded else lambda values: values)
+
+
 def prime(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], step: int, *, zero: bool = False) -> None:
-    """Give each of the optimizer's fp32 tensors Adam's state, zero where there was none, and set its step.
+    """Give each of the optimizer's fp32 tensors its state, zero where there was none, and set its step.
 
     Optimizers make their state at the first update; a checkpoint needs to know where it lies before that. `zero`
     also empties moments that exist: some engines take a first step of their own while they are set up.
@@ -125,7 +138,7 @@ def prime(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], step: int,
             each["step"] = step
     for param in params:
         state = optimizer.state[param]
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in moments(optimizer):
             if key not in state:
                 state[key] = torch.zeros_like(param, requires_grad=False)
             elif zero:
@@ -184,7 +197,7 @@ class LocalEngine:
         self.student, self.teacher = student.to(settings.device), freeze(teacher)
         self._settings = settings
         dtype = DTYPES[settings.precision]
-        groups = param_groups(student, settings.weight_decay)
+        groups = param_groups(student, settings.weight_decay, settings.layer_decay)
         self._names = [list(group["param_names"]) for group in groups]
         self._params = [list(group["params"]) for group in groups]
         self._shapes = {name: tuple(param.shape) for name, param in student.named_parameters()}
@@ -196,11 +209,10 @@ class LocalEngine:
                 param.data, param.grad = part, part_grad  # autograd adds in place
         for master, grad in zip(self._masters, self._grads, strict=True):
             master.grad = grad if dtype == torch.float32 else torch.zeros_like(master)
-        self._optimizer = adamw(
+        self._optimizer = optimizer_for(
             [{**g, "params": [m], "param_names": [g["name"]]} for g, m in zip(groups, self._masters, strict=True)],
-            betas=settings.betas,
-            kind=settings.optimizer,
-        )
+            settings, sharded=False,
+        )  # fmt: skip
         prime(self._optimizer, self._masters, 0)
         self._ema: Teacher | None = None
         if teacher is not None:
@@ -252,9 +264,9 @@ class LocalEngine:
         """Live views: each parameter whole."""
         pieces = []
         for index, (names, params) in enumerate(zip(self._names, self._params, strict=True)):
-            moments = self._optimizer.state[self._masters[index]]
-            flats = {"weight": self._masters[index].data, "exp_avg": moments["exp_avg"]}
-            flats["exp_avg_sq"] = moments["exp_avg_sq"]
+            state = self._optimizer.state[self._masters[index]]
+            flats = {"weight": self._masters[index].data}
+            flats |= {key: state[key] for key in moments(self._optimizer)}
             if self._ema is not None and index in self._taught:
                 flats["teacher"] = self._ema.accumulators[self._taught.index(index)]
             offset = 0

@@ -36,6 +36,7 @@ from rcmae.engine import (
     freeze,
     global_norm,
     has_all,
+    optimizer_for,
     prime,
     restore_teacher,
     set_rates,
@@ -44,8 +45,7 @@ from rcmae.engine import (
     updates_of,
     verdict,
 )  # fmt: skip
-from rcmae.kernels import adamw
-from rcmae.optim import param_groups
+from rcmae.optim import moments, param_groups
 from rcmae.teacher import Teacher
 
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)  # its name since torch 2.13
@@ -241,11 +241,11 @@ class DeepSpeedEngine:
         self._shapes = {name: tuple(param.shape) for name, param in student.named_parameters()}
         initial = {name: param.detach().cpu().clone() for name, param in student.named_parameters()}
         names: dict[Tensor, str] = {param: name for name, param in student.named_parameters()}
-        groups = param_groups(student, settings.weight_decay)
+        groups = param_groups(student, settings.weight_decay, settings.layer_decay)
         if offload:
             optimizer: Any = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.0, betas=settings.betas, adamw_mode=True)
         else:
-            optimizer = adamw(groups, betas=settings.betas, kind=settings.optimizer)
+            optimizer = optimizer_for(groups, settings, sharded=stage > 0)
         self.student, *_ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=self._config(config), dist_init_required=False
         )
@@ -351,9 +351,9 @@ class DeepSpeedEngine:
         averages = self._teacher_views(runs)
         pieces = []
         for name, start, index, at, length in runs:
-            moments = self._adam.state[self._stage.keys[index]]
+            moved = self._adam.state[self._stage.keys[index]]
             flats = {"weight": self._stage.masters[index].data}
-            flats |= {key: moments[key] for key in ("exp_avg", "exp_avg_sq")}
+            flats |= {key: moved[key] for key in moments(self._adam)}
             tensors = {kind: flat.view(-1)[at : at + length] for kind, flat in flats.items()}
             if name in averages:
                 tensors["teacher"] = averages[name]

@@ -24,6 +24,7 @@ from rcmae.engine import (
     clip,
     freeze,
     global_norm,
+    optimizer_for,
     prime,
     restore_teacher,
     set_rates,
@@ -32,8 +33,8 @@ from rcmae.engine import (
     updates_of,
     verdict,
 )  # fmt: skip
-from rcmae.kernels import adamw, blocks_of
-from rcmae.optim import param_groups
+from rcmae.kernels import blocks_of
+from rcmae.optim import moments, param_groups
 from rcmae.teacher import Teacher
 
 
@@ -48,8 +49,8 @@ class FSDP2Engine:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         self.student = student.to(settings.device)
         self._root = _shard(student, mesh, policy)
-        groups = param_groups(student, settings.weight_decay)
-        self._optimizer = adamw(groups, betas=settings.betas, kind=settings.optimizer)
+        groups = param_groups(student, settings.weight_decay, settings.layer_decay)
+        self._optimizer = optimizer_for(groups, settings, sharded=True)
         prime(self._optimizer, student.parameters(), 0)
         self.teacher = freeze(teacher)
         self._ema: Teacher | None = None
@@ -91,10 +92,8 @@ class FSDP2Engine:
         averages = dict(zip(self._taught, self._ema.accumulators, strict=True)) if self._ema is not None else {}
         for name, param in self.student.named_parameters():
             local, rows = _shard_of(param), param.shape[0]
-            moments = self._optimizer.state[param]
-            tensors = {"weight": local}
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[key] = _shard_of(moments[key])
+            moved = self._optimizer.state[param]
+            tensors = {"weight": local} | {key: _shard_of(moved[key]) for key in moments(self._optimizer)}
             if name in averages:
                 tensors["teacher"] = averages[name]
             if local.numel():

@@ -156,7 +156,7 @@ def votes(
     *,
     k: Sequence[int],
     num_classes: int,
-    temperature: float = 0.07,
+    temperature: float | None = 0.07,
 ) -> dict[int, Tensor]:
     """For each k, the score of each class for each test row: [m, num_classes].
 
@@ -170,7 +170,7 @@ def votes(
         test_features: what is asked about.
         k: numbers of neighbours, none above n.
         num_classes: labels are below this.
-        temperature: of the weights.
+        temperature: of the weights; None: each vote counts 1.
 
     Raises:
         ValueError: a k, a label or the shapes do not fit.
@@ -189,7 +189,7 @@ def votes(
         problems.append(
             f"labels from {int(train_labels.min())} to {int(train_labels.max())}; wanted 0 to {num_classes - 1}"
         )
-    if temperature <= 0:
+    if temperature is not None and temperature <= 0:
         problems.append(f"temperature={temperature}; use a value above 0, such as 0.07")
     if problems:
         raise ValueError("k-NN: " + "; ".join(problems))
@@ -199,7 +199,9 @@ def votes(
     for start in range(0, len(test_features), rows_at_once):
         test = F.normalize(test_features[start : start + rows_at_once], dim=1)
         similarity, nearest = _nearest(test @ train.T, k)
-        weights = (similarity / temperature).exp()  # [rows, max(k)]
+        weights = torch.ones_like(similarity)  # [rows, max(k)]
+        if temperature is not None:
+            weights = (similarity / temperature).exp()
         classes = train_labels[nearest]
         for each in scores:
             scores[each][start : start + len(test)].scatter_add_(1, classes[:, :each], weights[:, :each])
@@ -229,7 +231,7 @@ def knn(
     *,
     k: Sequence[int],
     num_classes: int,
-    temperature: float = 0.07,
+    temperature: float | None = 0.07,
 ) -> dict[int, float]:
     """Top-1 accuracy in percent for each k. Arguments and errors as `votes`; the lower class wins an equal score."""
     correct = _correct(train_features, train_labels, test_features, test_labels, k, num_classes, temperature)
@@ -238,7 +240,7 @@ def knn(
 
 def _correct(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,
-    k: Sequence[int], num_classes: int, temperature: float,
+    k: Sequence[int], num_classes: int, temperature: float | None,
 ) -> dict[int, int]:  # fmt: skip
     """How many test rows get their own label, for each k."""
     scores = votes(train_features, train_labels, test_features, k=k, num_classes=num_classes, temperature=temperature)
@@ -256,7 +258,7 @@ def knn_rows(
     k: Sequence[int],
     device: torch.device,
     normalise: Network,
-    temperature: float = 0.07,
+    temperature: float | None = 0.07,
 ) -> Rows:
     """k-NN of every network on the same images. Collective: every rank calls, and gets the same rows.
 
@@ -269,7 +271,7 @@ def knn_rows(
         k: numbers of neighbours.
         device: where networks and votes compute.
         normalise: uint8 images on the device -> what the networks were trained on.
-        temperature: of the votes.
+        temperature: of the votes; None: each counts 1.
 
     Raises:
         ValueError: a k is larger than the training set, or labels are missing; the same on every rank.
@@ -335,11 +337,11 @@ def reconstruct(
     if norm_pix_loss:
         mean, variance = pixel_statistics(true, channels, pixel_norm)
         predicted = predicted * variance.sqrt() + mean
-    hidden = _hidden(batch)[..., None]  # [B, L, 1], True = hidden
+    hidden = hidden_patches(batch)[..., None]  # [B, L, 1], True = hidden
     return unpatchify(torch.where(hidden, predicted, true), patch_size, (height, width), channels)
 
 
-def _hidden(batch: Batch) -> Tensor:
+def hidden_patches(batch: Batch) -> Tensor:
     """[B, L] bool, True = hidden from the encoder."""
     hidden = torch.ones_like(batch.ids_shuffle, dtype=torch.bool)
     return hidden.scatter(1, batch.ids_shuffle[:, : batch.num_visible], False)
@@ -374,8 +376,8 @@ def reconstruction_picture(
         filled = {"input": batch.images.float(), "student": fill(student, batch)}
         if teacher is not None:
             filled["teacher"] = fill(teacher, batch)
-    shown = {name: _to_uint8(images, mean, std) for name, images in filled.items()}
-    hidden = _hidden(batch)
+    shown = {name: to_uint8(images, mean, std) for name, images in filled.items()}
+    hidden = hidden_patches(batch)
     share = 1 - batch.num_visible / hidden.shape[1]
     height, width = batch.images.shape[-2:]
     patch = math.isqrt(height * width // hidden.shape[1])
@@ -386,10 +388,10 @@ def reconstruction_picture(
     note = "visible patches pasted in"
     if norm_pix_loss:
         note += "; hidden ones: predicted structure, true mean and deviation of each patch (norm_pix_loss)"
-    return _sheet(cells, note)
+    return sheet(cells, note)
 
 
-def _to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Normalised [B, C, H, W] as pixels [B, H, W, 3]."""
     scale = images.new_tensor(list(std))[:, None, None]
     shift = images.new_tensor(list(mean))[:, None, None]
@@ -399,7 +401,7 @@ def _to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np
     return (shown * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _sheet(columns: Sequence[tuple[str, np.ndarray]], note: str) -> np.ndarray:
+def sheet(columns: Sequence[tuple[str, np.ndarray]], note: str) -> np.ndarray:
     """Columns of pictures [B, H, W, 3] under their captions, with a note below."""
     count, height, width, _ = columns[0][1].shape
     factor = max(1, -(-CELL_SIDE // min(height, width)))

@@ -30,10 +30,11 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from rcmae import __version__, checkpoint
 from rcmae.checkpoint import CheckpointError, Manifest
+from rcmae.families import published_names
 from rcmae.optim import ENCODER
 
 Network = Literal["student", "teacher"]
@@ -157,6 +158,32 @@ def shape_problems(shapes: Mapping[str, Shape]) -> list[str]:
         )
         if names
     ]
+
+
+def whole_network(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a masked autoencoder, checked against a model of one; position tables stay the model's.
+
+    Raises:
+        ValueError: the model's weights are not all there in its shapes, or there are others; everything at once.
+    """
+    wanted = {name: value for name, value in model.state_dict().items() if not name.endswith("pos_embed")}
+    found = {name: value for name, value in weights.items() if not name.endswith("pos_embed")}
+    differing = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    problems = [
+        f"{what} {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5)
+        for what, names in (
+            ("lacks", [name for name in wanted if name not in found]),
+            ("has unknown", [name for name in found if name not in wanted]),
+            ("has other shapes of", [
+                f"{name} {_by(tuple(found[name].shape))} instead of {_by(tuple(wanted[name].shape))}"
+                for name in differing
+            ]),
+        )
+        if names
+    ]  # fmt: skip
+    if problems:
+        raise ValueError("; ".join(problems))
+    return {**model.state_dict(), **found}
 
 
 def in_encoder(name: str) -> bool:
@@ -401,6 +428,95 @@ def _timm_arguments(manifest: Manifest) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- load
 
 
+class Source(NamedTuple):
+    """A network's weights, wherever they were."""
+
+    weights: dict[str, Tensor]  # by published names
+    grid: tuple[int, int] | None  # rows and columns of its position table; None: not told
+    sizes: dict[str, Any]  # what a recipe beside it says of the architecture; empty where there is none
+    about: str  # a line
+    told: dict[str, str]  # what is known of the weights, as text by text: recipe, step, data, versions
+
+
+def read_network(path: Path, network: Network | None = None, *, first: Network = "teacher") -> Source:
+    """The weights of a run, a checkpoint, or a file of any family. Collective: every rank calls. Nothing is run.
+
+    Args:
+        path: a run's or a checkpoint's folder, or a file: safetensors, or a pickle of tensors.
+        network: whose weights; None: those of `first` where it is there, else what there is.
+        first: the teacher is what RC-MAE fine-tunes; the student is what a pretraining goes on with.
+
+    Raises:
+        ValueError: there is nothing of the kind, it cannot be read, or it has no such network.
+        CheckpointError: the checkpoint is damaged.
+    """
+    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():  # Hugging Face's folder
+        path = path / "model.safetensors"
+    if not path.is_file():
+        return _of_checkpoint(path, network, first)
+    layout, networks, told = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    name: str = network or (first if first in networks else next(iter(networks)))
+    if name not in networks:
+        raise ValueError(f"{path} has no {name}, only {', '.join(networks)}; leave classify.network out")
+    weights = published_names(networks[name])
+    strange = [key for key, value in weights.items() if not _is_dense(value)]
+    if strange or not weights:
+        what = f"entries that are no dense tensors of floats, such as {strange[0]}" if strange else "no weights"
+        raise ValueError(f"{path} has {what}; give a file of weights by name")
+    recipe = json.loads(told["recipe"]) if "recipe" in told else None
+    sizes, grid = _told(recipe, weights)
+    known = {str(key): value for key, value in told.items() if isinstance(value, str)}
+    return Source(weights, grid, sizes, f"{name} of {path} ({layout}, {len(weights)} tensors)", known)
+
+
+def _of_checkpoint(path: Path, network: Network | None, first: Network) -> Source:
+    manifest, passed_over = find_checkpoint(path)
+    kinds = {key.partition("/")[0] for key in manifest.tensors}
+    name: Network = network or (first if KIND[first] in kinds else "student")
+    if KIND[name] not in kinds:
+        raise ValueError(f"{manifest.path} has no {name}; use the student")
+    keys = [key for key in manifest.tensors if key.partition("/")[0] in (KIND[name], "buffer")]
+    weights = {
+        key.partition("/")[2]: tensor.clone().view(manifest.tensors[key]["shape"])
+        for key, tensor in zip(keys, whole_tensors(manifest, keys, torch.float32), strict=True)
+    }
+    sizes, grid = _told(manifest.meta["recipe"], weights)
+    newer = f", newer ones passed over: {'; '.join(passed_over)}" if passed_over else ""
+    return Source(
+        weights, grid, sizes, f"{name} of {manifest.path}, step {manifest.step}{newer}",
+        about(manifest) | {"network": name, **figures_of(manifest)},
+    )  # fmt: skip
+
+
+def figures_of(manifest: Manifest) -> dict[str, str]:
+    """The last line of the run's metrics up to a checkpoint, and its last evaluation, as metadata wants it."""
+    run, found = manifest.path.parent.parent, {}
+    for file, key in (("metrics.jsonl", "metrics"), ("events.jsonl", "evaluation")):
+        try:
+            lines = [json.loads(line) for line in (run / file).read_text().splitlines()]
+        except (OSError, ValueError):
+            continue
+        fitting = [
+            line for line in lines
+            if line.get("step", math.inf) <= manifest.step and line.get("event", "evaluate") == "evaluate"
+        ]  # fmt: skip
+        if fitting:
+            found[key] = json.dumps(fitting[-1])
+    return found
+
+
+def _told(
+    recipe: Mapping[str, Any] | None, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """Sizes and grid by the recipe that made the weights."""
+    if recipe is None or "patch_embed.proj.weight" not in weights:
+        return {}, None
+    model, patch = recipe["model"], weights["patch_embed.proj.weight"].shape[2]
+    size = model["image_size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return dict(model), (height // patch, width // patch)
+
+
 def load_weights(path: Path) -> Weights:
     """Read the weights of a file in any of LAYOUTS, or a published one. Nothing in the file is run.
 
@@ -462,6 +578,8 @@ def _read_torch(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str
         told = {key: document[key] for key in ("epoch", "args") if key in document}
     elif isinstance(document, Mapping) and "model" in document:
         layout, networks = "mae", {"model": document["model"]}
+    elif isinstance(document, Mapping) and "state_dict" in document:  # timm's, and MAE-priv's
+        layout, networks = "timm", {"model": document["state_dict"]}
     for each, state in networks.items():
         if not isinstance(state, Mapping):
             raise ValueError(f"{path} holds a {type(state).__name__} as its {each}, not weights by name")

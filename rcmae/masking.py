@@ -144,6 +144,18 @@ class SharedMask:
         return self.mask.ids(seed, position // self.images * self.images, draw)
 
 
+@dataclass(frozen=True)
+class NoMask:
+    """Nothing hidden and nothing ordered: for what looks at whole images."""
+
+    num_patches: int = 0
+    num_visible: int = 0
+
+    def ids(self, seed: int, position: int, draw: int = 0) -> NDArray[np.int64]:
+        """[0]."""
+        return np.zeros(0, np.int64)
+
+
 def visible_count(num_patches: int, mask_ratio: float) -> int:
     """How many patches the encoder sees: the product truncated, as the published code has it."""
     if not 0.0 < mask_ratio < 1.0:

@@ -430,8 +430,9 @@ class Meter:
 
 
 def closing_summary(
-    title: str, *, ran: Mapping[str, str], table: str, places: Mapping[str, Path], commands: Sequence[tuple[str, str]]
-) -> str:
+    title: str, *, ran: Mapping[str, str], table: str, places: Mapping[str, Path], commands: Sequence[tuple[str, str]],
+    caption: str = "k-NN, top-1 in %",
+) -> str:  # fmt: skip
     """The text a run ends with.
 
     Args:
@@ -440,6 +441,7 @@ def closing_summary(
         table: the last evaluation as text, empty where there was none.
         places: what lies where; files that are not there are left out.
         commands: what to run next, (what it does, command line).
+        caption: of the table.
     """
     there = {name: str(place) for name, place in places.items() if place.exists()}
     width = max((len(name) for name in [*ran, *there]), default=0)
@@ -447,7 +449,7 @@ def closing_summary(
     for heading, entries in (("what ran", ran), ("where it lies", there)):
         lines += [heading, *(f"  {name:<{width}}  {value}" for name, value in entries.items())] if entries else []
         if heading == "what ran" and table:
-            lines += ["k-NN, top-1 in %", *(f"  {line}" for line in table.splitlines())]
+            lines += [caption, *(f"  {line}" for line in table.splitlines())]
     if commands:
         lines += ["what to run next", *(f"  {command}    # {what}" for what, command in commands)]
     return "\n".join(lines)

@@ -23,18 +23,20 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from rcmae import __version__, checkpoint, config, dist, kernels, preempt, startup
 from rcmae.batch import NO_LABEL, Batch
 from rcmae.bootmae_vit import BootstrappedAutoencoder
+from rcmae.checkpoint import Manifest
 from rcmae.config import Recipe, Resolved
 from rcmae.engine import Engine, LocalEngine, Settings
 from rcmae.evaluate import evaluating, knn_rows, knn_table, pixels, pooled, reconstruction_picture, save_png
+from rcmae.export import read_network, whole_network
 from rcmae.guard import Guard, NumbersGoneBad, bundle
 from rcmae.lease import Lease, LeaseHeld, LeaseLost, newest_generation
 from rcmae.masking import BlockMask, Mask, RandomMask, SharedMask, visible_count
@@ -46,7 +48,7 @@ from rcmae.schedules import teacher_momentum, warmup_half_cosine
 from rcmae.shards import Patterns, Plan, ShardIndex, cache_problem
 from rcmae.sources import Cache, Patience, is_remote
 from rcmae.stream import BadSample, Stream, TooManyBadSamples, labelled_batches, refuse_unlabelled
-from rcmae.transforms import Normalise, TrainTransform
+from rcmae.transforms import Normalise, TrainTransform, Transform
 from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, size_problems
 
 # ----------------------------------------------------------------------------------------------------------- the method
@@ -103,10 +105,123 @@ class DataGoneBad(RuntimeError):
 SLOW_DISK = 1e8  # bytes/s, to guess by how long a save takes before one was measured
 
 
+class Task(Protocol):
+    """What a run trains and how it is judged. The loop, engines, stream, checkpoints and files are the same for all."""
+
+    command: str  # the module that a user starts
+    objectives: tuple[str, ...]  # values of objective.name that it trains
+
+    def labelled(self, recipe: Recipe) -> Sequence[str | list[str]]:
+        """Shards that the evaluation reads."""
+
+    def problems(
+        self, recipe: Recipe, index: ShardIndex | None, labelled: Sequence[ShardIndex], saved: Manifest | None
+    ) -> list[str]:
+        """What stands against this recipe on this data, before anything is written; also fills in what follows from
+        both. Collective: every rank calls."""
+
+    def mask(self, recipe: Recipe) -> Mask:
+        """What of an image is seen. Raises ValueError."""
+
+    def transform(self, recipe: Recipe) -> Transform:
+        """Image bytes to views. Raises ValueError."""
+
+    def student(self, recipe: Recipe) -> nn.Module:
+        """What is trained, the same on every rank."""
+
+    def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:
+        """Its loss."""
+
+    def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
+        """What follows the student as its moving average, if anything does."""
+
+    def step_flops(self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int) -> float:
+        """Floating-point operations of a step for one image."""
+
+    def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
+        """A rank's micro-batches of a step, with what one of them needs of another."""
+
+    def ready(self, run: Run, batch: Batch) -> Batch:
+        """A normalised batch on the device, as the objective wants it."""
+
+    def evaluate(self, run: Run) -> None:
+        """Judge what was trained and write it down. Collective: every rank calls."""
+
+
+class Pretraining:
+    """Masked autoencoding: the student sees a part of each image, and is judged by k-NN on its features."""
+
+    command = "rcmae.train"
+    objectives = tuple(OBJECTIVES)
+    _start: nn.Module | None = None  # a student with the weights to start from
+
+    def labelled(self, recipe: Recipe) -> Sequence[str | list[str]]:
+        """Training and test set of the k-NN."""
+        return (recipe.evaluate.train_shards, recipe.evaluate.test_shards) if recipe.evaluate.every_steps else ()
+
+    def problems(
+        self, recipe: Recipe, index: ShardIndex | None, labelled: Sequence[ShardIndex], saved: Manifest | None
+    ) -> list[str]:
+        """Weights to start from that do not fit. Collective: every rank calls."""
+        init, self._start = recipe.checkpoint.init, None
+        if init is None or saved is not None:
+            return []
+        try:
+            source = read_network(Path(init), first="student")
+            student = new_student(recipe)
+            student.load_state_dict(whole_network(student, source.weights))
+        except (ValueError, checkpoint.CheckpointError) as error:
+            return [f"checkpoint.init={init} with model.name={recipe.model.name}: {error}"]
+        self._start = student
+        return []
+
+    def mask(self, recipe: Recipe) -> Mask:
+        """That of the recipe, for the network's grid. Raises ValueError."""
+        with torch.device("meta"):
+            return make_mask(recipe, new_network(recipe).grid)
+
+    def transform(self, recipe: Recipe) -> Transform:
+        """A random box, flipped or not."""
+        return train_transform(recipe)
+
+    def student(self, recipe: Recipe) -> nn.Module:
+        """The network, from checkpoint.init where a new run has one."""
+        return self._start or new_student(recipe)
+
+    def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:
+        """That of the recipe."""
+        return make_objective(recipe, sizes)
+
+    def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
+        """What of the student the objective asks a teacher for."""
+        assert isinstance(student, MaskedAutoencoder | BootstrappedAutoencoder)
+        assert isinstance(objective, Sum)
+        return new_teacher(student, objective)
+
+    def step_flops(self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int) -> float:
+        """Forward and backward, and the teacher's forward."""
+        assert isinstance(student, MaskedAutoencoder | BootstrappedAutoencoder)
+        assert isinstance(objective, Sum)
+        return step_flops(student, objective, num_visible)
+
+    def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
+        """As they are."""
+        return micros
+
+    def ready(self, run: Run, batch: Batch) -> Batch:
+        """As it is."""
+        return batch
+
+    def evaluate(self, run: Run) -> None:
+        """k-NN. Collective: every rank calls."""
+        run.evaluate()
+
+
 @dataclass
 class Run:
     """The parts of a run and where it stands. Methods marked collective are called by every rank, in the same order."""
 
+    task: Task
     recipe: Recipe
     sizes: Resolved
     objective: Objective
@@ -131,6 +246,7 @@ class Run:
     save_measured: bool = False
     best: dict[str, dict[str, float]] = field(default_factory=dict)  # network -> best k-NN accuracy and its step
     table: str = ""  # of the last evaluation
+    caption: str = "k-NN, top-1 in %"  # of the table
 
     def __post_init__(self) -> None:
         self.first_step, self._saved_at, self._save_asked = self.step, time.monotonic(), False
@@ -162,7 +278,7 @@ class Run:
             self._step_began = time.monotonic()
             try:
                 with self.meter.waiting():
-                    micros = next(steps)
+                    micros = self.task.pair(self.recipe, next(steps))
                 if self.step == self.first_step:
                     startup.mark("first batch")
             except (TooManyBadSamples, OSError, RuntimeError) as error:  # the others learn of it in agree()
@@ -171,12 +287,12 @@ class Run:
             yield micros
 
     def on_device(self, batch: Batch) -> Batch:
-        """The batch where the model is, images normalised."""
+        """The batch where the model is, images normalised, as the task wants it."""
         drill = self.recipe.guard.drill_nan_position
         batch = self.normalise(batch.to(dist.device()))
         if drill is not None and drill in batch.positions:
             batch.images[(batch.positions == drill).to(batch.images.device)] = math.nan
-        return batch
+        return self.task.ready(self, batch)
 
     # decisions of all ranks
 
@@ -254,13 +370,14 @@ class Run:
         means = dist.all_sum(shares.double()).tolist()  # waits for the device
         losses = dict(zip(self.objective.weights, means, strict=True))
         images = self.data_step * self.sizes.images_per_step
+        promised = ("reconstruction", "consistency") if "reconstruction" in losses else ()
         self.log.step(
             {
                 "step": self.step,
                 "images_seen": images,
                 "epoch": images / self.sizes.samples_per_epoch,
                 "loss": sum(self.objective.weights[term] * loss for term, loss in losses.items()),
-                **{f"loss_{term}": losses.get(term, 0.0) for term in ("reconstruction", "consistency", *losses)},
+                **{f"loss_{term}": losses.get(term, 0.0) for term in (*promised, *losses)},
                 **figures,
                 **self.meter.read(),
             }
@@ -383,13 +500,13 @@ class Run:
         }
 
     def evaluate_when_due(self) -> None:
-        """k-NN and the picture, if this step is one for them. Collective."""
+        """The task's evaluation and the picture, if this step is one for them. Collective."""
         evaluate = self.recipe.evaluate
         last = self.step == self.sizes.total_steps
         self.presence.at(self.step, "evaluating or saving")
         with self.meter.away():
             if evaluate.every_steps and (self.step % evaluate.every_steps == 0 or last):
-                self.evaluate()
+                self.task.evaluate(self)
             if evaluate.picture_every_steps and (self.step % evaluate.picture_every_steps == 0 or last):
                 self.picture()
 
@@ -453,6 +570,7 @@ class Run:
                    sorted(self.best.items())},
             },
             table=self.table,
+            caption=self.caption,
             places={
                 "checkpoints": place / "checkpoints",
                 "metrics": place / "metrics.jsonl",
@@ -461,7 +579,7 @@ class Run:
                 "tensorboard": place / "tensorboard",
             },
             commands=[(what, command) for what, command, applies in (
-                ("go on", f"python -m rcmae.train {place / 'recipe.yaml'}", self.step < sizes.total_steps),
+                ("go on", f"python -m {self.task.command} {place / 'recipe.yaml'}", self.step < sizes.total_steps),
                 ("see the curves", f"tensorboard --logdir {place / 'tensorboard'}", self.recipe.log.tensorboard),
             ) if applies],
         )  # fmt: skip
@@ -496,7 +614,7 @@ class Checked:
     cache: Cache | None  # of this node, where shards come from elsewhere
 
 
-def check(recipe: Recipe) -> Checked:
+def check(recipe: Recipe, task: Task) -> Checked:
     """Look for everything that stands against this run, before anything is built. Collective: every rank calls.
 
     Raises:
@@ -511,12 +629,18 @@ def check(recipe: Recipe) -> Checked:
     if recipe.engine.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         problems.append(f"engine.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use engine.precision=fp32")
     index, plan, sizes, mask, engine_config, cache = None, None, None, None, {}, None
-    with problems, torch.device("meta"):
-        mask = make_mask(recipe, new_network(recipe).grid)
+    if recipe.objective.name not in task.objectives:
+        problems.append(
+            f"objective.name={recipe.objective.name} is none of python -m {task.command}, which trains "
+            f"{', '.join(task.objectives)}; pretraining is rcmae.train, then come rcmae.finetune and rcmae.probe"
+        )
+    with problems:
+        mask = task.mask(recipe)
+        task.transform(recipe)
     with problems:
         index = open_index(recipe, data.shards)
     labelled = []
-    for shards in (recipe.evaluate.train_shards, recipe.evaluate.test_shards) if recipe.evaluate.every_steps else ():
+    for shards in task.labelled(recipe):
         with problems:
             labelled.append(open_index(recipe, shards))
             refuse_unlabelled(labelled[-1])
@@ -548,6 +672,8 @@ def check(recipe: Recipe) -> Checked:
             startup.mark("imports")
             engine_config = read_config(recipe.engine.config or "")
             problems += config_problems(engine_config, engine_settings(recipe, sizes), lr=sizes.lr, world=world)
+    with problems:
+        problems += task.problems(recipe, index, labelled, saved)
     problems += mismatches(recipe, saved, index, sizes)
     dist.together("\n".join(problems) or None)
     assert index is not None
@@ -582,14 +708,15 @@ def open_index(recipe: Recipe, shards: Patterns) -> ShardIndex:
     return index
 
 
-def assemble(recipe: Recipe, stop: preempt.StopRequest) -> Run:
+def assemble(recipe: Recipe, stop: preempt.StopRequest, task: Task | None = None) -> Run:
     """Check everything, then build the parts and go to where the run stands. Collective: every rank calls.
 
     Raises:
         ValueError: on every rank, naming every problem; nothing was written. Or another job trains here.
         CheckpointError: on every rank; there are checkpoints and none can be used.
     """
-    found = check(recipe)
+    task = task or Pretraining()
+    found = check(recipe, task)
     startup.mark("checks")
     lease = hold(recipe)
     startup.mark("lease")
@@ -598,7 +725,7 @@ def assemble(recipe: Recipe, stop: preempt.StopRequest) -> Run:
         world=dist.world(), timeout_s=recipe.engine.timeout_s,
     )  # fmt: skip
     try:
-        return build(recipe, stop, found, lease, presence)
+        return build(recipe, task, stop, found, lease, presence)
     except BaseException as error:
         if isinstance(error, ValueError | checkpoint.CheckpointError):  # on all ranks together
             presence.leave()
@@ -638,15 +765,15 @@ def hold(recipe: Recipe) -> Lease | None:
 
 
 def build(
-    recipe: Recipe, stop: preempt.StopRequest, found: Checked, lease: Lease | None, presence: Presence
+    recipe: Recipe, task: Task, stop: preempt.StopRequest, found: Checked, lease: Lease | None, presence: Presence
 ) -> Run:  # fmt: skip
     """The parts, at the newest valid checkpoint. Collective: every rank calls, rank 0 with the lease."""
     data, sizes, world = recipe.data, found.sizes, dist.world()
     saved, passed_over = choose_checkpoint(recipe)
     startup.mark("checkpoint")
-    student, objective = new_student(recipe), make_objective(recipe, sizes)
+    student, objective = task.student(recipe), task.objective(recipe, sizes)
     weights = sum(param.numel() for param in student.parameters())
-    teacher = new_teacher(student, objective)
+    teacher = task.teacher(student, objective)
     startup.mark("model")
     engine = make_engine(recipe, sizes, student, teacher, found.engine_config)
     startup.mark("engine")
@@ -665,11 +792,8 @@ def build(
     )  # fmt: skip
     if saved is not None and own(recipe, saved):
         guard.restore(saved.meta["guard"])
-    transform = TrainTransform(
-        recipe.model.image_hw, recipe.model.in_channels, data.crop_scale, data.crop_ratio, data.flip, data.decode_margin
-    )
     stream = Stream(
-        index=found.index, plan=found.plan, transform=transform, mask=found.mask, seed=data.seed,
+        index=found.index, plan=found.plan, transform=task.transform(recipe), mask=found.mask, seed=data.seed,
         micro=sizes.per_device, rank=dist.rank(), world=world, workers=data.workers,
         max_bad_fraction=data.max_bad_fraction, max_bad_in_a_row=data.max_bad_in_a_row,
         cache=found.cache, ranks_of_node=dist.ranks_of_node(), repeats=data.repeats,
@@ -682,10 +806,10 @@ def build(
     )  # fmt: skip
     meter = Meter(
         device=dist.device(), world=world, precision=recipe.engine.precision,
-        step_flops_per_image=step_flops(student, objective, found.mask.num_visible),
+        step_flops_per_image=task.step_flops(recipe, student, objective, found.mask.num_visible),
     )  # fmt: skip
     run = Run(
-        recipe=recipe, sizes=sizes, objective=objective, engine=engine, stream=stream, index=found.index,
+        task=task, recipe=recipe, sizes=sizes, objective=objective, engine=engine, stream=stream, index=found.index,
         labelled=found.labelled, cache=found.cache, normalise=Normalise(data.mean, data.std, dist.device()), log=log,
         meter=meter, stop=stop, guard=guard, saver=saver, lease=lease, presence=presence, step=step,
         data_step=images // sizes.images_per_step, save_s=16 * weights / SLOW_DISK,
@@ -719,6 +843,14 @@ def student_sizes(model: config.Model, *, regressors: bool = False) -> dict[str,
     if problems:
         raise ValueError("\n".join(f"model: {problem}" for problem in problems))
     return sizes
+
+
+def train_transform(recipe: Recipe) -> TrainTransform:
+    """A random box of an image, flipped or not. Raises ValueError."""
+    data = recipe.data
+    return TrainTransform(
+        recipe.model.image_hw, recipe.model.in_channels, data.crop_scale, data.crop_ratio, data.flip, data.decode_margin
+    )
 
 
 Network = MaskedAutoencoder | BootstrappedAutoencoder
@@ -835,16 +967,19 @@ def step_flops(student: Network, objective: Sum, num_visible: int) -> float:
 
 def engine_settings(recipe: Recipe, sizes: Resolved) -> Settings:
     """The values an engine is made with."""
+    classifies = recipe.objective.name in config.CLASSIFYING
     return Settings(
         precision=recipe.engine.precision, betas=recipe.schedule.betas, weight_decay=recipe.schedule.weight_decay,
         clip_grad=recipe.schedule.clip_grad, accumulation=sizes.accumulation, per_device=sizes.per_device,
-        optimizer=recipe.engine.optimizer, teacher_accumulate=recipe.teacher.accumulate, seed=recipe.run.seed,
+        optimizer=recipe.engine.optimizer, rule=recipe.classify.rule if classifies else "adamw",
+        layer_decay=recipe.classify.layer_decay if classifies else None,
+        teacher_accumulate=recipe.teacher.accumulate, seed=recipe.run.seed,
         device=dist.device(),
     )  # fmt: skip
 
 
 def make_engine(
-    recipe: Recipe, sizes: Resolved, student: Network, teacher: Network | None,
+    recipe: Recipe, sizes: Resolved, student: nn.Module, teacher: nn.Module | None,
     engine_config: dict[str, Any],
 ) -> Engine:  # fmt: skip
     """The engine of a recipe, around the student and the teacher. Collective: every rank calls."""
@@ -1051,9 +1186,9 @@ def announce(run: Run, saved: checkpoint.Manifest | None, passed_over: list[str]
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def parse(argv: Sequence[str] | None) -> tuple[str, list[str]]:
+def parse(argv: Sequence[str] | None, command: str = "rcmae.train") -> tuple[str, list[str]]:
     """(recipe, overrides) of a command line; takes what launchers add."""
-    parser = argparse.ArgumentParser(prog="python -m rcmae.train", description="Pretrain by a recipe.")
+    parser = argparse.ArgumentParser(prog=f"python -m {command}", description="Train by a recipe.")
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a recipe key, such as batch.images=256")
     parser.add_argument("--deepspeed", action="store_true", help="use the DeepSpeed engine")
@@ -1068,12 +1203,12 @@ def parse(argv: Sequence[str] | None) -> tuple[str, list[str]]:
     return args.recipe, overrides
 
 
-def train(recipe: Recipe, stop: preempt.StopRequest) -> int:
+def train(recipe: Recipe, stop: preempt.StopRequest, task: Task | None = None) -> int:
     """Run a recipe from where it stands; the exit status. Collective: every rank calls, inside the process group."""
     if recipe.run.deadline_s is not None:
         stop.within(recipe.run.deadline_s)
     try:
-        run = assemble(recipe, stop)
+        run = assemble(recipe, stop, task)
     except (ValueError, checkpoint.CheckpointError) as error:  # raised on all ranks together
         say_error(error)
         return preempt.REFUSED if isinstance(error, ValueError) else preempt.FAILED
@@ -1123,11 +1258,12 @@ def say_error(error: Exception) -> None:
         print(f"rcmae: {error}", file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, task: Task | None = None) -> int:
     """Train by a command line; the exit status of this rank."""
+    task = task or Pretraining()
     stop = preempt.StopRequest()  # first: Python's default for SIGUSR1 is to die
     startup.begin()
-    name, overrides = parse(argv)
+    name, overrides = parse(argv, task.command)
     try:
         recipe = config.load(name, overrides)
         startup.mark("recipe")
@@ -1137,7 +1273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_error(error)
         return preempt.REFUSED
     try:
-        status = train(recipe, stop)
+        status = train(recipe, stop, task)
     except Exception:
         # This rank alone, or its peers were gone: they are in another collective and would never come to a barrier.
         print(f"rcmae: rank {dist.launched()['rank']} failed", file=sys.stderr)

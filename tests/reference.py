@@ -135,7 +135,12 @@ def normalised(target: Tensor) -> Tensor:
     return (target - mean) / (variance + 1e-6).sqrt()
 
 
-def transformer(state: State, name: str, depth: int, heads: int, x: Tensor) -> Tensor:
+def transformer(
+    state: State, name: str, depth: int, heads: int, x: Tensor, last: str | None = None,
+    maps: list[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Blocks, then the norm of the name `last` ("" for none); `maps` gets each block's attention [B, heads, N, N]."""
+
     def norm(which: str, x: Tensor) -> Tensor:
         centred = x - x.mean(dim=-1, keepdim=True)
         scaled = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
@@ -147,11 +152,14 @@ def transformer(state: State, name: str, depth: int, heads: int, x: Tensor) -> T
     def attention(which: str, x: Tensor) -> Tensor:
         width = x.shape[-1] // heads
         q, k, v = linear(f"{which}.qkv", x).chunk(3, dim=-1)
-        parts = []
+        parts, seen = [], []
         for head in range(heads):
             of = slice(head * width, (head + 1) * width)
             scores = (q[..., of] @ k[..., of].transpose(1, 2)) * width**-0.5
-            parts.append(scores.softmax(dim=-1) @ v[..., of])
+            seen.append(scores.softmax(dim=-1))
+            parts.append(seen[-1] @ v[..., of])
+        if maps is not None:
+            maps.append(torch.stack(seen, dim=1))
         return linear(f"{which}.proj", torch.cat(parts, dim=-1))
 
     for index in range(depth):
@@ -160,7 +168,31 @@ def transformer(state: State, name: str, depth: int, heads: int, x: Tensor) -> T
         hidden = linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x))
         gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
         x = x + linear(f"{block}.mlp.fc2", gelu)
-    return norm(f"{name}norm", x)
+    last = f"{name}norm" if last is None else last
+    return norm(last, x) if last else x
+
+
+def layer_norm(state: State, which: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], state[f"{which}.weight"], state[f"{which}.bias"], 1e-6)
+
+
+def classify(state: State, sizes: Sizes, images: Tensor, maps: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """(features, scores) of a classifier: of the patches' mean where the state has a norm for it, else of cls."""
+    kernel = state["patch_embed.proj.weight"]
+    x = F.conv2d(images, kernel, state["patch_embed.proj.bias"], stride=sizes.patch).flatten(2).transpose(1, 2)
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], dim=1) + state["pos_embed"]
+    x = transformer(state, "", sizes.depth, sizes.heads, x, last="", maps=maps)
+    mean = "fc_norm.weight" in state
+    features = layer_norm(state, "fc_norm", x[:, 1:].mean(1)) if mean else layer_norm(state, "norm", x)[:, 0]
+    return features, features @ state["head.weight"].T + state["head.bias"]
+
+
+def classifier_weights(sizes: Sizes, num_classes: int, seed: int) -> State:
+    """Encoder and head, float32, nothing at its usual start."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    found = {name: value for name, value in weights(sizes, seed).items() if not name.startswith(("decoder", "mask_"))}
+    head = {"head.weight": (num_classes, sizes.width), "head.bias": (num_classes,)}
+    return found | {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in head.items()}
 
 
 def forward(state: State, sizes: Sizes, images: Tensor, noise: Tensor, kept: int) -> dict[str, Tensor]:

@@ -57,7 +57,10 @@ def refused(path, *overrides):
         ("schedule.lr=fast", "schedule.lr: input should be a valid number"),
         ("schedule.lr=.nan", "schedule.lr: input should be greater than 0, got nan"),
         ("objective.mask_ratio=1", "objective.mask_ratio: input should be less than 1, got 1"),
-        ("objective.name=mea", "objective.name: input should be 'mae', 'rcmae', 'supmae' or 'bootmae', got 'mea'"),
+        (
+            "objective.name=mea",
+            "objective.name: input should be 'mae', 'rcmae', 'supmae', 'bootmae', 'finetune' or 'probe', got 'mea'",
+        ),
         ("log.tensorboard=maybe", "log.tensorboard: input should be a valid boolean"),
         ("data.crop_scale=[0.2]", "data.crop_scale: field required, got [0.2]"),
         ("model=[1]", "model: input should be a valid dictionary or instance of Model, got [1]"),
@@ -347,13 +350,16 @@ def test_a_shipped_recipe_resolves_on_the_hardware_of_its_header(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_command_in_a_recipes_header_runs_that_recipe(name):
     command = header(name)["Command"]
-    if "rcmae.train" not in command:  # a script that runs it
+    module = re.search(r"rcmae\.(train|finetune|probe)\b", command)
+    if module is None:  # a script that runs it
         assert (config.RECIPES.parent.parent / command.split()[0].strip(",;")).is_file()
         return
-    words = shlex.split(command.partition("rcmae.train")[2])
+    words = shlex.split(command.partition(module[0])[2])
     recipe, overrides = train.parse(words)
     assert Path(recipe).stem == name
-    assert config.load(recipe, overrides).data.shards
+    loaded = config.load(recipe, overrides)
+    assert loaded.data.shards
+    assert module[1] == (loaded.objective.name if loaded.objective.name in config.CLASSIFYING else "train")
 
 
 @pytest.mark.parametrize("size", ["s_16", "b_16", "l_16", "h_14"])

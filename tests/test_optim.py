@@ -8,7 +8,9 @@ import torch
 import reference
 from rcmae import kernels
 from rcmae.bootmae_vit import BootstrappedAutoencoder
-from rcmae.optim import GROUPS, param_groups
+from rcmae.classifier import Classifier
+from rcmae.engine import set_rates
+from rcmae.optim import GROUPS, LARS, param_groups
 from rcmae.vit import MaskedAutoencoder
 from reference import Sizes
 
@@ -72,3 +74,41 @@ def test_heads_and_regressors_are_no_part_of_what_teachers_share() -> None:
     assert tuple(boot) == GROUPS[:4]
     assert "cls_token" in boot["encoder_no_decay"]  # as published, of this network alone
     assert {"mask_token", "lm_head.proj.weight"} <= set(boot["decoder_decay"])
+
+
+def test_layers_move_the_slower_the_lower_and_tokens_do_not_decay() -> None:
+    model = Classifier(
+        image_size=(16, 16), patch_size=8, in_channels=3, embed_dim=16, depth=2, num_heads=2, num_classes=3
+    )
+    groups = {group["name"]: group for group in param_groups(model, 0.05, 0.5)}
+    scales = {name: group["lr_scale"] for name, group in groups.items()}
+    assert scales == {
+        "layer_0_no_decay": 0.125, "layer_0_decay": 0.125, "layer_1_no_decay": 0.25, "layer_1_decay": 0.25,
+        "layer_2_no_decay": 0.5, "layer_2_decay": 0.5, "layer_3_no_decay": 1.0, "layer_3_decay": 1.0,
+    }  # fmt: skip
+    assert groups["layer_0_no_decay"]["param_names"] == ["cls_token", "pos_embed", "patch_embed.proj.bias"]
+    assert "head.weight" in groups["layer_3_decay"]["param_names"]
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
+
+
+def test_lars_of_shards_is_lars_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole, grad = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    halves, total = [whole[:2].clone(), whole[2:].clone()], torch.zeros(2)
+    for part, part_grad in zip(halves, (grad[:2], grad[2:]), strict=True):
+        step = part_grad + 0.1 * part
+        total += torch.stack([part.square().sum(), step.square().sum()])
+    one = torch.nn.Parameter(whole.clone())
+    params = [one, *(torch.nn.Parameter(half) for half in halves)]
+    for param, each in zip(params, (grad, grad[:2], grad[2:]), strict=True):
+        param.grad = each
+        shards = param is not one
+        optimizer = LARS([{"name": "decay", "params": [param]}], all_sum=lambda x, s=shards: total if s else x)
+        set_rates(optimizer.param_groups, lr=0.5, weight_decay=0.1)
+        optimizer.step()
+    torch.testing.assert_close(torch.cat([param.data for param in params[1:]]), one.data)
+    sgd = LARS([{"name": "decay", "params": [torch.nn.Parameter(whole.clone())]}], trust=None)
+    sgd.param_groups[0]["params"][0].grad = grad
+    set_rates(sgd.param_groups, lr=0.5, weight_decay=0.0)
+    sgd.step()
+    torch.testing.assert_close(sgd.param_groups[0]["params"][0].data, whole - 0.5 * grad)

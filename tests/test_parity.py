@@ -4,6 +4,7 @@ The folders are written here from `reference` (plain float64 mathematics) in the
 recorded ones are at hand they are checked too.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import parity_downstream
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -552,6 +554,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "bootmae-forward": bootmae_forward,
     "bootmae-schedules": bootmae_schedules,
     "maepriv-pretrain": maepriv_pretrain,
+    **{name: functools.partial(make, write=write) for name, make in parity_downstream.MAKERS.items()},
 }
 
 
@@ -611,6 +614,13 @@ PERTURBED = [
     ("rcmae-train", "official_adamw_state.safetensors", "mask_token.exp_avg"),
     ("rcmae-train-accum", "ema_on_update_teacher.safetensors", "blocks.1.mlp.fc1.weight"),
     ("pos-embed", "expected.safetensors", "mae.dim40.grid6.cls0"),
+    ("vit-finetune", "expected.safetensors", "gap.features"),
+    ("vit-finetune", "after_2_steps_cls.safetensors", "pos_embed"),
+    ("linprobe-lars", "expected.safetensors", "head.0.running_var"),
+    ("lars-steps", "expected.safetensors", "step1.tensor"),
+    ("knn", "expected.safetensors", "k4.scores"),
+    ("rollout", "expected.safetensors", "image1.min.discard0.3"),
+    ("mixup-cutmix", "expected.safetensors", "cutmix.images"),
 ]
 
 
@@ -638,6 +648,10 @@ def test_one_number_off_in_an_array_fails_and_is_named(
         ("arch-names", lambda v: v["architectures"]["value"]["rc_vit_tiny_patch16"].update(trainable=1)),
         ("arch-names", lambda v: v["architectures"]["value"]["rc_vit_tiny_patch16"]["optimizer_order"][1].reverse()),
         ("pos-embed", lambda v: v.update(unheard_of={"value": 1})),
+        ("vit-finetune", lambda v: v["gap"]["value"]["missing_keys"].remove("head.bias")),
+        ("vit-finetune", lambda v: v["cls"]["value"]["param_groups"][0].update(lr_scale=0.5)),
+        ("knn", lambda v: v["accuracy"]["value"]["30"].update(top5_counting_only_positive_scores=1.0)),
+        ("mixup-cutmix", lambda v: v["drawn"]["value"]["cutmix"].update(lam_used=0.5)),
     ],
 )
 def test_one_value_off_or_unknown_fails(name: str, change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:

@@ -30,13 +30,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rcmae import kernels
+from rcmae import attention, evaluate, families, kernels
+from rcmae.augment import Mix, mixed, mixed_targets
 from rcmae.batch import Batch
 from rcmae.bootmae_vit import BootstrappedAutoencoder
+from rcmae.classifier import (
+    Classification,
+    Classifier,
+    Fit,
+    Pool,
+    Probing,
+    cross_entropy,
+    fit_weights,
+    probe_head,
+)
+from rcmae.engine import clip, set_rates
 from rcmae.masking import BlockMask, visible_count
 from rcmae.objectives import MAE, RCMAE, BootMAE, Objective, SupMAE
 from rcmae.objectives.mae import crowding, pixel_targets
-from rcmae.optim import param_groups
+from rcmae.optim import LARS, param_groups
 from rcmae.schedules import epoch_momentum, teacher_momentum, warmup_half_cosine
 from rcmae.teacher import Teacher
 from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, patchify, sincos_positions, unpatchify
@@ -675,17 +687,19 @@ def arch_names(fixture: Fixture) -> None:
         side = fixture.config["img_size"]
         sizes: dict[str, Any] = dict(ARCHITECTURES[ours])
         with torch.device("meta"):
-            model = MaskedAutoencoder(image_size=(side, side), in_channels=3, **sizes)
+            model: nn.Module = MaskedAutoencoder(image_size=(side, side), in_channels=3, **sizes)
         shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
         wanted = dict(stated["state_dict"])
-        if "mask_token" not in wanted:  # an encoder that classifies: its own parts are the head and a pooled norm
-            wanted = {key: shape for key, shape in wanted.items() if not re.match(r"head\.|fc_norm\.", key)}
-            shapes = {key: shape for key, shape in shapes.items() if key in wanted}
-            fixture.left_out[f"architectures/{name}: head and counts"] = "a classifier, of which the encoder is checked"
+        if "mask_token" not in wanted:  # one that classifies
+            sizes = {key: value for key, value in sizes.items() if not key.startswith("decoder")}
+            with torch.device("meta"):
+                model = Classifier(
+                    image_size=(side, side), in_channels=3, num_classes=wanted["head.weight"][0],
+                    pool="mean" if "fc_norm.weight" in wanted else "cls", **sizes,
+                )  # fmt: skip
+            shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
         differing = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
         fixture.true("names and shapes", name, not differing, f"differ in {', '.join(differing[:5])}")
-        if "mask_token" not in wanted:
-            continue
         trainable = sum(param.numel() for param in model.parameters())
         everything = trainable + sum(buffer.numel() for buffer in model.buffers())
         for key, got in (("trainable", trainable), ("all_parameters", everything)):
@@ -1055,6 +1069,262 @@ def channels_first(pixels: Tensor) -> Tensor:
     return pixels.unflatten(2, (-1, 3)).transpose(2, 3).flatten(2)
 
 
+def classifier(
+    fixture: Fixture, weights: Mapping[str, Tensor], pool: Pool, dtype: torch.dtype
+) -> tuple[Classifier, Fit]:
+    """The package's classifier of the folder's sizes with these weights, and what of them matched."""
+    config, side = fixture.config, fixture.config["img_size"]
+    for key, ours in (("layer_norm_eps", kernels.LAYER_NORM_EPS), ("qkv_bias", True), ("adam_eps", kernels.ADAM_EPS)):
+        if config.get(key, ours) != ours:
+            raise Unusable(f"config.{key}={config[key]}: this package has {ours}")
+    model = Classifier(
+        image_size=(side, side) if isinstance(side, int) else tuple(side),
+        patch_size=config["patch_size"],
+        in_channels=weights["patch_embed.proj.weight"].shape[1],
+        embed_dim=config["embed_dim"],
+        depth=config["depth"],
+        num_heads=config["num_heads"],
+        num_classes=config["num_classes"],
+        pool=pool,
+        drop_path=config.get("drop_path", 0.0),
+        mlp_ratio=config.get("mlp_ratio", 4),
+    ).to(dtype)
+    fit = fit_weights(model, {name: weight.to(dtype) for name, weight in weights.items()})
+    return model, fit
+
+
+def images_of(images: Tensor, labels: Tensor) -> Batch:
+    """Labelled images as the stream gives them, without masks."""
+    nothing = torch.empty(0)
+    return Batch(images, torch.empty(len(images), 0), 0, labels, (), nothing, nothing)
+
+
+def vit_finetune(fixture: Fixture) -> None:
+    """Weights of another grid into a classifier: scores, losses, gradients, layer decay, then training steps."""
+    config = fixture.config
+    for precision, dtype in PRECISIONS.items():
+        limits, expected = fixture.limits(precision), fixture.arrays("expected.safetensors")
+        inputs, head = fixture.arrays("inputs.safetensors"), fixture.arrays("head.safetensors")
+        images, labels = inputs["images"].to(dtype), inputs["labels"]
+        for case in ("gap", "cls"):
+            stated = fixture.value(case)
+            pool: Pool = "mean" if stated["global_pool"] else "cls"
+            model, fit = classifier(fixture, fixture.arrays("checkpoint.safetensors"), pool, dtype)
+            for key, names in (("missing_keys", fit.fresh), ("unexpected_keys", fit.unused)):
+                fixture.true("what of the weights matched", f"{case} {key}", set(names) == set(stated[key]), "differs")
+            fixture.close("positions", case, model.pos_embed, expected["pos_embed"], limits.activation, precision)
+            model.load_state_dict({**model.state_dict(), **{k: v for k, v in head.items() if k in model.state_dict()}})
+            features = model.forward_head(model(images, what="features"), pre_logits=True)
+            scores = model(images)
+            for name, got in (("features", features), ("logits", scores)):
+                want = expected[f"{case}.{name}"]
+                fixture.close("features and scores", f"{case} {name}", got, want, limits.activation, precision)
+            mix = Mix(config["lam"], None)
+            targets = mixed_targets(
+                labels, labels.flip(0), mix, num_classes=config["num_classes"], smoothing=config["smoothing"]
+            )
+            fixture.close("targets", case, targets, expected["soft_targets"], Limit(1e-6, 0.0), precision)
+            plain = images_of(images, labels)
+            soft = replace(plain, targets=expected["soft_targets"].to(dtype))
+            for name, batch, smoothing in (
+                ("cross_entropy", plain, 0.0),
+                ("label_smoothing_loss", plain, config["smoothing"]),
+                ("soft_target_loss", soft, 0.0),
+            ):
+                loss = cross_entropy(model(images), batch, smoothing) / len(labels)
+                fixture.close("losses", f"{case} {name}", loss, stated[name], limits.loss, precision)
+                if name == "cross_entropy":
+                    grads = gradients(model, loss)
+                    check_grads(fixture, case, grads, stated, precision)
+                    prefix = f"{case}.grad."
+                    wanted = {k.removeprefix(prefix): v for k, v in expected.items() if k.startswith(prefix)}
+                    fixture.all_close("gradients", grads, wanted, limits.gradient, precision)
+            groups = param_groups(model, config["weight_decay"], config["layer_decay"])
+            found, recorded = (
+                {(each["lr_scale"], each["weight_decay"]): set(each[key]) for each in some}  # timm moved fc_norm
+                for some, key in ((groups, "param_names"), (stated["param_groups"], "params"))
+            )
+            fixture.true("layer decay groups", case, found == recorded, "differ from those recorded")
+            each = {name: [g["lr_scale"], g["weight_decay"]] for g in groups for name in g["param_names"]}
+            fixture.true("layer decay groups", f"{case} each", each == stated["param_scale_and_wd"], "differ")
+            optimizer = kernels.adamw(groups, betas=tuple(config["adam_betas"]))
+            objective = Classification(smoothing=config["smoothing"])
+            per_epoch = len(stated["train_rows"])
+            for index, row in enumerate(stated["train_rows"]):
+                lr = rate_at(config, config["start_epoch"] * per_epoch + index, per_epoch)
+                batch = images_of(inputs["train_images"][index].to(dtype), inputs["train_labels"][index])
+                loss = objective(model, None, batch, 0.0)["classification"] / len(batch)
+                loss.backward()
+                found_grads = [param.grad for param in model.parameters() if param.grad is not None]
+                clip(found_grads, torch.stack([grad.norm() for grad in found_grads]).norm(), config["clip_grad"])
+                set_rates(optimizer.param_groups, lr=lr, weight_decay=config["weight_decay"])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                for key, got in (("loss", loss), ("lr", lr)):
+                    name = f"{case} {key} {index}"
+                    fixture.close("training losses, rates", name, got, row[key], limits.loss, precision)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            fixture.close("rates of the groups", case, rates, stated["group_lrs_at_last_step"], limits.loss, precision)
+            for file in fixture.files(f"after_.*_{case}.*"):
+                check_trained(fixture, file, dict(model.named_parameters()), precision)
+
+
+def rate_at(config: Mapping[str, Any], step: int, per_epoch: int) -> float:
+    """The learning rate of a step of a folder's schedule."""
+    return warmup_half_cosine(
+        step,
+        warmup_steps=config["warmup_epochs"] * per_epoch,
+        total_steps=config["epochs"] * per_epoch,
+        lr=config["lr"],
+        min_lr=config["min_lr"],
+    )
+
+
+def linprobe_lars(fixture: Fixture) -> None:
+    """A linear probe: features, steps of LARS, the norm's statistics, then scores."""
+    config = fixture.config
+    for precision, dtype in PRECISIONS.items():
+        limits, expected = fixture.limits(precision), fixture.arrays("expected.safetensors")
+        inputs, weights = fixture.arrays("inputs.safetensors"), fixture.arrays("vit.safetensors")
+        model, _ = classifier(fixture, weights, "mean" if config["global_pool"] else "cls", dtype)
+        model.eval()
+
+        def encode(images: Tensor, model: Classifier = model) -> Tensor:
+            return model.forward_head(model(images, what="features"), pre_logits=True)
+
+        head = probe_head(config["embed_dim"], config["num_classes"]).to(dtype)
+        linear: Any = head[1]  # type: ignore[index]
+        linear.load_state_dict({"weight": weights["head.weight"], "bias": weights["head.bias"]})
+        groups = param_groups(head, config["weight_decay"], 1.0)
+        lars = config["lars"]
+        optimizer = LARS(groups, momentum=lars["momentum"], trust=lars["trust_coefficient"])
+        objective = Probing(encode)
+        for index, row in enumerate(fixture.value("train_rows")):
+            lr = rate_at(config, index, config["iters_per_epoch"])
+            batch = images_of(inputs["train_images"][index].to(dtype), inputs["train_labels"][index])
+            got = encode(batch.images)
+            fixture.close("features", f"batch {index}", got, expected["features"][index], limits.activation, precision)
+            loss = objective(head, None, batch, 0.0)["classification"] / len(batch)
+            loss.backward()
+            set_rates(optimizer.param_groups, lr=lr, weight_decay=config["weight_decay"])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for key, value in (("loss", loss), ("lr", lr)):
+                fixture.close("training losses, rates", f"{key} {index}", value, row[key], limits.loss, precision)
+        after = {f"head.{name}": value for name, value in head.state_dict().items()}
+        after |= {f"mu.{name}": optimizer.state[param]["momentum"] for name, param in linear.named_parameters()}
+        head.eval()
+        with torch.no_grad():
+            after["eval_logits"] = head(encode(inputs["train_images"][0].to(dtype)))
+        wanted = {name: array for name, array in expected.items() if name != "features"}
+        fixture.all_close("after the steps", after, wanted, limits.weight, precision)
+
+
+def lars_steps(fixture: Fixture) -> None:
+    """LARS by itself, corner cases too."""
+    config = fixture.config
+    for precision, dtype in PRECISIONS.items():
+        limits, expected = fixture.limits(precision), fixture.arrays("expected.safetensors")
+        params = {name: nn.Parameter(value.to(dtype)) for name, value in fixture.arrays("params.safetensors").items()}
+        grads = fixture.arrays("grads.safetensors")
+        groups = [
+            {"name": f"{name}_{'no_decay' if param.ndim == 1 else 'decay'}", "params": [param]}
+            for name, param in params.items()
+        ]
+        optimizer = LARS(groups, momentum=config["momentum"], trust=config["trust_coefficient"])
+        set_rates(optimizer.param_groups, lr=config["lr"], weight_decay=config["weight_decay"])
+        for step in range(max(map(len, grads.values()))):
+            for name, each in grads.items():
+                params[name].grad = each[step].to(dtype)
+            optimizer.step()
+            prefix = f"step{step}."
+            wanted = {k.removeprefix(prefix): v for k, v in expected.items() if k.startswith(prefix)}
+            fixture.all_close("parameters after each step", params, wanted, limits.weight, precision)
+
+
+def knn_votes(fixture: Fixture) -> None:
+    """Scores, predictions and accuracies of the vote."""
+    config, stated = fixture.config, fixture.value("accuracy")
+    for precision, dtype in PRECISIONS.items():
+        inputs, expected = fixture.arrays("inputs.safetensors"), fixture.arrays("expected.safetensors")
+        limits, labels = fixture.limits(precision), inputs["test_labels"]
+        votes = evaluate.votes(
+            inputs["train_features"].to(dtype), inputs["train_labels"], inputs["test_features"].to(dtype),
+            k=config["ks"], num_classes=config["num_classes"], temperature=config["T"],
+        )  # fmt: skip
+        for k, scores in votes.items():
+            fixture.close("scores", f"k={k}", scores, expected[f"k{k}.scores"], limits.activation, precision)
+            guess = scores.argmax(dim=1)
+            same = torch.equal(guess, expected[f"k{k}.prediction"])
+            fixture.true("predictions", f"k={k}", same, "differ from those recorded", precision)
+            best = scores.topk(min(5, config["num_classes"]), dim=1)
+            hits = ((best.indices == labels[:, None]) & (best.values > 0)).any(dim=1)
+            row = stated[str(k)]
+            for name, got in (("top1", guess == labels), ("top5_counting_only_positive_scores", hits)):
+                share = 100.0 * got.double().mean()
+                fixture.close("accuracies", f"k={k} {name}", share, row[name], limits.loss, precision)
+    fixture.left_out["accuracy: top5"] = "depends on how equal scores of 0 are sorted; the well-defined one is checked"
+    fixture.left_out["accuracy: smallest_gap_between_best_two_scores"] = "says how safe the predictions are"
+
+
+def rollout(fixture: Fixture) -> None:
+    """Attention of a classifier and its rollout, as published and by the textbook."""
+    weights = families.published_names(fixture.arrays("vit.safetensors"))
+    weights = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in weights.items()}  # of the class token
+    for precision, dtype in PRECISIONS.items():
+        limits, expected = fixture.limits(precision), fixture.arrays("expected.safetensors")
+        images = fixture.arrays("inputs.safetensors")["images"].to(dtype)
+        model, _ = classifier(fixture, weights, "cls", dtype)
+        features = model.forward_head(model(images, what="features"), pre_logits=True)
+        outputs = {"logits": model(images), "features": features}
+        wanted = {name: expected[name] for name in outputs}
+        fixture.all_close("features and scores", outputs, wanted, limits.activation, precision)
+        for index in range(len(images)):
+            maps = attention.attention_maps(model, images[index : index + 1])[:, 0]
+            # which entries are the smallest hangs on the last digits: discard by the maps recorded, to this precision
+            recorded = expected[f"image{index}.attention"].to(dtype)
+            for name, want in expected.items():
+                match = re.fullmatch(rf"image{index}\.(mean|max|min)\.discard([\d.]*\d)(?:\.layer(\d+))?", name)
+                if name == f"image{index}.attention":
+                    fixture.close("attention", name, maps, want, limits.activation, precision)
+                elif name == f"image{index}.textbook_mean":
+                    got = attention.rollout(maps).view(want.shape)
+                    fixture.close("rollout by the textbook", name, got, want, limits.activation, precision)
+                elif match:
+                    fusion: Any = match[1]
+                    share = float(match[2])
+                    some = recorded if share else maps
+                    some = some if match[3] is None else some[int(match[3])][None]
+                    got = attention.rollout(some, fusion=fusion, discard=share, published=True)
+                    fixture.close(
+                        "rollout as published", name, got.view(want.shape), want, limits.activation, precision
+                    )
+
+
+def mixup_cutmix(fixture: Fixture) -> None:
+    """Images and targets mixed as drawn."""
+    config = fixture.config
+    for precision, dtype in PRECISIONS.items():
+        numbers = [float(number) for number in re.findall(r"\d\S*e-\d+", fixture.tolerance(precision))]
+        if not numbers:
+            raise Unusable(f"states no limits for {precision}")
+        inputs, expected = fixture.arrays("inputs.safetensors"), fixture.arrays("expected.safetensors")
+        images, labels = inputs["images"].to(dtype), inputs["labels"]
+        for case, drawn in fixture.value("drawn").items():
+            box = tuple(drawn["bbox_yl_yh_xl_xh"]) if drawn["use_cutmix"] else None
+            mix = Mix(drawn["lam_used"], box)
+            targets = mixed_targets(
+                labels, labels.flip(0), mix, num_classes=config["num_classes"], smoothing=config["label_smoothing"]
+            )
+            got = {"images": mixed(images, images.flip(0), mix), "targets": targets}
+            for (name, array), limit in zip(got.items(), (numbers[-1], numbers[0]), strict=True):
+                fixture.close(name, case, array, expected[f"{case}.{name}"], Limit(limit, 0.0), precision)
+            if box:
+                top, bottom, left, right = box
+                area = 1 - (bottom - top) * (right - left) / config["size"] ** 2
+                fixture.close("shares", case, area, drawn["lam_used"], Limit(1e-12, 0.0), precision)
+
+
 # A fixture's name -> what checks a folder of it. A new objective adds its line here.
 CHECKS: dict[str, Callable[[Fixture], None]] = {
     "mae-forward": mae_forward,
@@ -1069,6 +1339,14 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "bootmae-forward": bootmae_forward,
     "bootmae-schedules": bootmae_schedules,
     "maepriv-pretrain": maepriv_pretrain,
+
+
+    "vit-finetune": vit_finetune,
+    "linprobe-lars": linprobe_lars,
+    "lars-steps": lars_steps,
+    "knn": knn_votes,
+    "rollout": rollout,
+    "mixup-cutmix": mixup_cutmix,
 }
 
 

@@ -12,11 +12,16 @@ import torch
 from rcmae import config, dist, preempt, train
 
 if __name__ == "__main__":
+    from rcmae.finetune import Finetuning  # here: processes that read headers of shards import this file too
+    from rcmae.probe import Probe
+
     torch.set_num_threads(1)
     dist.start(required=True, timeout_s=120)
     statuses = []
     for name, *overrides in json.loads(sys.argv[1]):
-        statuses.append(train.train(config.load(name, overrides), preempt.StopRequest()))
+        recipe = config.load(name, overrides)
+        task = {"finetune": Finetuning, "probe": Probe}.get(recipe.objective.name, train.Pretraining)()
+        statuses.append(train.train(recipe, preempt.StopRequest(), task))
     if dist.rank() == 0:
         print("STATUS", json.dumps(statuses))
     for number in preempt.SIGNALS:

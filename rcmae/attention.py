@@ -1,0 +1,89 @@
+"""Where a Vision Transformer looks: its attention maps, and their rollout over the layers.
+
+Maps are read from timm's own attention, with its fused kernel switched off for the moment, so they come from any ViT of
+timm's blocks. Rollout (Abnar and Zuidema, 2020) multiplies the maps of all layers, each averaged with the identity for
+the residual path; the variants with another fusion of heads, with the weakest entries discarded and with gradients
+(Chefer et al., 2021, in its simplest form) are those people show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Fusion = Literal["mean", "max", "min"]
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The attention after softmax of each block [B, heads, N, N] that a forward inside fills in, in order."""
+    maps: list[Tensor] = []
+    parts: list[Any] = [block.attn for block in model.blocks]  # type: ignore[union-attr]
+    before = [part.fused_attn for part in parts]
+    handles = [part.attn_drop.register_forward_hook(lambda _, __, out: maps.append(out)) for part in parts]
+    try:
+        for part in parts:
+            part.fused_attn = False
+        yield maps
+    finally:
+        for part, fused, handle in zip(parts, before, handles, strict=True):
+            part.fused_attn = fused
+            handle.remove()
+
+
+def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
+    """[depth, B, heads, 1 + L, 1 + L] of normalised images [B, C, H, W]; row i tells what token i reads."""
+    with recording(model) as maps, torch.no_grad():
+        model(images)
+    return torch.stack(maps)
+
+
+def class_attention(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Maps weighted by how much they help each image's class: max(map * d score / d map, 0), shaped as those.
+
+    Args:
+        model: a classifier.
+        images: [B, C, H, W] normalised.
+        classes: [B] int64.
+    """
+    with recording(model) as maps, torch.enable_grad():
+        scores = model(images)
+        chosen = scores.gather(1, classes[:, None]).sum()
+        grads = torch.autograd.grad(chosen, maps)
+    return torch.stack([(each * grad).clamp(min=0) for each, grad in zip(maps, grads, strict=True)]).detach()
+
+
+def rollout(maps: Tensor, *, fusion: Fusion = "mean", discard: float = 0.0, published: bool = False) -> Tensor:
+    """How much of each patch reaches the class token: [L], the largest 1.
+
+    Args:
+        maps: [depth, heads, N, N] of one image, class token first.
+        fusion: of the heads.
+        discard: this share of the smallest entries of each fused map is left out (the class token's own stays).
+        published: divide each *column* by the sum of the row of the same number, as MAE-priv's released code does,
+            which its pictures contain; otherwise each row by its own sum. The two differ only with `discard`.
+
+    Raises:
+        ValueError: another fusion, or `discard` is no share below 1.
+    """
+    if fusion not in ("mean", "max", "min"):
+        raise ValueError(f"fusion={fusion!r} is unknown; use mean, max or min")
+    if not 0.0 <= discard < 1.0:
+        raise ValueError(f"discard={discard} must be a share from 0 to below 1")
+    tokens = maps.shape[-1]
+    identity = torch.eye(tokens, dtype=maps.dtype, device=maps.device)
+    result = identity
+    for layer in maps:
+        fused = layer.mean(0) if fusion == "mean" else layer.amax(0) if fusion == "max" else layer.amin(0)
+        flat = fused.flatten()
+        weakest = flat.topk(int(flat.numel() * discard), largest=False).indices
+        flat = flat.index_fill(0, weakest[weakest != 0], 0.0)
+        mixed = (flat.view(tokens, tokens) + identity) / 2
+        sums = mixed.sum(dim=1)
+        result = (mixed / (sums if published else sums[:, None])) @ result
+    reached = result[0, 1:]
+    return reached / reached.max()

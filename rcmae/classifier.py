@@ -1,0 +1,385 @@
+"""A Vision Transformer that classifies, by the published names: what fine-tuning trains and what probes and users read.
+
+It is timm's own model, so whatever knows timm knows it (`forward_features`, `forward_intermediates`,
+`get_intermediate_layers`, `feature_info`). Two things are ours. Drop path takes its draws from the caller, keyed by
+sample, so that a training does not depend on ranks, resumes or recomputed activations. And weights of another grid,
+class count or family are fitted by name, with a table of what matched; positions are trained here (MAE, appendix A.1),
+starting from the interpolated table of the pretraining.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rcmae import kernels  # first: it makes timm importable beside a CPU torch
+from rcmae.batch import Batch
+from rcmae.draws import Purpose, uniform
+from rcmae.vit import sincos_positions
+
+from timm.models.vision_transformer import VisionTransformer  # isort: skip
+
+Pool = Literal["cls", "mean"]
+HEAD_STD = 2e-5  # of a fresh head's weights: fine-tuning starts from equal scores
+NEW = ("head.", "fc_norm.")  # what a classifier has and a pretrained encoder lacks
+ONLY_PRETRAINING = ("decoder", "decode_", "mask_token", "de_pos_embed", "down", "lm_head", "cls_head.")
+
+
+class _Draws:
+    """Where the blocks of one model find the draws of the forward under way."""
+
+    keep: Tensor | None = None  # [B, depth, 2] bool
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): leaves a residual branch of a sample out, and scales what stays."""
+
+    def __init__(self, draws: _Draws, block: int, branch: int, rate: float) -> None:
+        super().__init__()
+        self._draws, self._block, self._branch, self._rate = draws, block, branch, rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] of the branch, or zeros."""
+        keep = self._draws.keep
+        if keep is None or not self.training or self._rate == 0.0:
+            return x
+        scale = keep[:, self._block, self._branch].to(x.dtype) / (1.0 - self._rate)
+        return x * scale[:, None, None]
+
+
+class Classifier(VisionTransformer):
+    """timm's ViT. Weights are drawn at construction from a fixed seed, the encoder's as at the start of a pretraining.
+
+    Args:
+        image_size: (height, width) in pixels.
+        patch_size: side of a patch in pixels; divides both.
+        in_channels: of the images.
+        embed_dim: width; a multiple of 4 and of num_heads.
+        depth: blocks.
+        num_heads: of the attention.
+        num_classes: 0 for none: scores are then the pooled features.
+        pool: "cls" takes the class token after the encoder's norm, "mean" the mean of the patches of the last block,
+            then a norm of its own (`fc_norm`).
+        drop_path: rate at the last block; it grows linearly from 0 at the first.
+        mlp_ratio: width of the hidden layer of an MLP over that of its block.
+        norm_layer: makes a layer norm of a given width; see `kernels.layer_norm`.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int,
+        in_channels: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int,
+        pool: Pool = "mean",
+        drop_path: float = 0.0,
+        mlp_ratio: float = 4.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__(
+            img_size=image_size, patch_size=patch_size, in_chans=in_channels, num_classes=num_classes,
+            global_pool="avg" if pool == "mean" else "token", embed_dim=embed_dim, depth=depth, num_heads=num_heads,
+            mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer or kernels.layer_norm(), weight_init="skip",
+        )  # fmt: skip
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.drop_path_rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
+        self._draws = _Draws()
+        for index, (block, rate) in enumerate(zip(self.blocks, self.drop_path_rates, strict=True)):
+            for branch, name in enumerate(("drop_path1", "drop_path2")):
+                setattr(block, name, DropPath(self._draws, index, branch, rate))
+        self.draw_weights(torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def draw_weights(self, generator: torch.Generator) -> None:
+        """Draw all weights: the encoder's as `MaskedAutoencoder.init_weights`, positions sin-cos, the head near 0."""
+        for name, param in self.named_parameters():
+            if name == "pos_embed":
+                param.copy_(sincos_positions(param.shape[2], self.grid, cls_token=True)[None])
+            elif name == "cls_token":
+                param.normal_(std=0.02, generator=generator)
+            elif name == "head.weight":
+                nn.init.trunc_normal_(param, std=HEAD_STD, a=-2.0, b=2.0, generator=generator)
+            elif param.ndim > 1:
+                nn.init.xavier_uniform_(param.flatten(1), generator=generator)
+            else:
+                param.fill_(0.0 if name.endswith(".bias") else 1.0)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None, what: str = "scores") -> Tensor:
+        """Scores [B, num_classes] of normalised images [B, C, H, W].
+
+        Args:
+            images: cast to the type of the weights.
+            keep: [B, depth, 2] bool, which residual branches of each sample stay, as `drop_path_draws` gives them;
+                None drops nothing.
+            what: "scores", or "features" for the tokens [B, 1 + L, D], cls first, after the norm if pool is "cls".
+        """
+        self._draws.keep = keep
+        tokens = self.forward_features(images.to(self.cls_token.dtype))
+        return tokens if what == "features" else self.forward_head(tokens)
+
+
+def classifier_flops(
+    *, image_size: tuple[int, int], patch_size: int, in_channels: int, embed_dim: int, depth: int, num_heads: int,
+) -> float:  # fmt: skip
+    """Floating-point operations of one image's forward pass without the head, as `vit.flops_per_image` counts them."""
+    patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
+    tokens = 1 + patches
+    block = 24 * embed_dim**2 * tokens + 4 * tokens**2 * embed_dim
+    return 2.0 * patch_size**2 * in_channels * embed_dim * patches + depth * block
+
+
+def drop_path_draws(seed: int, positions: Sequence[int], rates: Sequence[float]) -> Tensor:
+    """[B, depth, 2] bool, True = the branch stays: a function of the seed and each sample's position alone."""
+    drop = torch.tensor(rates, dtype=torch.float64)[:, None].expand(-1, 2)
+    draws = [uniform(seed, Purpose.DROP_PATH, position, count=2 * len(rates)) for position in positions]
+    return torch.stack([torch.from_numpy(row).view(-1, 2) >= drop for row in draws])
+
+
+# ------------------------------------------------------------------------------------------------------ fitting weights
+
+
+def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A position table [1, 1 + rows * columns, D] for another grid: the class token's row stays, the others are
+    interpolated bicubically between patch centres (MAE, appendix A.1)."""
+    if old == new:
+        return table
+    patches = table[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    patches = F.interpolate(patches, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Which weights of a file went into a model."""
+
+    matched: tuple[str, ...]
+    fresh: tuple[str, ...]  # the model's own that the file has not: drawn anew
+    unused: tuple[str, ...]  # the file's that the model has no place for
+    resampled: tuple[tuple[int, int], tuple[int, int]] | None  # positions: from grid, to grid
+
+    def table(self) -> str:
+        """What matched, as lines of text."""
+        lines = [f"{len(self.matched)} weights and tables taken"]
+        if self.resampled:
+            (rows, columns), (to_rows, to_columns) = self.resampled
+            lines.append(f"positions interpolated from a grid of {rows}x{columns} to {to_rows}x{to_columns}")
+        for what, names in (("drawn anew", self.fresh), ("left in the file", self.unused)):
+            if names:
+                kinds = sorted({name.split(".")[0] for name in names})
+                lines.append(f"{len(names)} {what}: {', '.join(kinds)}")
+        return "\n".join(f"  {line}" for line in lines)
+
+
+@torch.no_grad()
+def fit_weights(model: Classifier, weights: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> Fit:
+    """Put weights of published names, pretrained or fine-tuned, into a classifier.
+
+    Args:
+        model: of the same architecture and patch size; any image size and number of classes.
+        weights: an encoder, with or without a decoder or a head. A head of another number of classes is left out.
+        grid: rows and columns of patches of its position table; None for a square one.
+
+    Raises:
+        ValueError: it is of another architecture or patch size, lacks weights of the encoder or has unknown ones;
+            everything at once. The model is untouched.
+    """
+    wanted = model.state_dict()
+    found = {name: value for name, value in weights.items() if not name.startswith(ONLY_PRETRAINING)}
+    unused = {name for name in weights if name not in found}
+    resampled, problems = None, []
+    table = found.get("pos_embed")
+    if table is not None and table.shape[2:] == wanted["pos_embed"].shape[2:]:
+        side = math.isqrt(table.shape[1] - 1)
+        old = grid or (side, side)
+        if old[0] * old[1] != table.shape[1] - 1:
+            problems.append(f"pos_embed has {table.shape[1] - 1} patches, which are no {old[0]}x{old[1]} grid")
+        elif old != model.grid:
+            found["pos_embed"], resampled = resample_positions(table, old, model.grid), (old, model.grid)
+    head = [name for name in found if name.startswith("head.")]
+    if any(name not in wanted or found[name].shape != wanted[name].shape for name in head):
+        unused |= set(head)
+        found = {name: value for name, value in found.items() if name not in head}
+    norm = {name for name in found if name.startswith("norm.") and name not in wanted}  # a mean has a norm of its own
+    unused |= norm
+    found = {name: value for name, value in found.items() if name not in norm}
+    lacking = [name for name in wanted if name not in found and not name.startswith(NEW)]
+    unknown = [name for name in found if name not in wanted]
+    for what, names in (("lacks", lacking), ("has unknown", unknown)):
+        if names:
+            problems.append(f"{what} {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5))
+    differing = [name for name in found if name in wanted and found[name].shape != wanted[name].shape]
+    if differing:
+        name = "patch_embed.proj.weight"
+        if name in differing and found[name].shape[2:] != wanted[name].shape[2:]:
+            problems.append(f"it has patches of {found[name].shape[3]} pixels, the model {wanted[name].shape[3]}")
+        shapes = [f"{name} {_by(found[name])} instead of {_by(wanted[name])}" for name in differing[:5]]
+        problems.append(
+            f"has {', '.join(shapes)}" + f" and {len(differing) - 5} more" * (len(differing) > 5)
+            + ": set model.name, image_size and patch_size to those of the weights"
+        )  # fmt: skip
+    if problems:
+        raise ValueError("; ".join(problems))
+    model.load_state_dict({**wanted, **found})
+    fresh = tuple(name for name in wanted if name not in found)
+    return Fit(tuple(sorted(found)), fresh, tuple(sorted(unused)), resampled)
+
+
+def _by(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+# ------------------------------------------------------------------------------------------------------------- the task
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy with smoothed labels, or with the targets of mixed images.
+
+    Args:
+        smoothing: share of a target that is spread over all classes.
+        seed: of drop path.
+        keeps_average: whether the engine is to keep a moving average of the classifier, as its teacher.
+    """
+
+    smoothing: float = 0.0
+    seed: int = 0
+    keeps_average: bool = False
+    weights: dict[str, float] = field(default_factory=lambda: {"classification": 1.0}, init=False)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether there is an average."""
+        return self.keeps_average
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Images of the micro-batch."""
+        return {"classification": len(batch)}
+
+    def __call__(
+        self, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float
+    ) -> dict[str, Tensor]:
+        """Sum over the images; `teacher` and `progress` play no part."""
+        rates = _classifier_of(student).drop_path_rates
+        keep = None
+        if any(rates):
+            keep = drop_path_draws(self.seed, batch.positions.tolist(), rates).to(batch.images.device)
+        return {"classification": cross_entropy(student(batch.images, keep), batch, self.smoothing)}
+
+
+def _classifier_of(wrapper: nn.Module) -> Any:
+    """The model inside an engine's wrapper."""
+    return wrapper if hasattr(wrapper, "drop_path_rates") else wrapper.module
+
+
+def cross_entropy(scores: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    """Sum over the images, in float32 (float64 for float64 scores).
+
+    Args:
+        scores: [B, classes].
+        batch: with targets [B, classes], or labels [B].
+        smoothing: (1 - s) of a target is its label's, s is spread over all classes; targets are smooth already.
+    """
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if batch.targets is not None:
+        return F.cross_entropy(scores, batch.targets.to(scores.dtype), reduction="sum")
+    assert batch.labels is not None
+    return F.cross_entropy(scores, batch.labels, reduction="sum", label_smoothing=smoothing)
+
+
+# -------------------------------------------------------------------------------------------------------- linear probe
+
+
+class GlobalNorm(nn.BatchNorm1d):
+    """Batch norm without an affine part whose statistics are of all ranks' images (MAE, appendix A.1).
+
+    What it normalises is frozen, so no gradient passes through the statistics. They stay float32 whatever the
+    parameters are cast to.
+
+    Args:
+        width: of the features.
+        all_sum: adds a tensor up over the ranks, in place; every rank calls.
+    """
+
+    def __init__(self, width: int, all_sum: Callable[[Tensor], Tensor] = lambda values: values) -> None:
+        super().__init__(width, eps=1e-6, affine=False)
+        self._all_sum = all_sum
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalNorm:
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, before[name].to(buffer.device))
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Features [B, D], normalised by the batch in training and by the running statistics otherwise."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert not input.requires_grad, "features of a probe are frozen"
+        x = input if input.dtype == torch.float64 else input.float()
+        if not self.training:
+            return (x - self.running_mean) / (self.running_var + self.eps).sqrt()
+        wide = x.double()
+        sums = self._all_sum(torch.cat([wide.new_tensor([len(x)]), wide.sum(0), wide.square().sum(0)]))
+        count, width = sums[0], x.shape[1]
+        mean = sums[1 : 1 + width] / count
+        variance = (sums[1 + width :] / count - mean.square()).clamp(min=0)
+        momentum = self.momentum or 0.0
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+        return (x - mean.to(x)) / (variance.to(x) + self.eps).sqrt()
+
+
+def probe_head(width: int, num_classes: int, all_sum: Callable[[Tensor], Tensor] = lambda values: values) -> nn.Module:
+    """What a linear probe trains: the norm (`0.`) and a linear layer (`1.`), its weights near 0."""
+    norm, linear = GlobalNorm(width, all_sum), nn.Linear(width, num_classes)
+    nn.init.trunc_normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    nn.init.zeros_(linear.bias)
+    return ProbeHead(norm, linear)
+
+
+class ProbeHead(nn.Sequential):
+    """Features [B, D] to scores, the linear layer in its own type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Scores [B, classes]."""
+        norm, linear = self
+        return linear(norm(input).to(linear.weight.dtype))
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Cross-entropy of a head on what a frozen encoder makes of the images.
+
+    Args:
+        encoder: images [B, C, H, W] -> features [B, D], in evaluation mode, not moved by any engine.
+    """
+
+    encoder: Callable[[Tensor], Tensor]
+    weights: dict[str, float] = field(default_factory=lambda: {"classification": 1.0}, init=False)
+    needs_teacher: bool = field(default=False, init=False)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Images of the micro-batch."""
+        return {"classification": len(batch)}
+
+    def __call__(
+        self, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float
+    ) -> dict[str, Tensor]:
+        """Sum over the images; `teacher` and `progress` play no part."""
+        with torch.no_grad():
+            features = self.encoder(batch.images)
+        return {"classification": cross_entropy(student(features), batch, 0.0)}

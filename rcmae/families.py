@@ -1,0 +1,153 @@
+"""Names that other code gives the same weights: MAE's are ours; torch's wrapper, BootMAE, MAE-priv, Hugging Face.
+
+Only names and the cut of a tensor differ, so a way there and back is equal to the last bit. BootMAE and MAE-priv have
+no bias for keys, which softmax does not see: theirs is 0 when read, and one that is not 0 is kept beside the weights
+when written (`key_bias`), for the way back. Of these two families the encoder is exchanged; their decoders are other
+networks. SupMAE's names are MAE's, with a head for classes beside them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Family = Literal["mae", "supmae", "bootmae", "maepriv", "timm", "huggingface"]
+
+
+class About(NamedTuple):
+    """A family."""
+
+    text: str
+    decoder: bool  # whether a whole network can be written, or its encoder alone
+
+
+FAMILIES: dict[str, About] = {
+    "mae": About("MAE's .pth, under 'model'; SupMAE's is the same", True),
+    "bootmae": About("BootMAE's .pth: its encoder under 'model', with q_bias and v_bias", False),
+    "maepriv": About("MAE-priv's .pth: its pretraining's 'encoder.' under 'model', with q_bias and v_bias", False),
+    "timm": About("timm's vit_*: the encoder, as safetensors or .pth", False),
+    "huggingface": About("Hugging Face's ViTMAE: a folder that from_pretrained reads", True),
+}
+
+# ours -> theirs, one row a kind of weight; {i} stands for the number of a block
+_HUGGING_FACE = {
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+    "norm": "vit.layernorm",
+    "blocks.{i}": "vit.encoder.layer.{i}",
+    "mask_token": "decoder.mask_token",
+    "decoder_pos_embed": "decoder.decoder_pos_embed",
+    "decoder_embed": "decoder.decoder_embed",
+    "decoder_norm": "decoder.decoder_norm",
+    "decoder_pred": "decoder.decoder_pred",
+    "decoder_blocks.{i}": "decoder.decoder_layers.{i}",
+}
+_HUGGING_FACE_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_PARTS = ("query", "key", "value")
+
+
+def published_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights by MAE's names, whatever family named them; what has no place there keeps its own."""
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    if any(name.startswith("encoder.blocks.") for name in state):  # MAE-priv's pretraining
+        state = {name.removeprefix("encoder."): value for name, value in state.items()}
+    if any(".attention.attention.query." in name for name in state):
+        state = _from_hugging_face(state)
+    return _with_key_bias(state)
+
+
+def family_names(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Weights of MAE's names by those of another family.
+
+    Raises:
+        ValueError: it is no family that is known.
+    """
+    if family in ("mae", "supmae", "timm"):
+        return dict(state)
+    if family == "huggingface":
+        return _to_hugging_face(state)
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+    prefix = "encoder." if family == "maepriv" else ""
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name.endswith("attn.qkv.bias"):
+            query, key, last = value.chunk(3)
+            place = prefix + name.removesuffix("qkv.bias")
+            renamed[f"{place}q_bias"], renamed[f"{place}v_bias"] = query.clone(), last.clone()
+            if key.count_nonzero():
+                renamed[f"{place}key_bias"] = key.clone()
+        else:
+            renamed[prefix + name] = value
+    return renamed
+
+
+def _with_key_bias(state: Mapping[str, Any]) -> dict[str, Any]:
+    renamed: dict[str, Any] = {}
+    for name, value in state.items():
+        place, _, last = name.rpartition(".")
+        if last == "q_bias":
+            key = state.get(f"{place}.key_bias", torch.zeros_like(value) if isinstance(value, Tensor) else None)
+            parts = [value, key, state.get(f"{place}.v_bias")]
+            if all(isinstance(part, Tensor) for part in parts):
+                renamed[f"{place}.qkv.bias"] = torch.cat(parts)
+        elif last not in ("v_bias", "key_bias"):
+            renamed[name] = value
+    return renamed
+
+
+def _to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        block = re.fullmatch(r"((?:decoder_)?blocks)\.(\d+)\.(.+)\.(weight|bias)", name)
+        if block is None:
+            place, _, last = name.rpartition(".")
+            renamed[f"{_HUGGING_FACE[place]}.{last}" if place in _HUGGING_FACE else _HUGGING_FACE[name]] = value
+            continue
+        place = _HUGGING_FACE[f"{block[1]}.{{i}}"].format(i=block[2])
+        if block[3] == "attn.qkv":
+            for part, piece in zip(_PARTS, value.chunk(3), strict=True):
+                renamed[f"{place}.attention.attention.{part}.{block[4]}"] = piece.clone()
+        else:
+            renamed[f"{place}.{_HUGGING_FACE_BLOCK[block[3]]}.{block[4]}"] = value
+    return renamed
+
+
+def _from_hugging_face(state: Mapping[str, Any]) -> dict[str, Any]:
+    if not any(name.startswith("vit.") for name in state):  # the encoder alone
+        state = {name if name.startswith("decoder.") else f"vit.{name}": value for name, value in state.items()}
+    saved = "decoder.decoder_encoder.layer."  # what transformers 5 calls them when it writes
+    state = {name.replace(saved, "decoder.decoder_layers."): value for name, value in state.items()}
+    plain = {theirs: ours for ours, theirs in _HUGGING_FACE.items() if "{i}" not in ours}
+    blocks = {theirs.partition(".{i}")[0]: ours for ours, theirs in _HUGGING_FACE.items() if "{i}" in ours}
+    inside = {theirs: ours for ours, theirs in _HUGGING_FACE_BLOCK.items()}
+    renamed: dict[str, Any] = {}
+    for name, value in state.items():
+        place, _, last = name.rpartition(".")
+        block = re.fullmatch(r"(.+?)\.(\d+)\.(.+)\.(weight|bias)", name)
+        if name in plain or place in plain:
+            renamed[plain[name] if name in plain else f"{plain[place]}.{last}"] = value
+        elif block is None or block[1] not in blocks:
+            renamed[name] = value
+        elif block[3] in inside:
+            renamed[f"{blocks[block[1]].format(i=block[2])}.{inside[block[3]]}.{block[4]}"] = value
+        elif block[3] == "attention.attention.query":
+            stem = f"{block[1]}.{block[2]}.attention.attention."
+            parts = [state.get(f"{stem}{part}.{block[4]}") for part in _PARTS]
+            if all(isinstance(part, Tensor) for part in parts):
+                joined = torch.cat([part for part in parts if part is not None])
+                renamed[f"{blocks[block[1]].format(i=block[2])}.attn.qkv.{block[4]}"] = joined
+        elif block[3] not in ("attention.attention.key", "attention.attention.value"):
+            renamed[name] = value
+    return renamed

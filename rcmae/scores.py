@@ -1,0 +1,168 @@
+"""How good a classifier is: accuracies, loss and calibration, a table of classes and the picture of its confusion.
+
+Counted exactly over all ranks: padding is left out, and nothing is averaged of averages. The metrics are torchmetrics';
+what it lacks here is a loss over unequal shares, and the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+
+from rcmae import dist, kernels  # noqa: F401, kernels first: it makes torchvision importable beside a CPU torch
+from rcmae.batch import Batch
+
+from torchmetrics.classification import (  # isort: skip
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+)
+
+BINS = 15  # of the calibration error
+NAMED = 20  # confusions that are listed
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a classifier got right on a labelled set."""
+
+    images: int
+    top1: float  # percent
+    top5: float  # percent; among fewer classes than five, of all of them
+    loss: float  # mean cross-entropy
+    calibration_error: float  # expected, 15 bins of confidence, 0 to 1 (Guo et al., 2017)
+    confusion: Tensor  # [K, K] int64: images of class i that were taken for class j
+
+    def figures(self) -> dict[str, float]:
+        """The numbers, for a log."""
+        return {
+            "images": self.images, "top1": self.top1, "top5": self.top5, "loss": self.loss,
+            "calibration_error": self.calibration_error,
+        }  # fmt: skip
+
+    def classes(self, names: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """A row a class that the set has: its number, name, images and top-1 in percent."""
+        return [
+            {
+                "class": index, "name": names[index] if index < len(names) else str(index), "images": int(row.sum()),
+                "top1": 100.0 * int(row[index]) / int(row.sum()),
+            }
+            for index, row in enumerate(self.confusion)
+            if row.sum()
+        ]  # fmt: skip
+
+    def confused(self) -> list[tuple[int, int, int]]:
+        """The most frequent mistakes: (class, taken for, images)."""
+        wrong = self.confusion.clone()
+        wrong.fill_diagonal_(0)
+        count = min(NAMED, int((wrong > 0).sum()))
+        at = wrong.flatten().topk(count).indices.tolist()
+        return [(i // len(wrong), i % len(wrong), int(wrong.flatten()[i])) for i in at]
+
+
+def classify(
+    score: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    *,
+    num_classes: int,
+    device: torch.device,
+    normalise: Callable[[Tensor], Tensor],
+    among: Sequence[int] | None = None,
+) -> Scores:
+    """Judge a classifier. Collective: every rank calls with as many batches of its share, and gets the same.
+
+    Args:
+        score: normalised images [B, C, H, W] -> scores [B, num_classes]; models in evaluation mode.
+        batches: labelled, as `labelled_batches` gives them: uint8, padded with samples of position -1.
+        num_classes: labels are below this.
+        device: where the classifier computes.
+        normalise: uint8 images on the device -> what the classifier was trained on.
+        among: score only these classes, as for a set that has some of them; None: all.
+
+    Raises:
+        ValueError: a label is not below `num_classes` or not `among` them; the same on every rank.
+    """
+    group = dist.control()
+    metrics = {
+        "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False, process_group=group),
+        "top5": MulticlassAccuracy(
+            num_classes, top_k=min(5, num_classes), average="micro", validate_args=False, process_group=group
+        ),
+        "calibration": MulticlassCalibrationError(num_classes, n_bins=BINS, validate_args=False, process_group=group),
+        "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False, process_group=group),
+    }
+    left_out = torch.ones(num_classes, dtype=torch.bool)
+    left_out[list(among) if among is not None else slice(None)] = False
+    loss, images, strange = 0.0, 0, set()
+    with torch.no_grad():
+        for batch in batches:
+            real = batch.positions >= 0
+            assert batch.labels is not None
+            labels = batch.labels[real]
+            scores = score(normalise(batch.images.to(device, non_blocking=True))).float().cpu()[real]
+            fits = (labels >= 0) & (labels < num_classes)
+            fits &= ~left_out[labels.clamp(0, num_classes - 1)]
+            strange |= set(labels[~fits].tolist())
+            scores, labels = scores[fits].masked_fill(left_out, float("-inf")), labels[fits]
+            loss += float(F.cross_entropy(scores.double(), labels, reduction="sum"))
+            images += len(labels)
+            for metric in metrics.values():
+                metric.update(scores.softmax(dim=1), labels)
+    strange = set().union(*dist.gather(strange))
+    if strange:
+        raise ValueError(
+            f"labels {', '.join(map(str, sorted(strange)[:10]))} are none of the "
+            f"{num_classes if among is None else len(among)} classes that are scored; give other shards"
+        )
+    loss, total = dist.sum_numbers([loss, images])
+    found = {name: metric.compute() for name, metric in metrics.items()}
+    return Scores(
+        images=int(total), top1=100.0 * float(found["top1"]), top5=100.0 * float(found["top5"]),
+        loss=loss / max(total, 1.0), calibration_error=float(found["calibration"]), confusion=found["confusion"].long(),
+    )  # fmt: skip
+
+
+def scores_table(rows: dict[str, Scores]) -> str:
+    """The scores as text: a line a network."""
+    width = max(map(len, rows), default=0)
+    lines = [f"{'':<{width}}   top-1   top-5    loss  calibration error"]
+    lines += [
+        f"{name:<{width}}  {row.top1:6.2f}  {row.top5:6.2f}  {row.loss:6.3f}  {row.calibration_error:.4f}"
+        for name, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+SIDE = 640  # pixels of the confusion picture, about
+
+
+def confusion_picture(confusion: Tensor, names: Sequence[str] = ()) -> np.ndarray:
+    """A picture uint8 [height, width, 3]: row = class, column = what it was taken for, dark = often.
+
+    Each row is divided by its images. Up to 40 classes have their names at the side.
+    """
+    count = len(confusion)
+    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    cell = max(1, SIDE // count)
+    shade = 255 - (255 * shares.sqrt()).round().byte().numpy()  # the root shows rare mistakes too
+    plain = np.repeat(np.repeat(shade, cell, 0), cell, 1)
+    picture = np.stack([plain, plain, np.maximum(plain, 96)], axis=2).astype(np.uint8)
+    if count > 40:
+        return picture
+    font = ImageFont.load_default(min(16, max(8, cell - 2)))
+    texts = [names[index] if index < len(names) else str(index) for index in range(count)]
+    left = 8 + max(int(font.getlength(text)) for text in texts)
+    sheet = Image.new("RGB", (left + count * cell, count * cell + 20), (255, 255, 255))
+    sheet.paste(Image.fromarray(picture), (left, 0))
+    draw = ImageDraw.Draw(sheet)
+    for index, text in enumerate(texts):
+        draw.text((4, index * cell + cell // 2), text, (0, 0, 0), font, anchor="lm")
+    draw.text((left, count * cell + 2), "columns in the same order: what each was taken for", (0, 0, 0), font)
+    return np.asarray(sheet)
