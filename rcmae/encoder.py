@@ -1,0 +1,184 @@
+"""Trained encoders for other code: a timm model from a run, a checkpoint or a file of any family, in one call.
+
+    model = rcmae.load_encoder("runs/rcmae_vit_b_16")             # or a .pth, .safetensors, a checkpoint's folder
+    tokens = model.forward_features(images)                       # [B, 1 + L, D], normalised, class token first
+    vector = model(images)                                        # [B, D], the mean of the patches
+    maps = model.get_intermediate_layers(images, n=4, reshape=True)
+
+Images are normalised as in the pretraining: `model.pretrained_cfg` has the numbers, where timm looks for them. Weights
+are fitted by name and shape; nothing in a file is run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rcmae.classifier import Classifier, Fit, fit_weights
+from rcmae.export import Network, Source, read_network, sizes_of, whole_network
+from rcmae.vit import ARCHITECTURES, MaskedAutoencoder
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the architectures that the field shares, by width
+
+
+def load_encoder(
+    source: str | Path,
+    *,
+    network: Network | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    pool: str = "mean",
+) -> Classifier:
+    """An encoder in evaluation mode, on the CPU, in float32.
+
+    Args:
+        source: a run's or a checkpoint's folder, or a file of weights of any family.
+        network: whose weights; None: the teacher's where there is one.
+        image_size: in pixels, one side or (height, width), a multiple of the patch; None: as it was trained with. The
+            position table is interpolated.
+        num_heads: for a file of an unusual architecture, which shapes do not tell.
+        pool: what calling the model gives: "mean" of the normalised patch tokens, or "cls".
+
+    Raises:
+        ValueError: there is no such thing, or its weights are not those of an encoder; everything at once.
+        CheckpointError: the checkpoint is damaged.
+    """
+    if pool not in ("mean", "cls"):
+        raise ValueError(f"pool={pool!r} is unknown; use mean or cls")
+    found = read_network(Path(source), network)
+    model, _ = model_of(found, image_size=image_size, num_heads=num_heads, head=False)
+    if pool == "mean":
+        model.global_pool = "avg"
+    return model
+
+
+def load_classifier(
+    source: str | Path, *, network: Network | None = None, image_size: int | tuple[int, int] | None = None
+) -> Classifier:
+    """A fine-tuned classifier, as `load_encoder`. Raises ValueError where the weights have no head."""
+    found = read_network(Path(source), network)
+    if "head.weight" not in found.weights:
+        raise ValueError(f"{source} has no head: it is an encoder; fine-tune it, or give a run of rcmae.finetune")
+    model, _ = model_of(found, image_size=image_size, num_heads=None, head=True)
+    return model
+
+
+def load_autoencoder(
+    source: str | Path,
+    *,
+    network: Network | None = None,
+    num_heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> tuple[MaskedAutoencoder, Source]:
+    """A whole network in evaluation mode, and what is known of it.
+
+    Args:
+        source: as `load_encoder`.
+        network: whose weights.
+        num_heads: for a file of an unusual architecture, which shapes do not tell.
+        decoder_heads: alike.
+
+    Raises:
+        ValueError: there is none, it has no decoder, or the numbers of heads are not known.
+        CheckpointError: the checkpoint is damaged.
+    """
+    found = read_network(Path(source), network)
+    sizes = sizes_of({name: tuple(value.shape) for name, value in found.weights.items()})
+    if "decoder_dim" not in sizes:
+        raise ValueError(f"{found.about} has no decoder: it reconstructs nothing; give a whole network")
+    side = round(sizes.pop("num_patches") ** 0.5)
+    rows, columns = found.grid or (side, side)
+    named = ARCHITECTURES.get(str(found.sizes.get("name")), {})
+    heads = num_heads or heads_of(found) or HEADS.get(sizes["embed_dim"])
+    theirs = decoder_heads or found.sizes.get("decoder_heads") or named.get("decoder_heads")
+    theirs = theirs or {512: 16, 256: 8}.get(sizes["decoder_dim"])
+    if heads is None or theirs is None:
+        raise ValueError(f"{found.about}: its widths do not tell the numbers of heads; give both")
+    patch = sizes["patch_size"]
+    model = MaskedAutoencoder(
+        image_size=(rows * patch, columns * patch), num_heads=heads, decoder_heads=theirs, **sizes
+    )
+    model.load_state_dict(whole_network(model, found.weights))
+    return model.eval(), found
+
+
+def model_of(
+    source: Source, *, image_size: int | tuple[int, int] | None, num_heads: int | None, head: bool
+) -> tuple[Classifier, Fit]:
+    """A model of the weights' own sizes with them in it, and what matched. Raises ValueError."""
+    weights = source.weights
+    sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
+    side = round(sizes["num_patches"] ** 0.5)
+    rows, columns = source.grid or (side, side)
+    patch, width = sizes["patch_size"], sizes["embed_dim"]
+    heads = num_heads or heads_of(source) or HEADS.get(width)
+    if heads is None or width % heads:
+        raise ValueError(f"{source.about}: its width of {width} does not tell the number of heads; give num_heads")
+    if isinstance(image_size, int):
+        image_size = (image_size, image_size)
+    size = image_size or (rows * patch, columns * patch)
+    if size[0] % patch or size[1] % patch:
+        raise ValueError(f"image_size={size[0]}x{size[1]} is no multiple of the patch of {patch} pixels")
+    own_norm = "fc_norm.weight" in weights and "norm.weight" not in weights
+    model = Classifier(
+        image_size=size, patch_size=patch, in_channels=sizes["in_channels"], embed_dim=width, depth=sizes["depth"],
+        num_heads=heads, num_classes=len(weights["head.weight"]) if head else 0,
+        pool="mean" if own_norm else "cls", mlp_ratio=sizes["mlp_ratio"],
+    )  # fmt: skip
+    try:
+        fit = fit_weights(model, weights, (rows, columns))
+    except ValueError as error:
+        raise ValueError(f"{source.about}: {error}") from error
+    mean, std = statistics_of(source, sizes["in_channels"])
+    # where timm looks for them: timm.data.resolve_model_data_config(model)
+    model.pretrained_cfg = {"input_size": (sizes["in_channels"], *size), "mean": mean, "std": std}
+    return model.eval(), fit
+
+
+def statistics_of(source: Source, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, 0 to 1, that images were normalised by: the recipe's, else ImageNet's."""
+    data = json.loads(source.told["recipe"])["data"] if "recipe" in source.told else {}
+    return tuple(data.get("mean", IMAGENET[0]))[:channels], tuple(data.get("std", IMAGENET[1]))[:channels]
+
+
+def heads_of(source: Source) -> int | None:
+    """The number of heads that a recipe beside the weights says."""
+    told: dict[str, Any] = source.sizes
+    named = ARCHITECTURES.get(str(told.get("name")), {})
+    return told.get("num_heads") or named.get("num_heads")
+
+
+class _Tokens(nn.Module):
+    """What an ONNX file computes."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.forward_features(images)
+
+
+def to_onnx(model: Classifier, path: Path) -> None:
+    """Write the encoder as ONNX: `images` [B, C, H, W] normalised to `tokens` [B, 1 + L, D], for any B.
+
+    Raises:
+        ValueError: onnx and onnxscript are not installed.
+    """
+    if importlib.util.find_spec("onnxscript") is None:  # torch's exporter asks for it only when it is under way
+        raise ValueError("ONNX needs two packages more: pip install onnx onnxscript")
+    height, width = (side * model.patch_embed.patch_size[0] for side in model.grid)
+    images = torch.zeros(2, model.in_chans, height, width)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        torch.onnx.export(
+            _Tokens(model).eval(), (images,), path, input_names=["images"], output_names=["tokens"], dynamo=True,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, external_data=False, verbose=False,
+        )  # fmt: skip

@@ -1,0 +1,200 @@
+"""Weights go to every family and back without losing a bit, and other code computes the same with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from test_classifier import batch_of
+
+import rcmae
+from rcmae import export, families
+from rcmae.encoder import load_classifier, to_onnx
+from rcmae.objectives import MAE
+from rcmae.vit import MaskedAutoencoder
+from runs import Folder, start
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES: dict[str, Any] = {
+    "image_size": (32, 32), "patch_size": 8, "in_channels": 3, "embed_dim": 48, "depth": 2, "num_heads": 4,
+    "decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 16,
+}  # fmt: skip
+
+
+def load_tool() -> Any:
+    spec = importlib.util.spec_from_file_location("convert", ROOT / "tools" / "convert.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["convert"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+
+@pytest.fixture(scope="module")
+def model() -> MaskedAutoencoder:
+    found = MaskedAutoencoder(**SIZES).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in found.parameters():
+            param.add_(0.02 * torch.randn(param.shape, generator=generator))  # no bias 0
+    return found
+
+
+@pytest.fixture
+def file(model: MaskedAutoencoder, tmp_path: Path) -> Path:
+    path = tmp_path / "published.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+TARGETS = [
+    ("mae", "w.pth", True), ("bootmae", "w.pth", False), ("maepriv", "w.pth", False), ("timm", "w.safetensors", False),
+    ("timm", "w.pth", False), ("huggingface", "folder", True), ("safetensors", "w.safetensors", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "name", "whole"), TARGETS)
+def test_there_and_back_is_equal_to_the_last_bit(
+    target: str, name: str, whole: bool, file: Path, model: MaskedAutoencoder, tmp_path: Path
+) -> None:
+    out = tmp_path / name
+    assert tool.main([str(file), "--to", target, "--out", str(out), "--num-heads", "4"]) == 0
+    back = export.read_network(out).weights
+    wanted = {k: v for k, v in model.state_dict().items() if whole or export.in_encoder(k)}
+    assert back.keys() == wanted.keys()
+    assert all(torch.equal(back[k], wanted[k]) for k in wanted)
+
+
+def test_supmaes_head_and_a_finetuned_one_are_left_out(model: MaskedAutoencoder, tmp_path: Path, capsys: Any) -> None:
+    extra = {"cls_head.0.weight": torch.zeros(3, 48), "head.weight": torch.zeros(3, 48)}
+    torch.save({"model": {**model.state_dict(), **extra}}, tmp_path / "w.pth")
+    assert tool.main([str(tmp_path / "w.pth"), "--to", "safetensors", "--out", str(tmp_path / "o.safetensors")]) == 0
+    assert "2 left out: cls_head, head" in capsys.readouterr().out
+
+
+def test_names_of_the_families_are_the_published_ones(model: MaskedAutoencoder) -> None:
+    names = families.family_names(model.state_dict(), "huggingface")
+    assert {
+        "vit.embeddings.position_embeddings", "vit.encoder.layer.1.attention.attention.value.bias",
+        "vit.encoder.layer.0.intermediate.dense.weight", "decoder.decoder_layers.1.attention.output.dense.weight",
+        "decoder.decoder_pred.bias", "vit.layernorm.weight",
+    } <= names.keys()  # fmt: skip
+    encoder = {name: value for name, value in model.state_dict().items() if export.in_encoder(name)}
+    assert "encoder.blocks.0.attn.q_bias" in families.family_names(encoder, "maepriv")
+    assert "blocks.0.attn.v_bias" in families.family_names(encoder, "bootmae")
+    with pytest.raises(ValueError, match="unknown family 'beit'"):
+        families.family_names(encoder, "beit")
+
+
+def test_hugging_face_computes_the_same_loss(file: Path, model: MaskedAutoencoder, tmp_path: Path) -> None:
+    assert tool.main([str(file), "--to", "huggingface", "--out", str(tmp_path / "hf"), "--num-heads", "4"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import ViTMAEForPreTraining
+
+        theirs, said = ViTMAEForPreTraining.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+    batch = batch_of(images, torch.zeros(3))
+    ids = noise.argsort(dim=1)
+    batch = replace(batch, ids_shuffle=ids, num_visible=4)
+    task = MAE(norm_pix_loss=True)
+    with torch.no_grad():
+        mine = task(model, None, batch, 0.0)["reconstruction"] / task.counts(batch)["reconstruction"]
+        loss = theirs.eval()(pixel_values=images, noise=noise).loss
+    assert mine.item() == pytest.approx(loss.item(), abs=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path / "again")
+    back = export.read_network(tmp_path / "again").weights
+    assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
+
+
+def test_onnxruntime_computes_the_same_features(file: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    assert tool.main([str(file), "--to", "onnx", "--out", str(tmp_path / "e.onnx"), "--num-heads", "4"]) == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "e.onnx"), providers=["CPUExecutionProvider"])
+    encoder = rcmae.load_encoder(file, num_heads=4)
+    for count in (1, 5):
+        images = torch.randn(count, 3, 32, 32)
+        (tokens,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(tokens, encoder.forward_features(images).numpy(), atol=1e-4)
+
+
+def test_an_encoder_in_ones_own_code(file: Path, model: MaskedAutoencoder) -> None:
+    encoder, images = rcmae.load_encoder(file, num_heads=4), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = model(images, what="features")
+        torch.testing.assert_close(encoder.forward_features(images), tokens, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(encoder(images), tokens[:, 1:].mean(1), rtol=1e-5, atol=1e-5)
+        cls = rcmae.load_encoder(file, num_heads=4, pool="cls")(images)
+        torch.testing.assert_close(cls, tokens[:, 0], rtol=1e-5, atol=1e-5)
+        maps = encoder.get_intermediate_layers(images, n=2, reshape=True)
+    assert [tuple(each.shape) for each in maps] == [(2, 48, 4, 4)] * 2
+    assert [row["module"] for row in encoder.feature_info] == ["blocks.0", "blocks.1"]
+    assert not encoder.training
+    wide = rcmae.load_encoder(file, num_heads=4, image_size=(16, 64))
+    assert wide(torch.randn(1, 3, 16, 64)).shape == (1, 48)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give num_heads"),
+        ({"num_heads": 4, "image_size": 30}, "no multiple of the patch of 8"),
+        ({"num_heads": 4, "pool": "max"}, "use mean or cls"),
+        ({"num_heads": 4, "network": "teacher"}, "has no teacher"),
+    ],
+)
+def test_what_cannot_be_an_encoder_is_refused(options: dict[str, Any], message: str, file: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        rcmae.load_encoder(file, **options)
+
+
+def test_a_run_is_read_by_its_own_recipe_and_its_teacher_first(uninterrupted: Folder, tmp_path: Path) -> None:
+    teacher, student = (rcmae.load_encoder(uninterrupted.path, network=which) for which in (None, "student"))
+    state = uninterrupted.state()
+    assert teacher.blocks[0].attn.num_heads == 4
+    assert timm.data.resolve_model_data_config(teacher)["std"] == (0.229, 0.224, 0.225)
+    assert timm.data.resolve_model_data_config(teacher)["input_size"] == (3, 32, 32)
+    assert torch.equal(teacher.norm.weight, state["teacher/norm.weight"])
+    assert torch.equal(student.norm.weight, state["weight/norm.weight"])
+    out = tmp_path / "w.safetensors"
+    assert tool.main([str(uninterrupted.path), "--to", "safetensors", "--out", str(out)]) == 0
+    with safe_open(out, framework="pt") as opened:
+        told = opened.metadata()
+    assert {"recipe", "step", "data_fingerprint", "metrics", "network"} <= told.keys()
+    assert rcmae.load_encoder(out).blocks[0].attn.num_heads == 4  # the recipe in the file says so
+    with pytest.raises(ValueError, match="has no head"):
+        load_classifier(uninterrupted.path)
+
+
+def test_a_pretraining_starts_from_a_file(uninterrupted: Folder, tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    out, run = tmp_path / "w.safetensors", Folder(tmp_path / "run")
+    assert tool.main([str(uninterrupted.path), "--to", "safetensors", "--out", str(out), "--what", "student"]) == 0
+    assert start(tiny, run.path, f"checkpoint.init={out}", "schedule.steps=6", "schedule.lr=1e-6") == 0
+    assert run.losses()[0] < uninterrupted.losses()[0] - 0.05
+    assert start(tiny, tmp_path / "other", f"checkpoint.init={out}", "model.depth=2") == 2
+    assert "has unknown blocks.2." in capsys.readouterr().err
+
+
+def test_onnx_without_its_packages_is_a_clear_message(file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match="pip install onnx onnxscript"):
+        to_onnx(rcmae.load_encoder(file, num_heads=4), tmp_path / "e.onnx")

@@ -1,0 +1,83 @@
+"""Cheap probes: features once, then figures that say what they should of data of known difficulty."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runs import Folder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_tool() -> Any:
+    spec = importlib.util.spec_from_file_location("probes", ROOT / "tools" / "probes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["probes"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+
+def blobs(count: int, seed: int) -> Any:
+    """Four classes along four axes, scales apart: logistic regression finds them from a handful of labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    vectors = 0.2 * torch.randn(count, 6, generator=generator)
+    vectors[torch.arange(count), labels] += 2.0
+    return tool.Set(vectors * torch.tensor([1.0, 100.0, 1.0, 1e-3, 1.0, 1.0]), labels)
+
+
+def test_every_figure_is_there_and_rises_with_the_labels() -> None:
+    found = tool.answers(blobs(200, 0), blobs(100, 1), k=[1, 10, 500], draws=2, strength=1.0)
+    assert found["logistic"] > 98
+    assert list(found["knn weighted"]) == [1, 10]
+    assert found["10 per class"]["mean"] >= found["1 per class"]["mean"] > 40
+    assert set(found) == {
+        "knn weighted", "knn plain", "logistic", "1 per class", "5 per class", "10 per class", "1% of labels",
+        "10% of labels",
+    }  # fmt: skip
+    assert "logistic" in tool.table({"trained": found})
+
+
+def test_few_labels_are_as_many_of_each_class_and_another_draw_others() -> None:
+    train = blobs(203, 0)
+    some = tool.few(train, per_class=5, share=None, draw=0)
+    assert some.labels.bincount().tolist() == [5] * 4
+    assert tool.few(train, per_class=None, share=0.1, draw=0).labels.bincount().tolist() == [5] * 4
+    assert tool.few(train, per_class=None, share=0.001, draw=0).labels.bincount().tolist() == [1] * 4
+    assert not torch.equal(some.vectors, tool.few(train, per_class=5, share=None, draw=1).vectors)
+    assert torch.equal(some.vectors, tool.few(train, per_class=5, share=None, draw=0).vectors)
+
+
+def test_a_class_that_was_never_seen_is_named() -> None:
+    test = blobs(20, 1)
+    with pytest.raises(ValueError, match="classes 6, 7, 8, 9 that"):
+        tool.answers(blobs(40, 0), test._replace(labels=test.labels + 6), k=[1], draws=1, strength=1.0)
+
+
+def test_the_command_extracts_once(
+    uninterrupted: Folder, photo_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    train, test = (photo_shards.replace("{000000..000005}", each) for each in ("{000000..000003}", "{000004..000005}"))
+    command = [
+        str(uninterrupted.path), "--train", train, "--test", test, "--k", "5", "--draws", "1", "--random",
+        "--cache", str(tmp_path), "--json",
+    ]  # fmt: skip
+    assert tool.main(command) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert set(first) == {"trained", "random"}
+    assert len(list(tmp_path.glob("features-*.safetensors"))) == 4
+    monkeypatch.setattr(tool, "extract_features", None)  # a second time there is no forward
+    assert tool.main(command) == 0
+    assert json.loads(capsys.readouterr().out) == first

@@ -1,0 +1,118 @@
+"""Pictures show what they say: the right patches hidden, pasted ones untouched, nothing of hidden ones leaked."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_convert import file, model  # noqa: F401, fixtures
+
+from rcmae.batch import Batch
+from rcmae.masking import random_ids
+from rcmae.vit import MaskedAutoencoder
+from runs import Folder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_tool() -> Any:
+    spec = importlib.util.spec_from_file_location("visualize", ROOT / "tools" / "visualize.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["visualize"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture
+def batch() -> Batch:
+    ids = torch.from_numpy(np.stack([random_ids(0, index, 16) for index in range(2)]))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    return Batch(images, ids, 4, None, ("a", "b"), torch.empty(0), torch.empty(0))
+
+
+def blocks(images: torch.Tensor) -> torch.Tensor:
+    return images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # [B, L, C, p, p]
+
+
+@pytest.mark.parametrize("statistics", ["visible", "true", "none"])
+def test_visible_patches_are_untouched_and_hidden_ones_are_predicted(
+    statistics: str, batch: Batch, model: MaskedAutoencoder  # noqa: F811
+) -> None:
+    filled = tool.pasted(model, batch, norm_pix_loss=True, statistics=statistics)
+    for image, ids in enumerate(batch.ids_shuffle):
+        same = (blocks(filled)[image] == blocks(batch.images)[image]).flatten(1).all(1)
+        assert set(same.nonzero().flatten().tolist()) == set(ids[:4].tolist())
+    raw = tool.pasted(model, batch, norm_pix_loss=True, statistics=statistics, raw=True)
+    hidden = batch.ids_shuffle[0, 4:]
+    assert torch.equal(blocks(raw)[0, hidden], blocks(filled)[0, hidden])
+    assert not torch.equal(blocks(raw)[0, batch.ids_shuffle[0, :4]], blocks(batch.images)[0, batch.ids_shuffle[0, :4]])
+
+
+def test_what_is_hidden_does_not_leak_unless_asked(batch: Batch, model: MaskedAutoencoder) -> None:  # noqa: F811
+    other = batch.images.clone()
+    for image, ids in enumerate(batch.ids_shuffle):
+        for place in ids[4:].tolist():
+            top, left = place // 4 * 8, place % 4 * 8
+            other[image, :, top : top + 8, left : left + 8] += 2.0
+    changed = replace(batch, images=other)
+    for statistics, leaks in (("visible", False), ("none", False), ("true", True)):
+        one, two = (tool.pasted(model, each, norm_pix_loss=True, statistics=statistics) for each in (batch, changed))
+        assert torch.equal(one, two) != leaks
+
+
+def test_every_kind_of_a_run_is_drawn_and_put_on_one_page(
+    uninterrupted: Folder, photo_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard, out = photo_shards.replace("{000000..000005}", "000000"), tmp_path / "run" / "pictures"
+    for kind in ("reconstruct", "attention", "features", "filters"):
+        count = ["--count", "40"] if kind == "features" else ["--count", "2"]
+        where = [] if kind == "filters" else ["--images", shard]
+        assert tool.main([kind, str(uninterrupted.path), "--out", str(out), *where, *count]) == 0
+    names = {path.stem for path in out.glob("*.png")}
+    assert names == {"reconstruction", "attention", "features", "tsne", "filters", "positions"}
+    picture = np.asarray(Image.open(out / "reconstruction.png"))
+    assert picture.shape[1] > 6 * 160  # input, masked, and two of each network
+    assert tool.main(["page", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "pictures.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "http" not in page
+
+
+def test_files_and_folders_are_images_too(tmp_path: Path) -> None:
+    for name in ("b.png", "a.jpg"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)).save(tmp_path / name)
+    shown = tool.load_images([tmp_path], (32, 32), HALF, 9)
+    assert shown.names == ["a.jpg", "b.png"]
+    assert shown.pixels.shape == (2, 3, 32, 32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no image in"):
+        tool.load_images([tmp_path / "empty"], (32, 32), HALF, 9)
+
+
+def test_mistakes_are_answered(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert tool.main(["attention", str(file), "--out", str(tmp_path)]) == 2
+    assert "needs --images" in capsys.readouterr().err
+    assert tool.main(["page", str(tmp_path)]) == 2
+    assert "has no pictures" in capsys.readouterr().err
+    assert tool.main(["filters", str(file)]) == 2
+    assert "give --out" in capsys.readouterr().err
+
+
+def test_colours_of_tokens_follow_their_largest_differences() -> None:
+    tokens = torch.zeros(1, 30, 8)
+    tokens[0, :15, 2] = 10.0
+    colours = tool.principal_colours(tokens + 0.01 * torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(0)))
+    assert abs(colours[0, :15, 0].mean() - colours[0, 15:, 0].mean()) > 0.8
