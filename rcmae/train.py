@@ -780,6 +780,7 @@ def build(
     if saved is not None:
         checkpoint.load(saved, engine)
         startup.mark("checkpoint")
+    data.canonical_streams = sizes.canonical_streams  # in the recipe from now on: later starts keep the number
     start_folder(recipe, saved, found.index)
     saver = checkpoint.Saver(
         recipe.run_dir / "checkpoints", keep=recipe.checkpoint.keep, keep_every=recipe.checkpoint.keep_every,
@@ -1063,6 +1064,8 @@ def mismatches(
     if theirs is None and recipe.checkpoint.resume != "never" and written.is_file():
         theirs = yaml.safe_load(written.read_text())
     if theirs is not None:
+        if saved is not None and theirs["data"].get("canonical_streams") is None:  # chosen by the first start
+            theirs["data"]["canonical_streams"] = saved.meta["sizes"]["canonical_streams"]
         lines = config.differences(recipe.model_dump(mode="json"), theirs)
         where = saved.path if saved else written
         problems += [

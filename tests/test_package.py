@@ -163,6 +163,19 @@ def test_readme_names_recipes_that_are_there():
     assert named <= shipped, f"README.md speaks of {', '.join(sorted(named - shipped))}"
 
 
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_a_tool_finds_the_package_from_anywhere(tool):
+    """`python tools/X.py` has only tools/ on its path."""
+    nodes = list(ast.walk(ast.parse(tool.read_text())))
+    imports = [
+        node.lineno for node in nodes if isinstance(node, ast.ImportFrom | ast.Import)
+        and (getattr(node, "module", None) or node.names[0].name).split(".")[0] in ("rcmae", "tools")
+    ]  # fmt: skip
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    found = [node.lineno for node in calls if ast.unparse(node.func) == "sys.path.insert"]
+    assert not imports or (found and found[0] < min(imports))
+
+
 def test_version_is_that_of_the_metadata():
     from rcmae import __version__
 

@@ -252,6 +252,23 @@ def test_a_run_asked_to_stop_after_steps_is_finished_by_the_same_command(
     assert folder.losses() == uninterrupted.losses()
 
 
+def test_a_shipped_recipe_with_every_default_left_alone_goes_on(photo_shards: str, folder: Folder) -> None:
+    """What a recipe leaves open the first start decides; the same command finds it as it was."""
+    small = [
+        f"data.shards={photo_shards}", "data.workers=0", "model.image_size=32", "model.patch_size=8",
+        "model.embed_dim=64", "model.depth=1", "model.num_heads=4", "model.decoder_dim=32", "model.decoder_depth=1",
+        "model.decoder_heads=4", "engine.name=local", "engine.config=null", "batch.images=16", "schedule.epochs=1",
+        "schedule.warmup_epochs=0.1", "log.every_steps=1", "log.tensorboard=false",
+    ]  # fmt: skip
+    assert start(Path("rcmae_vit_s_16"), folder.path, *small, "run.stop_after_steps=3") == 75
+    assert start(Path("rcmae_vit_s_16"), folder.path, *small, "run.stop_after_steps=3") == 75
+    assert start(folder.path / "recipe.yaml", folder.path, "run.stop_after_steps=3") == 75  # as the summary says
+    assert start(Path("rcmae_vit_s_16"), folder.path, *small, "data.canonical_streams=8") == 2
+    assert folder.steps() == list(range(1, 10))
+    manifest = read_manifest(folder.path / "checkpoints" / "step-00000009")
+    assert manifest.meta["recipe"]["data"]["canonical_streams"] == manifest.meta["sizes"]["canonical_streams"] == 256
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_commits_the_step_and_asks_to_be_run_again(
     tiny: Path, folder: Folder, uninterrupted: Folder, number: signal.Signals
