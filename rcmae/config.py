@@ -440,7 +440,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
     for one, other in (("epochs", "steps"), ("base_lr", "lr")):
         given = [name for name in (one, other) if getattr(schedule, name) is not None]
         if len(given) != 1:
-            problems.append(f"schedule: give exactly one of {one} and {other}, got {' and '.join(given) or 'neither'}")
+            way_out = f"; schedule.{one}=null leaves out the recipe's" if len(given) == 2 else ""
+            problems.append(
+                f"schedule: give exactly one of {one} and {other}, got {' and '.join(given) or 'neither'}{way_out}"
+            )
     if schedule.warmup_epochs is not None and schedule.warmup_steps is not None:
         problems.append("schedule: give warmup_epochs or warmup_steps, got both")
     if not data.shards:

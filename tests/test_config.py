@@ -75,7 +75,7 @@ def test_unknown_keys_and_wrong_types_are_named_with_the_way_out(recipe, wrong, 
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        ("schedule.epochs=3", "schedule: give exactly one of epochs and steps, got epochs and steps"),
+        ("schedule.epochs=3", "schedule: give exactly one of epochs and steps, got epochs and steps; schedule.epo"),
         ("schedule.steps=null", "schedule: give exactly one of epochs and steps, got neither"),
         ("schedule.base_lr=1.5e-4", "schedule: give exactly one of base_lr and lr, got base_lr and lr"),
         ("schedule.lr=null", "schedule: give exactly one of base_lr and lr, got neither"),
