@@ -1118,7 +1118,7 @@ def vit_finetune(fixture: Fixture) -> None:
             scores = model(images)
             for name, got in (("features", features), ("logits", scores)):
                 want = expected[f"{case}.{name}"]
-                fixture.close("features and scores", f"{case} {name}", got, want, limits.activation, precision)
+                fixture.close("features and scores", f"{case}.{name}", got, want, limits.activation, precision)
             mix = Mix(config["lam"], None)
             targets = mixed_targets(
                 labels, labels.flip(0), mix, num_classes=config["num_classes"], smoothing=config["smoothing"]
@@ -1237,9 +1237,9 @@ def lars_steps(fixture: Fixture) -> None:
             for name, each in grads.items():
                 params[name].grad = each[step].to(dtype)
             optimizer.step()
-            prefix = f"step{step}."
-            wanted = {k.removeprefix(prefix): v for k, v in expected.items() if k.startswith(prefix)}
-            fixture.all_close("parameters after each step", params, wanted, limits.weight, precision)
+            got = {f"step{step}.{name}": param for name, param in params.items()}
+            wanted = {name: value for name, value in expected.items() if name.startswith(f"step{step}.")}
+            fixture.all_close("parameters after each step", got, wanted, limits.weight, precision)
 
 
 def knn_votes(fixture: Fixture) -> None:
@@ -1253,7 +1253,7 @@ def knn_votes(fixture: Fixture) -> None:
             k=config["ks"], num_classes=config["num_classes"], temperature=config["T"],
         )  # fmt: skip
         for k, scores in votes.items():
-            fixture.close("scores", f"k={k}", scores, expected[f"k{k}.scores"], limits.activation, precision)
+            fixture.close("scores", f"k{k}.scores", scores, expected[f"k{k}.scores"], limits.activation, precision)
             guess = scores.argmax(dim=1)
             same = torch.equal(guess, expected[f"k{k}.prediction"])
             fixture.true("predictions", f"k={k}", same, "differ from those recorded", precision)
@@ -1318,7 +1318,7 @@ def mixup_cutmix(fixture: Fixture) -> None:
             )
             got = {"images": mixed(images, images.flip(0), mix), "targets": targets}
             for (name, array), limit in zip(got.items(), (numbers[-1], numbers[0]), strict=True):
-                fixture.close(name, case, array, expected[f"{case}.{name}"], Limit(limit, 0.0), precision)
+                fixture.close(name, f"{case}.{name}", array, expected[f"{case}.{name}"], Limit(limit, 0.0), precision)
             if box:
                 top, bottom, left, right = box
                 area = 1 - (bottom - top) * (right - left) / config["size"] ** 2
