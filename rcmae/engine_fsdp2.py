@@ -7,6 +7,8 @@ update is one `lerp` a rank and no communication.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,6 +44,8 @@ class FSDP2Engine:
     """PyTorch's fully sharded data parallel engine, second generation, one dimension."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, settings: Settings) -> None:
+        # a linear layer's output is a view of a matrix product's; nothing here writes into a prediction
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         self._settings = settings
         dtype = DTYPES[settings.precision]
         self._shapes = {name: tuple(param.shape) for name, param in student.named_parameters()}

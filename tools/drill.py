@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ class Fork:
         self.pid = os.fork()
         if self.pid == 0:
             os.environ.update(env)
+            warnings.simplefilter("default")  # as a new process has them, whatever started this one
             for stream in (1, 2):
                 os.dup2(out.fileno(), stream)
             status = 1
