@@ -29,7 +29,8 @@ def no_nodes() -> str | None:
         return f"no nodes: {', '.join(absent)} not installed (root on Debian: tests/slurm/install.sh)"
     if os.geteuid() != 0:
         return "no nodes: their namespaces want root"
-    probe = "unshare --mount --uts --net true && ip link add rcmaeprobe type bridge && ip link delete rcmaeprobe"
+    link = f"probe{os.getpid()}"  # of this process: other tests may ask at the same moment
+    probe = f"unshare --mount --uts --net true && ip link add {link} type bridge && ip link delete {link}"
     if subprocess.run(probe, shell=True, capture_output=True, env={"PATH": PATH}).returncode:
         return "no nodes: this container may not make network namespaces"
     return None

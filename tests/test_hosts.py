@@ -19,9 +19,6 @@ from cluster import LAB, PATH, equals, no_nodes
 from runs import Folder
 from tests.conftest import ROOT
 
-if (why := no_nodes()) is not None:
-    pytest.skip(why, allow_module_level=True)
-
 Start = Callable[..., subprocess.Popen[str]]
 ENGINE = ["engine.name=deepspeed", "engine.config=zero2.json", "batch.per_device=8"]
 
@@ -29,6 +26,8 @@ ENGINE = ["engine.name=deepspeed", "engine.config=zero2.json", "batch.per_device
 @pytest.fixture(scope="module")
 def on() -> Iterator[Start]:
     """Start `python -m ARGS...` on host 1 or 2: on(1, "torch.distributed.run", ...)."""
+    if (why := no_nodes()) is not None:
+        pytest.skip(why)
     folder = Path(tempfile.mkdtemp(prefix="wire"))
     subprocess.run([LAB, "wire", folder, "2"], check=True)
     python = str(Path(sys.executable).parent)

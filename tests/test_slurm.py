@@ -14,12 +14,11 @@ import pytest
 from cluster import ROOT, TWO, Cluster, Job, equals, missing, rank_logs
 from runs import Folder
 
-if (why := missing()) is not None:
-    pytest.skip(why, allow_module_level=True)
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
+    if (why := missing()) is not None:
+        pytest.skip(why)
     with Cluster(8) as cluster:
         yield cluster
 

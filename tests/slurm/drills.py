@@ -17,15 +17,14 @@ import pytest
 from cluster import TWO, Cluster, Job, equals, missing, rank_logs
 from runs import Folder, start
 
-if (why := missing()) is not None:
-    pytest.skip(why, allow_module_level=True)
-
 pytestmark = pytest.mark.slow
 LONG = ["schedule.steps=120", "schedule.warmup_steps=5"]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
+    if (why := missing()) is not None:
+        pytest.skip(why)
     with Cluster(8) as cluster:
         yield cluster
 
