@@ -156,6 +156,9 @@ class Data(Section):
     # JPEGs are decoded at 1/2, 1/4 or 1/8 where the crop keeps this many times the target's side; .inf: never. Under
     # 2.5 is looser and faster: the likeness to a full-size decode may fall under 45 dB.
     decode_margin: Annotated[float, Field(ge=1)] = 2.5
+    # Who decodes JPEGs: the workers, or the GPU (nvJPEG, whose pixels differ in their last bits); auto: the GPU where
+    # it can. Where it cannot the workers do, with a warning under gpu.
+    decode: Literal["cpu", "gpu", "auto"] = "cpu"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     max_bad_fraction: Fraction = 0.001
@@ -295,7 +298,8 @@ class Recipe(Section):
 FROZEN = (
     "objective", "model", "teacher", "schedule", "batch.images", "run.seed",
     "data.seed", "data.epoch_samples", "data.canonical_streams", "data.shuffle_window", "data.repeats",
-    "data.crop_scale", "data.crop_ratio", "data.flip", "data.decode_margin", "data.mean", "data.std",
+    "data.crop_scale", "data.crop_ratio", "data.flip", "data.decode_margin", "data.decode",
+    "data.mean", "data.std",
 )  # fmt: skip
 
 
@@ -502,6 +506,8 @@ def _classifying_problems(recipe: Recipe) -> list[str]:
         problems.append("evaluate.every_steps is set: give evaluate.test_shards, labelled")
     if evaluate.picture_every_steps:
         problems.append("evaluate.picture_every_steps is of a pretraining, which alone reconstructs; leave it out")
+    if recipe.data.decode != "cpu":
+        problems.append(f"data.decode={recipe.data.decode} is of a pretraining: here images are augmented on the CPU")
     if not probes and classify.rule != "adamw":
         problems.append(f"classify.rule={classify.rule} is for probes; fine-tuning uses adamw")
     if not probes and classify.depth is not None:

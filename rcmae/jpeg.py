@@ -37,7 +37,12 @@ class Header(NamedTuple):
 
     height: int
     width: int
-    plain: bool  # its colours are those this module decodes
+    colours: str  # as libjpeg-turbo names them
+
+    @property
+    def plain(self) -> bool:
+        """Whether its colours are those this module decodes."""
+        return self.colours in _COLOURS
 
 
 class Box(NamedTuple):
@@ -56,7 +61,12 @@ class Box(NamedTuple):
 def header(data: bytes) -> Header:
     """The header of a JPEG. Raises ValueError."""
     height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-    return Header(height, width, colour in _COLOURS)
+    return Header(height, width, colour)
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether the end of a JPEG is there."""
+    return data.endswith(_END)
 
 
 def decodes_parts() -> bool:
@@ -78,7 +88,7 @@ def decode_box(data: bytes, box: Box, shrink: int = 1, channels: int = 3) -> NDA
     """
     assert not any(number % shrink for number in box), (box, shrink)
     small = Box(*(number // shrink for number in box))
-    if decodes_parts() and data.endswith(_END):
+    if decodes_parts() and is_whole(data):
         return _decode_part(data, small, shrink, channels)
     return small.of(_decode_whole(data, shrink, channels))
 

@@ -9,6 +9,7 @@ writer) and pinned or registered memory, which a fork can deadlock or corrupt. T
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import multiprocessing
@@ -19,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
@@ -31,10 +33,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from rcmae.batch import NO_LABEL, Batch
+from rcmae.device_decode import DeviceDecoder, Encoded, OnDevice, pack
 from rcmae.masking import Mask
 from rcmae.shards import Plan, Requests, Sample, Shard, ShardIndex
 from rcmae.sources import Cache, Reader, is_remote, redacted
-from rcmae.transforms import BadImage, CentreTransform, Transform, View
+from rcmae.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
@@ -84,6 +87,7 @@ class Stream:
         ranks_of_node: int = 1,
         repeats: int = 1,
         teacher_masks: bool = False,
+        device_decoder: DeviceDecoder | None = None,
     ) -> None:
         """Nothing is read and no worker started before the first step is asked for.
 
@@ -104,6 +108,8 @@ class Stream:
             repeats: views of each sample that is read, one after the other in a micro-batch: the plan's position p
                 gives the views at p x repeats and the following, each with its own crop, flip and mask.
             teacher_masks: whether each image has a second mask, for a teacher that sees other patches.
+            device_decoder: decodes what it can of the JPEGs, with `transform` a TrainTransform; the batches' images are
+                then on its device.
 
         Raises:
             ValueError: micro-batches do not divide this rank's part of a step, or ranks the batch and the streams.
@@ -118,9 +124,12 @@ class Stream:
         self._plan, self._per_rank, self._micros = plan, per_rank, per_rank // micro
         self._limits = Limits(max_bad_fraction, max_bad_in_a_row, plan.samples_per_epoch // world)
         self._repeats = repeats
+        assert device_decoder is None or isinstance(transform, TrainTransform), "only a box can be cut on the device"
+        self._device_decoder = device_decoder
         self._reading = _TrainReading(
-            index, plan, transform, mask, seed, max_bad_in_a_row, cache, repeats, teacher_masks
-        )
+            index, plan, transform, mask, seed, max_bad_in_a_row, cache, repeats, teacher_masks,
+            leaves_jpegs=device_decoder is not None,
+        )  # fmt: skip
         remote = any(is_remote(shard.path) for shard in index.shards)
         assert not remote or cache is not None, "shards from elsewhere need a cache"
         ahead = _Ahead(index, cache.limit // ranks_of_node) if remote and cache is not None else None
@@ -150,15 +159,47 @@ class Stream:
 
     def _steps(self, loader: DataLoader[_Read | Exception]) -> Generator[list[Batch], None, None]:
         self._reads = iter(loader)
-        while True:
-            batches = []
-            for read in islice(self._reads, self._micros):
-                if isinstance(read, Exception):
-                    raise read
-                self._bad += read.bad
-                self._limits.check(read.bad, read.batch.positions[:: self._repeats].tolist())
-                batches.append(read.batch)
-            yield batches
+        with contextlib.ExitStack() as stack:
+            reads, decoder = self._reads, self._device_decoder
+            if decoder is not None:
+                decoded = OnDevice(reads, partial(self._decoded, decoder), decoder.device, ahead=self._micros)
+                stack.callback(decoded.close)
+                reads = decoded
+            while True:
+                batches = []
+                for read in islice(reads, self._micros):
+                    if isinstance(read, Exception):
+                        raise read
+                    self._bad += read.bad
+                    self._limits.check(read.bad, read.batch.positions[:: self._repeats].tolist())
+                    if read.batch.images.is_cuda:  # made on another CUDA stream: not to be reused before ours is done
+                        read.batch.images.record_stream(torch.cuda.current_stream())
+                    batches.append(read.batch)
+                yield batches
+
+    def _decoded(self, decoder: DeviceDecoder, read: _Read | Exception) -> _Read | Exception:
+        """The read with the images that the workers left. What the device refuses is read again as they would."""
+        if isinstance(read, Exception) or read.encoded is None:
+            return read
+        batch, bad = read.batch, {each.position: each for each in read.bad}
+        images, refused = decoder.images(batch.images, batch.crops, read.encoded)
+        labels, crops, keys = batch.labels, batch.crops, list(batch.keys)
+        assert labels is not None
+        for first in refused[:: self._repeats]:  # all views of an image are refused
+            position = int(batch.positions[first]) // self._repeats
+            number = int(self._plan.requests(position, position + 1).samples[0])
+            again: list[BadSample] = []
+            sample, views, _ = self._reading.views(position, number, again)
+            bad |= {each.position: each for each in again}  # it may be what took a bad one's place
+            for row, view in enumerate(views, first):
+                images[row] = view.image.to(images.device)
+                labels[row], crops[row], keys[row] = sample.label, torch.tensor(view.crop), sample.id
+        return _Read(replace(batch, images=images, keys=tuple(keys)), list(bad.values()))
+
+    @property
+    def decodes(self) -> str:
+        """Who decodes JPEGs."""
+        return "the workers" if self._device_decoder is None else "the GPU"
 
     def drain_bad(self) -> list[BadSample]:
         """The ledger's lines since the last call: samples of this rank that could not be read."""
@@ -168,9 +209,11 @@ class Stream:
     def first_images(self, count: int) -> Batch:
         """The first `count` samples of the run, the same on every rank, read here and now: for pictures."""
         read = self._reading[_Asked(self._plan.requests(0, count))]
+        if self._device_decoder is not None:
+            read = self._decoded(self._device_decoder, read)
         if isinstance(read, Exception):
             raise read
-        return read.batch
+        return read.batch.to("cpu")
 
     def close(self) -> None:
         """Stop the workers. A stream that is not closed stops them when it is collected or the process ends."""
@@ -351,6 +394,7 @@ class _Read(NamedTuple):
 
     batch: Batch
     bad: list[BadSample]
+    encoded: Encoded | None = None  # images left to the device
 
 
 class _Copying:
@@ -401,8 +445,9 @@ class _TrainReading(Dataset[_Read | Exception]):
         cache: Cache | None,
         repeats: int,
         teacher_masks: bool,
+        leaves_jpegs: bool,
     ) -> None:
-        self._repeats = repeats
+        self._repeats, self._leaves_jpegs = repeats, leaves_jpegs
         self._index, self._plan, self._transform, self._mask = index, plan, transform, mask
         self._seed, self._max_bad_in_a_row, self._teacher_masks = seed, max_bad_in_a_row, teacher_masks
         self._reader = Reader(cache)
@@ -414,6 +459,7 @@ class _TrainReading(Dataset[_Read | Exception]):
     def __getitem__(self, asked: _Asked) -> _Read | Exception:
         requests = asked.requests
         rows: list[tuple[Sample, View]] = []
+        left: list[tuple[bytes, list[int]]] = []  # to the device: files, and the rows of their views
         bad: list[BadSample] = []
         self._copying.ask([self._index.shards[number] for number in asked.ahead])
         try:
@@ -422,26 +468,33 @@ class _TrainReading(Dataset[_Read | Exception]):
             return error
         for position, number in zip(requests.positions.tolist(), requests.samples.tolist(), strict=True):
             try:
-                sample, views = self._views(position, number, bad)
+                sample, views, encoded = self.views(position, number, bad, leaves_jpegs=self._leaves_jpegs)
             except TooManyBadSamples as error:
                 return error
             except OSError as error:
                 return OSError(f"{self._index[number].id} at position {position} cannot be read: {error}")
             except Exception as error:
                 raise RuntimeError(f"{self._index[number].id} at position {position}: {error!r}") from error
+            if encoded:
+                left.append((encoded, list(range(len(rows), len(rows) + len(views)))))
             rows += [(sample, view) for view in views]
         positions = (requests.positions[:, None] * self._repeats + np.arange(self._repeats)).reshape(-1)
         batch = _batch(rows, positions, self._ids(positions), self._mask.num_visible)
         if self._teacher_masks:
             batch = replace(batch, teacher_ids=self._ids(positions, draw=1))
-        return _Read(batch, bad)
+        return _Read(batch, bad, pack(left))
 
     def _ids(self, positions: NDArray[np.int64], draw: int = 0) -> Tensor:
         ids = [self._mask.ids(self._seed, position, draw) for position in positions.tolist()]
         return torch.from_numpy(np.stack(ids))
 
-    def _views(self, position: int, number: int, bad: list[BadSample]) -> tuple[Sample, list[View]]:
-        """The sample of a number, or else the next that can be read, seen as its positions' keys have it."""
+    def views(
+        self, position: int, number: int, bad: list[BadSample], *, leaves_jpegs: bool = False
+    ) -> tuple[Sample, list[View], bytes]:
+        """The sample of a number, or else the next that can be read, seen as its positions' keys have it.
+
+        A JPEG that is left to the device comes as its bytes, with empty views; else there are none.
+        """
         reason, positions = "", range(position * self._repeats, (position + 1) * self._repeats)
         beyond = int(self._index.counts[self._index.place(number)[0]]) + self._max_bad_in_a_row
         for tried in islice(self._candidates(position, number), beyond):
@@ -449,18 +502,30 @@ class _TrainReading(Dataset[_Read | Exception]):
             try:
                 if tried in self._known_bad:
                     raise BadImage(self._known_bad[tried])
-                views = self._transform.views(self._read(tried, sample), self._seed, positions)
+                data = self._read(tried, sample)
+                crops = self._crops(data, positions) if leaves_jpegs else None
+                views = (
+                    self._transform.views(data, self._seed, positions) if crops is None
+                    else [View(self._blank(), crop) for crop in crops]
+                )  # fmt: skip
             except BadImage as error:
                 reason = reason or str(error)
                 continue
             if tried != number:
                 bad.append(_bad_sample(positions[0], self._index[number], reason, sample.id))
-            return sample, views
+            return sample, views, data if crops is not None else b""
         sample = self._index[number]
         raise TooManyBadSamples(
             f"nothing can be read in place of {sample.id} ({redacted(sample.path)} at byte {sample.offset}: {reason}): "
             f"the rest of its shard and data.max_bad_in_a_row={self._max_bad_in_a_row} samples after it failed as well"
         )
+
+    def _crops(self, data: bytes, positions: range) -> list[Crop] | None:
+        assert isinstance(self._transform, TrainTransform)
+        return self._transform.crops(data, self._seed, positions)
+
+    def _blank(self) -> Tensor:
+        return torch.zeros((), dtype=torch.uint8).expand(self._transform.in_channels, *self._transform.image_size)
 
     def _read(self, number: int, sample: Sample) -> bytes:
         try:

@@ -34,6 +34,7 @@ from rcmae.batch import NO_LABEL, Batch
 from rcmae.bootmae_vit import BootstrappedAutoencoder
 from rcmae.checkpoint import Manifest
 from rcmae.config import Recipe, Resolved
+from rcmae.device_decode import DeviceDecoder, nvjpeg
 from rcmae.engine import Engine, LocalEngine, Settings
 from rcmae.evaluate import evaluating, knn_rows, knn_table, pixels, pooled, reconstruction_picture, save_png
 from rcmae.export import read_network, whole_network
@@ -798,7 +799,7 @@ def build(
         micro=sizes.per_device, rank=dist.rank(), world=world, workers=data.workers,
         max_bad_fraction=data.max_bad_fraction, max_bad_in_a_row=data.max_bad_in_a_row,
         cache=found.cache, ranks_of_node=dist.ranks_of_node(), repeats=data.repeats,
-        teacher_masks=recipe.objective.teacher_mask == "different",
+        teacher_masks=recipe.objective.teacher_mask == "different", device_decoder=device_decoder(recipe),
     )  # fmt: skip
     step, images = (saved.step, saved.images) if saved else (0, 0)
     log = MetricsLog(
@@ -844,6 +845,24 @@ def student_sizes(model: config.Model, *, regressors: bool = False) -> dict[str,
     if problems:
         raise ValueError("\n".join(f"model: {problem}" for problem in problems))
     return sizes
+
+
+def device_decoder(recipe: Recipe) -> DeviceDecoder | None:
+    """What decodes JPEGs on the GPU; None where data.decode, or what is missing on any rank, leaves it to the workers.
+
+    Collective: every rank calls.
+    """
+    if recipe.data.decode == "cpu":
+        return None
+    decode, why = None, None
+    try:
+        decode = nvjpeg(dist.device(), recipe.model.in_channels)
+    except (RuntimeError, ImportError, OSError) as error:
+        why = str(error).splitlines()[0]
+    missing = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(why)) if text]
+    if missing and recipe.data.decode == "gpu" and dist.rank() == 0:
+        print(f"warning: data.decode=gpu: the GPU decodes no JPEG here, the workers do ({missing[0]})", file=sys.stderr)
+    return None if missing or decode is None else DeviceDecoder(decode, dist.device())
 
 
 def train_transform(recipe: Recipe) -> TrainTransform:
@@ -1178,6 +1197,8 @@ def announce(run: Run, saved: checkpoint.Manifest | None, passed_over: list[str]
         checkpointing=recipe.engine.activation_checkpointing,
     ):  # fmt: skip
         run.log.say(f"  {part:<12} {used}  ({why})")
+    if recipe.data.decode != "cpu":
+        run.log.say(f"  {'JPEG':<12} decoded by {run.stream.decodes}  (data.decode={recipe.data.decode})")
     if run.index.short:
         cut = ", ".join(run.index.short[:5]) + " ..." * (len(run.index.short) > 5)
         run.log.event("short_shards", shards=run.index.short)

@@ -21,16 +21,17 @@ import numpy as np
 import tifffile
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from rcmae.batch import Batch
 from rcmae.draws import Purpose, uniform
-from rcmae.jpeg import Box, decode_box, header
+from rcmae.jpeg import Box, Header, decode_box, header, is_whole
 
 MAX_PIXELS = 178_956_970  # of an encoded image; PIL's limit against decompression bombs
 CENTRE_SHARE = 0.875  # of the shorter side that a centre crop keeps, as the field evaluates
+Crop = tuple[int, int, int, int, int]  # top, left, height, width in the source image, 1 = flipped
 _TRIES = 10  # random boxes that may stick out before the centre is taken
 _MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name of the colour space; others have to be there as they are asked for
 _NPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -44,7 +45,7 @@ class View(NamedTuple):
     """What a transform makes of an image."""
 
     image: Tensor  # [C, H, W] uint8
-    crop: tuple[int, int, int, int, int]  # top, left, height, width in the source image, 1 = flipped
+    crop: Crop
 
 
 class Transform(Protocol):
@@ -99,28 +100,44 @@ class TrainTransform:
             return [self(data, seed, positions[0])]
         pixels, views = decode(data, self.in_channels), []
         for position in positions:
-            box = Box(
-                *random_box(pixels.shape[0], pixels.shape[1], self.scale, self.ratio, self._draws(seed, position, 0))
-            )
+            box = self._box(pixels.shape[0], pixels.shape[1], self._draws(seed, position, 0))
             views.append(self._view(box.of(pixels), box, seed, position, 0))
         return views
+
+    def crops(self, data: bytes, seed: int, positions: Sequence[int]) -> list[Crop] | None:
+        """What the views at several positions show of an image that a GPU may decode; None where it should not.
+
+        Raises:
+            BadImage: it would take more than MAX_PIXELS.
+        """
+        head = plain_jpeg(data) if self.in_channels in _MODES else None
+        if head is None or head.colours == "RGB" or not is_whole(data):  # YCbCr and grey are what all decoders know
+            return None
+        boxes = [self._box(head.height, head.width, self._draws(seed, position, 0)) for position in positions]
+        return [(*box, self._flips(seed, position, 0)) for box, position in zip(boxes, positions, strict=True)]
 
     def _draws(self, seed: int, position: int, draw: int) -> list[float]:
         return uniform(seed, Purpose.CROP, draw, position, count=4 * _TRIES).tolist()
 
+    def _box(self, height: int, width: int, draws: Sequence[float]) -> Box:
+        return Box(*random_box(height, width, self.scale, self.ratio, draws))
+
+    def _flips(self, seed: int, position: int, draw: int) -> int:
+        return int(uniform(seed, Purpose.FLIP, draw, position, count=1)[0] < self.flip)
+
     def _view(self, pixels: NDArray[np.uint8], box: Box, seed: int, position: int, draw: int) -> View:
-        flipped = bool(uniform(seed, Purpose.FLIP, draw, position, count=1)[0] < self.flip)
+        flipped = self._flips(seed, position, draw)
         image = resize(pixels, self.image_size)
-        return View(image.flip(-1) if flipped else image, (*box, int(flipped)))
+        return View(image.flip(-1) if flipped else image, (*box, flipped))
 
     def _part(self, data: bytes, draws: Sequence[float]) -> tuple[NDArray[np.uint8], Box]:
         """The pixels of a random box, shrunken or not, and the box."""
-        size = plain_jpeg(data) if self.in_channels in _MODES else None
-        if size is None:
+        head = plain_jpeg(data) if self.in_channels in _MODES else None
+        if head is None:
             pixels = decode(data, self.in_channels)
-            box = Box(*random_box(pixels.shape[0], pixels.shape[1], self.scale, self.ratio, draws))
+            box = self._box(pixels.shape[0], pixels.shape[1], draws)
             return box.of(pixels), box
-        box, shrink = shrunken(Box(*random_box(*size, self.scale, self.ratio, draws)), self.image_size, self.margin)
+        box, shrink = shrunken(self._box(head.height, head.width, draws), self.image_size, self.margin)
         try:
             return decode_box(data, box, shrink, self.in_channels), box
         except ValueError:
@@ -176,10 +193,10 @@ def decode(data: bytes, channels: int = 3) -> NDArray[np.uint8]:
     Raises:
         BadImage: the bytes are no image, are cut short or damaged, or would take more than MAX_PIXELS.
     """
-    size = plain_jpeg(data) if channels in _MODES else None
-    if size is not None:
+    head = plain_jpeg(data) if channels in _MODES else None
+    if head is not None:
         try:
-            return decode_box(data, Box(0, 0, *size), channels=channels)
+            return decode_box(data, Box(0, 0, head.height, head.width), channels=channels)
         except ValueError:
             pass  # PIL has the last word on what is readable
     try:
@@ -195,6 +212,8 @@ def decode(data: bytes, channels: int = 3) -> NDArray[np.uint8]:
                 return _pixels(image, channels) if channels in _MODES else _bands(np.array(image), channels)
     except (MemoryError, BadImage):
         raise
+    except UnidentifiedImageError:  # its message is the address of our buffer
+        raise BadImage("no image of a format that Pillow knows") from None
     except Exception as error:  # PIL's plugins raise whatever damaged bytes lead them to
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
@@ -233,17 +252,17 @@ def _bands(values: NDArray[np.generic], channels: int) -> NDArray[np.uint8]:
     return np.array(values, np.uint8, order="C")  # a copy: what lies in the file's bytes cannot be written to
 
 
-def plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that libjpeg-turbo turns into RGB or grey; None for all else. Raises BadImage."""
+def plain_jpeg(data: bytes) -> Header | None:
+    """The header of a JPEG that libjpeg-turbo turns into RGB or grey; None for all else. Raises BadImage."""
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
-        height, width, plain = header(data)
+        head = header(data)
     except ValueError:
         return None
-    if height * width > MAX_PIXELS:
-        raise BadImage(f"{height} x {width} pixels are too many")
-    return (height, width) if plain else None
+    if head.height * head.width > MAX_PIXELS:
+        raise BadImage(f"{head.height} x {head.width} pixels are too many")
+    return head if head.plain else None
 
 
 def shrunken(box: Box, target: tuple[int, int], margin: float) -> tuple[Box, int]:

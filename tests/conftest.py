@@ -15,11 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn
+import torch
 from PIL import Image
 
 from runs import Folder, start
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU")
 
 
 def free_port() -> int:

@@ -192,13 +192,13 @@ PNG = encoded(PHOTOGRAPHS[0])
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "UnidentifiedImageError"),
-        (b"this is text in place of a photograph", "UnidentifiedImageError"),
-        (bytes(5000), "UnidentifiedImageError"),
+        (b"", "of a format that Pillow knows"),
+        (b"this is text in place of a photograph", "of a format that Pillow knows"),
+        (bytes(5000), "of a format that Pillow knows"),
         (JPEG[: len(JPEG) // 2], "truncated"),
-        (JPEG[:2], "Error"),
+        (JPEG[:2], "of a format"),
         (PNG[: len(PNG) // 2], "truncated"),
-        (PNG[:40] + bytes(1000) + PNG[1040:], "Error"),
+        (PNG[:40] + bytes(1000) + PNG[1040:], "Error|of a format"),
         (bomb(30_000), "DecompressionBombError"),
         (jpeg_bomb(), "30000 x 30000 pixels are too many"),
         (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point"),
@@ -254,7 +254,7 @@ def test_a_part_of_a_jpeg_has_the_pixels_of_the_whole():
     files = [(encoded(PHOTOGRAPHS[0][:203, :301], "JPEG", quality=90, **kind), 3) for kind in kinds]
     files += [(encoded(PHOTOGRAPHS[1], "JPEG", "L"), 1), (encoded(PHOTOGRAPHS[1], "JPEG", "L"), 3), (JPEG, 1)]
     for data, channels in files:
-        height, width = plain_jpeg(data)
+        height, width, _ = plain_jpeg(data)
         for shrink in (1, 2, 4, 8):
             whole = jpeg._decode_whole(data, shrink, channels)
             assert whole.shape == (-(-height // shrink), -(-width // shrink), channels)

@@ -451,7 +451,8 @@ def judge(
         slower = data["cores_needed"] / site.cores
         advice.append(
             f"decoding wants {data['cores_needed']} cores of a node, it has {site.cores}: {slower:.1f} x the hours; "
-            "store smaller photographs, take more nodes with fewer GPUs each, or lower data.decode_margin"
+            "store smaller photographs, take more nodes with fewer GPUs each, lower data.decode_margin, or let the "
+            "GPUs decode (data.decode=gpu)"
         )
     if data["samples_per_stream"] < recipe.data.shuffle_window / 8:
         advice.append(

@@ -18,8 +18,8 @@ fi
 export DEBIAN_FRONTEND=noninteractive
 log="$(mktemp)"
 packages=(slurm-wlm munge iproute2 shellcheck)
-if ! { timeout 300 apt-get update -qq && timeout 600 apt-get install -y -qq --no-install-recommends "${packages[@]}"; } \
-    > "$log" 2>&1; then
+install() { timeout 300 apt-get update -qq && timeout 600 apt-get install -y -qq --no-install-recommends "$@"; }
+if ! install "${packages[@]}" > "$log" 2>&1; then
     tail -n 3 "$log"
     echo "SLURM cannot be installed here: the tests of slurm/ are skipped"
 fi

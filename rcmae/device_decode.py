@@ -1,0 +1,169 @@
+"""JPEGs decoded on the GPU: workers hand over bytes and boxes; the device decodes, cuts, resizes and flips.
+
+For nodes with too few cores for their GPUs. Opt-in (`data.decode`): nvJPEG's pixels differ from libjpeg-turbo's in
+their last bits, each image is decoded whole, and the time is taken from the training's GPU. What nvJPEG is not sure to
+decode as libjpeg-turbo does (no plain JPEG, its end missing) stays with the workers, and what it refuses is decoded
+again on the CPU, which has the last word on what is readable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from rcmae import kernels  # noqa: F401, it makes torchvision importable beside a CPU torch
+
+Decode = Callable[[list[Tensor]], list[Tensor]]  # encoded bytes [N] uint8 -> pixels [C, H, W] uint8 on the device
+Item = TypeVar("Item")
+
+
+class Encoded(NamedTuple):
+    """Images of a batch that the device is to decode. All tensors are on the CPU."""
+
+    data: Tensor  # [bytes] uint8, the files one after the other
+    ends: Tensor  # [files] int64, where each ends in `data`
+    rows: Tensor  # [views] int64, row of the batch of each view
+    files: Tensor  # [views] int64, which file it is of
+
+
+def pack(files: list[tuple[bytes, list[int]]]) -> Encoded | None:
+    """Files and the batch's rows that each gives, ready to travel; None if there are none."""
+    if not files:
+        return None
+    sizes = torch.tensor([len(data) for data, _ in files])
+    return Encoded(
+        data=torch.frombuffer(bytearray().join(data for data, _ in files), dtype=torch.uint8),
+        ends=sizes.cumsum(0),
+        rows=torch.tensor([row for _, rows in files for row in rows]),
+        files=torch.tensor([number for number, (_, rows) in enumerate(files) for _ in rows]),
+    )
+
+
+def nvjpeg(device: torch.device, channels: int) -> Decode:
+    """torchvision's door to nvJPEG, tried on a small image.
+
+    Raises:
+        RuntimeError: it does not decode here; says why.
+    """
+    if device.type != "cuda":
+        raise RuntimeError(f"it needs a CUDA device, this rank trains on {device.type}")
+    if channels not in (1, 3):
+        raise RuntimeError(f"it decodes 1 or 3 channels, model.in_channels={channels}")
+    from torchvision.io import ImageReadMode, decode_jpeg  # here: its extension is of use on CUDA alone
+
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+
+    def decode(files: list[Tensor]) -> list[Tensor]:
+        pixels: list[Tensor] = decode_jpeg(files, mode, device)
+        return pixels
+
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    decode([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)])
+    return decode
+
+
+class DeviceDecoder:
+    """Makes a batch's images from encoded ones."""
+
+    def __init__(self, decode: Decode, device: torch.device) -> None:
+        self._decode, self.device = decode, device
+
+    def images(self, images: Tensor, crops: Tensor, encoded: Encoded) -> tuple[Tensor, list[int]]:
+        """The images on the device, and the rows that could not be decoded there.
+
+        Args:
+            images: [B, C, H, W] uint8 on the CPU; the rows of `encoded` are to be filled.
+            crops: [B, 5] as in a batch: where the box lies in the source image, and whether it is flipped.
+            encoded: the files.
+        """
+        out = images.to(self.device, non_blocking=True)
+        bad, decoded = [], self._pixels(encoded)
+        for row, number in zip(encoded.rows.tolist(), encoded.files.tolist(), strict=True):
+            pixels = decoded[number]
+            if pixels is None or pixels.shape[0] != images.shape[1]:
+                bad.append(row)
+                continue
+            top, left, height, width, flipped = crops[row].tolist()
+            box = pixels[None, :, top : top + height, left : left + width].float()
+            view = interpolate(box, images.shape[2:], mode="bicubic", antialias=True)[0].round_().clamp_(0, 255)
+            out[row] = (view.flip(-1) if flipped else view).to(torch.uint8)
+        return out, bad
+
+    def _pixels(self, encoded: Encoded) -> list[Tensor | None]:
+        """Each file's pixels, None where the device refuses it. One refusal fails a whole call: then one by one."""
+        starts = [0, *encoded.ends.tolist()]
+        files = [encoded.data[start:end] for start, end in itertools.pairwise(starts)]
+        try:
+            return list(self._decode(files))
+        except RuntimeError:
+            return [self._alone(file) for file in files]
+
+    def _alone(self, file: Tensor) -> Tensor | None:
+        try:
+            return self._decode([file])[0]
+        except RuntimeError:
+            return None
+
+
+class OnDevice(Generic[Item]):
+    """Items of an iterator with `make` called on each, a few ahead, in a thread with a CUDA stream of its own.
+
+    So decoding goes on while the trainer waits for its step. What `make` or the iterator raises comes out in its place.
+    """
+
+    def __init__(self, items: Iterator[Item], make: Callable[[Item], Item], device: torch.device, ahead: int) -> None:
+        self._items, self._make, self._device = items, make, device
+        self._made: queue.Queue[tuple[Item | None, Exception | None, torch.cuda.Event | None]] = queue.Queue(ahead)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="decode on the device")
+        self._thread.start()
+
+    def __iter__(self) -> OnDevice[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        item, error, done = self._made.get()
+        if error is not None:
+            self._put((None, error, None))  # and again, if asked again
+            raise error
+        assert item is not None
+        if done is not None:
+            torch.cuda.current_stream(self._device).wait_event(done)
+        return item
+
+    def close(self) -> None:
+        """End the thread; the iterator is nobody's then."""
+        self._closed.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._made.get_nowait()
+        self._thread.join()
+
+    def _run(self) -> None:
+        cuda = self._device.type == "cuda"
+        stream = torch.cuda.Stream(self._device) if cuda else None
+        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+            while not self._closed.is_set():
+                try:
+                    item = self._make(next(self._items))
+                except Exception as error:
+                    self._put((None, error, None))
+                    return
+                self._put((item, None, stream.record_event() if stream is not None else None))
+
+    def _put(self, entry: tuple[Item | None, Exception | None, torch.cuda.Event | None]) -> None:
+        while not self._closed.is_set():
+            with contextlib.suppress(queue.Full):
+                self._made.put(entry, timeout=0.1)
+                return
