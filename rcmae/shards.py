@@ -17,7 +17,8 @@ import mmap
 import os
 import re
 import tarfile
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ NO_LABEL = -100
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 _MIXED = 3_000_000_000  # samples of a mixture's epoch: their square still fits into 64 bits
+_ALONE_S = 2.0  # of reading headers before other processes are started to help: that takes seconds itself
 _NAMED = 20  # problems that a message lists before it counts the rest
 
 
@@ -584,12 +586,14 @@ class Scan(NamedTuple):
 
 def _scan_all(paths: Sequence[str], jobs: int, patience: Patience) -> Iterator[Scan]:
     one = partial(scan, patience=patience)
-    if jobs <= 1 or len(paths) <= 1:
-        yield from map(one, paths)
+    began, left = time.monotonic(), deque(paths)
+    while left and (jobs <= 1 or len(left) == 1 or time.monotonic() - began < _ALONE_S):
+        yield one(left.popleft())
+    if not left:
         return
     # Not from the fork server: whoever uses it first decides what it has imported, and the stream wants torch there.
-    with ProcessPoolExecutor(min(jobs, len(paths)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(one, paths)
+    with ProcessPoolExecutor(min(jobs, len(left)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(one, left)
 
 
 def scan(path: str, patience: Patience = USUAL) -> Scan:

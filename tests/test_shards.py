@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from rcmae import shards
 from rcmae.shards import INDEX, NO_LABEL, Plan, ShardIndex, expand, flat, scan
 
 ROOT = Path(__file__).parent.parent
@@ -244,9 +246,14 @@ def test_a_rewritten_shard_is_refused_and_a_shortened_one_is_known(folder):
         ShardIndex.open(f"{folder}/*.tar")
 
 
-def test_shards_are_indexed_by_several_processes_alike(folder):
+def test_shards_are_indexed_by_several_processes_alike(folder, monkeypatch):
     paths = expand(f"{folder}/*.tar")
-    assert ShardIndex.build(paths, jobs=2).fingerprint == ShardIndex.build(paths).fingerprint
+    alone = ShardIndex.build(paths, jobs=2)  # reading a few takes less time than starting processes
+    pools = []
+    monkeypatch.setattr(shards, "_ALONE_S", 0)
+    monkeypatch.setattr(shards, "ProcessPoolExecutor", lambda *a, **k: pools.append(1) or ProcessPoolExecutor(*a, **k))
+    assert ShardIndex.build(paths, jobs=2).fingerprint == alone.fingerprint
+    assert pools == [1]
 
 
 def test_index_files_are_the_same_bytes_each_time(folder):

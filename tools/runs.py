@@ -121,9 +121,10 @@ def job_of(
     """
     undone = (later or {}).get("undone")  # the last of the logged steps that were cut back
     ended, how = ending(folder, start, [*rows, *events, *([undone] if undone else [])], later, now)
+    told = [start, *rows[-1:], *(event for event in events if event["event"] in ("checkpoint", "stop"))]  # not all log
     job = Job(
-        began=began, ended=ended, first_step=start["step"], last_step=rows[-1]["step"] if rows else start["step"],
-        how=how, ranks=start["sizes"]["world"], job=start.get("job"),
+        began=began, ended=ended, first_step=start["step"], last_step=max(row["step"] for row in told), how=how,
+        ranks=start["sizes"]["world"], job=start.get("job"),
     )  # fmt: skip
     job.seconds |= split(start, rows, events)
     job.seconds["start-up"] += start["time"] - began

@@ -22,6 +22,7 @@ fi
 
 say "pytest"
 export OMP_NUM_THREADS=1  # tests start ranks of their own; more threads than cores would only slow them down
+unset PYTHONDONTWRITEBYTECODE  # hundreds of processes import the same modules: compiled once
 scheduler=(--ignore=tests/test_slurm.py)
 case "$*" in *slurm*) scheduler=() ;; esac
 python -m pytest -n auto --maxprocesses 4 --dist loadfile "${scheduler[@]}" "$@"  # by file: what a module sets up is set up once

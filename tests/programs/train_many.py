@@ -11,17 +11,27 @@ import torch
 
 from rcmae import config, dist, preempt, train
 
-if __name__ == "__main__":
-    from rcmae.finetune import Finetuning  # here: processes that read headers of shards import this file too
-    from rcmae.probe import Probe
 
+def task_of(recipe: config.Recipe) -> train.Task:
+    """What a recipe is for. The others are imported when they are asked for: they take seconds."""
+    if recipe.objective.name == "finetune":
+        from rcmae.finetune import Finetuning
+
+        return Finetuning()
+    if recipe.objective.name == "probe":
+        from rcmae.probe import Probe
+
+        return Probe()
+    return train.Pretraining()
+
+
+if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.start(required=True, timeout_s=120)
     statuses = []
     for name, *overrides in json.loads(sys.argv[1]):
         recipe = config.load(name, overrides)
-        task = {"finetune": Finetuning, "probe": Probe}.get(recipe.objective.name, train.Pretraining)()
-        statuses.append(train.train(recipe, preempt.StopRequest(), task))
+        statuses.append(train.train(recipe, preempt.StopRequest(), task_of(recipe)))
     if dist.rank() == 0:
         print("STATUS", json.dumps(statuses))
     for number in preempt.SIGNALS:
