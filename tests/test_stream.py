@@ -6,10 +6,12 @@ import io
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from rcmae.masking import RandomMask
 from rcmae.shards import Plan, ShardIndex
 from rcmae.stream import Limits, Stream, TooManyBadSamples, labelled_batches
 from rcmae.transforms import TrainTransform, View
+from runs import Folder, start
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
@@ -296,6 +299,73 @@ def test_a_dead_source_stops_the_run(tmp_path):
         TooManyBadSamples, match=r"^nothing can be read in place of photo-00000\d/p\d_\d+.*max_bad_in_a_row=7"
     ):
         next(stream_of(index, max_bad_fraction=1.0, max_bad_in_a_row=7).steps(0))
+
+
+def bomb():
+    """A small PNG that says it is 30,000 pixels square."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(10_000))]
+    parts = [struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def hit_at_random(request, tmp_path_factory):
+    """Six shards of 100 photographs, and the same with damage at random: (clean index, damaged pattern, names of bad).
+
+    A hundredth of the samples, each in another way; and of one shard the end is missing, from a random place on.
+    """
+    clean, hit = tmp_path_factory.mktemp("clean"), tmp_path_factory.mktemp("hit")
+    index = ShardIndex.open(write_shards(clean, (100,) * 6))
+    draw = np.random.default_rng(request.param)
+    ways = [
+        lambda data: b"", lambda data: b"text in place of a photograph", lambda data: data[: len(data) // 3],
+        lambda data: bomb(), lambda data: bytes(len(data)), lambda data: data[:2] + data[30:][::-1],
+    ]  # fmt: skip
+    damage = dict(zip(draw.choice(600, 6, replace=False).tolist(), ways, strict=True))
+    for shard in index.shards:
+        with tarfile.open(shard.path) as source, tarfile.open(hit / Path(shard.path).name, "w") as tar:
+            for member in source.getmembers():
+                data = source.extractfile(member).read()
+                number = next((n for n in damage if index[n].id == f"{shard.name}/{member.name.split('.')[0]}"), None)
+                if number is not None and not member.name.endswith("cls"):
+                    data = damage[number](data)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    pattern = f"{hit}/photo-*.tar"
+    indexed = ShardIndex.open(pattern)
+    indexed.save(hit)
+    cut = indexed[int(draw.integers(600))]
+    os.truncate(cut.path, cut.offset + cut.size // 2)
+    lost = [n for n in range(600) if indexed[n].path == cut.path and indexed[n].offset >= cut.offset]
+    return index, pattern, {index[n].id for n in {*damage, *lost}}
+
+
+def test_whatever_hits_a_hundredth_of_the_samples_and_a_shard_moves_no_other(hit_at_random):
+    clean, pattern, bad = hit_at_random
+    index = ShardIndex.open(pattern)
+    assert len(index.short) == 1
+    wanted = record(clean, 0, 75)
+    assert {entry[0] for entry in wanted.values()} == {clean[number].id for number in range(600)}  # an epoch
+    for world, workers in ((1, 0), (4, 2)):
+        got = record(index, 0, 75, world=world, workers=workers, max_bad_fraction=0.3)
+        assert {position for position in wanted if wanted[position] != got[position]} == {
+            position for position in wanted if wanted[position][0] in bad
+        }
+
+
+def test_a_training_on_damaged_shards_ends_as_on_whole_ones_or_says_why_not(hit_at_random, tiny, tmp_path, capsys):
+    _, pattern, bad = hit_at_random
+    epoch = [f"data.shards={pattern}", "batch.images=24", "schedule.steps=25", "run.lease_timeout_s=5"]
+    run, stopped = Folder(tmp_path / "run"), Folder(tmp_path / "stopped")
+    assert start(tiny, run.path, *epoch, f"data.max_bad_fraction={len(bad) / 600 + 0.01}") == 0
+    assert run.steps() == list(range(1, 26))
+    assert {f"{line['shard']}/{line['key']}" for line in run.events("bad_sample")} == bad
+    assert len(run.events("short_shards")) == 1
+    capsys.readouterr()
+    assert start(tiny, stopped.path, *epoch) == 1
+    said = capsys.readouterr()
+    assert "more than data.max_bad_fraction=0.001" in said.out + said.err
+    assert stopped.outcome()["status"] == "failed"
 
 
 def test_a_whole_dead_shard_is_replaced_by_the_next(tmp_path):
