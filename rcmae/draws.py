@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     AUGMENT = 22
     ERASE = 23
     MIX = 24
+    CORRUPTION = 25
 
 
 def raw(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.uint64]:

@@ -62,11 +62,18 @@ def load_encoder(
 def load_classifier(
     source: str | Path, *, network: Network | None = None, image_size: int | tuple[int, int] | None = None
 ) -> Classifier:
-    """A fine-tuned classifier, as `load_encoder`. Raises ValueError where the weights have no head."""
+    """A fine-tuned classifier, as `load_encoder`; `pretrained_cfg["class_names"]` is the file that its recipe names.
+
+    Raises:
+        ValueError: as there, or the weights have no head.
+        CheckpointError: the checkpoint is damaged.
+    """
     found = read_network(Path(source), network)
     if "head.weight" not in found.weights:
         raise ValueError(f"{source} has no head: it is an encoder; fine-tune it, or give a run of rcmae.finetune")
     model, _ = model_of(found, image_size=image_size, num_heads=None, head=True)
+    recipe = json.loads(found.told.get("recipe", "{}"))
+    model.pretrained_cfg["class_names"] = recipe.get("classify", {}).get("class_names")
     return model
 
 

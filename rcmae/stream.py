@@ -43,6 +43,7 @@ _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, s
 _STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
 _NAMED = 20  # bad samples that a message lists before it counts the rest
 _log = logging.getLogger(__name__)
+Change = Callable[[Tensor, int], Tensor]  # (image [C, H, W] uint8, number of its sample) -> the same
 
 
 class BadSample(NamedTuple):
@@ -271,12 +272,13 @@ def labelled_batches(
     prefetch: int = 2,
     cache: Cache | None = None,
     on_bad: Callable[[BadSample], None] | None = None,
+    change: Change | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of the labelled samples, each once, resized and cut at the centre, in batches of one size.
 
     Every rank gets as many batches, so that collective forwards match. `positions` holds the samples' numbers, -1 where
     there is none (padding, or an image that cannot be read: given to `on_bad`, by default logged): leave those out.
-    There are no masks: `ids_shuffle` is [B, 0].
+    There are no masks: `ids_shuffle` is [B, 0]. `change` is made to each image by the worker that decodes it.
 
     Raises:
         ValueError: samples have no label; names the first of them. The same on every rank.
@@ -288,7 +290,7 @@ def labelled_batches(
     numbers = np.full(count * batch, -1)
     mine = np.arange(rank * share, min((rank + 1) * share, len(index)))
     numbers[: len(mine)] = mine
-    reading = _LabelledReading(index, CentreTransform(image_size, in_channels), cache)
+    reading = _LabelledReading(index, CentreTransform(image_size, in_channels), cache, change)
     reads = iter(_loader(reading, _Chunks(numbers, batch), min(workers, count), prefetch, persistent=False))
     try:
         for read in reads:
@@ -542,8 +544,10 @@ class _TrainReading(Dataset[_Read | Exception]):
 class _LabelledReading(Dataset[_Read]):
     """Numbers of samples -> views at the centre. What cannot be read, and -1, gives an empty image at position -1."""
 
-    def __init__(self, index: ShardIndex, transform: CentreTransform, cache: Cache | None) -> None:
-        self._index, self._transform, self._reader = index, transform, Reader(cache)
+    def __init__(
+        self, index: ShardIndex, transform: CentreTransform, cache: Cache | None, change: Change | None
+    ) -> None:
+        self._index, self._transform, self._reader, self._change = index, transform, Reader(cache), change
 
     def __getitem__(self, asked: _Asked) -> _Read:
         requests = asked.requests
@@ -560,7 +564,9 @@ class _LabelledReading(Dataset[_Read]):
                 continue
             sample = self._index[number]
             try:
-                rows[row] = (sample, self._transform(_bytes(self._reader, sample), 0, number))
+                view = self._transform(_bytes(self._reader, sample), 0, number)
+                changed = self._change(view.image, number) if self._change else view.image
+                rows[row] = (sample, view._replace(image=changed))
             except BadImage as error:
                 bad.append(_bad_sample(number, sample, str(error), ""))
                 positions[row] = -1

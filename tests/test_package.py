@@ -21,7 +21,7 @@ LAYERS = (
     {"config", "dist", "draws", "preempt", "lease", "presence", "sources", "startup", "families"},
     {"batch", "jpeg", "masking", "shards", "schedules", "optim", "kernels", "metrics", "batchnorm"},
     {"transforms", "guard", "attention"},
-    {"stream", "vit", "augment"},
+    {"stream", "vit", "augment", "corruptions"},
     {"bootmae_vit"},
     {"objectives", "classifier"},
     {"teacher"},
@@ -33,6 +33,7 @@ LAYERS = (
     {"follow"},
     {"finetune"},
     {"probe"},
+    {"tasks"},
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 MODULES = sorted(path for path in (ROOT / "rcmae").rglob("*.py") if path != ROOT / "rcmae" / "__init__.py")
@@ -66,7 +67,7 @@ def test_imports_point_one_way(path):
 
 def test_what_is_learnt_knows_no_engine_rank_or_recipe():
     learnt = {"objectives", "vit", "classifier", "attention", "augment", "schedules", "optim", "masking", "transforms"}
-    learnt |= {"teacher"}
+    learnt |= {"teacher", "corruptions"}
     for path in MODULES:
         if module_of(path) in learnt:
             assert not imported(path) & {"config", "dist", "train", "preempt", "metrics"}, path
