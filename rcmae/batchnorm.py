@@ -34,7 +34,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         """[B, C] to [B, C], of the same type. In evaluation by the running statistics, without a collective."""
         x = input if input.dtype == torch.float64 else input.float()
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight, bias = (None if each is None else each.to(x.dtype) for each in (self.weight, self.bias))
         if not self.training:
             mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
             return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps).to(input.dtype)
@@ -45,7 +45,10 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         centred = x - mean
         variance = _all_sum(centred.square().sum(dim=0)) / count
         self._track(mean.detach(), variance.detach() * count / (count - 1))
-        return (centred * torch.rsqrt(variance + self.eps) * weight + bias).to(input.dtype)
+        normalised = centred * torch.rsqrt(variance + self.eps)
+        if weight is not None and bias is not None:
+            normalised = normalised * weight + bias
+        return normalised.to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from rcmae import kernels  # first: it makes timm importable beside a CPU torch
 from rcmae.batch import Batch
+from rcmae.batchnorm import GlobalBatchNorm
 from rcmae.draws import Purpose, uniform
 from rcmae.vit import sincos_positions
 
@@ -299,53 +300,10 @@ def cross_entropy(scores: Tensor, batch: Batch, smoothing: float) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- linear probe
 
 
-class GlobalNorm(nn.BatchNorm1d):
-    """Batch norm without an affine part whose statistics are of all ranks' images (MAE, appendix A.1).
-
-    What it normalises is frozen, so no gradient passes through the statistics. They stay float32 whatever the
-    parameters are cast to.
-
-    Args:
-        width: of the features.
-        all_sum: adds a tensor up over the ranks, in place; every rank calls.
-    """
-
-    def __init__(self, width: int, all_sum: Callable[[Tensor], Tensor] = lambda values: values) -> None:
-        super().__init__(width, eps=1e-6, affine=False)
-        self._all_sum = all_sum
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalNorm:
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers():
-            if buffer.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, before[name].to(buffer.device))
-        return self
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Features [B, D], normalised by the batch in training and by the running statistics otherwise."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert not input.requires_grad, "features of a probe are frozen"
-        x = input if input.dtype == torch.float64 else input.float()
-        if not self.training:
-            return (x - self.running_mean) / (self.running_var + self.eps).sqrt()
-        wide = x.double()
-        sums = self._all_sum(torch.cat([wide.new_tensor([len(x)]), wide.sum(0), wide.square().sum(0)]))
-        count, width = sums[0], x.shape[1]
-        mean = sums[1 : 1 + width] / count
-        variance = (sums[1 + width :] / count - mean.square()).clamp(min=0)
-        momentum = self.momentum or 0.0
-        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-        self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), momentum)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
-        return (x - mean.to(x)) / (variance.to(x) + self.eps).sqrt()
-
-
-def probe_head(width: int, num_classes: int, all_sum: Callable[[Tensor], Tensor] = lambda values: values) -> nn.Module:
-    """What a linear probe trains: the norm (`0.`) and a linear layer (`1.`), its weights near 0."""
-    norm, linear = GlobalNorm(width, all_sum), nn.Linear(width, num_classes)
+def probe_head(width: int, num_classes: int) -> nn.Module:
+    """What a linear probe trains (MAE, appendix A.1): a batch norm without an affine part (`0.`), whose statistics are
+    of all ranks' images, and a linear layer (`1.`), its weights near 0."""
+    norm, linear = GlobalBatchNorm(width, eps=1e-6, affine=False), nn.Linear(width, num_classes)
     nn.init.trunc_normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(0))
     nn.init.zeros_(linear.bias)
     return ProbeHead(norm, linear)

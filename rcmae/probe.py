@@ -73,7 +73,7 @@ class Probe:
             print(self.report, flush=True)
         encoder = self.encoder.to(dist.device()).eval().requires_grad_(False)
         cast_params(encoder, DTYPES[recipe.engine.precision])
-        return probe_head(encoder.embed_dim, recipe.classify.num_classes, dist.all_sum)
+        return probe_head(encoder.embed_dim, recipe.classify.num_classes)
 
     def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:
         """Cross-entropy of the head on the encoder's features."""

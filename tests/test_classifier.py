@@ -8,7 +8,6 @@ from rcmae.batch import Batch
 from rcmae.classifier import (
     Classification,
     Classifier,
-    GlobalNorm,
     classifier_flops,
     drop_path_draws,
     fit_weights,
@@ -118,17 +117,6 @@ def test_loss_of_a_batch_is_that_of_its_parts_with_paths_dropped() -> None:
     model.eval()
     a, b = (t(model, None, batch_of(images, labels), 0.0)["classification"] for t in (task, Classification(0.1, 9)))
     assert torch.equal(a, b)
-
-
-def test_global_norm_is_batch_norm_where_it_sees_the_whole_batch() -> None:
-    ours, theirs = GlobalNorm(6), torch.nn.BatchNorm1d(6, eps=1e-6, affine=False)
-    for _ in range(3):
-        x = torch.randn(10, 6) * 3 + 1
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
-    for name, buffer in theirs.named_buffers():
-        torch.testing.assert_close(dict(ours.named_buffers())[name], buffer)
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
-    assert ours.bfloat16().running_mean.dtype == torch.float32
 
 
 def test_flops_of_vit_b_are_the_known_ones() -> None:
