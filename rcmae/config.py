@@ -247,7 +247,7 @@ class Classify(Section):
     average: bool = False  # keep a moving average of the classifier by the section teacher, and evaluate it too
 
 
-CLASSIFYING = ("finetune", "probe")  # values of objective.name
+CLASSIFYING = ("finetune", "probe")  # values of objective.name, and modules that train them
 
 
 class Log(Section):
@@ -334,6 +334,12 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
+
+
+def module_of(recipe: Recipe) -> str:
+    """The module that trains a recipe, as in `python -m rcmae.train`."""
+    name = recipe.objective.name
+    return f"rcmae.{name}" if name in CLASSIFYING else "rcmae.train"
 
 
 # ---------------------------------------------------------------------------------------------------------------- load

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcmae import config, train
+from rcmae.tasks import task_of
 from rcmae.vit import ARCHITECTURES
 
 SHIPPED = sorted(path.stem for path in config.RECIPES.glob("*.yaml"))
@@ -359,7 +360,7 @@ def test_the_command_in_a_recipes_header_runs_that_recipe(name):
     assert Path(recipe).stem == name
     loaded = config.load(recipe, overrides)
     assert loaded.data.shards
-    assert module[1] == (loaded.objective.name if loaded.objective.name in config.CLASSIFYING else "train")
+    assert module[0] == config.module_of(loaded) == task_of(loaded).command
 
 
 @pytest.mark.parametrize("size", ["s_16", "b_16", "l_16", "h_14"])

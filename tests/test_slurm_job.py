@@ -71,7 +71,7 @@ def test_the_largest_number_of_nodes_that_divides_is_used(images: int, streams: 
 def test_idle_nodes_are_said_and_the_start_is_noted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert begin(run_dir) == 0
     heard = capsys.readouterr()
-    assert heard.out == f"run_dir={run_dir} nodes=4\n"
+    assert heard.out == f"run_dir={run_dir} nodes=4 module=rcmae.train\n"
     assert "2 of 6 nodes stay idle" in heard.err
     (start,) = slurm_job.starts(run_dir, "17")
     assert (start.restart, start.nodes, start.used, start.ranks, start.step) == (0, 6, 4, 32, 0)
@@ -104,12 +104,21 @@ def test_a_recipe_that_fits_no_node_or_is_wrong_is_refused(run_dir: Path, capsys
     assert not run_dir.exists()
 
 
+@pytest.mark.parametrize("name", ["finetune", "probe"])
+def test_a_recipe_that_classifies_is_started_by_its_own_module(
+    name: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = f"{name}_rcmae_vit_b_16"
+    assert slurm_job.main(["begin", *SHAPE, "--", recipe, "data.shards=x.tar", f"run.dir={run_dir}"]) == 0
+    assert answers(capsys)["module"] == f"rcmae.{name}"
+
+
 def test_outside_a_job_nothing_is_written(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID")
     assert begin(run_dir) == 0
-    assert answers(capsys) == {"run_dir": str(run_dir), "nodes": "4"}
+    assert answers(capsys) == {"run_dir": str(run_dir), "nodes": "4", "module": "rcmae.train"}
     assert not run_dir.exists()
 
 

@@ -41,9 +41,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rcmae import checkpoint, config, dist, memory, preempt, train
+from rcmae.tasks import task_of
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "teacher")
 LAYOUTS = {  # name -> ranks, overrides
     "local x1": (1, ["engine.name=local", "engine.config=null"]),
     "ds0 x2": (2, ["engine.name=deepspeed", "engine.config=zero0.json"]),
@@ -181,10 +181,11 @@ def run_ranks(jobs: Sequence[Sequence[str]], die: str, record: bool) -> int:
         arm(phase)
     if record:
         record_samples()
+    recipes = [config.load(name, overrides) for name, *overrides in jobs]
     if len(jobs) == 1:
-        return train.main(list(jobs[0]))
+        return train.main(list(jobs[0]), task_of(recipes[0]))
     dist.start(required=True, timeout_s=120)
-    statuses = [train.train(config.load(name, overrides), preempt.StopRequest()) for name, *overrides in jobs]
+    statuses = [train.train(recipe, preempt.StopRequest(), task_of(recipe)) for recipe in recipes]
     dist.finish()
     return next((status for status in statuses if status not in (preempt.FINISHED, preempt.STOPPED)), 0)
 
@@ -392,9 +393,9 @@ def compare(run: Path, oracle: Path) -> dict[str, Any]:
     (mine, _), (theirs, _) = (checkpoint.newest(each / "checkpoints") for each in (run, oracle))
     if mine is None or theirs is None:
         raise Failed(f"no valid checkpoint in {run if mine is None else oracle}")
-    distances = {}
-    equal = mine.step == theirs.step
-    for kind in KINDS:
+    distances = {"weight": 0.0, "teacher": 0.0}  # of a task without one, too
+    equal = mine.step == theirs.step and mine.tensors.keys() == theirs.tensors.keys()
+    for kind in dict.fromkeys(key.partition("/")[0] for key in theirs.tensors):  # and moments, and running statistics
         keys = [key for key in theirs.tensors if key.partition("/")[0] == kind]
         difference = norm = 0.0
         for key in keys:
@@ -589,6 +590,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = config.load(args.recipe, args.overrides)
         pairs = pairs_of(args.layouts, args.pairs)
+        if args.drill == "cost" and config.module_of(recipe) != "rcmae.train":
+            raise ValueError(f"cost is of a pretraining's checkpoints; {args.recipe} is trained by another module")
     except ValueError as error:
         print(f"drill: {error}", file=sys.stderr)
         return 2

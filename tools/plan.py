@@ -114,7 +114,10 @@ def load(name: str, overrides: Sequence[str]) -> Recipe:
     """
     tree = yaml.safe_load(config.recipe_path(name).read_text()) or {}
     given = bool((tree.get("data") or {}).get("shards")) or any(item.startswith("data.shards=") for item in overrides)
-    return config.load(name, [*([] if given else ["data.shards=shards-are-not-given.tar"]), *overrides])
+    recipe = config.load(name, [*([] if given else ["data.shards=shards-are-not-given.tar"]), *overrides])
+    if (module := config.module_of(recipe)) != "rcmae.train":
+        raise ValueError(f"{name} is trained by {module}; memory and hours are known of pretraining only")
+    return recipe
 
 
 def student(recipe: Recipe) -> MaskedAutoencoder:

@@ -19,11 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from rcmae import config, dist, preempt, train
 from rcmae.batch import Batch
+from rcmae.evaluate import evaluating
 from rcmae.guard import NumbersGoneBad
+from rcmae.tasks import task_of
 
 
 def replay(document: dict[str, Any], checkpoint_path: str | None, folder: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def replay(document: dict[str, Any], checkpoint_path: str | None, folder: Path) 
     recipe.guard.action, recipe.run.stop_after_steps = "stop", None
     path = checkpoint_path or document["checkpoint"]
     recipe.checkpoint.resume = path or "never"
-    run = train.assemble(recipe, preempt.StopRequest())
+    run = train.assemble(recipe, preempt.StopRequest(), task_of(recipe))
     with run.log:
         run.data_step = document["data_step"] - (document["step"] - run.step)
         recipe.run.stop_after_steps = document["step"] - run.step + 1
@@ -73,12 +73,12 @@ def look_at(run: train.Run, document: dict[str, Any]) -> tuple[list[dict[str, An
         for position, mask in zip(micro["positions"], micro["masks"], strict=True)
     }
     rows, same = [], True
-    for micro in next(run.stream.steps(run.data_step)):
+    for micro in run.task.pair(run.recipe, next(run.stream.steps(run.data_step))):
         for index in range(len(micro)):
             one = part(micro, index)
             position = int(one.positions[0])
             same &= one.ids_shuffle[0, : one.num_visible].tolist() == masks.get(position)
-            with torch.no_grad():
+            with evaluating(run.engine.student, run.engine.teacher):  # a batch norm has no statistics of one image
                 sums = run.objective(run.engine.student, run.engine.teacher, run.on_device(one), 0.0)
             counts = run.objective.counts(one)
             weights = run.objective.weights.items()
@@ -91,9 +91,11 @@ def part(batch: Batch, index: int) -> Batch:
     """One sample of a batch, as a batch."""
     at = slice(index, index + 1)
     labels = None if batch.labels is None else batch.labels[at]
+    teacher_ids = None if batch.teacher_ids is None else batch.teacher_ids[at]
+    mate = None if batch.mate is None else part(batch.mate, index)
     return replace(
         batch, images=batch.images[at], ids_shuffle=batch.ids_shuffle[at], labels=labels, keys=batch.keys[at],
-        positions=batch.positions[at], crops=batch.crops[at],
+        positions=batch.positions[at], crops=batch.crops[at], teacher_ids=teacher_ids, mate=mate,
     )  # fmt: skip
 
 

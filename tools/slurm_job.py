@@ -8,11 +8,12 @@
     python tools/slurm_job.py submit [sbatch's options] TEMPLATE [arguments]      what slurm/submit.sh does
 
 Answers are shell assignments or words on standard output, for `eval`; what people should know goes to standard error.
-`begin` says on how many of the nodes the run can go on (the largest number whose ranks divide the batch and the
-canonical streams) and notes the start in `run.dir/jobs.jsonl`; outside a job it only answers. `end` asks for another
-start where the training stopped on request with a checkpoint committed or lost a rank, and for none after several
-starts without a step of progress. `follow` does both for a side-car that evaluates the run, whose progress is the last
-step evaluated. Imports no torch: the answer comes at once. Exit status: 0 answered; 1 no progress; 2 refused.
+`begin` says which module trains the recipe, on how many of the nodes the run can go on (the largest number whose ranks
+divide the batch and the canonical streams), and notes the start in `run.dir/jobs.jsonl`; outside a job it only
+answers. `end` asks for another start where the training stopped on request with a checkpoint committed or lost a rank,
+and for none after several starts without a step of progress. `follow` does both for a side-car that evaluates the run,
+whose progress is the last step evaluated. Imports no torch: the answer comes at once. Exit status: 0 answered; 1 no
+progress; 2 refused.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def start_again(folder: Path, step: int, status: int, options: argparse.Namespac
 
 
 def begin(options: argparse.Namespace) -> int:
-    """Answer run_dir and nodes, and note the start."""
+    """Answer run_dir, nodes and the module that trains the recipe, and note the start."""
     recipe = config.load(options.recipe, options.overrides)
     freeze_streams(recipe)
     used = nodes_that_fit(recipe, nodes=options.nodes, ranks_per_node=options.ranks_per_node)
@@ -192,7 +193,7 @@ def begin(options: argparse.Namespace) -> int:
         step=committed_step(recipe.run_dir), outcome=outcome(recipe.run_dir).get("time"),
     ):  # fmt: skip
         return 1
-    print(f"run_dir={shlex.quote(str(recipe.run_dir))} nodes={used}")
+    print(f"run_dir={shlex.quote(str(recipe.run_dir))} nodes={used} module={config.module_of(recipe)}")
     return 0
 
 
@@ -282,6 +283,9 @@ def submit(options: argparse.Namespace) -> int:
         recipe = config.load(run[0], run[1:])
         freeze_streams(recipe)
         used = nodes_that_fit(recipe, nodes=nodes, ranks_per_node=gpus)
+        if config.module_of(recipe) != "rcmae.train":
+            tell(f"{recipe.run.name}: tools/plan.py knows pretraining only; the batch divides, the rest is unchecked")
+            continue
         plan = [sys.executable, str(Path(__file__).with_name("plan.py")), *run, f"--nodes={used}", f"--gpus={gpus}"]
         if subprocess.run([*plan, *([f"--gpu={os.environ['GPU']}"] if "GPU" in os.environ else [])]).returncode:
             tell("not submitted")

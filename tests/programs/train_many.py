@@ -10,20 +10,7 @@ import sys
 import torch
 
 from rcmae import config, dist, preempt, train
-
-
-def task_of(recipe: config.Recipe) -> train.Task:
-    """What a recipe is for. The others are imported when they are asked for: they take seconds."""
-    if recipe.objective.name == "finetune":
-        from rcmae.finetune import Finetuning
-
-        return Finetuning()
-    if recipe.objective.name == "probe":
-        from rcmae.probe import Probe
-
-        return Probe()
-    return train.Pretraining()
-
+from rcmae.tasks import task_of
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
