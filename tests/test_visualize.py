@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from PIL import Image
 from test_convert import file, model  # noqa: F401, fixtures
 
 from rcmae.batch import Batch
+from rcmae.export import Source
 from rcmae.masking import random_ids
+from rcmae.objectives.mae import pixel_targets
 from rcmae.vit import MaskedAutoencoder
 from runs import Folder
 
@@ -47,21 +50,25 @@ def blocks(images: torch.Tensor) -> torch.Tensor:
     return images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # [B, L, C, p, p]
 
 
+@pytest.mark.parametrize("norm", tool.NORMS.values())
 @pytest.mark.parametrize("statistics", ["visible", "true", "none"])
 def test_visible_patches_are_untouched_and_hidden_ones_are_predicted(
-    statistics: str, batch: Batch, model: MaskedAutoencoder  # noqa: F811
+    statistics: str, norm: Any, batch: Batch, model: MaskedAutoencoder  # noqa: F811
 ) -> None:
-    filled = tool.pasted(model, batch, norm_pix_loss=True, statistics=statistics)
+    filled = tool.pasted(model, batch, norm=norm, statistics=statistics)
     for image, ids in enumerate(batch.ids_shuffle):
         same = (blocks(filled)[image] == blocks(batch.images)[image]).flatten(1).all(1)
         assert set(same.nonzero().flatten().tolist()) == set(ids[:4].tolist())
-    raw = tool.pasted(model, batch, norm_pix_loss=True, statistics=statistics, raw=True)
+    raw = tool.pasted(model, batch, norm=norm, statistics=statistics, raw=True)
     hidden = batch.ids_shuffle[0, 4:]
     assert torch.equal(blocks(raw)[0, hidden], blocks(filled)[0, hidden])
     assert not torch.equal(blocks(raw)[0, batch.ids_shuffle[0, :4]], blocks(batch.images)[0, batch.ids_shuffle[0, :4]])
 
 
-def test_what_is_hidden_does_not_leak_unless_asked(batch: Batch, model: MaskedAutoencoder) -> None:  # noqa: F811
+@pytest.mark.parametrize("norm", ["unbiased", "biased", "channel"])
+def test_what_is_hidden_does_not_leak_unless_asked(
+    norm: Any, batch: Batch, model: MaskedAutoencoder  # noqa: F811
+) -> None:
     other = batch.images.clone()
     for image, ids in enumerate(batch.ids_shuffle):
         for place in ids[4:].tolist():
@@ -69,8 +76,33 @@ def test_what_is_hidden_does_not_leak_unless_asked(batch: Batch, model: MaskedAu
             other[image, :, top : top + 8, left : left + 8] += 2.0
     changed = replace(batch, images=other)
     for statistics, leaks in (("visible", False), ("none", False), ("true", True)):
-        one, two = (tool.pasted(model, each, norm_pix_loss=True, statistics=statistics) for each in (batch, changed))
+        one, two = (tool.pasted(model, each, norm=norm, statistics=statistics) for each in (batch, changed))
         assert torch.equal(one, two) != leaks
+
+
+@pytest.mark.parametrize("norm", ["unbiased", "biased", "channel"])
+def test_what_training_took_out_is_put_back(norm: Any, batch: Batch) -> None:
+    """A network that predicts its targets exactly gives the image back, by whichever mean and deviation they are."""
+    targets = pixel_targets(batch.images, torch.arange(16).expand(2, 16), 16, norm_pix=True, kind=norm)
+
+    class Perfect:
+        patch_size, image_size, in_channels = 8, (32, 32), 3
+
+        def __call__(self, *_: Any, **__: Any) -> torch.Tensor:
+            return targets
+
+    filled = tool.pasted(Perfect(), batch, norm=norm, statistics="true", raw=True)
+    torch.testing.assert_close(filled, batch.images, rtol=1e-4, atol=1e-4)
+
+
+def test_the_normalisation_is_the_recipes_own() -> None:
+    def of(**objective: Any) -> Any:
+        source = Source({}, None, {}, "a run", {"recipe": json.dumps({"objective": objective})})
+        return tool.norm_of(source)
+
+    assert of(name="mae", norm_pix_loss=True, pixel_norm=None) == "unbiased"
+    assert of(name="mae", norm_pix_loss=True, pixel_norm="biased") == "biased"
+    assert of(name="mae", norm_pix_loss=False, pixel_norm="biased") is None
 
 
 def test_every_kind_of_a_run_is_drawn_and_put_on_one_page(
@@ -109,6 +141,12 @@ def test_mistakes_are_answered(file: Path, tmp_path: Path, capsys: pytest.Captur
     assert "has no pictures" in capsys.readouterr().err
     assert tool.main(["filters", str(file)]) == 2
     assert "give --out" in capsys.readouterr().err
+
+
+def test_umap_without_its_package_is_a_clear_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ValueError, match="pip install umap-learn"):
+        tool.umap(np.zeros((40, 8), np.float32), 0)
 
 
 def test_colours_of_tokens_follow_their_largest_differences() -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Cheap answers to how good features are: k-NN, logistic regression and few labels, on features extracted once.
 
-    python tools/probes.py RUN --train 'train-*.tar' --test 'val-*.tar' [--random] [--json]
+    python tools/probes.py RUN --train 'train-*.tar' --test 'val-*.tar' [--random [SEED]] [--json]
 
 RUN is a run, a checkpoint or a file of any family. Features of both sets are extracted once and kept beside it (or in
 --cache), so asking again costs no forward. k-NN is exact, by a weighted vote and a plain one; logistic regression is
@@ -170,7 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200])
     parser.add_argument("--draws", type=int, default=5, help="of few labels")
     parser.add_argument("--strength", type=float, default=0.01, help="inverse of the L2 penalty")
-    parser.add_argument("--random", action="store_true", help="beside it the same architecture with fresh weights")
+    parser.add_argument(
+        "--random", type=int, nargs="?", const=0, metavar="SEED", help="beside it the architecture with fresh weights"
+    )
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="default: RUN/features, of a file none")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -180,9 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model = load_encoder(options.source, network=options.what, pool=options.pool)
         models = {"trained": model}
-        if options.random:
+        if options.random is not None:
             models["random"] = load_encoder(options.source, network=options.what, pool=options.pool)
-            models["random"].draw_weights(torch.Generator().manual_seed(0))
+            models["random"].draw_weights(torch.Generator().manual_seed(options.random))
         rows = {}
         for name, each in models.items():
             key = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in each.parameters())).hexdigest()

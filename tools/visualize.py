@@ -3,7 +3,7 @@
 
     python tools/visualize.py reconstruct RUN --images photos/ --out pictures/      input, masked, student, teacher
     python tools/visualize.py attention RUN --images photo.jpg --out pictures/      heads of the last block, rollout
-    python tools/visualize.py features RUN --images shard.tar --out pictures/       patch tokens by PCA, images by t-SNE
+    python tools/visualize.py features RUN --images shard.tar --out pictures/       tokens by PCA, images by t-SNE, UMAP
     python tools/visualize.py filters RUN --out pictures/                           patch embedding, positions
     python tools/visualize.py page RUN                                              RUN/pictures as one HTML file
 
@@ -16,8 +16,11 @@ import argparse
 import base64
 import contextlib
 import html
+import importlib.util
+import json
 import sys
 import tarfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +37,9 @@ from rcmae.batch import Batch
 from rcmae.checkpoint import CheckpointError
 from rcmae.encoder import load_autoencoder, load_classifier, load_encoder, statistics_of
 from rcmae.evaluate import GREY, hidden_patches, save_png, sheet, to_uint8
+from rcmae.export import Source
 from rcmae.masking import random_ids, visible_count
-from rcmae.objectives.mae import NORM_EPS
+from rcmae.objectives.mae import PixelNorm, pixel_statistics
 from rcmae.transforms import CentreTransform, Normalise
 from rcmae.vit import patchify, unpatchify
 
@@ -44,6 +48,13 @@ STATISTICS = {
     "visible": "mean and deviation: those of the visible patches, averaged; nothing hidden is used",
     "true": "mean and deviation: the true ones of each hidden patch, which the network never saw",
     "none": "pixels as predicted",
+}
+NORMS: dict[str, PixelNorm | None] = {"unbiased": "unbiased", "biased": "biased", "channel": "channel", "none": None}
+TRAINED = {  # what the network learnt to predict
+    "unbiased": "trained on patches less their mean, over their deviation",
+    "biased": "trained on patches less their mean, over their biased deviation",
+    "channel": "trained on patches less each channel's mean, over each channel's deviation",
+    None: "trained on plain pixels",
 }
 
 
@@ -117,14 +128,14 @@ def load_images(paths: Sequence[Path], size: tuple[int, int], statistics: Statis
 
 
 def pasted(
-    model: Any, batch: Batch, *, norm_pix_loss: bool, statistics: str, raw: bool = False
+    model: Any, batch: Batch, *, norm: PixelNorm | None, statistics: str, raw: bool = False
 ) -> Tensor:  # fmt: skip
     """The images [B, C, H, W] as the model fills them in.
 
     Args:
         model: a whole network in evaluation mode.
         batch: normalised images and their masks.
-        norm_pix_loss: whether it predicts patches less their mean, over their deviation.
+        norm: by which mean and deviation the patches that it predicts are normalised; None: by none.
         statistics: one of STATISTICS: what puts mean and deviation back.
         raw: show the prediction of every patch; otherwise the visible ones are pasted in.
     """
@@ -133,15 +144,23 @@ def pasted(
         predicted = model(images, batch.ids_shuffle, batch.num_visible, what="all")  # [B, L, p*p*C]
     true = patchify(images, model.patch_size)
     hidden = hidden_patches(batch)[..., None]  # [B, L, 1], True = hidden
-    if norm_pix_loss and statistics != "none":
-        variance, mean = torch.var_mean(true, dim=-1, keepdim=True)
+    if norm is not None and statistics != "none":
+        mean, variance = pixel_statistics(true, model.in_channels, norm)
         if statistics == "visible":
             share = (~hidden).float()
-            variance, mean = ((part * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
-                              for part in (variance, mean))  # fmt: skip
-        predicted = predicted * (variance + NORM_EPS["unbiased"]).sqrt() + mean
+            mean, variance = ((part * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
+                              for part in (mean, variance))  # fmt: skip
+        predicted = predicted * variance.sqrt() + mean
     filled = predicted if raw else torch.where(hidden, predicted, true)
     return unpatchify(filled, model.patch_size, model.image_size, model.in_channels)
+
+
+def norm_of(source: Source) -> PixelNorm | None:
+    """By which mean and deviation the patches that a network predicts are normalised; MAE's where no recipe tells."""
+    objective = json.loads(source.told.get("recipe", "{}")).get("objective", {})
+    if not objective.get("norm_pix_loss", True):
+        return None
+    return NORMS[objective.get("pixel_norm") or "unbiased"]
 
 
 def reconstruct(options: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -154,6 +173,7 @@ def reconstruct(options: argparse.Namespace) -> dict[str, np.ndarray]:
         networks["network"], source = load_autoencoder(options.source)
     assert source is not None
     model = next(iter(networks.values()))
+    norm = NORMS[options.pixel_norm] if options.pixel_norm else norm_of(source)
     statistics = statistics_of(source, model.in_channels)
     shown = load_images(options.images, model.image_size, statistics, options.count)
     ids = np.stack([random_ids(options.seed, index, model.num_patches) for index in range(len(shown.names))])
@@ -169,11 +189,9 @@ def reconstruct(options: argparse.Namespace) -> dict[str, np.ndarray]:
     columns.append((f"masked, {1 - batch.num_visible / model.num_patches:.0%} hidden", masked))
     for name, network in networks.items():
         for what, raw in ((f"{name}, pasted", False), (f"{name}, raw", True)):
-            filled = pasted(
-                network, batch, norm_pix_loss=options.norm_pix, statistics=options.statistics, raw=raw
-            )
+            filled = pasted(network, batch, norm=norm, statistics=options.statistics, raw=raw)
             columns.append((what, to_uint8(filled, *statistics)))
-    note = STATISTICS[options.statistics if options.norm_pix else "none"]
+    note = f"{TRAINED[norm]}; {STATISTICS[options.statistics if norm else 'none']}"
     return {"reconstruction": sheet(columns, f"{source.about}. {note}. Images: {', '.join(shown.names)}")}
 
 
@@ -265,13 +283,31 @@ def features(options: argparse.Namespace) -> dict[str, np.ndarray]:
     note = "the first three principal components over all these images as red, green, blue"
     found = {"features": sheet(columns, f"{options.source}: {note}")}
     if len(shown.names) >= 30 and min(shown.labels) >= 0:
-        from sklearn.manifold import TSNE  # for this picture alone
-
         vectors = tokens[:, 1:].mean(1).numpy()
-        nearby = min(30, len(vectors) // 4)
-        points = TSNE(perplexity=nearby, init="pca", random_state=options.seed).fit_transform(vectors)
-        found["tsne"] = scatter(points, shown.labels)
+        for how in options.plane:
+            found[how] = scatter(PLANES[how](vectors, options.seed), shown.labels)
     return found
+
+
+def tsne(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """Vectors [n, D] as points [n, 2] by t-SNE (van der Maaten and Hinton, 2008)."""
+    from sklearn.manifold import TSNE  # for this picture alone
+
+    return TSNE(perplexity=min(30, len(vectors) // 4), init="pca", random_state=seed).fit_transform(vectors)
+
+
+def umap(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """Vectors [n, D] as points [n, 2] by UMAP (McInnes et al., 2018). Raises ValueError where it is not installed."""
+    if importlib.util.find_spec("umap") is None:
+        raise ValueError("--plane umap needs a package more: pip install umap-learn; or --plane tsne")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its packages about themselves
+        from umap import UMAP  # seconds, and a compiler: for this picture alone
+
+        return UMAP(n_neighbors=min(15, len(vectors) - 1), random_state=seed, n_jobs=1).fit_transform(vectors)
+
+
+PLANES = {"tsne": tsne, "umap": umap}
 
 
 # -------------------------------------------------------------------------------------------------------------- filters
@@ -338,8 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, help="images; default 4, of features 200")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     parser.add_argument("--mask-ratio", type=float, default=0.75)
+    parser.add_argument("--pixel-norm", choices=NORMS, help="of what it predicts; default: as its recipe has it")
     parser.add_argument(
-        "--raw-pixels", dest="norm_pix", action="store_false", help="the network predicts pixels, not normalised ones"
+        "--plane", choices=PLANES, nargs="+", default=["tsne"], help="how features puts labelled images in the plane"
     )
     parser.add_argument("--statistics", choices=STATISTICS, default="visible", help="what un-normalises the pixels")
     parser.add_argument("--discard", type=float, default=0.0, help="share of the weakest attention left out")
