@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"config", "dist", "draws", "preempt", "lease", "presence", "sources", "startup", "families"},
     {"batch", "jpeg", "masking", "shards", "schedules", "optim", "kernels", "metrics", "batchnorm"},
-    {"transforms", "guard", "attention"},
+    {"transforms", "guard", "attention", "device_decode"},
     {"stream", "vit", "augment", "corruptions"},
     {"bootmae_vit"},
     {"objectives", "classifier"},
