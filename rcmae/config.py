@@ -90,7 +90,7 @@ class Model(Section):
     positions: Literal["column_first", "row_first"] = "column_first"  # halves of the sin-cos tables
     pixel_order: Literal["hwc", "chw"] = "hwc"  # of the prediction's weights
     num_classes: Positive = 1000  # of a class term
-    class_hidden: Natural = 2048  # width of its head's hidden layer; 0: one linear layer
+    class_hidden: Natural = 3072  # width of its head's hidden layer; 0: one linear layer
     class_pool: Literal["mean", "cls"] = "mean"
     low_layer: Natural = 0  # of the encoder, that bootmae's regressor of pixels looks at
     high_layer: Natural | None = None  # and that of features; None: the last
