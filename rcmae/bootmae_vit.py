@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from rcmae import kernels  # first: it makes timm importable beside a CPU torch
 from rcmae.vit import (
     Encoder,
+    MaskedAutoencoder,
     Outputs,
     SplitBiasAttention,
     What,
@@ -274,3 +275,6 @@ class BootstrappedAutoencoder(Encoder):
         num_visible = x.shape[1] - 1
         positions = F.embedding(ids_shuffle[:, num_visible:] + 1, table[0])
         return torch.cat([x, (mask_token + positions).to(x.dtype)], dim=1)
+
+
+Network = MaskedAutoencoder | BootstrappedAutoencoder  # what pretrains

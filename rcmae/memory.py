@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rcmae.bootmae_vit import BootstrappedAutoencoder, Network
 from rcmae.optim import param_groups
 from rcmae.teacher import TeacherBytes, teacher_bytes
 from rcmae.vit import MaskedAutoencoder
@@ -42,7 +43,7 @@ class Part:
 
 
 def activations(
-    model: MaskedAutoencoder, *, num_visible: int, precision: str, teacher: bool, checkpointing: str = "none",
+    model: Network, *, num_visible: int, precision: str, teacher: bool, checkpointing: str = "none",
     fused_attention: bool = True,
 ) -> list[Part]:  # fmt: skip
     """The student's parts in the order of the forward pass, the loss last.
@@ -56,60 +57,111 @@ def activations(
         fused_attention: as in `kernels.attention`; what is not keeps the attention of each pair of tokens.
     """
     sizes, width = model.sizes, _width(precision)
-    seen, tokens, hidden = 1 + num_visible, 1 + model.num_patches, model.num_patches - num_visible
-    dim, decoder_dim = sizes["embed_dim"], sizes["decoder_dim"]
-    pixels = sizes["patch_size"] ** 2 * sizes["in_channels"]
+    seen = model.num_prefix + num_visible
+    dim, pixels = sizes["embed_dim"], sizes["patch_size"] ** 2 * sizes["in_channels"]
+    ways = _Ways(width, sizes["mlp_ratio"], checkpointing, fused_attention)
+    first = _numel(model.patch_embed) + (model.cls_token.numel() if model.num_prefix else 0)
+    embedding = Part("embedding", first, num_visible * pixels * width, (seen + num_visible) * dim * width)
+    encoder = [
+        ways.block(f"block {i}", part, dim, sizes["num_heads"], seen, seen) for i, part in enumerate(model.blocks)
+    ]  # fmt: skip
+    rest = _regressors if isinstance(model, BootstrappedAutoencoder) else _decoder
+    return [embedding, *encoder, *rest(model, num_visible, ways, teacher)]
 
-    def block(name: str, part: torch.nn.Module, dim: int, heads: int, keys: int, queries: int) -> Part:
+
+@dataclass(frozen=True)
+class _Ways:
+    """How blocks are computed with."""
+
+    width: int  # bytes of a number
+    mlp_ratio: float
+    checkpointing: str
+    fused_attention: bool
+
+    def block(
+        self, name: str, part: nn.Module, dim: int, heads: int, keys: int, queries: int,
+        looks_at: tuple[int, int] = (0, 0),
+    ) -> Part:  # fmt: skip
+        """A block of `keys` tokens that answers for `queries`; `looks_at`: other tokens and their width, if any."""
         # keys: input, its norm, q, k and v; queries: attention, sum, its norm, the MLP before and after GELU
-        mlp = sizes["mlp_ratio"]
+        width, mlp = self.width, self.mlp_ratio
         kept = (5 * keys + (3 + 2 * mlp) * queries) * dim * width + 4 * (heads * queries + 2 * keys + 2 * queries)
         grads = (1 + mlp) * queries * dim * width
-        if not fused_attention:  # the matrix of attention, in place of its log-sums
-            matrix = heads * queries * keys * width
-            kept += matrix - 4 * heads * queries
-            grads = max(grads, 2 * matrix + queries * dim * width)
-        given = keys * dim * width
-        if checkpointing == "none":
+        others, other_dim = looks_at
+        if others:  # queries: a norm, q, attention, sum; others: their norm, k and v
+            kept += (4 * queries * dim + others * (other_dim + 2 * dim)) * width
+            kept += 4 * (heads * queries + 2 * queries + 2 * others)
+        if not self.fused_attention:  # the matrix of attention, in place of its log-sums
+            matrix = heads * queries * (keys + others) * width
+            kept += matrix - 4 * heads * queries * (2 if others else 1)
+            grads = max(grads, 2 * heads * queries * keys * width + queries * dim * width)
+        if self.checkpointing == "none":
             return Part(name, _numel(part), kept, grads)
-        held = 0 if checkpointing == "fairscale_offload" else given
+        held = 0 if self.checkpointing == "fairscale_offload" else keys * dim * width
         return Part(name, _numel(part), held, kept - held + grads)
 
-    embedding = Part(
-        "embedding", _numel(model.patch_embed) + model.cls_token.numel(), num_visible * pixels * width,
-        (seen + num_visible) * dim * width,
-    )  # fmt: skip
-    encoder = [
-        block(f"block {i}", part, dim, sizes["num_heads"], seen, seen) for i, part in enumerate(model.blocks)
-    ]  # fmt: skip
+
+def _decoder(model: Network, num_visible: int, ways: _Ways, teacher: bool) -> list[Part]:
+    """MAE's decoder and the loss."""
+    assert isinstance(model, MaskedAutoencoder)
+    sizes, width = model.sizes, ways.width
+    seen, hidden = model.num_prefix + num_visible, model.num_patches - num_visible
+    tokens = model.decoder_prefix + model.num_patches
+    dim, pixels = sizes["decoder_dim"], sizes["patch_size"] ** 2 * sizes["in_channels"]
     bridge = Part(
         "bridge", _numel(model.norm) + _numel(model.decoder_embed) + model.mask_token.numel(),
-        2 * seen * dim * width, 2 * tokens * decoder_dim * width,
+        2 * seen * sizes["embed_dim"] * width, 2 * tokens * dim * width,
     )  # fmt: skip
     last = len(model.decoder_blocks) - 1
     decoder = [
-        block(
-            f"decoder block {i}", part, decoder_dim, sizes["decoder_heads"], tokens, hidden if i == last else tokens
-        )
+        ways.block(f"decoder block {i}", part, dim, sizes["decoder_heads"], tokens, hidden if i == last else tokens)
         for i, part in enumerate(model.decoder_blocks)
-    ]  # fmt: skip
+    ]
     heads = ("decoder_norm", "decoder_pred", "cls_head", "feature_head")  # what the last two keep is small
     head = Part(
         "head", sum(_numel(getattr(model, name)) for name in heads if hasattr(model, name)),
-        2 * hidden * decoder_dim * width,
-        hidden * (pixels + decoder_dim) * width,
+        2 * hidden * dim * width, hidden * (pixels + dim) * width,
     )  # fmt: skip
     # in fp32: the target and the predictions, which in bf16 each term widens for itself; passing: those in bf16, and
     # a term's temporaries
-    widened = (1 if precision == "fp32" else 2) + 1 if teacher else 1
-    narrow = 0 if precision == "fp32" else 2 if teacher else 1
+    widened = (1 if width == 4 else 2) + 1 if teacher else 1
+    narrow = 0 if width == 4 else 2 if teacher else 1
     loss = Part("loss", 0, hidden * pixels * 4 * (1 + widened), hidden * pixels * (8 + narrow * width))
-    return [embedding, *encoder, bridge, *decoder, head, loss]
+    return [bridge, *decoder, head, loss]
 
 
-def inference_bytes(
-    model: MaskedAutoencoder, *, num_visible: int, precision: str, decodes: bool = True
-) -> float:
+def _regressors(model: Network, num_visible: int, ways: _Ways, teacher: bool) -> list[Part]:
+    """BootMAE's two regressors and the loss, patches weighted as published."""
+    assert isinstance(model, BootstrappedAutoencoder)
+    sizes, width = model.sizes, ways.width
+    seen, tokens, hidden = 1 + num_visible, 1 + model.num_patches, model.num_patches - num_visible
+    dim, pixels = sizes["embed_dim"], sizes["patch_size"] ** 2 * sizes["in_channels"]
+    named = dict(model.named_children())
+    parts = [Part("bridge", _numel(model.norm), 2 * seen * dim * width, seen * dim * width)]
+    for suffix, inner, outputs in (("", sizes["decoder_dim"], pixels), ("_1", dim, dim)):
+        if f"decode_blocks{suffix}" not in named:
+            continue
+        name, blocks = "features" if suffix else "pixels", list(named[f"decode_blocks{suffix}"].children())
+        mask_token = getattr(model, f"mask_token{suffix}")
+        start = _numel(named[f"down{suffix}"]) + mask_token.numel()
+        parts.append(Part(f"start of {name}", start, 0.0, 2 * tokens * inner * width))
+        for i, block in enumerate(blocks):
+            queries = hidden if i == len(blocks) - 1 else tokens
+            title = f"{name} block {i}"
+            parts.append(ways.block(title, block, inner, sizes["decoder_heads"], tokens, queries, (seen, dim)))
+        ends = _numel(named[f"decode_norm{suffix}"]) + _numel(named[f"lm_head{suffix}"])
+        parts.append(
+            Part(f"head of {name}", ends, 2 * hidden * inner * width, hidden * (outputs + inner) * width)
+        )
+    # in fp32: differences, and of features also what their norm was given; passing: predictions, targets, temporaries
+    narrow = 0 if width == 4 else width
+    kept, most = hidden * pixels * 4, hidden * pixels * (8 + narrow)
+    if "lm_head_1" in named:
+        kept, most = kept + 2 * hidden * dim * 4, max(most, hidden * dim * (12 + narrow))
+    return [*parts, Part("loss", 0, kept, most)]
+
+
+def inference_bytes(model: Network, *, num_visible: int, precision: str, decodes: bool = True) -> float:
     """Bytes of one image at the height of a forward pass without gradients: inside an MLP."""
     sizes = model.sizes
     widest = (1 + num_visible) * sizes["embed_dim"]
@@ -191,7 +243,7 @@ class _Engine:
     host: float = 0.0
 
 
-def states(model: MaskedAutoencoder, settings: Settings) -> dict[str, int]:
+def states(model: Network, settings: Settings) -> dict[str, int]:
     """Elements: `whole` of the model, `shard` of this rank, `group` the largest optimizer group's part of that."""
     groups = [[tuple(param.shape) for param in group["params"]] for group in param_groups(model, 0.0)]
 
@@ -219,7 +271,7 @@ def _bytes_of_teacher(
     )
 
 
-def _engine(model: MaskedAutoencoder, settings: Settings) -> _Engine:
+def _engine(model: Network, settings: Settings) -> _Engine:
     width, bf16 = _width(settings.precision), settings.precision == "bf16"
     count = states(model, settings)
     whole, shard, group = count["whole"], count["shard"], count["group"]
@@ -300,7 +352,7 @@ def _engine(model: MaskedAutoencoder, settings: Settings) -> _Engine:
     )  # fmt: skip
 
 
-def footprint(model: MaskedAutoencoder, settings: Settings) -> Footprint:
+def footprint(model: Network, settings: Settings) -> Footprint:
     """The memory of one rank.
 
     Args:
@@ -318,6 +370,9 @@ def footprint(model: MaskedAutoencoder, settings: Settings) -> Footprint:
     resident["weights"] += tables * (2 if settings.teacher else 1)
     pixels = math.prod(model.image_size) * model.in_channels
     batch = images * (4 * pixels + 8 * model.num_patches)
+    taught = 0  # tokens of the whole image, which wait for the student's
+    if settings.teacher and "decoder" not in settings.teacher:
+        taught = images * model.num_patches * model.sizes["embed_dim"] * _width(each)
     carried = engine.carried if settings.accumulation > 1 else 0.0
     moments: dict[str, dict[str, float]] = {}
 
@@ -338,7 +393,7 @@ def footprint(model: MaskedAutoencoder, settings: Settings) -> Footprint:
         saved += part.saved
         moment(
             f"forward, {part.name}", gradients=carried, communication=engine.gathered + engine.part_gathered * params,
-            activations=batch + images * (saved + part.passing * (part.name == "loss")),
+            activations=batch + taught + images * (saved + part.passing * (part.name == "loss")),
         )  # fmt: skip
     grown = engine.regrown if settings.accumulation > 1 else engine.grown
     for part, params in reversed(list(zip(parts, busy, strict=True))):

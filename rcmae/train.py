@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from rcmae import __version__, checkpoint, config, dist, kernels, preempt, startup
 from rcmae.batch import NO_LABEL, Batch
-from rcmae.bootmae_vit import BootstrappedAutoencoder
+from rcmae.bootmae_vit import BootstrappedAutoencoder, Network
 from rcmae.checkpoint import Manifest
 from rcmae.config import Recipe, Resolved
 from rcmae.device_decode import DeviceDecoder, nvjpeg
@@ -195,13 +195,13 @@ class Pretraining:
 
     def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
         """What of the student the objective asks a teacher for."""
-        assert isinstance(student, MaskedAutoencoder | BootstrappedAutoencoder)
+        assert isinstance(student, Network)
         assert isinstance(objective, Sum)
         return new_teacher(student, objective)
 
     def step_flops(self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int) -> float:
         """Forward and backward, and the teacher's forward."""
-        assert isinstance(student, MaskedAutoencoder | BootstrappedAutoencoder)
+        assert isinstance(student, Network)
         assert isinstance(objective, Sum)
         return step_flops(student, objective, num_visible)
 
@@ -871,9 +871,6 @@ def train_transform(recipe: Recipe) -> TrainTransform:
     return TrainTransform(
         recipe.model.image_hw, recipe.model.in_channels, data.crop_scale, data.crop_ratio, data.flip, data.decode_margin
     )
-
-
-Network = MaskedAutoencoder | BootstrappedAutoencoder
 
 
 def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Network:

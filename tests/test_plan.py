@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from rcmae import config, kernels, memory, train
+from rcmae.bootmae_vit import BootstrappedAutoencoder
 from rcmae.masking import visible_count
 from rcmae.memory import Settings, activations, footprint, states
-from rcmae.objectives import MAE, RCMAE
+from rcmae.objectives import MAE, RCMAE, BootMAE
 from runs import Folder
 from tests.conftest import Ranks
 from tools import bench_memory, plan
@@ -49,6 +50,8 @@ CASES = {
     "zero3 fp32": ["engine.config={}/zero3.json", "engine.precision=fp32"],
     "fsdp2 bf16": ["engine.name=fsdp2"],
     "fsdp2 bf16, two micro-batches": ["engine.name=fsdp2", "batch.per_device=8"],
+    "zero2 bf16, bootmae": ["engine.config={}/zero2.json", "objective.name=bootmae"],
+    "fsdp2 fp32, bootmae": ["engine.name=fsdp2", "engine.precision=fp32", "objective.name=bootmae"],
 }
 
 
@@ -79,12 +82,13 @@ def test_the_check_that_is_kept_is_within_its_tolerances() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("objective", [MAE(), RCMAE()])
+@pytest.mark.parametrize("objective", [MAE(), RCMAE(), BootMAE(), BootMAE(feature_weight=0)])
 @pytest.mark.parametrize("checkpointing", ["none", "torch"])
 def test_saved_activations_are_those_that_autograd_saves(
     middling: Path, precision: str, objective: Any, checkpointing: Any
 ) -> None:
-    recipe = config.load(str(middling))
+    bootmae = ["objective.name=bootmae", f"objective.feature_weight={int('features' in objective.terms)}"]
+    recipe = config.load(str(middling), bootmae if objective.terms["reconstruction"].weight_mask else [])
     model = train.new_student(recipe)
     if precision == "bf16":
         model = model.bfloat16()
@@ -106,10 +110,12 @@ def test_saved_activations_are_those_that_autograd_saves(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         sums = objective(model, model, batch, 0.0)
     parts = activations(
-        model, num_visible=batch.num_visible, precision=precision, teacher=objective.needs_teacher,
+        model, num_visible=batch.num_visible, precision=precision, teacher="pixels" in objective.teacher_outputs,
         checkpointing=checkpointing, fused_attention=kernels.attention_is_fused(torch.device("cpu"), precision),
     )  # fmt: skip
-    assert 4 * sum(part.saved for part in parts) == pytest.approx(sum(saved.values()), rel=0.01)
+    # the head of BootMAE's pixels is a matrix with its weights in another order: once, however many images there are
+    once = model.lm_head.proj.weight.nbytes if isinstance(model, BootstrappedAutoencoder) else 0
+    assert 4 * sum(part.saved for part in parts) + once == pytest.approx(sum(saved.values()), rel=0.01)
     assert sum(part.params for part in parts) == sum(param.numel() for param in model.parameters())
     assert sums
 
@@ -160,6 +166,40 @@ def test_offload_moves_states_to_the_host(middling: Path) -> None:
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
     status = plan.main([*arguments, "--json"])
     return status, json.loads(capsys.readouterr().out)
+
+
+PRETRAINING = sorted(
+    path.stem for path in config.RECIPES.glob("*_vit_*.yaml") if not path.stem.startswith(("finetune", "probe"))
+)
+
+
+@pytest.mark.parametrize("recipe", PRETRAINING)
+def test_every_shipped_pretraining_has_a_plan(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = run(capsys, recipe, "--nodes", "2")
+    assert status == 0, report["problems"]
+    with torch.device("meta"):
+        model = train.new_network(plan.load(recipe, []), norm="torch")
+    assert report["parameters"] == sum(param.numel() for param in model.parameters())
+    teacher = report["memory"][0]["kept"]["at_peak"]["teacher"]
+    assert (teacher > 0) == bool(plan.load(recipe, []).objective.teacher_parts)
+
+
+def test_bootmaes_step_is_its_regressors_too_and_a_teacher_of_the_whole_image(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, whole = run(capsys, "bootmae_vit_b_16")
+    _, alone = run(capsys, "bootmae_vit_b_16", "objective.feature_weight=0")
+    model = plan.student(plan.load("bootmae_vit_b_16", []))
+    flops = [report["speed"]["forward_flops_per_image"] for report in (whole, alone)]
+    width, seen, tokens, hidden = 768, 50, 197, 147
+    regressor = 2 * width**2 * seen + 2 * width**2 * hidden  # from the encoder, to the features
+    for queries in (tokens, hidden):
+        regressor += 2 * width**2 * (3 * tokens + queries) + 4 * queries * tokens * width + 16 * width**2 * queries
+        regressor += 4 * width**2 * queries + 4 * width**2 * seen + 4 * queries * seen * width  # across
+    assert flops[0] - flops[1] == regressor
+    assert whole["speed"]["step_flops_per_image"] == 3 * flops[0] + model.encoder_flops(196)
+    assert alone["speed"]["step_flops_per_image"] == 3 * flops[1]
+    assert whole["parameters"] > alone["parameters"]
 
 
 @pytest.mark.parametrize("recipe", ["rcmae_vit_l_16", "rcmae_vit_h_14"])

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rcmae import config
+from rcmae.bootmae_vit import Network
 from rcmae.config import Recipe, Resolved
 from rcmae.masking import visible_count
 from rcmae.memory import Footprint, Settings, checkpoint_bytes, footprint
@@ -44,7 +45,6 @@ from rcmae.shards import INDEX, Plan, ShardIndex, cache_problem, flat, open_byte
 from rcmae.sources import Reader, is_remote
 from rcmae.train import engine_settings, new_network
 from rcmae.transforms import BadImage, TrainTransform
-from rcmae.vit import MaskedAutoencoder
 
 with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
     from rcmae.engine_deepspeed import config_problems, read_config
@@ -120,20 +120,14 @@ def load(name: str, overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
-def student(recipe: Recipe) -> MaskedAutoencoder:
+def student(recipe: Recipe) -> Network:
     """The student without its weights.
 
     Raises:
-        ValueError: sizes that do not fit together, or a network that there are no formulas for.
+        ValueError: sizes that do not fit together.
     """
     with torch.device("meta"):
-        network = new_network(recipe, norm="torch")
-    if not isinstance(network, MaskedAutoencoder):
-        raise ValueError(
-            "there are no formulas yet for the activations of bootmae's regressors; see tools/bench_step.py for a "
-            "measurement, or plan mae with objective.terms={features: 1}, which has the same encoder and teacher"
-        )
-    return network
+        return new_network(recipe, norm="torch")
 
 
 def placement(recipe: Recipe) -> str:
@@ -146,7 +140,7 @@ def placement(recipe: Recipe) -> str:
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-def settings_of(recipe: Recipe, model: MaskedAutoencoder, where: str, world: int, per_device: int) -> Settings:
+def settings_of(recipe: Recipe, model: Network, where: str, world: int, per_device: int) -> Settings:
     """What `footprint` wants to know of a recipe in a place that may not be its own."""
     own = where == placement(recipe)
     deepspeed: Mapping[str, Any] = {}
@@ -166,7 +160,7 @@ def needed(found: Footprint) -> float:
     return found.peak * FRAGMENTED + RESERVED
 
 
-def memory_row(recipe: Recipe, model: MaskedAutoencoder, where: str, sizes: Resolved, memory: float) -> dict[str, Any]:
+def memory_row(recipe: Recipe, model: Network, where: str, sizes: Resolved, memory: float) -> dict[str, Any]:
     """One engine's memory on a GPU, with activations kept and recomputed, and the largest micro-batches that fit."""
     asked = recipe.engine.activation_checkpointing
     ways = {"kept": "none", "recomputed": "torch" if asked == "none" else asked}
@@ -200,7 +194,8 @@ def measured_utilisation(recipe: Recipe, gpu: str, results: Path = RESULTS) -> t
     The path, precision and compilation are the recipe's; of several results the best.
     """
     wanted = GPUS[gpu].device_name
-    objective = "mae" if recipe.objective.name == "mae" else "rcmae"
+    teacher = recipe.objective.teacher_parts
+    objective = "rcmae" if "decoder" in teacher else "bootmae" if recipe.objective.name == "bootmae" else "mae"
     variant = "-".join([objective, "lean", recipe.engine.precision, "compiled" if recipe.engine.compile else "eager"])
     found = []
     for path in sorted(results.glob("*.json")):
@@ -217,7 +212,7 @@ def measured_utilisation(recipe: Recipe, gpu: str, results: Path = RESULTS) -> t
     return max(found, default=None)
 
 
-def speed(recipe: Recipe, model: MaskedAutoencoder, sizes: Resolved, site: Site) -> dict[str, Any]:
+def speed(recipe: Recipe, model: Network, sizes: Resolved, site: Site) -> dict[str, Any]:
     """FLOPs, images/s and hours. Raises ValueError where the GPU's peak is not known."""
     gpu = GPUS[site.gpu]
     peak = peak_flops(gpu.device_name, recipe.engine.precision)
@@ -316,7 +311,7 @@ def data_needs(recipe: Recipe, sizes: Resolved, site: Site, index: ShardIndex | 
 # ---------------------------------------------------------------------------------------------------------- checkpoint
 
 
-def checkpoint_needs(recipe: Recipe, model: MaskedAutoencoder, site: Site, step_s: float) -> dict[str, Any]:
+def checkpoint_needs(recipe: Recipe, model: Network, site: Site, step_s: float) -> dict[str, Any]:
     """Bytes and seconds of a checkpoint: those of this run's own where it has written some."""
     size = checkpoint_bytes(model, teacher=recipe.objective.teacher_parts)
     seen = [line for line in _events(recipe) if line.get("event") == "checkpoint" and line.get("seconds")]
@@ -398,7 +393,7 @@ def resolve(recipe: Recipe, site: Site, index: ShardIndex | None) -> Resolved:
 
 
 def figures(
-    recipe: Recipe, model: MaskedAutoencoder, site: Site, sizes: Resolved, index: ShardIndex | None
+    recipe: Recipe, model: Network, site: Site, sizes: Resolved, index: ShardIndex | None
 ) -> dict[str, Any]:
     """The sections of the report."""
     rows = (*(("local",) if site.world == 1 else ()), *ROWS)
