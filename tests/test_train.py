@@ -231,6 +231,40 @@ def test_a_teacher_updated_with_every_micro_batch_wants_as_many_of_them(
     assert start(tiny, folder.path, *micro, "batch.per_device=8") == 75
 
 
+BATCH_NORM = ["objective.name=supmae", "model.num_classes=8", "model.class_hidden=16", "run.stop_after_steps=2"]
+
+
+def test_a_batch_norm_wants_as_many_images_at_once(
+    tiny: Path, folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tiny, folder.path, *BATCH_NORM, "batch.per_device=16") == 75
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    assert start(tiny, folder.path, *BATCH_NORM, "batch.per_device=8") == 2
+    said = capsys.readouterr().err
+    assert "normalised 16 images at once, here they are 8" in said
+    assert "use batch.per_device=16, or checkpoint.allow=[batch.per_device]" in said
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+    allowed = ["batch.per_device=8", "checkpoint.allow=[batch.per_device]"]
+    assert start(tiny, folder.path, *BATCH_NORM, *allowed) == 75
+    linear = [*BATCH_NORM, "model.class_hidden=0"]  # a head without one does not care
+    assert start(tiny, tmp_path / "linear", *linear, "batch.per_device=16") == 75
+    assert start(tiny, tmp_path / "linear", *linear, "batch.per_device=8") == 75
+
+
+@pytest.mark.slow
+def test_a_batch_norm_counts_the_images_of_all_ranks(
+    tiny: Path, folder: Folder, ranks: Callable[..., Ranks]
+) -> None:
+    assert start(tiny, folder.path, *BATCH_NORM, "batch.per_device=16") == 75
+    job = ["-m", "rcmae.train", str(tiny), f"run.dir={folder.path}", *BATCH_NORM, "engine.name=fsdp2"]
+    wrong = ranks(*job, "batch.per_device=16")
+    assert wrong.wait() == [2, 2]
+    assert "normalised 16 images at once, here they are 32" in wrong.said()
+    assert "use batch.per_device=8" in wrong.said()
+    assert ranks(*job, "batch.per_device=8").wait() == [75, 75]
+    assert folder.committed()[-1] == 4
+
+
 # ------------------------------------------------------------------------------------------------- asked to stop
 
 
