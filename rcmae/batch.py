@@ -33,6 +33,19 @@ class Batch:
         """The same batch with images, ids_shuffle and labels on `device`; the bookkeeping stays on the CPU."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def part(self, rows: slice) -> Batch:
+        """Some of its images, with all that is theirs."""
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
+        mate = None if self.mate is None else self.mate.part(rows)
+        return replace(
+            self, images=self.images[rows], ids_shuffle=self.ids_shuffle[rows], labels=cut(self.labels),
+            keys=self.keys[rows], positions=self.positions[rows], crops=self.crops[rows],
+            teacher_ids=cut(self.teacher_ids), targets=cut(self.targets), mate=mate,
+        )  # fmt: skip
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, so that `to` can copy while the GPU computes."""
         return self._moved(lambda tensor: tensor.pin_memory())

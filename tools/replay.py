@@ -13,14 +13,12 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rcmae import config, dist, preempt, train
-from rcmae.batch import Batch
 from rcmae.evaluate import evaluating
 from rcmae.guard import NumbersGoneBad
 from rcmae.tasks import task_of
@@ -75,7 +73,7 @@ def look_at(run: train.Run, document: dict[str, Any]) -> tuple[list[dict[str, An
     rows, same = [], True
     for micro in run.task.pair(run.recipe, next(run.stream.steps(run.data_step))):
         for index in range(len(micro)):
-            one = part(micro, index)
+            one = micro.part(slice(index, index + 1))
             position = int(one.positions[0])
             same &= one.ids_shuffle[0, : one.num_visible].tolist() == masks.get(position)
             with evaluating(run.engine.student, run.engine.teacher):  # a batch norm has no statistics of one image
@@ -85,18 +83,6 @@ def look_at(run: train.Run, document: dict[str, Any]) -> tuple[list[dict[str, An
             loss = sum(weight * sums[term].item() / max(counts[term], 1) for term, weight in weights)
             rows.append({"position": position, "sample": one.keys[0], "loss": loss})
     return sorted(rows, key=lambda row: (math.isfinite(row["loss"]), -row["loss"])), same
-
-
-def part(batch: Batch, index: int) -> Batch:
-    """One sample of a batch, as a batch."""
-    at = slice(index, index + 1)
-    labels = None if batch.labels is None else batch.labels[at]
-    teacher_ids = None if batch.teacher_ids is None else batch.teacher_ids[at]
-    mate = None if batch.mate is None else part(batch.mate, index)
-    return replace(
-        batch, images=batch.images[at], ids_shuffle=batch.ids_shuffle[at], labels=labels, keys=batch.keys[at],
-        positions=batch.positions[at], crops=batch.crops[at], teacher_ids=teacher_ids, mate=mate,
-    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
