@@ -558,9 +558,16 @@ class Run:
             save_png(sheet, self.recipe.run_dir / "pictures" / f"step-{self.step:08d}.png")
             self.log.picture("reconstruction", sheet, self.step)
 
+    def launcher(self) -> str:
+        """What starts a module on as many ranks as these."""
+        nodes = self.sizes.world // dist.ranks_of_node()
+        several = f" --nnodes={nodes}" if nodes > 1 else ""
+        return "python" if self.sizes.world == 1 else f"torchrun{several} --nproc-per-node={dist.ranks_of_node()}"
+
     def summary(self, outcome: str) -> str:
         """The text the job ends with."""
         place, sizes = self.recipe.run_dir, self.sizes
+        done, pretrained = self.step == sizes.total_steps, self.recipe.objective.name in OBJECTIVES
         return closing_summary(
             f"{self.recipe.run.name}: {outcome} at step {self.step} of {sizes.total_steps}",
             ran={
@@ -580,7 +587,17 @@ class Run:
                 "tensorboard": place / "tensorboard",
             },
             commands=[(what, command) for what, command, applies in (
-                ("go on", f"python -m {self.task.command} {place / 'recipe.yaml'}", self.step < sizes.total_steps),
+                ("go on", f"{self.launcher()} -m {self.task.command} {place / 'recipe.yaml'}", not done),
+                (
+                    "the encoder, for timm",
+                    f"python tools/export.py {place} --format timm --out {place.name}.safetensors",
+                    done and pretrained,
+                ),
+                (
+                    "fine-tune it: recipes finetune_*",
+                    f"{self.launcher()} -m rcmae.finetune RECIPE classify.init={place}",
+                    done and pretrained,
+                ),
                 ("see the curves", f"tensorboard --logdir {place / 'tensorboard'}", self.recipe.log.tensorboard),
             ) if applies],
         )  # fmt: skip

@@ -562,3 +562,19 @@ def test_unreadable_samples_are_reported_whichever_rank_meets_them_and_too_many_
         assert (tmp_path / name / "pictures" / "step-00000007.png").is_file()
 
 
+
+
+# ----------------------------------------------------------------------------------------------------- its last words
+
+
+def test_what_it_says_to_run_next_runs(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, words = Folder(tmp_path / "run"), ["schedule.steps=2", "schedule.warmup_steps=0", "run.stop_after_steps=1"]
+    assert start(tiny, run.path, *words) == 75
+    (command,) = re.findall(r"python -m rcmae.train (\S+)    # go on", capsys.readouterr().out)
+    assert start(command, run.path, "run.stop_after_steps=null") == 0
+    (command,) = re.findall(r"python tools/(export.py .*?)    # the encoder", capsys.readouterr().out)
+    done = subprocess.run(
+        [sys.executable, *f"{ROOT}/tools/{command}".split()], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "run.safetensors").is_file()
