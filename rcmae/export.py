@@ -450,8 +450,9 @@ def read_network(path: Path, network: Network | None = None, *, first: Network =
         ValueError: there is nothing of the kind, it cannot be read, or it has no such network.
         CheckpointError: the checkpoint is damaged.
     """
+    heads: dict[str, int] = {}
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():  # Hugging Face's folder
-        path = path / "model.safetensors"
+        heads, path = _hugging_face_heads(path / "config.json"), path / "model.safetensors"
     if not path.is_file():
         return _of_checkpoint(path, network, first)
     layout, networks, told = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
@@ -466,7 +467,17 @@ def read_network(path: Path, network: Network | None = None, *, first: Network =
     recipe = json.loads(told["recipe"]) if "recipe" in told else None
     sizes, grid = _told(recipe, weights)
     known = {str(key): value for key, value in told.items() if isinstance(value, str)}
-    return Source(weights, grid, sizes, f"{name} of {path} ({layout}, {len(weights)} tensors)", known)
+    return Source(weights, grid, heads | sizes, f"{name} of {path} ({layout}, {len(weights)} tensors)", known)
+
+
+def _hugging_face_heads(path: Path) -> dict[str, int]:
+    """The numbers of heads, which shapes do not tell, by the names of a recipe. Raises ValueError."""
+    try:
+        told = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    names = {"num_attention_heads": "num_heads", "decoder_num_attention_heads": "decoder_heads"}
+    return {name: told[theirs] for theirs, name in names.items() if isinstance(told.get(theirs), int)}
 
 
 def _of_checkpoint(path: Path, network: Network | None, first: Network) -> Source:

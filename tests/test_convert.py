@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
 from dataclasses import replace
@@ -22,25 +21,12 @@ from rcmae.encoder import load_classifier, to_onnx
 from rcmae.objectives import MAE
 from rcmae.vit import MaskedAutoencoder
 from runs import Folder, start
+from tools import convert as tool
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES: dict[str, Any] = {
     "image_size": (32, 32), "patch_size": 8, "in_channels": 3, "embed_dim": 48, "depth": 2, "num_heads": 4,
     "decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 16,
 }  # fmt: skip
-
-
-def load_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("convert", ROOT / "tools" / "convert.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["convert"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +58,8 @@ def test_there_and_back_is_equal_to_the_last_bit(
 ) -> None:
     out = tmp_path / name
     assert tool.main([str(file), "--to", target, "--out", str(out), "--num-heads", "4"]) == 0
+    mode = (out / "model.safetensors" if out.is_dir() else out).stat().st_mode
+    assert mode & 0o777 == (file.stat().st_mode & 0o777)  # others may read it where the umask lets them
     back = export.read_network(out).weights
     wanted = {k: v for k, v in model.state_dict().items() if whole or export.in_encoder(k)}
     assert back.keys() == wanted.keys()
@@ -120,6 +108,8 @@ def test_hugging_face_computes_the_same_loss(file: Path, model: MaskedAutoencode
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path / "again")
+    again = rcmae.load_encoder(tmp_path / "again")  # its config.json tells the number of heads
+    assert again.blocks[0].attn.num_heads == 4
     back = export.read_network(tmp_path / "again").weights
     assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
 

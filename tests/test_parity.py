@@ -6,7 +6,6 @@ recorded ones are at hand they are checked too.
 
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import random
@@ -27,6 +26,7 @@ import relatives
 from rcmae.bootmae_vit import BootstrappedAutoencoder
 from rcmae.vit import MaskedAutoencoder
 from reference import Sizes
+from tools import check_parity as tool
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -36,19 +36,6 @@ TRAINED64 = (
     "weights after all steps: |difference| <= 1e-10 + 1e-8 * largest magnitude of that array, losses relative 1e-9"
 )
 TRAINED32 = "off by at most 8e-7 without (1.3e-4 with); suggested limits 1e-5 (1e-3) and 1e-5. leave that third out"
-
-
-def load_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("check_parity", ROOT / "tools" / "check_parity.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_parity"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
 
 
 # ------------------------------------------------------------------------------------------------------- the generator
@@ -538,7 +525,6 @@ def published_name(name: str) -> str:
     if head in decoder:
         return f"{decoder[head]}.{rest}"
     return name if name == "mask_token" else f"encoder.{name}"
-
 
 
 MAKERS: dict[str, Callable[[Path], Path]] = {

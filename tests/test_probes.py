@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,7 @@ import pytest
 import torch
 
 from runs import Folder
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("probes", ROOT / "tools" / "probes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["probes"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+from tools import probes as tool
 
 
 def blobs(count: int, seed: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -21,21 +20,8 @@ from rcmae.masking import random_ids
 from rcmae.objectives.mae import pixel_targets
 from rcmae.vit import MaskedAutoencoder
 from runs import Folder
+from tools import visualize as tool
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("visualize", ROOT / "tools" / "visualize.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["visualize"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 

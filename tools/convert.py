@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rcmae import __version__, export, families
@@ -62,7 +62,7 @@ def convert(source: Source, target: str, out: Path, *, num_heads: int | None = N
         written = families.family_names(taken, "mae" if target == "safetensors" else target)
         written = {name: value.contiguous().clone() for name, value in written.items()}
         if out.suffix == ".safetensors" and target in ("safetensors", "timm"):
-            save_file(written, out, {"format": "pt", "written_by": f"rcmae {__version__}", **source.told})
+            out.write_bytes(save(written, {"format": "pt", "written_by": f"rcmae {__version__}", **source.told}))
         elif out.suffix in export.TORCH and target != "safetensors":
             torch.save(written if target == "timm" else {"model": written}, out)
         else:
@@ -115,7 +115,7 @@ def write_hugging_face(source: Source, taken: Mapping[str, Tensor], out: Path, n
     out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     written = {name: value.contiguous() for name, value in written.items()}
-    save_file(written, out / "model.safetensors", {"format": "pt"})
+    (out / "model.safetensors").write_bytes(save(written, {"format": "pt"}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
