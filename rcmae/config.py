@@ -219,6 +219,7 @@ class Evaluate(Section):
     test_shards: str | list[str] = Field(default_factory=list)
     k: list[Positive] = [20]
     temperature: Annotated[float, Field(gt=0)] = 0.07
+    logistic: bool = False  # also logistic regression on the same features: slower, and nearer to a linear probe
     pool: Literal["cls", "mean"] = "mean"
     batch: Positive = 128
     picture_every_steps: Positive | None = None

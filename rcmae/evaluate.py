@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rcmae import dist
 from rcmae.batch import Batch
+from rcmae.logistic import logistic
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
 from rcmae.vit import patchify, unpatchify
 
@@ -250,31 +251,25 @@ def _correct(
 Rows = dict[str, dict[int, float]]  # network -> k -> top-1 in %
 
 
-def knn_rows(
+def features_of_both(
     networks: Mapping[str, Network],
     train: Iterable[Batch],
     test: Iterable[Batch],
     *,
-    k: Sequence[int],
     device: torch.device,
     normalise: Network,
-    temperature: float | None = 0.07,
-) -> Rows:
-    """k-NN of every network on the same images. Collective: every rank calls, and gets the same rows.
-
-    Each rank runs its share of the images and votes for its share of the test ones against all training ones.
+) -> tuple[Features, Features]:
+    """This rank's share of the features of a training and a test set. Collective: every rank calls.
 
     Args:
         networks: name -> extractor, as `pooled(engine.student, pool)`, and `pixels`; models in evaluation mode.
         train: this rank's batches of the labelled training images, as many on every rank.
         test: the same of the test images.
-        k: numbers of neighbours.
-        device: where networks and votes compute.
+        device: where the networks compute.
         normalise: uint8 images on the device -> what the networks were trained on.
-        temperature: of the votes; None: each counts 1.
 
     Raises:
-        ValueError: a k is larger than the training set, or labels are missing; the same on every rank.
+        ValueError: labels are missing; the same on every rank.
     """
     problem = None
     try:
@@ -283,12 +278,37 @@ def knn_rows(
     except ValueError as error:
         problem = str(error)
     dist.together(problem)
+    return known, asked
+
+
+def knn_rows(
+    known: Features,
+    asked: Features,
+    *,
+    k: Sequence[int],
+    device: torch.device,
+    temperature: float | None = 0.07,
+) -> Rows:
+    """k-NN of every network on the same images. Collective: every rank calls, and gets the same rows.
+
+    Each rank votes for its share of the test images against all training ones.
+
+    Args:
+        known: this rank's share of the training set.
+        asked: of the test set.
+        k: numbers of neighbours.
+        device: where the votes are counted.
+        temperature: of the votes; None: each counts 1.
+
+    Raises:
+        ValueError: a k is larger than the training set; the same on every rank.
+    """
     known = known.gathered()
     num_classes = 1 + max(dist.gather(max([0, *known.labels.tolist(), *asked.labels.tolist()])))
     total = sum(dist.gather(len(asked.labels)))
     labels, asked_labels = known.labels.to(device), asked.labels.to(device)
     rows: Rows = {}
-    for name in networks:
+    for name in known.vectors:
         mine = _correct(
             known.vectors[name].to(device), labels, asked.vectors[name].to(device), asked_labels,
             k, num_classes, temperature,
@@ -297,12 +317,32 @@ def knn_rows(
     return rows
 
 
-def knn_table(rows: Rows) -> str:
-    """The rows as text: a line a network, a column a k."""
+def logistic_rows(known: Features, asked: Features, *, device: torch.device) -> dict[str, float]:
+    """Top-1 in percent of logistic regression on each network's features. Collective: every rank calls.
+
+    Args:
+        known: this rank's share of the training set.
+        asked: of the test set.
+        device: where it computes.
+
+    Raises:
+        ValueError: the training set has fewer than two classes; the same on every rank.
+    """
+    labels, asked_labels = known.labels.to(device), asked.labels.to(device)
+    return {
+        name: logistic(vectors.to(device), labels, asked.vectors[name].to(device), asked_labels)
+        for name, vectors in known.vectors.items()
+    }
+
+
+def knn_table(rows: Rows, linear: Mapping[str, float] | None = None) -> str:
+    """The rows as text: a line a network, a column a k, and one of logistic regression where there is any."""
     width = max((len(name) for name in rows), default=0)
     ks = sorted({each for row in rows.values() for each in row})
-    lines = [" " * width + "".join(f"  {f'k={each}':>6}" for each in ks)]
-    lines += [f"{name:<{width}}" + "".join(f"  {row[each]:6.2f}" for each in ks) for name, row in rows.items()]
+    lines = [" " * width + "".join(f"  {f'k={each}':>6}" for each in ks) + ("  logistic" if linear else "")]
+    for name, row in rows.items():
+        lines.append(f"{name:<{width}}" + "".join(f"  {row[each]:6.2f}" for each in ks))
+        lines[-1] += f"  {linear[name]:8.2f}" if linear else ""
     return "\n".join(lines)
 
 

@@ -1,5 +1,7 @@
 """Evaluate a run from beside it: k-NN of each checkpoint, once, as it is committed, until the run is finished.
 
+Logistic regression on the same features, too, with evaluate.logistic=true.
+
     python -m rcmae.follow RUN_DIR evaluate.train_shards=... evaluate.test_shards=... [key=value ...]
 
 The training does not wait and need not be told: the recipe is the run's own, with the keys given here over it, and the
@@ -26,7 +28,7 @@ from rcmae import checkpoint, config, dist, kernels, preempt
 from rcmae.batch import Batch
 from rcmae.config import Recipe
 from rcmae.engine import DTYPES, cast_params
-from rcmae.evaluate import Rows, evaluating, knn_rows, knn_table, pooled
+from rcmae.evaluate import Rows, evaluating, features_of_both, knn_rows, knn_table, logistic_rows, pooled
 from rcmae.export import KIND
 from rcmae.lease import Lease, LeaseHeld, LeaseLost, fence
 from rcmae.metrics import MetricsLog
@@ -150,8 +152,11 @@ def networks(recipe: Recipe, manifest: checkpoint.Manifest) -> dict[str, Network
     return models
 
 
-def answer(recipe: Recipe, sets: Sets, models: dict[str, Network], stop: preempt.StopRequest) -> Rows:
-    """k-NN of these networks. Collective: every rank calls, and gets the same rows.
+def answer(
+    recipe: Recipe, sets: Sets, models: dict[str, Network], stop: preempt.StopRequest
+) -> tuple[Rows, dict[str, float]]:
+    """k-NN of these networks, and logistic regression where it is asked for. Collective: every rank calls, and gets
+    the same rows.
 
     Raises:
         Stopped: on all ranks.
@@ -167,13 +172,15 @@ def answer(recipe: Recipe, sets: Sets, models: dict[str, Network], stop: preempt
                 raise Stopped
             yield batch
 
+    device = dist.device()
     with evaluating(*models.values()):
-        return knn_rows(
+        features = features_of_both(
             {name: pooled(model, wanted.pool) for name, model in models.items()},
-            batches(sets.train), batches(sets.test), k=wanted.k, device=dist.device(),
-            normalise=Normalise(data.mean, data.std, dist.device()).images,
-            temperature=wanted.temperature,
+            batches(sets.train), batches(sets.test), device=device,
+            normalise=Normalise(data.mean, data.std, device).images,
         )  # fmt: skip
+    rows = knn_rows(*features, k=wanted.k, device=device, temperature=wanted.temperature)
+    return rows, logistic_rows(*features, device=device) if wanted.logistic else {}
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -249,16 +256,18 @@ def _follow(
                 watch.last_step = step
                 continue
             try:
-                rows = answer(recipe, sets, models, stop)
+                rows, linear = answer(recipe, sets, models, stop)
             except Stopped:
                 continue
             if dist.agree(lease is not None and lease.lost):
                 raise LeaseLost(f"another side-car took the evaluation of {recipe.run_dir} over; this one stops")
-            log.event("evaluate", step=step, knn=rows, seconds=time.monotonic() - begin)
+            more = {"logistic": linear} if linear else {}
+            log.event("evaluate", step=step, knn=rows, **more, seconds=time.monotonic() - begin)
             log.sync()
             for name, row in rows.items():
                 log.scalars(f"knn_{name}", {f"k{k}": accuracy for k, accuracy in row.items()}, step)
-            log.say(f"k-NN at step {step}, top-1 in %\n{knn_table(rows)}")
+            log.scalars("logistic", linear, step)
+            log.say(f"k-NN at step {step}, top-1 in %\n{knn_table(rows, linear)}")
             watch.last_step = step
 
 

@@ -36,7 +36,17 @@ from rcmae.checkpoint import Manifest
 from rcmae.config import Recipe, Resolved
 from rcmae.device_decode import DeviceDecoder, nvjpeg
 from rcmae.engine import Engine, LocalEngine, Settings
-from rcmae.evaluate import evaluating, knn_rows, knn_table, pixels, pooled, reconstruction_picture, save_png
+from rcmae.evaluate import (
+    evaluating,
+    features_of_both,
+    knn_rows,
+    knn_table,
+    logistic_rows,
+    pixels,
+    pooled,
+    reconstruction_picture,
+    save_png,
+)
 from rcmae.export import read_network, whole_network
 from rcmae.guard import Guard, NumbersGoneBad, bundle
 from rcmae.lease import Lease, LeaseHeld, LeaseLost, newest_generation
@@ -528,19 +538,22 @@ class Run:
             for index in self.labelled
         ]  # fmt: skip
         with evaluating(self.engine.student, self.engine.teacher):
-            rows = knn_rows(
-                networks, *sets, k=evaluate.k, device=dist.device(), normalise=self.normalise.images,
-                temperature=evaluate.temperature,
-            )  # fmt: skip
-        self.table = knn_table(rows)
+            features = features_of_both(networks, *sets, device=dist.device(), normalise=self.normalise.images)
+        rows = knn_rows(*features, k=evaluate.k, device=dist.device(), temperature=evaluate.temperature)
+        linear = logistic_rows(*features, device=dist.device()) if evaluate.logistic else {}
+        self.table = knn_table(rows, linear)
         self._evaluation_s = max(self._evaluation_s, time.monotonic() - begin)
         for name in networks.keys() & {"student", "teacher"}:
             accuracy = max(rows[name].values())
             if accuracy > self.best.get(name, {}).get("knn", -1.0):
                 self.best[name] = {"knn": accuracy, "step": self.step}
-        self.log.event("evaluate", step=self.step, knn=rows, best=self.best, seconds=time.monotonic() - begin)
+        self.log.event(
+            "evaluate", step=self.step, knn=rows, **({"logistic": linear} if linear else {}), best=self.best,
+            seconds=time.monotonic() - begin,
+        )  # fmt: skip
         for name, row in rows.items():
             self.log.scalars(f"knn_{name}", {f"k{k}": accuracy for k, accuracy in row.items()}, self.step)
+        self.log.scalars("logistic", linear, self.step)
         self.log.say(f"k-NN at step {self.step}, top-1 in %\n{self.table}")
 
     def picture(self) -> None:

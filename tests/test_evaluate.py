@@ -24,9 +24,11 @@ from rcmae.evaluate import (
     GREY,
     evaluating,
     extract_features,
+    features_of_both,
     knn,
     knn_rows,
     knn_table,
+    logistic_rows,
     pixels,
     pooled,
     reconstruct,
@@ -227,10 +229,11 @@ def rows_here() -> list:
     """What knn_rows gives on this rank, and what it says to a k that is too large."""
     networks = {"random": pooled(a_model().eval(), "mean"), "pixels": pixels}
     more = {"device": CPU, "normalise": Normalise(MEAN, STD).images}
-    rows = knn_rows(networks, share(29, 1), share(9, 3), k=[1, 5], **more)
+    features = features_of_both(networks, share(29, 1), share(9, 3), **more)
+    rows = knn_rows(*features, k=[1, 5], device=CPU)
     with pytest.raises(ValueError) as problem:  # noqa: PT011
-        knn_rows(networks, share(29, 1), share(9, 3), k=[30], **more)
-    return json.loads(json.dumps([rows, str(problem.value)]))
+        knn_rows(*features, k=[30], device=CPU)
+    return json.loads(json.dumps([rows, str(problem.value), logistic_rows(*features, device=CPU)]))
 
 
 RANK = """
@@ -259,8 +262,10 @@ def test_rows_are_the_same_on_any_number_of_ranks():
     ]
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    rows, too_many = rows_here()
-    assert [json.loads(output.splitlines()[-1]) for output in outputs] == [[rows, too_many]] * 2
+    rows, too_many, linear = rows_here()
+    assert [json.loads(output.splitlines()[-1]) for output in outputs] == [[rows, too_many, linear]] * 2
+    assert linear.keys() == {"random", "pixels"}
+    assert linear["pixels"] > 50
     assert rows["pixels"]["1"] > 50
     assert "k=[30] neighbours of 29 training images" in too_many
 
@@ -365,5 +370,7 @@ def test_one_process_gives_rows_of_every_network():
     batch = a_batch(images, [0, 1, 2, 0, 1, 2], list(range(6)))
     model = a_model().eval()
     networks = {"student": pooled(model, "mean"), "pixels": pixels}
-    rows = knn_rows(networks, [batch], [batch], k=[1], device=CPU, normalise=normalise)
+    rows = knn_rows(
+        *features_of_both(networks, [batch], [batch], device=CPU, normalise=normalise), k=[1], device=CPU
+    )  # fmt: skip
     assert rows == {"student": {1: 100.0}, "pixels": {1: 100.0}}

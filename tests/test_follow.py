@@ -27,7 +27,7 @@ def trained(tiny: Path, labelled: list[str], tmp_path_factory: pytest.TempPathFa
     """A run of 12 steps with a checkpoint and an evaluation of its own every 4; do not write to it."""
     folder = Folder(tmp_path_factory.mktemp("trained") / "run")
     every = ["checkpoint.every_steps=4", "checkpoint.keep=9", "evaluate.every_steps=4", "engine.precision=bf16"]
-    assert start(tiny, folder.path, *every, *labelled, "schedule.steps=12") == 0
+    assert start(tiny, folder.path, *every, *labelled, "schedule.steps=12", "evaluate.logistic=true") == 0
     return folder
 
 
@@ -58,12 +58,17 @@ def test_each_checkpoint_gets_what_the_training_said_of_that_step(run: Folder) -
     for step, rows in answers(run).items():
         assert rows == {name: told[step][name] for name in ("student", "teacher")}
         assert set(rows["teacher"]) == {"3", "10"}
+    linear = [{event["step"]: event["logistic"] for event in of.events("evaluate")} for of in (
+        run, Folder(run.path / follow.FOLDER)
+    )]  # fmt: skip
+    assert linear[1] == {step: {name: row[name] for name in ("student", "teacher")} for step, row in linear[0].items()}
     assert followed(run) == 0, "again: there is nothing left to do"
     assert len(answers(run)) == 3
 
 
 def test_keys_given_here_stand_over_the_runs(run: Folder) -> None:
-    assert followed(run, "evaluate.k=[5]", "evaluate.pool=cls") == 0
+    assert followed(run, "evaluate.k=[5]", "evaluate.pool=cls", "evaluate.logistic=false") == 0
+    assert not any("logistic" in event for event in Folder(run.path / follow.FOLDER).events("evaluate"))
     assert [set(rows["student"]) for rows in answers(run).values()] == [{"5"}] * 3
 
 

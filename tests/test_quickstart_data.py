@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rcmae.evaluate import knn_rows, pixels
+from rcmae.evaluate import features_of_both, knn_rows, pixels
 from rcmae.shards import ShardIndex
 from rcmae.stream import labelled_batches
 from rcmae.transforms import Normalise
@@ -59,16 +59,17 @@ def test_every_call_writes_the_same_bytes_over_the_last(made, capsys):
 
 
 def test_pixels_tell_some_of_the_photographs_apart(made):
-    rows = knn_rows(
+    cpu = torch.device("cpu")
+    features = features_of_both(
         {"pixels": pixels},
         *(
             labelled_batches(ShardIndex.open(str(made / f"{name}-*.tar")), image_size=(TILE, TILE), batch=200)
             for name in ("train", "val")
         ),
-        k=[10],
-        device=torch.device("cpu"),
+        device=cpu,
         normalise=Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).images,
     )
+    rows = knn_rows(*features, k=[10], device=cpu)
     assert 20 < rows["pixels"][10] < 70  # chance is 6
 
 

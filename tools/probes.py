@@ -5,7 +5,7 @@
 
 RUN is a run, a checkpoint or a file of any family. Features of both sets are extracted once and kept beside it (or in
 --cache), so asking again costs no forward. k-NN is exact, by a weighted vote and a plain one; logistic regression is
-L-BFGS on standardised features (scikit-learn's); few labels are drawn --draws times and their spread is told.
+L-BFGS on standardised features; few labels are drawn --draws times and their spread is told.
 Exit status: 0 done; 2 these do not go together; 1 the checkpoint is damaged.
 """
 
@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from rcmae.classifier import Classifier
 from rcmae.draws import Purpose, permutation
 from rcmae.encoder import load_encoder
 from rcmae.evaluate import extract_features, knn
+from rcmae.logistic import logistic
 from rcmae.shards import ShardIndex
 from rcmae.stream import labelled_batches
 from rcmae.transforms import Normalise
@@ -80,28 +80,6 @@ def extracted(model: Classifier, shards: Sequence[str], cache: Path | None, key:
     return result
 
 
-def logistic(train: Set, test: Set, *, strength: float = 1.0, iterations: int = 1000) -> float:
-    """Top-1 in percent of logistic regression by L-BFGS on standardised features.
-
-    Args:
-        train: what it learns from.
-        test: what it is judged on.
-        strength: inverse of the L2 penalty.
-        iterations: at most.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    mean, deviation = train.vectors.mean(0), train.vectors.std(0).clamp(min=1e-6)
-    known, asked = (((each.vectors - mean) / deviation).numpy() for each in (train, test))
-    if len(train.labels.unique()) < 2:
-        raise ValueError("logistic regression needs two classes or more")
-    model = LogisticRegression(C=strength, max_iter=iterations)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it stopped at `iterations`
-        model.fit(known, train.labels.numpy())
-    return 100.0 * float((model.predict(asked) == test.labels.numpy()).mean())
-
-
 def few(train: Set, *, per_class: int | None, share: float | None, draw: int) -> Set:
     """Some labels of a set, as many of each class: `per_class`, or a `share` of them and one at least."""
     rows = []
@@ -122,17 +100,19 @@ def answers(train: Set, test: Set, *, k: Sequence[int], draws: int, strength: fl
         raise ValueError(f"the test set has classes {', '.join(map(str, new[:10]))} that the training set has not")
     fitting = [each for each in k if each <= len(train.labels)]
     sets = (train.vectors, train.labels, test.vectors, test.labels)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {
         "knn weighted": knn(*sets, k=fitting, num_classes=classes),
         "knn plain": knn(*sets, k=fitting, num_classes=classes, temperature=None),
-        "logistic": logistic(train, test, strength=strength),
+        "logistic": logistic(*(each.to(device) for each in sets), strength=strength),
     }
     kinds: list[tuple[str, int | None, float | None]] = [(f"{n} per class", n, None) for n in (1, 5, 10)]
     kinds += [(f"{share:.0%} of labels", None, share) for share in (0.01, 0.1)]
     for name, per_class, share in kinds:
+        drawn = [few(train, per_class=per_class, share=share, draw=draw) for draw in range(draws)]
         tries = [
-            logistic(few(train, per_class=per_class, share=share, draw=draw), test, strength=strength)
-            for draw in range(draws)
+            logistic(*(each.to(device) for each in (*some, test.vectors, test.labels)), strength=strength)
+            for some in drawn
         ]
         found[name] = {"mean": float(np.mean(tries)), "deviation": float(np.std(tries))}
     return found
