@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import shutil
 import sys
@@ -22,6 +23,7 @@ from rcmae.classifier import Classifier
 from rcmae.shards import ShardIndex
 from runs import Folder, distance, equal, keeping_handlers
 from tests.conftest import Ranks
+from tools import replay
 
 PROGRAMS = Path(__file__).parent / "programs"
 ENGINES = {
@@ -145,6 +147,21 @@ def test_a_probe_on_two_ranks_learns_the_same(engine: str, ranked: Path, whole: 
         assert run.losses() == pytest.approx(other.losses(), rel=1e-5)
         assert distance(run.state(), other.state(), "weight") < 1e-4
         assert distance(run.state(), other.state(), "buffer") < 1e-4
+
+
+@pytest.mark.parametrize("name", ["finetune", "probe"])
+def test_a_bad_step_is_brought_back_by_its_bundle(
+    name: str, recipes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert start(recipes[name], folder, "guard.drill_nan_position=69", "checkpoint.every_steps=2") == 1
+    capsys.readouterr()
+    with keeping_handlers():
+        assert replay.main([str(folder / "replay" / "step-00000002.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["from_step"], found["step"], found["same_masks"]) == (2, 2, True)
+    assert {row["position"] for row in found["samples"] if not math.isfinite(row["loss"])} == {69}
+    assert len(found["samples"]) == 32
 
 
 # -------------------------------------------------------------------------------------------------------- what is wrong
