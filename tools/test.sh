@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what is needed into .venv, then lints, checks types and runs the tests. Arguments go to pytest:
-#   tools/test.sh                      everything that must pass
-#   tools/test.sh -k resume -x         some of the tests, after lint and types
-#   tools/test.sh tests/test_slurm.py  those on a real SLURM, which want root, slurm-wlm and munge: not of the default
+#   tools/test.sh               everything that must pass
+#   tools/test.sh -k resume -x  some of the tests, after lint and types
+# The tests of slurm/ start a real SLURM, where tests/slurm/install.sh could install it; elsewhere they skip themselves.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -23,6 +23,4 @@ fi
 say "pytest"
 export OMP_NUM_THREADS=1  # tests start ranks of their own; more threads than cores would only slow them down
 unset PYTHONDONTWRITEBYTECODE  # hundreds of processes import the same modules: compiled once
-scheduler=(--ignore=tests/test_slurm.py)
-case "$*" in *slurm*) scheduler=() ;; esac
-python -m pytest -n auto --maxprocesses 4 --dist loadfile "${scheduler[@]}" "$@"  # by file: what a module sets up is set up once
+python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"  # by file: what a module sets up is set up once
