@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_finetune import recipe_of
+from test_finetune import start as start_classifier
 
 from cluster import ROOT, TWO, Cluster, Job, equals, missing, rank_logs
 from runs import Folder
@@ -71,6 +73,23 @@ def test_each_launcher_saves_when_warned_and_goes_on_after_the_requeue(
             ]
             used |= {(headers[0][3], headers[0][4])}
     assert len(used) == 6  # three jobs shared two nodes at once, and no GPU or port
+
+
+def test_a_fine_tuning_is_requeued_like_a_pretraining(
+    cluster: Cluster, tiny: Path, uninterrupted: Folder, tmp_path: Path
+) -> None:
+    """The recipe says that it is one; nobody names its module."""
+    recipe = recipe_of(tiny, tmp_path, uninterrupted.path, "finetune", smoothing=0.1)
+    whole, run = Folder(tmp_path / "whole"), Folder(tmp_path / "run")
+    two = ["engine.name=fsdp2", "batch.per_device=2"]
+    job = cluster.submit("pretrain.sbatch", recipe, *two, f"run.dir={run.path}", of="1-2")
+    job.until(lambda: len(run.steps()) >= 2)
+    job.warn()
+    assert start_classifier(recipe, whole.path) == 0
+    job.ends("COMPLETED")
+    assert equals(run, whole)
+    assert job.restarts == 1
+    assert run.events("evaluate")[-1]["scores"]["student"]["images"] == 40
 
 
 def test_a_preempted_job_goes_on_when_the_other_is_done(
