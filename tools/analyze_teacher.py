@@ -336,21 +336,21 @@ def linear_model(
     error = 0.0
     for now, after in pairwise(order):
         a, x = masked[now], images[now]
-        gradient = torch.outer(2 * student @ a - x - teacher @ a, a)
+        residual = 2 * student @ a - x - teacher @ a  # the gradient is its outer product with a
+        gradient = torch.outer(residual, a)
         student = student - rate * gradient
         teacher = momentum * teacher + (1 - momentum) * student
         past = momentum * (past + gradient)
         for kind, b in zip(KINDS, (a, remasked[now], masked[after]), strict=True):
             if after == now and kind == OTHER:
                 continue
-            pull = torch.outer((student - teacher) @ b, b)
-            told = -rate * past @ torch.outer(b, b)
+            pull, told = (student - teacher) @ b, -rate * past @ b  # the consistency's is that of either with b
             error = max(error, float((pull - told).norm() / told.norm()))
-            unit = rate * momentum * b.square().sum() * gradient.square().sum()
-            from_last = -rate * momentum * gradient @ torch.outer(b, b)
+            unit = rate * momentum * b.square().sum() * residual.square().sum() * a.square().sum()
+            from_last = -rate * momentum * residual * (a @ b)
+            share, share_of_last = (float(-(each @ residual) * (a @ b) / unit) for each in (pull, from_last))
             points.append({
-                "kind": kind, "similarity": cosine(a, b), "share": float(-(pull * gradient).sum() / unit),
-                "share_of_last": float(-(from_last * gradient).sum() / unit),
+                "kind": kind, "similarity": cosine(a, b), "share": share, "share_of_last": share_of_last,
             })  # fmt: skip
     return {
         "points": points, "error": error, "steps": steps, "rate": rate, "momentum": momentum,
