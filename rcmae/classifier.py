@@ -22,6 +22,7 @@ from rcmae import kernels  # first: it makes timm importable beside a CPU torch
 from rcmae.batch import Batch
 from rcmae.batchnorm import GlobalBatchNorm
 from rcmae.draws import Purpose, uniform
+from rcmae.families import published_names
 from rcmae.vit import sincos_positions
 
 from timm.models.vision_transformer import VisionTransformer  # isort: skip
@@ -29,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer  # isort: skip
 Pool = Literal["cls", "mean"]
 HEAD_STD = 2e-5  # of a fresh head's weights: fine-tuning starts from equal scores
 NEW = ("head.", "fc_norm.")  # what a classifier has and a pretrained encoder lacks
-ONLY_PRETRAINING = ("decoder", "decode_", "mask_token", "de_pos_embed", "down", "lm_head", "cls_head.")
+ONLY_PRETRAINING = ("decoder", "decode_", "mask_token", "de_pos_embed", "down", "lm_head", "cls_head.", "feature_head.")
 
 
 class _Draws:
@@ -187,7 +188,8 @@ def fit_weights(model: Classifier, weights: Mapping[str, Tensor], grid: tuple[in
 
     Args:
         model: of the same architecture and patch size; any image size and number of classes.
-        weights: an encoder, with or without a decoder or a head. A head of another number of classes is left out.
+        weights: an encoder, with or without a decoder or a head. A head of another number of classes is left out. One
+            that was trained without a class token gets the model's own, without a position.
         grid: rows and columns of patches of its position table; None for a square one.
 
     Raises:
@@ -195,7 +197,11 @@ def fit_weights(model: Classifier, weights: Mapping[str, Tensor], grid: tuple[in
             everything at once. The model is untouched.
     """
     wanted = model.state_dict()
+    weights = published_names(weights)  # a run of BootMAE's or MAE-priv's network has a bias for queries and for values
     found = {name: value for name, value in weights.items() if not name.startswith(ONLY_PRETRAINING)}
+    fresh_token = "cls_token" not in found and "pos_embed" in found
+    if fresh_token:
+        found["pos_embed"] = F.pad(found["pos_embed"], (0, 0, 1, 0))
     unused = {name for name in weights if name not in found}
     resampled, problems = None, []
     table = found.get("pos_embed")
@@ -213,7 +219,8 @@ def fit_weights(model: Classifier, weights: Mapping[str, Tensor], grid: tuple[in
     norm = {name for name in found if name.startswith("norm.") and name not in wanted}  # a mean has a norm of its own
     unused |= norm
     found = {name: value for name, value in found.items() if name not in norm}
-    lacking = [name for name in wanted if name not in found and not name.startswith(NEW)]
+    new = (*NEW, "cls_token") if fresh_token else NEW
+    lacking = [name for name in wanted if name not in found and not name.startswith(new)]
     unknown = [name for name in found if name not in wanted]
     for what, names in (("lacks", lacking), ("has unknown", unknown)):
         if names:

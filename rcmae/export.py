@@ -105,7 +105,8 @@ def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
             "patch_size": patch, "in_channels": channels, "embed_dim": width, "depth": _count(shapes, "blocks"),
             "mlp_ratio": hidden / width, "num_patches": tokens - 1,
         }  # fmt: skip
-        if any(name.startswith(("decoder_", "mask_token")) for name in shapes):
+        regressors = any(name.startswith("decode_blocks.") for name in shapes)  # BootMAE's, another kind of decoder
+        if not regressors and any(name.startswith(("decoder_", "mask_token")) for name in shapes):
             sizes["decoder_dim"] = shapes["decoder_embed.weight"][0]
             sizes["decoder_depth"] = _count(shapes, "decoder_blocks")
         return sizes

@@ -1,0 +1,97 @@
+"""Objectives compared are trained alike, judged by the same probes, and taken as they are where they are finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rcmae import train
+from rcmae.checkpoint import newest_unverified, tensor_of
+from rcmae.classifier import Classifier, fit_weights
+from rcmae.config import load
+from rcmae.encoder import load_encoder
+from rcmae.export import read_network
+from runs import Folder, start
+from tools import compare_objectives as tool
+
+
+def test_runs_are_trained_judged_and_taken_as_they_are(
+    tiny: Path, photo_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["schedule.steps=3", "schedule.warmup_steps=1", "log.tensorboard=false"]
+    shards = [f"evaluate.train_shards={photo_shards}", f"evaluate.test_shards={photo_shards}"]
+    given = [str(tiny), *steps, *shards, "--runs", str(tmp_path), "--seeds", "4", "--rounds", "1"]
+    given += ["--objectives", "supmae", "bootmae", "--json", str(tmp_path / "told.json")]
+    assert tool.main(given) == 0
+    told = json.loads((tmp_path / "told.json").read_text())
+    networks = [(row["objective"], row["network"], row["seed"]) for row in told["rows"]]
+    assert networks == [
+        ("supmae", "student", 4), ("random", "student", 4), ("bootmae", "student", 4), ("bootmae", "teacher", 4)
+    ]  # fmt: skip
+    runs = {name: Folder(tmp_path / f"{name}-s4") for name in ("supmae", "bootmae")}
+    recipe = (runs["supmae"].path / "recipe.yaml").read_text()
+    assert all(line in recipe for line in ("num_classes: 8", "class_hidden: 256", "seed: 4"))
+    assert all(0 <= row[figure] <= 100 for row in told["rows"] for figure in ("knn", "logistic"))
+    assert told["costs"]["bootmae"]["step_bytes"] > told["costs"]["supmae"]["step_bytes"], "regressors and a teacher"
+    said = capsys.readouterr().out
+    assert f"| {told['rows'][0]['knn']:.1f} |" in said
+    before = {name: run.path.stat().st_mtime_ns for name, run in runs.items()}
+    assert tool.main([*given, "--no-training"]) == 0
+    assert tool.main(given) == 0
+    again = json.loads((tmp_path / "told.json").read_text())
+    assert again["rows"] == told["rows"]
+    assert [run.steps() for run in runs.values()] == [[1, 2, 3]] * 2
+    assert {name: run.path.stat().st_mtime_ns for name, run in runs.items()} == before
+
+
+ENCODERS = {
+    "mae": ["objective.name=mae"],
+    "bootmae": ["objective.name=bootmae"],
+    "rcsupmae and features": ["objective.terms={class: 0.01, features: 1}", "model.num_classes=8"],
+    "q and v biases": ["model.qkv_bias=qv", "model.positions=row_first"],
+}
+
+
+@pytest.mark.parametrize("objective", ENCODERS)
+def test_an_encoder_is_that_of_the_run_whatever_it_learnt(objective: str, tiny: Path, tmp_path: Path) -> None:
+    assert start(tiny, tmp_path / "run", "run.stop_after_steps=2", *ENCODERS[objective]) == 75
+    recipe = load(str(tiny), ENCODERS[objective])
+    manifest = newest_unverified(tmp_path / "run" / "checkpoints")
+    assert manifest is not None
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    networks = {"student": "weight"} | ({"teacher": "teacher"} if recipe.objective.teacher_parts else {})
+    for which, kind in networks.items():
+        own = train.new_network(recipe)
+        state = own.state_dict()
+        for key in manifest.tensors:
+            if key.partition("/")[0] in (kind, "buffer"):
+                name = key.partition("/")[2]
+                state[name] = tensor_of(manifest, key).view(state[name].shape)
+        own.load_state_dict(state)
+        with torch.no_grad():
+            wanted = own.eval()(images, what="features")[:, 1:].mean(1)
+            torch.testing.assert_close(load_encoder(tmp_path / "run", network=which)(images), wanted)
+
+
+def test_what_was_trained_without_a_class_token_is_fine_tuned_with_a_fresh_one(tiny: Path, tmp_path: Path) -> None:
+    options = ["objective.name=mae", "model.cls_token=false", "model.decoder_cls=false", "model.qkv_bias=qv"]
+    assert start(tiny, tmp_path / "run", "run.stop_after_steps=2", *options) == 75
+    source = read_network(tmp_path / "run")
+    model = Classifier(
+        image_size=(32, 32), patch_size=8, in_channels=3, embed_dim=64, depth=3, num_heads=4, num_classes=8, pool="mean"
+    )
+    fit = fit_weights(model, source.weights, source.grid)
+    assert "cls_token" in fit.fresh
+    assert torch.equal(model.pos_embed[:, 1:], source.weights["pos_embed"])
+    assert not model.pos_embed[:, 0].any()
+    assert torch.equal(model.blocks[1].attn.qkv.bias[:64], source.weights["blocks.1.attn.q_bias"])
+    assert not model.blocks[1].attn.qkv.bias[64:128].any(), "keys have none"
+
+
+def test_what_cannot_be_compared_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([str(tiny), "--runs", str(tmp_path / "runs")]) == 2
+    assert "give evaluate.train_shards and evaluate.test_shards" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
