@@ -176,6 +176,8 @@ class _Tokens(nn.Module):
 def to_onnx(model: Classifier, path: Path) -> None:
     """Write the encoder as ONNX: `images` [B, C, H, W] normalised to `tokens` [B, 1 + L, D], for any B.
 
+    The metadata has "mean" and "std", of each channel, 0 to 1, that images are to be normalised by.
+
     Raises:
         ValueError: onnx and onnxscript are not installed.
     """
@@ -185,7 +187,11 @@ def to_onnx(model: Classifier, path: Path) -> None:
     images = torch.zeros(2, model.in_chans, height, width)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
-        torch.onnx.export(
-            _Tokens(model).eval(), (images,), path, input_names=["images"], output_names=["tokens"], dynamo=True,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, external_data=False, verbose=False,
+        program = torch.onnx.export(
+            _Tokens(model).eval(), (images,), input_names=["images"], output_names=["tokens"], dynamo=True,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
         )  # fmt: skip
+        assert program is not None
+        told = {key: json.dumps(model.pretrained_cfg[key]) for key in ("mean", "std")}
+        program.model.metadata_props.update(told)
+        program.save(path, external_data=False)

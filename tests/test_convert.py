@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from dataclasses import replace
@@ -120,6 +121,8 @@ def test_onnxruntime_computes_the_same_features(file: Path, tmp_path: Path) -> N
     assert tool.main([str(file), "--to", "onnx", "--out", str(tmp_path / "e.onnx"), "--num-heads", "4"]) == 0
     session = onnxruntime.InferenceSession(str(tmp_path / "e.onnx"), providers=["CPUExecutionProvider"])
     encoder = rcmae.load_encoder(file, num_heads=4)
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["std"]) == list(encoder.pretrained_cfg["std"])
     for count in (1, 5):
         images = torch.randn(count, 3, 32, 32)
         (tokens,) = session.run(None, {"images": images.numpy()})
