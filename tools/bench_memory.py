@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from rcmae import config, dist, kernels, train
 from rcmae.config import Recipe
-from rcmae.memory import footprint, states
+from rcmae.memory import footprint
 from tools import plan
 from tools.bench_step import commit, hardware, made_up_batch
 
@@ -153,9 +153,9 @@ def compare(recipe: Recipe, measured: Sequence[dict[str, int]]) -> dict[str, Any
     settings = dataclasses.replace(settings, fused_attention=fused)
     told = footprint(model, settings)
     resident = sum(told.resident.values())
-    # the teacher's first publication, which has left by the second step
-    shard = states(model, settings)["shard"] * (2 if settings.precision == "bf16" else 4)
-    on_its_way = shard if settings.placement in ("zero1", "zero2") and settings.teacher else 0
+    # the teacher's first publication, which has left by the second step: half of what its update takes
+    update = told.moments["teacher's update"]["teacher"] - told.resident["teacher"]
+    on_its_way = round(update / 2) if settings.placement in ("zero1", "zero2") and settings.teacher else 0
     ready = [each["ready"] - on_its_way for each in measured]
     above = [each["peak"] - base for each, base in zip(measured, ready, strict=True)]
     return {
