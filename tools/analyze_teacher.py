@@ -21,8 +21,8 @@ an input a, it takes back the share rate x momentum x |b|^2 x cos(a, b)^2.
 What it says of rcmae_cifar10_demo (tools/results/teacher_cifar10.json): the paper's claim is seen for single images. At
 step 3,120 a step is taken back under another mask 0.63 as much as at the same input, at another image 0.34, and more
 where features are alike (rank correlation 0.44; among other images alone 0.51 at step 100 and 0.18 at the end). It is
-not seen in the run's own teacher at whole batches: it pulls as much at other images as at those just learnt from, and
-at most steps not against the last gradient but with it.
+not seen in the run's own teacher at whole batches: it pulls as much at other images as at those just learnt from, at
+steps 100, 300 and 3,120 against the last reconstruction's gradient, at 600, 1,000 and 2,000 with it.
 
 Not done: the optimizer's scaling; steps are those of plain gradient descent, as in the paper's argument.
 Exit status: 0 written; 2 the run has nothing to analyse, or the input is wrong; 1 anything else.
