@@ -71,6 +71,7 @@ class Classifier(VisionTransformer):
         drop_path: rate at the last block; it grows linearly from 0 at the first.
         mlp_ratio: width of the hidden layer of an MLP over that of its block.
         norm_layer: makes a layer norm of a given width; see `kernels.layer_norm`.
+        class_token: whether there is one. Without, pool "cls" takes the mean of the patches after the encoder's norm.
     """
 
     def __init__(
@@ -87,11 +88,13 @@ class Classifier(VisionTransformer):
         drop_path: float = 0.0,
         mlp_ratio: float = 4.0,
         norm_layer: Callable[..., nn.Module] | None = None,
+        class_token: bool = True,
     ) -> None:
         super().__init__(
             img_size=image_size, patch_size=patch_size, in_chans=in_channels, num_classes=num_classes,
-            global_pool="avg" if pool == "mean" else "token", embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-            mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer or kernels.layer_norm(), weight_init="skip",
+            global_pool="token" if pool == "cls" and class_token else "avg", fc_norm=pool == "mean",
+            embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=True,
+            class_token=class_token, norm_layer=norm_layer or kernels.layer_norm(), weight_init="skip",
         )  # fmt: skip
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.drop_path_rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
@@ -106,7 +109,7 @@ class Classifier(VisionTransformer):
         """Draw all weights: the encoder's as `MaskedAutoencoder.init_weights`, positions sin-cos, the head near 0."""
         for name, param in self.named_parameters():
             if name == "pos_embed":
-                param.copy_(sincos_positions(param.shape[2], self.grid, cls_token=True)[None])
+                param.copy_(sincos_positions(param.shape[2], self.grid, cls_token=self.has_class_token)[None])
             elif name == "cls_token":
                 param.normal_(std=0.02, generator=generator)
             elif name == "head.weight":
@@ -126,7 +129,7 @@ class Classifier(VisionTransformer):
             what: "scores", or "features" for the tokens [B, 1 + L, D], cls first, after the norm if pool is "cls".
         """
         self._draws.keep = keep
-        tokens = self.forward_features(images.to(self.cls_token.dtype))
+        tokens = self.forward_features(images.to(self.pos_embed.dtype))
         return tokens if what == "features" else self.forward_head(tokens)
 
 
@@ -151,13 +154,14 @@ def drop_path_draws(seed: int, positions: Sequence[int], rates: Sequence[float])
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A position table [1, 1 + rows * columns, D] for another grid: the class token's row stays, the others are
-    interpolated bicubically between patch centres (MAE, appendix A.1)."""
+    """A position table [1, 1 + rows * columns, D] for another grid: the class token's row (if there is one) stays, the
+    others are interpolated bicubically between patch centres (MAE, appendix A.1)."""
     if old == new:
         return table
-    patches = table[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    first = table.shape[1] - old[0] * old[1]
+    patches = table[:, first:].unflatten(1, old).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     patches = F.interpolate(patches, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return torch.cat([table[:, :first], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -199,17 +203,19 @@ def fit_weights(model: Classifier, weights: Mapping[str, Tensor], grid: tuple[in
     wanted = model.state_dict()
     weights = published_names(weights)  # a run of BootMAE's or MAE-priv's network has a bias for queries and for values
     found = {name: value for name, value in weights.items() if not name.startswith(ONLY_PRETRAINING)}
-    fresh_token = "cls_token" not in found and "pos_embed" in found
+    first = model.num_prefix_tokens
+    fresh_token = bool(first) and "cls_token" not in found and "pos_embed" in found
     if fresh_token:
         found["pos_embed"] = F.pad(found["pos_embed"], (0, 0, 1, 0))
     unused = {name for name in weights if name not in found}
     resampled, problems = None, []
     table = found.get("pos_embed")
     if table is not None and table.shape[2:] == wanted["pos_embed"].shape[2:]:
-        side = math.isqrt(table.shape[1] - 1)
+        patches = table.shape[1] - first
+        side = math.isqrt(patches)
         old = grid or (side, side)
-        if old[0] * old[1] != table.shape[1] - 1:
-            problems.append(f"pos_embed has {table.shape[1] - 1} patches, which are no {old[0]}x{old[1]} grid")
+        if old[0] * old[1] != patches:
+            problems.append(f"pos_embed has {patches} patches, which are no {old[0]}x{old[1]} grid")
         elif old != model.grid:
             found["pos_embed"], resampled = resample_positions(table, old, model.grid), (old, model.grid)
     head = [name for name in found if name.startswith("head.")]

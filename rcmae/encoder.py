@@ -1,7 +1,7 @@
 """Trained encoders for other code: a timm model from a run, a checkpoint or a file of any family, in one call.
 
     model = rcmae.load_encoder("runs/rcmae_vit_b_16")             # or a .pth, .safetensors, a checkpoint's folder
-    tokens = model.forward_features(images)                       # [B, 1 + L, D], normalised, class token first
+    tokens = model.forward_features(images)                       # [B, 1 + L, D], normalised, class token first if any
     vector = model(images)                                        # [B, D], the mean of the patches
     maps = model.get_intermediate_layers(images, n=4, reshape=True)
 
@@ -54,6 +54,8 @@ def load_encoder(
         raise ValueError(f"pool={pool!r} is unknown; use mean or cls")
     found = read_network(Path(source), network)
     model, _ = model_of(found, image_size=image_size, num_heads=num_heads, head=False)
+    if pool == "cls" and not model.has_class_token:
+        raise ValueError(f"{source} has no class token to pool; use pool='mean'")
     if pool == "mean":
         model.global_pool = "avg"
     return model
@@ -121,7 +123,12 @@ def model_of(
 ) -> tuple[Classifier, Fit]:
     """A model of the weights' own sizes with them in it, and what matched. Raises ValueError."""
     weights = source.weights
-    sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    tokenless = "cls_token" not in shapes and len(shapes.get("pos_embed", ())) == 3
+    if tokenless:  # as MAE-priv's: the sizes are those of the same network with one
+        _, patches, width = shapes["pos_embed"]
+        shapes |= {"cls_token": (1, 1, width), "pos_embed": (1, 1 + patches, width)}
+    sizes = sizes_of(shapes)
     side = round(sizes["num_patches"] ** 0.5)
     rows, columns = source.grid or (side, side)
     patch, width = sizes["patch_size"], sizes["embed_dim"]
@@ -137,7 +144,7 @@ def model_of(
     model = Classifier(
         image_size=size, patch_size=patch, in_channels=sizes["in_channels"], embed_dim=width, depth=sizes["depth"],
         num_heads=heads, num_classes=len(weights["head.weight"]) if head else 0,
-        pool="mean" if own_norm else "cls", mlp_ratio=sizes["mlp_ratio"],
+        pool="mean" if own_norm else "cls", mlp_ratio=sizes["mlp_ratio"], class_token=not tokenless,
     )  # fmt: skip
     try:
         fit = fit_weights(model, weights, (rows, columns))

@@ -52,6 +52,7 @@ ENCODERS = {
     "bootmae": ["objective.name=bootmae"],
     "rcsupmae and features": ["objective.terms={class: 0.01, features: 1}", "model.num_classes=8"],
     "q and v biases": ["model.qkv_bias=qv", "model.positions=row_first"],
+    "no class token": ["model.cls_token=false", "model.decoder_cls=false", "model.qkv_bias=qv"],
 }
 
 
@@ -74,6 +75,11 @@ def test_an_encoder_is_that_of_the_run_whatever_it_learnt(objective: str, tiny: 
         with torch.no_grad():
             wanted = own.eval()(images, what="features")[:, 1:].mean(1)
             torch.testing.assert_close(load_encoder(tmp_path / "run", network=which)(images), wanted)
+            larger = load_encoder(tmp_path / "run", network=which, image_size=48)  # its positions are interpolated
+            assert larger.forward_features(torch.zeros(1, 3, 48, 48)).shape[1] == 36 + recipe.model.cls_token
+    if not recipe.model.cls_token:
+        with pytest.raises(ValueError, match="no class token to pool"):
+            load_encoder(tmp_path / "run", pool="cls")
 
 
 def test_what_was_trained_without_a_class_token_is_fine_tuned_with_a_fresh_one(tiny: Path, tmp_path: Path) -> None:

@@ -211,6 +211,8 @@ def attention(options: argparse.Namespace) -> dict[str, np.ndarray]:
     """What the class token reads: each head of the last block, and rollouts; per class where there is a head."""
     load = load_classifier if options.classes else load_encoder
     model: Any = load(options.source)
+    if not model.has_class_token:
+        raise ValueError(f"{options.source} has no class token, whose attention is drawn")
     size = tuple(side * model.patch_embed.patch_size[0] for side in model.grid)
     statistics = (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     shown = load_images(options.images, (size[0], size[1]), statistics, options.count)
@@ -275,7 +277,8 @@ def features(options: argparse.Namespace) -> dict[str, np.ndarray]:
     with torch.no_grad():
         tokens = torch.cat([model.forward_features(part) for part in shown.pixels.split(64)])
     first = min(len(shown.names), 12)
-    colours = (255 * principal_colours(tokens[:first, 1:])).round().byte().view(first, *model.grid, 3).numpy()
+    patches = tokens[:, model.num_prefix_tokens :]
+    colours = (255 * principal_colours(patches[:first])).round().byte().view(first, *model.grid, 3).numpy()
     enlarged = [
         np.asarray(Image.fromarray(each).resize((size[1], size[0]), Image.Resampling.NEAREST)) for each in colours
     ]
@@ -283,7 +286,7 @@ def features(options: argparse.Namespace) -> dict[str, np.ndarray]:
     note = "the first three principal components over all these images as red, green, blue"
     found = {"features": sheet(columns, f"{options.source}: {note}")}
     if len(shown.names) >= 30 and min(shown.labels) >= 0:
-        vectors = tokens[:, 1:].mean(1).numpy()
+        vectors = patches.mean(1).numpy()
         for how in options.plane:
             found[how] = scatter(PLANES[how](vectors, options.seed), shown.labels)
     return found
@@ -329,7 +332,7 @@ def filters(options: argparse.Namespace) -> dict[str, np.ndarray]:
         picture[top : top + patch, left : left + patch] = tile
     factor = max(1, 640 // len(picture))
     picture = np.repeat(np.repeat(picture, factor, 0), factor, 1)
-    table = torch.nn.functional.normalize(model.pos_embed.detach()[0, 1:], dim=1)
+    table = torch.nn.functional.normalize(model.pos_embed.detach()[0, model.num_prefix_tokens :], dim=1)
     rows, columns = model.grid
     places = [(r, c) for r in np.linspace(0, rows - 1, min(rows, 5)).astype(int)
               for c in np.linspace(0, columns - 1, min(columns, 5)).astype(int)]  # fmt: skip
