@@ -54,7 +54,7 @@ def test_of_a_cut_off_start_and_its_successor_one_writes(
         cluster.lab("heal", int(first[-1]))
     job.ends("COMPLETED")
     assert equals(run, long_one)
-    assert len(list((run.path / "leases").glob("*.json"))) == 2
+    assert len(list((run.path / "leases").glob("*.json"))) == 1 + job.restarts
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -63,7 +63,7 @@ def test_a_cut_link_between_two_nodes_of_a_job(
 ) -> None:
     run = Folder(tmp_path / "run")
     job = cluster.submit("pretrain.sbatch", tiny, *TWO, *LONG, f"run.dir={run.path}", of="3-5")
-    job.until(lambda: len(run.steps()) >= 3)
+    job.until(lambda: bool(run.committed()))  # there is something to go on from
     header = re.search(r"rank \d on node(\d)", rank_logs(run, job)[rank])
     assert header
     cluster.lab("cut", int(header[1]))
