@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from rcmae import kernels  # noqa: F401, it makes torchvision importable beside 
 
 Decode = Callable[[list[Tensor]], list[Tensor]]  # encoded bytes [N] uint8 -> pixels [C, H, W] uint8 on the device
 Item = TypeVar("Item")
+_log = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
@@ -77,7 +79,7 @@ class DeviceDecoder:
     """Makes a batch's images from encoded ones."""
 
     def __init__(self, decode: Decode, device: torch.device) -> None:
-        self._decode, self.device = decode, device
+        self._decode, self.device, self._refused = decode, device, False
 
     def images(self, images: Tensor, crops: Tensor, encoded: Encoded) -> tuple[Tensor, list[int]]:
         """The images on the device, and the rows that could not be decoded there.
@@ -112,7 +114,10 @@ class DeviceDecoder:
     def _alone(self, file: Tensor) -> Tensor | None:
         try:
             return self._decode([file])[0]
-        except RuntimeError:
+        except RuntimeError as error:
+            if not self._refused:  # once: of a broken device every image would say it
+                _log.warning("the GPU refuses a JPEG, which the CPU then decodes, as any more: %s", error)
+            self._refused = True
             return None
 
 

@@ -101,7 +101,9 @@ def test_the_device_gives_the_workers_stream(index: ShardIndex, workers: int, re
     assert_same(read(index, libjpeg, repeats=repeats, first_step=3, steps=3)[0], batches[-6:], levels=0)
 
 
-def test_what_the_device_refuses_is_read_as_the_workers_read_it(damaged: ShardIndex) -> None:
+def test_what_the_device_refuses_is_read_as_the_workers_read_it(
+    damaged: ShardIndex, caplog: pytest.LogCaptureFixture
+) -> None:
     expected, ledger = read(damaged, None, steps=10)
     alone = []
 
@@ -116,6 +118,7 @@ def test_what_the_device_refuses_is_read_as_the_workers_read_it(damaged: ShardIn
     assert {sample.key for sample in ledger} >= {"11"}
     assert bad == ledger
     assert_same(batches, expected, levels=0.6)
+    assert [record.getMessage().partition(":")[2] for record in caplog.records] == [" not those of odd length"]
     assert alone  # those beside a refused one were decoded all the same
     nothing, bad = read(damaged, lambda files: libjpeg([files[0][:0]]), steps=10)  # refuses all
     assert bad == ledger
