@@ -229,8 +229,9 @@ class _Engine:
     resident: dict[str, float]
     gathered: float = 0.0  # the student's whole parameters, from its forward to the end of its backward pass
     teacher_gathered: float = 0.0  # the teacher's, in its forward pass
-    part_gathered: float = 0.0  # for each parameter of the part that computes
-    part_leaving: float = 0.0  # for each parameter of the part that a backward pass is in: gradients on their way
+    part_gathered: float = 0.0  # for each parameter of the part that computes, and of the next, whose shards arrive
+    part_grads: float = 0.0  # for each parameter of the part that a backward pass is in
+    part_leaving: float = 0.0  # for each parameter of the part that it has just been in: gradients on their way
     grown: float = 0.0  # gradients that a backward pass builds up
     carried: float = 0.0  # gradients that lie there from the first micro-batch on, where there are several
     regrown: float = 0.0  # and that the later ones add to them
@@ -306,11 +307,11 @@ def _engine(model: Network, settings: Settings) -> _Engine:
             reducing=flush, updating=(2 + 4 if bf16 else 4) * whole, publishing=publishing,
         )  # fmt: skip
     if settings.placement == "fsdp2":
-        # a block's shards arrive in one buffer and are copied out while the next one's arrive; its gradients leave as
-        # the fp32 input of a reduce-scatter. Without it, in all micro-batches but the last, they stay whole.
-        leaving = 4 if settings.accumulation > 1 else width + 4
+        # a block's shards arrive in one buffer, from which they are copied out; its gradients leave as the fp32 input
+        # of a reduce-scatter, which lies there until the next one's. In all micro-batches but the last, without a
+        # reduce-scatter, they stay whole.
         return _Engine(
-            parts(4 * shard, 0.0, 8 * shard), part_gathered=3 * width, part_leaving=leaving, grown=4 * shard,
+            parts(4 * shard, 0.0, 8 * shard), part_gathered=width, part_grads=width, part_leaving=4, grown=4 * shard,
             carried=4 * whole, updating=4 * shard, publishing=publishing,
         )  # fmt: skip
     moments = 8 * shard * on_device
@@ -387,16 +388,16 @@ def footprint(model: Network, settings: Settings) -> Footprint:
             activations=batch + images * passing,
         )  # fmt: skip
     sizes = [part.params for part in parts]
-    busy = [max(pair) for pair in zip(sizes, [*sizes[1:], 0], strict=True)]  # the next part's parameters come early
     saved, done = 0.0, 0
-    for part, params in zip(parts, busy, strict=True):
+    for part, behind in zip(parts, [0, *sizes[:-1]], strict=True):
         saved += part.saved
-        moment(
-            f"forward, {part.name}", gradients=carried, communication=engine.gathered + engine.part_gathered * params,
+        moment(  # its parameters are copied out of a buffer while the last part's buffer still lies there
+            f"forward, {part.name}", gradients=carried,
+            communication=engine.gathered + engine.part_gathered * (2 * part.params + behind),
             activations=batch + taught + images * (saved + part.passing * (part.name == "loss")),
         )  # fmt: skip
     grown = engine.regrown if settings.accumulation > 1 else engine.grown
-    for part, params in reversed(list(zip(parts, busy, strict=True))):
+    for part, ahead, behind in reversed(list(zip(parts, [0, *sizes[:-1]], [*sizes[1:], 0], strict=True))):
         before, done = done, done + part.params
         buckets = engine.buckets if done else 0.0  # they come with the first gradient
         reduced, flushed = done, 0  # elements
@@ -404,13 +405,22 @@ def footprint(model: Network, settings: Settings) -> Footprint:
             full = done // engine.bucket
             flushed = engine.bucket if full > before // engine.bucket else 0
             reduced = full * engine.bucket - flushed
+        within = before if engine.part_grads else reduced
         moment(
-            f"backward, {part.name}", gradients=carried + grown * reduced / sum(sizes),
-            communication=engine.gathered + buckets + engine.flushed * flushed + engine.part_gathered * params
-            + engine.part_leaving * part.params,
+            f"backward, {part.name}", gradients=carried + grown * within / sum(sizes),
+            communication=engine.gathered + buckets + engine.flushed * flushed
+            + engine.part_gathered * (part.params + ahead) + engine.part_grads * part.params
+            + engine.part_leaving * behind,
             activations=batch + images * (saved + part.passing),
         )  # fmt: skip
         saved -= part.saved
+        if engine.part_leaving:
+            whole = engine.part_grads if settings.accumulation == 1 else 0.0  # else `carried` has them
+            moment(
+                f"reduction, {part.name}", gradients=carried + grown * before / sum(sizes),
+                communication=engine.part_gathered * ahead + (whole + engine.part_leaving) * part.params,
+                activations=batch + images * saved,
+            )  # fmt: skip
     if engine.bucket:
         last = sum(sizes) % engine.bucket
         moment(
