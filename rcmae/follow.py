@@ -30,7 +30,7 @@ from rcmae.config import Recipe
 from rcmae.engine import DTYPES, cast_params
 from rcmae.evaluate import Rows, evaluating, features_of_both, knn_rows, knn_table, logistic_rows, pooled
 from rcmae.export import KIND
-from rcmae.lease import Lease, LeaseHeld, LeaseLost, fence
+from rcmae.lease import Lease, LeaseHeld, LeaseLost, exit_status, fence
 from rcmae.metrics import MetricsLog
 from rcmae.shards import ShardIndex
 from rcmae.sources import Cache, is_remote
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_error(error)
         status = preempt.REFUSED if isinstance(error, ValueError) else preempt.FAILED
     dist.finish()
-    return status
+    return exit_status(options.run / FOLDER, status)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,21 @@ def newest_generation(run_dir: Path) -> int:
     return max((holder.generation for holder in _holders(run_dir / "leases")), default=0)
 
 
+def exit_status(run_dir: Path, status: int) -> int:
+    """The status that a rank ends with: 0 where a later start of its own job has taken the run over.
+
+    Whatever still runs of the earlier start on a node that was cut off, and comes back, must not be seen to fail: its
+    srun would end the job's step of that number, and that is the later start's by now.
+    """
+    with contextlib.suppress(LeaseHeld):
+        job, restart = _this_start()
+        last = max(_holders(run_dir / "leases"), key=lambda holder: holder.generation, default=None)
+        if last is not None and last.job == job != "" and last.restart > restart:
+            print(f"rcmae: start {last.restart} of this job took the run over; start {restart} ends with 0", flush=True)
+            return 0
+    return status
+
+
 class Lease:
     """The right to write a run's folder. One process of a job holds it: rank 0.
 
@@ -150,7 +165,7 @@ class Lease:
 
     def _acquire(self, wait_s: float, newest_step: Callable[[], int], say: Callable[[str], None]) -> Holder:
         host, boot, pid, token = socket.gethostname(), _boot(), os.getpid(), secrets.token_hex(8)
-        job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        job, restart = _this_start()
         give_up, told = time.monotonic() + wait_s, False
         while True:
             holders = _holders(self._folder)
@@ -205,6 +220,11 @@ class Lease:
                 return
             except OSError:
                 continue  # check() of the loop sees how long it lasts
+
+
+def _this_start() -> tuple[str, int]:
+    """The scheduler's job, empty without one, and how often it had started that before."""
+    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _who(holder: Holder) -> str:

@@ -22,9 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from rcmae.lease import exit_status
+from rcmae.preempt import FAILED
+
 NAMED = 8  # ranks that a message names at most
 WAY_OUT = "Start the same command again: it goes on from the last committed checkpoint"
-FAILED = 1  # exit status of a process whose peers are gone
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Presence:
         interval_s: float | None = None,
     ) -> None:  # fmt: skip
         self.generation = generation
-        self._folder = run_dir / "ranks" / f"{generation:08d}"
+        self._run_dir, self._folder = run_dir, run_dir / "ranks" / f"{generation:08d}"
         self._rank, self._world, self._timeout_s = rank, world, timeout_s
         self.interval_s = interval_s or min(max(1.0, world / 32), timeout_s / 10)
         self._host, self._beats, self._ended = socket.gethostname(), 0, ""
@@ -137,7 +139,8 @@ class Presence:
                 told = f"rcmae: rank {self._rank} {waited}; {self._told(silent, ended)}. {WAY_OUT}"
                 print(told, file=sys.stderr, flush=True)
                 self._beat()
-                os._exit(FAILED)  # the main thread is in a collective that nobody will end
+                # the main thread is in a collective that nobody will end
+                os._exit(exit_status(self._run_dir, FAILED))
 
     def _beat(self) -> bool:
         """Write where this rank is; whether that could be done."""

@@ -49,7 +49,7 @@ from rcmae.evaluate import (
 )
 from rcmae.export import read_network, whole_network
 from rcmae.guard import Guard, NumbersGoneBad, bundle
-from rcmae.lease import Lease, LeaseHeld, LeaseLost, newest_generation
+from rcmae.lease import Lease, LeaseHeld, LeaseLost, exit_status, newest_generation
 from rcmae.masking import BlockMask, Mask, RandomMask, SharedMask, visible_count
 from rcmae.metrics import Meter, MetricsLog, closing_summary, events_of
 from rcmae.objectives import OBJECTIVES, TERMS, Objective, Sum
@@ -1295,10 +1295,11 @@ def note_failure(run: Run, error: Exception) -> None:
     loss = run.presence.explain(error)
     error.add_note(loss.message)
     reason = loss.message if loss.of_a_peer else f"rank {dist.rank()}: {error!r}"
-    run.log.event("stop", step=run.step, status=preempt.FAILED, reason=reason)
     folder = run.recipe.run_dir
-    if loss.speaks and newest_generation(folder) == run.presence.generation:
-        preempt.write_outcome(folder, status=preempt.FAILED, step=run.step, reason=reason, again=loss.of_a_peer)
+    if newest_generation(folder) == run.presence.generation:  # else it is another's to write by now
+        run.log.event("stop", step=run.step, status=preempt.FAILED, reason=reason)
+        if loss.speaks:
+            preempt.write_outcome(folder, status=preempt.FAILED, step=run.step, reason=reason, again=loss.of_a_peer)
     if run.lease is not None:
         run.lease.release()
 
@@ -1331,9 +1332,9 @@ def main(argv: Sequence[str] | None = None, task: Task | None = None) -> int:
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(preempt.FAILED)
+        os._exit(exit_status(recipe.run_dir, preempt.FAILED))
     dist.finish()
-    return status
+    return exit_status(recipe.run_dir, status)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 
 from rcmae import checkpoint
 from rcmae import lease as lease_module
-from rcmae.lease import Fence, Lease, LeaseHeld, LeaseLost, fence
+from rcmae.lease import Fence, Lease, LeaseHeld, LeaseLost, exit_status, fence
 from runs import Folder, equal, start, wait_for
 from tests.conftest import ROOT
 
@@ -80,11 +80,16 @@ def test_a_job_that_was_started_again_takes_the_run_from_its_earlier_start(
     with pytest.raises(LeaseHeld):
         take(tmp_path, timeout_s=0.9, wait_s=0.0)  # a second training of the same start
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert exit_status(tmp_path, 1) == 1  # nobody has taken it over yet
     later = take(tmp_path, timeout_s=0.9, wait_s=0.0, step=40)
+    assert exit_status(tmp_path, 1) == 1
     assert (later.generation, later.holder.restart, later.holder.from_step) == (2, 1, 40)
     with pytest.raises(LeaseLost, match=r"job 17, .* took this run over from step 40"):
         earlier.check()
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert (exit_status(tmp_path, 1), exit_status(tmp_path, 75)) == (0, 0)  # its srun would end the later start's step
     monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert exit_status(tmp_path, 1) == 1
     with pytest.raises(LeaseHeld, match="job 17"):
         take(tmp_path, timeout_s=0.9, wait_s=0.0)  # another job waits like anybody
     later.release()

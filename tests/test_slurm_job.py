@@ -191,6 +191,21 @@ def test_starts_without_progress_wait_longer_each_time_and_then_end(
     assert answers(capsys) == {"status": "75", "again": "yes", "delay_s": "60", "step": "10"}
 
 
+def test_a_start_that_another_of_its_job_has_replaced_asks_for_nothing(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert begin(run_dir) == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert begin(run_dir) == 0
+    commit(run_dir, 8)
+    monkeypatch.delenv("SLURM_RESTART_COUNT")  # the first start's shell is back from where nobody could reach it
+    capsys.readouterr()
+    assert end(run_dir, preempt.STOPPED) == 0
+    heard = capsys.readouterr()
+    assert heard.out.split()[:2] == ["status=75", "again=no"]
+    assert "start 1 of this job goes on with the run: start 0 asks for nothing" in heard.err
+
+
 def test_torn_lines_and_files_are_no_history(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert begin(run_dir) == 0
     with (run_dir / "jobs.jsonl").open("a") as file:

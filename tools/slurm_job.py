@@ -144,6 +144,11 @@ def idle_starts(folder: Path, job: str, step: int) -> int:
     return count
 
 
+def this_restart() -> int:
+    """How often the scheduler had started this job before this start."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
 def note_start(folder: Path, limit: int, **about: Any) -> bool:
     """Note in a folder's jobs.jsonl that this job starts, if it is one; False: too many starts came to nothing."""
     job, step = os.environ.get("SLURM_JOB_ID", ""), about["step"]
@@ -154,7 +159,7 @@ def note_start(folder: Path, limit: int, **about: Any) -> bool:
         tell(f"{idle} starts of this job in a row did not get beyond step {step}: not started again")
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    start = Started(job=job, restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0), time=time.time(), **about)
+    start = Started(job=job, restart=this_restart(), time=time.time(), **about)
     with (folder / "jobs.jsonl").open("a") as file:
         file.write(json.dumps(start._asdict()) + "\n")
     return True
@@ -163,6 +168,10 @@ def note_start(folder: Path, limit: int, **about: Any) -> bool:
 def start_again(folder: Path, step: int, status: int, options: argparse.Namespace, *, lost: bool = False) -> str:
     """The answer to how a start ended: the status that counts, whether to start again, and after how many seconds."""
     again, delay = status == STOPPED or lost, 0
+    last = max((start.restart for start in starts(folder, options.job)), default=0)
+    if last > this_restart():  # this shell was cut off, and is back: a requeue would be the other's
+        tell(f"start {last} of this job goes on with the run: start {this_restart()} asks for nothing")
+        again = False
     if again:
         idle = idle_starts(folder, options.job, step)
         if idle >= options.idle_starts:
