@@ -36,7 +36,7 @@ def recording(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
-    """[depth, B, heads, 1 + L, 1 + L] of normalised images [B, C, H, W]; row i tells what token i reads."""
+    """[depth, B, heads, N, N] of normalised images [B, C, H, W]; row i tells what token i reads. N: all tokens."""
     with recording(model) as maps, torch.no_grad():
         model(images)
     return torch.stack(maps)
@@ -57,13 +57,16 @@ def class_attention(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor
     return torch.stack([(each * grad).clamp(min=0) for each, grad in zip(maps, grads, strict=True)]).detach()
 
 
-def rollout(maps: Tensor, *, fusion: Fusion = "mean", discard: float = 0.0, published: bool = False) -> Tensor:
-    """How much of each patch reaches the class token: [L], the largest 1.
+def rollout(
+    maps: Tensor, *, fusion: Fusion = "mean", discard: float = 0.0, class_token: bool = True, published: bool = False
+) -> Tensor:
+    """How much of each patch reaches the class token, or the mean of the patches where there is none: [L], the most 1.
 
     Args:
-        maps: [depth, heads, N, N] of one image, class token first.
+        maps: [depth, heads, N, N] of one image, the class token first.
         fusion: of the heads.
         discard: this share of the smallest entries of each fused map is left out (the class token's own stays).
+        class_token: whether there is one.
         published: divide each *column* by the sum of the row of the same number, as MAE-priv's released code does,
             which its pictures contain; otherwise each row by its own sum. The two differ only with `discard`.
 
@@ -81,9 +84,9 @@ def rollout(maps: Tensor, *, fusion: Fusion = "mean", discard: float = 0.0, publ
         fused = layer.mean(0) if fusion == "mean" else layer.amax(0) if fusion == "max" else layer.amin(0)
         flat = fused.flatten()
         weakest = flat.topk(int(flat.numel() * discard), largest=False).indices
-        flat = flat.index_fill(0, weakest[weakest != 0], 0.0)
+        flat = flat.index_fill(0, weakest[weakest != 0] if class_token else weakest, 0.0)
         mixed = (flat.view(tokens, tokens) + identity) / 2
         sums = mixed.sum(dim=1)
         result = (mixed / (sums if published else sums[:, None])) @ result
-    reached = result[0, 1:]
+    reached = result[0, 1:] if class_token else result.mean(0)
     return reached / reached.max()

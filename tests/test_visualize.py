@@ -19,7 +19,7 @@ from rcmae.export import Source
 from rcmae.masking import random_ids
 from rcmae.objectives.mae import pixel_targets
 from rcmae.vit import MaskedAutoencoder
-from runs import Folder
+from runs import Folder, start
 from tools import visualize as tool
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -107,6 +107,18 @@ def test_every_kind_of_a_run_is_drawn_and_put_on_one_page(
     page = (tmp_path / "run" / "pictures.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "http" not in page
+
+
+def test_attention_without_a_class_token_is_that_of_the_patches(
+    tiny: Path, photo_shards: str, tmp_path: Path
+) -> None:
+    run, shard = tmp_path / "run", photo_shards.replace("{000000..000005}", "000000")
+    tokenless = ["objective.name=mae", "model.cls_token=false", "model.decoder_cls=false"]
+    assert start(tiny, run, "run.stop_after_steps=1", *tokenless) == 75
+    for kind in ("attention", "features", "filters"):
+        where = [] if kind == "filters" else ["--images", shard, "--count", "8"]
+        assert tool.main([kind, str(run), "--out", str(tmp_path), *where]) == 0
+    assert (tmp_path / "attention.png").is_file()
 
 
 def test_files_and_folders_are_images_too(tmp_path: Path) -> None:

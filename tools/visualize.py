@@ -208,11 +208,11 @@ def heat(values: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def attention(options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """What the class token reads: each head of the last block, and rollouts; per class where there is a head."""
+    """What the class token reads, or the patches in the mean where there is none: each head of the last block, and
+    rollouts; per class where there is a head."""
     load = load_classifier if options.classes else load_encoder
     model: Any = load(options.source)
-    if not model.has_class_token:
-        raise ValueError(f"{options.source} has no class token, whose attention is drawn")
+    token = model.has_class_token
     size = tuple(side * model.patch_embed.patch_size[0] for side in model.grid)
     statistics = (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     shown = load_images(options.images, (size[0], size[1]), statistics, options.count)
@@ -222,18 +222,21 @@ def attention(options: argparse.Namespace) -> dict[str, np.ndarray]:
     def drawn(rows: list[Tensor]) -> np.ndarray:
         return np.stack([heat(row.view(model.grid), (size[0], size[1])) for row in rows])
 
+    last = maps[-1, :, :, 0, 1:] if token else maps[-1].mean(dim=2)  # [B, heads, L]
     for head in range(maps.shape[2]):
-        columns.append((f"head {head}", drawn([maps[-1, image, head, 0, 1:] for image in range(len(shown.names))])))
+        columns.append((f"head {head}", drawn(list(last[:, head]))))
     for fusion in ("mean", "max", "min"):
         rolled = [
-            rollout(maps[:, image], fusion=fusion, discard=options.discard)
+            rollout(maps[:, image], fusion=fusion, discard=options.discard, class_token=token)
             for image in range(len(shown.names))
         ]
         columns.append((f"rollout, {fusion}", drawn(rolled)))
     for label in options.classes or []:
         weighted = class_attention(model, shown.pixels, torch.full((len(shown.names),), label))
-        columns.append((f"class {label}", drawn([rollout(weighted[:, image]) for image in range(len(shown.names))])))
-    note = f"what the class token reads; rollout with {options.discard:.0%} of the weakest entries left out"
+        rolled = [rollout(weighted[:, image], class_token=token) for image in range(len(shown.names))]
+        columns.append((f"class {label}", drawn(rolled)))
+    reader = "the class token reads" if token else "the patches read, in the mean"
+    note = f"what {reader}; rollout with {options.discard:.0%} of the weakest entries left out"
     return {"attention": sheet(columns, f"{options.source}: {note}. Images: {', '.join(shown.names)}")}
 
 
