@@ -32,8 +32,8 @@ from rcmae.evaluate import Rows, evaluating, features_of_both, knn_rows, knn_tab
 from rcmae.export import KIND
 from rcmae.lease import Lease, LeaseHeld, LeaseLost, exit_status, fence
 from rcmae.metrics import MetricsLog
-from rcmae.shards import ShardIndex
-from rcmae.sources import Cache, is_remote
+from rcmae.shards import ShardIndex, node_cache
+from rcmae.sources import Cache
 from rcmae.stream import labelled_batches
 from rcmae.train import Network, new_student, open_index, patience, say_error
 from rcmae.transforms import Normalise
@@ -122,9 +122,7 @@ def open_sets(recipe: Recipe) -> Sets:
     if missing := [f"evaluate.{key}" for key, shards in given.items() if not shards]:
         raise ValueError(f"k-NN needs labelled shards: the run's recipe has no {' and '.join(missing)}; give them here")
     train, test = (open_index(recipe, shards) for shards in given.values())
-    cache = None
-    if any(is_remote(shard.path) for index in (train, test) for shard in index.shards):
-        cache = Cache.of(recipe.data.cache_dir, recipe.data.cache_gb, patience(recipe))
+    cache = node_cache((train, test), recipe.data.cache_dir, recipe.data.cache_gb, patience(recipe))
     return Sets(train, test, cache)
 
 

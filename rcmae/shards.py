@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from rcmae import sources
 from rcmae.draws import Purpose, permutation, uniform
-from rcmae.sources import USUAL, Patience
+from rcmae.sources import USUAL, Cache, Patience
 
 INDEX = "index.json"
 FORMAT, VERSION = "rcmae shard index", 1
@@ -453,6 +453,15 @@ def cache_problem(index: ShardIndex, *, streams: int, window: int, nodes: int, w
         f"reads at once ({math.ceil(streams / nodes)} streams x (a window of {window} samples + a shard)); "
         f"use {' or '.join(ways)}, or smaller shards"
     )
+
+
+def node_cache(
+    indexes: Iterable[ShardIndex], folder: str | None = None, gigabytes: float = 100.0, patience: Patience = USUAL
+) -> Cache | None:
+    """This node's cache for their shards, where any lies elsewhere. Arguments and errors as `Cache.of` has them."""
+    if not any(sources.is_remote(shard.path) for index in indexes for shard in index.shards):
+        return None
+    return Cache.of(folder, gigabytes, patience)
 
 
 def _ours(folder: str | Path) -> bool:

@@ -56,8 +56,8 @@ from rcmae.objectives import OBJECTIVES, TERMS, Objective, Sum
 from rcmae.objectives.mae import PixelNorm
 from rcmae.presence import Presence
 from rcmae.schedules import teacher_momentum, warmup_half_cosine
-from rcmae.shards import Patterns, Plan, ShardIndex, cache_problem
-from rcmae.sources import Cache, Patience, is_remote
+from rcmae.shards import Patterns, Plan, ShardIndex, cache_problem, node_cache
+from rcmae.sources import Cache, Patience
 from rcmae.stream import BadSample, Stream, TooManyBadSamples, labelled_batches, refuse_unlabelled
 from rcmae.transforms import Normalise, TrainTransform, Transform
 from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, size_problems
@@ -675,9 +675,9 @@ def check(recipe: Recipe, task: Task) -> Checked:
         with problems:
             labelled.append(open_index(recipe, shards))
             refuse_unlabelled(labelled[-1])
-    if any(is_remote(shard.path) for each in (index, *labelled) if each is not None for shard in each.shards):
-        with problems:
-            cache = Cache.of(data.cache_dir, data.cache_gb, patience(recipe))
+    with problems:
+        indexes = [each for each in (index, *labelled) if each is not None]
+        cache = node_cache(indexes, data.cache_dir, data.cache_gb, patience(recipe))
     if index is not None and recipe.objective.has("class"):
         problems += label_problems(index, recipe.model.num_classes)
     undivided = config.batch_problems(recipe, world)

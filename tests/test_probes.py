@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rcmae.encoder import load_encoder
 from runs import Folder
 from tools import probes as tool
 
@@ -65,3 +70,26 @@ def test_the_command_extracts_once(
     monkeypatch.setattr(tool, "extract_features", None)  # a second time there is no forward
     assert tool.main(command) == 0
     assert json.loads(capsys.readouterr().out) == first
+
+
+@pytest.fixture
+def elsewhere(photo_shards: str) -> Iterator[str]:
+    """The URL of the folder of the shards."""
+    folder = str(Path(photo_shards).parent)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_shards_from_elsewhere_give_the_features_of_those_here(
+    uninterrupted: Folder, photo_shards: str, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))  # where the node's cache is
+    model, here = load_encoder(uninterrupted.path), photo_shards.replace("{000000..000005}", "000001")
+    away = f"{elsewhere}/{Path(here).name}"
+    one, other = (tool.extracted(model, [shards], None, "", 0) for shards in (here, away))
+    assert torch.equal(one.vectors, other.vectors)
+    assert torch.equal(one.labels, other.labels)
+    assert list(tmp_path.glob("rcmae-shards-*/*.tar"))

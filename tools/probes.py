@@ -32,7 +32,7 @@ from rcmae.draws import Purpose, permutation
 from rcmae.encoder import load_encoder
 from rcmae.evaluate import extract_features, knn
 from rcmae.logistic import logistic
-from rcmae.shards import ShardIndex
+from rcmae.shards import ShardIndex, node_cache
 from rcmae.stream import labelled_batches
 from rcmae.transforms import Normalise
 
@@ -67,7 +67,10 @@ def extracted(model: Classifier, shards: Sequence[str], cache: Path | None, key:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     channels = model.in_chans
-    batches = labelled_batches(index, image_size=(size[0], size[1]), in_channels=channels, batch=128, workers=workers)
+    batches = labelled_batches(
+        index, image_size=(size[0], size[1]), in_channels=channels, batch=128, workers=workers,
+        cache=node_cache([index]),
+    )  # fmt: skip
     config = model.pretrained_cfg
     normalise = Normalise(config["mean"], config["std"], device)
     found = extract_features({"model": model}, batches, device=device, normalise=normalise.images)

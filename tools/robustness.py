@@ -48,7 +48,7 @@ from rcmae.classifier import Classifier
 from rcmae.corruptions import KINDS, SEVERITIES, Corruption, opened
 from rcmae.encoder import load_classifier
 from rcmae.scores import Scores, classify
-from rcmae.shards import ShardIndex
+from rcmae.shards import ShardIndex, node_cache
 from rcmae.stream import labelled_batches
 from rcmae.transforms import Normalise
 
@@ -160,7 +160,7 @@ def judged(
     config = model.pretrained_cfg
     batches = labelled_batches(
         index, image_size=(height, width), in_channels=model.in_chans, batch=batch, rank=dist.rank(),
-        world=dist.world(), workers=workers, change=change,
+        world=dist.world(), workers=workers, cache=node_cache([index]), change=change,
     )  # fmt: skip
     return classify(
         model, relabelled(batches, of.classes) if of.listed else batches, num_classes=model.num_classes,
