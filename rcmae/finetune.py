@@ -30,6 +30,7 @@ from rcmae.config import Recipe, Resolved
 from rcmae.evaluate import evaluating, save_png
 from rcmae.masking import Mask, NoMask
 from rcmae.objectives import Objective
+from rcmae.parts import student_sizes, train_transform
 from rcmae.scores import Scores, classify, confusion_picture, scores_table
 from rcmae.shards import ShardIndex
 from rcmae.stream import labelled_batches, refuse_unlabelled
@@ -65,12 +66,12 @@ class Finetuning:
 
     def mask(self, recipe: Recipe) -> Mask:
         """Nothing is hidden."""
-        train.student_sizes(recipe.model)
+        student_sizes(recipe.model)
         return NoMask()
 
     def transform(self, recipe: Recipe) -> Transform:
         """A random box, flipped, then RandAugment where the recipe has it. Raises ValueError."""
-        base, policy = train.train_transform(recipe), recipe.classify.rand_augment
+        base, policy = train_transform(recipe), recipe.classify.rand_augment
         return AugmentTransform(base, policy, recipe.data.mean) if policy else base
 
     def student(self, recipe: Recipe) -> nn.Module:
@@ -170,7 +171,7 @@ def mixing_of(recipe: Recipe) -> Mixing:
 
 def encoder_sizes(recipe: Recipe) -> dict[str, Any]:
     """The sizes of the recipe's encoder. Raises ValueError."""
-    sizes = train.student_sizes(recipe.model)
+    sizes = student_sizes(recipe.model)
     return {
         "image_size": recipe.model.image_hw, "in_channels": recipe.model.in_channels,
         **{key: sizes[key] for key in ENCODER_SIZES},

@@ -26,16 +26,18 @@ import torch
 
 from rcmae import checkpoint, config, dist, kernels, preempt
 from rcmae.batch import Batch
+from rcmae.bootmae_vit import Network
 from rcmae.config import Recipe
 from rcmae.engine import DTYPES, cast_params
 from rcmae.evaluate import Rows, evaluating, features_of_both, knn_rows, knn_table, logistic_rows, pooled
 from rcmae.export import KIND
 from rcmae.lease import Lease, LeaseHeld, LeaseLost, exit_status, fence
 from rcmae.metrics import MetricsLog
+from rcmae.parts import new_student, patience
 from rcmae.shards import ShardIndex, node_cache
 from rcmae.sources import Cache
 from rcmae.stream import labelled_batches
-from rcmae.train import Network, new_student, open_index, patience, say_error
+from rcmae.train import open_index, say_error
 from rcmae.transforms import Normalise
 
 FOLDER = "evaluations"  # in the run's folder

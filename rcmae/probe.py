@@ -23,6 +23,7 @@ from rcmae.engine import DTYPES, cast_params
 from rcmae.finetune import encoder_sizes, judge, label_problems, new_classifier, start_weights, test_set
 from rcmae.masking import Mask, NoMask
 from rcmae.objectives import Objective
+from rcmae.parts import student_sizes, train_transform
 from rcmae.shards import ShardIndex
 from rcmae.transforms import Transform
 
@@ -58,12 +59,12 @@ class Probe:
 
     def mask(self, recipe: Recipe) -> Mask:
         """Nothing is hidden."""
-        train.student_sizes(recipe.model)
+        student_sizes(recipe.model)
         return NoMask()
 
     def transform(self, recipe: Recipe) -> Transform:
         """A random box, flipped or not. Raises ValueError."""
-        return train.train_transform(recipe)
+        return train_transform(recipe)
 
     def student(self, recipe: Recipe) -> nn.Module:
         """The head."""

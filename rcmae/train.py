@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import difflib
-import importlib.metadata
 import itertools
 import math
 import os
@@ -26,16 +23,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from rcmae import __version__, checkpoint, config, dist, kernels, preempt, startup
+from rcmae import checkpoint, config, dist, kernels, preempt, startup
 from rcmae.batch import NO_LABEL, Batch
-from rcmae.bootmae_vit import BootstrappedAutoencoder, Network
+from rcmae.bootmae_vit import Network
 from rcmae.checkpoint import Manifest
 from rcmae.config import Recipe, Resolved
-from rcmae.device_decode import DeviceDecoder, nvjpeg
-from rcmae.engine import Engine, LocalEngine, Settings
+from rcmae.engine import Engine
 from rcmae.evaluate import (
     evaluating,
     features_of_both,
@@ -50,17 +45,30 @@ from rcmae.evaluate import (
 from rcmae.export import read_network, whole_network
 from rcmae.guard import Guard, NumbersGoneBad, bundle
 from rcmae.lease import Lease, LeaseHeld, LeaseLost, exit_status, newest_generation
-from rcmae.masking import BlockMask, Mask, RandomMask, SharedMask, visible_count
+from rcmae.masking import Mask
 from rcmae.metrics import Meter, MetricsLog, closing_summary, events_of
-from rcmae.objectives import OBJECTIVES, TERMS, Objective, Sum
-from rcmae.objectives.mae import PixelNorm
+from rcmae.objectives import OBJECTIVES, Objective, Sum
+from rcmae.parts import (
+    device_decoder,
+    engine_settings,
+    make_engine,
+    make_mask,
+    make_objective,
+    new_network,
+    new_student,
+    new_teacher,
+    patience,
+    pixel_norm,
+    step_flops,
+    train_transform,
+)
 from rcmae.presence import Presence
+from rcmae.rundir import choose_checkpoint, mismatches, own, peek, start_folder, unwritable, versions
 from rcmae.schedules import teacher_momentum, warmup_half_cosine
 from rcmae.shards import Patterns, Plan, ShardIndex, cache_problem, node_cache
-from rcmae.sources import Cache, Patience
+from rcmae.sources import Cache
 from rcmae.stream import BadSample, Stream, TooManyBadSamples, labelled_batches, refuse_unlabelled
-from rcmae.transforms import Normalise, TrainTransform, Transform
-from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, size_problems
+from rcmae.transforms import Normalise, Transform
 
 # ----------------------------------------------------------------------------------------------------------- the method
 
@@ -714,11 +722,6 @@ def check(recipe: Recipe, task: Task) -> Checked:
     return Checked(index, labelled, plan, sizes, mask, saved, engine_config, cache)
 
 
-def patience(recipe: Recipe) -> Patience:
-    """With shards from elsewhere."""
-    return Patience(recipe.data.source_timeout_s, recipe.data.source_attempts)
-
-
 def open_index(recipe: Recipe, shards: Patterns) -> ShardIndex:
     """The index of shards, read once for all ranks. Collective: every rank calls.
 
@@ -856,141 +859,6 @@ def build(
     return run
 
 
-def student_sizes(model: config.Model, *, regressors: bool = False) -> dict[str, int]:
-    """The sizes of the student: the architecture's, with the recipe's over them.
-
-    `regressors`: whether the decoder is BootMAE's, whose heads need not divide its width.
-
-    Raises:
-        ValueError: unknown architecture, or sizes that do not fit together, all named.
-    """
-    if model.name not in ARCHITECTURES:
-        close = difflib.get_close_matches(model.name, ARCHITECTURES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(ARCHITECTURES)}"
-        raise ValueError(f"model.name: unknown architecture {model.name!r}; {hint}")
-    sizes = {key: getattr(model, key) or value for key, value in ARCHITECTURES[model.name].items()}
-    problems = size_problems(
-        **sizes, image_size=model.image_hw, in_channels=model.in_channels, heads_divide=not regressors
-    )
-    if problems:
-        raise ValueError("\n".join(f"model: {problem}" for problem in problems))
-    return sizes
-
-
-def device_decoder(recipe: Recipe) -> DeviceDecoder | None:
-    """What decodes JPEGs on the GPU; None where data.decode, or what is missing on any rank, leaves it to the workers.
-
-    Collective: every rank calls.
-    """
-    if recipe.data.decode == "cpu":
-        return None
-    decode, why = None, None
-    try:
-        decode = nvjpeg(dist.device(), recipe.model.in_channels)
-    except (RuntimeError, ImportError, OSError) as error:
-        why = str(error).splitlines()[0]
-    missing = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(why)) if text]
-    if missing and recipe.data.decode == "gpu" and dist.rank() == 0:
-        print(f"warning: data.decode=gpu: the GPU decodes no JPEG here, the workers do ({missing[0]})", file=sys.stderr)
-    return None if missing or decode is None else DeviceDecoder(decode, dist.device())
-
-
-def train_transform(recipe: Recipe) -> TrainTransform:
-    """A random box of an image, flipped or not. Raises ValueError."""
-    data = recipe.data
-    return TrainTransform(
-        recipe.model.image_hw, recipe.model.in_channels, data.crop_scale, data.crop_ratio, data.flip, data.decode_margin
-    )
-
-
-def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Network:
-    """The network of a recipe, with weights of no meaning.
-
-    `norm`: whose layer norm, instead of the recipe's: where sizes alone matter, what it asks for need not be there.
-
-    Raises:
-        ValueError: as `student_sizes`, or the network's own.
-    """
-    model, objective = recipe.model, recipe.objective
-    common: dict[str, Any] = {
-        **student_sizes(model, regressors=has_regressors(recipe)), "image_size": model.image_hw,
-        "in_channels": model.in_channels, "norm_layer": kernels.layer_norm(norm or recipe.engine.layer_norm),
-        "predicts_features": objective.has("features"),
-    }  # fmt: skip
-    if has_regressors(recipe):
-        return BootstrappedAutoencoder(**common, low_layer=model.low_layer, high_layer=model.high_layer)
-    return MaskedAutoencoder(
-        **common, cls_token=model.cls_token, qkv_bias=model.qkv_bias, positions=model.positions,
-        decoder_cls=model.decoder_cls, pixel_order=model.pixel_order,
-        num_classes=model.num_classes if objective.has("class") else 0, class_hidden=model.class_hidden,
-        class_pool=model.class_pool,
-    )  # fmt: skip
-
-
-def has_regressors(recipe: Recipe) -> bool:
-    """Whether the network is BootMAE's."""
-    return (recipe.model.decoder or recipe.objective.name) == "bootmae"
-
-
-def new_student(recipe: Recipe) -> Network:
-    """The student with the weights of `run.seed`, the same on every rank."""
-    network = new_network(recipe)
-    network.init_weights(torch.Generator().manual_seed(recipe.run.seed))
-    return network
-
-
-def new_teacher(student: Network, objective: Sum) -> Network | None:
-    """A copy of the student's parts that the objective asks a teacher for; None where it asks for nothing."""
-    if not objective.needs_teacher:
-        return None
-    teacher = copy.deepcopy(student)
-    teacher.keep(objective.teacher_outputs)
-    return teacher
-
-
-def make_mask(recipe: Recipe, grid: tuple[int, int]) -> Mask:
-    """What of an image is seen, for a grid of patches.
-
-    Raises:
-        ValueError: all or nothing is, or boxes do not fit.
-    """
-    objective, patches = recipe.objective, grid[0] * grid[1]
-    visible = visible_count(patches, objective.mask_ratio)
-    mask: Mask = RandomMask(patches, visible)
-    if objective.mask == "boxes":
-        boxed = round(objective.box_ratio * patches)
-        mask = BlockMask(grid, visible, boxed, objective.box_smallest, objective.box_largest)
-    return SharedMask(mask, recipe.batch.images) if objective.mask_shared == "step" else mask
-
-
-def pixel_norm(objective: config.Objective) -> PixelNorm:
-    """What a patch's pixels are normalised by."""
-    return objective.pixel_norm or ("channel" if objective.name == "bootmae" else "unbiased")
-
-
-def make_objective(recipe: Recipe, sizes: Resolved) -> Sum:
-    """The objective of a recipe: a published one, and the terms added to it."""
-    asked = recipe.objective
-    kind, epochs = pixel_norm(asked), sizes.total_steps / sizes.steps_per_epoch
-    weight_mask = asked.name == "bootmae" if asked.weight_mask is None else asked.weight_mask
-    smooth = {"class_temperature": asked.class_temperature, "class_smoothing": asked.class_smoothing}
-    options: dict[str, dict[str, Any]] = {
-        "mae": {"weight_mask": weight_mask},
-        "rcmae": {"consistency_weight": asked.consistency_weight},
-        "supmae": {"class_weight": asked.class_weight, **smooth},
-        "bootmae": {"feature_weight": asked.feature_weight, "weight_mask": weight_mask, "epochs": epochs},
-    }
-    terms: dict[str, dict[str, Any]] = {
-        "consistency": {},
-        "class": {"temperature": asked.class_temperature, "smoothing": asked.class_smoothing},
-        "features": {"weight_mask": weight_mask, "epochs": epochs},
-    }
-    published = OBJECTIVES[asked.name](
-        norm_pix_loss=asked.norm_pix_loss, pixel_norm=kind, **options[asked.name]
-    )
-    return published.plus({name: TERMS[name](weight=weight, **terms[name]) for name, weight in asked.terms.items()})
-
-
 def label_problems(index: ShardIndex, num_classes: int) -> list[str]:
     """What stands against these labels for a class term, one line a problem. -100 is no label, and no problem."""
     labels = index.labels[index.labels != NO_LABEL]
@@ -1000,206 +868,6 @@ def label_problems(index: ShardIndex, num_classes: int) -> list[str]:
     if low < 0 or high >= num_classes:
         return [f"data.shards have labels {low} to {high}, model.num_classes={num_classes}; use {high + 1} or more"]
     return []
-
-
-def step_flops(student: Network, objective: Sum, num_visible: int) -> float:
-    """Floating-point operations of a step for one image: three forward passes of the student, one of the teacher."""
-    total = 3 * student.flops(num_visible)
-    if "pixels" in objective.teacher_outputs:
-        total += student.flops(num_visible)
-    if "tokens" in objective.teacher_outputs:
-        total += student.encoder_flops(student.num_patches)
-    return total
-
-
-def engine_settings(recipe: Recipe, sizes: Resolved) -> Settings:
-    """The values an engine is made with."""
-    classifies = recipe.objective.name in config.CLASSIFYING
-    return Settings(
-        precision=recipe.engine.precision, betas=recipe.schedule.betas, weight_decay=recipe.schedule.weight_decay,
-        clip_grad=recipe.schedule.clip_grad, accumulation=sizes.accumulation, per_device=sizes.per_device,
-        optimizer=recipe.engine.optimizer, rule=recipe.classify.rule if classifies else "adamw",
-        layer_decay=recipe.classify.layer_decay if classifies else None,
-        teacher_accumulate=recipe.teacher.accumulate, seed=recipe.run.seed,
-        device=dist.device(),
-    )  # fmt: skip
-
-
-def make_engine(
-    recipe: Recipe, sizes: Resolved, student: nn.Module, teacher: nn.Module | None,
-    engine_config: dict[str, Any],
-) -> Engine:  # fmt: skip
-    """The engine of a recipe, around the student and the teacher. Collective: every rank calls."""
-    for model in filter(None, (student, teacher)):
-        kernels.choose_attention(model, dist.device(), recipe.engine.precision)
-        if recipe.engine.compile:
-            kernels.compile_blocks(model)
-    kernels.checkpoint_blocks(student, recipe.engine.activation_checkpointing)
-    settings = engine_settings(recipe, sizes)
-    if recipe.engine.name == "deepspeed":
-        from rcmae.engine_deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(student, teacher, settings, config=engine_config)
-    if recipe.engine.name == "fsdp2":
-        from rcmae.engine_fsdp2 import FSDP2Engine
-
-        return FSDP2Engine(student, teacher, settings)
-    return LocalEngine(student, teacher, settings)
-
-
-# ----------------------------------------------------------------------------------------------------- the run's folder
-
-
-def peek(recipe: Recipe, problems: list[str]) -> checkpoint.Manifest | None:
-    """Where the run would go on from, by `checkpoint.resume`; only manifests are read.
-
-    A run that has committed checkpoints of its own goes on from them; a PATH is where a new run begins.
-    """
-    asked, root = recipe.checkpoint.resume, recipe.run_dir / "checkpoints"
-    if asked == "never":
-        return None
-    found = checkpoint.newest_unverified(root)
-    if found is not None or asked == "auto":
-        return found
-    if asked == "must":
-        problems.append(f"checkpoint.resume=must, but {root} has no valid checkpoint; use auto to start anew")
-        return None
-    try:
-        return checkpoint.read_manifest(Path(asked))
-    except checkpoint.CheckpointError as error:
-        problems.append(f"checkpoint.resume={asked}: {error}; give auto, never, must or a checkpoint's folder")
-    return None
-
-
-def choose_checkpoint(recipe: Recipe) -> tuple[checkpoint.Manifest | None, list[str]]:
-    """The checkpoint that the run goes on from, its bytes verified, and what was wrong with newer ones.
-
-    Collective: every rank calls, under the lease.
-
-    Raises:
-        CheckpointError: on every rank; there are checkpoints and none is valid, or the one asked for is not.
-    """
-    asked, root = recipe.checkpoint.resume, recipe.run_dir / "checkpoints"
-    if asked == "never":
-        return None, []
-    found, passed_over = checkpoint.newest(root)
-    if passed_over and dist.rank() == 0:
-        print("checkpoints passed over: " + "; ".join(passed_over), file=sys.stderr, flush=True)
-    if found is None and passed_over:
-        raise checkpoint.CheckpointError(
-            f"{root} has checkpoints but none is valid ({'; '.join(passed_over)}); restore one, "
-            "or start anew with checkpoint.resume=never (they are moved aside, not deleted)"
-        )
-    if found is None and asked not in ("auto", "must"):
-        return checkpoint.open_verified(Path(asked)), []
-    return found, passed_over
-
-
-def own(recipe: Recipe, saved: checkpoint.Manifest) -> bool:
-    """Whether a checkpoint is this run's, not one that a new run begins from."""
-    return saved.path.parent == recipe.run_dir / "checkpoints"
-
-
-def mismatches(
-    recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex | None, sizes: Resolved | None
-) -> list[str]:  # fmt: skip
-    """What keeps this recipe from going on with what lies in the run's folder, one line a problem."""
-    problems, allowed = [], recipe.checkpoint.allow
-    written = recipe.run_dir / "recipe.yaml"
-    theirs: dict[str, Any] | None = saved.meta["recipe"] if saved else None
-    if theirs is None and recipe.checkpoint.resume != "never" and written.is_file():
-        theirs = yaml.safe_load(written.read_text())
-    if theirs is not None:
-        if saved is not None and theirs["data"].get("canonical_streams") is None:  # chosen by the first start
-            theirs["data"]["canonical_streams"] = saved.meta["sizes"]["canonical_streams"]
-        lines = config.differences(recipe.model_dump(mode="json"), theirs)
-        where = saved.path if saved else written
-        problems += [
-            f"{where} is of another recipe: {line}; use another run.dir, or its value, or, knowingly, "
-            f"checkpoint.allow=[{line.partition(':')[0]}]" for line in lines
-        ]  # fmt: skip
-    if saved is not None and recipe.objective.has("class") and recipe.model.class_hidden:
-        problems += norm_problems(recipe, saved)
-    every_micro = recipe.teacher.update == "micro_step" and "batch.per_device" not in allowed
-    if saved is not None and sizes is not None and every_micro:  # the accumulation counts the teacher's updates
-        before = saved.meta["sizes"]["accumulation"]
-        if sizes.accumulation != before:
-            problems.append(
-                f"teacher.update=micro_step updates the teacher {before} times a step in {saved.path}, "
-                f"{sizes.accumulation} times with {sizes.world} ranks x {sizes.per_device} per_device; choose "
-                f"batch.per_device so that ranks x per_device x {before} = {sizes.images_per_step}"
-            )
-    moved = saved is not None and index is not None and saved.meta["data_fingerprint"] != index.fingerprint
-    if saved is not None and index is not None and moved and "data.shards" not in allowed:
-        problems.append(
-            f"data.shards are not those of {saved.path}: their names, sizes or samples differ "
-            f"(fingerprint {index.fingerprint[:12]}, was {saved.meta['data_fingerprint'][:12]}); give the same shards, "
-            "or, knowingly, checkpoint.allow=[data.shards]"
-        )
-    return problems
-
-
-def norm_problems(recipe: Recipe, saved: checkpoint.Manifest) -> list[str]:
-    """What changes a batch norm's batch, the images that all ranks take at once, within a run; one line a problem."""
-    sizes = saved.meta["sizes"]
-    before, world = sizes["world"] * sizes["per_device"], dist.world()
-    if "batch.per_device" in recipe.checkpoint.allow or config.batch_problems(recipe, world):
-        return []
-    try:
-        now = config.per_device(recipe, world) * world
-    except ValueError:  # said already
-        return []
-    if now == before:
-        return []
-    fits = f"batch.per_device={before // world}" if before % world == 0 else "a number of ranks that divides that"
-    return [
-        f"{saved.path} normalised {before} images at once, here they are {now}: the class head's batch norm would see "
-        f"others; use {fits}, or checkpoint.allow=[batch.per_device]"
-    ]
-
-
-def start_folder(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex) -> None:
-    """Write recipe and index; move checkpoints aside that this run does not go on from. Collective; with the lease.
-
-    Raises:
-        ValueError: on every rank; the folder cannot be written.
-    """
-    problem = None
-    if dist.rank() == 0:
-        try:
-            write_start(recipe, saved, index)
-        except OSError as error:
-            problem = unwritable(recipe, error)
-    dist.together(dist.from_first(problem))
-
-
-def write_start(recipe: Recipe, saved: checkpoint.Manifest | None, index: ShardIndex) -> None:
-    """What `start_folder` writes, on rank 0."""
-    folder, root = recipe.run_dir, recipe.run_dir / "checkpoints"
-    (folder / "outcome.json").unlink(missing_ok=True)  # of the job before: a crash of this one ends as nothing
-    if root.exists():
-        checkpoint.start_from(root, saved.step if saved and own(recipe, saved) else -1)
-    if not index.is_saved:
-        index.save(folder / "index")  # the next job need not read all the headers again
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (folder / "recipe.yaml.new").write_text(text)
-    (folder / "recipe.yaml.new").replace(folder / "recipe.yaml")
-
-
-def unwritable(recipe: Recipe, error: OSError) -> str:
-    """What to say where the run's folder refuses a write."""
-    return f"run.dir={recipe.run_dir} cannot be written: {error}; make it writable, or use another run.dir"
-
-
-def versions() -> dict[str, str]:
-    """Of what the run stands on."""
-    found = {"rcmae": __version__, "python": sys.version.split()[0]}
-    for name in ("torch", "timm", "deepspeed", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def announce(run: Run, saved: checkpoint.Manifest | None, passed_over: list[str]) -> None:

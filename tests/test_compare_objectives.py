@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcmae import train
 from rcmae.checkpoint import newest_unverified, tensor_of
 from rcmae.classifier import Classifier, fit_weights
 from rcmae.config import load
 from rcmae.encoder import load_encoder
 from rcmae.export import read_network
+from rcmae.parts import new_network
 from runs import Folder, start
 from tools import compare_objectives as tool
 
@@ -65,7 +65,7 @@ def test_an_encoder_is_that_of_the_run_whatever_it_learnt(objective: str, tiny: 
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     networks = {"student": "weight"} | ({"teacher": "teacher"} if recipe.objective.teacher_parts else {})
     for which, kind in networks.items():
-        own = train.new_network(recipe)
+        own = new_network(recipe)
         state = own.state_dict()
         for key in manifest.tensors:
             if key.partition("/")[0] in (kind, "buffer"):

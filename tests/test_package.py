@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from rcmae import config
-from rcmae.train import new_network
+from rcmae.parts import new_network
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +28,7 @@ LAYERS = (
     {"teacher"},
     {"engine", "memory"},
     {"engine_deepspeed", "engine_fsdp2", "checkpoint"},
-    {"evaluate", "export", "scores"},
+    {"evaluate", "export", "scores", "parts", "rundir"},
     {"encoder"},
     {"train"},
     {"follow"},

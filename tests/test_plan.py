@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from rcmae import config, kernels, memory, train
+from rcmae import config, kernels, memory
 from rcmae.bootmae_vit import BootstrappedAutoencoder
 from rcmae.masking import visible_count
 from rcmae.memory import Settings, activations, footprint, states
 from rcmae.objectives import MAE, RCMAE, BootMAE
+from rcmae.parts import new_network, new_student
 from runs import Folder
 from tests.conftest import Ranks
 from tools import bench_memory, plan
@@ -89,7 +90,7 @@ def test_saved_activations_are_those_that_autograd_saves(
 ) -> None:
     bootmae = ["objective.name=bootmae", f"objective.feature_weight={int('features' in objective.terms)}"]
     recipe = config.load(str(middling), bootmae if objective.terms["reconstruction"].weight_mask else [])
-    model = train.new_student(recipe)
+    model = new_student(recipe)
     if precision == "bf16":
         model = model.bfloat16()
     kernels.choose_attention(model, torch.device("cpu"), precision)
@@ -178,7 +179,7 @@ def test_every_shipped_pretraining_has_a_plan(recipe: str, capsys: pytest.Captur
     status, report = run(capsys, recipe, "--nodes", "2")
     assert status == 0, report["problems"]
     with torch.device("meta"):
-        model = train.new_network(plan.load(recipe, []), norm="torch")
+        model = new_network(plan.load(recipe, []), norm="torch")
     assert report["parameters"] == sum(param.numel() for param in model.parameters())
     teacher = report["memory"][0]["kept"]["at_peak"]["teacher"]
     assert (teacher > 0) == bool(plan.load(recipe, []).objective.teacher_parts)

@@ -55,6 +55,7 @@ from rcmae.config import Recipe
 from rcmae.export import read_network
 from rcmae.masking import Mask
 from rcmae.objectives import Sum
+from rcmae.parts import has_regressors, make_objective, new_network, student_sizes, train_transform
 from rcmae.stream import Stream
 from rcmae.transforms import Normalise
 from rcmae.vit import MaskedAutoencoder, patchify
@@ -183,7 +184,7 @@ def open_run(folder: Path, images: int, shards: str | None = None) -> Analysed:
         recipe = Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text()))
     except (OSError, yaml.YAMLError, pydantic.ValidationError) as error:
         raise ValueError(f"{folder} is no run's folder: {error}") from error
-    if not recipe.objective.has("consistency") or train.has_regressors(recipe):
+    if not recipe.objective.has("consistency") or has_regressors(recipe):
         raise ValueError(
             f"{folder} has no consistency with a teacher's pixels, which this is about; train "
             "objective.name=rcmae, or another with objective.terms={consistency: 1}"
@@ -196,9 +197,9 @@ def open_run(folder: Path, images: int, shards: str | None = None) -> Analysed:
     kept = [checkpoint.open_verified(path) for path in sorted((folder / "checkpoints").glob("step-*"))]
     if not kept:
         raise ValueError(f"{folder} has no checkpoint yet; train on")
-    data, terms = recipe.data, train.make_objective(recipe, found.sizes).terms
+    data, terms = recipe.data, make_objective(recipe, found.sizes).terms
     stream = Stream(
-        index=found.index, plan=found.plan, transform=train.train_transform(recipe), mask=found.mask, seed=data.seed,
+        index=found.index, plan=found.plan, transform=train_transform(recipe), mask=found.mask, seed=data.seed,
         micro=found.sizes.per_device, cache=found.cache, repeats=data.repeats,
     )  # fmt: skip
     objective = Sum({name: terms[name] for name in ("reconstruction", "consistency")})
@@ -209,7 +210,7 @@ def networks_at(manifest: Manifest, recipe: Recipe) -> Networks:
     """Student and teacher of a checkpoint."""
     found = []
     for which in ("student", "teacher"):
-        model = train.new_network(recipe, norm="torch")
+        model = new_network(recipe, norm="torch")
         assert isinstance(model, MaskedAutoencoder)
         model.keep(("pixels",))
         weights = read_network(manifest.path, "student" if which == "student" else "teacher").weights
@@ -507,7 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(look_at(run, manifest, images=options.images, pairs=options.pairs, size=options.size))
             print(f"step {manifest.step}: done", file=sys.stderr)
         first = run.batch(0, options.images)
-        patch = train.student_sizes(run.recipe.model)["patch_size"]
+        patch = student_sizes(run.recipe.model)["patch_size"]
         told = {
             "tool": "analyze_teacher", "run": options.run.name, "images": len(first),
             "size": options.size, "linear_model": linear_of(first, run.remasked(first), patch),

@@ -33,6 +33,8 @@ from torch.utils._pytree import tree_leaves
 from rcmae import config, dist, kernels, train
 from rcmae.config import Recipe
 from rcmae.memory import footprint
+from rcmae.parts import make_engine, make_objective, new_student, new_teacher
+from rcmae.rundir import versions
 from tools import plan
 from tools.bench_step import commit, hardware, made_up_batch
 
@@ -114,17 +116,17 @@ class Allocated:
 def measure(recipe: Recipe) -> dict[str, int]:
     """This rank's bytes when everything is built, and the most in the second step. Collective: every rank calls."""
     sizes = config.resolve(recipe, world=dist.world(), samples_per_epoch=recipe.batch.images)
-    objective, engine_config = train.make_objective(recipe, sizes), {}
+    objective, engine_config = make_objective(recipe, sizes), {}
     if recipe.engine.name == "deepspeed":
         from rcmae.engine_deepspeed import read_config
 
         engine_config = read_config(recipe.engine.config or "")
     gc.collect()
     with Allocated() if dist.device().type == "cuda" else LiveBytes() as live:
-        student = train.new_student(recipe)
-        teacher = train.new_teacher(student, objective)
+        student = new_student(recipe)
+        teacher = new_teacher(student, objective)
         plain = student
-        engine = train.make_engine(recipe, sizes, student, teacher, engine_config)
+        engine = make_engine(recipe, sizes, student, teacher, engine_config)
         del student, teacher
         gc.collect()
         ready = live.now()
@@ -212,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = {
         "tool": "bench_memory", "command": "torchrun --nproc-per-node N tools/bench_memory.py " + " ".join(
             sys.argv[1:] if argv is None else argv
-        ), "commit": commit(), "versions": train.versions() | {"platform": platform.system()},
+        ), "commit": commit(), "versions": versions() | {"platform": platform.system()},
         "hardware": hardware(dist.device()), "recipe": asked.recipe, "world": dist.world(),
         "tolerance": {"ready": RESIDENT, "step": limit}, "cases": cases, "beyond": beyond,
     }  # fmt: skip

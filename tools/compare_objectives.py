@@ -34,13 +34,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import yaml
 
-from rcmae import config, train
+from rcmae import config
 from rcmae.checkpoint import CheckpointError
 from rcmae.classifier import Classifier
 from rcmae.config import Recipe
 from rcmae.encoder import load_encoder
 from rcmae.evaluate import knn, logistic
 from rcmae.export import Network
+from rcmae.parts import make_engine, make_objective, new_student, new_teacher, student_sizes
+from rcmae.rundir import versions
 from rcmae.shards import ShardIndex, flat
 from tools.bench_memory import measure
 from tools.bench_step import commit, hardware, made_up_batch
@@ -62,7 +64,7 @@ def overrides_of(name: str, asked: argparse.Namespace) -> list[str]:
     """What an objective sets over the recipe."""
     given = [*asked.overrides, *OBJECTIVES[name]]
     if name in LABELLED:
-        width = train.student_sizes(config.load(asked.recipe, given).model)["embed_dim"]
+        width = student_sizes(config.load(asked.recipe, given).model)["embed_dim"]
         given += [f"model.num_classes={asked.classes}", f"model.class_hidden={4 * width}"]
     return given
 
@@ -165,8 +167,8 @@ def costs(asked: argparse.Namespace) -> dict[str, dict[str, float]]:
 def step_of(recipe: Recipe) -> Iterator[None]:
     """Training steps on noise, one at each call."""
     sizes = config.resolve(recipe, world=1, samples_per_epoch=recipe.batch.images)
-    objective, student = train.make_objective(recipe, sizes), train.new_student(recipe)
-    engine = train.make_engine(recipe, sizes, student, train.new_teacher(student, objective), {})
+    objective, student = make_objective(recipe, sizes), new_student(recipe)
+    engine = make_engine(recipe, sizes, student, new_teacher(student, objective), {})
     batch = made_up_batch(student, sizes.per_device, torch.device("cpu"))
     counts = objective.counts(batch)
     while True:
@@ -232,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train_all(asked)
         words = sys.argv[1:] if arguments is None else arguments
         told = {
-            "tool": "compare_objectives", "commit": commit(), "versions": train.versions(),
+            "tool": "compare_objectives", "commit": commit(), "versions": versions(),
             "command": " ".join(["python tools/compare_objectives.py", *words]),
             "hardware": hardware(torch.device("cpu")), "neighbours": NEIGHBOURS, "strength": STRENGTH,
             "rows": list(rows_of(asked)), "costs": costs(asked),

@@ -368,7 +368,7 @@ def check_caches(folders: dict[str, Path], recipe: Recipe | None, local_world: i
 def checkpoints_bytes(recipe: Recipe) -> float:
     """Bytes that a run's checkpoints take at most: those it keeps, and one in the making."""
     from rcmae.memory import checkpoint_bytes  # these two cost seconds
-    from rcmae.train import new_network
+    from rcmae.parts import new_network
 
     with torch.device("meta"):
         model = new_network(recipe, norm="torch")

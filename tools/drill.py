@@ -41,6 +41,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rcmae import checkpoint, config, dist, memory, preempt, train
+from rcmae.parts import new_student
+from rcmae.rundir import versions
 from rcmae.tasks import task_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -506,7 +508,7 @@ def cost(recipe: str, layout: str, overrides: Sequence[str], rounds: int = 2) ->
                 last, _ = checkpoint.newest(run / "checkpoints")
                 assert last is not None
                 files = [last.files[name]["bytes"] for name in sorted(last.files)]
-                model = train.new_student(config.load(job[0], job[1:]))
+                model = new_student(config.load(job[0], job[1:]))
                 shutil.rmtree(run)
     objective = config.load(recipe, [*engine, *overrides]).objective
     formula = memory.checkpoint_bytes(model, teacher=objective.teacher_parts)
@@ -534,7 +536,7 @@ def about(arguments: Sequence[str], recipe: config.Recipe) -> dict[str, Any]:
     command = " ".join(["tools/drill.py", *(f"'{word}'" if " " in word else word for word in arguments)])
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
-        "command": command, "recipe": recipe.model_dump(mode="json"), "commit": commit, "versions": train.versions(),
+        "command": command, "recipe": recipe.model_dump(mode="json"), "commit": commit, "versions": versions(),
         "machine": machine,
     }  # fmt: skip
 

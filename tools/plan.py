@@ -41,9 +41,9 @@ from rcmae.config import Recipe, Resolved
 from rcmae.masking import visible_count
 from rcmae.memory import Footprint, Settings, checkpoint_bytes, footprint
 from rcmae.metrics import peak_flops
+from rcmae.parts import engine_settings, new_network
 from rcmae.shards import INDEX, Plan, ShardIndex, cache_problem, flat, open_bytes
 from rcmae.sources import Reader, is_remote
-from rcmae.train import engine_settings, new_network
 from rcmae.transforms import BadImage, TrainTransform
 
 with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
