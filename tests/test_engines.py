@@ -137,12 +137,12 @@ def test_savings_of_memory_and_time_change_no_loss(tiny: Path, tmp_path: Path, r
         return [str(tiny), *run, *overrides]
 
     zero3 = ["engine.name=deepspeed", "engine.config=zero3.json"]
-    jobs = [
+    jobs = [  # compiled first: stage 3 leaves its own linear in torch, which torch 2.11 compiles wrongly for FSDP2
+        job("compile", "engine.name=fsdp2", "engine.compile=true"),
         job("plain", *zero3),
         job("torch", *zero3, "engine.activation_checkpointing=torch"),
         job("fairscale", *zero3, "engine.activation_checkpointing=fairscale"),
         job("fairscale_offload", "engine.name=fsdp2", "engine.activation_checkpointing=fairscale_offload"),
-        job("compile", "engine.name=fsdp2", "engine.compile=true"),
         job("clipped", *zero3, "schedule.clip_grad=0.05"),
         job("clipped-fsdp2", "engine.name=fsdp2", "schedule.clip_grad=0.05"),
     ]
