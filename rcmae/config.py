@@ -418,16 +418,25 @@ def _parse(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
         for item in error.errors():
             place = [str(part) for part in item["loc"]]
             if item["type"] == "extra_forbidden":
-                known = _known_keys(place[:-1])
-                close = difflib.get_close_matches(place[-1], known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
-                where = f" in {'.'.join(place[:-1])}" if place[:-1] else ""
-                lines[".".join(place)] = f"unknown key {place[-1]!r}{where}{hint}"
+                named = ".".join(part for part in place[:-1] if "[" not in part)  # not the branch of a union
+                hint = _did_you_mean(place[-1], _known_keys(place[:-1]))
+                lines[".".join(place)] = f"unknown key {place[-1]!r}{f' in {named}' if named else ''}; {hint}"
                 continue
             key = ".".join(place[:2])
+            if key == "data.shards":
+                lines[key] = (
+                    f"{key}: wants a pattern, a list of patterns, or, for a mixture, a list of {{shards: PATTERN, "
+                    f"weight: above 0}}, got {tree['data']['shards']!r}"
+                )
+                continue
             text = f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
             lines[key] = f"{lines[key]}, or {item['msg'].lower()}" if key in lines else text
         return None, list(lines.values())
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def _known_keys(place: Sequence[str]) -> list[str]:
@@ -457,6 +466,15 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
     if schedule.warmup_epochs is not None and schedule.warmup_steps is not None:
         problems.append("schedule: give warmup_epochs or warmup_steps, got both")
+    sections = list(Recipe.model_fields)
+    for key in recipe.checkpoint.allow:
+        section, dot, name = key.partition(".")
+        if section == "model":
+            problems.append(f"checkpoint.allow: {key} cannot change within a run, the weights would be others'")
+        elif section not in sections:
+            problems.append(f"checkpoint.allow: unknown section {section!r}; {_did_you_mean(section, sections)}")
+        elif dot and name not in _known_keys([section]):
+            problems.append(f"checkpoint.allow: unknown key {key!r}; {_did_you_mean(name, _known_keys([section]))}")
     if not data.shards:
         problems.append("data.shards: names no shards; give a path, a brace pattern, a glob or a list of them")
     if len(data.mean) != recipe.model.in_channels or len(data.std) != recipe.model.in_channels:

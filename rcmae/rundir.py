@@ -82,10 +82,10 @@ def mismatches(
             theirs["data"]["canonical_streams"] = saved.meta["sizes"]["canonical_streams"]
         lines = config.differences(recipe.model_dump(mode="json"), theirs)
         where = saved.path if saved else written
-        problems += [
-            f"{where} is of another recipe: {line}; use another run.dir, or its value, or, knowingly, "
-            f"checkpoint.allow=[{line.partition(':')[0]}]" for line in lines
-        ]  # fmt: skip
+        for line in lines:
+            key = line.partition(":")[0]
+            knowingly = "" if key.startswith("model.") else f", or, knowingly, checkpoint.allow=[{key}]"
+            problems.append(f"{where} is of another recipe: {line}; use another run.dir, or its value{knowingly}")
     if saved is not None and recipe.objective.has("class") and recipe.model.class_hidden:
         problems += norm_problems(recipe, saved)
     every_micro = recipe.teacher.update == "micro_step" and "batch.per_device" not in allowed

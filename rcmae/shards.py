@@ -211,6 +211,14 @@ class ShardIndex:
         return cls([built.get(path) or shards[path] for path in paths], short, weights)
 
     @classmethod
+    def lies_in(cls, folder: str, patience: Patience = USUAL) -> bool:
+        """Whether a folder, here or elsewhere, has an index. Raises as `open`."""
+        try:
+            return cls._found(folder, patience) is not None
+        except OSError as error:
+            raise ValueError(str(error)) from error
+
+    @classmethod
     def _found(cls, folder: str, patience: Patience) -> ShardIndex | None:
         """The index in a folder, here or elsewhere, if there is one of this package."""
         if "://" not in folder:

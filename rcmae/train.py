@@ -608,7 +608,12 @@ class Run:
                 "tensorboard": place / "tensorboard",
             },
             commands=[(what, command) for what, command, applies in (
-                ("go on", f"{self.launcher()} -m {self.task.command} {place / 'recipe.yaml'}", not done),
+                (
+                    "go on",
+                    f"{self.launcher()} -m {self.task.command} {place / 'recipe.yaml'}"
+                    + " run.stop_after_steps=null" * (self.recipe.run.stop_after_steps is not None),
+                    not done,
+                ),
                 (
                     "the encoder, for timm",
                     f"python tools/export.py {place} --format timm --out {place.name}.safetensors",
@@ -713,7 +718,10 @@ def check(recipe: Recipe, task: Task) -> Checked:
             problems += config_problems(engine_config, engine_settings(recipe, sizes), lr=sizes.lr, world=world)
     with problems:
         problems += task.problems(recipe, index, labelled, saved)
-    problems += mismatches(recipe, saved, index, sizes)
+    against = mismatches(recipe, saved, index, sizes)
+    if against and saved is not None and own(recipe, saved):  # it counts only if its bytes are as written
+        against = mismatches(recipe, checkpoint.newest(saved.path.parent)[0], index, sizes)
+    problems += against
     dist.together("\n".join(problems) or None)
     assert index is not None
     assert plan is not None
@@ -728,10 +736,12 @@ def open_index(recipe: Recipe, shards: Patterns) -> ShardIndex:
     Raises:
         ValueError: on every rank, naming what cannot be used.
     """
-    index, problem = None, None
+    index, problem, given = None, None, recipe.data.index
     if dist.rank() == 0:  # without an index beside them the headers of all shards are read, and once is enough
         try:
-            folders = [str(recipe.run_dir / "index"), *([recipe.data.index] if recipe.data.index else [])]
+            folders = [str(recipe.run_dir / "index"), *([given] if given else [])]
+            if given and not ShardIndex.lies_in(given, patience(recipe)):
+                raise ValueError(f"data.index={given}: no index is there; tools/index_shards.py SHARDS --out {given}")
             jobs = min(8, os.cpu_count() or 1)
             index = ShardIndex.open(shards, cache=folders, jobs=jobs, patience=patience(recipe))
         except ValueError as error:
@@ -804,6 +814,8 @@ def build(
     """The parts, at the newest valid checkpoint. Collective: every rank calls, rank 0 with the lease."""
     data, sizes, world = recipe.data, found.sizes, dist.world()
     saved, passed_over = choose_checkpoint(recipe)
+    if passed_over:  # what `check` compared with was not what the run goes on from
+        dist.together("\n".join(mismatches(recipe, saved, found.index, sizes)) or None)
     startup.mark("checkpoint")
     student, objective = task.student(recipe), task.objective(recipe, sizes)
     weights = sum(param.numel() for param in student.parameters())

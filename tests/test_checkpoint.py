@@ -113,6 +113,21 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # the file, w
 }  # fmt: skip
 
 
+def test_what_a_run_is_held_to_is_the_checkpoint_that_it_goes_on_from(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, faster = Folder(tmp_path / "run"), ["schedule.lr=5.0e-3", "checkpoint.allow=[schedule.lr]"]
+    assert start(tiny, folder.path, "run.stop_after_steps=2") == 75
+    assert start(tiny, folder.path, "run.stop_after_steps=2", *faster) == 75
+    flip(0.5)(folder.checkpoints / "step-00000004" / RANK)
+    capsys.readouterr()
+    assert start(tiny, folder.path, faster[0]) == 2  # the one that had it is damaged
+    assert "step-00000002 is of another recipe: schedule.lr: 0.001 in the run, 0.005 asked" in capsys.readouterr().err
+    assert folder.events("stop")[-1]["step"] == 4, "nothing was done"
+    assert start(tiny, folder.path, "run.stop_after_steps=1") == 75  # and the damaged one stands in nobody's way
+    assert folder.events("resume")[-1]["step"] == 2
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
     tiny: Path, folder: Folder, uninterrupted: Folder, capsys: pytest.CaptureFixture[str], kind: str

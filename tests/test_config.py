@@ -49,7 +49,8 @@ def refused(path, *overrides):
         ("modle.depth=2", "unknown key 'modle'; did you mean 'model'?"),
         ("objective.mask_ration=0.5", "unknown key 'mask_ration' in objective; did you mean 'mask_ratio'?"),
         ("schedule.warmup_epoch=5", "unknown key 'warmup_epoch' in schedule; did you mean 'warmup_epochs'?"),
-        ("data.shards=[{shards: a.tar, weight: 0}]", "data.shards: input should be a valid string"),
+        ("data.shards=[{shards: a.tar, weight: 0}]", "data.shards: wants a pattern, a list of patterns, or, for a"),
+        ("data.shards=[{shards: a.tar, weight: 1}, b.tar]", "data.shards: wants a pattern, a list of patterns"),
         ("log.zzzz=1", "unknown key 'zzzz' in log; known: every_steps, tensorboard"),
         ("batch.images=many", "batch.images: input should be a valid integer"),
         ("batch.images=32.5", "batch.images: input should be a valid integer"),
@@ -82,6 +83,9 @@ def test_unknown_keys_and_wrong_types_are_named_with_the_way_out(recipe, wrong, 
         ("schedule.lr=null", "schedule: give exactly one of base_lr and lr, got neither"),
         ("schedule={steps: 9, lr: 1, warmup_steps: 1, warmup_epochs: 1}", "schedule: give warmup_epochs or warmup_ste"),
         ("data.shards=[]", "data.shards: names no shards"),
+        ("checkpoint.allow=[schedule.lrr]", "checkpoint.allow: unknown key 'schedule.lrr'; did you mean 'lr'?"),
+        ("checkpoint.allow=[shedule]", "checkpoint.allow: unknown section 'shedule'; did you mean 'schedule'?"),
+        ("checkpoint.allow=[model.depth]", "checkpoint.allow: model.depth cannot change within a run"),
         ("model.in_channels=4", "data.mean and data.std have 3 and 3 values for model.in_channels=4"),
         ("data.std=[1.0, 0.0, 1.0]", "data.std: values must be above 0"),
         ("data.crop_scale=[0.5, 0.2]", "data.crop_scale: wants 0 < low <= high <= 1, got [0.5, 0.2]"),
@@ -111,7 +115,7 @@ def test_a_mixture_is_a_list_of_sets_with_weights(recipe):
     loaded = config.load(recipe(), ["data.shards=[{shards: a.tar, weight: 2}, {shards: [b.tar, c.tar], weight: 1}]"])
     assert [(one.shards, one.weight) for one in loaded.data.shards] == [("a.tar", 2.0), (["b.tar", "c.tar"], 1.0)]
     lines = refused(recipe(), "data.shards=[{shards: a.tar, wieght: 1}]")
-    assert "unknown key 'wieght' in data.shards.list[WeightedShards].0; did you mean 'weight'?" in lines
+    assert "unknown key 'wieght' in data.shards.0; did you mean 'weight'?" in lines
 
 
 def test_a_teacher_rounded_to_bf16_needs_bf16(recipe):

@@ -144,6 +144,7 @@ def test_bad_input_is_refused_with_every_problem_and_nothing_written(
         (["schedule.epochs=1", "schedule.base_lr=1"], ["one of epochs and steps", "one of base_lr and lr"]),
         (["checkpoint.resume=must"], ["has no valid checkpoint; use auto to start anew"]),
         (["checkpoint.resume=elsewhere"], ["checkpoint.resume=elsewhere: "]),
+        (["data.index=typo"], ["data.index=typo: no index is there; tools/index_shards.py SHARDS --out typo"]),
     ]  # fmt: skip
     for overrides, wanted in cases:
         assert start(tiny, folder.path, *overrides) == 2, overrides
@@ -199,6 +200,7 @@ def test_a_folder_of_another_recipe_or_other_data_is_refused_with_the_difference
         assert start(tiny, folder.path, *overrides) == 2, overrides
         said = capsys.readouterr().err
         assert [text for text in wanted if text not in said] == [], said
+        assert "allow=[model" not in said, "other weights cannot be allowed"
         assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
 
 
@@ -562,16 +564,15 @@ def test_unreadable_samples_are_reported_whichever_rank_meets_them_and_too_many_
         assert (tmp_path / name / "pictures" / "step-00000007.png").is_file()
 
 
-
-
 # ----------------------------------------------------------------------------------------------------- its last words
 
 
 def test_what_it_says_to_run_next_runs(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, words = Folder(tmp_path / "run"), ["schedule.steps=2", "schedule.warmup_steps=0", "run.stop_after_steps=1"]
     assert start(tiny, run.path, *words) == 75
-    (command,) = re.findall(r"python -m rcmae.train (\S+)    # go on", capsys.readouterr().out)
-    assert start(command, run.path, "run.stop_after_steps=null") == 0
+    (command,) = re.findall(r"python -m rcmae.train (.*?)    # go on", capsys.readouterr().out)
+    recipe, *overrides = command.split()
+    assert start(recipe, run.path, *overrides) == 0  # it does not stop after another step
     (command,) = re.findall(r"python tools/(export.py .*?)    # the encoder", capsys.readouterr().out)
     done = subprocess.run(
         [sys.executable, *f"{ROOT}/tools/{command}".split()], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}
