@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,9 @@ def test_list_tells_steps_world_and_state(run, tell):
     for text in ("1,280", "whole, LATEST", "has 5 bytes", "no checkpoints: .writing-step-00000050-0badcafe"):
         assert text in table.out
     assert tell("list", at(run, 40)).status == 0
+    for step in (10, 20, 30):
+        shutil.rmtree(at(run, step))
+    assert tell("list", run, "--json").json["others"] == [".writing-step-00000050-0badcafe"]  # also beside a single one
 
 
 def test_what_a_lost_writer_committed_is_told(run, tell):

@@ -118,7 +118,8 @@ def list_run(options: argparse.Namespace, out: Console) -> int:
     rows = [look_at(path, every_byte=False) for path in folders]
     latest = (root / "LATEST").read_text().strip() if (root / "LATEST").exists() else None
     known = {"LATEST", *(path.name for path in folders)}
-    others = sorted(path.name for path in root.iterdir() if path.name not in known) if len(folders) > 1 else []
+    beside = root.iterdir() if folders != [options.source] else ()
+    others = sorted(path.name for path in beside if path.name not in known)
     if options.json:
         print(json.dumps({"latest": latest, "checkpoints": [row.facts for row in rows], "others": others}, indent=1))
     else:
