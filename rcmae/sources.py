@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import logging
 import os
 import random
 import re
@@ -34,6 +35,8 @@ PIPE = "pipe:"
 PIECE = 8 * 2**20  # bytes of a request; each is tried again by itself
 _OPEN_SHARDS = 128  # local files that a process keeps open; the usual limit is 1,024
 _LONGEST_PAUSE_S = 30.0
+_SILENT_ATTEMPTS = 3  # a hiccup is nobody's news; then who waits is told why, once
+_log = logging.getLogger(__name__)
 _AT_ONCE = 16  # requests for sizes under way together
 _PASSWORD = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>)\]]+", re.IGNORECASE)
@@ -188,6 +191,9 @@ def _persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
                     f"{redacted(path)}: stays away: {attempt} attempts in a row failed in "
                     f"{time.monotonic() - begin:.0f} s, the last with: {text}"
                 ) from None
+            if attempt == _SILENT_ATTEMPTS:
+                _log.warning("%s: no answer yet (%s); attempt %d of %d is next", redacted(path), text, attempt + 1,
+                             patience.attempts)  # fmt: skip
             pause = min(patience.pause_s * 2 ** (attempt - 1), _LONGEST_PAUSE_S)
             time.sleep(max(pause * random.uniform(0.5, 1.0), min(_asked_pause(error), _LONGEST_PAUSE_S)))
     raise AssertionError("at least one attempt is made")

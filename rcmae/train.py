@@ -665,6 +665,11 @@ def check(recipe: Recipe, task: Task) -> Checked:
         ValueError: on every rank, naming every problem; nothing was written.
     """
     problems, world, data = Problems(), dist.world(), recipe.data
+    if recipe.objective.name not in task.objectives:  # nothing else would be said of what was meant
+        raise ValueError(
+            f"objective.name={recipe.objective.name} is none of python -m {task.command}, which trains "
+            f"{', '.join(task.objectives)}; pretraining is rcmae.train, then come rcmae.finetune and rcmae.probe"
+        )
     saved = peek(recipe, problems)
     if saved is not None:  # the number of streams is part of the order of samples: the first start chose it for good
         data.canonical_streams = data.canonical_streams or saved.meta["sizes"]["canonical_streams"]
@@ -673,11 +678,6 @@ def check(recipe: Recipe, task: Task) -> Checked:
     if recipe.engine.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         problems.append(f"engine.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use engine.precision=fp32")
     index, plan, sizes, mask, engine_config, cache = None, None, None, None, {}, None
-    if recipe.objective.name not in task.objectives:
-        problems.append(
-            f"objective.name={recipe.objective.name} is none of python -m {task.command}, which trains "
-            f"{', '.join(task.objectives)}; pretraining is rcmae.train, then come rcmae.finetune and rcmae.probe"
-        )
     with problems:
         mask = task.mask(recipe)
         task.transform(recipe)
