@@ -272,6 +272,17 @@ def test_missing_and_refused_shards_are_named_at_once(server):
     assert [fault for _, path, fault in server.requests if "3" in path].count("403") <= 2  # not tried again and again
 
 
+def test_who_waits_for_a_server_is_told_why_once(caplog):
+    def away():
+        raise ConnectionError("no route to host")
+
+    with pytest.raises(SourceGone, match=r"5 attempts in a row failed .* no route to host"):
+        sources._persist("https://user:hush@host/x.tar", Patience(attempts=5, pause_s=0.01), away)
+    assert [record.getMessage() for record in caplog.records] == [
+        "https://***@host/x.tar: no answer yet (no route to host); attempt 4 of 5 is next"
+    ]
+
+
 def test_an_index_beside_remote_shards_saves_reading_them_and_tells_when_they_changed(folder, server, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     built = ShardIndex.build([f"{server.url}/photo-{shard:06d}.tar" for shard in range(SHARDS)], patience=PATIENT)
