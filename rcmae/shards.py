@@ -20,7 +20,6 @@ import tarfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -35,6 +34,7 @@ from numpy.typing import NDArray
 from rcmae import sources
 from rcmae.draws import Purpose, permutation, uniform
 from rcmae.sources import USUAL, Cache, Patience
+from rcmae.workers import mapped
 
 INDEX = "index.json"
 FORMAT, VERSION = "rcmae shard index", 1
@@ -481,15 +481,15 @@ def _ours(folder: str | Path) -> bool:
         return False
 
 
-def expand(patterns: str | Sequence[str]) -> list[str]:
+def expand(patterns: str | Sequence[str], *, even_empty: bool = False) -> list[str]:
     """The shards that a pattern or a list of them names: `train-{000000..000005}.tar`, `data/*.tar`, plain paths, URLs
     with either, `pipe:` commands with braces.
 
     Raises:
-        ValueError: names each pattern that matches nothing and each shard that is missing, empty, unreadable or named
-            twice, all at once.
+        ValueError: names each pattern that matches nothing and each shard that is missing, empty (unless `even_empty`),
+            unreadable or named twice, all at once.
     """
-    paths, problems = _find(patterns)
+    paths, problems = _find(patterns, even_empty=even_empty)
     _refuse([*problems, *_named_twice(paths)])
     return paths
 
@@ -516,7 +516,7 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
-def _find(patterns: Patterns, patience: Patience = USUAL) -> tuple[list[str], list[str]]:
+def _find(patterns: Patterns, patience: Patience = USUAL, *, even_empty: bool = False) -> tuple[list[str], list[str]]:
     paths: list[str] = []
     problems: list[str] = []
     for pattern in flat(patterns):
@@ -537,7 +537,7 @@ def _find(patterns: Patterns, patience: Patience = USUAL) -> tuple[list[str], li
             paths += found
     if not paths and not problems:
         problems.append("no shards are named; give data.shards a pattern, such as data/train-{000000..000099}.tar")
-    problems += filter(None, map(_not_a_shard, dict.fromkeys(paths)))
+    problems += filter(None, (_not_a_shard(path, even_empty=even_empty) for path in dict.fromkeys(paths)))
     return paths, problems
 
 
@@ -547,13 +547,13 @@ def _named_twice(paths: Sequence[str]) -> list[str]:
     return [f"{sources.redacted(named[path])}: is named {count} times" for path, count in times.items() if count > 1]
 
 
-def _not_a_shard(path: str) -> str | None:
+def _not_a_shard(path: str, *, even_empty: bool) -> str | None:
     if sources.is_remote(path):
         return None  # asked for with all others: sources.sizes
     try:
         if os.path.isdir(path):
             return f"{path}: is a folder; name the shards in it, such as {path.rstrip('/')}/*.tar"
-        if os.stat(path).st_size == 0:
+        if os.stat(path).st_size == 0 and not even_empty:
             return f"{path}: is empty"
     except OSError as error:
         return f"{path}: {error.strerror}"
@@ -609,8 +609,7 @@ def _scan_all(paths: Sequence[str], jobs: int, patience: Patience) -> Iterator[S
     if not left:
         return
     # Not from the fork server: whoever uses it first decides what it has imported, and the stream wants torch there.
-    with ProcessPoolExecutor(min(jobs, len(left)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(one, left)
+    yield from mapped(one, left, min(jobs, len(left)), get_context("spawn"))
 
 
 def scan(path: str, patience: Patience = USUAL) -> Scan:

@@ -13,16 +13,13 @@ import contextlib
 import logging
 import math
 import multiprocessing
-import os
 import queue
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
-from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,8 +35,8 @@ from rcmae.masking import Mask
 from rcmae.shards import Plan, Requests, Sample, Shard, ShardIndex
 from rcmae.sources import Cache, Reader, is_remote, redacted
 from rcmae.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
+from rcmae.workers import end_with_owner, fork_server
 
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
 _NAMED = 20  # bad samples that a message lists before it counts the rest
 _log = logging.getLogger(__name__)
@@ -622,16 +619,9 @@ def _loader(
 ) -> DataLoader[Any]:
     processes: dict[str, Any] = {}
     if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", __name__])
-        resource_tracker.ensure_running()  # the server would start it, and unblock signals in doing so
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # for the server and, by birth, its workers
-        try:
-            forkserver.ensure_running()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         processes = {
-            "num_workers": workers, "prefetch_factor": prefetch, "multiprocessing_context": context,
+            "num_workers": workers, "prefetch_factor": prefetch,
+            "multiprocessing_context": fork_server("torch", __name__),
             "persistent_workers": persistent, "worker_init_fn": _start_worker,
         }  # fmt: skip
     return DataLoader(
@@ -657,21 +647,5 @@ def _as_is(read: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """Outlive the signals that ask the trainer to stop, which often go to all its processes, but not the trainer.
-
-    They are blocked in the main thread and taken by another, which sees who sent one: left to kill the worker, a signal
-    to the process group would break the batch that the trainer waits for before it can commit its checkpoint.
-    """
     torch.set_num_threads(1)
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # also where another library started the server
-
-    def watch() -> None:
-        while trainer.is_alive():  # a killed trainer takes nobody with it: the fork server is the workers' parent
-            sent = signal.sigtimedwait(_STOP_SIGNALS, 1.0)
-            if sent is not None and sent.si_pid == trainer.pid:
-                break
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True, name="watch the trainer").start()
+    end_with_owner()

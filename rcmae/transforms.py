@@ -34,7 +34,7 @@ CENTRE_SHARE = 0.875  # of the shorter side that a centre crop keeps, as the fie
 Crop = tuple[int, int, int, int, int]  # top, left, height, width in the source image, 1 = flipped
 _TRIES = 10  # random boxes that may stick out before the centre is taken
 _MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name of the colour space; others have to be there as they are asked for
-_NPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class BadImage(ValueError):
@@ -187,8 +187,32 @@ class Normalise:
         return replace(batch, images=self.images(batch.images))
 
 
-def decode(data: bytes, channels: int = 3) -> NDArray[np.uint8]:
+def channels_of(data: bytes) -> int:
+    """Channels of an encoded image: an array's own (.npy, or TIFF of other than 1 or 3 bands), 3 of all else.
+
+    Channels are the last axis of an array, or the first where that is shorter.
+    """
+    try:
+        if data.startswith(NPY):
+            shape = _array(data).shape
+        elif data[:4] in TIFF:
+            with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+                shape = tiff.series[0].shape
+        else:
+            return 3
+    except Exception:  # damaged: decode() says how
+        return 3
+    channels = 1 if len(shape) == 2 else min(shape[-1], shape[0]) if len(shape) == 3 else 3
+    return 3 if channels in _MODES and not data.startswith(NPY) else channels
+
+
+def decode(data: bytes, channels: int = 3, *, strict: bool = False) -> NDArray[np.uint8]:
     """The pixels of an encoded image, [H, W, channels].
+
+    Args:
+        data: the file.
+        channels: as many are wanted.
+        strict: refuse damage that decoders can get over: a JPEG that libjpeg-turbo warns of, a PNG with a wrong CRC.
 
     Raises:
         BadImage: the bytes are no image, are cut short or damaged, or would take more than MAX_PIXELS.
@@ -197,17 +221,22 @@ def decode(data: bytes, channels: int = 3) -> NDArray[np.uint8]:
     if head is not None:
         try:
             return decode_box(data, Box(0, 0, head.height, head.width), channels=channels)
-        except ValueError:
-            pass  # PIL has the last word on what is readable
+        except ValueError as error:
+            if strict:
+                raise BadImage(str(error)) from None
+            # PIL has the last word on what is readable
     try:
-        if data.startswith(_NPY):
+        if data.startswith(NPY):
             return _bands(_array(data), channels)
-        if channels not in _MODES and data[:4] in _TIFF:
+        if channels not in _MODES and data[:4] in TIFF:
             with tifffile.TiffFile(io.BytesIO(data)) as tiff:
                 _refuse_bombs(tiff.series[0].shape)
                 return _bands(tiff.series[0].asarray(), channels)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd metadata, and on large images below the limit
+            if strict:
+                with Image.open(io.BytesIO(data)) as image:
+                    image.verify()  # reads the CRCs; nothing can be read of the image then
             with Image.open(io.BytesIO(data)) as image:
                 return _pixels(image, channels) if channels in _MODES else _bands(np.array(image), channels)
     except (MemoryError, BadImage):

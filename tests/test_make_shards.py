@@ -5,13 +5,16 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -65,6 +68,7 @@ def test_a_class_folder_becomes_labelled_indexed_shards(images, tmp_path):
         ]
     )
     assert (report.samples, report.other_files, report.classes) == (18, 1, ["ant", "bee", "cat dog"])
+    assert report.such_as == ["bee/notes.txt"]
     assert (out / "classes.txt").read_text() == "ant\nbee\ncat dog\n"
     assert [Path(reject.path).name for reject in report.rejected] == ["broken.jpg"]
     index = ShardIndex.load(out)
@@ -189,7 +193,9 @@ def test_a_list_names_images_and_classes(images, tmp_path):
     assert report.classes == []
     assert sorted(label for label, _ in contents_of(tmp_path / "numbered")) == list(range(8))
     for text, reason in (
-        ("name\nx", "wants a first line with the columns path"), ("path\nnone.jpg", "names 1 files that are not there"),
+        ("name\nx", "wants a first line with the columns path"),
+        ("path\nnone.jpg", r"names 1 files that are not there: none.jpg \(line 2\)"),
+        ("path,label\n,1\nant/ant.1.jpg,1\n,2", "has 2 lines with an empty path: line 2, 4"),
         ("path,label\nant/ant.0.jpg,1\nant/ant.1.jpg,", "1 of 2 lines have no label"),
         ("path\nant/ant.0.jpg\nant/ant.0.jpg", "more than once, such as ant/ant.0.jpg"),
     ):  # fmt: skip
@@ -253,14 +259,74 @@ def test_a_job_that_was_killed_goes_on_and_gives_the_same_bytes(images, tmp_path
         make_shards(images, out, samples=4, size=64)
     monkeypatch.undo()
     assert not (out / "index.json").exists()
-    with pytest.raises(ValueError, match=r"has 2 shards named train"):
-        make_shards(images, out, samples=4, size=32)  # another job
+    with pytest.raises(ValueError, match=r"has 2 shards .* did not end, --size=64 instead of --size=32; the com"):
+        make_shards(images, out, samples=4, size=32)
+    with pytest.raises(ValueError, match=r"did not end, with other images, with other classes, --size=64 instead"):
+        make_shards(images / "ant", out, samples=4)
     before = {path: os.stat(path).st_mtime_ns for path in written}
     report = make_shards(images, out, samples=4, size=64)
     assert report.kept == 2
     assert {path: os.stat(path).st_mtime_ns for path in written} == before
     assert contents(out) == contents(whole)
     assert [Path(one.path).name for one in report.rejected] == ["broken.jpg"]  # also of the shards that were kept
+
+
+@pytest.mark.parametrize("suffix", ["npy", "tif"])
+@pytest.mark.parametrize("bands", [2, 4, 5])
+def test_images_of_any_number_of_bands_are_packed_and_made_smaller(tmp_path, suffix, bands):
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(4):
+        kind = np.uint16 if number % 2 else np.uint8
+        values = rng.integers(0, np.iinfo(kind).max, (48, 60, bands), kind)
+        path = folder / f"{number}.{suffix}"
+        np.save(path, values) if suffix == "npy" else tifffile.imwrite(path, values, planarconfig="contig")
+    report = make_shards(folder, tmp_path / "shards")
+    assert (report.samples, report.rejected) == (4, [])
+    assert sorted(data for _, data in contents_of(tmp_path / "shards")) == sorted(contents(folder).values())
+    make_shards(f"{tmp_path}/shards/*.tar", tmp_path / "again", samples=2)
+    assert sorted(contents_of(tmp_path / "again")) == sorted(contents_of(tmp_path / "shards"))
+    make_shards(folder, tmp_path / "small", size=24)
+    assert {decode(data, bands).shape for _, data in contents_of(tmp_path / "small")} == {(24, 30, bands)}
+    with tarfile.open(tmp_path / "small" / "train-000000.tar") as tar:
+        assert {name.rpartition(".")[2] for name in tar.getnames()} == {suffix}
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A folder with more images than are packed in a moment."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    Image.fromarray(np.tile(load_sample_images().images[0], (3, 3, 1))).save(folder / "0.jpg")
+    for number in range(1, 2000):
+        os.link(folder / "0.jpg", folder / f"{number}.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_job_that_is_killed_or_stopped_leaves_no_process_behind(many, tmp_path, how):
+    out = tmp_path / "out"
+    command = [sys.executable, TOOLS / "make_shards.py", many, out, "--samples", "4", "--size", "64", "--jobs", "2"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as job:
+        until = time.monotonic() + 60
+        while not list(out.glob("*.tar")):
+            assert time.monotonic() < until
+            assert job.poll() is None
+            time.sleep(0.05)
+        if how == signal.SIGINT:
+            os.killpg(job.pid, how)  # as a terminal does
+        else:
+            job.kill()
+        _, said = job.communicate(timeout=20)  # it would wait for workers: they have the pipe
+    if how == signal.SIGINT:
+        assert job.returncode == 130
+        assert said == "stopped; the same command goes on\n"
+    count = len(list(out.glob("*.tar")))
+    assert count < 500
+    time.sleep(0.5)
+    assert len(list(out.glob("*.tar"))) == count
 
 
 def test_the_commands_tell_what_they_made(images, tmp_path, capsys):
@@ -271,6 +337,7 @@ def test_the_commands_tell_what_they_made(images, tmp_path, capsys):
     )  # fmt: skip
     assert "18 images of 3 classes in 3 shards" in done.stdout
     assert "left out:" in done.stdout
+    assert "1 other files were not looked at: bee/notes.txt" in done.stdout
     assert done.stderr == ""
     assert tool_make_shards.main([str(images), str(out)]) == 2
     assert "error: " in capsys.readouterr().err

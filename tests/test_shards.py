@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import tarfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from rcmae import shards
+from rcmae import shards, workers
 from rcmae.shards import INDEX, NO_LABEL, Plan, ShardIndex, expand, flat, scan
 
 ROOT = Path(__file__).parent.parent
@@ -251,7 +250,7 @@ def test_shards_are_indexed_by_several_processes_alike(folder, monkeypatch):
     alone = ShardIndex.build(paths, jobs=2)  # reading a few takes less time than starting processes
     pools = []
     monkeypatch.setattr(shards, "_ALONE_S", 0)
-    monkeypatch.setattr(shards, "ProcessPoolExecutor", lambda *a, **k: pools.append(1) or ProcessPoolExecutor(*a, **k))
+    monkeypatch.setattr(shards, "mapped", lambda *a: pools.append(1) or workers.mapped(*a))
     assert ShardIndex.build(paths, jobs=2).fingerprint == alone.fingerprint
     assert pools == [1]
 

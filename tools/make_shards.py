@@ -15,8 +15,9 @@ NAME-000000.tar, ..., `index.json` and, with class names, `classes.txt`: line i,
 Every image is decoded once; what cannot be is left out and listed, as are those whose shorter side has fewer pixels
 than --min-size. The order is that of a hash of the name, so each shard mixes the classes. The same images and options
 give the same bytes. --size makes images whose shorter side has more pixels than that smaller, as JPEG; all others go in
-as they are. A job that was killed goes on where it was when it is started again.
-Exit status: 0 written; 2 the input cannot be used.
+as they are. Images of any number of channels are taken, as .npy or TIFF (which stay .npy or TIFF when made smaller).
+A job that was killed or stopped goes on where it was when the same command is started again.
+Exit status: 0 written; 2 the input cannot be used; 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -31,24 +32,26 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import simplejpeg
+import tifffile
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from rcmae.shards import IMAGE_SUFFIXES, NO_LABEL, ShardIndex, expand, written_aside
-from rcmae.transforms import BadImage, decode, resize
+from rcmae.transforms import NPY, TIFF, BadImage, channels_of, decode, resize
+from rcmae.workers import fork_server, mapped
 
 _KEY_BYTES = 90  # USTAR has 100 for a name
+_NAMED = 5  # of many files that a message is about
 
 
 class Source(NamedTuple):
@@ -82,7 +85,7 @@ class Found(NamedTuple):
     """All images of an input."""
 
     images: list[Named]
-    other_files: int = 0  # files that no image suffix names: not looked at
+    others: Sequence[str] = ()  # files that no image suffix names: not looked at
 
 
 class Rejected(NamedTuple):
@@ -109,6 +112,7 @@ class Report(NamedTuple):
     classes: list[str]  # empty: no labels
     rejected: list[Rejected]
     other_files: int  # files that no image suffix names: not looked at
+    such_as: list[str]  # a few of them
     kept: int  # shards that a job before had written
 
 
@@ -155,9 +159,16 @@ def make_shards(
     cuts = [len(sources) * shard // count for shard in range(count + 1)]
     paths = [str(out / f"{name}-{shard:06d}.tar") for shard in range(count)]
     tasks = [(path, sources[first:stop]) for path, first, stop in zip(paths, cuts, cuts[1:], strict=False)]
-    job = Job.of(out / f".{name}.progress", [tasks, size, quality, min_size])
+    job = Job(
+        out / f".{name}.progress",
+        {"images": _digest(sources), "classes": _digest(labels), "samples": samples, "size": size, "quality": quality,
+         "min-size": min_size},
+    )  # fmt: skip
     if old and not overwrite and job.done is None:
-        raise ValueError(f"{out} has {len(old)} shards named {name}-*.tar; take another --name, or --overwrite them")
+        unfinished = f" of a job that did not end, {job.unlike}; the command of that job goes on" if job.unlike else ""
+        raise ValueError(
+            f"{out} has {len(old)} shards named {name}-*.tar{unfinished}; take another --name, or --overwrite them"
+        )
     class_file, text = out / "classes.txt", "".join(f"{label}\n" for label in labels).encode()
     if labels and not overwrite and class_file.exists() and class_file.read_bytes() != text:
         raise ValueError(f"{class_file} names other classes; pass it as --classes, or --overwrite it")
@@ -196,7 +207,8 @@ def make_shards(
         bytes=sum(os.path.getsize(path) for path in paths),
         classes=labels,
         rejected=[reject for shard in written for reject in shard.rejected],
-        other_files=found.other_files,
+        other_files=len(found.others),
+        such_as=sorted(found.others)[:_NAMED],
         kept=count - len(missing),
     )
 
@@ -204,28 +216,26 @@ def make_shards(
 class Job:
     """What a job has written so far, in a file beside the shards: started again with the same input, it goes on."""
 
-    def __init__(self, path: Path, what: str, done: dict[str, Written] | None) -> None:
+    def __init__(self, path: Path, what: dict[str, Any]) -> None:
         self._path, self._what = path, what
-        self.done = done  # of a job before with the same input and options; None: there was none
-
-    @classmethod
-    def of(cls, path: Path, what: object) -> Job:
-        """The job that is to do this."""
-        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        self.done: dict[str, Written] | None = None  # of a job before that was to do the same; None: there was none
+        self.unlike = ""  # how a job before that did not end differs from this one
         try:
             head, *lines = path.read_text().splitlines(keepends=True)
-            if head != digest + "\n":
-                return cls(path, digest, None)
+            before = json.loads(head)
             rows = [json.loads(line) for line in lines if line.endswith("\n")]
         except (OSError, ValueError):
-            return cls(path, digest, None)
-        done = {row[0]: Written(row[0], row[1], [Rejected(*reject) for reject in row[2]]) for row in rows}
-        return cls(path, digest, done)
+            return
+        if before == what:
+            self.done = {row[0]: Written(row[0], row[1], [Rejected(*reject) for reject in row[2]]) for row in rows}
+        elif isinstance(before, dict):
+            self.unlike = ", ".join(_unlike(key, before.get(key), value) for key, value in what.items()
+                                    if before.get(key) != value)  # fmt: skip
 
     def begin(self, done: Iterable[Written]) -> None:
         """Say what the job is, and what is done of it."""
         with written_aside(self._path) as file:
-            file.write("".join([self._what + "\n", *(json.dumps(each) + "\n" for each in done)]).encode())
+            file.write("".join(json.dumps(line) + "\n" for line in (self._what, *done)).encode())
 
     def note(self, written: Written) -> None:
         """A shard more is there."""
@@ -235,6 +245,16 @@ class Job:
     def end(self) -> None:
         """All is there."""
         self._path.unlink(missing_ok=True)
+
+
+def _unlike(key: str, before: Any, now: Any) -> str:
+    if key in ("images", "classes"):
+        return f"with other {key}"
+    return " instead of ".join(f"--{key}={value}" if value is not None else f"no --{key}" for value in (before, now))
+
+
+def _digest(what: object) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def find_images(inputs: Sequence[str], spool: Path) -> Found:
@@ -259,36 +279,45 @@ def _in_folder(folder: Path) -> Found:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images, nor a .csv, .tsv, .parquet or .tar file")
     found: list[str] = []
-    other_files = 0
+    others: list[str] = []
     for top, _, names in os.walk(folder, followlinks=True):
         for file in names:
             path = os.path.relpath(os.path.join(top, file), folder)
-            if file.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not file.startswith("."):
-                found.append(path)
-            else:
-                other_files += 1
+            is_image = file.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not file.startswith(".")
+            (found if is_image else others).append(path)
     in_class = [path for path in found if os.sep in path]
     if not found:
-        raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}) among {other_files} files")
+        raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}) among {len(others)} files")
     if in_class and len(in_class) < len(found):
         alone = len(found) - len(in_class)
         raise ValueError(f"{folder} holds {alone} images beside class folders; move them into one, or the folders away")
     label = (lambda path: path.split(os.sep, 1)[0]) if in_class else (lambda path: None)
-    return Found([Named(path, label(path), str(folder / path)) for path in found], other_files)
+    return Found([Named(path, label(path), str(folder / path)) for path in found], others)
 
 
 def _in_list(path: Path) -> Found:
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+            lines = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            rows, at = [], []
+            for row in lines:
+                rows.append(row)
+                at.append(lines.line_num)
+            columns = lines.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a list ({error})") from error
-    if not rows or not rows[0].get("path"):
+    if not rows or "path" not in columns:
         raise ValueError(
             f"{path}: wants a first line with the columns path and, if wanted, label; then an image a line"
         )
-    if gone := [row["path"] for row in rows if not (path.parent / row["path"]).is_file()]:
-        raise ValueError(f"{path} names {len(gone)} files that are not there, such as {', '.join(gone[:5])}")
+    if empty := [str(line) for line, row in zip(at, rows, strict=True) if not row["path"]]:
+        raise ValueError(f"{path} has {len(empty)} lines with an empty path: line {_some(empty, len(empty))}")
+    if gone := [
+        f"{row['path']} (line {line})"
+        for line, row in zip(at, rows, strict=True)
+        if not (path.parent / row["path"]).is_file()
+    ]:
+        raise ValueError(f"{path} names {len(gone)} files that are not there: {_some(gone, len(gone))}")
     labels = [row.get("label") for row in rows]
     if any(label in (None, "") for label in labels):
         if any(labels):
@@ -403,22 +432,34 @@ def write_shard(
 def encoded(source: Source, size: int | None, quality: int, min_size: int) -> tuple[str, bytes]:
     """(suffix, bytes) of an image: its own, or a smaller JPEG. Raises BadImage."""
     data = source.read()
-    pixels = decode(data)
-    rows, columns = pixels.shape[:2]
+    pixels = decode(data, channels_of(data))
+    rows, columns, channels = pixels.shape
     if min(rows, columns) < min_size:
         raise BadImage(f"its shorter side has {min(rows, columns)} pixels, --min-size={min_size}")
     if size is None or min(rows, columns) <= size:
         return Path(source.path).suffix[1:].lower() if source.size < 0 else kind_of(data), data
     factor = size / min(rows, columns)
-    smaller = resize(pixels, (round(rows * factor), round(columns * factor)))
-    return "jpg", simplejpeg.encode_jpeg(smaller.permute(1, 2, 0).contiguous().numpy(), quality, "RGB", "420")
+    smaller = resize(pixels, (round(rows * factor), round(columns * factor))).permute(1, 2, 0).contiguous().numpy()
+    if data.startswith(NPY):
+        file = io.BytesIO()
+        np.save(file, smaller)
+        return "npy", file.getvalue()
+    if channels != 3:
+        file = io.BytesIO()
+        tifffile.imwrite(file, smaller, photometric="rgb" if channels == 4 else "minisblack", planarconfig="contig")
+        return "tif", file.getvalue()
+    return "jpg", simplejpeg.encode_jpeg(smaller, quality, "RGB", "420")
 
 
 def kind_of(data: bytes) -> str:
     """The suffix of an encoded image."""
+    if data.startswith(NPY):
+        return "npy"
+    if data[:4] in TIFF:
+        return "tif"  # Pillow does not know all of them
     with Image.open(io.BytesIO(data)) as image:
         name = (image.format or "jpeg").lower()
-    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(name, name if name in IMAGE_SUFFIXES else "png")
+    return {"jpeg": "jpg", "mpo": "jpg"}.get(name, name if name in IMAGE_SUFFIXES else "png")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -431,20 +472,28 @@ def _each(write: partial[Written], tasks: Iterable[tuple[str, Sequence[Source]]]
     if jobs <= 1:
         yield from map(write, tasks)
         return
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch"])  # imported once for all processes
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(write, tasks)
+    yield from mapped(write, tasks, jobs, fork_server("torch"), partial(torch.set_num_threads, 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("images", nargs="+", metavar="IMAGES")
-    parser.add_argument("out", type=Path, metavar="OUT")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Images are left as they are, but for --size; those that cannot be decoded are left out and listed. "
+        "A job that was killed or stopped goes on where it was when the same command is started again.",
+    )
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGES",
+        help="a folder with a sub-folder for each class, or with images alone; or a .csv or .tsv file with the columns"
+        " path (from that file's folder) and, if wanted, label; or .parquet files with the columns image and, if"
+        " wanted, label; or .tar files, to be merged and laid out anew",
+    )  # fmt: skip
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="folder of the shards, their index.json and classes.txt; made if need be"
+    )
     parser.add_argument("--name", default="train", help="what the shards' names begin with (default: %(default)s)")
     parser.add_argument("--samples", type=_positive, default=1000, help="most in a shard (default: %(default)s)")
-    parser.add_argument("--size", type=_positive, help="pixels of the shorter side of images that have more")
+    parser.add_argument("--size", type=_positive, help="shorter side, in pixels, of images that have more")
     parser.add_argument("--quality", type=_positive, default=90, help="of the JPEG they become (default: %(default)s)")
     parser.add_argument("--min-size", type=_positive, default=1, help="leave out images with fewer pixels a side")
     parser.add_argument("--classes", type=Path, help="file with a class on each line, in the order of the labels")
@@ -462,6 +511,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     if options.json:
         print(json.dumps(report._asdict() | {"rejected": [reject._asdict() for reject in report.rejected]}, indent=1))
         return 0
@@ -472,10 +524,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if report.kept:
         print(f"  {report.kept:,} shards were there from a job that did not end")
     if report.other_files:
-        print(f"  {report.other_files:,} other files were not looked at")
+        print(f"  {report.other_files:,} other files were not looked at: {_some(report.such_as, report.other_files)}")
     for reject in report.rejected:
         print(f"  left out: {reject.path} ({reject.reason})")
     return 0
+
+
+def _some(names: Sequence[str], of: int) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:_NAMED]) + (f" and {of - _NAMED:,} more" if of > _NAMED else "")
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,86 @@
+"""Worker processes that live as long as the process that started them: no longer, and no shorter.
+
+A killed process takes nobody with it: a fork server is its workers' parent, and theirs are pipes that nobody closes. So
+each worker watches its owner. And a signal that asks an owner to stop often goes to all its processes: workers leave it
+to the owner, which may want a last result of them. We do not use PR_SET_PDEATHSIG, which knows parents alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
+from typing import TypeVar
+
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def fork_server(*preload: str) -> BaseContext:
+    """A context whose processes come from a server that has imported these modules once for all of them.
+
+    The first call decides what is imported: one server serves the whole process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    resource_tracker.ensure_running()  # the server would start it, and unblock signals in doing so
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # for the server and, by birth, its workers
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return context
+
+
+def end_with_owner() -> None:
+    """Outlive the signals that ask the owner to stop, but not the owner. Every worker calls it first.
+
+    They are blocked in the main thread and taken by another, which sees who sent one: left to kill the worker, a signal
+    to the process group would break the batch that a trainer waits for before it can commit its checkpoint.
+    """
+    owner = multiprocessing.parent_process()
+    assert owner is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # also where another library started the server
+
+    def watch() -> None:
+        while owner.is_alive():
+            sent = signal.sigtimedwait(_STOP_SIGNALS, 1.0)
+            if sent is not None and sent.si_pid == owner.pid:
+                break
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True, name="watch the owner").start()
+
+
+def mapped(
+    one: Callable[[_In], _Out],
+    items: Iterable[_In],
+    jobs: int,
+    context: BaseContext,
+    begin: Callable[[], object] | None = None,
+) -> Iterator[_Out]:
+    """The results of `one` of each item, in their order, by so many workers, each of which may `begin` with a call.
+
+    An exception here ends the workers in what they do, Ctrl-C and the end of this iterator included.
+    """
+    others = {*multiprocessing.active_children()}
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(begin,)) as workers:
+        try:
+            for future in [workers.submit(one, item) for item in items]:
+                yield future.result()
+        except BaseException:  # no future is cancelled: Python 3.11 reports those of a pool that ends as errors
+            for process in {*multiprocessing.active_children()} - others:
+                process.terminate()
+            raise
+
+
+def _begin(then: Callable[[], object] | None) -> None:
+    end_with_owner()
+    if then is not None:
+        then()
