@@ -5,12 +5,14 @@ import io
 import json
 import shutil
 import struct
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from rcmae.shards import Plan, ShardIndex
@@ -127,7 +129,9 @@ def test_verify_names_what_is_wrong_and_repair_leaves_it_out(damaged, tmp_path, 
     named = {f"{row['shard'].removesuffix('.tar')}/{row['key']}" for row in told["rejected"] if row["offset"] >= 0}
     assert named | {index[number].id for number in range(20, 40)} == bad
     assert [row["reason"] for row in told["rejected"] if row["shard"] == "photo-000000.tar"] == [
-        "the tar breaks off: unexpected end of data"
+        "the tar breaks off: unexpected end of data",
+        "its index names 40 samples: 20 of them were not found, and 0 were that it does not name;"
+        " get the tar anew, or run tools/index_shards.py --rebuild on it",
     ]
     assert told["samples"] == 240 - len(bad) == sum(told["classes"].values()) == sum(told["shorter_sides"].values())
     with Image.open(picture) as drawn:
@@ -168,6 +172,102 @@ def test_verify_finds_keys_that_are_there_twice_and_bytes_that_changed(photo_sha
     ShardIndex([whole]).save(tmp_path)
     assert main(["verify", str(tmp_path / "c.tar"), "--jobs", "1"]) == 1
     assert "c.tar: its bytes are not those that were indexed" in capsys.readouterr().out
+
+
+def jpeg(number):
+    """A photograph-like JPEG of noise."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.RandomState(number).randint(0, 255, (64, 64, 3), np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def tar_of(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def test_verify_sees_flaws_that_decoders_get_over(tmp_path, capsys):
+    photo, png = bytearray(jpeg(0)), io.BytesIO()
+    for at in np.random.RandomState(0).randint(1000, len(photo) - 100, 40):
+        photo[at] ^= 0xFF
+    with Image.open(io.BytesIO(photo)) as image:
+        image.load()  # training reads it
+    Image.new("RGB", (64, 64), "red").save(png, "PNG")
+    flipped = bytearray(png.getvalue())
+    flipped[flipped.index(b"IEND") - 5] ^= 0xFF  # the CRC of the pixels
+    with Image.open(io.BytesIO(flipped)) as image:
+        image.load()
+    tar_of(tmp_path / "x.tar", {"a.jpg": jpeg(0), "b.jpg": bytes(photo), "c.png": png.getvalue(), "d.png": flipped})
+    assert main(["verify", f"{tmp_path}/x.tar", "--jobs", "1", "--json"]) == 1
+    rejected = json.loads(capsys.readouterr().out)["rejected"]
+    assert [row["key"] for row in rejected] == ["b", "d"]
+    assert "Corrupt JPEG data" in rejected[0]["reason"]
+
+
+def test_images_of_any_number_of_bands_are_verified(tmp_path, capsys):
+    files = {"a.jpg": jpeg(0)}
+    for suffix, write in (("npy", np.save), ("tif", tifffile.imwrite)):
+        file = io.BytesIO()
+        write(file, np.random.RandomState(0).randint(0, 65535, (24, 32, 5), np.uint16))
+        files |= {f"{suffix}.{suffix}": file.getvalue(), f"{suffix}cut.{suffix}": file.getvalue()[:5000]}
+    tar_of(tmp_path / "x.tar", files)
+    assert main(["verify", f"{tmp_path}/x.tar", "--jobs", "1", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [row["key"] for row in told["rejected"]] == ["npycut", "tifcut"]
+    assert told["channels"] == {"3": 1, "5": 2}
+    assert told["shorter_sides"] == {"24": 2, "64": 1}
+
+
+def test_tars_without_anything_in_them_are_damaged_like_others(tmp_path, capsys):
+    (tmp_path / "empty.tar").touch()
+    tar_of(tmp_path / "end.tar", {})
+    tar_of(tmp_path / "whole.tar", {"a.jpg": jpeg(0)})
+    tar_of(tmp_path / "flawed.tar", {"b.jpg": jpeg(1)[:600], "c.jpg": jpeg(2)})
+    assert main(["verify", f"{tmp_path}/*.tar", "--jobs", "1", "--json"]) == 1
+    rejected = {row["shard"]: row["reason"] for row in json.loads(capsys.readouterr().out)["rejected"]}
+    assert rejected.keys() == {"empty.tar", "end.tar", "flawed.tar"}
+    assert (rejected["empty.tar"], rejected["end.tar"]) == ("the tar breaks off: empty file", "the tar holds no files")
+    assert main(["repair", f"{tmp_path}/*.tar", "--out", f"{tmp_path}/clean", "--jobs", "1"]) == 1
+    assert "left out, for nothing in them can be read: empty.tar, end.tar" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "clean").glob("*.tar")) == ["flawed.tar", "whole.tar"]
+    assert main(["verify", f"{tmp_path}/clean/*.tar", "--jobs", "1"]) == 0
+
+
+def test_verify_tells_where_the_index_disagrees(tmp_path, capsys):
+    path = tmp_path / "x.tar"
+    tar_of(path, {f"{number}.jpg": jpeg(number) for number in range(5)})
+    index = ShardIndex.open(str(path))
+    index.save(tmp_path)
+    assert main(["verify", str(path), "--jobs", "1"]) == 0
+    data = bytearray(path.read_bytes())
+    data[index[3].offset - 400] ^= 0xFF  # of a header
+    path.write_bytes(data)
+    capsys.readouterr()
+    assert main(["verify", str(path), "--jobs", "1"]) == 1
+    assert "its index names 5 samples: 2 of them were not found" in capsys.readouterr().out
+
+
+def test_a_reader_of_the_report_may_go_early(tmp_path):
+    tar_of(tmp_path / "x.tar", {f"{number}.jpg": b"text" for number in range(5000)})
+    tool = Path(__file__).parent.parent / "tools" / "check_shards.py"
+    command = [sys.executable, tool, "verify", tmp_path / "x.tar", "--jobs", "1", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        job.stdout.readline()
+        job.stdout.close()
+        assert job.stderr.read() == ""
+    assert job.returncode == 1
+
+
+def test_a_run_without_bad_samples_and_classes_of_one_size_are_told_shortly(tmp_path, capsys):
+    (tmp_path / "events.jsonl").write_text("")
+    assert main(["report", "--ledger", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "no bad samples\n"
+    tar_of(tmp_path / "x.tar", {"a.jpg": jpeg(0), "a.cls": b"6", "b.jpg": jpeg(1), "b.cls": b"7"})
+    assert main(["report", f"{tmp_path}/x.tar"]) == 0
+    assert "2 classes of 1 samples\n" in capsys.readouterr().out
 
 
 def test_report_tells_what_the_index_says(photo_shards, capsys):

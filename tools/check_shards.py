@@ -6,13 +6,15 @@
     python tools/check_shards.py report PATTERN [PATTERN ...] [--json]
     python tools/check_shards.py report --ledger RUN [--json]
 
-`verify` reads each tar to its end, compares its SHA-256 with the index where that has it, decodes each image, looks for
-keys that are there twice, and counts classes and sizes (--picture draws the sizes). `repair` writes what can be read
-into FOLDER under the same names, with an index: images that decode, the first of each key, and of a tar that is cut
-short what comes before the cut. `report` tells what the index says, without reading images; with --ledger, which
-samples a run (its folder, or its events.jsonl) could not read, and what took their place. Patterns are those of
-data.shards. Nothing is ever unpacked, so no name in a tar can lead anywhere.
-Exit status: 0 all is well; 1 something is wrong, and told; 2 unusable input.
+`verify` reads each tar to its end, compares it with the index beside it (samples, and SHA-256 where that has it),
+decodes each image strictly, looks for keys that are there twice, and counts classes and sizes (--picture draws the
+sizes). It names any flaw that a decoder warns of, also where training would read the image with a smear in it. What it
+cannot see is damage that leaves a valid image: other colours in a JPEG, other pixels in a file without a checksum.
+`repair` writes what can be read into FOLDER under the same names, with an index: images without a flaw, the first of
+each key, and of a tar that is cut short what comes before the cut. `report` tells what the index says, without reading
+images; with --ledger, which samples a run (its folder, or its events.jsonl) could not read, and what took their place.
+Patterns are those of data.shards. Nothing is ever unpacked, so no name in a tar can lead anywhere.
+Exit status: 0 all is well; 1 something is wrong, and told; 2 unusable input; 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,10 +29,8 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -43,8 +43,9 @@ from rich.console import Console
 from rich.progress import track
 
 from rcmae import sources
-from rcmae.shards import NO_LABEL, ShardIndex, expand, groups, image_suffix, written_aside
-from rcmae.transforms import BadImage, decode
+from rcmae.shards import NO_LABEL, Shard, ShardIndex, expand, groups, image_suffix, written_aside
+from rcmae.transforms import BadImage, channels_of, decode
+from rcmae.workers import fork_server, mapped
 
 SIDES = (32, 64, 96, 128, 160, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)  # pixels: classes of sizes
 _SHOWN = 20  # of a list, for people
@@ -68,7 +69,9 @@ class Checked(NamedTuple):
     rejected: list[Rejected]
     classes: dict[int, int]  # label -> samples
     sides: dict[int, int]  # shorter side in pixels -> samples
+    channels: dict[int, int]  # of an image -> samples
     keys: list[str]  # of the good ones
+    offsets: list[int]  # of the good ones
 
 
 class Sample(NamedTuple):
@@ -78,11 +81,14 @@ class Sample(NamedTuple):
     members: dict[str, bytes]  # suffix -> content
     label: int
     side: int
+    channels: int
+    offset: int  # of its image
 
 
 def samples_of(file: BinaryIO, reject: Callable[[Rejected], None]) -> Iterator[Sample]:
     """The samples of an open tar whose images decode; all others go to `reject`, also what breaks the tar off."""
     seen: set[str] = set()
+    key = None
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for key, members in groups(tar):
@@ -93,7 +99,7 @@ def samples_of(file: BinaryIO, reject: Callable[[Rejected], None]) -> Iterator[S
                 at = members[suffix].offset_data
                 try:
                     content = {name: _content(file, member) for name, member in members.items()}
-                    pixels = decode(content[suffix])
+                    pixels = decode(content[suffix], channels_of(content[suffix]), strict=True)
                 except BadImage as error:
                     reject(Rejected(key, at, str(error)))
                     continue
@@ -105,9 +111,11 @@ def samples_of(file: BinaryIO, reject: Callable[[Rejected], None]) -> Iterator[S
                     label = int(content.get("cls", b""))
                 except ValueError:
                     label = NO_LABEL
-                yield Sample(key, content, label, min(pixels.shape[:2]))
+                yield Sample(key, content, label, min(pixels.shape[:2]), pixels.shape[2], at)
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
                 reject(Rejected("", -1, "the tar has no end mark: it is cut short"))
+            elif key is None:
+                reject(Rejected("", -1, "the tar holds no files"))
     except (tarfile.TarError, OSError) as error:
         reject(Rejected("", -1, f"the tar breaks off: {error}"))
 
@@ -152,7 +160,8 @@ def check(path: str, out: Path | None = None) -> Checked:
     return Checked(
         path=path, bytes=size, sha256=digest, samples=len(good), rejected=rejected,
         classes=dict(Counter(sample.label for sample in good)), sides=dict(Counter(sample.side for sample in good)),
-        keys=[sample.key for sample in good],
+        channels=dict(Counter(sample.channels for sample in good)), keys=[sample.key for sample in good],
+        offsets=[sample.offset for sample in good],
     )  # fmt: skip
 
 
@@ -162,36 +171,49 @@ def check_all(paths: Sequence[str], jobs: int, out: Path | None = None) -> Itera
     if jobs <= 1 or len(paths) <= 1:
         yield from map(one, paths)
         return
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(one, paths)
+    yield from mapped(one, paths, jobs, fork_server("torch"), partial(torch.set_num_threads, 1))
 
 
-def known_hashes(paths: Sequence[str]) -> dict[str, str]:
-    """Path -> SHA-256 as the indexes beside the shards have it."""
-    found: dict[str, str] = {}
+def indexed(paths: Sequence[str]) -> dict[str, Shard]:
+    """Path -> what the indexes beside the shards say of it."""
+    found: dict[str, Shard] = {}
     for folder in dict.fromkeys(sources.folder_of(path) for path in paths if not sources.is_remote(path)):
         with contextlib.suppress(ValueError):
-            found |= {shard.path: shard.sha256 for shard in ShardIndex.load(folder).shards if shard.sha256}
+            found |= {shard.path: shard for shard in ShardIndex.load(folder).shards}
     return {path: found[os.path.abspath(path)] for path in paths if os.path.abspath(path) in found}
 
 
-def verdict(shards: Iterable[Checked], hashes: dict[str, str]) -> dict[str, Any]:
+def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
+    """In what a shard is not the one that was indexed."""
+    if known.sha256 and known.sha256 != found.sha256:
+        yield "its bytes are not those that were indexed"
+    offsets, good = set(known.rows["offset"].tolist()), set(found.offsets)
+    gone = len(offsets - good - {reject.offset for reject in found.rejected})
+    if gone or good - offsets:
+        yield (
+            f"its index names {len(offsets)} samples: {gone} of them were not found, and {len(good - offsets)} were "
+            "that it does not name; get the tar anew, or run tools/index_shards.py --rebuild on it"
+        )
+
+
+def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any]:
     """Everything about a set, for people and programs."""
     classes: Counter[int] = Counter()
     sides: Counter[int] = Counter()
+    channels: Counter[int] = Counter()
     where: dict[str, list[str]] = {}
     rows, rejected = [], []
     for shard in shards:
         classes.update(shard.classes)
         sides.update(shard.sides)
+        channels.update(shard.channels)
         name = sources.basename(shard.path)
         for key in shard.keys:
             where.setdefault(key, []).append(name)
         bad = [reject._asdict() | {"shard": name} for reject in shard.rejected]
-        if shard.path in hashes and hashes[shard.path] != shard.sha256:
-            bad.append({"shard": name, **Rejected("", -1, "its bytes are not those that were indexed")._asdict()})
+        if shard.path in known:
+            bad += [{"shard": name, **Rejected("", -1, reason)._asdict()}
+                    for reason in unlike_index(shard, known[shard.path])]  # fmt: skip
         rejected += bad
         rows.append({"shard": sources.redacted(shard.path), "bytes": shard.bytes, "sha256": shard.sha256,
                      "samples": shard.samples, "rejected": len(bad)})  # fmt: skip
@@ -200,6 +222,7 @@ def verdict(shards: Iterable[Checked], hashes: dict[str, str]) -> dict[str, Any]
         "shards": rows, "samples": sum(row["samples"] for row in rows), "bytes": sum(row["bytes"] for row in rows),
         "rejected": rejected, "keys_in_several_shards": twice, "classes": {str(k): classes[k] for k in sorted(classes)},
         "shorter_sides": {str(side): count for side, count in sorted(sides.items())},
+        "channels": {str(number): count for number, count in sorted(channels.items())},
     }  # fmt: skip
 
 
@@ -227,14 +250,19 @@ def print_verdict(found: dict[str, Any], what: str) -> None:
     labelled = {label: count for label, count in found["classes"].items() if int(label) != NO_LABEL}
     if labelled:
         least, most = min(labelled, key=labelled.__getitem__), max(labelled, key=labelled.__getitem__)
-        print(
-            f"  {len(labelled)} classes of {labelled[least]} (class {least}) to {labelled[most]} (class {most}) samples"
-        )
+        same = labelled[least] == labelled[most]
+        print(f"  {len(labelled)} classes of {labelled[least]}"
+              f"{'' if same else f' (class {least}) to {labelled[most]} (class {most})'} samples")  # fmt: skip
     if unlabelled := found["classes"].get(str(NO_LABEL), 0):
         print(f"  {unlabelled:,} samples have no label")
     if sides := {int(side): count for side, count in found.get("shorter_sides", {}).items()}:
         ordered = np.repeat(sorted(sides), [sides[side] for side in sorted(sides)])
         print(f"  shorter side {ordered[0]} to {ordered[-1]} pixels, median {int(np.median(ordered))}")
+    for number, count in found.get("channels", {}).items():
+        if number != "3":
+            print(f"  {count:,} images have {number} channels")
+    if left_out := found.get("left_out"):
+        print(f"  left out, for nothing in them can be read: {', '.join(left_out)}")
     lines = [f"{key}: in {', '.join(names)}" for key, names in found.get("keys_in_several_shards", {}).items()]
     lines = [f"the same key in several shards: {line}" for line in lines]
     lines += [f"{row['shard']}/{row['key']} at byte {row['offset']}: {row['reason']}" if row["offset"] >= 0
@@ -276,6 +304,9 @@ def print_ledger(entries: Sequence[dict[str, Any]]) -> None:
     met: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in entries:
         met.setdefault((entry["shard"], entry["key"]), []).append(entry)
+    if not entries:
+        print("no bad samples")
+        return
     reasons = Counter(entry["reason"] for entry in entries)
     print(f"{len(met)} samples could not be read, {len(entries)} times:")
     for (shard, key), times in sorted(met.items()):
@@ -288,9 +319,20 @@ def print_ledger(entries: Sequence[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("command", choices=("verify", "report", "repair"))
-    parser.add_argument("patterns", nargs="*", metavar="PATTERN")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="No check sees damage that leaves a valid image: other colours in a JPEG, other pixels in a file "
+        "without a checksum (.npy, .bmp, .tif).",
+    )
+    parser.add_argument(
+        "command", choices=("verify", "report", "repair"),
+        help="verify: read all, decode each image strictly, compare with the index; repair: write what is without a"
+        " flaw into --out; report: tell what the index says, or with --ledger what a run could not read",
+    )  # fmt: skip
+    parser.add_argument(
+        "patterns", nargs="*", metavar="PATTERN",
+        help="shards, as data.shards names them: 'data/train-{000000..000099}.tar', 'data/*.tar', paths, URLs",
+    )  # fmt: skip
     parser.add_argument("--ledger", type=Path, metavar="RUN", help="a run's folder or events.jsonl, for report")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the clean shards, for repair")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="of the sizes, for verify")
@@ -303,28 +345,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.ledger is not None and options.command != "report":
             raise ValueError("--ledger belongs to report")
         if options.ledger is not None:
-            entries = ledger(options.ledger)
-            if options.json:
-                print(json.dumps({"bad_samples": entries}, indent=1))
-            else:
-                print_ledger(entries)
-            return 1 if entries else 0
-        if options.command == "report":
+            told = {"bad_samples": ledger(options.ledger)}
+        elif options.command == "report":
             told = described(options.patterns)
         else:
             told = _read(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        print(json.dumps(told, indent=1))
-    else:
-        print_verdict(told, options.command)
-    return 1 if told.get("rejected") or told.get("keys_in_several_shards") or told.get("short") else 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    try:
+        if options.json:
+            print(json.dumps(told, indent=1))
+        elif "bad_samples" in told:
+            print_ledger(told["bad_samples"])
+        else:
+            print_verdict(told, options.command)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1 if any(map(told.get, ("bad_samples", "rejected", "keys_in_several_shards", "short"))) else 0
 
 
 def _read(options: argparse.Namespace) -> dict[str, Any]:
-    paths = expand(options.patterns)
+    paths = expand(options.patterns, even_empty=True)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         if there := [path for path in paths if (options.out / sources.basename(path)).exists()]:
@@ -333,13 +379,14 @@ def _read(options: argparse.Namespace) -> dict[str, Any]:
         check_all(paths, options.jobs, options.out), "reading shards", total=len(paths),
         console=Console(stderr=True), disable=not sys.stderr.isatty(),
     )  # fmt: skip
-    told = verdict(checked, known_hashes(paths))
+    told = verdict(checked, indexed(paths))
     if options.out is not None:
-        clean = [options.out / sources.basename(row["shard"]) for row in told["shards"] if row["samples"]]
-        for row in told["shards"]:
-            if not row["samples"]:
-                (options.out / sources.basename(row["shard"])).unlink()  # nothing of it is left
-        told["fingerprint"] = ShardIndex.refresh(options.out, list(map(str, clean))).fingerprint
+        names = {sources.basename(row["shard"]): row["samples"] for row in told["shards"]}
+        told["left_out"] = [name for name, count in names.items() if not count]
+        for name in told["left_out"]:
+            (options.out / name).unlink()
+        clean = [str(options.out / name) for name, count in names.items() if count]
+        told["fingerprint"] = ShardIndex.refresh(options.out, clean).fingerprint
     if options.picture is not None:
         picture(told["shorter_sides"], options.picture)
     return told

@@ -8,7 +8,7 @@ Of files here only headers are read, and nothing is rewritten: `index.json` and 
 or all into --out. Tars from elsewhere are read whole, once, and hashed, so that each later copy is verified; they need
 --out: upload its two files beside the shards, or give the folder as data.index. What an index already says of shards
 that still have their size is kept. Exit status: 0 written; 2 a shard or a folder cannot be used, and nothing is changed
-in its folder.
+in its folder; 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -48,8 +48,12 @@ def index_folder(folder: str, paths: Sequence[str], *, rebuild: bool, jobs: int)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("patterns", nargs="+", metavar="PATTERN")
-    parser.add_argument("--out", metavar="FOLDER", help="put the index of all there")
+    parser.add_argument(
+        "patterns", nargs="+", metavar="PATTERN",
+        help="shards, as data.shards names them: 'data/train-{000000..000099}.tar', 'data/*.tar', paths, URLs, `pipe:`"
+        " commands",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", help="put the index of all there (default: beside the shards)")
     parser.add_argument(
         "--rebuild", action="store_true", help="read these shards again, whatever an index says of them"
     )
@@ -71,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     if options.json:
         print(json.dumps({"indexes": told}, indent=1))
         return 0
