@@ -276,7 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = preempt.StopRequest()
     parser = argparse.ArgumentParser(prog="python -m rcmae.follow", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help="its run.dir")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the run's recipe, such as evaluate.k=5")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="over the run's recipe, such as evaluate.k=5"
+    )
     parser.add_argument("--patience-s", type=float, default=900.0, help="a run silent for so long is given up (900)")
     parser.add_argument("--poll-s", type=float, default=5.0, help="seconds between two looks (5)")
     options = parser.parse_intermixed_args(argv)

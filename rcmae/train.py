@@ -921,7 +921,9 @@ def parse(argv: Sequence[str] | None, command: str = "rcmae.train") -> tuple[str
     """(recipe, overrides) of a command line; takes what launchers add."""
     parser = argparse.ArgumentParser(prog=f"python -m {command}", description="Train by a recipe.")
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a recipe key, such as batch.images=256")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="set a recipe key, such as batch.images=256"
+    )
     parser.add_argument("--deepspeed", action="store_true", help="use the DeepSpeed engine")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed's JSON; implies --deepspeed")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; the environment is used")

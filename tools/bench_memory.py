@@ -174,7 +174,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/bench_memory.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipe", nargs="?", default="rcmae_vit_b_16", help="a YAML file, or a shipped recipe's name")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as rcmae.train takes them")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them")
     parser.add_argument("--images", type=int, default=8, help="of a micro-batch, and of a step on each rank (8)")
     parser.add_argument("--cases", type=json.loads, default=CASES, help="others: a JSON object, name -> overrides")
     parser.add_argument("--json", metavar="FILE", help="write the report; - prints it")

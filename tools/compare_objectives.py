@@ -215,7 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; with labelled evaluate.*_shards")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as rcmae.train takes them, for all")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them, for all"
+    )
     parser.add_argument("--runs", default="runs/compared", metavar="FOLDER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))

@@ -631,7 +631,7 @@ def main(argv: Sequence[str] | None = None, *, now: Callable[[], float] = time.t
     """Examine and report; the exit status. Collective: every rank calls."""
     parser = argparse.ArgumentParser(prog="tools/doctor.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as rcmae.train takes them")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them")
     parser.add_argument("--gpus", type=int, help="that a process should see (what the scheduler says)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     asked = parser.parse_intermixed_args(argv)

@@ -581,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kill and resume a training, and see that nothing is lost.")
     parser.add_argument("drill", choices=("kill", "matrix", "cost"))
     parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--times", type=int, default=100, help="kills")
     parser.add_argument("--layout", default="local x1", choices=tuple(LAYOUTS), help="what is killed, or measured")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of the matrix, separated by commas")

@@ -559,7 +559,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan and report; the exit status."""
     parser = argparse.ArgumentParser(prog="tools/plan.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as rcmae.train takes them")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="of a node (8)")
     parser.add_argument("--gpu", default="h100-80g", choices=GPUS)

@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     parser_begin = verbs.add_parser("begin", help="on how many nodes a run goes on; notes the start")
     parser_begin.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser_begin.add_argument("overrides", nargs="*", metavar="key=value", help="as rcmae.train takes them")
+    parser_begin.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them")
     parser_begin.add_argument("--nodes", type=int, required=True, help="that the job has")
     parser_begin.add_argument("--ranks-per-node", type=int, required=True, help="one a GPU")
     parser_begin.set_defaults(answer=begin)
