@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 # Bottom first. A module imports only from rows below its own; train.py sees all but what works beside it.
 LAYERS = (
-    {"config", "dist", "draws", "preempt", "lease", "sources", "startup", "families"},
+    {"config", "dist", "draws", "preempt", "lease", "sources", "startup", "families", "workers"},
     {"batch", "jpeg", "masking", "shards", "schedules", "optim", "kernels", "metrics", "batchnorm", "logistic"}
     | {"presence"},
     {"transforms", "guard", "attention", "device_decode"},
