@@ -93,6 +93,11 @@ def decode_box(data: bytes, box: Box, shrink: int = 1, channels: int = 3) -> NDA
     return small.of(_decode_whole(data, shrink, channels))
 
 
+def decode_cmyk(data: bytes) -> NDArray[np.uint8]:
+    """The inks of a JPEG for print, [H, W, 4]. Raises ValueError: the bytes are damaged or cut short."""
+    return simplejpeg.decode_jpeg(data, "CMYK")
+
+
 def _decode_whole(data: bytes, shrink: int, channels: int) -> NDArray[np.uint8]:
     if shrink == 1:
         return simplejpeg.decode_jpeg(data, _PIXEL_FORMATS[channels][0])

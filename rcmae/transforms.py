@@ -27,7 +27,7 @@ from torch.nn.functional import interpolate
 
 from rcmae.batch import Batch
 from rcmae.draws import Purpose, uniform
-from rcmae.jpeg import Box, Header, decode_box, header, is_whole
+from rcmae.jpeg import Box, Header, decode_box, decode_cmyk, header, is_whole
 
 MAX_PIXELS = 178_956_970  # of an encoded image; PIL's limit against decompression bombs
 CENTRE_SHARE = 0.875  # of the shorter side that a centre crop keeps, as the field evaluates
@@ -235,6 +235,8 @@ def decode(data: bytes, channels: int = 3, *, strict: bool = False) -> NDArray[n
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd metadata, and on large images below the limit
             if strict:
+                if data.startswith(b"\xff\xd8"):
+                    decode_cmyk(data)
                 with Image.open(io.BytesIO(data)) as image:
                     image.verify()  # reads the CRCs; nothing can be read of the image then
             with Image.open(io.BytesIO(data)) as image:

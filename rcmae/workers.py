@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import TypeVar
@@ -29,13 +30,20 @@ def fork_server(*preload: str) -> BaseContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    resource_tracker.ensure_running()  # the server would start it, and unblock signals in doing so
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # for the server and, by birth, its workers
-    try:
+    with _blocked():
         forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """Block the signals that ask to stop, for the processes that are born here and, by birth, for theirs."""
+    resource_tracker.ensure_running()  # else it is started with them, and unblocks signals in doing so
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_owner() -> None:
@@ -72,7 +80,9 @@ def mapped(
     others = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(begin,)) as workers:
         try:
-            for future in [workers.submit(one, item) for item in items]:
+            with _blocked():
+                futures = [workers.submit(one, item) for item in items]
+            for future in futures:
                 yield future.result()
         except BaseException:  # no future is cancelled: Python 3.11 reports those of a pool that ends as errors
             for process in {*multiprocessing.active_children()} - others:

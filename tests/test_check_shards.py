@@ -174,10 +174,11 @@ def test_verify_finds_keys_that_are_there_twice_and_bytes_that_changed(photo_sha
     assert "c.tar: its bytes are not those that were indexed" in capsys.readouterr().out
 
 
-def jpeg(number):
-    """A photograph-like JPEG of noise."""
+def jpeg(number, mode="RGB"):
+    """A JPEG of noise."""
     file = io.BytesIO()
-    Image.fromarray(np.random.RandomState(number).randint(0, 255, (64, 64, 3), np.uint8)).save(file, "JPEG")
+    pixels = Image.fromarray(np.random.RandomState(number).randint(0, 255, (64, 64, 3), np.uint8))
+    pixels.convert(mode).save(file, "JPEG")
     return file.getvalue()
 
 
@@ -190,20 +191,22 @@ def tar_of(path, files):
 
 
 def test_verify_sees_flaws_that_decoders_get_over(tmp_path, capsys):
-    photo, png = bytearray(jpeg(0)), io.BytesIO()
-    for at in np.random.RandomState(0).randint(1000, len(photo) - 100, 40):
-        photo[at] ^= 0xFF
-    with Image.open(io.BytesIO(photo)) as image:
-        image.load()  # training reads it
+    photo, inks, png = bytearray(jpeg(0)), bytearray(jpeg(0, "CMYK")), io.BytesIO()
+    for damaged in (photo, inks):
+        for at in np.random.RandomState(0).randint(1000, len(damaged) - 100, 40):
+            damaged[at] ^= 0xFF
+        with Image.open(io.BytesIO(damaged)) as image:
+            image.load()  # training reads it
     Image.new("RGB", (64, 64), "red").save(png, "PNG")
     flipped = bytearray(png.getvalue())
     flipped[flipped.index(b"IEND") - 5] ^= 0xFF  # the CRC of the pixels
     with Image.open(io.BytesIO(flipped)) as image:
         image.load()
-    tar_of(tmp_path / "x.tar", {"a.jpg": jpeg(0), "b.jpg": bytes(photo), "c.png": png.getvalue(), "d.png": flipped})
+    tar_of(tmp_path / "x.tar", {"a.jpg": jpeg(0), "b.jpg": photo, "c.png": png.getvalue(), "d.png": flipped,
+                                 "e.jpg": jpeg(0, "CMYK"), "f.jpg": inks})  # fmt: skip
     assert main(["verify", f"{tmp_path}/x.tar", "--jobs", "1", "--json"]) == 1
     rejected = json.loads(capsys.readouterr().out)["rejected"]
-    assert [row["key"] for row in rejected] == ["b", "d"]
+    assert [row["key"] for row in rejected] == ["b", "d", "f"]
     assert "Corrupt JPEG data" in rejected[0]["reason"]
 
 

@@ -4,9 +4,11 @@ import io
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,6 +255,27 @@ def test_shards_are_indexed_by_several_processes_alike(folder, monkeypatch):
     monkeypatch.setattr(shards, "mapped", lambda *a: pools.append(1) or workers.mapped(*a))
     assert ShardIndex.build(paths, jobs=2).fingerprint == alone.fingerprint
     assert pools == [1]
+
+
+@pytest.mark.parametrize("kind", ["spawn", "forkserver"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("after_s", [0.05, 0.1])  # while the workers are being born
+def test_workers_end_with_their_owner_and_leave_ctrl_c_to_it(kind, how, after_s):
+    program = (
+        "import time, multiprocessing, rcmae.workers as w; "
+        f"context = w.fork_server() if {kind!r} == 'forkserver' else multiprocessing.get_context('spawn'); "
+        "list(w.mapped(time.sleep, [0, 0, 60, 60], 2, context, print('started', flush=True)))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as owner:  # fmt: skip
+        assert owner.stdout.readline() == "started\n"
+        time.sleep(after_s)
+        os.kill(owner.pid, how) if how == signal.SIGKILL else os.killpg(owner.pid, how)  # as a terminal does
+        _, said = owner.communicate(timeout=20)  # the workers have its pipes
+    if how == signal.SIGINT:
+        assert said.count("Traceback") == said.count("KeyboardInterrupt") == 1
 
 
 def test_index_files_are_the_same_bytes_each_time(folder):
