@@ -237,9 +237,12 @@ def test_tars_without_anything_in_them_are_damaged_like_others(tmp_path, capsys)
     assert "left out, for nothing in them can be read: empty.tar, end.tar" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "clean").glob("*.tar")) == ["flawed.tar", "whole.tar"]
     assert main(["verify", f"{tmp_path}/clean/*.tar", "--jobs", "1"]) == 0
+    assert main(["repair", f"{tmp_path}/e*.tar", "--out", f"{tmp_path}/none", "--jobs", "1"]) == 1
+    assert not list((tmp_path / "none").iterdir())
 
 
-def test_verify_tells_where_the_index_disagrees(tmp_path, capsys):
+@pytest.mark.parametrize("where", ["{}/x.tar", "x.tar", "./*.tar"])
+def test_verify_tells_where_the_index_disagrees(tmp_path, monkeypatch, capsys, where):
     path = tmp_path / "x.tar"
     tar_of(path, {f"{number}.jpg": jpeg(number) for number in range(5)})
     index = ShardIndex.open(str(path))
@@ -249,7 +252,8 @@ def test_verify_tells_where_the_index_disagrees(tmp_path, capsys):
     data[index[3].offset - 400] ^= 0xFF  # of a header
     path.write_bytes(data)
     capsys.readouterr()
-    assert main(["verify", str(path), "--jobs", "1"]) == 1
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify", where.format(tmp_path), "--jobs", "1"]) == 1
     assert "its index names 5 samples: 2 of them were not found" in capsys.readouterr().out
 
 

@@ -179,8 +179,8 @@ def indexed(paths: Sequence[str]) -> dict[str, Shard]:
     found: dict[str, Shard] = {}
     for folder in dict.fromkeys(sources.folder_of(path) for path in paths if not sources.is_remote(path)):
         with contextlib.suppress(ValueError):
-            found |= {shard.path: shard for shard in ShardIndex.load(folder).shards}
-    return {path: found[os.path.abspath(path)] for path in paths if os.path.abspath(path) in found}
+            found |= {sources.identity(shard.path): shard for shard in ShardIndex.load(folder).shards}
+    return {path: found[sources.identity(path)] for path in paths if sources.identity(path) in found}
 
 
 def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
@@ -386,7 +386,8 @@ def _read(options: argparse.Namespace) -> dict[str, Any]:
         for name in told["left_out"]:
             (options.out / name).unlink()
         clean = [str(options.out / name) for name, count in names.items() if count]
-        told["fingerprint"] = ShardIndex.refresh(options.out, clean).fingerprint
+        if clean:
+            told["fingerprint"] = ShardIndex.refresh(options.out, clean).fingerprint
     if options.picture is not None:
         picture(told["shorter_sides"], options.picture)
     return told
