@@ -20,8 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from rcmae.bootmae_vit import Network
 from rcmae.classifier import Classifier, Fit, fit_weights
-from rcmae.export import Network, Source, read_network, sizes_of, whole_network
+from rcmae.config import Recipe
+from rcmae.export import Source, Which, read_network, sizes_of, whole_network
+from rcmae.families import family_names, of_autoencoder
+from rcmae.parts import new_network
 from rcmae.vit import ARCHITECTURES, MaskedAutoencoder
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,7 +35,7 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the architectures th
 def load_encoder(
     source: str | Path,
     *,
-    network: Network | None = None,
+    network: Which | None = None,
     image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     pool: str = "mean",
@@ -62,7 +66,7 @@ def load_encoder(
 
 
 def load_classifier(
-    source: str | Path, *, network: Network | None = None, image_size: int | tuple[int, int] | None = None
+    source: str | Path, *, network: Which | None = None, image_size: int | tuple[int, int] | None = None
 ) -> Classifier:
     """A fine-tuned classifier, as `load_encoder`; `pretrained_cfg["class_names"]` is the file that its recipe names.
 
@@ -82,11 +86,11 @@ def load_classifier(
 def load_autoencoder(
     source: str | Path,
     *,
-    network: Network | None = None,
+    network: Which | None = None,
     num_heads: int | None = None,
     decoder_heads: int | None = None,
-) -> tuple[MaskedAutoencoder, Source]:
-    """A whole network in evaluation mode, and what is known of it.
+) -> tuple[Network, Source]:
+    """A whole network in evaluation mode, that of its recipe where there is one, and what is known of it.
 
     Args:
         source: as `load_encoder`.
@@ -99,9 +103,13 @@ def load_autoencoder(
         CheckpointError: the checkpoint is damaged.
     """
     found = read_network(Path(source), network)
-    sizes = sizes_of({name: tuple(value.shape) for name, value in found.weights.items()})
-    if "decoder_dim" not in sizes:
+    if not found.weights.keys() & {"decoder_pred.weight", "lm_head.weight", "lm_head.proj.weight"}:
         raise ValueError(f"{found.about} has no decoder: it reconstructs nothing; give a whole network")
+    if "recipe" in found.told:
+        model = _pretrained(Recipe.model_validate_json(found.told["recipe"]), found)
+        return model.eval(), found
+    weights = {name: found.weights[name] for name in of_autoencoder(found.weights)}
+    sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
     side = round(sizes.pop("num_patches") ** 0.5)
     rows, columns = found.grid or (side, side)
     named = ARCHITECTURES.get(str(found.sizes.get("name")), {})
@@ -114,8 +122,22 @@ def load_autoencoder(
     model = MaskedAutoencoder(
         image_size=(rows * patch, columns * patch), num_heads=heads, decoder_heads=theirs, **sizes
     )
-    model.load_state_dict(whole_network(model, found.weights))
+    model.load_state_dict(whole_network(model, weights))
     return model.eval(), found
+
+
+def _pretrained(recipe: Recipe, found: Source) -> Network:
+    """The network of a recipe with the weights, its heads for classes and features left out. Raises ValueError."""
+    model = new_network(recipe, norm="torch")
+    model.keep(("pixels",))
+    wanted = model.state_dict()
+    split = any(name.endswith(".q_bias") for name in wanted)  # a file has them joined
+    weights = family_names(found.weights, "bootmae") if split else found.weights
+    try:
+        model.load_state_dict(whole_network(model, {name: weights[name] for name in weights if name in wanted}))
+    except ValueError as error:
+        raise ValueError(f"{found.about} {error}") from error
+    return model
 
 
 def model_of(
@@ -124,10 +146,6 @@ def model_of(
     """A model of the weights' own sizes with them in it, and what matched. Raises ValueError."""
     weights = source.weights
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    tokenless = "cls_token" not in shapes and len(shapes.get("pos_embed", ())) == 3
-    if tokenless:  # as MAE-priv's: the sizes are those of the same network with one
-        _, patches, width = shapes["pos_embed"]
-        shapes |= {"cls_token": (1, 1, width), "pos_embed": (1, 1 + patches, width)}
     sizes = sizes_of(shapes)
     side = round(sizes["num_patches"] ** 0.5)
     rows, columns = source.grid or (side, side)
@@ -144,7 +162,7 @@ def model_of(
     model = Classifier(
         image_size=size, patch_size=patch, in_channels=sizes["in_channels"], embed_dim=width, depth=sizes["depth"],
         num_heads=heads, num_classes=len(weights["head.weight"]) if head else 0,
-        pool="mean" if own_norm else "cls", mlp_ratio=sizes["mlp_ratio"], class_token=not tokenless,
+        pool="mean" if own_norm else "cls", mlp_ratio=sizes["mlp_ratio"], class_token=sizes.get("cls_token", True),
     )  # fmt: skip
     try:
         fit = fit_weights(model, weights, (rows, columns))

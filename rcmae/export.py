@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 from rcmae import __version__, checkpoint
 from rcmae.checkpoint import CheckpointError, Manifest
-from rcmae.families import published_names
+from rcmae.families import of_autoencoder, published_names
 from rcmae.optim import ENCODER
 
-Network = Literal["student", "teacher"]
+Which = Literal["student", "teacher"]
 Shape = tuple[int, ...]
 
 KIND = {"student": "weight", "teacher": "teacher"}  # what a checkpoint calls a network's tensors
@@ -53,7 +53,9 @@ class Layout(NamedTuple):
 
 TORCH = (".pth", ".pt")
 LAYOUTS = {
-    "safetensors": Layout("the whole network, with what made it in the metadata", (".safetensors",), True),
+    "safetensors": Layout(
+        "the network, its decoder where that is MAE's, with what made it in the metadata", (".safetensors",), True
+    ),
     "mae": Layout("MAE's published file for fine-tuning: the encoder under 'model'", TORCH, False),
     "mae-full": Layout("MAE's published file with the decoder: the whole network under 'model'", TORCH, True),
     "rcmae": Layout("RC-MAE's checkpoint: student and teacher, each wrapped and plain, epoch, args", TORCH, True),
@@ -92,23 +94,27 @@ def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
     Returns:
         patch_size, in_channels, embed_dim, depth, mlp_ratio and num_patches; decoder_dim and decoder_depth where there
-        is a decoder.
+        is a decoder; cls_token and decoder_cls, False, where there is none.
 
     Raises:
         ValueError: it is no masked autoencoder, nor the encoder of one.
     """
     try:
-        width, tokens = shapes["cls_token"][2], shapes["pos_embed"][1]
-        _, channels, patch, _ = shapes["patch_embed.proj.weight"]
+        width, channels, patch, _ = shapes["patch_embed.proj.weight"]
+        prefix, tokens = int("cls_token" in shapes), shapes["pos_embed"][1]
         hidden = shapes["blocks.0.mlp.fc1.weight"][0]
-        sizes = {
+        sizes: dict[str, Any] = {
             "patch_size": patch, "in_channels": channels, "embed_dim": width, "depth": _count(shapes, "blocks"),
-            "mlp_ratio": hidden / width, "num_patches": tokens - 1,
+            "mlp_ratio": hidden / width, "num_patches": tokens - prefix,
         }  # fmt: skip
+        if not prefix:
+            sizes["cls_token"] = False
         regressors = any(name.startswith("decode_blocks.") for name in shapes)  # BootMAE's, another kind of decoder
         if not regressors and any(name.startswith(("decoder_", "mask_token")) for name in shapes):
             sizes["decoder_dim"] = shapes["decoder_embed.weight"][0]
             sizes["decoder_depth"] = _count(shapes, "decoder_blocks")
+            if shapes.get("decoder_pos_embed", (1, 0))[1] == sizes["num_patches"]:
+                sizes["decoder_cls"] = False
         return sizes
     except KeyError as error:
         raise ValueError(f"it has no {error.args[0]}: no masked autoencoder, nor the encoder of one") from error
@@ -135,6 +141,7 @@ def shapes_of(sizes: Mapping[str, Any]) -> dict[str, Shape]:
             patch_size=patch, in_channels=sizes["in_channels"], embed_dim=width, depth=sizes["depth"], num_heads=1,
             decoder_dim=sizes.get("decoder_dim", 4), decoder_depth=sizes.get("decoder_depth", 1), decoder_heads=1,
             mlp_ratio=sizes["mlp_ratio"] + 0.5 / width,  # blocks round the width of their MLP down
+            cls_token=sizes.get("cls_token", True), decoder_cls=sizes.get("decoder_cls", "cls_token" not in sizes),
         )  # fmt: skip
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if whole or in_encoder(name)}
 
@@ -246,7 +253,7 @@ def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -
 
 
 def export(
-    manifest: Manifest, out: Path, *, layout: str, network: Network | None = None, overwrite: bool = False
+    manifest: Manifest, out: Path, *, layout: str, network: Which | None = None, overwrite: bool = False
 ) -> Exported:
     """Write weights of a checkpoint to a file.
 
@@ -263,24 +270,27 @@ def export(
         OSError: the file could not be written; what was there before still is.
     """
     networks = _networks(manifest, out, layout, network, overwrite)
-    keys = {  # name in the file -> key in the checkpoint
-        f"{each}/{name}": f"buffer/{name}" if f"buffer/{name}" in manifest.tensors else f"{KIND[each]}/{name}"
-        for each in networks
-        for name in shapes_of(sizes_of(_shapes(manifest, each)))  # the same order, whoever saved
-        if LAYOUTS[layout].decoder or in_encoder(name)
-    }
+    shapes: dict[str, Shape] = {}  # by network/name in the file
+    parts: dict[str, list[str]] = {}  # network/name in the file -> keys in the checkpoint, one after the other
+    for each in networks:
+        there = _shapes(manifest, each)
+        for name in shapes_of(sizes_of(there)):  # the same order, whoever saved
+            if LAYOUTS[layout].decoder or in_encoder(name):
+                shapes[f"{each}/{name}"] = there[name]
+                parts[f"{each}/{name}"] = _parts(manifest, each, name)
+    keys = [key for some in parts.values() for key in some]
     token = secrets.token_hex(4)
     aside, raw = (out.with_name(f".{out.name}.{token}.{what}") for what in ("writing", "raw"))
     try:
         with aside.open("wb") as file:
             if out.suffix == ".safetensors":
-                plain = {name.partition("/")[2]: key for name, key in keys.items()}
-                _write_header(file, manifest, plain, about(manifest) | {"network": networks[0]})
-                _write_elements(file, manifest, plain.values())
+                plain = {name.partition("/")[2]: shape for name, shape in shapes.items()}
+                _write_header(file, plain, about(manifest) | {"network": networks[0]})
+                _write_elements(file, manifest, keys)
             else:
                 with raw.open("wb") as elements:
-                    _write_elements(elements, manifest, keys.values())
-                tensors = _mapped(raw, {name: manifest.tensors[key]["shape"] for name, key in keys.items()})
+                    _write_elements(elements, manifest, keys)
+                tensors = _mapped(raw, shapes)
                 _save_torch(_document(manifest, layout, networks, tensors), file)
             file.flush()
             os.fsync(file.fileno())
@@ -288,15 +298,15 @@ def export(
     finally:
         aside.unlink(missing_ok=True)
         raw.unlink(missing_ok=True)
-    return Exported(out, layout, networks, manifest.step, len(keys), out.stat().st_size, _use(manifest, layout, out))
+    return Exported(out, layout, networks, manifest.step, len(parts), out.stat().st_size, _use(manifest, layout, out))
 
 
-def _networks(manifest: Manifest, out: Path, layout: str, network: str | None, overwrite: bool) -> tuple[Network, ...]:
+def _networks(manifest: Manifest, out: Path, layout: str, network: str | None, overwrite: bool) -> tuple[Which, ...]:
     """Whose weights go into the file. Raises ValueError with everything that stands against it."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     problems, kinds = [], {key.partition("/")[0] for key in manifest.tensors}
-    networks: tuple[Network, ...] = ("teacher",) if "teacher" in kinds else ("student",)
+    networks: tuple[Which, ...] = ("teacher",) if "teacher" in kinds else ("student",)
     if layout == "rcmae":
         networks = ("student", "teacher")
         if network is not None:
@@ -305,8 +315,13 @@ def _networks(manifest: Manifest, out: Path, layout: str, network: str | None, o
         networks = ("student",) if network == "student" else ("teacher",)
     if "teacher" in networks and "teacher" not in kinds:
         problems.append(f"{manifest.path} has no teacher; export the student, in another layout than rcmae")
-    elif unfit := [f"{each} {problem}" for each in networks for problem in shape_problems(_shapes(manifest, each))]:
-        problems.append(f"{manifest.path} does not fit the published layouts: {'; '.join(unfit)}")
+    else:
+        told = {each: _shapes(manifest, each) for each in networks}
+        unfit = [f"{each} {problem}" for each, shapes in told.items() for problem in shape_problems(shapes)]
+        if unfit:
+            problems.append(f"{manifest.path} does not fit the published layouts: {'; '.join(unfit)}")
+        elif layout in ("mae-full", "rcmae") and any("decoder_pred.weight" not in each for each in told.values()):
+            problems.append(f"{manifest.path} has no decoder of MAE's; layouts mae and timm take the encoder")
     if out.suffix not in LAYOUTS[layout].suffixes:
         problems.append(f"{out}: a file of layout {layout} ends in {' or '.join(LAYOUTS[layout].suffixes)}")
     if not out.parent.is_dir():
@@ -321,12 +336,26 @@ def _networks(manifest: Manifest, out: Path, layout: str, network: str | None, o
 
 
 def _shapes(manifest: Manifest, network: str) -> dict[str, Shape]:
-    return {
+    """Shapes of a masked autoencoder's weights by MAE's names: biases of queries and values are those of all three."""
+    found = {
         name: tuple(row["shape"])
         for key, row in manifest.tensors.items()
         for kind, _, name in [key.partition("/")]
         if kind in (KIND[network], "buffer")
     }
+    for name in [name for name in found if name.endswith(".q_bias")]:
+        found[f"{name.removesuffix('q_bias')}qkv.bias"] = (3 * found[name][0],)
+        del found[name], found[f"{name.removesuffix('q_bias')}v_bias"]
+    return {name: found[name] for name in of_autoencoder(found)}
+
+
+def _parts(manifest: Manifest, network: str, name: str) -> list[str]:
+    """The keys in a checkpoint whose elements, one after the other, are those of a weight; "" stands for zeros."""
+    key = f"buffer/{name}" if f"buffer/{name}" in manifest.tensors else f"{KIND[network]}/{name}"
+    if key in manifest.tensors:
+        return [key]
+    place = key.removesuffix("qkv.bias")
+    return [f"{place}q_bias", "", f"{place}v_bias"]  # keys have none: softmax does not see it
 
 
 def about(manifest: Manifest) -> dict[str, str]:
@@ -342,25 +371,29 @@ def about(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _write_header(file: IO[bytes], manifest: Manifest, keys: Mapping[str, str], metadata: Mapping[str, str]) -> None:
+def _write_header(file: IO[bytes], shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> None:
     """The head of a safetensors file: length, then JSON that says where the elements of each tensor will lie."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, key in keys.items():
-        shape = manifest.tensors[key]["shape"]
+    for name, shape in shapes.items():
         begin, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
 
 
 def _write_elements(file: IO[bytes], manifest: Manifest, keys: Iterable[str]) -> None:
-    for elements in whole_tensors(manifest, keys, torch.float32):
-        file.write(elements.numpy().data)
+    real, written = list(keys), 0
+    tensors = whole_tensors(manifest, filter(None, real), torch.float32)
+    for key in real:
+        if key:
+            written = file.write(next(tensors).numpy().data)
+        else:
+            file.write(bytes(written))  # as many as the biases of the queries before
 
 
-def _mapped(raw: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+def _mapped(raw: Path, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     """Tensors over a file of their elements: torch.save reads them from there, and none is in memory before."""
     elements = np.memmap(raw, np.float32, mode="c")
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
@@ -423,6 +456,8 @@ def _timm_arguments(manifest: Manifest) -> list[str]:
         for key in ("image_size", "in_channels", "patch_size", "embed_dim", "depth", "num_heads")
         if model[key] not in (None, known.get(key))
     }
+    if not model.get("cls_token", True):
+        differing |= {"class_token": False, "global_pool": "'avg'", "fc_norm": False}
     return [f"'{model['name']}_224'", "num_classes=0", *(f"{key}={value}" for key, value in differing.items())]
 
 
@@ -439,7 +474,7 @@ class Source(NamedTuple):
     told: dict[str, str]  # what is known of the weights, as text by text: recipe, step, data, versions
 
 
-def read_network(path: Path, network: Network | None = None, *, first: Network = "teacher") -> Source:
+def read_network(path: Path, network: Which | None = None, *, first: Which = "teacher") -> Source:
     """The weights of a run, a checkpoint, or a file of any family. Collective: every rank calls. Nothing is run.
 
     Args:
@@ -481,10 +516,10 @@ def _hugging_face_heads(path: Path) -> dict[str, int]:
     return {name: told[theirs] for theirs, name in names.items() if isinstance(told.get(theirs), int)}
 
 
-def _of_checkpoint(path: Path, network: Network | None, first: Network) -> Source:
+def _of_checkpoint(path: Path, network: Which | None, first: Which) -> Source:
     manifest, passed_over = find_checkpoint(path)
     kinds = {key.partition("/")[0] for key in manifest.tensors}
-    name: Network = network or (first if KIND[first] in kinds else "student")
+    name: Which = network or (first if KIND[first] in kinds else "student")
     if KIND[name] not in kinds:
         raise ValueError(f"{manifest.path} has no {name}; use the student")
     keys = [key for key in manifest.tensors if key.partition("/")[0] in (KIND[name], "buffer")]

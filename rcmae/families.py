@@ -9,7 +9,7 @@ networks. SupMAE's names are MAE's, with a head for classes beside them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -65,6 +65,19 @@ def published_names(state: Mapping[str, Any]) -> dict[str, Any]:
     if any(".attention.attention.query." in name for name in state):
         state = _from_hugging_face(state)
     return _with_key_bias(state)
+
+
+def of_autoencoder(names: Iterable[str]) -> list[str]:
+    """Of the weights of some network, by MAE's names, those that a masked autoencoder or its encoder has: no heads for
+    classes or features, and no decoder of another kind."""
+    extra = (
+        "head.", "fc_norm.", "cls_head.", "feature_head.", "decode_", "de_pos_embed", "mask_token_", "down", "lm_head",
+        "decoder.", "encoder_to_decoder.",
+    )  # fmt: skip
+    own = [name for name in names if not name.startswith(extra)]
+    if any(name.startswith("decoder_blocks.") for name in own):
+        return own
+    return [name for name in own if name not in ("mask_token", "decoder_pos_embed")]  # of a decoder of another kind
 
 
 def family_names(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from rcmae.checkpoint import newest_unverified, tensor_of
@@ -16,6 +18,9 @@ from rcmae.export import read_network
 from rcmae.parts import new_network
 from runs import Folder, start
 from tools import compare_objectives as tool
+from tools import export as export_tool
+from tools import visualize
+from tools.convert import convert
 
 
 def test_runs_are_trained_judged_and_taken_as_they_are(
@@ -57,7 +62,9 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("objective", ENCODERS)
-def test_an_encoder_is_that_of_the_run_whatever_it_learnt(objective: str, tiny: Path, tmp_path: Path) -> None:
+def test_an_encoder_is_that_of_the_run_whatever_it_learnt(
+    objective: str, tiny: Path, photo_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert start(tiny, tmp_path / "run", "run.stop_after_steps=2", *ENCODERS[objective]) == 75
     recipe = load(str(tiny), ENCODERS[objective])
     manifest = newest_unverified(tmp_path / "run" / "checkpoints")
@@ -77,6 +84,17 @@ def test_an_encoder_is_that_of_the_run_whatever_it_learnt(objective: str, tiny: 
             torch.testing.assert_close(load_encoder(tmp_path / "run", network=which)(images), wanted)
             larger = load_encoder(tmp_path / "run", network=which, image_size=48)  # its positions are interpolated
             assert larger.forward_features(torch.zeros(1, 3, 48, 48)).shape[1] == 36 + recipe.model.cls_token
+        out = tmp_path / f"{which}.safetensors"  # and timm's own model, by the line that is told, computes the same
+        assert export_tool.main([str(tmp_path / "run"), "--format=timm", f"--what={which}", f"--out={out}"]) == 0
+        (line,) = re.findall(r"^ +(timm\.create_model\(.*\))$", capsys.readouterr().out, re.MULTILINE)
+        theirs, ours = eval(line, {"timm": timm}), load_encoder(tmp_path / "run", network=which)
+        with torch.no_grad():
+            torch.testing.assert_close(theirs.eval().forward_features(images), ours.forward_features(images))
+        plain = convert(read_network(tmp_path / "run", which), "bootmae", tmp_path / f"{which}.pth")["out"]
+        torch.testing.assert_close(load_encoder(plain, num_heads=4)(images), wanted)
+    shard = photo_shards.replace("{000000..000005}", "000000")
+    drawn = visualize.main(["reconstruct", str(tmp_path / "run"), "--images", shard, "--count=2", f"--out={tmp_path}"])
+    assert (drawn, (tmp_path / "reconstruction.png").is_file()) == (0, True)
     if not recipe.model.cls_token:
         with pytest.raises(ValueError, match="no class token to pool"):
             load_encoder(tmp_path / "run", pool="cls")

@@ -220,11 +220,11 @@ def flip(path: Path) -> None:
 
 def test_another_network_has_no_place_in_the_layouts(networks, tmp_path):
     state = state_of(networks["student"])
-    state["weight/head.weight"] = torch.zeros(5, 48)
+    state["weight/neck.weight"] = torch.zeros(5, 48)
     del state["weight/blocks.1.norm1.bias"]
     write_checkpoint(tmp_path, 10, state)
     manifest, _ = export.find_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks blocks\.1\.norm1\.bias; student has unknown head\.weight"):
+    with pytest.raises(ValueError, match=r"lacks blocks\.1\.norm1\.bias; student has unknown neck\.weight"):
         export.export(manifest, tmp_path / "w.safetensors", layout="safetensors")
 
 
@@ -364,7 +364,7 @@ def flatten(state: dict[str, Any]) -> None:
         (claim, r"no dense tensors of floats, such as norm\.weight"),
         (count, r"no dense tensors of floats, such as norm\.weight"),
         (speak, r"no dense tensors of floats, such as norm\.weight"),
-        (empty, r"it has no cls_token: no masked autoencoder, nor the encoder of one"),
+        (empty, r"it has no patch_embed\.proj\.weight: no masked autoencoder, nor the encoder of one"),
         (flatten, r"shapes of its first weights"),
     ],
 )

@@ -40,7 +40,7 @@ from rcmae.classifier import Classifier
 from rcmae.config import Recipe
 from rcmae.encoder import load_encoder
 from rcmae.evaluate import knn, logistic
-from rcmae.export import Network
+from rcmae.export import Which
 from rcmae.parts import make_engine, make_objective, new_student, new_teacher, student_sizes
 from rcmae.rundir import versions
 from rcmae.shards import ShardIndex, flat
@@ -127,7 +127,7 @@ def rows_of(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name in there:
             run = folder(asked, name, seed)
             recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text()))
-            networks: tuple[Network, ...] = ("student", "teacher")
+            networks: tuple[Which, ...] = ("student", "teacher")
             for network in networks[: 2 if recipe.objective.teacher_parts else 1]:
                 model = load_encoder(run, network=network)
                 steps = json.loads((run / "outcome.json").read_text())["step"]

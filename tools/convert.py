@@ -48,8 +48,10 @@ def convert(source: Source, target: str, out: Path, *, num_heads: int | None = N
     if out.exists():
         raise ValueError(f"{out} is there already; give another name")
     whole = families.FAMILIES[target].decoder if target in families.FAMILIES else target == "safetensors"
-    own, others = mine(source.weights)
-    taken = {name: value for name, value in own.items() if whole or export.in_encoder(name)}
+    weights = families.published_names(source.weights)
+    taken = {
+        name: weights[name] for name in families.of_autoencoder(weights) if whole or export.in_encoder(name)
+    }
     problems = export.shape_problems({name: tuple(value.shape) for name, value in taken.items()})
     if problems:
         raise ValueError(f"{source.about}: {'; '.join(problems)}")
@@ -67,23 +69,8 @@ def convert(source: Source, target: str, out: Path, *, num_heads: int | None = N
             torch.save(written if target == "timm" else {"model": written}, out)
         else:
             raise ValueError(f"{out}: a file of {target} has another ending; see --help")
-    left = {name: value for name, value in source.weights.items() if name not in taken}
-    return {"source": source.about, "taken": sorted(taken), "left out": sorted({**left, **others}), "out": str(out)}
-
-
-def mine(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of a masked autoencoder by MAE's names, and those that such a network has no place for."""
-    extra = (
-        "head.", "fc_norm.", "cls_head.", "decode_", "de_pos_embed", "mask_token_", "down", "lm_head", "decoder.",
-        "encoder_to_decoder.",
-    )  # fmt: skip
-    others = {name: value for name, value in weights.items() if name.startswith(extra)}
-    own = {name: value for name, value in weights.items() if name not in others}
-    if others and not any(name.startswith("decoder_blocks.") for name in own):  # of a decoder that is another network
-        foreign = ("mask_token", "decoder_pos_embed")
-        others |= {name: value for name, value in own.items() if name in foreign}
-        own = {name: value for name, value in own.items() if name not in foreign}
-    return own, others
+    left = sorted(name for name in weights if name not in taken)
+    return {"source": source.about, "taken": sorted(taken), "left out": left, "out": str(out)}
 
 
 def write_hugging_face(source: Source, taken: Mapping[str, Tensor], out: Path, num_heads: int | None) -> None:

@@ -17,7 +17,6 @@ import base64
 import contextlib
 import html
 import importlib.util
-import json
 import sys
 import tarfile
 import warnings
@@ -35,11 +34,13 @@ from torch import Tensor
 from rcmae.attention import attention_maps, class_attention, rollout
 from rcmae.batch import Batch
 from rcmae.checkpoint import CheckpointError
+from rcmae.config import Recipe
 from rcmae.encoder import load_autoencoder, load_classifier, load_encoder, statistics_of
 from rcmae.evaluate import GREY, hidden_patches, save_png, sheet, to_uint8
 from rcmae.export import Source
 from rcmae.masking import random_ids, visible_count
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
+from rcmae.parts import pixel_norm
 from rcmae.transforms import CentreTransform, Normalise
 from rcmae.vit import patchify, unpatchify
 
@@ -157,10 +158,10 @@ def pasted(
 
 def norm_of(source: Source) -> PixelNorm | None:
     """By which mean and deviation the patches that a network predicts are normalised; MAE's where no recipe tells."""
-    objective = json.loads(source.told.get("recipe", "{}")).get("objective", {})
-    if not objective.get("norm_pix_loss", True):
-        return None
-    return NORMS[objective.get("pixel_norm") or "unbiased"]
+    if "recipe" not in source.told:
+        return NORMS["unbiased"]
+    objective = Recipe.model_validate_json(source.told["recipe"]).objective
+    return pixel_norm(objective) if objective.norm_pix_loss else None
 
 
 def reconstruct(options: argparse.Namespace) -> dict[str, np.ndarray]:
