@@ -239,7 +239,7 @@ def fit_weights(model: Classifier, weights: Mapping[str, Tensor], grid: tuple[in
         shapes = [f"{name} {_by(found[name])} instead of {_by(wanted[name])}" for name in differing[:5]]
         problems.append(
             f"has {', '.join(shapes)}" + f" and {len(differing) - 5} more" * (len(differing) > 5)
-            + ": set model.name, image_size and patch_size to those of the weights"
+            + ": set model.name (or embed_dim, depth, num_heads), image_size and patch_size to those of the weights"
         )  # fmt: skip
     if problems:
         raise ValueError("; ".join(problems))

@@ -217,7 +217,7 @@ def checkpoint_folders(path: Path) -> list[Path]:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = sorted(root.glob("step-*"))
     if not found:
-        what = "no such folder" if not path.is_dir() else "no checkpoint in this folder"
+        what = "no such file or folder" if not path.is_dir() else "no checkpoint in this folder"
         raise ValueError(f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000")
     return found
 

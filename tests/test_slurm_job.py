@@ -206,6 +206,13 @@ def test_a_start_that_another_of_its_job_has_replaced_asks_for_nothing(
     assert "start 1 of this job goes on with the run: start 0 asks for nothing" in heard.err
 
 
+def test_steps_of_each_start_and_how_to_submit_are_told(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert slurm_job.main(["submit", "--help"]) == 0
+    assert "GPU=h200" in capsys.readouterr().out
+    assert begin(run_dir, "run.stop_after_steps=7") == 0
+    assert "run.stop_after_steps=7: so many steps a start" in capsys.readouterr().err
+
+
 def test_torn_lines_and_files_are_no_history(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert begin(run_dir) == 0
     with (run_dir / "jobs.jsonl").open("a") as file:
@@ -256,7 +263,7 @@ def test_a_sweep_gives_each_task_its_run(tmp_path: Path, capsys: pytest.CaptureF
         ("runs: {a: {}}", "a sweep has 'recipe'"),
         ("recipe: rcmae_vit_s_16\nruns: {a: {}}\nrun: 3", "a sweep has 'recipe'"),
         ("recipe: rcmae_vit_s_16\nruns: {a/b: {}}", "names a folder"),
-        ("recipe: rcmae_vit_s_16\nruns: {a: {data.shards: x, schedule.base_rl: 1}}", "did you mean 'base_lr'"),
+        ("recipe: rcmae_vit_s_16\nruns: {a: {data.shards: x, schedule.base_rl: 1}}", ", run a: "),
         ("recipe: [", "cannot be read"),
     ],
 )
@@ -326,6 +333,8 @@ def test_what_the_planner_refuses_is_not_submitted(sbatch: Path, capfd: pytest.C
     assert slurm_job.main([*words, "batch.per_device=64"]) == 0
     assert sbatch.read_text().splitlines() == ["--nodes=1", template, "data.shards=x.tar", "batch.per_device=64"]
     assert "on 1 x 8 a10g" in capfd.readouterr().out
+    assert slurm_job.main(["submit", "--nodes=3", template, "data.shards=x.tar", "batch.per_device=64"]) == 0
+    assert "1 of 3 nodes would stay idle: the batch and the streams divide over 2" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

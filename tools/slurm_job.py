@@ -197,6 +197,8 @@ def begin(options: argparse.Namespace) -> int:
             f"ranks do not divide batch.images={recipe.batch.images} and the "
             f"{recipe.data.canonical_streams or 'future'} canonical streams, {used} x {options.ranks_per_node} do"
         )
+    if (limit := recipe.run.stop_after_steps) is not None:
+        tell(f"run.stop_after_steps={limit}: so many steps a start, until the run is finished; schedule.steps ends it")
     if not note_start(
         recipe.run_dir, options.idle_starts, nodes=options.nodes, used=used, ranks=used * options.ranks_per_node,
         step=committed_step(recipe.run_dir), outcome=outcome(recipe.run_dir).get("time"),
@@ -233,8 +235,11 @@ def sweep(options: argparse.Namespace) -> int:
     """Answer the arguments of one run of a sweep; without a task check all of them and answer the array's range."""
     runs = read_sweep(options.file)
     if options.task is None:
-        for arguments in runs.values():
-            config.load(arguments[0], arguments[1:])
+        for name, arguments in runs.items():
+            try:
+                config.load(arguments[0], arguments[1:])
+            except ValueError as error:
+                raise ValueError(f"{options.file}, run {name}: {error}") from error
         for number, arguments in enumerate(runs.values()):
             tell(f"{number}: {shlex.join(arguments)}")
         print(f"0-{len(runs) - 1}")
@@ -292,6 +297,8 @@ def submit(options: argparse.Namespace) -> int:
         recipe = config.load(run[0], run[1:])
         freeze_streams(recipe)
         used = nodes_that_fit(recipe, nodes=nodes, ranks_per_node=gpus)
+        if used < nodes:
+            tell(f"{nodes - used} of {nodes} nodes would stay idle: the batch and the streams divide over {used}")
         if config.module_of(recipe) != "rcmae.train":
             tell(f"{recipe.run.name}: tools/plan.py knows pretraining only; the batch divides, the rest is unchecked")
             continue
@@ -355,6 +362,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser_sweep.set_defaults(answer=sweep)
     verbs.add_parser("submit", help="submits a job that can run; arguments as for sbatch, the GPUs' kind in GPU")
     words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["submit"] and words[1:] in (["--help"], ["-h"]):
+        print("slurm/submit.sh [sbatch's options] slurm/TEMPLATE.sbatch [arguments]: sbatch where tools/plan.py does")
+        print("not refuse. The GPUs' kind, as its --gpu has them, in GPU: GPU=h200 slurm/submit.sh --nodes=2-8 ...")
+        return 0
     if words[:1] == ["submit"]:  # what follows is sbatch's
         options = argparse.Namespace(answer=submit, words=words[1:])
     else:

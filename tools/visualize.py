@@ -353,7 +353,7 @@ def page(run: Path) -> str:
     """One HTML document with every picture of a run in it, the newest of a kind first."""
     pictures = sorted((run / "pictures").glob("*.png"), reverse=True)
     if not pictures:
-        raise ValueError(f"{run / 'pictures'} has no pictures; draw some with --out {run / 'pictures'}")
+        raise ValueError(f"{run / 'pictures'} has no pictures; draw some, such as: tools/visualize.py filters {run}")
     parts = [
         "<!doctype html><meta charset=utf-8>",
         f"<title>{html.escape(run.name)}</title><style>body{{font:14px sans-serif;margin:2em}}img{{max-width:100%}}"
