@@ -141,3 +141,8 @@ def send(number: signal.Signals) -> Callable[[], None]:
 def finite(row: dict[str, Any]) -> bool:
     """Whether every number of a metrics row is one."""
     return all(value is not None and math.isfinite(value) for value in row.values())
+
+
+def hear_ctrl_c() -> None:
+    """For a process that is born (preexec_fn): who starts tests in the background has it ignored, for all of them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -20,6 +20,7 @@ from sklearn.datasets import load_sample_images
 
 from rcmae.shards import ShardIndex
 from rcmae.transforms import decode
+from runs import hear_ctrl_c
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -308,8 +309,9 @@ def test_a_job_that_is_killed_or_stopped_leaves_no_process_behind(many, tmp_path
     out = tmp_path / "out"
     command = [sys.executable, TOOLS / "make_shards.py", many, out, "--samples", "4", "--size", "64", "--jobs", "2"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as job:
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=hear_ctrl_c,
+    ) as job:  # fmt: skip
         until = time.monotonic() + 60
         while not list(out.glob("*.tar")):
             assert time.monotonic() < until

@@ -18,6 +18,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from rcmae import shards, workers
 from rcmae.shards import INDEX, NO_LABEL, Plan, ShardIndex, expand, flat, scan
+from runs import hear_ctrl_c
 
 ROOT = Path(__file__).parent.parent
 
@@ -268,7 +269,7 @@ def test_workers_end_with_their_owner_and_leave_ctrl_c_to_it(kind, how, after_s)
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=hear_ctrl_c,
     ) as owner:  # fmt: skip
         assert owner.stdout.readline() == "started\n"
         time.sleep(after_s)
