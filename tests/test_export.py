@@ -193,7 +193,7 @@ def test_user_hears_of_every_mistake_at_once(plain, tmp_path, capsys):
 
 
 def test_no_checkpoint_is_a_mistake_and_a_damaged_one_is_not_exported(run, networks, tmp_path):
-    with pytest.raises(ValueError, match="no such folder; give a run's"):
+    with pytest.raises(ValueError, match="no such file or folder; give a run's"):
         export.find_checkpoint(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no checkpoint in this folder"):
         export.find_checkpoint(tmp_path)

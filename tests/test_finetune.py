@@ -205,7 +205,7 @@ def test_wrong_weights_are_refused_by_name(
         (["model.patch_size=4"], "it has patches of 8 pixels, the model 4"),
         (["model.depth=2"], "has unknown blocks.2."),
         (["model.depth=4"], "lacks blocks.3."),
-        ([f"classify.init={tmp_path / 'nowhere'}"], "no such folder"),
+        ([f"classify.init={tmp_path / 'nowhere'}"], "no such file or folder"),
     ):
         for name in ("finetune", "probe"):
             message = "lacks blocks" if message.startswith("lacks") else message
