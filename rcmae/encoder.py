@@ -110,17 +110,14 @@ def load_autoencoder(
         return model.eval(), found
     weights = {name: found.weights[name] for name in of_autoencoder(found.weights)}
     sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
-    side = round(sizes.pop("num_patches") ** 0.5)
-    rows, columns = found.grid or (side, side)
-    named = ARCHITECTURES.get(str(found.sizes.get("name")), {})
+    side = round(sizes.pop("num_patches") ** 0.5)  # only a recipe tells of another shape
     heads = num_heads or heads_of(found) or HEADS.get(sizes["embed_dim"])
-    theirs = decoder_heads or found.sizes.get("decoder_heads") or named.get("decoder_heads")
-    theirs = theirs or {512: 16, 256: 8}.get(sizes["decoder_dim"])
+    theirs = decoder_heads or found.sizes.get("decoder_heads") or {512: 16, 256: 8}.get(sizes["decoder_dim"])
     if heads is None or theirs is None:
         raise ValueError(f"{found.about}: its widths do not tell the numbers of heads; give both")
     patch = sizes["patch_size"]
     model = MaskedAutoencoder(
-        image_size=(rows * patch, columns * patch), num_heads=heads, decoder_heads=theirs, **sizes
+        image_size=(side * patch, side * patch), num_heads=heads, decoder_heads=theirs, **sizes
     )
     model.load_state_dict(whole_network(model, weights))
     return model.eval(), found
@@ -145,8 +142,7 @@ def model_of(
 ) -> tuple[Classifier, Fit]:
     """A model of the weights' own sizes with them in it, and what matched. Raises ValueError."""
     weights = source.weights
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    sizes = sizes_of(shapes)
+    sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
     side = round(sizes["num_patches"] ** 0.5)
     rows, columns = source.grid or (side, side)
     patch, width = sizes["patch_size"], sizes["embed_dim"]

@@ -210,11 +210,13 @@ class ShardIndex:
         built = dict(zip(unknown, fresh, strict=True))
         return cls([built.get(path) or shards[path] for path in paths], short, weights)
 
-    @classmethod
-    def lies_in(cls, folder: str, patience: Patience = USUAL) -> bool:
+    @staticmethod
+    def lies_in(folder: str, patience: Patience = USUAL) -> bool:
         """Whether a folder, here or elsewhere, has an index. Raises as `open`."""
-        try:
-            return cls._found(folder, patience) is not None
+        if "://" not in folder:
+            return _ours(folder)
+        try:  # its table, which may be large, is read once: by `open`
+            return FORMAT.encode() in (sources.small_file(f"{folder}/{INDEX}", patience) or b"")[:100]
         except OSError as error:
             raise ValueError(str(error)) from error
 
