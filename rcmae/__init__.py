@@ -1,4 +1,7 @@
-"""Pretrain Vision Transformers by masked autoencoding with a teacher. Read `rcmae/train.py` first."""
+"""Pretrain Vision Transformers by masked autoencoding with a teacher.
+
+Read `rcmae/train.py` first.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Where a Vision Transformer looks: its attention maps, and their rollout over the layers.
 
-Maps are read from timm's own attention, with its fused kernel switched off for the moment, so they come from any ViT of
-timm's blocks. Rollout (Abnar and Zuidema, 2020) multiplies the maps of all layers, each averaged with the identity for
-the residual path; the variants with another fusion of heads, with the weakest entries discarded and with gradients
-(Chefer et al., 2021, in its simplest form) are those people show.
-"""
+Maps are read from timm's own attention, with its fused kernel switched off for the moment, so they
+come from any ViT of timm's blocks. Rollout (Abnar and Zuidema, 2020) multiplies the maps of all
+layers, each averaged with the identity for the residual path; the variants with another fusion of
+heads, with the weakest entries discarded and with gradients (Chefer et al., 2021, in its simplest
+form) are those people show."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ Fusion = Literal["mean", "max", "min"]
 
 @contextlib.contextmanager
 def recording(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The attention after softmax of each block [B, heads, N, N] that a forward inside fills in, in order."""
+    """The attention after softmax of each block [B, heads, N, N] that a forward inside fills in,
+    in order.
+    """
     maps: list[Tensor] = []
     parts: list[Any] = [block.attn for block in model.blocks]  # type: ignore[union-attr]
     before = [part.fused_attn for part in parts]
-    handles = [part.attn_drop.register_forward_hook(lambda _, __, out: maps.append(out)) for part in parts]
+    handles = [
+        part.attn_drop.register_forward_hook(lambda _, __, out: maps.append(out)) for part in parts
+    ]
     try:
         for part in parts:
             part.fused_attn = False
@@ -36,14 +40,18 @@ def recording(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
-    """[depth, B, heads, N, N] of normalised images [B, C, H, W]; row i tells what token i reads. N: all tokens."""
+    """[depth, B, heads, N, N] of normalised images [B, C, H, W]; row i tells what token i reads.
+
+    N: all tokens.
+    """
     with recording(model) as maps, torch.no_grad():
         model(images)
     return torch.stack(maps)
 
 
 def class_attention(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """Maps weighted by how much they help each image's class: max(map * d score / d map, 0), shaped as those.
+    """Maps weighted by how much they help each image's class: max(map * d score / d map, 0), shaped
+    as those.
 
     Args:
         model: a classifier.
@@ -54,21 +62,31 @@ def class_attention(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor
         scores = model(images)
         chosen = scores.gather(1, classes[:, None]).sum()
         grads = torch.autograd.grad(chosen, maps)
-    return torch.stack([(each * grad).clamp(min=0) for each, grad in zip(maps, grads, strict=True)]).detach()
+    return torch.stack(
+        [(each * grad).clamp(min=0) for each, grad in zip(maps, grads, strict=True)]
+    ).detach()
 
 
 def rollout(
-    maps: Tensor, *, fusion: Fusion = "mean", discard: float = 0.0, class_token: bool = True, published: bool = False
+    maps: Tensor,
+    *,
+    fusion: Fusion = "mean",
+    discard: float = 0.0,
+    class_token: bool = True,
+    published: bool = False,
 ) -> Tensor:
-    """How much of each patch reaches the class token, or the mean of the patches where there is none: [L], the most 1.
+    """How much of each patch reaches the class token, or the mean of the patches where there is
+    none: [L], the most 1.
 
     Args:
         maps: [depth, heads, N, N] of one image, the class token first.
         fusion: of the heads.
-        discard: this share of the smallest entries of each fused map is left out (the class token's own stays).
+        discard: this share of the smallest entries of each fused map is left out (the class token's
+            own stays).
         class_token: whether there is one.
-        published: divide each *column* by the sum of the row of the same number, as MAE-priv's released code does,
-            which its pictures contain; otherwise each row by its own sum. The two differ only with `discard`.
+        published: divide each *column* by the sum of the row of the same number, as MAE-priv's
+            released code does, which its pictures contain; otherwise each row by its own sum. The
+            two differ only with `discard`.
 
     Raises:
         ValueError: another fusion, or `discard` is no share below 1.
@@ -81,7 +99,13 @@ def rollout(
     identity = torch.eye(tokens, dtype=maps.dtype, device=maps.device)
     result = identity
     for layer in maps:
-        fused = layer.mean(0) if fusion == "mean" else layer.amax(0) if fusion == "max" else layer.amin(0)
+        fused = (
+            layer.mean(0)
+            if fusion == "mean"
+            else layer.amax(0)
+            if fusion == "max"
+            else layer.amin(0)
+        )
         flat = fused.flatten()
         weakest = flat.topk(int(flat.numel() * discard), largest=False).indices
         flat = flat.index_fill(0, weakest[weakest != 0] if class_token else weakest, 0.0)

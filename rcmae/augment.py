@@ -1,10 +1,11 @@
-"""What fine-tuning does to images beyond crop and flip: timm's RandAugment and random erasing, Mixup and CutMix.
+"""What fine-tuning does to images beyond crop and flip: timm's RandAugment and random erasing,
+Mixup and CutMix.
 
-timm draws from global generators. Here they are set, for the moment, from the key of what is drawn for (a sample's
-position, a step), so that a training is the same on any number of ranks, workers and jobs. Images are mixed with those
-half a step further on of the same rank, which is the same pairing at any number of ranks and micro-batches; the
-published code mixes a micro-batch with its own mirror image. The mixing factor and the box are one for a whole step.
-"""
+timm draws from global generators. Here they are set, for the moment, from the key of what is drawn
+for (a sample's position, a step), so that a training is the same on any number of ranks, workers
+and jobs. Images are mixed with those half a step further on of the same rank, which is the same
+pairing at any number of ranks and micro-batches; the published code mixes a micro-batch with its
+own mirror image. The mixing factor and the box are one for a whole step."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ from timm.data.random_erasing import RandomErasing  # isort: skip
 
 @contextlib.contextmanager
 def drawing(seed: int, purpose: Purpose, *where: int) -> Iterator[None]:
-    """Python's, numpy's and torch's global CPU generators, set for this place and put back afterwards."""
+    """Python's, numpy's and torch's global CPU generators, set for this place and put back
+    afterwards.
+    """
     words = raw(seed, purpose, *where, count=3)
     before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     random.seed(int(words[0]))
@@ -65,11 +68,16 @@ class AugmentTransform:
 
     def __post_init__(self) -> None:
         if self.base.in_channels != 3:
-            raise ValueError(f"classify.rand_augment works on 3 channels, model.in_channels={self.base.in_channels}")
+            raise ValueError(
+                "classify.rand_augment works on 3 channels, "
+                f"model.in_channels={self.base.in_channels}"
+            )
         try:
             self._make()
         except (AssertionError, ValueError, KeyError) as error:
-            raise ValueError(f"classify.rand_augment={self.policy!r} is no policy that timm knows: {error}") from error
+            raise ValueError(
+                f"classify.rand_augment={self.policy!r} is no policy that timm knows: {error}"
+            ) from error
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -88,7 +96,8 @@ class AugmentTransform:
             raise ValueError("it does not begin with rand")
         augment = rand_augment_transform(self.policy, {"translate_const": shift, "img_mean": fill})
         for op in augment.ops:
-            if op.name.startswith("Posterize"):  # timm can ask for 0 bits, which Pillow 13 refuses: black, as before
+            if op.name.startswith("Posterize"):
+                # timm can ask for 0 bits, which Pillow 13 refuses: black, as before
                 op.aug_fn = _posterize
         return augment
 
@@ -99,7 +108,10 @@ class AugmentTransform:
     def views(self, data: bytes, seed: int, positions: Sequence[int]) -> list[View]:
         """Views of one image at several positions. Raises BadImage."""
         views = self.base.views(data, seed, positions)
-        return [self._changed(view, seed, position, 0) for view, position in zip(views, positions, strict=True)]
+        return [
+            self._changed(view, seed, position, 0)
+            for view, position in zip(views, positions, strict=True)
+        ]
 
     def _changed(self, view: View, seed: int, position: int, draw: int) -> View:
         with drawing(seed, Purpose.AUGMENT, draw, position):
@@ -108,7 +120,8 @@ class AugmentTransform:
 
 
 def erase(batch: Batch, *, probability: float, seed: int) -> Batch:
-    """The batch with a random rectangle of some images, in place, replaced by noise (Zhong et al., 2020).
+    """The batch with a random rectangle of some images, in place, replaced by noise (Zhong et al.,
+    2020).
 
     Args:
         batch: normalised images.
@@ -126,7 +139,8 @@ class Mix(NamedTuple):
     """How a step's images are mixed."""
 
     share: float  # of an image itself; the rest is its mate's
-    box: tuple[int, int, int, int] | None  # top, bottom, left, right: what is the mate's in CutMix; None: Mixup
+    # top, bottom, left, right: what is the mate's in CutMix; None: Mixup
+    box: tuple[int, int, int, int] | None
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,10 @@ class Mixing:
         return self.probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def draw(self, seed: int, step: int, size: tuple[int, int]) -> Mix:
-        """How the images of a step are mixed, the same on every rank; `size` is theirs (height, width)."""
+        """How the images of a step are mixed, the same on every rank.
+
+        `size` is theirs (height, width).
+        """
         with drawing(seed, Purpose.MIX, step):
             if not self.is_on or np.random.rand() >= self.probability:
                 return Mix(1.0, None)
@@ -175,17 +192,20 @@ def mixed(images: Tensor, mates: Tensor, mix: Mix) -> Tensor:
     return images
 
 
-def mixed_targets(labels: Tensor, mates: Tensor, mix: Mix, *, num_classes: int, smoothing: float) -> Tensor:
+def mixed_targets(
+    labels: Tensor, mates: Tensor, mix: Mix, *, num_classes: int, smoothing: float
+) -> Tensor:
     """What mixed images show [B, num_classes]: smoothed labels of both, by their shares."""
     both = torch.cat([labels, mates.flip(0)])  # timm mixes with the mirror image
     return mixup_target(both, num_classes, mix.share, smoothing)[: len(labels)]
 
 
 def mates_of(micros: Sequence[Batch]) -> list[Batch]:
-    """A rank's micro-batches of a step, each with those that it is mixed with: half the rank's images further on.
+    """A rank's micro-batches of a step, each with those that it is mixed with: half the rank's
+    images further on.
 
-    Position i of a step meets position i + half a step, whatever the number of ranks and micro-batches.
-    """
+    Position i of a step meets position i + half a step, whatever the number of ranks and
+    micro-batches."""
     images = torch.cat([batch.images for batch in micros])
     labels = torch.cat([batch.labels for batch in micros if batch.labels is not None])
     positions = torch.cat([batch.positions for batch in micros])

@@ -1,4 +1,6 @@
-"""The one thing that objectives see of the data: a micro-batch of images with their masks, labels and names."""
+"""The one thing that objectives see of the data: a micro-batch of images with their masks,
+labels and names.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,23 @@ NO_LABEL = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of B images of L patches each; images leave the stream as uint8 and are normalised later."""
+    """A micro-batch of B images of L patches each.
+
+    Images leave the stream as uint8 and are normalised later.
+    """
 
     images: Tensor  # [B, C, H, W] uint8; float32 once normalised
-    ids_shuffle: Tensor  # [B, L] int64, each row an order of the patches: the first num_visible are seen
+    # [B, L] int64, each row an order of the patches: the first num_visible are seen
+    ids_shuffle: Tensor
     num_visible: int
     labels: Tensor | None  # [B] int64, NO_LABEL where a sample has none; None: data that never has
     keys: tuple[str, ...]  # "shard/key" of each sample that was read
-    positions: Tensor  # [B] int64, absolute position in the run (in an evaluation: number of the sample, -1 = padding)
-    crops: Tensor  # [B, 5] int64: top, left, height, width in pixels of the source image, 1 = flipped
-    teacher_ids: Tensor | None = None  # [B, L] int64, an order of the patches for a teacher that sees others
+    # [B] int64, absolute position in the run (in an evaluation: number of the sample, -1 = padding)
+    positions: Tensor
+    # [B, 5] int64: top, left, height, width in pixels of the source image, 1 = flipped
+    crops: Tensor
+    # [B, L] int64, an order of the patches for a teacher that sees others
+    teacher_ids: Tensor | None = None
     targets: Tensor | None = None  # [B, classes] float: what mixed images show
     mate: Batch | None = None  # what these images are to be mixed with, row by row
 
@@ -30,7 +39,10 @@ class Batch:
         return self.images.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch with images, ids_shuffle and labels on `device`; the bookkeeping stays on the CPU."""
+        """The same batch with images, ids_shuffle and labels on `device`.
+
+        The bookkeeping stays on the CPU.
+        """
         return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def part(self, rows: slice) -> Batch:
@@ -41,10 +53,17 @@ class Batch:
 
         mate = None if self.mate is None else self.mate.part(rows)
         return replace(
-            self, images=self.images[rows], ids_shuffle=self.ids_shuffle[rows], labels=cut(self.labels),
-            keys=self.keys[rows], positions=self.positions[rows], crops=self.crops[rows],
-            teacher_ids=cut(self.teacher_ids), targets=cut(self.targets), mate=mate,
-        )  # fmt: skip
+            self,
+            images=self.images[rows],
+            ids_shuffle=self.ids_shuffle[rows],
+            labels=cut(self.labels),
+            keys=self.keys[rows],
+            positions=self.positions[rows],
+            crops=self.crops[rows],
+            teacher_ids=cut(self.teacher_ids),
+            targets=cut(self.targets),
+            mate=mate,
+        )
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, so that `to` can copy while the GPU computes."""
@@ -55,6 +74,10 @@ class Batch:
         teacher_ids = None if self.teacher_ids is None else move(self.teacher_ids)
         mate = None if self.mate is None else self.mate._moved(move)
         return replace(
-            self, images=move(self.images), ids_shuffle=move(self.ids_shuffle), labels=labels, teacher_ids=teacher_ids,
+            self,
+            images=move(self.images),
+            ids_shuffle=move(self.ids_shuffle),
+            labels=labels,
+            teacher_ids=teacher_ids,
             mate=mate,
-        )  # fmt: skip
+        )

@@ -1,12 +1,13 @@
 """Batch normalisation over the images of all ranks, on CPU and GPU alike.
 
-torch's SyncBatchNorm is the same on GPUs and refuses CPUs, where a run of the same recipe must give the same numbers.
+torch's SyncBatchNorm is the same on GPUs and refuses CPUs, where a run of the same recipe must give
+the same numbers.
 
-What a batch is: the *global micro-batch*, the images that all ranks take at once. Statistics that waited for a whole
-accumulated step would need its forward passes twice; so a step of several micro-batches normalises each by its own
-images and moves the running statistics as often. That is another training than one of a single micro-batch (not an
-unsafe one: every rank computes the same), and the loop holds the global micro-batch fixed over a run's jobs.
-"""
+What a batch is: the *global micro-batch*, the images that all ranks take at once. Statistics that
+waited for a whole accumulated step would need its forward passes twice; so a step of several
+micro-batches normalises each by its own images and moves the running statistics as often. That is
+another training than one of a single micro-batch (not an unsafe one: every rank computes the same),
+and the loop holds the global micro-batch fixed over a run's jobs."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ from rcmae import dist
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
-    """`nn.BatchNorm1d` whose statistics in training are over the rows of all ranks, as many on each.
+    """`nn.BatchNorm1d` whose statistics in training are over the rows of all ranks, as many on
+    each.
 
-    Collective in training, forwards and backwards: every rank calls. Statistics are float32 (float64 for a float64
-    model) whatever the model computes in; running ones move only by what is finite, so that a step that is skipped for
-    its NaNs leaves them as they were.
+    Collective in training, forwards and backwards: every rank calls. Statistics are float32
+    (float64 for a float64 model) whatever the model computes in; running ones move only by what is
+    finite, so that a step that is skipped for its NaNs leaves them as they were.
     """
 
     running_mean: Tensor
@@ -32,15 +34,23 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     num_batches_tracked: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C] to [B, C], of the same type. In evaluation by the running statistics, without a collective."""
+        """[B, C] to [B, C], of the same type.
+
+        In evaluation by the running statistics, without a collective.
+        """
         x = input if input.dtype == torch.float64 else input.float()
-        weight, bias = (None if each is None else each.to(x.dtype) for each in (self.weight, self.bias))
+        weight, bias = (
+            None if each is None else each.to(x.dtype) for each in (self.weight, self.bias)
+        )
         if not self.training:
             mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
             return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps).to(input.dtype)
         count = len(x) * dist.world()
         if count < 2:
-            raise ValueError("a batch norm needs two images or more at once; raise batch.images or batch.per_device")
+            raise ValueError(
+                "a batch norm needs two images or more at once; raise batch.images or "
+                "batch.per_device"
+            )
         mean = _all_sum(x.sum(dim=0)) / count
         centred = x - mean
         variance = _all_sum(centred.square().sum(dim=0)) / count
@@ -55,7 +65,9 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         assert self.momentum is not None
         finite = (mean + variance).isfinite().all()
         for running, seen in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(torch.where(finite, running.lerp(seen.to(running.dtype), self.momentum), running))
+            running.copy_(
+                torch.where(finite, running.lerp(seen.to(running.dtype), self.momentum), running)
+            )
         self.num_batches_tracked.add_(finite)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GlobalBatchNorm:

@@ -1,12 +1,14 @@
-"""BootMAE's network: an encoder of the visible patches, and a regressor each for pixels and for features.
+"""BootMAE's network: an encoder of the visible patches, and a regressor each for pixels and for
+features.
 
-A regressor (Dong et al., ECCV 2022, section 3.3) is fed the encoder's output for the visible patches and mask tokens
-with positions for the hidden ones; each of its blocks looks back at a layer of the encoder by cross-attention, the
-pixels' at a low one and the features' at a high one, so that the encoder's output need not carry what those know.
+A regressor (Dong et al., ECCV 2022, section 3.3) is fed the encoder's output for the visible
+patches and mask tokens with positions for the hidden ones; each of its blocks looks back at a layer
+of the encoder by cross-attention, the pixels' at a low one and the features' at a high one, so that
+the encoder's output need not carry what those know.
 
-As in `vit`, everything stands in the order [cls, visible, hidden], which attention does not see, and the last block of
-a regressor answers for hidden tokens alone. Parameters carry the published names.
-"""
+As in `vit`, everything stands in the order [cls, visible, hidden], which attention does not see,
+and the last block of a regressor answers for hidden tokens alone. Parameters carry the published
+names."""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from rcmae.vit import (
     block_flops,
     sincos_positions,
     size_problems,
-)  # fmt: skip
+)
 
 from timm.layers import Mlp  # isort: skip
 
@@ -50,15 +52,31 @@ class CrossAttention(nn.Module):
         """Tokens [B, N, dim] and [B, M, context_dim] to [B, N, dim]."""
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
         q = (self.q(x) + self.q_bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        k, v = (self.kv(context) + bias).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(kernels.attention(q, k, v, fused=self.fused_attn).transpose(1, 2).flatten(2))
+        k, v = (
+            (self.kv(context) + bias)
+            .unflatten(2, (2, self.num_heads, -1))
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
+        return self.proj(
+            kernels.attention(q, k, v, fused=self.fused_attn).transpose(1, 2).flatten(2)
+        )
 
 
 class RegressorBlock(nn.Module):
-    """Self-attention, cross-attention to a layer of the encoder, MLP; each normalised before and added."""
+    """Self-attention, cross-attention to a layer of the encoder, MLP.
+
+    Each normalised before and added.
+    """
 
     def __init__(
-        self, dim: int, context_dim: int, num_heads: int, *, mlp_ratio: float, norm: Callable[..., nn.Module]
+        self,
+        dim: int,
+        context_dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        norm: Callable[..., nn.Module],
     ) -> None:
         super().__init__()
         self.norm1 = norm(dim)
@@ -77,7 +95,9 @@ class RegressorBlock(nn.Module):
 
 
 class PixelHead(nn.ConvTranspose2d):
-    """The published head, a transposed convolution whose windows do not overlap: a product for each token."""
+    """The published head, a transposed convolution whose windows do not overlap: a product for
+    each token.
+    """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Tokens [B, n, d] to pixels [B, n, p*p*C], in the order of `patchify`."""
@@ -90,8 +110,8 @@ class BootstrappedAutoencoder(Encoder):
     """Encoder and regressors. Weights are drawn at construction from a fixed seed.
 
     Args:
-        image_size: as `patch_size`, `in_channels`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio` and `norm_layer`
-            those of `Encoder`.
+        image_size: as `patch_size`, `in_channels`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio`
+            and `norm_layer` those of `Encoder`.
         decoder_dim: width of the regressor of pixels; that of features is as wide as the encoder.
         decoder_depth: blocks of each regressor, at least 1.
         decoder_heads: of both regressors' attention.
@@ -126,22 +146,39 @@ class BootstrappedAutoencoder(Encoder):
         predicts_features: bool = True,
     ) -> None:
         sizes: dict[str, Any] = {
-            "image_size": image_size, "patch_size": patch_size, "in_channels": in_channels, "embed_dim": embed_dim,
-            "depth": depth, "num_heads": num_heads, "decoder_dim": decoder_dim, "decoder_depth": decoder_depth,
-            "decoder_heads": decoder_heads, "mlp_ratio": mlp_ratio,
-        }  # fmt: skip
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "decoder_dim": decoder_dim,
+            "decoder_depth": decoder_depth,
+            "decoder_heads": decoder_heads,
+            "mlp_ratio": mlp_ratio,
+        }
         high_layer = depth - 1 if high_layer is None else high_layer
         problems = size_problems(**sizes, heads_divide=False)
         if decoder_dim < decoder_heads:
             problems.append(f"decoder_dim={decoder_dim} is less than decoder_heads={decoder_heads}")
         if not 0 <= low_layer < depth or not 0 <= high_layer < depth:
-            problems.append(f"layers {low_layer} and {high_layer} must be among the encoder's 0 to {depth - 1}")
+            problems.append(
+                f"layers {low_layer} and {high_layer} must be among the encoder's 0 to {depth - 1}"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         super().__init__(
-            image_size=image_size, patch_size=patch_size, in_channels=in_channels, embed_dim=embed_dim, depth=depth,
-            num_heads=num_heads, mlp_ratio=mlp_ratio, norm_layer=norm_layer, qkv_bias="qv", positions="row_first",
-        )  # fmt: skip
+            image_size=image_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            norm_layer=norm_layer,
+            qkv_bias="qv",
+            positions="row_first",
+        )
         self.sizes, self.layers = sizes, (low_layer, high_layer)
         norm = norm_layer or kernels.layer_norm()
 
@@ -169,10 +206,10 @@ class BootstrappedAutoencoder(Encoder):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Draw all weights as the published code does: Xavier uniform matrices, of queries, keys and values each by
-        itself; the patch embedding as a matrix; biases 0, norms 1; the cls token normal with deviation 1e-6, mask
-        tokens with 0.02 cut off there; the head of the pixels as torch draws a transposed convolution.
-        """
+        """Draw all weights as the published code does: Xavier uniform matrices, of queries, keys
+        and values each by itself; the patch embedding as a matrix; biases 0, norms 1; the cls token
+        normal with deviation 1e-6, mask tokens with 0.02 cut off there; the head of the pixels as
+        torch draws a transposed convolution."""
         for name, param in self.named_parameters():
             if name == "cls_token":
                 param.normal_(std=1e-6, generator=generator)
@@ -190,10 +227,16 @@ class BootstrappedAutoencoder(Encoder):
                 param.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def keep(self, outputs: Sequence[str]) -> None:
-        """Drop, for good, all parts but those that these of a teacher's outputs need: "tokens" need the encoder."""
+        """Drop, for good, all parts but those that these of a teacher's outputs need: "tokens"
+        need the encoder.
+        """
         if "pixels" in outputs:
             return
-        for name in [name for name, _ in self.named_children() if name not in ("patch_embed", "blocks", "norm")]:
+        for name in [
+            name
+            for name, _ in self.named_children()
+            if name not in ("patch_embed", "blocks", "norm")
+        ]:
             delattr(self, name)
         for name in ("mask_token", "mask_token_1", "de_pos_embed"):
             if hasattr(self, name):
@@ -216,10 +259,13 @@ class BootstrappedAutoencoder(Encoder):
         if what == ("tokens",):
             return {"tokens": self.whole(images)}
         if what not in ("hidden", "all") and not isinstance(what, tuple):
-            raise ValueError(f"what={what!r}: known are hidden, all and features, or a tuple of outputs")
+            raise ValueError(
+                f"what={what!r}: known are hidden, all and features, or a tuple of outputs"
+            )
         if ids_shuffle is None or num_visible is None or not 0 < num_visible < self.num_patches:
             raise ValueError(
-                f"what={what!r} needs ids_shuffle and num_visible from 1 to {self.num_patches - 1}, got {num_visible}"
+                f"what={what!r} needs ids_shuffle and num_visible from 1 to "
+                f"{self.num_patches - 1}, got {num_visible}"
             )
         x = self.embed(images, ids_shuffle[:, :num_visible])
         seen = []
@@ -230,7 +276,11 @@ class BootstrappedAutoencoder(Encoder):
         first = 1 if what == "all" else 1 + num_visible
         if what in ("hidden", "all"):
             pred = self.regress_pixels(latent, low, ids_shuffle, first)
-            return pred if what == "hidden" else pred.take_along_dim(ids_shuffle.argsort(dim=1)[:, :, None], dim=1)
+            return (
+                pred
+                if what == "hidden"
+                else pred.take_along_dim(ids_shuffle.argsort(dim=1)[:, :, None], dim=1)
+            )
         found: Outputs = {"pixels": self.regress_pixels(latent, low, ids_shuffle, first)}
         if "features" in what:
             found["features"] = self.regress_features(latent, high, ids_shuffle, first)
@@ -239,7 +289,10 @@ class BootstrappedAutoencoder(Encoder):
         return found
 
     def flops(self, num_visible: int) -> float:
-        """Floating-point operations of one image's training forward; counted as in `vit.flops_per_image`."""
+        """Floating-point operations of one image's training forward.
+
+        Counted as in `vit.flops_per_image`.
+        """
         seen, tokens, hidden = 1 + num_visible, 1 + self.num_patches, self.num_patches - num_visible
         total, pixels = self.encoder_flops(num_visible), self.patch_size**2 * self.in_channels
         regressors = [(self.sizes["decoder_dim"], pixels)]
@@ -249,12 +302,20 @@ class BootstrappedAutoencoder(Encoder):
             total += 2 * self.embed_dim * width * seen + 2 * width * outputs * hidden
             for queries in [tokens] * (len(self.decode_blocks) - 1) + [hidden]:
                 # the layer that it looks at gives keys and values
-                crossed = 4 * width**2 * queries + 4 * self.embed_dim * width * seen + 4 * queries * seen * width
+                crossed = (
+                    4 * width**2 * queries
+                    + 4 * self.embed_dim * width * seen
+                    + 4 * queries * seen * width
+                )
                 total += block_flops(width, tokens, queries, self.mlp_ratio) + crossed
         return total
 
-    def regress_pixels(self, latent: Tensor, low: Tensor, ids_shuffle: Tensor, first: int) -> Tensor:
-        """Pixels [B, 1 + L - first, p*p*C] of the tokens from `first` on, in the order [cls, *ids_shuffle]."""
+    def regress_pixels(
+        self, latent: Tensor, low: Tensor, ids_shuffle: Tensor, first: int
+    ) -> Tensor:
+        """Pixels [B, 1 + L - first, p*p*C] of the tokens from `first` on, in the order [cls,
+        *ids_shuffle].
+        """
         x = self._filled(self.down(latent), self.mask_token, self.de_pos_embed, ids_shuffle)
         for block in self.decode_blocks[:-1]:
             x = block(x, low)
@@ -263,15 +324,21 @@ class BootstrappedAutoencoder(Encoder):
         pixels: Tensor = head(self.decode_norm(self.decode_blocks[-1](x, low, first)))
         return pixels
 
-    def regress_features(self, latent: Tensor, high: Tensor, ids_shuffle: Tensor, first: int) -> Tensor:
-        """Features [B, 1 + L - first, D] of the tokens from `first` on, in the order [cls, *ids_shuffle]."""
+    def regress_features(
+        self, latent: Tensor, high: Tensor, ids_shuffle: Tensor, first: int
+    ) -> Tensor:
+        """Features [B, 1 + L - first, D] of the tokens from `first` on, in the order [cls,
+        *ids_shuffle].
+        """
         x = self._filled(self.down_1(latent), self.mask_token_1, self.pos_embed, ids_shuffle)
         for block in self.decode_blocks_1[:-1]:
             x = block(x, high)
         return self.lm_head_1(self.decode_norm_1(self.decode_blocks_1[-1](x, high, first)))
 
     def _filled(self, x: Tensor, mask_token: Tensor, table: Tensor, ids_shuffle: Tensor) -> Tensor:
-        """Tokens [B, 1 + L, d]: those of the encoder, without positions, and mask tokens with theirs."""
+        """Tokens [B, 1 + L, d]: those of the encoder, without positions, and mask tokens with
+        theirs.
+        """
         num_visible = x.shape[1] - 1
         positions = F.embedding(ids_shuffle[:, num_visible:] + 1, table[0])
         return torch.cat([x, (mask_token + positions).to(x.dtype)], dim=1)

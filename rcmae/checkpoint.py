@@ -1,13 +1,14 @@
 """Checkpoints that are committed or never were, and that open under any engine and number of ranks.
 
-`checkpoints/step-00001000/` holds one safetensors file a rank and `manifest.json`. The manifest names every logical
-tensor (weight, moments, teacher of each parameter), and in which file each run of its flattened elements lies, so a
-reader of any other cut takes just the bytes it needs. Files are written into a fresh temporary folder and flushed;
-every rank reports size and checksum; only then does rank 0 write the manifest and rename the folder. A folder without a
-manifest, or whose files or manifest differ from their checksums, is not a checkpoint.
+`checkpoints/step-00001000/` holds one safetensors file a rank and `manifest.json`. The manifest
+names every logical tensor (weight, moments, teacher of each parameter), and in which file each run
+of its flattened elements lies, so a reader of any other cut takes just the bytes it needs. Files
+are written into a fresh temporary folder and flushed; every rank reports size and checksum; only
+then does rank 0 write the manifest and rename the folder. A folder without a manifest, or whose
+files or manifest differ from their checksums, is not a checkpoint.
 
-Not used: `torch.distributed.checkpoint`, whose metadata is a pickle. safetensors files and a JSON manifest can be read
-by anyone and can run nothing.
+Not used: `torch.distributed.checkpoint`, whose metadata is a pickle. safetensors files and a JSON
+manifest can be read by anyone and can run nothing.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ class Manifest:
     teacher_updates: int
     meta: dict[str, Any]  # recipe, data fingerprint, versions, world, engine, ...
     files: dict[str, dict[str, Any]]  # name -> bytes, sha256
-    tensors: dict[str, dict[str, Any]]  # "kind/parameter" -> shape, dtype, runs of (file, start, length)
+    # "kind/parameter" -> shape, dtype, runs of (file, start, length)
+    tensors: dict[str, dict[str, Any]]
 
 
-# ---------------------------------------------------------------------------------------------------------------- save
+# --------------------------------------------------------------------------------------------- save
 
 
 class Saved(NamedTuple):
@@ -68,8 +70,10 @@ class Saved(NamedTuple):
     step: int
     path: Path
     bytes: int
-    stall_s: float  # how long the training waited: for a save that was still under way, and for the copy
-    waited_s: float  # of that, for the save before: above 0 saves take longer than the steps between them
+    # how long the training waited: for a save that was still under way, and for the copy
+    stall_s: float
+    # of that, for the save before: above 0 saves take longer than the steps between them
+    waited_s: float
     seconds: float  # from the copy's begin to the commit
 
 
@@ -84,17 +88,20 @@ class _Snapshot:
 
 
 class Saver:
-    """Commits checkpoints of a run, in a thread: the training waits for the copy to host memory alone.
+    """Commits checkpoints of a run, in a thread: the training waits for the copy to host memory
+    alone.
 
     Collective in its making and in every method but `is_done`: every rank calls, in the same order.
 
     Args:
         root: the run's `checkpoints` folder.
-        keep: how many of the newest valid checkpoints stay; two at least, so that a writer which lost the run and does
-            not know it yet never deletes the one from which the next holder goes on.
+        keep: how many of the newest valid checkpoints stay; two at least, so that a writer which
+            lost the run and does not know it yet never deletes the one from which the next holder
+            goes on.
         keep_every: a checkpoint of every so many steps stays for good.
         generation: of the lease, for the manifests.
-        check_lease: raises LeaseLost when the run is another job's; called just before a commit, on rank 0.
+        check_lease: raises LeaseLost when the run is another job's; called just before a commit, on
+            rank 0.
         background: False waits for each commit.
     """
 
@@ -113,9 +120,12 @@ class Saver:
         self._group = dist.own_group()
         self._thread: threading.Thread | None = None
         self._outcome: Saved | Exception | None = None
-        self._pinned: dict[str, Tensor] = {}  # host memory of the last snapshot, used again on a GPU
+        # host memory of the last snapshot, used again on a GPU
+        self._pinned: dict[str, Tensor] = {}
 
-    def save(self, engine: Engine, *, step: int, images: int, meta: Mapping[str, Any]) -> Saved | None:
+    def save(
+        self, engine: Engine, *, step: int, images: int, meta: Mapping[str, Any]
+    ) -> Saved | None:
         """Start to commit the run's state; the save before it, if one was under way.
 
         Args:
@@ -125,7 +135,8 @@ class Saver:
             meta: plain values for the manifest.
 
         Raises:
-            CheckpointError: on every rank; a save could not be written. What was committed before is untouched.
+            CheckpointError: on every rank; a save could not be written. What was committed before
+                is untouched.
             LeaseLost: on every rank; the run is another job's.
         """
         begin = time.monotonic()
@@ -137,7 +148,9 @@ class Saver:
         def work() -> None:
             try:
                 path, size = self._write(snapshot)
-                self._outcome = Saved(step, path, size, stall, waited, time.monotonic() - begin - waited)
+                self._outcome = Saved(
+                    step, path, size, stall, waited, time.monotonic() - begin - waited
+                )
             except Exception as error:  # handed over in wait()
                 self._outcome = error
 
@@ -163,7 +176,9 @@ class Saver:
             raise outcome
         return outcome
 
-    def _snapshot(self, state: EngineState, step: int, images: int, meta: Mapping[str, Any]) -> _Snapshot:
+    def _snapshot(
+        self, state: EngineState, step: int, images: int, meta: Mapping[str, Any]
+    ) -> _Snapshot:
         entries = []
         for key, start, tensor in _entries(state):
             if tensor.is_cuda:
@@ -184,7 +199,10 @@ class Saver:
             "teacher_updates": state.teacher_updates,
             "meta": dict(meta),
         }
-        shapes = {**state.shapes, **{name: tuple(table.shape) for name, table in state.buffers.items()}}
+        shapes = {
+            **state.shapes,
+            **{name: tuple(table.shape) for name, table in state.buffers.items()},
+        }
         return _Snapshot(step, document, entries, shapes)
 
     def _write(self, snapshot: _Snapshot) -> tuple[Path, int]:
@@ -201,12 +219,19 @@ class Saver:
         except OSError as error:
             problem = f"{aside / mine}: {error.strerror or error}"
         self._all_well(problem, aside)
-        runs = [(key, start, tensor.numel(), _DTYPES[tensor.dtype]) for key, start, tensor in snapshot.entries]
+        runs = [
+            (key, start, tensor.numel(), _DTYPES[tensor.dtype])
+            for key, start, tensor in snapshot.entries
+        ]
         reports = dist.gather((mine, written, runs), self._group)
         lost = None
         if dist.rank() == 0:
             files = {name: about for name, about, _ in reports}
-            document = {**snapshot.document, "files": files, "tensors": _table(snapshot.shapes, reports)}
+            document = {
+                **snapshot.document,
+                "files": files,
+                "tensors": _table(snapshot.shapes, reports),
+            }
             try:
                 problem = _attempt(lambda: self._commit(aside, final, document))
             except LeaseLost as error:
@@ -224,30 +249,40 @@ class Saver:
             shutil.rmtree(left, ignore_errors=True)
         for left in self._root.glob(".writing-*"):
             *_, generation, _ = left.name.split("-")
-            if int(generation) <= self._generation:  # a later one's is being written: this job has lost the run
+            if int(generation) <= self._generation:
+                # a later one's is being written: this job has lost the run
                 shutil.rmtree(left, ignore_errors=True)
         aside.mkdir()
 
     def _all_well(self, problem: str | None, aside: Path) -> None:
-        problems = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(problem, self._group)) if text]
+        problems = [
+            f"rank {rank}: {text}"
+            for rank, text in enumerate(dist.gather(problem, self._group))
+            if text
+        ]
         if problems:
             if dist.rank() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
-                f"{aside.name.removeprefix('.writing-')[:13]} was not written ({'; '.join(problems)}); earlier "
-                "checkpoints are untouched. Free space or mend the folder, and start the same command again"
+                f"{aside.name.removeprefix('.writing-')[:13]} was not written "
+                f"({'; '.join(problems)}); earlier "
+                "checkpoints are untouched. Free space or mend the folder, and start the "
+                "same command again"
             )
 
     def _commit(self, aside: Path, final: Path, document: Mapping[str, Any]) -> None:
-        """Make the folder a checkpoint. A writer that was passed over may wake up between any two of these calls: what
-        it renames readers ignore by its generation, and it deletes nothing that they use."""
+        """Make the folder a checkpoint. A writer that was passed over may wake up between any two
+        of these calls: what it renames readers ignore by its generation, and it deletes nothing
+        that they use."""
         if _counts(final) and read_manifest(final).files == document["files"]:
             shutil.rmtree(aside)  # committed by the try before this one, which failed after that
         else:
             _write_text(aside / "manifest.json", sealed(document))
             _flush_folder(aside)
             self._check_lease()
-            if final.exists():  # damaged, or of a writer that had lost the run; a rename replaces no folder with files
+            if final.exists():
+                # damaged, or of a writer that had lost the run; a rename replaces no folder with
+                # files
                 self._set_aside(final)
             os.rename(aside, final)
         _flush_folder(self._root)
@@ -256,7 +291,9 @@ class Saver:
         prune(self._root, keep=self._keep, keep_every=self._keep_every)
 
     def _set_aside(self, path: Path) -> None:
-        """Take a folder of the same name away, unless readers use it: then another job has committed this step."""
+        """Take a folder of the same name away, unless readers use it: then another job has
+        committed this step.
+        """
         doomed = path.with_name(f".dropped-{path.name}-{secrets.token_hex(4)}")
         valid = _counts(path)
         if not valid:
@@ -265,12 +302,15 @@ class Saver:
                 os.rename(doomed, path)
         if valid:
             self._check_lease()
-            raise FileExistsError(errno.EEXIST, "there is another valid checkpoint of this step", str(path))
+            raise FileExistsError(
+                errno.EEXIST, "there is another valid checkpoint of this step", str(path)
+            )
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def prune(root: Path, *, keep: int, keep_every: int | None = None) -> list[Path]:
-    """Delete old checkpoints, never one of the `keep` newest that are valid by manifest and sizes. One process calls.
+    """Delete old checkpoints, never one of the `keep` newest that are valid by manifest and sizes.
+    One process calls.
 
     Returns:
         what was deleted.
@@ -278,7 +318,11 @@ def prune(root: Path, *, keep: int, keep_every: int | None = None) -> list[Path]
     newest_first = sorted(root.glob("step-*"), reverse=True)
     valid = [path for path in newest_first if _counts(path)]
     stay = set(valid[: max(keep, 1)])
-    stay |= {path for path in valid if keep_every and int(path.name.removeprefix("step-")) % keep_every == 0}
+    stay |= {
+        path
+        for path in valid
+        if keep_every and int(path.name.removeprefix("step-")) % keep_every == 0
+    }
     oldest = min(stay, default=None)
     old = [path for path in newest_first if oldest is not None and path < oldest]
     gone = [path for path in newest_first if path not in stay and (path in valid or path in old)]
@@ -288,10 +332,14 @@ def prune(root: Path, *, keep: int, keep_every: int | None = None) -> list[Path]
 
 
 def _counts(path: Path) -> bool:
-    """Whether readers would use this checkpoint, by its manifest, its writer's lease and its files' sizes."""
+    """Whether readers would use this checkpoint, by its manifest, its writer's lease and its
+    files' sizes.
+    """
     try:
         manifest = read_manifest(path)
-        sizes = all((path / name).stat().st_size == about["bytes"] for name, about in manifest.files.items())
+        sizes = all(
+            (path / name).stat().st_size == about["bytes"] for name, about in manifest.files.items()
+        )
         return sizes and fence(path.parent.parent).allows(manifest.generation, manifest.step)
     except (CheckpointError, OSError):
         return False
@@ -314,7 +362,10 @@ def _attempt(action: Callable[[], object]) -> str | None:
 
 
 def _entries(state: EngineState) -> Iterator[tuple[str, int, Tensor]]:
-    """(kind/parameter, start, 1-D tensor) that this rank writes; of what every rank holds, each writes a share."""
+    """(kind/parameter, start, 1-D tensor) that this rank writes.
+
+    Of what every rank holds, each writes a share.
+    """
     for piece in state.pieces:
         for kind, tensor in piece.tensors.items():
             low, high = 0, tensor.numel()
@@ -333,13 +384,17 @@ def _table(
     table: dict[str, dict[str, Any]] = {}
     for file, _, runs in reports:
         for key, start, length, dtype in runs:
-            row = table.setdefault(key, {"shape": list(shapes[key.partition("/")[2]]), "dtype": dtype, "runs": []})
+            row = table.setdefault(
+                key, {"shape": list(shapes[key.partition("/")[2]]), "dtype": dtype, "runs": []}
+            )
             row["runs"].append([file, start, length])
     for key, row in table.items():
         row["runs"].sort(key=lambda run: run[1])
         covered = 0
         for _, start, length in row["runs"]:
-            assert start == covered, f"{key}: a run starts at {start}, the ones before end at {covered}"
+            assert start == covered, (
+                f"{key}: a run starts at {start}, the ones before end at {covered}"
+            )
             covered += length
         assert covered == math.prod(row["shape"]), f"{key}: {covered} elements of {row['shape']}"
     return table
@@ -348,15 +403,19 @@ def _table(
 def _write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
     """Stream 1-D tensors into a safetensors file, flushed to disk; its bytes and sha256.
 
-    Written here because the library's writer first copies every tensor into one Python object; the checksum is taken
-    of what goes by.
+    Written here because the library's writer first copies every tensor into one Python object; the
+    checksum is taken of what goes by.
     """
     header: dict[str, Any] = {}
     offset = 0
     for key, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         where = [offset, offset + size]
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": where}
+        header[key] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": [tensor.numel()],
+            "data_offsets": where,
+        }
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -375,7 +434,9 @@ def _write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> dic
 
 
 def sealed(document: Mapping[str, Any]) -> str:
-    """A manifest's text, closed by a checksum of all the rest: a flipped digit in a run would load other weights."""
+    """A manifest's text, closed by a checksum of all the rest: a flipped digit in a run would
+    load other weights.
+    """
     plain = json.loads(json.dumps(document))
     return json.dumps({**plain, "sha256": _seal(plain)}, indent=1)
 
@@ -407,7 +468,7 @@ def _flush_folder(path: Path) -> None:
         os.close(handle)
 
 
-# ---------------------------------------------------------------------------------------------------------------- read
+# --------------------------------------------------------------------------------------------- read
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -421,10 +482,21 @@ def read_manifest(path: Path) -> Manifest:
         document = json.loads(file.read_text())
         if document["format"] > FORMAT:
             found = document["format"]
-            raise CheckpointError(f"{file} is of format {found}, this rcmae reads up to {FORMAT}: update rcmae")
+            raise CheckpointError(
+                f"{file} is of format {found}, this rcmae reads up to {FORMAT}: update rcmae"
+            )
         if document.pop("sha256") != _seal(document):
             raise CheckpointError(f"{file} differs from its own checksum")
-        keys = ("generation", "step", "images", "optimizer_step", "teacher_updates", "meta", "files", "tensors")
+        keys = (
+            "generation",
+            "step",
+            "images",
+            "optimizer_step",
+            "teacher_updates",
+            "meta",
+            "files",
+            "tensors",
+        )
         return Manifest(path=path, **{key: document[key] for key in keys})
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} has no manifest.json: it was never committed") from error
@@ -445,11 +517,16 @@ def file_problem(manifest: Manifest, name: str) -> str | None:
                 digest.update(block)
     except OSError as error:
         return f"{path}: {error.strerror}"
-    return None if digest.hexdigest() == about["sha256"] else f"{path} differs from its checksum in the manifest"
+    return (
+        None
+        if digest.hexdigest() == about["sha256"]
+        else f"{path} differs from its checksum in the manifest"
+    )
 
 
 def open_verified(path: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are all as written. Collective: every rank checks a share of them.
+    """The manifest of a checkpoint whose files are all as written. Collective: every rank checks a
+    share of them.
 
     Raises:
         CheckpointError: on every rank, with what is wrong.
@@ -458,7 +535,9 @@ def open_verified(path: Path) -> Manifest:
     try:
         manifest = read_manifest(path)
         names = sorted(manifest.files)[dist.rank() :: dist.world()]
-        problem = next((text for text in (file_problem(manifest, name) for name in names) if text), None)
+        problem = next(
+            (text for text in (file_problem(manifest, name) for name in names) if text), None
+        )
     except CheckpointError as error:
         problem = str(error)
     problems = sorted({text for text in dist.gather(problem) if text})
@@ -468,13 +547,19 @@ def open_verified(path: Path) -> Manifest:
 
 
 def newest_unverified(root: Path) -> Manifest | None:
-    """The newest checkpoint that counts by manifest and sizes; its bytes are not looked at. Any process may call."""
+    """The newest checkpoint that counts by manifest and sizes; its bytes are not looked at.
+
+    Any process may call.
+    """
     path = next((path for path in sorted(root.glob("step-*"), reverse=True) if _counts(path)), None)
     return read_manifest(path) if path else None
 
 
 def newest(root: Path) -> tuple[Manifest | None, list[str]]:
-    """The newest valid checkpoint of a run, and what was wrong with newer ones. Collective: every rank calls."""
+    """The newest valid checkpoint of a run, and what was wrong with newer ones.
+
+    Collective: every rank calls.
+    """
     passed_over: list[str] = []
     for name in dist.from_first(sorted((path.name for path in root.glob("step-*")), reverse=True)):
         try:
@@ -484,15 +569,18 @@ def newest(root: Path) -> tuple[Manifest | None, list[str]]:
             continue
         if dist.from_first(fence(root.parent).allows(manifest.generation, manifest.step)):
             return manifest, passed_over
-        passed_over.append(f"{manifest.path}: its writer, generation {manifest.generation}, had lost the run")
+        passed_over.append(
+            f"{manifest.path}: its writer, generation {manifest.generation}, had lost the run"
+        )
     return None, passed_over
 
 
 def start_from(root: Path, step: int) -> list[Path]:
-    """Make a step's checkpoint the newest, as if just saved; -1: none is. One process calls, under the lease.
+    """Make a step's checkpoint the newest, as if just saved; -1: none is. One process calls, under
+    the lease.
 
-    Those beyond it were passed over: they are kept as `passed-over-step-...`, for whoever wants to know, so that the
-    run can commit those steps anew.
+    Those beyond it were passed over: they are kept as `passed-over-step-...`, for whoever wants to
+    know, so that the run can commit those steps anew.
 
     Returns:
         what was renamed.
@@ -500,7 +588,9 @@ def start_from(root: Path, step: int) -> list[Path]:
     moved = []
     for path in sorted(root.glob("step-*")):
         if int(path.name.removeprefix("step-")) > step:
-            moved.append(path.rename(path.with_name(f"passed-over-{path.name}-{secrets.token_hex(4)}")))
+            moved.append(
+                path.rename(path.with_name(f"passed-over-{path.name}-{secrets.token_hex(4)}"))
+            )
     final = root / f"step-{step:08d}"
     if final.exists():
         _point_at(final)  # a kill may have come between the commit and this
@@ -511,7 +601,8 @@ def start_from(root: Path, step: int) -> list[Path]:
 
 @torch.no_grad()
 def load(manifest: Manifest, engine: Engine) -> None:
-    """Bring a checkpoint's state into an engine of any kind. Collective: every rank calls, and reads only its slices.
+    """Bring a checkpoint's state into an engine of any kind. Collective: every rank calls, and
+    reads only its slices.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor or has another shape for it.
@@ -530,17 +621,26 @@ def load(manifest: Manifest, engine: Engine) -> None:
         for piece in state.pieces:
             for kind, tensor in piece.tensors.items():
                 reader.read(f"{kind}/{piece.name}", piece.start, tensor)
-        for name, table in state.buffers.items():  # position tables are as they were; running statistics are not
+        for name, table in state.buffers.items():
+            # position tables are as they were; running statistics are not
             row = manifest.tensors.get(f"buffer/{name}")
             if row is not None and row["shape"] == list(table.shape):
                 reader.read(f"buffer/{name}", 0, table.view(-1))
-    engine.restored(optimizer_step=manifest.optimizer_step, teacher_updates=manifest.teacher_updates)
+    engine.restored(
+        optimizer_step=manifest.optimizer_step, teacher_updates=manifest.teacher_updates
+    )
 
 
 def tensor_of(manifest: Manifest, key: str) -> Tensor:
-    """One whole logical tensor, such as "teacher/blocks.0.norm1.weight", in its shape. One process."""
+    """One whole logical tensor, such as "teacher/blocks.0.norm1.weight", in its shape.
+
+    One process.
+    """
     row = manifest.tensors[key]
-    out = torch.empty(math.prod(row["shape"]), dtype=next(t for t, name in _DTYPES.items() if name == row["dtype"]))
+    out = torch.empty(
+        math.prod(row["shape"]),
+        dtype=next(t for t, name in _DTYPES.items() if name == row["dtype"]),
+    )
     with Reader(manifest) as reader:
         reader.read(key, 0, out)
     return out.view(row["shape"])
@@ -569,7 +669,9 @@ class Reader:
             low, high = max(start, first), min(stop, first + length)
             if low < high:
                 if file not in self._open:
-                    self._open[file] = safe_open(self._manifest.path / file, framework="pt").__enter__()
+                    self._open[file] = safe_open(
+                        self._manifest.path / file, framework="pt"
+                    ).__enter__()
                 run = self._open[file].get_slice(f"{key}@{first}")[low - first : high - first]
                 out[low - start : high - start].copy_(run)
                 filled += high - low

@@ -1,11 +1,12 @@
-"""A Vision Transformer that classifies, by the published names: what fine-tuning trains and what probes and users read.
+"""A Vision Transformer that classifies, by the published names: what fine-tuning trains and what
+probes and users read.
 
-It is timm's own model, so whatever knows timm knows it (`forward_features`, `forward_intermediates`,
-`get_intermediate_layers`, `feature_info`). Two things are ours. Drop path takes its draws from the caller, keyed by
-sample, so that a training does not depend on ranks, resumes or recomputed activations. And weights of another grid,
-class count or family are fitted by name, with a table of what matched; positions are trained here (MAE, appendix A.1),
-starting from the interpolated table of the pretraining.
-"""
+It is timm's own model, so whatever knows timm knows it (`forward_features`,
+`forward_intermediates`, `get_intermediate_layers`, `feature_info`). Two things are ours. Drop path
+takes its draws from the caller, keyed by sample, so that a training does not depend on ranks,
+resumes or recomputed activations. And weights of another grid, class count or family are fitted by
+name, with a table of what matched; positions are trained here (MAE, appendix A.1), starting from
+the interpolated table of the pretraining."""
 
 from __future__ import annotations
 
@@ -30,7 +31,16 @@ from timm.models.vision_transformer import VisionTransformer  # isort: skip
 Pool = Literal["cls", "mean"]
 HEAD_STD = 2e-5  # of a fresh head's weights: fine-tuning starts from equal scores
 NEW = ("head.", "fc_norm.")  # what a classifier has and a pretrained encoder lacks
-ONLY_PRETRAINING = ("decoder", "decode_", "mask_token", "de_pos_embed", "down", "lm_head", "cls_head.", "feature_head.")
+ONLY_PRETRAINING = (
+    "decoder",
+    "decode_",
+    "mask_token",
+    "de_pos_embed",
+    "down",
+    "lm_head",
+    "cls_head.",
+    "feature_head.",
+)
 
 
 class _Draws:
@@ -40,7 +50,9 @@ class _Draws:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): leaves a residual branch of a sample out, and scales what stays."""
+    """Stochastic depth (Huang et al., 2016): leaves a residual branch of a sample out, and
+    scales what stays.
+    """
 
     def __init__(self, draws: _Draws, block: int, branch: int, rate: float) -> None:
         super().__init__()
@@ -56,7 +68,8 @@ class DropPath(nn.Module):
 
 
 class Classifier(VisionTransformer):
-    """timm's ViT. Weights are drawn at construction from a fixed seed, the encoder's as at the start of a pretraining.
+    """timm's ViT. Weights are drawn at construction from a fixed seed, the encoder's as at the
+    start of a pretraining.
 
     Args:
         image_size: (height, width) in pixels.
@@ -66,12 +79,13 @@ class Classifier(VisionTransformer):
         depth: blocks.
         num_heads: of the attention.
         num_classes: 0 for none: scores are then the pooled features.
-        pool: "cls" takes the class token after the encoder's norm, "mean" the mean of the patches of the last block,
-            then a norm of its own (`fc_norm`).
+        pool: "cls" takes the class token after the encoder's norm, "mean" the mean of the patches
+            of the last block, then a norm of its own (`fc_norm`).
         drop_path: rate at the last block; it grows linearly from 0 at the first.
         mlp_ratio: width of the hidden layer of an MLP over that of its block.
         norm_layer: makes a layer norm of a given width; see `kernels.layer_norm`.
-        class_token: whether there is one. Without, pool "cls" takes the mean of the patches after the encoder's norm.
+        class_token: whether there is one. Without, pool "cls" takes the mean of the patches after
+            the encoder's norm.
     """
 
     def __init__(
@@ -91,11 +105,21 @@ class Classifier(VisionTransformer):
         class_token: bool = True,
     ) -> None:
         super().__init__(
-            img_size=image_size, patch_size=patch_size, in_chans=in_channels, num_classes=num_classes,
-            global_pool="token" if pool == "cls" and class_token else "avg", fc_norm=pool == "mean",
-            embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=True,
-            class_token=class_token, norm_layer=norm_layer or kernels.layer_norm(), weight_init="skip",
-        )  # fmt: skip
+            img_size=image_size,
+            patch_size=patch_size,
+            in_chans=in_channels,
+            num_classes=num_classes,
+            global_pool="token" if pool == "cls" and class_token else "avg",
+            fc_norm=pool == "mean",
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=True,
+            class_token=class_token,
+            norm_layer=norm_layer or kernels.layer_norm(),
+            weight_init="skip",
+        )
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.drop_path_rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
         self._draws = _Draws()
@@ -106,10 +130,16 @@ class Classifier(VisionTransformer):
 
     @torch.no_grad()
     def draw_weights(self, generator: torch.Generator) -> None:
-        """Draw all weights: the encoder's as `MaskedAutoencoder.init_weights`, positions sin-cos, the head near 0."""
+        """Draw all weights: the encoder's as `MaskedAutoencoder.init_weights`, positions
+        sin-cos, the head near 0.
+        """
         for name, param in self.named_parameters():
             if name == "pos_embed":
-                param.copy_(sincos_positions(param.shape[2], self.grid, cls_token=self.has_class_token)[None])
+                param.copy_(
+                    sincos_positions(param.shape[2], self.grid, cls_token=self.has_class_token)[
+                        None
+                    ]
+                )
             elif name == "cls_token":
                 param.normal_(std=0.02, generator=generator)
             elif name == "head.weight":
@@ -124,9 +154,10 @@ class Classifier(VisionTransformer):
 
         Args:
             images: cast to the type of the weights.
-            keep: [B, depth, 2] bool, which residual branches of each sample stay, as `drop_path_draws` gives them;
-                None drops nothing.
-            what: "scores", or "features" for the tokens [B, 1 + L, D], cls first, after the norm if pool is "cls".
+            keep: [B, depth, 2] bool, which residual branches of each sample stay, as
+                `drop_path_draws` gives them; None drops nothing.
+            what: "scores", or "features" for the tokens [B, 1 + L, D], cls first, after the norm if
+                pool is "cls".
         """
         self._draws.keep = keep
         tokens = self.forward_features(images.to(self.pos_embed.dtype))
@@ -134,9 +165,17 @@ class Classifier(VisionTransformer):
 
 
 def classifier_flops(
-    *, image_size: tuple[int, int], patch_size: int, in_channels: int, embed_dim: int, depth: int, num_heads: int,
-) -> float:  # fmt: skip
-    """Floating-point operations of one image's forward pass without the head, as `vit.flops_per_image` counts them."""
+    *,
+    image_size: tuple[int, int],
+    patch_size: int,
+    in_channels: int,
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+) -> float:
+    """Floating-point operations of one image's forward pass without the head, as
+    `vit.flops_per_image` counts them.
+    """
     patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
     tokens = 1 + patches
     block = 24 * embed_dim**2 * tokens + 4 * tokens**2 * embed_dim
@@ -144,18 +183,23 @@ def classifier_flops(
 
 
 def drop_path_draws(seed: int, positions: Sequence[int], rates: Sequence[float]) -> Tensor:
-    """[B, depth, 2] bool, True = the branch stays: a function of the seed and each sample's position alone."""
+    """[B, depth, 2] bool, True = the branch stays: a function of the seed and each sample's
+    position alone.
+    """
     drop = torch.tensor(rates, dtype=torch.float64)[:, None].expand(-1, 2)
-    draws = [uniform(seed, Purpose.DROP_PATH, position, count=2 * len(rates)) for position in positions]
+    draws = [
+        uniform(seed, Purpose.DROP_PATH, position, count=2 * len(rates)) for position in positions
+    ]
     return torch.stack([torch.from_numpy(row).view(-1, 2) >= drop for row in draws])
 
 
-# ------------------------------------------------------------------------------------------------------ fitting weights
+# ---------------------------------------------------------------------------------- fitting weights
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A position table [1, 1 + rows * columns, D] for another grid: the class token's row (if there is one) stays, the
-    others are interpolated bicubically between patch centres (MAE, appendix A.1)."""
+    """A position table [1, 1 + rows * columns, D] for another grid: the class token's row (if there
+    is one) stays, the others are interpolated bicubically between patch centres (MAE, appendix
+    A.1)."""
     if old == new:
         return table
     first = table.shape[1] - old[0] * old[1]
@@ -178,7 +222,9 @@ class Fit:
         lines = [f"{len(self.matched)} weights and tables taken"]
         if self.resampled:
             (rows, columns), (to_rows, to_columns) = self.resampled
-            lines.append(f"positions interpolated from a grid of {rows}x{columns} to {to_rows}x{to_columns}")
+            lines.append(
+                f"positions interpolated from a grid of {rows}x{columns} to {to_rows}x{to_columns}"
+            )
         for what, names in (("drawn anew", self.fresh), ("left in the file", self.unused)):
             if names:
                 kinds = sorted({name.split(".")[0] for name in names})
@@ -187,22 +233,28 @@ class Fit:
 
 
 @torch.no_grad()
-def fit_weights(model: Classifier, weights: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> Fit:
+def fit_weights(
+    model: Classifier, weights: Mapping[str, Tensor], grid: tuple[int, int] | None = None
+) -> Fit:
     """Put weights of published names, pretrained or fine-tuned, into a classifier.
 
     Args:
         model: of the same architecture and patch size; any image size and number of classes.
-        weights: an encoder, with or without a decoder or a head. A head of another number of classes is left out. One
-            that was trained without a class token gets the model's own, without a position.
+        weights: an encoder, with or without a decoder or a head. A head of another number of
+            classes is left out. One that was trained without a class token gets the model's own,
+            without a position.
         grid: rows and columns of patches of its position table; None for a square one.
 
     Raises:
-        ValueError: it is of another architecture or patch size, lacks weights of the encoder or has unknown ones;
-            everything at once. The model is untouched.
+        ValueError: it is of another architecture or patch size, lacks weights of the encoder or has
+            unknown ones; everything at once. The model is untouched.
     """
     wanted = model.state_dict()
-    weights = published_names(weights)  # a run of BootMAE's or MAE-priv's network has a bias for queries and for values
-    found = {name: value for name, value in weights.items() if not name.startswith(ONLY_PRETRAINING)}
+    # a run of BootMAE's or MAE-priv's network has a bias for queries and for values
+    weights = published_names(weights)
+    found = {
+        name: value for name, value in weights.items() if not name.startswith(ONLY_PRETRAINING)
+    }
     first = model.num_prefix_tokens
     fresh_token = bool(first) and "cls_token" not in found and "pos_embed" in found
     if fresh_token:
@@ -217,12 +269,16 @@ def fit_weights(model: Classifier, weights: Mapping[str, Tensor], grid: tuple[in
         if old[0] * old[1] != patches:
             problems.append(f"pos_embed has {patches} patches, which are no {old[0]}x{old[1]} grid")
         elif old != model.grid:
-            found["pos_embed"], resampled = resample_positions(table, old, model.grid), (old, model.grid)
+            found["pos_embed"], resampled = (
+                resample_positions(table, old, model.grid),
+                (old, model.grid),
+            )
     head = [name for name in found if name.startswith("head.")]
     if any(name not in wanted or found[name].shape != wanted[name].shape for name in head):
         unused |= set(head)
         found = {name: value for name, value in found.items() if name not in head}
-    norm = {name for name in found if name.startswith("norm.") and name not in wanted}  # a mean has a norm of its own
+    # a mean has a norm of its own
+    norm = {name for name in found if name.startswith("norm.") and name not in wanted}
     unused |= norm
     found = {name: value for name, value in found.items() if name not in norm}
     new = (*NEW, "cls_token") if fresh_token else NEW
@@ -230,17 +286,28 @@ def fit_weights(model: Classifier, weights: Mapping[str, Tensor], grid: tuple[in
     unknown = [name for name in found if name not in wanted]
     for what, names in (("lacks", lacking), ("has unknown", unknown)):
         if names:
-            problems.append(f"{what} {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5))
-    differing = [name for name in found if name in wanted and found[name].shape != wanted[name].shape]
+            problems.append(
+                f"{what} {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5)
+            )
+    differing = [
+        name for name in found if name in wanted and found[name].shape != wanted[name].shape
+    ]
     if differing:
         name = "patch_embed.proj.weight"
         if name in differing and found[name].shape[2:] != wanted[name].shape[2:]:
-            problems.append(f"it has patches of {found[name].shape[3]} pixels, the model {wanted[name].shape[3]}")
-        shapes = [f"{name} {_by(found[name])} instead of {_by(wanted[name])}" for name in differing[:5]]
+            problems.append(
+                f"it has patches of {found[name].shape[3]} pixels, the model "
+                f"{wanted[name].shape[3]}"
+            )
+        shapes = [
+            f"{name} {_by(found[name])} instead of {_by(wanted[name])}" for name in differing[:5]
+        ]
         problems.append(
-            f"has {', '.join(shapes)}" + f" and {len(differing) - 5} more" * (len(differing) > 5)
-            + ": set model.name (or embed_dim, depth, num_heads), image_size and patch_size to those of the weights"
-        )  # fmt: skip
+            f"has {', '.join(shapes)}"
+            + f" and {len(differing) - 5} more" * (len(differing) > 5)
+            + ": set model.name (or embed_dim, depth, num_heads), image_size and patch_size to "
+            "those of the weights"
+        )
     if problems:
         raise ValueError("; ".join(problems))
     model.load_state_dict({**wanted, **found})
@@ -252,7 +319,7 @@ def _by(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-# ------------------------------------------------------------------------------------------------------------- the task
+# ----------------------------------------------------------------------------------------- the task
 
 
 @dataclass(frozen=True)
@@ -262,7 +329,8 @@ class Classification:
     Args:
         smoothing: share of a target that is spread over all classes.
         seed: of drop path.
-        keeps_average: whether the engine is to keep a moving average of the classifier, as its teacher.
+        keeps_average: whether the engine is to keep a moving average of the classifier, as its
+            teacher.
     """
 
     smoothing: float = 0.0
@@ -286,7 +354,9 @@ class Classification:
         rates = _classifier_of(student).drop_path_rates
         keep = None
         if any(rates):
-            keep = drop_path_draws(self.seed, batch.positions.tolist(), rates).to(batch.images.device)
+            keep = drop_path_draws(self.seed, batch.positions.tolist(), rates).to(
+                batch.images.device
+            )
         return {"classification": cross_entropy(student(batch.images, keep), batch, self.smoothing)}
 
 
@@ -301,7 +371,8 @@ def cross_entropy(scores: Tensor, batch: Batch, smoothing: float) -> Tensor:
     Args:
         scores: [B, classes].
         batch: with targets [B, classes], or labels [B].
-        smoothing: (1 - s) of a target is its label's, s is spread over all classes; targets are smooth already.
+        smoothing: (1 - s) of a target is its label's, s is spread over all classes; targets are
+            smooth already.
     """
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if batch.targets is not None:
@@ -310,12 +381,12 @@ def cross_entropy(scores: Tensor, batch: Batch, smoothing: float) -> Tensor:
     return F.cross_entropy(scores, batch.labels, reduction="sum", label_smoothing=smoothing)
 
 
-# -------------------------------------------------------------------------------------------------------- linear probe
+# ------------------------------------------------------------------------------------- linear probe
 
 
 def probe_head(width: int, num_classes: int) -> nn.Module:
-    """What a linear probe trains (MAE, appendix A.1): a batch norm without an affine part (`0.`), whose statistics are
-    of all ranks' images, and a linear layer (`1.`), its weights near 0."""
+    """What a linear probe trains (MAE, appendix A.1): a batch norm without an affine part (`0.`),
+    whose statistics are of all ranks' images, and a linear layer (`1.`), its weights near 0."""
     norm, linear = GlobalBatchNorm(width, eps=1e-6, affine=False), nn.Linear(width, num_classes)
     nn.init.trunc_normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(0))
     nn.init.zeros_(linear.bias)
@@ -336,7 +407,8 @@ class Probing:
     """Cross-entropy of a head on what a frozen encoder makes of the images.
 
     Args:
-        encoder: images [B, C, H, W] -> features [B, D], in evaluation mode, not moved by any engine.
+        encoder: images [B, C, H, W] -> features [B, D], in evaluation mode, not moved by any
+            engine.
     """
 
     encoder: Callable[[Tensor], Tensor]

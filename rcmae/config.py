@@ -1,9 +1,10 @@
-"""The recipe: one typed tree of every setting, read from YAML and `key=value`, checked whole, resolved once.
+"""The recipe: one typed tree of every setting, read from YAML and `key=value`, checked whole,
+resolved once.
 
-`load()` gives a `Recipe` or one ValueError that names every problem. `resolve()` derives the numbers that depend on
-the world and the data (per-device batch, accumulation, steps, learning rate) and nothing else computes them again.
-A field belongs to one owner; components are built from values, never from the recipe itself.
-"""
+`load()` gives a `Recipe` or one ValueError that names every problem. `resolve()` derives the
+numbers that depend on the world and the data (per-device batch, accumulation, steps, learning rate)
+and nothing else computes them again. A field belongs to one owner; components are built from
+values, never from the recipe itself."""
 
 from __future__ import annotations
 
@@ -36,25 +37,30 @@ class Objective(Section):
     """What the student is asked to do."""
 
     name: Literal["mae", "rcmae", "supmae", "bootmae", "finetune", "probe"] = "rcmae"
-    # terms to add and their weights, such as {class: 0.01} to rcmae; what they need is set by the keys below
-    terms: dict[Literal["consistency", "class", "features"], Annotated[float, Field(ge=0.0)]] = Field(
-        default_factory=dict
+    # terms to add and their weights, such as {class: 0.01} to rcmae; what they need is set by the
+    # keys below
+    terms: dict[Literal["consistency", "class", "features"], Annotated[float, Field(ge=0.0)]] = (
+        Field(default_factory=dict)
     )
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
-    mask: Literal["random", "boxes"] = "random"  # boxes: BEiT's, with single patches up to mask_ratio
+    # boxes: BEiT's, with single patches up to mask_ratio
+    mask: Literal["random", "boxes"] = "random"
     mask_shared: Literal["image", "step"] = "image"  # who has the same mask
     box_ratio: Fraction = 0.62  # share of the patches that boxes hide
     box_smallest: Positive = 16  # patches
     box_largest: Positive = 60  # patches
     norm_pix_loss: bool = True  # the target of a patch is normalised by its own mean and variance
-    pixel_norm: Literal["unbiased", "biased", "channel"] | None = None  # by which variance; None: as published
+    # by which variance; None: as published
+    pixel_norm: Literal["unbiased", "biased", "channel"] | None = None
     weight_mask: bool | None = None  # hidden patches among hidden ones count more; None: in bootmae
     consistency_weight: Annotated[float, Field(ge=0.0)] = 1.0  # gamma of the RC-MAE paper
-    teacher_mask: Literal["same", "different"] = "same"  # which patches the teacher of the consistency sees
+    # which patches the teacher of the consistency sees
+    teacher_mask: Literal["same", "different"] = "same"
     class_weight: Annotated[float, Field(ge=0.0)] = 0.01  # of supmae
     class_temperature: Annotated[float, Field(gt=0.0)] = 10.0
     class_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    feature_weight: Annotated[float, Field(ge=0.0)] = 1.0  # of bootmae; 0: no features, and no teacher
+    # of bootmae; 0: no features, and no teacher
+    feature_weight: Annotated[float, Field(ge=0.0)] = 1.0
 
     def has(self, term: str) -> bool:
         """Whether the loss has this term."""
@@ -83,7 +89,8 @@ class Model(Section):
     decoder_dim: Positive | None = None
     decoder_depth: Positive | None = None
     decoder_heads: Positive | None = None
-    decoder: Literal["mae", "bootmae"] | None = None  # bootmae: a regressor a target; None: as the objective has it
+    # bootmae: a regressor a target; None: as the objective has it
+    decoder: Literal["mae", "bootmae"] | None = None
     cls_token: bool = True
     decoder_cls: bool = True  # whether it goes through the decoder, too
     qkv_bias: Literal["qkv", "qv"] = "qkv"  # qv: none for the keys
@@ -98,7 +105,11 @@ class Model(Section):
     @property
     def image_hw(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        return (
+            self.image_size
+            if isinstance(self.image_size, tuple)
+            else (self.image_size, self.image_size)
+        )
 
 
 class Teacher(Section):
@@ -122,8 +133,9 @@ class Engine(Section):
     compile: bool = False  # torch.compile, block by block
     layer_norm: Literal["torch", "apex"] = "torch"
     optimizer: Literal["torch", "apex"] = "torch"
-    # A collective that a peer does not join raises after this; every rank then ends and says whom it lost. Above the
-    # longest that one rank keeps the others waiting: a save's write, an index read from the shards' headers.
+    # A collective that a peer does not join raises after this; every rank then ends and says whom
+    # it lost. Above the longest that one rank keeps the others waiting: a save's write, an index
+    # read from the shards' headers.
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
 
 
@@ -137,27 +149,35 @@ class WeightedShards(Section):
 class Data(Section):
     """Which samples, in which order, with which crops."""
 
-    # A pattern (braces, globs, URLs, pipe:COMMAND), a list of them, or of {shards: ..., weight: ...} for a mixture.
+    # A pattern (braces, globs, URLs, pipe:COMMAND), a list of them, or of {shards: ..., weight:
+    # ...} for a mixture.
     shards: str | list[str] | list[WeightedShards] = Field(default_factory=list)
-    index: str | None = None  # a folder with the index of these shards, where it does not lie beside them
-    cache_dir: str | None = None  # for shards from elsewhere, on each node's disk; None: of this user, in $TMPDIR
-    cache_gb: Annotated[float, Field(gt=0)] = 100.0  # its limit, 10^9 bytes, over all jobs that use it
-    source_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # of a request for 8 MiB of a shard from elsewhere
+    # a folder with the index of these shards, where it does not lie beside them
+    index: str | None = None
+    # for shards from elsewhere, on each node's disk; None: of this user, in $TMPDIR
+    cache_dir: str | None = None
+    # its limit, 10^9 bytes, over all jobs that use it
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0
+    # of a request for 8 MiB of a shard from elsewhere
+    source_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     source_attempts: Positive = 8  # requests that fail one after the other end the run
     workers: Natural = 4  # decoding processes of each rank; 0 decodes in the rank itself
     seed: Natural = 0
     epoch_samples: Positive | None = None
-    canonical_streams: Positive | None = None  # V; None: 256, raised to a multiple of the ranks at the first start
+    # V; None: 256, raised to a multiple of the ranks at the first start
+    canonical_streams: Positive | None = None
     shuffle_window: Positive = 4096  # samples permuted together within a stream
-    repeats: Positive = 1  # crops and masks of each image that is read, in one batch: less to read and decode
+    # crops and masks of each image that is read, in one batch: less to read and decode
+    repeats: Positive = 1
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the crop over the image's
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of the crop
     flip: Fraction = 0.5
-    # JPEGs are decoded at 1/2, 1/4 or 1/8 where the crop keeps this many times the target's side; .inf: never. Under
-    # 2.5 is looser and faster: the likeness to a full-size decode may fall under 45 dB.
+    # JPEGs are decoded at 1/2, 1/4 or 1/8 where the crop keeps this many times the target's side;
+    # .inf: never. Under 2.5 is looser and faster: the likeness to a full-size decode may fall under
+    # 45 dB.
     decode_margin: Annotated[float, Field(ge=1)] = 2.5
-    # Who decodes JPEGs: the workers, or the GPU (nvJPEG, whose pixels differ in their last bits); auto: the GPU where
-    # it can. Where it cannot the workers do, with a warning under gpu.
+    # Who decodes JPEGs: the workers, or the GPU (nvJPEG, whose pixels differ in their last bits);
+    # auto: the GPU where it can. Where it cannot the workers do, with a warning under gpu.
     decode: Literal["cpu", "gpu", "auto"] = "cpu"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -169,7 +189,8 @@ class Batch(Section):
     """Images per optimizer step over all ranks, and how many a rank takes at once."""
 
     images: Positive = 4096
-    per_device: Positive | None = None  # at most this many at once; the largest divisor is taken. None: all
+    # at most this many at once; the largest divisor is taken. None: all
+    per_device: Positive | None = None
 
 
 class Schedule(Section):
@@ -195,20 +216,27 @@ class Checkpoint(Section):
     keep: Positive = 2  # newest ones; two stay at least
     keep_every: Positive | None = None  # one of every so many steps stays for good
     resume: str = "auto"  # auto | never | must | a checkpoint's folder, to start a new run from
-    init: str | None = None  # a new pretraining starts from these weights: a run, a checkpoint or a file of any family
+    # a new pretraining starts from these weights: a run, a checkpoint or a file of any family
+    init: str | None = None
     background: bool = True  # write while training goes on
-    allow: list[str] = Field(default_factory=list)  # frozen keys that this job may change, knowingly
+    # frozen keys that this job may change, knowingly
+    allow: list[str] = Field(default_factory=list)
 
 
 class Guard(Section):
-    """What to do about numbers gone bad: a loss or gradient that is not finite, or a loss that jumps."""
+    """What to do about numbers gone bad: a loss or gradient that is not finite, or a loss that
+    jumps.
+    """
 
     action: Literal["stop", "skip", "rewind"] = "stop"
     max_skips: Natural = 10  # of the run; then stop
     max_rewinds: Natural = 3  # of the run; then stop
-    spike_factor: Annotated[float, Field(gt=0)] | None = None  # deviations above the median; costs an all-reduce a step
-    spike_window: Annotated[int, Field(ge=16)] = 64  # steps that the median and the deviation are of
-    drill_nan_position: Natural | None = None  # puts a NaN into the image at this position of the run, to try this out
+    # deviations above the median; costs an all-reduce a step
+    spike_factor: Annotated[float, Field(gt=0)] | None = None
+    # steps that the median and the deviation are of
+    spike_window: Annotated[int, Field(ge=16)] = 64
+    # puts a NaN into the image at this position of the run, to try this out
+    drill_nan_position: Natural | None = None
 
 
 class Evaluate(Section):
@@ -219,7 +247,8 @@ class Evaluate(Section):
     test_shards: str | list[str] = Field(default_factory=list)
     k: list[Positive] = [20]
     temperature: Annotated[float, Field(gt=0)] = 0.07
-    logistic: bool = False  # also logistic regression on the same features: slower, and nearer to a linear probe
+    # also logistic regression on the same features: slower, and nearer to a linear probe
+    logistic: bool = False
     pool: Literal["cls", "mean"] = "mean"
     batch: Positive = 128
     picture_every_steps: Positive | None = None
@@ -227,17 +256,24 @@ class Evaluate(Section):
 
 
 class Classify(Section):
-    """What rcmae.finetune and rcmae.probe train; nothing else reads it. Evaluation is on evaluate.test_shards."""
+    """What rcmae.finetune and rcmae.probe train; nothing else reads it.
 
-    init: str | None = None  # a run's or a checkpoint's folder, or a file of weights; None: weights of run.seed
-    network: Literal["student", "teacher"] | None = None  # whose weights; None: the teacher's where there is one
+    Evaluation is on evaluate.test_shards.
+    """
+
+    # a run's or a checkpoint's folder, or a file of weights; None: weights of run.seed
+    init: str | None = None
+    # whose weights; None: the teacher's where there is one
+    network: Literal["student", "teacher"] | None = None
     num_classes: Positive | None = None  # None: one more than the largest label of data.shards
     class_names: str | None = None  # a text file, a name a line, for tables and pictures
     pool: Literal["cls", "mean"] = "mean"
     depth: Positive | None = None  # of a probe: features after this block; None: after the last
     rule: Literal["adamw", "lars", "sgd"] = "adamw"
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # lr of a layer over that of the one above it
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # at the last block; grows from 0 at the first
+    # lr of a layer over that of the one above it
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # at the last block; grows from 0 at the first
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mixup: Annotated[float, Field(ge=0)] = 0.0  # parameter of the beta distribution; 0: never
     cutmix: Annotated[float, Field(ge=0)] = 0.0
@@ -245,7 +281,8 @@ class Classify(Section):
     mix_switch: Fraction = 0.5  # CutMix's share of mixed steps
     rand_augment: str | None = None  # timm's policy, such as rand-m9-mstd0.5-inc1
     erase: Fraction = 0.0  # of the images
-    average: bool = False  # keep a moving average of the classifier by the section teacher, and evaluate it too
+    # keep a moving average of the classifier by the section teacher, and evaluate it too
+    average: bool = False
 
 
 CLASSIFYING = ("finetune", "probe")  # values of objective.name, and modules that train them
@@ -265,9 +302,12 @@ class Run(Section):
     name: str | None = None  # default: the recipe's
     seed: Natural = 0  # initial weights and stochastic rounding
     stop_after_steps: Positive | None = None  # this many steps in this job, then commit and exit 75
-    deadline_s: Annotated[float, Field(gt=0)] | None = None  # of this job, from its start; SLURM's end is known anyway
-    lease_timeout_s: Annotated[float, Field(gt=0)] = 60.0  # a job that gives no sign this long has lost the run
-    lease_wait_s: Annotated[float, Field(ge=0)] = 120.0  # how long to wait for a job that trains here and is alive
+    # of this job, from its start; SLURM's end is known anyway
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    # a job that gives no sign this long has lost the run
+    lease_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    # how long to wait for a job that trains here and is alive
+    lease_wait_s: Annotated[float, Field(ge=0)] = 120.0
 
 
 class Recipe(Section):
@@ -294,23 +334,46 @@ class Recipe(Section):
         return Path(self.run.dir)
 
 
-# What makes two runs the same training. A resume may change anything else (engine, ranks, workers, logging, ...).
-# data.shards is not here: the fingerprint of the index is compared instead, so shards may move to another disk.
+# What makes two runs the same training. A resume may change anything else (engine, ranks, workers,
+# logging, ...). data.shards is not here: the fingerprint of the index is compared instead, so
+# shards may move to another disk.
 FROZEN = (
-    "objective", "model", "teacher", "schedule", "batch.images", "run.seed",
-    "data.seed", "data.epoch_samples", "data.canonical_streams", "data.shuffle_window", "data.repeats",
-    "data.crop_scale", "data.crop_ratio", "data.flip", "data.decode_margin", "data.decode",
-    "data.mean", "data.std",
-)  # fmt: skip
+    "objective",
+    "model",
+    "teacher",
+    "schedule",
+    "batch.images",
+    "run.seed",
+    "data.seed",
+    "data.epoch_samples",
+    "data.canonical_streams",
+    "data.shuffle_window",
+    "data.repeats",
+    "data.crop_scale",
+    "data.crop_ratio",
+    "data.flip",
+    "data.decode_margin",
+    "data.decode",
+    "data.mean",
+    "data.std",
+)
 
 
 def differences(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Lines `key: saved -> mine` for every frozen key that differs between two dumped recipes."""
     left = dict(_leaves(mine))
-    right = {**dict(_leaves(Recipe().model_dump(mode="json"))), **dict(_leaves(saved))}  # of before a key was there
+    # of before a key was there
+    right = {**dict(_leaves(Recipe().model_dump(mode="json"))), **dict(_leaves(saved))}
     allowed = left.get("checkpoint.allow") or []
     classifies = left.get("objective.name") in CLASSIFYING
-    frozen = (*FROZEN, *(f"classify.{key}" for key in Classify.model_fields if classifies and key != "class_names"))
+    frozen = (
+        *FROZEN,
+        *(
+            f"classify.{key}"
+            for key in Classify.model_fields
+            if classifies and key != "class_names"
+        ),
+    )
     return [
         f"{key}: {right.get(key)!r} in the run, {left.get(key)!r} asked for"
         for key in sorted(left.keys() | right.keys())
@@ -343,7 +406,7 @@ def module_of(recipe: Recipe) -> str:
     return f"rcmae.{name}" if name in CLASSIFYING else "rcmae.train"
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
+# --------------------------------------------------------------------------------------------- load
 
 
 def recipe_path(name: str) -> Path:
@@ -356,7 +419,9 @@ def recipe_path(name: str) -> Path:
         if candidate.is_file():
             return candidate
     shipped = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise ValueError(f"no recipe {name!r}: it is no file, and the shipped ones are {', '.join(shipped)}")
+    raise ValueError(
+        f"no recipe {name!r}: it is no file, and the shipped ones are {', '.join(shipped)}"
+    )
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -418,14 +483,18 @@ def _parse(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
         for item in error.errors():
             place = [str(part) for part in item["loc"]]
             if item["type"] == "extra_forbidden":
-                named = ".".join(part for part in place[:-1] if "[" not in part)  # not the branch of a union
+                # not the branch of a union
+                named = ".".join(part for part in place[:-1] if "[" not in part)
                 hint = _did_you_mean(place[-1], _known_keys(place[:-1]))
-                lines[".".join(place)] = f"unknown key {place[-1]!r}{f' in {named}' if named else ''}; {hint}"
+                lines[".".join(place)] = (
+                    f"unknown key {place[-1]!r}{f' in {named}' if named else ''}; {hint}"
+                )
                 continue
             key = ".".join(place[:2])
             if key == "data.shards":
                 lines[key] = (
-                    f"{key}: wants a pattern, a list of patterns, or, for a mixture, a list of {{shards: PATTERN, "
+                    f"{key}: wants a pattern, a list of patterns, or, for a mixture, a list "
+                    f"of {{shards: PATTERN, "
                     f"weight: above 0}}, got {tree['data']['shards']!r}"
                 )
                 continue
@@ -443,7 +512,10 @@ def _known_keys(place: Sequence[str]) -> list[str]:
     fields = Recipe.model_fields
     for part in place:
         if part not in fields:  # a branch of a union, or a place in a list
-            fields = next((each.model_fields for each in Section.__subclasses__() if each.__name__ in part), fields)
+            fields = next(
+                (each.model_fields for each in Section.__subclasses__() if each.__name__ in part),
+                fields,
+            )
             continue
         section = fields[part].annotation
         if not isinstance(section, type):
@@ -462,7 +534,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         if len(given) != 1:
             way_out = f"; schedule.{one}=null leaves out the recipe's" if len(given) == 2 else ""
             problems.append(
-                f"schedule: give exactly one of {one} and {other}, got {' and '.join(given) or 'neither'}{way_out}"
+                f"schedule: give exactly one of {one} and {other}, got "
+                f"{' and '.join(given) or 'neither'}{way_out}"
             )
     if schedule.warmup_epochs is not None and schedule.warmup_steps is not None:
         problems.append("schedule: give warmup_epochs or warmup_steps, got both")
@@ -470,13 +543,22 @@ def _contradictions(recipe: Recipe) -> list[str]:
     for key in recipe.checkpoint.allow:
         section, dot, name = key.partition(".")
         if section == "model":
-            problems.append(f"checkpoint.allow: {key} cannot change within a run, the weights would be others'")
+            problems.append(
+                f"checkpoint.allow: {key} cannot change within a run, the weights would be others'"
+            )
         elif section not in sections:
-            problems.append(f"checkpoint.allow: unknown section {section!r}; {_did_you_mean(section, sections)}")
+            problems.append(
+                f"checkpoint.allow: unknown section {section!r}; {_did_you_mean(section, sections)}"
+            )
         elif dot and name not in _known_keys([section]):
-            problems.append(f"checkpoint.allow: unknown key {key!r}; {_did_you_mean(name, _known_keys([section]))}")
+            problems.append(
+                f"checkpoint.allow: unknown key {key!r}; "
+                f"{_did_you_mean(name, _known_keys([section]))}"
+            )
     if not data.shards:
-        problems.append("data.shards: names no shards; give a path, a brace pattern, a glob or a list of them")
+        problems.append(
+            "data.shards: names no shards; give a path, a brace pattern, a glob or a list of them"
+        )
     if len(data.mean) != recipe.model.in_channels or len(data.std) != recipe.model.in_channels:
         problems.append(
             f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values for "
@@ -487,18 +569,29 @@ def _contradictions(recipe: Recipe) -> list[str]:
     for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
         low, high = getattr(data, key)
         if not 0 < low <= high <= top:
-            problems.append(f"data.{key}: wants 0 < low <= high{' <= 1' if top == 1 else ''}, got [{low}, {high}]")
+            problems.append(
+                f"data.{key}: wants 0 < low <= high{' <= 1' if top == 1 else ''}, got [{low}, "
+                f"{high}]"
+            )
     if recipe.objective.name in CLASSIFYING:
         problems += _classifying_problems(recipe)
     elif evaluate.every_steps and not (evaluate.train_shards and evaluate.test_shards):
-        problems.append("evaluate.every_steps is set: give evaluate.train_shards and test_shards, both labelled")
+        problems.append(
+            "evaluate.every_steps is set: give evaluate.train_shards and test_shards, both labelled"
+        )
     if recipe.engine.name == "deepspeed" and recipe.engine.config is None:
         problems.append("engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json")
     if recipe.engine.name != "deepspeed" and recipe.engine.config is not None:
-        problems.append(f"engine.config={recipe.engine.config} is DeepSpeed's, but engine.name={recipe.engine.name}")
+        problems.append(
+            f"engine.config={recipe.engine.config} is DeepSpeed's, but "
+            f"engine.name={recipe.engine.name}"
+        )
     problems += _objective_problems(recipe)
     if recipe.teacher.accumulate == "stochastic" and recipe.engine.precision != "bf16":
-        problems.append("teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use fp32_shard")
+        problems.append(
+            "teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use "
+            "fp32_shard"
+        )
     return problems
 
 
@@ -507,19 +600,36 @@ def _objective_problems(recipe: Recipe) -> list[str]:
     problems, objective, model = [], recipe.objective, recipe.model
     regressors = (model.decoder or objective.name) == "bootmae"
     if objective.name == "bootmae" and not regressors and objective.has("features"):
-        problems.append("objective.name=bootmae has regressors: leave model.decoder out, or use mae with terms")
+        problems.append(
+            "objective.name=bootmae has regressors: leave model.decoder out, or use mae with terms"
+        )
     if regressors:
-        needs = {"cls_token": True, "decoder_cls": True, "qkv_bias": "qkv", "positions": "column_first"}
+        needs = {
+            "cls_token": True,
+            "decoder_cls": True,
+            "qkv_bias": "qkv",
+            "positions": "column_first",
+        }
         needs |= {"pixel_order": "hwc"}
         given = [key for key, default in needs.items() if getattr(model, key) != default]
         if given:
-            problems.append(f"model.{' and '.join(given)}: bootmae's network has its own; leave it out")
+            problems.append(
+                f"model.{' and '.join(given)}: bootmae's network has its own; leave it out"
+            )
         if objective.has("class"):
-            problems.append("objective: bootmae's network has no class head; use a class term with mae or rcmae")
+            problems.append(
+                "objective: bootmae's network has no class head; use a class term with mae or rcmae"
+            )
         if objective.teacher_mask == "different":
-            problems.append("objective.teacher_mask is of a consistency term; bootmae's teacher sees the whole image")
+            problems.append(
+                "objective.teacher_mask is of a consistency term; bootmae's teacher sees the "
+                "whole image"
+            )
     elif not model.cls_token and (model.class_pool == "cls" or recipe.evaluate.pool == "cls"):
-        problems.append("model.cls_token=false: there is no token to pool; use class_pool=mean and evaluate.pool=mean")
+        problems.append(
+            "model.cls_token=false: there is no token to pool; use class_pool=mean and "
+            "evaluate.pool=mean"
+        )
     return problems
 
 
@@ -530,27 +640,45 @@ def _classifying_problems(recipe: Recipe) -> list[str]:
     if evaluate.every_steps and not evaluate.test_shards:
         problems.append("evaluate.every_steps is set: give evaluate.test_shards, labelled")
     if evaluate.picture_every_steps:
-        problems.append("evaluate.picture_every_steps is of a pretraining, which alone reconstructs; leave it out")
+        problems.append(
+            "evaluate.picture_every_steps is of a pretraining, which alone reconstructs; leave "
+            "it out"
+        )
     if recipe.data.decode != "cpu":
-        problems.append(f"data.decode={recipe.data.decode} is of a pretraining: here images are augmented on the CPU")
+        problems.append(
+            f"data.decode={recipe.data.decode} is of a pretraining: here images are augmented on "
+            "the CPU"
+        )
     if not probes and classify.rule != "adamw":
         problems.append(f"classify.rule={classify.rule} is for probes; fine-tuning uses adamw")
     if not probes and classify.depth is not None:
         problems.append("classify.depth is for probes; fine-tuning trains all blocks")
-    trains = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "average": False, "layer_decay": 1.0}
+    trains = {
+        "drop_path": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "smoothing": 0.0,
+        "average": False,
+        "layer_decay": 1.0,
+    }
     if probes and (set_ := [key for key, off in trains.items() if getattr(classify, key) != off]):
-        problems.append(f"classify.{' and '.join(set_)} is for fine-tuning; a probe's encoder is frozen")
+        problems.append(
+            f"classify.{' and '.join(set_)} is for fine-tuning; a probe's encoder is frozen"
+        )
     if classify.average and recipe.teacher.update != "step":
         problems.append("classify.average moves at each step: leave teacher.update=step")
     return problems
 
 
-# ------------------------------------------------------------------------------------------------------------- resolve
+# ------------------------------------------------------------------------------------------ resolve
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Numbers that follow from the recipe, the world and the data. Counts, unless a unit is named."""
+    """Numbers that follow from the recipe, the world and the data.
+
+    Counts, unless a unit is named.
+    """
 
     world: int
     images_per_step: int
@@ -580,7 +708,8 @@ def batch_problems(recipe: Recipe, world: int) -> list[str]:
     images, streams, repeats = recipe.batch.images, streams_for(recipe, world), recipe.data.repeats
     if images % (world * repeats) and repeats > 1:
         problems.append(
-            f"batch.images={images} is not divisible by {world} ranks x data.repeats={repeats}; use "
+            f"batch.images={images} is not divisible by {world} ranks x "
+            f"data.repeats={repeats}; use "
             f"{max(1, images // (world * repeats)) * world * repeats}"
         )
     if images % world:
@@ -588,7 +717,8 @@ def batch_problems(recipe: Recipe, world: int) -> list[str]:
         near = sorted({max(unit, images // unit * unit), (images // unit + 1) * unit})
         each = f" x {recipe.batch.per_device} per_device" if recipe.batch.per_device else ""
         problems.append(
-            f"batch.images={images} is not divisible by {world} ranks{each}; use {' or '.join(map(str, near))}"
+            f"batch.images={images} is not divisible by {world} ranks{each}; use "
+            f"{' or '.join(map(str, near))}"
         )
     if streams % world:
         near = sorted({max(world, streams // world * world), (streams // world + 1) * world})
@@ -600,7 +730,8 @@ def batch_problems(recipe: Recipe, world: int) -> list[str]:
 
 
 def per_device(recipe: Recipe, world: int) -> int:
-    """Images of a micro-batch of a rank: the largest divisor of its part of a step that the recipe allows.
+    """Images of a micro-batch of a rank: the largest divisor of its part of a step that the recipe
+    allows.
 
     Raises:
         ValueError: that is less than data.repeats.
@@ -609,9 +740,12 @@ def per_device(recipe: Recipe, world: int) -> int:
     limit = min(recipe.batch.per_device or per_rank, per_rank)
     if limit < repeats:
         raise ValueError(
-            f"batch.per_device={limit} is less than data.repeats={repeats}, which belong together; raise it"
+            f"batch.per_device={limit} is less than data.repeats={repeats}, which belong "
+            "together; raise it"
         )
-    return next(size for size in range(limit, 0, -1) if per_rank % size == 0 and size % repeats == 0)
+    return next(
+        size for size in range(limit, 0, -1) if per_rank % size == 0 and size % repeats == 0
+    )
 
 
 def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
@@ -620,7 +754,8 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     Args:
         recipe: a checked recipe.
         world: ranks that train.
-        samples_per_epoch: what the plan takes of an epoch, times data.repeats: a multiple of batch.images.
+        samples_per_epoch: what the plan takes of an epoch, times data.repeats: a multiple of
+            batch.images.
 
     Raises:
         ValueError: the batch does not divide, with the nearest that do.
@@ -630,12 +765,19 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
         raise ValueError("\n".join(problems))
     schedule, images = recipe.schedule, recipe.batch.images
     steps_per_epoch = samples_per_epoch // images
-    total = schedule.steps if schedule.steps is not None else round((schedule.epochs or 0) * steps_per_epoch)
+    total = (
+        schedule.steps
+        if schedule.steps is not None
+        else round((schedule.epochs or 0) * steps_per_epoch)
+    )
     warmup = schedule.warmup_steps if schedule.warmup_steps is not None else 0.0
     if schedule.warmup_epochs is not None:
         warmup = schedule.warmup_epochs * steps_per_epoch
     if warmup >= total:
-        raise ValueError(f"schedule: the warm-up of {warmup:g} steps does not end before the last of {total} steps")
+        raise ValueError(
+            f"schedule: the warm-up of {warmup:g} steps does not end before the last of {total} "
+            "steps"
+        )
     lr = schedule.lr if schedule.lr is not None else (schedule.base_lr or 0.0) * images / 256
     per_rank, size = images // world, per_device(recipe, world)
     return Resolved(

@@ -1,13 +1,15 @@
-"""The fifteen corruptions of ImageNet-C, computed on the fly at five severities (Hendrycks and Dietterich, 2019).
+"""The fifteen corruptions of ImageNet-C, computed on the fly at five severities (Hendrycks and
+Dietterich, 2019).
 
-Kinds and strengths are the publication's (section 3.1, and its code, Apache-2.0). Lengths are in pixels of an image
-whose shorter side has 224; on another size they scale with it, and textures and displacements are made at 224 and
-resized, so that a severity looks the same at every size. The strength of noise is each pixel's own. What a sample gets
-follows from its number in its set, the kind and the severity alone: the same on any number of ranks and workers.
+Kinds and strengths are the publication's (section 3.1, and its code, Apache-2.0). Lengths are in
+pixels of an image whose shorter side has 224; on another size they scale with it, and textures and
+displacements are made at 224 and resized, so that a severity looks the same at every size. The
+strength of noise is each pixel's own. What a sample gets follows from its number in its set, the
+kind and the severity alone: the same on any number of ranks and workers.
 
-Not as published: images are not stored as JPEG afterwards; displacements fall between pixels where ImageMagick rounds;
-frost is drawn unless photographs of it are given, because the published ones come without a licence.
-"""
+Not as published: images are not stored as JPEG afterwards; displacements fall between pixels where
+ImageMagick rounds; frost is drawn unless photographs of it are given, because the published ones
+come without a licence."""
 
 from __future__ import annotations
 
@@ -75,7 +77,7 @@ class Corruption:
         return (changed * 255).round().clamp(0, 255).byte()
 
 
-# --------------------------------------------------------------------------------------------------- the size of things
+# ------------------------------------------------------------------------------- the size of things
 
 
 def scale_of(image: Tensor) -> float:
@@ -97,12 +99,14 @@ def resized(texture: Tensor, image: Tensor) -> Tensor:
     return F.interpolate(texture[None], size, mode="bilinear", antialias=True)[0]
 
 
-# ---------------------------------------------------------------------------------------------- blurring and displacing
+# -------------------------------------------------------------------------- blurring and displacing
 
 
 @functools.lru_cache(maxsize=64)
 def smoothing(length: int, sigma: float, reach: float) -> Tensor:
-    """[length, length], which smooths a row by a Gaussian of this deviation, cut at `reach` of them; ends mirrored."""
+    """[length, length], which smooths a row by a Gaussian of this deviation, cut at `reach` of
+    them; ends mirrored.
+    """
     offsets = torch.arange(-int(reach * sigma + 0.5), int(reach * sigma + 0.5) + 1)
     weights = torch.exp(-offsets.double().square() / (2 * sigma**2))
     at = (torch.arange(length)[:, None] + offsets) % (2 * length)
@@ -118,7 +122,8 @@ def smoothed(image: Tensor, sigma: float, reach: float = 4.0) -> Tensor:
 
 
 def convolved(image: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
-    """[C, H, W] as the weighted sum of its copies displaced by `taps` [N, 2] (down, right) pixels; edges mirrored.
+    """[C, H, W] as the weighted sum of its copies displaced by `taps` [N, 2] (down, right) pixels;
+    edges mirrored.
 
     A tap between pixels is shared out among its four neighbours.
     """
@@ -128,19 +133,25 @@ def convolved(image: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
     kernel = torch.zeros(2 * margin + 2, 2 * margin + 2, dtype=weights.dtype)
     for down in (0, 1):
         for right in (0, 1):
-            share = (part[:, 0] if down else 1 - part[:, 0]) * (part[:, 1] if right else 1 - part[:, 1])
+            share = (part[:, 0] if down else 1 - part[:, 0]) * (
+                part[:, 1] if right else 1 - part[:, 1]
+            )
             at = corner.long() + margin + torch.tensor([down, right])
             kernel.index_put_((at[:, 0], at[:, 1]), weights * share, accumulate=True)
     height, width = image.shape[1:]
     padded = F.pad(image[None], (margin,) * 4, "reflect")[0]
     total = torch.zeros_like(image)
-    for top, left in kernel.nonzero().tolist():  # few, where a square of numbers would be mostly zeros
+    for top, left in kernel.nonzero().tolist():
+        # few, where a square of numbers would be mostly zeros
         total += float(kernel[top, left]) * padded[:, top : top + height, left : left + width]
     return total
 
 
 def sampled(image: Tensor, places: Tensor) -> Tensor:
-    """[C, H, W] read at `places` [2, H, W] (row, column) in pixels, bilinearly; what lies outside is mirrored."""
+    """[C, H, W] read at `places` [2, H, W] (row, column) in pixels, bilinearly.
+
+    What lies outside is mirrored.
+    """
     height, width = image.shape[1:]
     grid = torch.stack([(2 * places[1] + 1) / width - 1, (2 * places[0] + 1) / height - 1], dim=-1)
     return F.grid_sample(image[None], grid[None], padding_mode="reflection", align_corners=False)[0]
@@ -157,22 +168,32 @@ def zoomed(image: Tensor, factors: Sequence[float]) -> Tensor:
     turn = torch.zeros(len(factors), 2, 3)
     turn[:, 0, 0] = turn[:, 1, 1] = 1 / torch.tensor(factors, dtype=torch.float32)
     many = image.expand(len(factors), *image.shape)
-    return F.grid_sample(many, F.affine_grid(turn, list(many.shape), False), padding_mode="border", align_corners=False)
+    return F.grid_sample(
+        many,
+        F.affine_grid(turn, list(many.shape), False),
+        padding_mode="border",
+        align_corners=False,
+    )
 
 
 def trail(radius: float, sigma: float, angle: float) -> tuple[Tensor, Tensor]:
-    """Taps and weights of a motion in one direction (degrees), fading as one half of a Gaussian, as ImageMagick's."""
+    """Taps and weights of a motion in one direction (degrees), fading as one half of a Gaussian,
+    as ImageMagick's.
+    """
     steps = torch.arange(2 * int(radius) + 1, dtype=torch.float32)
     weights = torch.exp(-steps.square() / (2 * sigma**2))
     way = torch.tensor([math.sin(math.radians(angle)), math.cos(math.radians(angle))])
     return steps[:, None] * way, weights / weights.sum()
 
 
-# ------------------------------------------------------------------------------------------------------------- textures
+# ----------------------------------------------------------------------------------------- textures
 
 
 def height_map(draw: Draw, size: tuple[int, int], decay: float) -> Tensor:
-    """A random landscape [h, w] from 0 to 1 by the diamond-square algorithm; a large `decay` makes it smooth."""
+    """A random landscape [h, w] from 0 to 1 by the diamond-square algorithm.
+
+    A large `decay` makes it smooth.
+    """
     side = 1 << (max(size) - 1).bit_length()
     heights, step, rough = np.zeros((side, side)), side, 100.0
 
@@ -185,15 +206,21 @@ def height_map(draw: Draw, size: tuple[int, int], decay: float) -> Tensor:
         pairs = corners + np.roll(corners, -1, 0)
         heights[half::step, half::step] = middle(pairs + np.roll(pairs, -1, 1))
         middles = heights[half::step, half::step]
-        heights[::step, half::step] = middle(middles + np.roll(middles, 1, 0) + corners + np.roll(corners, -1, 1))
-        heights[half::step, ::step] = middle(middles + np.roll(middles, 1, 1) + corners + np.roll(corners, -1, 0))
+        heights[::step, half::step] = middle(
+            middles + np.roll(middles, 1, 0) + corners + np.roll(corners, -1, 1)
+        )
+        heights[half::step, ::step] = middle(
+            middles + np.roll(middles, 1, 1) + corners + np.roll(corners, -1, 0)
+        )
         step, rough = half, rough / decay
     heights = (heights - heights.min()) / (heights.max() - heights.min())
     return torch.from_numpy(heights[: size[0], : size[1]]).float()
 
 
 def drawn_frost(draw: Draw, size: tuple[int, int]) -> Tensor:
-    """A picture [3, h, w] of ice on a window: pale blue, thick in places, bright veins along a landscape's lines."""
+    """A picture [3, h, w] of ice on a window: pale blue, thick in places, bright veins along a
+    landscape's lines.
+    """
     thick, fine = height_map(draw, size, 1.9), height_map(draw, size, 1.6)
     veins = (1 - (2 * fine - 1).abs()) ** 8
     light = (0.25 + 0.45 * thick + 0.45 * veins * thick + 0.1 * fine).clamp(0, 1)
@@ -201,7 +228,8 @@ def drawn_frost(draw: Draw, size: tuple[int, int]) -> Tensor:
 
 
 def photograph(files: Sequence[Path], draw: Draw, size: tuple[int, int]) -> Tensor:
-    """A random part [3, *size] of a random one of some photographs, each at least of that size or enlarged to it.
+    """A random part [3, *size] of a random one of some photographs, each at least of that size or
+    enlarged to it.
 
     Raises:
         ValueError: it is no image.
@@ -209,7 +237,9 @@ def photograph(files: Sequence[Path], draw: Draw, size: tuple[int, int]) -> Tens
     pixels = opened(files[draw.randint(len(files))])
     room = max(1.0, *(side / there for side, there in zip(size, pixels.shape[:2], strict=True)))
     shown = resize(pixels, (math.ceil(pixels.shape[0] * room), math.ceil(pixels.shape[1] * room)))
-    top, left = (draw.randint(there - side + 1) for side, there in zip(size, shown.shape[1:], strict=True))
+    top, left = (
+        draw.randint(there - side + 1) for side, there in zip(size, shown.shape[1:], strict=True)
+    )
     return shown[:, top : top + size[0], left : left + size[1]].float() / 255
 
 
@@ -222,7 +252,7 @@ def opened(file: Path) -> np.ndarray:
         raise ValueError(f"{file}: {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------- the fifteen
+# -------------------------------------------------------------------------------------- the fifteen
 
 
 def gaussian_noise(image: Tensor, draw: Draw, deviation: float) -> Tensor:
@@ -266,7 +296,9 @@ def glass_blur(image: Tensor, draw: Draw, sigma: float, reach: float, times: flo
     at = torch.tensor(source).view(height, width)
     moved = torch.stack([at // width, at % width]) - own_places(at)  # pixels at 224
     moved = F.interpolate(moved[None], image.shape[1:], mode="nearest-exact")[0] * scale
-    return smoothed(sampled(smoothed(image, sigma * scale), own_places(image) + moved), sigma * scale)
+    return smoothed(
+        sampled(smoothed(image, sigma * scale), own_places(image) + moved), sigma * scale
+    )
 
 
 def motion_blur(image: Tensor, draw: Draw, radius: float, sigma: float) -> Tensor:
@@ -282,9 +314,16 @@ def zoom_blur(image: Tensor, draw: Draw, last: float, step: float) -> Tensor:
 
 
 def snow(
-    image: Tensor, draw: Draw, mean: float, deviation: float, zoom: float, least: float, radius: float, sigma: float,
+    image: Tensor,
+    draw: Draw,
+    mean: float,
+    deviation: float,
+    zoom: float,
+    least: float,
+    radius: float,
+    sigma: float,
     kept: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Falling flakes, blurred by their fall, on a whitened image."""
     flakes = torch.from_numpy(draw.normal(mean, deviation, (1, *reference(image)))).float()
     flakes = zoomed(flakes, [zoom])[0]
@@ -332,13 +371,18 @@ def contrast(image: Tensor, draw: Draw, share: float) -> Tensor:
     return (image - mean) * share + mean
 
 
-def elastic_transform(image: Tensor, draw: Draw, strength: float, sigma: float, shift: float) -> Tensor:
-    """Stretched and sheared: three points move by up to `shift`, then every pixel by a smooth random field."""
+def elastic_transform(
+    image: Tensor, draw: Draw, strength: float, sigma: float, shift: float
+) -> Tensor:
+    """Stretched and sheared: three points move by up to `shift`, then every pixel by a smooth
+    random field.
+    """
     size, scale = reference(image), scale_of(image)
     middle, arm = torch.tensor([size[0] // 2, size[1] // 2]).float(), min(size) // 3
     points = middle + arm * torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
     moved = points + torch.from_numpy(draw.uniform(-shift, shift, (3, 2))).float()
-    back = torch.linalg.solve(torch.cat([moved, torch.ones(3, 1)], 1), points)  # [3, 2]: from moved places to true ones
+    # [3, 2]: from moved places to true ones
+    back = torch.linalg.solve(torch.cat([moved, torch.ones(3, 1)], 1), points)
     field = torch.from_numpy(draw.uniform(-1, 1, (2, *size))).float()
     field = smoothed(field, sigma, reach=3.0) * strength  # pixels at 224
     field = F.interpolate(field[None], image.shape[1:], mode="bilinear", align_corners=False)[0]
@@ -353,7 +397,9 @@ def pixelate(image: Tensor, draw: Draw, share: float) -> Tensor:
     small = max(1, int(width * share)), max(1, int(height * share))
 
     def through(layer: Image.Image) -> Image.Image:
-        return layer.resize(small, Image.Resampling.BOX).resize((width, height), Image.Resampling.BOX)
+        return layer.resize(small, Image.Resampling.BOX).resize(
+            (width, height), Image.Resampling.BOX
+        )
 
     return by_pillow(image, through)
 
@@ -370,10 +416,17 @@ def jpeg_compression(image: Tensor, draw: Draw, quality: float) -> Tensor:
 
 
 def by_pillow(image: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """What Pillow makes of the image: of red, green and blue together, of other channels one by one."""
+    """What Pillow makes of the image: of red, green and blue together, of other channels one by
+    one.
+    """
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-    layers = [pixels] if len(image) == 3 else [pixels[..., channel] for channel in range(len(image))]
-    changed = [np.atleast_3d(np.asarray(change(Image.fromarray(np.ascontiguousarray(layer))))) for layer in layers]
+    layers = (
+        [pixels] if len(image) == 3 else [pixels[..., channel] for channel in range(len(image))]
+    )
+    changed = [
+        np.atleast_3d(np.asarray(change(Image.fromarray(np.ascontiguousarray(layer)))))
+        for layer in layers
+    ]
     return torch.from_numpy(np.concatenate(changed, axis=2)).permute(2, 0, 1).float() / 255
 
 
@@ -382,29 +435,57 @@ class Kind(NamedTuple):
 
     number: int  # part of every draw's key: never renumber
     group: Literal["noise", "blur", "weather", "digital"]
-    change: Callable[..., Tensor]  # (image [C, H, W] from 0 to 1, Draw, *setting) -> the same, perhaps beyond 0 to 1
+    # (image [C, H, W] from 0 to 1, Draw, *setting) -> the same, perhaps beyond 0 to 1
+    change: Callable[..., Tensor]
     settings: tuple[Setting, Setting, Setting, Setting, Setting]
 
 
 KINDS = {
-    "gaussian_noise": Kind(1, "noise", gaussian_noise, ((0.08,), (0.12,), (0.18,), (0.26,), (0.38,))),
+    "gaussian_noise": Kind(
+        1, "noise", gaussian_noise, ((0.08,), (0.12,), (0.18,), (0.26,), (0.38,))
+    ),
     "shot_noise": Kind(2, "noise", shot_noise, ((60,), (25,), (12,), (5,), (3,))),
     "impulse_noise": Kind(3, "noise", impulse_noise, ((0.03,), (0.06,), (0.09,), (0.17,), (0.27,))),
-    "defocus_blur": Kind(4, "blur", defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
-    "glass_blur": Kind(5, "blur", glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2))),
+    "defocus_blur": Kind(
+        4, "blur", defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))
+    ),
+    "glass_blur": Kind(
+        5, "blur", glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2))
+    ),
     "motion_blur": Kind(6, "blur", motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
-    "zoom_blur": Kind(7, "blur", zoom_blur, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))),
-    "snow": Kind(8, "weather", snow, (
-        (0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-        (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
-    )),
-    "frost": Kind(9, "weather", frost, ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))),
+    "zoom_blur": Kind(
+        7, "blur", zoom_blur, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
+    ),
+    "snow": Kind(
+        8,
+        "weather",
+        snow,
+        (
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ),
+    ),
+    "frost": Kind(
+        9, "weather", frost, ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))
+    ),
     "fog": Kind(10, "weather", fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
     "brightness": Kind(11, "weather", brightness, ((0.1,), (0.2,), (0.3,), (0.4,), (0.5,))),
     "contrast": Kind(12, "digital", contrast, ((0.4,), (0.3,), (0.2,), (0.1,), (0.05,))),
-    "elastic_transform": Kind(13, "digital", elastic_transform, (
-        (488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88),
-    )),
+    "elastic_transform": Kind(
+        13,
+        "digital",
+        elastic_transform,
+        (
+            (488, 170.8, 24.4),
+            (488, 19.52, 48.8),
+            (12.2, 2.44, 4.88),
+            (17.08, 2.44, 4.88),
+            (29.28, 2.44, 4.88),
+        ),
+    ),
     "pixelate": Kind(14, "digital", pixelate, ((0.6,), (0.5,), (0.4,), (0.3,), (0.25,))),
     "jpeg_compression": Kind(15, "digital", jpeg_compression, ((25,), (18,), (15,), (10,), (7,))),
-}  # fmt: skip
+}

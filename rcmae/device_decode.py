@@ -1,10 +1,11 @@
-"""JPEGs decoded on the GPU: workers hand over bytes and boxes; the device decodes, cuts, resizes and flips.
+"""JPEGs decoded on the GPU: workers hand over bytes and boxes; the device decodes, cuts, resizes
+and flips.
 
-For nodes with too few cores for their GPUs. Opt-in (`data.decode`): nvJPEG's pixels differ from libjpeg-turbo's in
-their last bits, each image is decoded whole, and the time is taken from the training's GPU. What nvJPEG is not sure to
-decode as libjpeg-turbo does (no plain JPEG, its end missing) stays with the workers, and what it refuses is decoded
-again on the CPU, which has the last word on what is readable.
-"""
+For nodes with too few cores for their GPUs. Opt-in (`data.decode`): nvJPEG's pixels differ from
+libjpeg-turbo's in their last bits, each image is decoded whole, and the time is taken from the
+training's GPU. What nvJPEG is not sure to decode as libjpeg-turbo does (no plain JPEG, its end
+missing) stays with the workers, and what it refuses is decoded again on the CPU, which has the last
+word on what is readable."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from torch.nn.functional import interpolate
 
 from rcmae import kernels  # noqa: F401, it makes torchvision importable beside a CPU torch
 
-Decode = Callable[[list[Tensor]], list[Tensor]]  # encoded bytes [N] uint8 -> pixels [C, H, W] uint8 on the device
+# encoded bytes [N] uint8 -> pixels [C, H, W] uint8 on the device
+Decode = Callable[[list[Tensor]], list[Tensor]]
 Item = TypeVar("Item")
 _log = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ def nvjpeg(device: torch.device, channels: int) -> Decode:
         raise RuntimeError(f"it needs a CUDA device, this rank trains on {device.type}")
     if channels not in (1, 3):
         raise RuntimeError(f"it decodes 1 or 3 channels, model.in_channels={channels}")
-    from torchvision.io import ImageReadMode, decode_jpeg  # here: its extension is of use on CUDA alone
+    # here: its extension is of use on CUDA alone
+    from torchvision.io import ImageReadMode, decode_jpeg
 
     mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
 
@@ -86,7 +89,8 @@ class DeviceDecoder:
 
         Args:
             images: [B, C, H, W] uint8 on the CPU; the rows of `encoded` are to be filled.
-            crops: [B, 5] as in a batch: where the box lies in the source image, and whether it is flipped.
+            crops: [B, 5] as in a batch: where the box lies in the source image, and whether it is
+                flipped.
             encoded: the files.
         """
         out = images.to(self.device, non_blocking=True)
@@ -98,12 +102,19 @@ class DeviceDecoder:
                 continue
             top, left, height, width, flipped = crops[row].tolist()
             box = pixels[None, :, top : top + height, left : left + width].float()
-            view = interpolate(box, images.shape[2:], mode="bicubic", antialias=True)[0].round_().clamp_(0, 255)
+            view = (
+                interpolate(box, images.shape[2:], mode="bicubic", antialias=True)[0]
+                .round_()
+                .clamp_(0, 255)
+            )
             out[row] = (view.flip(-1) if flipped else view).to(torch.uint8)
         return out, bad
 
     def _pixels(self, encoded: Encoded) -> list[Tensor | None]:
-        """Each file's pixels, None where the device refuses it. One refusal fails a whole call: then one by one."""
+        """Each file's pixels, None where the device refuses it.
+
+        One refusal fails a whole call: then one by one.
+        """
         starts = [0, *encoded.ends.tolist()]
         files = [encoded.data[start:end] for start, end in itertools.pairwise(starts)]
         try:
@@ -116,20 +127,27 @@ class DeviceDecoder:
             return self._decode([file])[0]
         except RuntimeError as error:
             if not self._refused:  # once: of a broken device every image would say it
-                _log.warning("the GPU refuses a JPEG, which the CPU then decodes, as any more: %s", error)
+                _log.warning(
+                    "the GPU refuses a JPEG, which the CPU then decodes, as any more: %s", error
+                )
             self._refused = True
             return None
 
 
 class OnDevice(Generic[Item]):
-    """Items of an iterator with `make` called on each, a few ahead, in a thread with a CUDA stream of its own.
+    """Items of an iterator with `make` called on each, a few ahead, in a thread with a CUDA stream
+    of its own.
 
-    So decoding goes on while the trainer waits for its step. What `make` or the iterator raises comes out in its place.
-    """
+    So decoding goes on while the trainer waits for its step. What `make` or the iterator raises
+    comes out in its place."""
 
-    def __init__(self, items: Iterator[Item], make: Callable[[Item], Item], device: torch.device, ahead: int) -> None:
+    def __init__(
+        self, items: Iterator[Item], make: Callable[[Item], Item], device: torch.device, ahead: int
+    ) -> None:
         self._items, self._make, self._device = items, make, device
-        self._made: queue.Queue[tuple[Item | None, Exception | None, torch.cuda.Event | None]] = queue.Queue(ahead)
+        self._made: queue.Queue[tuple[Item | None, Exception | None, torch.cuda.Event | None]] = (
+            queue.Queue(ahead)
+        )
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="decode on the device")
         self._thread.start()

@@ -1,9 +1,10 @@
-"""Where this process stands among the others: rank, world, device, and the few collectives the loop needs.
+"""Where this process stands among the others: rank, world, device, and the few collectives the loop
+needs.
 
-Works under torchrun, the `deepspeed` launcher, `srun`, or alone. Alone means: no process group unless an engine asks
-for one, and every function below returns at once. Two groups exist: the default one moves tensors (NCCL on GPUs, gloo
-on CPU); `control` is always gloo, so agreements and checkpoints never queue behind gradients.
-"""
+Works under torchrun, the `deepspeed` launcher, `srun`, or alone. Alone means: no process group
+unless an engine asks for one, and every function below returns at once. Two groups exist: the
+default one moves tensors (NCCL on GPUs, gloo on CPU); `control` is always gloo, so agreements and
+checkpoints never queue behind gradients."""
 
 from __future__ import annotations
 
@@ -35,16 +36,22 @@ def world() -> int:
 
 
 def launched() -> dict[str, int]:
-    """rank, world, local_rank and local_world as the launcher set them; all of one process when none did.
+    """rank, world, local_rank and local_world as the launcher set them; all of one process when
+    none did.
 
     Raises:
         ValueError: the launcher's variables are incomplete.
     """
     env = os.environ
     if "RANK" in env or "WORLD_SIZE" in env:  # torchrun, deepspeed
-        missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in env]
+        missing = [
+            key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in env
+        ]
         if missing:
-            raise ValueError(f"RANK or WORLD_SIZE is set but not {', '.join(missing)}; use a launcher, or unset them")
+            raise ValueError(
+                f"RANK or WORLD_SIZE is set but not {', '.join(missing)}; use a launcher, or "
+                "unset them"
+            )
         world_size = int(env["WORLD_SIZE"])
         return {
             "rank": int(env["RANK"]),
@@ -52,7 +59,8 @@ def launched() -> dict[str, int]:
             "local_rank": int(env.get("LOCAL_RANK", 0)),
             "local_world": int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world_size))),
         }
-    if "SLURM_STEP_NUM_TASKS" in env:  # inside srun; the batch shell itself has SLURM_NTASKS but no step
+    if "SLURM_STEP_NUM_TASKS" in env:
+        # inside srun; the batch shell itself has SLURM_NTASKS but no step
         tasks, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_STEP_NUM_NODES", 1))
         return {
             "rank": int(env["SLURM_PROCID"]),
@@ -69,7 +77,9 @@ def ranks_of_node() -> int:
 
 
 def launched_first() -> bool:
-    """Whether the launcher made this rank 0, also where its variables are incomplete: who speaks for all ranks."""
+    """Whether the launcher made this rank 0, also where its variables are incomplete: who speaks
+    for all ranks.
+    """
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
@@ -99,32 +109,46 @@ def start(*, required: bool, timeout_s: float = 1800.0) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // where["local_world"]))
     if where["world"] == 1 and not required:
         return
-    os.environ.setdefault("RANK", str(where["rank"]))  # DeepSpeed reads these whatever the launcher was
+    # DeepSpeed reads these whatever the launcher was
+    os.environ.setdefault("RANK", str(where["rank"]))
     os.environ.setdefault("WORLD_SIZE", str(where["world"]))
     os.environ.setdefault("LOCAL_RANK", str(where["local_rank"]))
-    if device().type == "cuda":  # DeepSpeed takes it for the index of a GPU: 0 where a rank sees only its own
+    if device().type == "cuda":
+        # DeepSpeed takes it for the index of a GPU: 0 where a rank sees only its own
         os.environ["LOCAL_RANK"] = str(device().index)
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _slurm_master() if where["world"] > 1 else "127.0.0.1"
         # one a job, below the range that Linux gives to outgoing connections
-        os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        os.environ.setdefault(
+            "MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
+        )
     timeout = _timeout = datetime.timedelta(seconds=timeout_s)
-    # DeepSpeed makes groups of its own, without a word about time: 10 minutes under NCCL, 30 under gloo, else
+    # DeepSpeed makes groups of its own, without a word about time: 10 minutes under NCCL, 30 under
+    # gloo, else
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
     if where["world"] == 1 and "MASTER_PORT" not in os.environ:
-        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        torch_dist.init_process_group(
+            backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps its store over restarts of the ranks: without a prefix each finds addresses of the dead
+        # torchrun keeps its store over restarts of the ranks: without a prefix each finds addresses
+        # of the dead
         own = torch_dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), where["world"], False, timeout=timeout
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            where["world"],
+            False,
+            timeout=timeout,
         )
         store = torch_dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", own)
         torch_dist.init_process_group(
             backend, store=store, rank=where["rank"], world_size=where["world"], timeout=timeout
         )
     else:
-        torch_dist.init_process_group(backend, rank=where["rank"], world_size=where["world"], timeout=timeout)
+        torch_dist.init_process_group(
+            backend, rank=where["rank"], world_size=where["world"], timeout=timeout
+        )
     _control = torch_dist.new_group(backend="gloo", timeout=timeout)
 
 
@@ -132,9 +156,13 @@ def _slurm_master() -> str:
     """The first host of this SLURM step."""
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
     try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"cannot tell the first host of {nodes!r} ({error}); export MASTER_ADDR in the job") from error
+        raise ValueError(
+            f"cannot tell the first host of {nodes!r} ({error}); export MASTER_ADDR in the job"
+        ) from error
     return listed.stdout.split()[0]
 
 
@@ -150,14 +178,20 @@ def barrier() -> None:
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """`values` summed over the ranks, in place. Collective: every rank calls, same shape and type."""
+    """`values` summed over the ranks, in place.
+
+    Collective: every rank calls, same shape and type.
+    """
     if world() > 1:
         torch_dist.all_reduce(values)
     return values
 
 
 def sum_numbers(values: Sequence[float]) -> list[float]:
-    """Plain numbers summed over the ranks, without the accelerator. Collective: every rank calls, as many numbers."""
+    """Plain numbers summed over the ranks, without the accelerator.
+
+    Collective: every rank calls, as many numbers.
+    """
     if world() == 1:
         return list(values)
     box = torch.tensor(values, dtype=torch.float64)
@@ -184,7 +218,10 @@ def gather(item: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]
 
 
 def from_first(item: Any, group: torch_dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's object on every rank. Collective: every rank calls; others' arguments are ignored."""
+    """Rank 0's object on every rank.
+
+    Collective: every rank calls; others' arguments are ignored.
+    """
     if world() == 1:
         return item
     box = [item]
@@ -193,7 +230,10 @@ def from_first(item: Any, group: torch_dist.ProcessGroup | None = None) -> Any:
 
 
 def own_group() -> torch_dist.ProcessGroup | None:
-    """A gloo group of all ranks for one thread to itself; None for a process alone. Collective: every rank calls."""
+    """A gloo group of all ranks for one thread to itself; None for a process alone.
+
+    Collective: every rank calls.
+    """
     if world() == 1:
         return None
     return torch_dist.new_group(backend="gloo", timeout=_timeout)
@@ -209,14 +249,16 @@ def together(problem: str | None) -> None:
     if len(set(told)) == 1 and problem:  # the same everywhere
         raise ValueError(problem)
     if any(told):
-        raise ValueError("\n".join(f"rank {index}: {text}" for index, text in enumerate(told) if text))
+        raise ValueError(
+            "\n".join(f"rank {index}: {text}" for index, text in enumerate(told) if text)
+        )
 
 
 def finish() -> None:
     """Leave the group. Collective: every rank calls, after its last collective.
 
-    gloo's threads abort the process when they outlive the interpreter (5 to 25 % of runs without the collection, the
-    barrier and the half second).
+    gloo's threads abort the process when they outlive the interpreter (5 to 25 % of runs without
+    the collection, the barrier and the half second).
     """
     global _control
     if not torch_dist.is_initialized():

@@ -1,9 +1,9 @@
 """Random numbers that depend on what they are for, never on what was drawn before.
 
-Every draw is Philox4x64 raw bits under the key (seed, purpose) at a counter that names the thing drawn for: an absolute
-position in the run, a block of a stream. So the same position gets the same crop and mask on any rank, in any worker,
-after any resume. Only raw bits and stable sorts are used: numpy keeps those across versions, Generator's methods not.
-"""
+Every draw is Philox4x64 raw bits under the key (seed, purpose) at a counter that names the thing
+drawn for: an absolute position in the run, a block of a stream. So the same position gets the same
+crop and mask on any rank, in any worker, after any resume. Only raw bits and stable sorts are used:
+numpy keeps those across versions, Generator's methods not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 
 class Purpose(IntEnum):
-    """What a draw is for. The values are part of every run's identity: add new ones, never renumber."""
+    """What a draw is for.
+
+    The values are part of every run's identity: add new ones, never renumber.
+    """
 
     SHARDS = 1  # order of the shards in a pass
     ROTATION = 2  # where in the circle of shards a pass starts
@@ -39,12 +42,18 @@ def raw(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.uint
         generator = _generators.one
     except AttributeError:
         generator = _generators.one = np.random.Philox(0)
-    # The lowest word counts Philox blocks within one draw; the others name the place, so places never overlap.
+    # The lowest word counts Philox blocks within one draw; the others name the place, so places
+    # never overlap.
     counter = (0, *where, 0, 0, 0)[:4]
-    generator.state = {  # a sixth of the time that a new generator takes: numpy asks the system for a seed first
-        "bit_generator": "Philox", "state": {"counter": counter, "key": (seed, int(purpose))},
-        "buffer": (0, 0, 0, 0), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0,
-    }  # fmt: skip
+    # a sixth of the time that a new generator takes: numpy asks the system for a seed first
+    generator.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": counter, "key": (seed, int(purpose))},
+        "buffer": (0, 0, 0, 0),
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
     return generator.random_raw(count)
 
 
@@ -58,4 +67,6 @@ def uniform(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.
 
 def permutation(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.int64]:
     """A random order of 0 .. count - 1."""
-    return np.argsort(raw(seed, purpose, *where, count=count), kind="stable").astype(np.int64, copy=False)
+    return np.argsort(raw(seed, purpose, *where, count=count), kind="stable").astype(
+        np.int64, copy=False
+    )

@@ -1,12 +1,16 @@
-"""Trained encoders for other code: a timm model from a run, a checkpoint or a file of any family, in one call.
+"""Trained encoders for other code: a timm model from a run, a checkpoint or a file of any family,
+in one call.
 
-    model = rcmae.load_encoder("runs/rcmae_vit_b_16")             # or a .pth, .safetensors, a checkpoint's folder
-    tokens = model.forward_features(images)                       # [B, 1 + L, D], normalised, class token first if any
-    vector = model(images)                                        # [B, D], the mean of the patches
+    model = rcmae.load_encoder("runs/rcmae_vit_b_16")
+        # or a .pth, .safetensors, a checkpoint's folder
+    tokens = model.forward_features(images)
+        # [B, 1 + L, D], normalised, class token first if any
+    vector = model(images)
+        # [B, D], the mean of the patches
     maps = model.get_intermediate_layers(images, n=4, reshape=True)
 
-Images are normalised as in the pretraining: `model.pretrained_cfg` has the numbers, where timm looks for them. Weights
-are fitted by name and shape; nothing in a file is run.
+Images are normalised as in the pretraining: `model.pretrained_cfg` has the numbers, where timm
+looks for them. Weights are fitted by name and shape; nothing in a file is run.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from rcmae.parts import new_network
 from rcmae.vit import ARCHITECTURES, MaskedAutoencoder
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the architectures that the field shares, by width
+# of the architectures that the field shares, by width
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
 def load_encoder(
@@ -45,13 +50,14 @@ def load_encoder(
     Args:
         source: a run's or a checkpoint's folder, or a file of weights of any family.
         network: whose weights; None: the teacher's where there is one.
-        image_size: in pixels, one side or (height, width), a multiple of the patch; None: as it was trained with. The
-            position table is interpolated.
+        image_size: in pixels, one side or (height, width), a multiple of the patch; None: as it was
+            trained with. The position table is interpolated.
         num_heads: for a file of an unusual architecture, which shapes do not tell.
         pool: what calling the model gives: "mean" of the normalised patch tokens, or "cls".
 
     Raises:
-        ValueError: there is no such thing, or its weights are not those of an encoder; everything at once.
+        ValueError: there is no such thing, or its weights are not those of an encoder; everything
+            at once.
         CheckpointError: the checkpoint is damaged.
     """
     if pool not in ("mean", "cls"):
@@ -66,9 +72,13 @@ def load_encoder(
 
 
 def load_classifier(
-    source: str | Path, *, network: Which | None = None, image_size: int | tuple[int, int] | None = None
+    source: str | Path,
+    *,
+    network: Which | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Classifier:
-    """A fine-tuned classifier, as `load_encoder`; `pretrained_cfg["class_names"]` is the file that its recipe names.
+    """A fine-tuned classifier, as `load_encoder`; `pretrained_cfg["class_names"]` is the file that
+    its recipe names.
 
     Raises:
         ValueError: as there, or the weights have no head.
@@ -76,7 +86,9 @@ def load_classifier(
     """
     found = read_network(Path(source), network)
     if "head.weight" not in found.weights:
-        raise ValueError(f"{source} has no head: it is an encoder; fine-tune it, or give a run of rcmae.finetune")
+        raise ValueError(
+            f"{source} has no head: it is an encoder; fine-tune it, or give a run of rcmae.finetune"
+        )
     model, _ = model_of(found, image_size=image_size, num_heads=None, head=True)
     recipe = json.loads(found.told.get("recipe", "{}"))
     model.pretrained_cfg["class_names"] = recipe.get("classify", {}).get("class_names")
@@ -90,7 +102,8 @@ def load_autoencoder(
     num_heads: int | None = None,
     decoder_heads: int | None = None,
 ) -> tuple[Network, Source]:
-    """A whole network in evaluation mode, that of its recipe where there is one, and what is known of it.
+    """A whole network in evaluation mode, that of its recipe where there is one, and what is known
+    of it.
 
     Args:
         source: as `load_encoder`.
@@ -104,7 +117,9 @@ def load_autoencoder(
     """
     found = read_network(Path(source), network)
     if not found.weights.keys() & {"decoder_pred.weight", "lm_head.weight", "lm_head.proj.weight"}:
-        raise ValueError(f"{found.about} has no decoder: it reconstructs nothing; give a whole network")
+        raise ValueError(
+            f"{found.about} has no decoder: it reconstructs nothing; give a whole network"
+        )
     if "recipe" in found.told:
         model = _pretrained(Recipe.model_validate_json(found.told["recipe"]), found)
         return model.eval(), found
@@ -112,7 +127,11 @@ def load_autoencoder(
     sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
     side = round(sizes.pop("num_patches") ** 0.5)  # only a recipe tells of another shape
     heads = num_heads or heads_of(found) or HEADS.get(sizes["embed_dim"])
-    theirs = decoder_heads or found.sizes.get("decoder_heads") or {512: 16, 256: 8}.get(sizes["decoder_dim"])
+    theirs = (
+        decoder_heads
+        or found.sizes.get("decoder_heads")
+        or {512: 16, 256: 8}.get(sizes["decoder_dim"])
+    )
     if heads is None or theirs is None:
         raise ValueError(f"{found.about}: its widths do not tell the numbers of heads; give both")
     patch = sizes["patch_size"]
@@ -124,14 +143,19 @@ def load_autoencoder(
 
 
 def _pretrained(recipe: Recipe, found: Source) -> Network:
-    """The network of a recipe with the weights, its heads for classes and features left out. Raises ValueError."""
+    """The network of a recipe with the weights, its heads for classes and features left out.
+
+    Raises ValueError.
+    """
     model = new_network(recipe, norm="torch")
     model.keep(("pixels",))
     wanted = model.state_dict()
     split = any(name.endswith(".q_bias") for name in wanted)  # a file has them joined
     weights = family_names(found.weights, "bootmae") if split else found.weights
     try:
-        model.load_state_dict(whole_network(model, {name: weights[name] for name in weights if name in wanted}))
+        model.load_state_dict(
+            whole_network(model, {name: weights[name] for name in weights if name in wanted})
+        )
     except ValueError as error:
         raise ValueError(f"{found.about} {error}") from error
     return model
@@ -148,18 +172,30 @@ def model_of(
     patch, width = sizes["patch_size"], sizes["embed_dim"]
     heads = num_heads or heads_of(source) or HEADS.get(width)
     if heads is None or width % heads:
-        raise ValueError(f"{source.about}: its width of {width} does not tell the number of heads; give num_heads")
+        raise ValueError(
+            f"{source.about}: its width of {width} does not tell the number of heads; give "
+            "num_heads"
+        )
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
     size = image_size or (rows * patch, columns * patch)
     if size[0] % patch or size[1] % patch:
-        raise ValueError(f"image_size={size[0]}x{size[1]} is no multiple of the patch of {patch} pixels")
+        raise ValueError(
+            f"image_size={size[0]}x{size[1]} is no multiple of the patch of {patch} pixels"
+        )
     own_norm = "fc_norm.weight" in weights and "norm.weight" not in weights
     model = Classifier(
-        image_size=size, patch_size=patch, in_channels=sizes["in_channels"], embed_dim=width, depth=sizes["depth"],
-        num_heads=heads, num_classes=len(weights["head.weight"]) if head else 0,
-        pool="mean" if own_norm else "cls", mlp_ratio=sizes["mlp_ratio"], class_token=sizes.get("cls_token", True),
-    )  # fmt: skip
+        image_size=size,
+        patch_size=patch,
+        in_channels=sizes["in_channels"],
+        embed_dim=width,
+        depth=sizes["depth"],
+        num_heads=heads,
+        num_classes=len(weights["head.weight"]) if head else 0,
+        pool="mean" if own_norm else "cls",
+        mlp_ratio=sizes["mlp_ratio"],
+        class_token=sizes.get("cls_token", True),
+    )
     try:
         fit = fit_weights(model, weights, (rows, columns))
     except ValueError as error:
@@ -171,9 +207,13 @@ def model_of(
 
 
 def statistics_of(source: Source, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, 0 to 1, that images were normalised by: the recipe's, else ImageNet's."""
+    """Mean and deviation of each channel, 0 to 1, that images were normalised by: the recipe's,
+    else ImageNet's.
+    """
     data = json.loads(source.told["recipe"])["data"] if "recipe" in source.told else {}
-    return tuple(data.get("mean", IMAGENET[0]))[:channels], tuple(data.get("std", IMAGENET[1]))[:channels]
+    return tuple(data.get("mean", IMAGENET[0]))[:channels], tuple(data.get("std", IMAGENET[1]))[
+        :channels
+    ]
 
 
 def heads_of(source: Source) -> int | None:
@@ -195,23 +235,30 @@ class _Tokens(nn.Module):
 
 
 def to_onnx(model: Classifier, path: Path) -> None:
-    """Write the encoder as ONNX: `images` [B, C, H, W] normalised to `tokens` [B, 1 + L, D], for any B.
+    """Write the encoder as ONNX: `images` [B, C, H, W] normalised to `tokens` [B, 1 + L, D], for
+    any B.
 
     The metadata has "mean" and "std", of each channel, 0 to 1, that images are to be normalised by.
 
     Raises:
         ValueError: onnx and onnxscript are not installed.
     """
-    if importlib.util.find_spec("onnxscript") is None:  # torch's exporter asks for it only when it is under way
+    if importlib.util.find_spec("onnxscript") is None:
+        # torch's exporter asks for it only when it is under way
         raise ValueError("ONNX needs two packages more: pip install onnx onnxscript")
     height, width = (side * model.patch_embed.patch_size[0] for side in model.grid)
     images = torch.zeros(2, model.in_chans, height, width)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         program = torch.onnx.export(
-            _Tokens(model).eval(), (images,), input_names=["images"], output_names=["tokens"], dynamo=True,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
-        )  # fmt: skip
+            _Tokens(model).eval(),
+            (images,),
+            input_names=["images"],
+            output_names=["tokens"],
+            dynamo=True,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
         assert program is not None
         told = {key: json.dumps(model.pretrained_cfg[key]) for key in ("mean", "std")}
         program.model.metadata_props.update(told)

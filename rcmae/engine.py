@@ -1,11 +1,13 @@
 """What an engine is, and the plain one.
 
-An engine owns the student, the teacher, the optimizer and every collective that moves gradients or weights. The loop
-calls `backward` for each micro-batch, then `step`, then `update_teacher`, and cannot tell engines apart. Losses handed
-to `backward` are this rank's share of the global loss: gradients are *summed* over ranks and micro-batches.
+An engine owns the student, the teacher, the optimizer and every collective that moves gradients or
+weights. The loop calls `backward` for each micro-batch, then `step`, then `update_teacher`, and
+cannot tell engines apart. Losses handed to `backward` are this rank's share of the global loss:
+gradients are *summed* over ranks and micro-batches.
 
-`state()` gives the run's logical state as `Piece`s: runs of the flattened parameters, whatever the sharding, so a
-checkpoint of one engine opens in any other. `LocalEngine` is one process, the oracle of the tests and what a laptop
+`state()` gives the run's logical state as `Piece`s: runs of the flattened parameters, whatever the
+sharding, so a checkpoint of one engine opens in any other. `LocalEngine` is one process, the oracle
+of the tests and what a laptop
 runs: weights, gradients and moments are one flat tensor a group, so a step is a handful of kernels.
 """
 
@@ -40,11 +42,14 @@ class StepStats(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous run of one parameter that this rank holds: live fp32 views, all of the same length."""
+    """A contiguous run of one parameter that this rank holds: live fp32 views, all of the same
+    length.
+    """
 
     name: str  # as published
     start: int  # offset into the flattened parameter
-    tensors: dict[str, Tensor]  # kind -> 1-D; no "teacher" where there is none, or it lacks the parameter
+    # kind -> 1-D; no "teacher" where there is none, or it lacks the parameter
+    tensors: dict[str, Tensor]
 
 
 @dataclass
@@ -71,39 +76,56 @@ class Settings:
     per_device: int = 1  # images a micro-batch
     optimizer: Source = "torch"
     rule: Rule = "adamw"
-    layer_decay: float | None = None  # groups by layer, each slower than the one above it; None: encoder and decoder
+    # groups by layer, each slower than the one above it; None: encoder and decoder
+    layer_decay: float | None = None
     teacher_accumulate: str = "fp32_shard"
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 class Engine(Protocol):
-    """Moves the weights. Every method but `state` is collective: every rank calls, in the same order."""
+    """Moves the weights.
+
+    Every method but `state` is collective: every rank calls, in the same order.
+    """
 
     student: nn.Module  # call it; wrapped, one forward
-    teacher: nn.Module | None  # frozen, sharded like the student; it may lack whole optimizer groups of the student's
+    # frozen, sharded like the student; it may lack whole optimizer groups of the student's
+    teacher: nn.Module | None
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of this rank's share of the global loss; `last` micro-batch of the step reduces."""
+        """Add the gradient of this rank's share of the global loss.
+
+        `last` micro-batch of the step reduces.
+        """
 
     def step(self, *, lr: float, weight_decay: float, discard: bool = False) -> StepStats:
-        """Finite check agreed by all ranks before any group moves, clip, update. `discard` drops the gradients."""
+        """Finite check agreed by all ranks before any group moves, clip, update.
+
+        `discard` drops the gradients.
+        """
 
     def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:
-        """Move the teacher's local shards; `measure` gives what it did (it waits for the device)."""
+        """Move the teacher's local shards.
+
+        `measure` gives what it did (it waits for the device).
+        """
 
     def state(self) -> EngineState:
         """Live views of the logical state."""
 
     def restored(self, *, optimizer_step: int, teacher_updates: int) -> None:
-        """After the views of `state()` were written: bring compute copies and counters up to them."""
+        """After the views of `state()` were written: bring compute copies and counters up to
+        them.
+        """
 
 
 def global_norm(grads: Sequence[Tensor], *, sharded: bool, device: torch.device) -> Tensor:
-    """L2 norm of all gradients as a float32 scalar on `device`. Collective when `sharded`: every rank calls.
+    """L2 norm of all gradients as a float32 scalar on `device`. Collective when `sharded`: every
+    rank calls.
 
-    Not finite if any element on any rank is not: this is the verdict all ranks share before an update.
-    """
+    Not finite if any element on any rank is not: this is the verdict all ranks share before an
+    update."""
     squares = torch.zeros((), dtype=torch.float32, device=device)
     if grads:
         norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
@@ -118,20 +140,28 @@ def set_rates(groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: floa
         group["weight_decay"] = 0.0 if group["name"].endswith("_no_decay") else weight_decay
 
 
-def optimizer_for(groups: list[dict[str, Any]], settings: Settings, *, sharded: bool) -> torch.optim.Optimizer:
-    """The optimizer of the settings over an engine's groups; `sharded` where each rank holds a part of a tensor."""
+def optimizer_for(
+    groups: list[dict[str, Any]], settings: Settings, *, sharded: bool
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings over an engine's groups.
+
+    `sharded` where each rank holds a part of a tensor.
+    """
     if settings.rule == "adamw":
         return adamw(groups, betas=settings.betas, kind=settings.optimizer)
     trust = 0.001 if settings.rule == "lars" else None
     return LARS(groups, trust=trust, all_sum=dist.all_sum if sharded else lambda values: values)
 
 
-def prime(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], step: int, *, zero: bool = False) -> None:
-    """Give each of the optimizer's fp32 tensors its state, zero where there was none, and set its step.
+def prime(
+    optimizer: torch.optim.Optimizer, params: Iterable[Tensor], step: int, *, zero: bool = False
+) -> None:
+    """Give each of the optimizer's fp32 tensors its state, zero where there was none, and set its
+    step.
 
-    Optimizers make their state at the first update; a checkpoint needs to know where it lies before that. `zero`
-    also empties moments that exist: some engines take a first step of their own while they are set up.
-    """
+    Optimizers make their state at the first update; a checkpoint needs to know where it lies before
+    that. `zero` also empties moments that exist: some engines take a first step of their own while
+    they are set up."""
     group = optimizer.param_groups[0]
     for each in optimizer.param_groups:
         if "step" in each:  # apex counts by group
@@ -148,7 +178,11 @@ def prime(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], step: int,
         elif "step" in state or not isinstance(optimizer, torch.optim.AdamW):
             state["step"] = step
         else:
-            device = param.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+            device = (
+                param.device
+                if group.get("fused") or group.get("capturable")
+                else torch.device("cpu")
+            )
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
 
 
@@ -162,8 +196,10 @@ def read_telemetry(seen: Telemetry, *, sharded: bool) -> dict[str, float]:
     sums = torch.stack([seen.difference_sq, seen.weight_sq, seen.moved, seen.elements])
     difference, weight, moved, elements = (dist.all_sum(sums) if sharded else sums).tolist()
     return {
-        "teacher_distance": (difference / max(weight, 1e-30)) ** 0.5,  # relative L2, student to teacher
-        "teacher_moved": moved / max(elements, 1.0),  # share of the copy's elements that the update changed
+        # relative L2, student to teacher
+        "teacher_distance": (difference / max(weight, 1e-30)) ** 0.5,
+        # share of the copy's elements that the update changed
+        "teacher_moved": moved / max(elements, 1.0),
         "teacher_update_s": seen.seconds,
     }
 
@@ -174,9 +210,14 @@ def freeze(teacher: nn.Module | None) -> nn.Module | None:
 
 
 def has_all(theirs: Mapping[str, object], names: Sequence[str]) -> bool:
-    """Whether a teacher has an optimizer group. It has all of a group or nothing of it: groups are cut as one."""
+    """Whether a teacher has an optimizer group.
+
+    It has all of a group or nothing of it: groups are cut as one.
+    """
     found = [name in theirs for name in names]
-    assert all(found) or not any(found), f"a teacher has {sum(found)} of {len(found)} parameters of a group"
+    assert all(found) or not any(found), (
+        f"a teacher has {sum(found)} of {len(found)} parameters of a group"
+    )
     return all(found)
 
 
@@ -189,8 +230,8 @@ def cast_params(module: nn.Module, dtype: torch.dtype) -> None:
 class LocalEngine:
     """One process. Masters, gradients, moments and teacher are one flat fp32 tensor a group.
 
-    In bf16 the model computes with bf16 views of a flat copy, rounded from the masters after each step, as DeepSpeed
-    does; gradients of micro-batches are added up in fp32.
+    In bf16 the model computes with bf16 views of a flat copy, rounded from the masters after each
+    step, as DeepSpeed does; gradients of micro-batches are added up in fp32.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, settings: Settings) -> None:
@@ -202,31 +243,45 @@ class LocalEngine:
         self._params = [list(group["params"]) for group in groups]
         self._shapes = {name: tuple(param.shape) for name, param in student.named_parameters()}
         self._masters = [nn.Parameter(_flatten(params)) for params in self._params]
-        self._copies = [m.data if dtype == torch.float32 else m.data.to(dtype) for m in self._masters]
+        self._copies = [
+            m.data if dtype == torch.float32 else m.data.to(dtype) for m in self._masters
+        ]
         self._grads = [torch.zeros_like(copy) for copy in self._copies]
         for params, copy, grad in zip(self._params, self._copies, self._grads, strict=True):
-            for param, part, part_grad in zip(params, _views(copy, params), _views(grad, params), strict=True):
+            for param, part, part_grad in zip(
+                params, _views(copy, params), _views(grad, params), strict=True
+            ):
                 param.data, param.grad = part, part_grad  # autograd adds in place
         for master, grad in zip(self._masters, self._grads, strict=True):
             master.grad = grad if dtype == torch.float32 else torch.zeros_like(master)
         self._optimizer = optimizer_for(
-            [{**g, "params": [m], "param_names": [g["name"]]} for g, m in zip(groups, self._masters, strict=True)],
-            settings, sharded=False,
-        )  # fmt: skip
+            [
+                {**g, "params": [m], "param_names": [g["name"]]}
+                for g, m in zip(groups, self._masters, strict=True)
+            ],
+            settings,
+            sharded=False,
+        )
         prime(self._optimizer, self._masters, 0)
         self._ema: Teacher | None = None
         if teacher is not None:
             teacher.to(settings.device)
             theirs = dict(teacher.named_parameters())
-            self._taught = [index for index, names in enumerate(self._names) if has_all(theirs, names)]
+            self._taught = [
+                index for index, names in enumerate(self._names) if has_all(theirs, names)
+            ]
             flats = [self._copies[index].clone() for index in self._taught]
             for index, flat in zip(self._taught, flats, strict=True):
-                for name, part in zip(self._names[index], _views(flat, self._params[index]), strict=True):
+                for name, part in zip(
+                    self._names[index], _views(flat, self._params[index]), strict=True
+                ):
                     theirs[name].data = part
             self._ema = Teacher(
-                [self._masters[index].data for index in self._taught], flats,
-                accumulate=settings.teacher_accumulate, seed=settings.seed,
-            )  # fmt: skip
+                [self._masters[index].data for index in self._taught],
+                flats,
+                accumulate=settings.teacher_accumulate,
+                seed=settings.seed,
+            )
             self._ema.start_from_student()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -272,10 +327,23 @@ class LocalEngine:
             offset = 0
             for name, param in zip(names, params, strict=True):
                 size = param.numel()
-                pieces.append(Piece(name, 0, {kind: flat[offset : offset + size] for kind, flat in flats.items()}))
+                pieces.append(
+                    Piece(
+                        name,
+                        0,
+                        {kind: flat[offset : offset + size] for kind, flat in flats.items()},
+                    )
+                )
                 offset += size
         step = step_of(self._optimizer, self._masters[0])
-        return EngineState(self._shapes, pieces, dict(self.student.named_buffers()), True, step, updates_of(self._ema))
+        return EngineState(
+            self._shapes,
+            pieces,
+            dict(self.student.named_buffers()),
+            True,
+            step,
+            updates_of(self._ema),
+        )
 
     def restored(self, *, optimizer_step: int, teacher_updates: int) -> None:
         """Compute copies and counters after a load."""
@@ -284,8 +352,13 @@ class LocalEngine:
         restore_teacher(self._ema, teacher_updates)
 
 
-def update(ema: Teacher | None, momentum: float, *, measure: bool, sharded: bool) -> dict[str, float]:
-    """One EMA update, measured or not; nothing where there is no teacher. Collective: every rank calls."""
+def update(
+    ema: Teacher | None, momentum: float, *, measure: bool, sharded: bool
+) -> dict[str, float]:
+    """One EMA update, measured or not; nothing where there is no teacher.
+
+    Collective: every rank calls.
+    """
     if ema is None:
         return {}
     if measure:
@@ -300,14 +373,20 @@ def updates_of(ema: Teacher | None) -> int:
 
 
 def restore_teacher(ema: Teacher | None, updates: int) -> None:
-    """Copies and counter of a teacher whose accumulators were written. Collective: every rank calls."""
+    """Copies and counter of a teacher whose accumulators were written.
+
+    Collective: every rank calls.
+    """
     if ema is not None:
         ema.updates = updates
         ema.round()
 
 
 def clip(grads: Sequence[Tensor], norm: Tensor, limit: float | None) -> None:
-    """Scale gradients so that their global norm is at most `limit`; on the device, without a wait."""
+    """Scale gradients so that their global norm is at most `limit`.
+
+    On the device, without a wait.
+    """
     if limit is not None and grads:
         torch._foreach_mul_(list(grads), (limit / (norm + 1e-6)).clamp(max=1.0))
 

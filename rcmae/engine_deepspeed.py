@@ -1,12 +1,13 @@
 """DeepSpeed: ZeRO stages 0 to 3 and optimizer offload, with a teacher that follows the stage.
 
-DeepSpeed owns the partition, the collectives and the bf16 copies; this file only says where, at each stage, the fp32
-masters, the moments and the reduced gradients of this rank lie (the three `_Stage` classes), and hangs the teacher on
-the same cut. The batch, clipping, precision and optimizer come from the recipe; DeepSpeed's JSON holds what DeepSpeed
-alone owns, and a JSON that says otherwise is refused.
+DeepSpeed owns the partition, the collectives and the bf16 copies; this file only says where, at
+each stage, the fp32 masters, the moments and the reduced gradients of this rank lie (the three
+`_Stage` classes), and hangs the teacher on the same cut. The batch, clipping, precision and
+optimizer come from the recipe; DeepSpeed's JSON holds what DeepSpeed alone owns, and a JSON that
+says otherwise is refused.
 
-Two corrections to what `deepspeed.initialize` leaves behind, both made in `_start`: in bf16 the masters are copies of
-rounded weights, and stage 0 in bf16 has already taken one optimizer step.
+Two corrections to what `deepspeed.initialize` leaves behind, both made in `_start`: in bf16 the
+masters are copies of rounded weights, and stage 0 in bf16 has already taken one optimizer step.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ from rcmae.engine import (
     update,
     updates_of,
     verdict,
-)  # fmt: skip
+)
 from rcmae.optim import moments, param_groups
 from rcmae.teacher import Teacher
 
-_all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)  # its name since torch 2.13
+# its name since torch 2.13
+_all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 
@@ -58,7 +60,9 @@ def read_config(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or it is not a JSON object.
     """
-    path = next((p for p in (Path(name), CONFIGS / name, CONFIGS / f"{name}.json") if p.is_file()), None)
+    path = next(
+        (p for p in (Path(name), CONFIGS / name, CONFIGS / f"{name}.json") if p.is_file()), None
+    )
     if path is None:
         shipped = ", ".join(sorted(p.name for p in CONFIGS.glob("*.json")))
         raise ValueError(f"engine.config: no file {name!r}, and the shipped ones are {shipped}")
@@ -71,13 +75,20 @@ def read_config(name: str) -> dict[str, Any]:
     return config
 
 
-def config_problems(config: Mapping[str, Any], settings: Settings, *, lr: float, world: int) -> list[str]:
-    """What a DeepSpeed JSON says against the recipe, one line a problem: the recipe owns these numbers."""
+def config_problems(
+    config: Mapping[str, Any], settings: Settings, *, lr: float, world: int
+) -> list[str]:
+    """What a DeepSpeed JSON says against the recipe, one line a problem: the recipe owns these
+    numbers.
+    """
     images = settings.per_device * settings.accumulation * world
     mine: dict[str, tuple[str, Any]] = {
         "train_batch_size": ("batch.images", images),
         "train_micro_batch_size_per_gpu": ("batch.per_device", settings.per_device),
-        "gradient_accumulation_steps": ("the accumulation that follows from batch", settings.accumulation),
+        "gradient_accumulation_steps": (
+            "the accumulation that follows from batch",
+            settings.accumulation,
+        ),
         "gradient_clipping": ("schedule.clip_grad", settings.clip_grad or 0.0),
         "bf16.enabled": ("engine.precision=bf16", settings.precision == "bf16"),
         "fp16.enabled": ("engine.precision", False),
@@ -94,9 +105,15 @@ def config_problems(config: Mapping[str, Any], settings: Settings, *, lr: float,
         for part in key.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
         if node not in (None, "auto") and node != value:
-            problems.append(f"DeepSpeed's JSON says {key}={node}, the recipe says {owner}: {value}; delete it there")
+            problems.append(
+                f"DeepSpeed's JSON says {key}={node}, the recipe says {owner}: {value}; delete "
+                "it there"
+            )
     if "scheduler" in config:
-        problems.append("DeepSpeed's JSON has a scheduler, but the recipe's schedule owns the lr: delete it there")
+        problems.append(
+            "DeepSpeed's JSON has a scheduler, but the recipe's schedule owns the lr: delete it "
+            "there"
+        )
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
@@ -105,7 +122,8 @@ def config_problems(config: Mapping[str, Any], settings: Settings, *, lr: float,
         place = (zero.get(key) or {}).get("device", "none")
         if place == "nvme" or (key == "offload_param" and place != "none"):
             problems.append(
-                f"DeepSpeed's JSON says zero_optimization.{key}.device={place}; only offload_optimizer to cpu works"
+                f"DeepSpeed's JSON says zero_optimization.{key}.device={place}; only "
+                "offload_optimizer to cpu works"
             )
     return problems
 
@@ -117,7 +135,9 @@ class _Stage(Protocol):
     masters: list[Tensor]  # fp32, as the optimizer holds them
 
     def runs(self) -> list[tuple[str, int, int, int, int]]:
-        """(name, start in the parameter, index in masters, offset in that master, length) of each run."""
+        """(name, start in the parameter, index in masters, offset in that master, length) of
+        each run.
+        """
 
     def grads(self) -> list[Tensor]:
         """Reduced gradients of this rank, after the last backward."""
@@ -133,7 +153,11 @@ class _Whole:
 
     def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
         optimizer = engine.optimizer
-        self.params = [p for group in getattr(optimizer, "fp16_groups", None) or _groups(optimizer) for p in group]
+        self.params = [
+            p
+            for group in getattr(optimizer, "fp16_groups", None) or _groups(optimizer)
+            for p in group
+        ]
         wrapped = hasattr(optimizer, "fp32_groups")  # in bf16
         fp32 = [p for group in optimizer.fp32_groups for p in group] if wrapped else []
         self.masters = fp32 or [p.data for p in self.params]
@@ -141,7 +165,10 @@ class _Whole:
         self.names = [names[param] for param in self.params]
 
     def runs(self) -> list[tuple[str, int, int, int, int]]:
-        return [(name, 0, i, 0, m.numel()) for i, (name, m) in enumerate(zip(self.names, self.masters, strict=True))]
+        return [
+            (name, 0, i, 0, m.numel())
+            for i, (name, m) in enumerate(zip(self.names, self.masters, strict=True))
+        ]
 
     def grads(self) -> list[Tensor]:
         return [param.grad for param in self.params if param.grad is not None]
@@ -152,19 +179,26 @@ class _Whole:
 
 
 class _Partitioned:
-    """Stages 1 and 2: a group lies end to end, padded, cut in equal parts; every rank computes with the whole."""
+    """Stages 1 and 2: a group lies end to end, padded, cut in equal parts.
+
+    Every rank computes with the whole.
+    """
 
     sharded = True
 
     def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
         self.optimizer = optimizer = engine.optimizer
-        self.accumulates_fp32 = hasattr(optimizer, "fp32_groups_flat_partition")  # its bf16 optimizer of stage 1
+        # its bf16 optimizer of stage 1
+        self.accumulates_fp32 = hasattr(optimizer, "fp32_groups_flat_partition")
         if self.accumulates_fp32:
             self.masters = list(optimizer.fp32_groups_flat_partition)
             self.groups, self.flats = optimizer.bf16_groups, optimizer.bf16_groups_flat
         else:
             self.masters = list(optimizer.single_partition_of_fp32_groups)
-            self.groups, self.flats = optimizer.round_robin_bit16_groups, optimizer.bit16_groups_flat
+            self.groups, self.flats = (
+                optimizer.round_robin_bit16_groups,
+                optimizer.bit16_groups_flat,
+            )
         self.keys = self.masters
         self.names = names
 
@@ -175,7 +209,9 @@ class _Partitioned:
                 held = param._hp_mapping
                 if held is not None:
                     start, at = held.lp_fragment_address.start, held.hp_fragment_address.start
-                    found.append((self.names[param], start, index, at, held.lp_fragment_address.numel))
+                    found.append(
+                        (self.names[param], start, index, at, held.lp_fragment_address.numel)
+                    )
         return found
 
     def grads(self) -> list[Tensor]:
@@ -190,7 +226,10 @@ class _Partitioned:
 
 
 class _Sharded:
-    """Stage 3: each parameter is padded and cut in equal parts; a whole one exists only while it computes."""
+    """Stage 3: each parameter is padded and cut in equal parts.
+
+    A whole one exists only while it computes.
+    """
 
     sharded = True
 
@@ -202,7 +241,9 @@ class _Sharded:
     def places(self) -> dict[str, tuple[int, int, int]]:
         """(index in masters, offset, padded length) of each parameter."""
         where = self.optimizer.grad_position
-        return {name: where[self.optimizer.get_param_id(param)] for name, param in self.params.items()}
+        return {
+            name: where[self.optimizer.get_param_id(param)] for name, param in self.params.items()
+        }
 
     def runs(self) -> list[tuple[str, int, int, int, int]]:
         found = []
@@ -231,7 +272,12 @@ class DeepSpeedEngine:
     """A student wrapped by DeepSpeed and its teacher, at any ZeRO stage."""
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, settings: Settings, *, config: Mapping[str, Any]
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        settings: Settings,
+        *,
+        config: Mapping[str, Any],
     ) -> None:
         _prepare_deepspeed()
         self._settings, self._dtype = settings, DTYPES[settings.precision]
@@ -243,11 +289,16 @@ class DeepSpeedEngine:
         names: dict[Tensor, str] = {param: name for name, param in student.named_parameters()}
         groups = param_groups(student, settings.weight_decay, settings.layer_decay)
         if offload:
-            optimizer: Any = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.0, betas=settings.betas, adamw_mode=True)
+            optimizer: Any = deepspeed.ops.adam.DeepSpeedCPUAdam(
+                groups, lr=0.0, betas=settings.betas, adamw_mode=True
+            )
         else:
             optimizer = optimizer_for(groups, settings, sharded=stage > 0)
         self.student, *_ = deepspeed.initialize(
-            model=student, optimizer=optimizer, config=self._config(config), dist_init_required=False
+            model=student,
+            optimizer=optimizer,
+            config=self._config(config),
+            dist_init_required=False,
         )
         place = _Sharded if stage == 3 else _Partitioned if stage else _Whole
         self._stage: Any = place(self.student, names)
@@ -303,14 +354,21 @@ class DeepSpeedEngine:
             masters = [stored[index].narrow(0, at, size) for index, at, size in places.values()]
             copies = [cut[name].ds_tensor.data[: places[name][2]] for name in places]
         ema = Teacher(
-            masters, copies, accumulate=self._settings.teacher_accumulate, publication=publication,
-            seed=self._settings.seed, offset=dist.rank() if self._stage.sharded else 0,
-        )  # fmt: skip
+            masters,
+            copies,
+            accumulate=self._settings.teacher_accumulate,
+            publication=publication,
+            seed=self._settings.seed,
+            offset=dist.rank() if self._stage.sharded else 0,
+        )
         ema.start_from_student()
         return ema
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient; DeepSpeed averages over ranks, so the share is scaled up to make that a sum."""
+        """Add the gradient.
+
+        DeepSpeed averages over ranks, so the share is scaled up to make that a sum.
+        """
         self.student.set_gradient_accumulation_boundary(last)
         self.student.backward(loss * dist.world(), scale_wrt_gas=False)
         if not last:
@@ -318,8 +376,11 @@ class DeepSpeedEngine:
 
     def step(self, *, lr: float, weight_decay: float, discard: bool = False) -> StepStats:
         """Finite check agreed by all ranks, then DeepSpeed's clip and update."""
-        # its own check is off in fp32, and stages 1 and 2 update group by group: look before it starts
-        norm = global_norm(self._stage.grads(), sharded=self._stage.sharded, device=self._settings.device)
+        # its own check is off in fp32, and stages 1 and 2 update group by group: look before it
+        # starts
+        norm = global_norm(
+            self._stage.grads(), sharded=self._stage.sharded, device=self._settings.device
+        )
         stats = verdict(norm)
         if stats.finite and not discard:
             set_rates(self._adam.param_groups, lr=lr, weight_decay=weight_decay)
@@ -329,11 +390,14 @@ class DeepSpeedEngine:
         return stats
 
     def _discard(self) -> None:
-        """Throw this step's gradients away: DeepSpeed does so with what is not finite, so the first one is made so."""
+        """Throw this step's gradients away: DeepSpeed does so with what is not finite, so the
+        first one is made so.
+        """
         optimizer = self.student.optimizer
         for grad in self._stage.grads()[:1]:
             grad.fill_(math.nan)
-        if optimizer is self._adam:  # stage 0 in fp32: nothing of DeepSpeed's stands between it and the update
+        if optimizer is self._adam:
+            # stage 0 in fp32: nothing of DeepSpeed's stands between it and the update
             self.student.zero_grad()
             return
         checks = getattr(optimizer, "check_grad_overflow", None)
@@ -358,8 +422,13 @@ class DeepSpeedEngine:
             if name in averages:
                 tensors["teacher"] = averages[name]
             pieces.append(Piece(name, start, tensors))
-        tables, step = dict(self.student.module.named_buffers()), step_of(self._adam, self._stage.keys[0])
-        return EngineState(self._shapes, pieces, tables, not self._stage.sharded, step, updates_of(self._ema))
+        tables, step = (
+            dict(self.student.module.named_buffers()),
+            step_of(self._adam, self._stage.keys[0]),
+        )
+        return EngineState(
+            self._shapes, pieces, tables, not self._stage.sharded, step, updates_of(self._ema)
+        )
 
     def _teacher_views(self, runs: Sequence[tuple[str, int, int, int, int]]) -> dict[str, Tensor]:
         if self._ema is None:
@@ -369,7 +438,11 @@ class DeepSpeedEngine:
             held = dict(zip(self._taught, self._ema.accumulators, strict=True))
             return {name: held[name][:length] for name, _, _, _, length in runs if name in held}
         accumulators = dict(zip(self._taught, self._ema.accumulators, strict=True))
-        return {name: accumulators[i].view(-1)[at : at + n] for name, _, i, at, n in runs if i in accumulators}
+        return {
+            name: accumulators[i].view(-1)[at : at + n]
+            for name, _, i, at, n in runs
+            if i in accumulators
+        }
 
     def restored(self, *, optimizer_step: int, teacher_updates: int) -> None:
         """Compute copies and counters after a load."""
@@ -385,13 +458,20 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
 def _taught_groups(teacher: nn.Module, stage: _Partitioned) -> list[int]:
     """Groups that the teacher has."""
     theirs = dict(teacher.named_parameters())
-    return [i for i, group in enumerate(stage.groups) if has_all(theirs, [stage.names[param] for param in group])]
+    return [
+        i
+        for i, group in enumerate(stage.groups)
+        if has_all(theirs, [stage.names[param] for param in group])
+    ]
 
 
 def _whole_copies(
     teacher: nn.Module, stage: _Partitioned, taught: Sequence[int], dtype: torch.dtype
 ) -> tuple[list[Tensor], _Gather]:
-    """Teacher parameters as views of one flat tensor a group; this rank's shards of those, and what gathers them."""
+    """Teacher parameters as views of one flat tensor a group.
+
+    This rank's shards of those, and what gathers them.
+    """
     theirs = dict(teacher.named_parameters())
     flats = [torch.zeros_like(stage.flats[index], dtype=dtype) for index in taught]
     for group, flat in zip((stage.groups[index] for index in taught), flats, strict=True):
@@ -401,7 +481,8 @@ def _whole_copies(
             theirs[name].data = flat[offset : offset + size].view(param.shape)
             offset += size
     gather = _Gather(flats)
-    teacher.register_forward_pre_hook(lambda *_: gather.wait())  # until then it overlaps with the next batch
+    # until then it overlaps with the next batch
+    teacher.register_forward_pre_hook(lambda *_: gather.wait())
     return gather.shards, gather
 
 
@@ -411,7 +492,10 @@ class _Gather:
     def __init__(self, flats: Sequence[Tensor]) -> None:
         sizes = [flat.numel() // dist.world() for flat in flats]
         self.flats = flats
-        self.shards = [flat.narrow(0, dist.rank() * size, size) for flat, size in zip(flats, sizes, strict=True)]
+        self.shards = [
+            flat.narrow(0, dist.rank() * size, size)
+            for flat, size in zip(flats, sizes, strict=True)
+        ]
         self._under_way: list[torch_dist.Work] = []
 
     def begin(self) -> None:
@@ -427,8 +511,13 @@ class _Gather:
 
 def _shard_teacher(teacher: nn.Module, config: dict[str, Any]) -> nn.Module:
     """A frozen module cut as ZeRO-3 cuts the student."""
-    zero = {key: value for key, value in config["zero_optimization"].items() if not key.startswith("offload")}
-    zero["stage3_param_persistence_threshold"] = 0  # a parameter kept whole would keep its old values for good
+    zero = {
+        key: value
+        for key, value in config["zero_optimization"].items()
+        if not key.startswith("offload")
+    }
+    # a parameter kept whole would keep its old values for good
+    zero["stage3_param_persistence_threshold"] = 0
     engine, *_ = deepspeed.initialize(
         model=teacher, config={**config, "zero_optimization": zero}, dist_init_required=False
     )
@@ -436,9 +525,12 @@ def _shard_teacher(teacher: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 
 def _prepare_deepspeed() -> None:
-    """Quiet its log, and keep it from compiling a shared-memory collective for CPU runs (a compiler is not a given)."""
+    """Quiet its log, and keep it from compiling a shared-memory collective for CPU runs (a
+    compiler is not a given).
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*deprecated", FutureWarning)  # its own call
+    # its own call
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*deprecated", FutureWarning)
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

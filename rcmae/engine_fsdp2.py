@@ -1,8 +1,8 @@
 """FSDP2: every block of student and teacher is cut over the ranks and gathered when it computes.
 
-Masters are the fp32 shards that `fully_shard` keeps; with bf16 it gathers them rounded and reduces gradients in fp32.
-The teacher is a second sharded module of the compute type; its accumulators are local tensors on the same cut, so an
-update is one `lerp` a rank and no communication.
+Masters are the fp32 shards that `fully_shard` keeps; with bf16 it gathers them rounded and reduces
+gradients in fp32. The teacher is a second sharded module of the compute type; its accumulators are
+local tensors on the same cut, so an update is one `lerp` a rank and no communication.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rcmae.engine import (
     update,
     updates_of,
     verdict,
-)  # fmt: skip
+)
 from rcmae.kernels import blocks_of
 from rcmae.optim import moments, param_groups
 from rcmae.teacher import Teacher
@@ -44,13 +44,18 @@ class FSDP2Engine:
     """PyTorch's fully sharded data parallel engine, second generation, one dimension."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, settings: Settings) -> None:
-        # a linear layer's output is a view of a matrix product's; nothing here writes into a prediction
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        # a linear layer's output is a view of a matrix product's; nothing here writes into a
+        # prediction
+        warnings.filterwarnings(
+            "ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning
+        )
         self._settings = settings
         dtype = DTYPES[settings.precision]
         self._shapes = {name: tuple(param.shape) for name, param in student.named_parameters()}
         mesh = init_device_mesh(settings.device.type, (dist.world(),))
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         self.student = student.to(settings.device)
         self._root = _shard(student, mesh, policy)
         groups = param_groups(student, settings.weight_decay, settings.layer_decay)
@@ -64,19 +69,27 @@ class FSDP2Engine:
             theirs = dict(teacher.named_parameters())
             self._taught = [name for name in self._shapes if name in theirs]
             self._ema = Teacher(
-                _local(student, self._taught), _local(teacher, self._taught),
-                accumulate=settings.teacher_accumulate, seed=settings.seed, offset=dist.rank(),
-            )  # fmt: skip
+                _local(student, self._taught),
+                _local(teacher, self._taught),
+                accumulate=settings.teacher_accumulate,
+                seed=settings.seed,
+                offset=dist.rank(),
+            )
             self._ema.start_from_student()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient; only the last micro-batch reduces. FSDP2 averages: the share is scaled to make it a sum."""
+        """Add the gradient; only the last micro-batch reduces.
+
+        FSDP2 averages: the share is scaled to make it a sum.
+        """
         self._root.set_requires_gradient_sync(last)
         (loss * dist.world()).backward()
 
     def step(self, *, lr: float, weight_decay: float, discard: bool = False) -> StepStats:
         """Finite check agreed by all ranks, clip, update."""
-        grads = [_shard_of(param.grad) for param in self.student.parameters() if param.grad is not None]
+        grads = [
+            _shard_of(param.grad) for param in self.student.parameters() if param.grad is not None
+        ]
         norm = global_norm(grads, sharded=True, device=self._settings.device)
         stats = verdict(norm)
         if stats.finite and not discard:
@@ -93,19 +106,34 @@ class FSDP2Engine:
     def state(self) -> EngineState:
         """Live views: this rank's rows of each parameter."""
         pieces = []
-        averages = dict(zip(self._taught, self._ema.accumulators, strict=True)) if self._ema is not None else {}
+        averages = (
+            dict(zip(self._taught, self._ema.accumulators, strict=True))
+            if self._ema is not None
+            else {}
+        )
         for name, param in self.student.named_parameters():
             local, rows = _shard_of(param), param.shape[0]
             moved = self._optimizer.state[param]
-            tensors = {"weight": local} | {key: _shard_of(moved[key]) for key in moments(self._optimizer)}
+            tensors = {"weight": local} | {
+                key: _shard_of(moved[key]) for key in moments(self._optimizer)
+            }
             if name in averages:
                 tensors["teacher"] = averages[name]
             if local.numel():
                 first_row = min(dist.rank() * -(-rows // dist.world()), rows)  # torch.chunk's cut
                 start = first_row * (param.numel() // rows)
-                pieces.append(Piece(name, start, {kind: tensor.view(-1) for kind, tensor in tensors.items()}))
+                pieces.append(
+                    Piece(name, start, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
+                )
         step = step_of(self._optimizer, next(iter(self.student.parameters())))
-        return EngineState(self._shapes, pieces, dict(self.student.named_buffers()), False, step, updates_of(self._ema))
+        return EngineState(
+            self._shapes,
+            pieces,
+            dict(self.student.named_buffers()),
+            False,
+            step,
+            updates_of(self._ema),
+        )
 
     def restored(self, *, optimizer_step: int, teacher_updates: int) -> None:
         """Counters and the teacher's copies after a load."""
@@ -113,11 +141,13 @@ class FSDP2Engine:
         restore_teacher(self._ema, teacher_updates)
 
 
-def _shard(model: nn.Module, mesh: torch.distributed.DeviceMesh, policy: MixedPrecisionPolicy) -> FSDPModule:
+def _shard(
+    model: nn.Module, mesh: torch.distributed.DeviceMesh, policy: MixedPrecisionPolicy
+) -> FSDPModule:
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # the root keeps its parameters gathered after a forward by default: a teacher, which never runs backward, would
-    # then compute with old weights for good
+    # the root keeps its parameters gathered after a forward by default: a teacher, which never runs
+    # backward, would then compute with old weights for good
     return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 

@@ -1,10 +1,11 @@
-"""How good the features are, and what the networks see: k-NN on labelled images, and the reconstruction picture.
+"""How good the features are, and what the networks see: k-NN on labelled images, and the
+reconstruction picture.
 
-Features are taken from whole images, nothing hidden, and judged by a weighted vote of the nearest training images: no
-training, no setting to tune. Two rows tell what they are worth: the same architecture with fresh weights, and the
-pixels themselves. Everything that calls a network is collective: under ZeRO-3 and FSDP2 a forward gathers weights, so
-every rank runs the same number of forwards, always through the engine's own wrapper.
-"""
+Features are taken from whole images, nothing hidden, and judged by a weighted vote of the nearest
+training images: no training, no setting to tune. Two rows tell what they are worth: the same
+architecture with fresh weights, and the pixels themselves. Everything that calls a network is
+collective: under ZeRO-3 and FSDP2 a forward gathers weights, so every rank runs the same number of
+forwards, always through the engine's own wrapper."""
 
 from __future__ import annotations
 
@@ -31,17 +32,19 @@ from rcmae.vit import patchify, unpatchify
 Network = Callable[[Tensor], Tensor]  # normalised images [B, C, H, W] -> one vector each [B, D]
 
 PIXELS_SIDE = 32  # the raw-pixels row looks at images of at most this many pixels a side
-SIMILARITIES_AT_ONCE = 2**26  # elements of the chunk [test, train] that is alive at a time: 256 MiB in float32
+# elements of the chunk [test, train] that is alive at a time: 256 MiB in float32
+SIMILARITIES_AT_ONCE = 2**26
 
 
-# ------------------------------------------------------------------------------------------------------------- features
+# ----------------------------------------------------------------------------------------- features
 
 
 def pooled(model: nn.Module, pool: str) -> Network:
     """The model as a feature extractor.
 
     Args:
-        model: the wrapper whose forward takes `what="features"` and gives [B, 1 + L, D], class token first.
+        model: the wrapper whose forward takes `what="features"` and gives [B, 1 + L, D], class
+            token first.
         pool: "cls" for the class token, "mean" for the mean over the patches.
 
     Raises:
@@ -58,7 +61,9 @@ def pooled(model: nn.Module, pool: str) -> Network:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The images themselves as features [B, C*h*w], brought down to at most PIXELS_SIDE a side by averaging."""
+    """The images themselves as features [B, C*h*w], brought down to at most PIXELS_SIDE a side
+    by averaging.
+    """
     height, width = (min(side, PIXELS_SIDE) for side in images.shape[-2:])
     return F.adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
 
@@ -94,12 +99,16 @@ class Features:
 
 
 def extract_features(
-    networks: Mapping[str, Network], batches: Iterable[Batch], *, device: torch.device, normalise: Network
+    networks: Mapping[str, Network],
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    normalise: Network,
 ) -> Features:
     """What each network makes of this rank's share of the images, read once for all networks.
 
-    Collective: every rank calls with as many batches, the last ones padded with samples of position -1, which are run
-    and left out.
+    Collective: every rank calls with as many batches, the last ones padded with samples of position
+    -1, which are run and left out.
 
     Args:
         networks: name -> extractor; the models in them are to be in evaluation mode.
@@ -125,7 +134,10 @@ def extract_features(
             for name, network in networks.items():
                 vectors[name].append(network(images).float().cpu()[real])
     if unlabelled or any(bool((part < 0).any()) for part in labels):
-        raise ValueError("k-NN needs a label for every image; give evaluate.train_shards and test_shards with .cls")
+        raise ValueError(
+            "k-NN needs a label for every image; give evaluate.train_shards and test_shards with "
+            ".cls"
+        )
     return Features(
         {name: torch.cat(parts) if parts else torch.zeros(0, 0) for name, parts in vectors.items()},
         torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
@@ -134,12 +146,16 @@ def extract_features(
 
 
 def _gather_rows(rows: Tensor) -> Tensor:
-    """All ranks' rows of a CPU tensor, in rank order. Collective: every rank calls; the numbers of rows may differ."""
+    """All ranks' rows of a CPU tensor, in rank order.
+
+    Collective: every rank calls; the numbers of rows may differ.
+    """
     if dist.world() == 1:
         return rows
     shapes = dist.gather(tuple(rows.shape))
     most = max(shape[0] for shape in shapes)
-    mine = rows.new_zeros(most, *max(shapes)[1:])  # padded to the longest; a rank without rows learns their width
+    # padded to the longest; a rank without rows learns their width
+    mine = rows.new_zeros(most, *max(shapes)[1:])
     if len(rows):
         mine[: len(rows)] = rows
     parts = [torch.empty_like(mine) for _ in shapes]
@@ -147,7 +163,7 @@ def _gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)])
 
 
-# ----------------------------------------------------------------------------------------------------------------- k-NN
+# --------------------------------------------------------------------------------------------- k-NN
 
 
 def votes(
@@ -162,8 +178,8 @@ def votes(
     """For each k, the score of each class for each test row: [m, num_classes].
 
     The k training rows of the largest cosine similarity each vote for their class with weight
-    exp(similarity / temperature) (Wu et al., 2018, section 3.4). Exact: every pair is compared. Of rows that are
-    equally similar the first ones count, whatever the device and the chunk.
+    exp(similarity / temperature) (Wu et al., 2018, section 3.4). Exact: every pair is compared. Of
+    rows that are equally similar the first ones count, whatever the device and the chunk.
 
     Args:
         train_features: [n, D], any length; test_features: [m, D] of the same type.
@@ -180,15 +196,21 @@ def votes(
     n = len(train_features)
     if not k or min(k) < 1 or max(k) > n:
         problems.append(f"k={list(k)} neighbours of {n} training images; use between 1 and {n}")
-    if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1:] != test_features.shape[1:]:
+    if (
+        train_features.ndim != 2
+        or test_features.ndim != 2
+        or train_features.shape[1:] != test_features.shape[1:]
+    ):
         problems.append(
-            f"features of shapes {list(train_features.shape)} and {list(test_features.shape)}; wanted [n, D] and [m, D]"
+            f"features of shapes {list(train_features.shape)} and "
+            f"{list(test_features.shape)}; wanted [n, D] and [m, D]"
         )
     if len(train_labels) != n:
         problems.append(f"{len(train_labels)} labels for {n} training images; wanted one each")
     elif n and not (int(train_labels.min()) >= 0 and int(train_labels.max()) < num_classes):
         problems.append(
-            f"labels from {int(train_labels.min())} to {int(train_labels.max())}; wanted 0 to {num_classes - 1}"
+            f"labels from {int(train_labels.min())} to {int(train_labels.max())}; wanted 0 "
+            f"to {num_classes - 1}"
         )
     if temperature is not None and temperature <= 0:
         problems.append(f"temperature={temperature}; use a value above 0, such as 0.07")
@@ -205,17 +227,25 @@ def votes(
             weights = (similarity / temperature).exp()
         classes = train_labels[nearest]
         for each in scores:
-            scores[each][start : start + len(test)].scatter_add_(1, classes[:, :each], weights[:, :each])
+            scores[each][start : start + len(test)].scatter_add_(
+                1, classes[:, :each], weights[:, :each]
+            )
     return scores
 
 
 def _nearest(similarity: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The max(k) largest of each row, descending, with their columns; ties go to the lower column."""
+    """The max(k) largest of each row, descending, with their columns.
+
+    Ties go to the lower column.
+    """
     most = max(k)
     top = similarity.topk(min(most + 1, similarity.shape[1]), dim=1)
     values, columns = top.values, top.indices
-    # topk takes any of equal values. That matters only where the last that counts equals the first that does not.
-    ends = torch.tensor([each for each in k if each < values.shape[1]], device=values.device, dtype=torch.int64)
+    # topk takes any of equal values. That matters only where the last that counts equals the first
+    # that does not.
+    ends = torch.tensor(
+        [each for each in k if each < values.shape[1]], device=values.device, dtype=torch.int64
+    )
     tied = (values[:, ends - 1] == values[:, ends]).any(dim=1).nonzero()[:, 0]
     values, columns = values[:, :most], columns[:, :most]
     if len(tied):
@@ -234,17 +264,34 @@ def knn(
     num_classes: int,
     temperature: float | None = 0.07,
 ) -> dict[int, float]:
-    """Top-1 accuracy in percent for each k. Arguments and errors as `votes`; the lower class wins an equal score."""
-    correct = _correct(train_features, train_labels, test_features, test_labels, k, num_classes, temperature)
+    """Top-1 accuracy in percent for each k.
+
+    Arguments and errors as `votes`; the lower class wins an equal score.
+    """
+    correct = _correct(
+        train_features, train_labels, test_features, test_labels, k, num_classes, temperature
+    )
     return {each: 100.0 * hits / max(len(test_labels), 1) for each, hits in correct.items()}
 
 
 def _correct(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,
-    k: Sequence[int], num_classes: int, temperature: float | None,
-) -> dict[int, int]:  # fmt: skip
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: Sequence[int],
+    num_classes: int,
+    temperature: float | None,
+) -> dict[int, int]:
     """How many test rows get their own label, for each k."""
-    scores = votes(train_features, train_labels, test_features, k=k, num_classes=num_classes, temperature=temperature)
+    scores = votes(
+        train_features,
+        train_labels,
+        test_features,
+        k=k,
+        num_classes=num_classes,
+        temperature=temperature,
+    )
     return {each: int((rows.argmax(dim=1) == test_labels).sum()) for each, rows in scores.items()}
 
 
@@ -262,7 +309,8 @@ def features_of_both(
     """This rank's share of the features of a training and a test set. Collective: every rank calls.
 
     Args:
-        networks: name -> extractor, as `pooled(engine.student, pool)`, and `pixels`; models in evaluation mode.
+        networks: name -> extractor, as `pooled(engine.student, pool)`, and `pixels`; models in
+            evaluation mode.
         train: this rank's batches of the labelled training images, as many on every rank.
         test: the same of the test images.
         device: where the networks compute.
@@ -289,7 +337,8 @@ def knn_rows(
     device: torch.device,
     temperature: float | None = 0.07,
 ) -> Rows:
-    """k-NN of every network on the same images. Collective: every rank calls, and gets the same rows.
+    """k-NN of every network on the same images. Collective: every rank calls, and gets the same
+    rows.
 
     Each rank votes for its share of the test images against all training ones.
 
@@ -310,15 +359,23 @@ def knn_rows(
     rows: Rows = {}
     for name in known.vectors:
         mine = _correct(
-            known.vectors[name].to(device), labels, asked.vectors[name].to(device), asked_labels,
-            k, num_classes, temperature,
-        )  # fmt: skip
-        rows[name] = {each: 100.0 * sum(hits[each] for hits in dist.gather(mine)) / total for each in k}
+            known.vectors[name].to(device),
+            labels,
+            asked.vectors[name].to(device),
+            asked_labels,
+            k,
+            num_classes,
+            temperature,
+        )
+        rows[name] = {
+            each: 100.0 * sum(hits[each] for hits in dist.gather(mine)) / total for each in k
+        }
     return rows
 
 
 def logistic_rows(known: Features, asked: Features, *, device: torch.device) -> dict[str, float]:
-    """Top-1 in percent of logistic regression on each network's features. Collective: every rank calls.
+    """Top-1 in percent of logistic regression on each network's features. Collective: every rank
+    calls.
 
     Args:
         known: this rank's share of the training set.
@@ -336,17 +393,23 @@ def logistic_rows(known: Features, asked: Features, *, device: torch.device) -> 
 
 
 def knn_table(rows: Rows, linear: Mapping[str, float] | None = None) -> str:
-    """The rows as text: a line a network, a column a k, and one of logistic regression where there is any."""
+    """The rows as text: a line a network, a column a k, and one of logistic regression where
+    there is any.
+    """
     width = max((len(name) for name in rows), default=0)
     ks = sorted({each for row in rows.values() for each in row})
-    lines = [" " * width + "".join(f"  {f'k={each}':>6}" for each in ks) + ("  logistic" if linear else "")]
+    lines = [
+        " " * width
+        + "".join(f"  {f'k={each}':>6}" for each in ks)
+        + ("  logistic" if linear else "")
+    ]
     for name, row in rows.items():
         lines.append(f"{name:<{width}}" + "".join(f"  {row[each]:6.2f}" for each in ks))
         lines[-1] += f"  {linear[name]:8.2f}" if linear else ""
     return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------------------------------- picture
+# ------------------------------------------------------------------------------------------ picture
 
 
 CELL_SIDE = 160  # pixels: smaller images are enlarged by a whole factor to at least this
@@ -357,10 +420,12 @@ WHITE, GREY, BLACK = (255, 255, 255), (128, 128, 128), (0, 0, 0)
 def reconstruct(
     model: nn.Module, batch: Batch, *, norm_pix_loss: bool, pixel_norm: PixelNorm = "unbiased"
 ) -> Tensor:
-    """The images [B, C, H, W] as the model fills them in: visible patches as they are, hidden ones as predicted.
+    """The images [B, C, H, W] as the model fills them in: visible patches as they are, hidden ones
+    as predicted.
 
-    With `norm_pix_loss` the model predicts patches normalised by their own mean and deviation, which it never sees:
-    the true ones are put back, so brightness and contrast of each patch are given, only its structure is predicted.
+    With `norm_pix_loss` the model predicts patches normalised by their own mean and deviation,
+    which it never sees: the true ones are put back, so brightness and contrast of each patch are
+    given, only its structure is predicted.
     Collective: every rank calls.
 
     Args:
@@ -371,7 +436,8 @@ def reconstruct(
     """
     images = batch.images
     _, channels, height, width = images.shape
-    predicted = model(images, batch.ids_shuffle, batch.num_visible, what="all").float()  # [B, L, p*p*C]
+    # [B, L, p*p*C]
+    predicted = model(images, batch.ids_shuffle, batch.num_visible, what="all").float()
     patch_size = math.isqrt(predicted.shape[-1] // channels)
     true = patchify(images.float(), patch_size)
     if norm_pix_loss:
@@ -397,15 +463,16 @@ def reconstruction_picture(
     norm_pix_loss: bool,
     pixel_norm: PixelNorm = "unbiased",
 ) -> np.ndarray:
-    """A picture uint8 [height, width, 3]: a row an image; columns input, masked, student, and teacher if there is one.
+    """A picture uint8 [height, width, 3]: a row an image; columns input, masked, student, and
+    teacher if there is one.
 
     Collective: every rank calls, with a batch of the same size.
 
     Args:
         student: the wrapper of the student; teacher: that of the teacher.
         teacher: None leaves its column out.
-        batch: few images, normalised, on the models' device. One channel is shown grey, of more than three the first
-            three.
+        batch: few images, normalised, on the models' device. One channel is shown grey, of more
+            than three the first three.
         mean: per channel, what the images were normalised by; std: alike.
         std: in the units of pixels/255.
         norm_pix_loss: as trained; the picture says that true means and deviations were put back.
@@ -422,12 +489,16 @@ def reconstruction_picture(
     height, width = batch.images.shape[-2:]
     patch = math.isqrt(height * width // hidden.shape[1])
     cover = hidden.reshape(len(batch), height // patch, width // patch)
-    covered = cover.repeat_interleave(patch, 1).repeat_interleave(patch, 2).cpu().numpy()  # [B, H, W]
+    # [B, H, W]
+    covered = cover.repeat_interleave(patch, 1).repeat_interleave(patch, 2).cpu().numpy()
     masked = np.where(covered[..., None], np.uint8(GREY[0]), shown["input"])
     cells = [("input", shown.pop("input")), (f"masked, {share:.0%} hidden", masked), *shown.items()]
     note = "visible patches pasted in"
     if norm_pix_loss:
-        note += "; hidden ones: predicted structure, true mean and deviation of each patch (norm_pix_loss)"
+        note += (
+            "; hidden ones: predicted structure, true mean and deviation of each patch "
+            "(norm_pix_loss)"
+        )
     return sheet(cells, note)
 
 
@@ -450,7 +521,11 @@ def sheet(columns: Sequence[tuple[str, np.ndarray]], note: str) -> np.ndarray:
     sheet_width = GAP + len(columns) * (width + GAP)
     lines = _wrapped(note, font, sheet_width - 2 * GAP)
     line = 18
-    sheet = Image.new("RGB", (sheet_width, line + 2 * GAP + count * (height + GAP) + line * len(lines) + GAP), WHITE)
+    sheet = Image.new(
+        "RGB",
+        (sheet_width, line + 2 * GAP + count * (height + GAP) + line * len(lines) + GAP),
+        WHITE,
+    )
     draw = ImageDraw.Draw(sheet)
     for column, (caption, pictures) in enumerate(columns):
         left = GAP + column * (width + GAP)
@@ -464,7 +539,9 @@ def sheet(columns: Sequence[tuple[str, np.ndarray]], note: str) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> list[str]:
     """The text in lines no wider than `width` pixels."""
     lines: list[str] = []
     for word in text.split():

@@ -1,14 +1,16 @@
-"""A run's weights in the files that others read, and such files read back without running anything in them.
+"""A run's weights in the files that others read, and such files read back without running anything
+in them.
 
-A checkpoint has every tensor in pieces, for going on; an export has the student or the teacher whole, by its published
-names: safetensors, MAE's and RC-MAE's `.pth` layouts, timm's. Position tables are the checkpoint's own. Tensors pass
-one by one from the checkpoint to the file, as float32, so memory is bounded by the largest. A file is put in place
-whole or not at all.
+A checkpoint has every tensor in pieces, for going on; an export has the student or the teacher
+whole, by its published
+names: safetensors, MAE's and RC-MAE's `.pth` layouts, timm's. Position tables are the checkpoint's
+own. Tensors pass one by one from the checkpoint to the file, as float32, so memory is bounded by
+the largest. A file is put in place whole or not at all.
 
-A `.pth` is a pickle, which can run code when it is opened. It is read by torch's restricted reader, which builds
-tensors, plain containers and `argparse.Namespace` (the published files hold one) and refuses everything else.
-Not written: the optimizer's state of RC-MAE's layout. To go on training, copy the checkpoint.
-"""
+A `.pth` is a pickle, which can run code when it is opened. It is read by torch's restricted reader,
+which builds tensors, plain containers and `argparse.Namespace` (the published files hold one) and
+refuses everything else. Not written: the optimizer's state of RC-MAE's layout. To go on training,
+copy the checkpoint."""
 
 from __future__ import annotations
 
@@ -54,11 +56,17 @@ class Layout(NamedTuple):
 TORCH = (".pth", ".pt")
 LAYOUTS = {
     "safetensors": Layout(
-        "the network, its decoder where that is MAE's, with what made it in the metadata", (".safetensors",), True
+        "the network, its decoder where that is MAE's, with what made it in the metadata",
+        (".safetensors",),
+        True,
     ),
     "mae": Layout("MAE's published file for fine-tuning: the encoder under 'model'", TORCH, False),
-    "mae-full": Layout("MAE's published file with the decoder: the whole network under 'model'", TORCH, True),
-    "rcmae": Layout("RC-MAE's checkpoint: student and teacher, each wrapped and plain, epoch, args", TORCH, True),
+    "mae-full": Layout(
+        "MAE's published file with the decoder: the whole network under 'model'", TORCH, True
+    ),
+    "rcmae": Layout(
+        "RC-MAE's checkpoint: student and teacher, each wrapped and plain, epoch, args", TORCH, True
+    ),
     "timm": Layout("the encoder as timm's vit_* models name it", (".safetensors", *TORCH), False),
 }
 
@@ -81,20 +89,22 @@ class Weights:
 
     path: Path
     layout: str  # "safetensors", "mae", "rcmae", or "plain": tensors by name and nothing else
-    networks: dict[str, dict[str, Tensor]]  # "student", "teacher", or "model" where the file does not say which
+    # "student", "teacher", or "model" where the file does not say which
+    networks: dict[str, dict[str, Tensor]]
     sizes: dict[str, Any]  # what shapes tell: not the numbers of heads, nor the sides of the grid
     about: dict[str, Any]  # the file's own account: metadata, or RC-MAE's epoch and args
 
 
-# -------------------------------------------------------------------------------------------------- names and shapes
+# --------------------------------------------------------------------------------- names and shapes
 
 
 def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The sizes of a network, as far as the shapes of its weights tell them.
 
     Returns:
-        patch_size, in_channels, embed_dim, depth, mlp_ratio and num_patches; decoder_dim and decoder_depth where there
-        is a decoder; cls_token and decoder_cls, False, where there is none.
+        patch_size, in_channels, embed_dim, depth, mlp_ratio and num_patches; decoder_dim and
+        decoder_depth where there is a decoder; cls_token and decoder_cls, False, where there is
+        none.
 
     Raises:
         ValueError: it is no masked autoencoder, nor the encoder of one.
@@ -104,12 +114,17 @@ def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         prefix, tokens = int("cls_token" in shapes), shapes["pos_embed"][1]
         hidden = shapes["blocks.0.mlp.fc1.weight"][0]
         sizes: dict[str, Any] = {
-            "patch_size": patch, "in_channels": channels, "embed_dim": width, "depth": _count(shapes, "blocks"),
-            "mlp_ratio": hidden / width, "num_patches": tokens - prefix,
-        }  # fmt: skip
+            "patch_size": patch,
+            "in_channels": channels,
+            "embed_dim": width,
+            "depth": _count(shapes, "blocks"),
+            "mlp_ratio": hidden / width,
+            "num_patches": tokens - prefix,
+        }
         if not prefix:
             sizes["cls_token"] = False
-        regressors = any(name.startswith("decode_blocks.") for name in shapes)  # BootMAE's, another kind of decoder
+        # BootMAE's, another kind of decoder
+        regressors = any(name.startswith("decode_blocks.") for name in shapes)
         if not regressors and any(name.startswith(("decoder_", "mask_token")) for name in shapes):
             sizes["decoder_dim"] = shapes["decoder_embed.weight"][0]
             sizes["decoder_depth"] = _count(shapes, "decoder_blocks")
@@ -117,9 +132,13 @@ def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
                 sizes["decoder_cls"] = False
         return sizes
     except KeyError as error:
-        raise ValueError(f"it has no {error.args[0]}: no masked autoencoder, nor the encoder of one") from error
+        raise ValueError(
+            f"it has no {error.args[0]}: no masked autoencoder, nor the encoder of one"
+        ) from error
     except (IndexError, ValueError, ZeroDivisionError) as error:
-        raise ValueError("shapes of its first weights are those of no masked autoencoder") from error
+        raise ValueError(
+            "shapes of its first weights are those of no masked autoencoder"
+        ) from error
 
 
 def _count(shapes: Iterable[str], blocks: str) -> int:
@@ -127,7 +146,8 @@ def _count(shapes: Iterable[str], blocks: str) -> int:
 
 
 def shapes_of(sizes: Mapping[str, Any]) -> dict[str, Shape]:
-    """Names and shapes of the network of these sizes (of `sizes_of`), or of an encoder, in the model's order.
+    """Names and shapes of the network of these sizes (of `sizes_of`), or of an encoder, in the
+    model's order.
 
     Raises:
         ValueError: no network has such sizes.
@@ -138,16 +158,29 @@ def shapes_of(sizes: Mapping[str, Any]) -> dict[str, Shape]:
     with torch.device("meta"):
         model = MaskedAutoencoder(
             image_size=(patch, patch * sizes["num_patches"]),  # any grid of as many patches
-            patch_size=patch, in_channels=sizes["in_channels"], embed_dim=width, depth=sizes["depth"], num_heads=1,
-            decoder_dim=sizes.get("decoder_dim", 4), decoder_depth=sizes.get("decoder_depth", 1), decoder_heads=1,
+            patch_size=patch,
+            in_channels=sizes["in_channels"],
+            embed_dim=width,
+            depth=sizes["depth"],
+            num_heads=1,
+            decoder_dim=sizes.get("decoder_dim", 4),
+            decoder_depth=sizes.get("decoder_depth", 1),
+            decoder_heads=1,
             mlp_ratio=sizes["mlp_ratio"] + 0.5 / width,  # blocks round the width of their MLP down
-            cls_token=sizes.get("cls_token", True), decoder_cls=sizes.get("decoder_cls", "cls_token" not in sizes),
-        )  # fmt: skip
-    return {name: tuple(value.shape) for name, value in model.state_dict().items() if whole or in_encoder(name)}
+            cls_token=sizes.get("cls_token", True),
+            decoder_cls=sizes.get("decoder_cls", "cls_token" not in sizes),
+        )
+    return {
+        name: tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if whole or in_encoder(name)
+    }
 
 
 def shape_problems(shapes: Mapping[str, Shape]) -> list[str]:
-    """What keeps weights from being those of a whole network or a whole encoder, one line a kind of problem."""
+    """What keeps weights from being those of a whole network or a whole encoder, one line a kind
+    of problem.
+    """
     try:
         wanted = shapes_of(sizes_of(shapes))
     except ValueError as error:
@@ -169,26 +202,36 @@ def shape_problems(shapes: Mapping[str, Shape]) -> list[str]:
 
 
 def whole_network(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a masked autoencoder, checked against a model of one; position tables stay the model's.
+    """The weights of a masked autoencoder, checked against a model of one; position tables stay the
+    model's.
 
     Raises:
-        ValueError: the model's weights are not all there in its shapes, or there are others; everything at once.
+        ValueError: the model's weights are not all there in its shapes, or there are others;
+            everything at once.
     """
-    wanted = {name: value for name, value in model.state_dict().items() if not name.endswith("pos_embed")}
+    wanted = {
+        name: value for name, value in model.state_dict().items() if not name.endswith("pos_embed")
+    }
     found = {name: value for name, value in weights.items() if not name.endswith("pos_embed")}
-    differing = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    differing = [
+        name for name in wanted if name in found and found[name].shape != wanted[name].shape
+    ]
     problems = [
         f"{what} {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5)
         for what, names in (
             ("lacks", [name for name in wanted if name not in found]),
             ("has unknown", [name for name in found if name not in wanted]),
-            ("has other shapes of", [
-                f"{name} {_by(tuple(found[name].shape))} instead of {_by(tuple(wanted[name].shape))}"
-                for name in differing
-            ]),
+            (
+                "has other shapes of",
+                [
+                    f"{name} {_by(tuple(found[name].shape))} instead of "
+                    f"{_by(tuple(wanted[name].shape))}"
+                    for name in differing
+                ],
+            ),
         )
         if names
-    ]  # fmt: skip
+    ]
     if problems:
         raise ValueError("; ".join(problems))
     return {**model.state_dict(), **found}
@@ -203,11 +246,12 @@ def _by(shape: Shape) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-# -------------------------------------------------------------------------------------------------------------- export
+# ------------------------------------------------------------------------------------------- export
 
 
 def checkpoint_folders(path: Path) -> list[Path]:
-    """The checkpoints that a path names, oldest first, whatever their state: one's folder names itself, a run's all.
+    """The checkpoints that a path names, oldest first, whatever their state: one's folder names
+    itself, a run's all.
 
     Raises:
         ValueError: there is none.
@@ -218,12 +262,15 @@ def checkpoint_folders(path: Path) -> list[Path]:
     found = sorted(root.glob("step-*"))
     if not found:
         what = "no such file or folder" if not path.is_dir() else "no checkpoint in this folder"
-        raise ValueError(f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000")
+        raise ValueError(
+            f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000"
+        )
     return found
 
 
 def find_checkpoint(path: Path) -> tuple[Manifest, list[str]]:
-    """The checkpoint that a path names, verified: a checkpoint's folder, or a run's for its newest valid one.
+    """The checkpoint that a path names, verified: a checkpoint's folder, or a run's for its newest
+    valid one.
 
     Returns:
         its manifest, and what was wrong with newer ones of the run.
@@ -238,14 +285,20 @@ def find_checkpoint(path: Path) -> tuple[Manifest, list[str]]:
     root = folders[0].parent
     found, passed_over = checkpoint.newest(root)
     if found is None:
-        raise CheckpointError(f"{root} has no valid checkpoint: {'; '.join(passed_over)}; restore one")
+        raise CheckpointError(
+            f"{root} has no valid checkpoint: {'; '.join(passed_over)}; restore one"
+        )
     return found, passed_over
 
 
 def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensors of these keys, such as "teacher/norm.bias", flattened; each is good until the next is asked for."""
+    """The tensors of these keys, such as "teacher/norm.bias", flattened.
+
+    Each is good until the next is asked for.
+    """
     counts = [(key, math.prod(manifest.tensors[key]["shape"])) for key in keys]
-    memory = torch.empty(max((count for _, count in counts), default=0), dtype=dtype)  # of all of them in turn
+    # of all of them in turn
+    memory = torch.empty(max((count for _, count in counts), default=0), dtype=dtype)
     with checkpoint.Reader(manifest) as reader:  # opens each file once, unlike tensor_of
         for key, count in counts:
             reader.read(key, 0, memory[:count])
@@ -253,7 +306,12 @@ def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -
 
 
 def export(
-    manifest: Manifest, out: Path, *, layout: str, network: Which | None = None, overwrite: bool = False
+    manifest: Manifest,
+    out: Path,
+    *,
+    layout: str,
+    network: Which | None = None,
+    overwrite: bool = False,
 ) -> Exported:
     """Write weights of a checkpoint to a file.
 
@@ -261,17 +319,19 @@ def export(
         manifest: of a verified checkpoint.
         out: the file.
         layout: one of LAYOUTS.
-        network: whose weights. None: the teacher, which RC-MAE fine-tunes, or the student where there is no teacher.
-            RC-MAE's layout has both.
+        network: whose weights. None: the teacher, which RC-MAE fine-tunes, or the student where
+            there is no teacher. RC-MAE's layout has both.
         overwrite: replace the file if it is there.
 
     Raises:
-        ValueError: this checkpoint, layout, network and file do not go together; every reason at once.
+        ValueError: this checkpoint, layout, network and file do not go together; every reason at
+            once.
         OSError: the file could not be written; what was there before still is.
     """
     networks = _networks(manifest, out, layout, network, overwrite)
     shapes: dict[str, Shape] = {}  # by network/name in the file
-    parts: dict[str, list[str]] = {}  # network/name in the file -> keys in the checkpoint, one after the other
+    # network/name in the file -> keys in the checkpoint, one after the other
+    parts: dict[str, list[str]] = {}
     for each in networks:
         there = _shapes(manifest, each)
         for name in shapes_of(sizes_of(there)):  # the same order, whoever saved
@@ -298,10 +358,20 @@ def export(
     finally:
         aside.unlink(missing_ok=True)
         raw.unlink(missing_ok=True)
-    return Exported(out, layout, networks, manifest.step, len(parts), out.stat().st_size, _use(manifest, layout, out))
+    return Exported(
+        out,
+        layout,
+        networks,
+        manifest.step,
+        len(parts),
+        out.stat().st_size,
+        _use(manifest, layout, out),
+    )
 
 
-def _networks(manifest: Manifest, out: Path, layout: str, network: str | None, overwrite: bool) -> tuple[Which, ...]:
+def _networks(
+    manifest: Manifest, out: Path, layout: str, network: str | None, overwrite: bool
+) -> tuple[Which, ...]:
     """Whose weights go into the file. Raises ValueError with everything that stands against it."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
@@ -310,20 +380,36 @@ def _networks(manifest: Manifest, out: Path, layout: str, network: str | None, o
     if layout == "rcmae":
         networks = ("student", "teacher")
         if network is not None:
-            problems.append(f"layout rcmae has student and teacher; leave {network!r} out, or use mae-full")
+            problems.append(
+                f"layout rcmae has student and teacher; leave {network!r} out, or use mae-full"
+            )
     elif network is not None:
         networks = ("student",) if network == "student" else ("teacher",)
     if "teacher" in networks and "teacher" not in kinds:
-        problems.append(f"{manifest.path} has no teacher; export the student, in another layout than rcmae")
+        problems.append(
+            f"{manifest.path} has no teacher; export the student, in another layout than rcmae"
+        )
     else:
         told = {each: _shapes(manifest, each) for each in networks}
-        unfit = [f"{each} {problem}" for each, shapes in told.items() for problem in shape_problems(shapes)]
+        unfit = [
+            f"{each} {problem}"
+            for each, shapes in told.items()
+            for problem in shape_problems(shapes)
+        ]
         if unfit:
-            problems.append(f"{manifest.path} does not fit the published layouts: {'; '.join(unfit)}")
-        elif layout in ("mae-full", "rcmae") and any("decoder_pred.weight" not in each for each in told.values()):
-            problems.append(f"{manifest.path} has no decoder of MAE's; layouts mae and timm take the encoder")
+            problems.append(
+                f"{manifest.path} does not fit the published layouts: {'; '.join(unfit)}"
+            )
+        elif layout in ("mae-full", "rcmae") and any(
+            "decoder_pred.weight" not in each for each in told.values()
+        ):
+            problems.append(
+                f"{manifest.path} has no decoder of MAE's; layouts mae and timm take the encoder"
+            )
     if out.suffix not in LAYOUTS[layout].suffixes:
-        problems.append(f"{out}: a file of layout {layout} ends in {' or '.join(LAYOUTS[layout].suffixes)}")
+        problems.append(
+            f"{out}: a file of layout {layout} ends in {' or '.join(LAYOUTS[layout].suffixes)}"
+        )
     if not out.parent.is_dir():
         problems.append(f"{out.parent} is no folder; make it first")
     if out.is_dir():
@@ -336,7 +422,9 @@ def _networks(manifest: Manifest, out: Path, layout: str, network: str | None, o
 
 
 def _shapes(manifest: Manifest, network: str) -> dict[str, Shape]:
-    """Shapes of a masked autoencoder's weights by MAE's names: biases of queries and values are those of all three."""
+    """Shapes of a masked autoencoder's weights by MAE's names: biases of queries and values are
+    those of all three.
+    """
     found = {
         name: tuple(row["shape"])
         for key, row in manifest.tensors.items()
@@ -350,7 +438,10 @@ def _shapes(manifest: Manifest, network: str) -> dict[str, Shape]:
 
 
 def _parts(manifest: Manifest, network: str, name: str) -> list[str]:
-    """The keys in a checkpoint whose elements, one after the other, are those of a weight; "" stands for zeros."""
+    """The keys in a checkpoint whose elements, one after the other, are those of a weight.
+
+    "" stands for zeros.
+    """
     key = f"buffer/{name}" if f"buffer/{name}" in manifest.tensors else f"{KIND[network]}/{name}"
     if key in manifest.tensors:
         return [key]
@@ -359,7 +450,9 @@ def _parts(manifest: Manifest, network: str, name: str) -> list[str]:
 
 
 def about(manifest: Manifest) -> dict[str, str]:
-    """What made the weights, as safetensors' metadata wants it: text by text, JSON where there is structure."""
+    """What made the weights, as safetensors' metadata wants it: text by text, JSON where there
+    is structure.
+    """
     return {
         "format": "pt",
         "written_by": f"rcmae {__version__}",
@@ -371,8 +464,12 @@ def about(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _write_header(file: IO[bytes], shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> None:
-    """The head of a safetensors file: length, then JSON that says where the elements of each tensor will lie."""
+def _write_header(
+    file: IO[bytes], shapes: Mapping[str, Shape], metadata: Mapping[str, str]
+) -> None:
+    """The head of a safetensors file: length, then JSON that says where the elements of each
+    tensor will lie.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in shapes.items():
@@ -394,7 +491,9 @@ def _write_elements(file: IO[bytes], manifest: Manifest, keys: Iterable[str]) ->
 
 
 def _mapped(raw: Path, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-    """Tensors over a file of their elements: torch.save reads them from there, and none is in memory before."""
+    """Tensors over a file of their elements: torch.save reads them from there, and none is in
+    memory before.
+    """
     elements = np.memmap(raw, np.float32, mode="c")
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
     return {
@@ -421,16 +520,19 @@ def _document(
     if layout == "rcmae":
         recipe = manifest.meta["recipe"]
         args = argparse.Namespace(
-            model=recipe["model"]["name"], input_size=recipe["model"]["image_size"],
-            mask_ratio=recipe["objective"]["mask_ratio"], norm_pix_loss=recipe["objective"]["norm_pix_loss"],
+            model=recipe["model"]["name"],
+            input_size=recipe["model"]["image_size"],
+            mask_ratio=recipe["objective"]["mask_ratio"],
+            norm_pix_loss=recipe["objective"]["norm_pix_loss"],
             **about(manifest),
-        )  # fmt: skip
+        )
         return {
             "student": {f"module.{name}": tensor for name, tensor in plain["student"].items()},
             "teacher": plain["teacher"],
             "student_without_ddp": plain["student"],  # the same storages: in the file once
             "teacher_without_ddp": plain["teacher"],
-            "epoch": manifest.step // manifest.meta["sizes"]["steps_per_epoch"] - 1,  # the last whole one, from 0
+            # the last whole one, from 0
+            "epoch": manifest.step // manifest.meta["sizes"]["steps_per_epoch"] - 1,
             "args": args,
         }
     [state] = plain.values()
@@ -440,14 +542,19 @@ def _document(
 def _use(manifest: Manifest, layout: str, out: Path) -> str:
     """A line of Python that reads the file."""
     if layout == "timm":
-        return f"timm.create_model({', '.join(_timm_arguments(manifest))}, checkpoint_path={str(out)!r})"
+        return (
+            f"timm.create_model({', '.join(_timm_arguments(manifest))}, "
+            f"checkpoint_path={str(out)!r})"
+        )
     if layout == "safetensors":
         return f"safetensors.torch.load_file({str(out)!r})"
     return f"rcmae.export.load_weights(Path({str(out)!r}))"
 
 
 def _timm_arguments(manifest: Manifest) -> list[str]:
-    """Of timm's create_model, for this encoder without a head: its architecture, and what differs from it."""
+    """Of timm's create_model, for this encoder without a head: its architecture, and what
+    differs from it.
+    """
     model = manifest.meta["recipe"]["model"]
     known = {"image_size": 224, "in_channels": 3}
     names = {"image_size": "img_size", "in_channels": "in_chans"}
@@ -458,10 +565,14 @@ def _timm_arguments(manifest: Manifest) -> list[str]:
     }
     if not model.get("cls_token", True):
         differing |= {"class_token": False, "global_pool": "'avg'", "fc_norm": False}
-    return [f"'{model['name']}_224'", "num_classes=0", *(f"{key}={value}" for key, value in differing.items())]
+    return [
+        f"'{model['name']}_224'",
+        "num_classes=0",
+        *(f"{key}={value}" for key, value in differing.items()),
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
+# --------------------------------------------------------------------------------------------- load
 
 
 class Source(NamedTuple):
@@ -469,51 +580,71 @@ class Source(NamedTuple):
 
     weights: dict[str, Tensor]  # by published names
     grid: tuple[int, int] | None  # rows and columns of its position table; None: not told
-    sizes: dict[str, Any]  # what a recipe beside it says of the architecture; empty where there is none
+    # what a recipe beside it says of the architecture; empty where there is none
+    sizes: dict[str, Any]
     about: str  # a line
-    told: dict[str, str]  # what is known of the weights, as text by text: recipe, step, data, versions
+    # what is known of the weights, as text by text: recipe, step, data, versions
+    told: dict[str, str]
 
 
 def read_network(path: Path, network: Which | None = None, *, first: Which = "teacher") -> Source:
-    """The weights of a run, a checkpoint, or a file of any family. Collective: every rank calls. Nothing is run.
+    """The weights of a run, a checkpoint, or a file of any family. Collective: every rank calls.
+    Nothing is run.
 
     Args:
         path: a run's or a checkpoint's folder, or a file: safetensors, or a pickle of tensors.
         network: whose weights; None: those of `first` where it is there, else what there is.
-        first: the teacher is what RC-MAE fine-tunes; the student is what a pretraining goes on with.
+        first: the teacher is what RC-MAE fine-tunes; the student is what a pretraining goes on
+            with.
 
     Raises:
         ValueError: there is nothing of the kind, it cannot be read, or it has no such network.
         CheckpointError: the checkpoint is damaged.
     """
     heads: dict[str, int] = {}
-    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():  # Hugging Face's folder
+    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+        # Hugging Face's folder
         heads, path = _hugging_face_heads(path / "config.json"), path / "model.safetensors"
     if not path.is_file():
         return _of_checkpoint(path, network, first)
-    layout, networks, told = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    layout, networks, told = (
+        _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    )
     name: str = network or (first if first in networks else next(iter(networks)))
     if name not in networks:
-        raise ValueError(f"{path} has no {name}, only {', '.join(networks)}; leave classify.network out")
+        raise ValueError(
+            f"{path} has no {name}, only {', '.join(networks)}; leave classify.network out"
+        )
     weights = published_names(networks[name])
     strange = [key for key, value in weights.items() if not _is_dense(value)]
     if strange or not weights:
-        what = f"entries that are no dense tensors of floats, such as {strange[0]}" if strange else "no weights"
+        what = (
+            f"entries that are no dense tensors of floats, such as {strange[0]}"
+            if strange
+            else "no weights"
+        )
         raise ValueError(f"{path} has {what}; give a file of weights by name")
     recipe = json.loads(told["recipe"]) if "recipe" in told else None
     sizes, grid = _told(recipe, weights)
     known = {str(key): value for key, value in told.items() if isinstance(value, str)}
-    return Source(weights, grid, heads | sizes, f"{name} of {path} ({layout}, {len(weights)} tensors)", known)
+    return Source(
+        weights, grid, heads | sizes, f"{name} of {path} ({layout}, {len(weights)} tensors)", known
+    )
 
 
 def _hugging_face_heads(path: Path) -> dict[str, int]:
-    """The numbers of heads, which shapes do not tell, by the names of a recipe. Raises ValueError."""
+    """The numbers of heads, which shapes do not tell, by the names of a recipe.
+
+    Raises ValueError.
+    """
     try:
         told = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     names = {"num_attention_heads": "num_heads", "decoder_num_attention_heads": "decoder_heads"}
-    return {name: told[theirs] for theirs, name in names.items() if isinstance(told.get(theirs), int)}
+    return {
+        name: told[theirs] for theirs, name in names.items() if isinstance(told.get(theirs), int)
+    }
 
 
 def _of_checkpoint(path: Path, network: Which | None, first: Which) -> Source:
@@ -530,13 +661,18 @@ def _of_checkpoint(path: Path, network: Which | None, first: Which) -> Source:
     sizes, grid = _told(manifest.meta["recipe"], weights)
     newer = f", newer ones passed over: {'; '.join(passed_over)}" if passed_over else ""
     return Source(
-        weights, grid, sizes, f"{name} of {manifest.path}, step {manifest.step}{newer}",
+        weights,
+        grid,
+        sizes,
+        f"{name} of {manifest.path}, step {manifest.step}{newer}",
         about(manifest) | {"network": name, **figures_of(manifest)},
-    )  # fmt: skip
+    )
 
 
 def figures_of(manifest: Manifest) -> dict[str, str]:
-    """The last line of the run's metrics up to a checkpoint, and its last evaluation, as metadata wants it."""
+    """The last line of the run's metrics up to a checkpoint, and its last evaluation, as
+    metadata wants it.
+    """
     run, found = manifest.path.parent.parent, {}
     for file, key in (("metrics.jsonl", "metrics"), ("events.jsonl", "evaluation")):
         try:
@@ -544,9 +680,11 @@ def figures_of(manifest: Manifest) -> dict[str, str]:
         except (OSError, ValueError):
             continue
         fitting = [
-            line for line in lines
-            if line.get("step", math.inf) <= manifest.step and line.get("event", "evaluate") == "evaluate"
-        ]  # fmt: skip
+            line
+            for line in lines
+            if line.get("step", math.inf) <= manifest.step
+            and line.get("event", "evaluate") == "evaluate"
+        ]
         if fitting:
             found[key] = json.dumps(fitting[-1])
     return found
@@ -568,29 +706,42 @@ def load_weights(path: Path) -> Weights:
     """Read the weights of a file in any of LAYOUTS, or a published one. Nothing in the file is run.
 
     Raises:
-        ValueError: it cannot be read, holds more than weights, or its names and shapes are those of no network.
+        ValueError: it cannot be read, holds more than weights, or its names and shapes are those of
+            no network.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    layout, networks, told = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    layout, networks, told = (
+        _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    )
     problems, sizes = [], {}
     for each, state in networks.items():
         strange = [name for name, value in state.items() if not _is_dense(value)]
         shapes = {name: tuple(value.shape) for name, value in state.items() if name not in strange}
         if strange:
-            problems.append(f"{each} has entries that are no dense tensors of floats, such as {strange[0]}")
+            problems.append(
+                f"{each} has entries that are no dense tensors of floats, such as {strange[0]}"
+            )
         elif unfit := shape_problems(shapes):
             problems += [f"{each} {problem}" for problem in unfit]
         else:
             sizes = sizes_of(shapes)
     if problems:
-        raise ValueError(f"{path} is not a whole network or encoder of this family: {'; '.join(problems)}")
+        raise ValueError(
+            f"{path} is not a whole network or encoder of this family: {'; '.join(problems)}"
+        )
     return Weights(path, layout, networks, sizes, told)
 
 
 def _is_dense(value: object) -> bool:
-    """Whether it is a tensor of floats, each of which is in the file: a few bytes can claim to be any shape."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
+    """Whether it is a tensor of floats, each of which is in the file: a few bytes can claim to
+    be any shape.
+    """
+    if (
+        not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or not value.is_floating_point()
+    ):
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
@@ -609,16 +760,21 @@ def _read_safetensors(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], di
 def _read_torch(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Any]]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            document = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for {refused[1]}" if refused else "is damaged or asks for code"
         raise ValueError(
-            f"{path} {what}; only tensors, plain values and argparse.Namespace are read, and nothing was run. "
+            f"{path} {what}; only tensors, plain values and argparse.Namespace are read, and "
+            "nothing was run. "
             "Save the weights alone, as a dict of tensors, where you trust the file"
         ) from error
     except Exception as error:  # damaged bytes make torch's reader fail in any way
-        raise ValueError(f"{path} cannot be read as a file of torch.save: {error or type(error).__name__}") from error
+        raise ValueError(
+            f"{path} cannot be read as a file of torch.save: {error or type(error).__name__}"
+        ) from error
     layout, networks, told = "plain", {"model": document}, {}
     if isinstance(document, Mapping) and document.keys() & KIND.keys():
         layout, networks = "rcmae", {each: document[each] for each in KIND if each in document}
@@ -629,7 +785,9 @@ def _read_torch(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str
         layout, networks = "timm", {"model": document["state_dict"]}
     for each, state in networks.items():
         if not isinstance(state, Mapping):
-            raise ValueError(f"{path} holds a {type(state).__name__} as its {each}, not weights by name")
+            raise ValueError(
+                f"{path} holds a {type(state).__name__} as its {each}, not weights by name"
+            )
     plain = {  # torch's wrapper for data parallelism puts a prefix before each name
         each: {str(name).removeprefix("module."): value for name, value in state.items()}
         for each, state in networks.items()

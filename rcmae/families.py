@@ -1,10 +1,11 @@
-"""Names that other code gives the same weights: MAE's are ours; torch's wrapper, BootMAE, MAE-priv, Hugging Face.
+"""Names that other code gives the same weights: MAE's are ours; torch's wrapper, BootMAE, MAE-priv,
+Hugging Face.
 
-Only names and the cut of a tensor differ, so a way there and back is equal to the last bit. BootMAE and MAE-priv have
-no bias for keys, which softmax does not see: theirs is 0 when read, and one that is not 0 is kept beside the weights
-when written (`key_bias`), for the way back. Of these two families the encoder is exchanged; their decoders are other
-networks. SupMAE's names are MAE's, with a head for classes beside them.
-"""
+Only names and the cut of a tensor differ, so a way there and back is equal to the last bit. BootMAE
+and MAE-priv have no bias for keys, which softmax does not see: theirs is 0 when read, and one that
+is not 0 is kept beside the weights when written (`key_bias`), for the way back. Of these two
+families the encoder is exchanged; their decoders are other networks. SupMAE's names are MAE's, with
+a head for classes beside them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ class About(NamedTuple):
 FAMILIES: dict[str, About] = {
     "mae": About("MAE's .pth, under 'model'; SupMAE's is the same", True),
     "bootmae": About("BootMAE's .pth: its encoder under 'model', with q_bias and v_bias", False),
-    "maepriv": About("MAE-priv's .pth: its pretraining's 'encoder.' under 'model', with q_bias and v_bias", False),
+    "maepriv": About(
+        "MAE-priv's .pth: its pretraining's 'encoder.' under 'model', with q_bias and v_bias", False
+    ),
     "timm": About("timm's vit_*: the encoder, as safetensors or .pth", False),
     "huggingface": About("Hugging Face's ViTMAE: a folder that from_pretrained reads", True),
 }
@@ -68,16 +71,26 @@ def published_names(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_autoencoder(names: Iterable[str]) -> list[str]:
-    """Of the weights of some network, by MAE's names, those that a masked autoencoder or its encoder has: no heads for
-    classes or features, and no decoder of another kind."""
+    """Of the weights of some network, by MAE's names, those that a masked autoencoder or its
+    encoder has: no heads for classes or features, and no decoder of another kind."""
     extra = (
-        "head.", "fc_norm.", "cls_head.", "feature_head.", "decode_", "de_pos_embed", "mask_token_", "down", "lm_head",
-        "decoder.", "encoder_to_decoder.",
-    )  # fmt: skip
+        "head.",
+        "fc_norm.",
+        "cls_head.",
+        "feature_head.",
+        "decode_",
+        "de_pos_embed",
+        "mask_token_",
+        "down",
+        "lm_head",
+        "decoder.",
+        "encoder_to_decoder.",
+    )
     own = [name for name in names if not name.startswith(extra)]
     if any(name.startswith("decoder_blocks.") for name in own):
         return own
-    return [name for name in own if name not in ("mask_token", "decoder_pos_embed")]  # of a decoder of another kind
+    # of a decoder of another kind
+    return [name for name in own if name not in ("mask_token", "decoder_pos_embed")]
 
 
 def family_names(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
@@ -111,7 +124,9 @@ def _with_key_bias(state: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in state.items():
         place, _, last = name.rpartition(".")
         if last == "q_bias":
-            key = state.get(f"{place}.key_bias", torch.zeros_like(value) if isinstance(value, Tensor) else None)
+            key = state.get(
+                f"{place}.key_bias", torch.zeros_like(value) if isinstance(value, Tensor) else None
+            )
             parts = [value, key, state.get(f"{place}.v_bias")]
             if all(isinstance(part, Tensor) for part in parts):
                 renamed[f"{place}.qkv.bias"] = torch.cat(parts)
@@ -126,7 +141,9 @@ def _to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         block = re.fullmatch(r"((?:decoder_)?blocks)\.(\d+)\.(.+)\.(weight|bias)", name)
         if block is None:
             place, _, last = name.rpartition(".")
-            renamed[f"{_HUGGING_FACE[place]}.{last}" if place in _HUGGING_FACE else _HUGGING_FACE[name]] = value
+            renamed[
+                f"{_HUGGING_FACE[place]}.{last}" if place in _HUGGING_FACE else _HUGGING_FACE[name]
+            ] = value
             continue
         place = _HUGGING_FACE[f"{block[1]}.{{i}}"].format(i=block[2])
         if block[3] == "attn.qkv":
@@ -139,11 +156,16 @@ def _to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _from_hugging_face(state: Mapping[str, Any]) -> dict[str, Any]:
     if not any(name.startswith("vit.") for name in state):  # the encoder alone
-        state = {name if name.startswith("decoder.") else f"vit.{name}": value for name, value in state.items()}
+        state = {
+            name if name.startswith("decoder.") else f"vit.{name}": value
+            for name, value in state.items()
+        }
     saved = "decoder.decoder_encoder.layer."  # what transformers 5 calls them when it writes
     state = {name.replace(saved, "decoder.decoder_layers."): value for name, value in state.items()}
     plain = {theirs: ours for ours, theirs in _HUGGING_FACE.items() if "{i}" not in ours}
-    blocks = {theirs.partition(".{i}")[0]: ours for ours, theirs in _HUGGING_FACE.items() if "{i}" in ours}
+    blocks = {
+        theirs.partition(".{i}")[0]: ours for ours, theirs in _HUGGING_FACE.items() if "{i}" in ours
+    }
     inside = {theirs: ours for ours, theirs in _HUGGING_FACE_BLOCK.items()}
     renamed: dict[str, Any] = {}
     for name, value in state.items():

@@ -1,12 +1,13 @@
 """Fine-tune a pretrained encoder on labelled shards.
 
-    python -m rcmae.finetune RECIPE.yaml [key=value ...]     one process; or under deepspeed, torchrun, srun
+    python -m rcmae.finetune RECIPE.yaml [key=value ...]
+        one process; or under deepspeed, torchrun, srun
 
-It is the training of `rcmae.train` (the same loop, engines, stream, checkpoints, run folder, resume and exit status)
-with another task: a classifier whose encoder starts from `classify.init`, labels smoothed and mixed, the learning rate
-falling from layer to layer. Beside the usual files, `evaluation/step-*.json` has the table of classes and
-`pictures/confusion-*.png` what was taken for what.
-"""
+It is the training of `rcmae.train` (the same loop, engines, stream, checkpoints, run folder, resume
+and exit status) with another task: a classifier whose encoder starts from `classify.init`, labels
+smoothed and mixed, the learning rate falling from layer to layer. Beside the usual files,
+`evaluation/step-*.json` has the table of classes and `pictures/confusion-*.png` what was taken for
+what."""
 
 from __future__ import annotations
 
@@ -54,9 +55,16 @@ class Finetuning:
         return test_set(recipe)
 
     def problems(
-        self, recipe: Recipe, index: ShardIndex | None, labelled: Sequence[ShardIndex], saved: Manifest | None
+        self,
+        recipe: Recipe,
+        index: ShardIndex | None,
+        labelled: Sequence[ShardIndex],
+        saved: Manifest | None,
     ) -> list[str]:
-        """Labels that do not fit, weights that do not fit; fills in the number of classes. Collective."""
+        """Labels that do not fit, weights that do not fit; fills in the number of classes.
+
+        Collective.
+        """
         if found := label_problems(recipe, index, labelled, saved):
             return found
         self.model = model = new_classifier(recipe, recipe.classify.num_classes or 0)
@@ -83,13 +91,17 @@ class Finetuning:
     def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:
         """Cross-entropy."""
         each = recipe.classify
-        return Classification(smoothing=each.smoothing, seed=recipe.run.seed, keeps_average=each.average)
+        return Classification(
+            smoothing=each.smoothing, seed=recipe.run.seed, keeps_average=each.average
+        )
 
     def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
         """The average of the whole classifier, where the recipe has one."""
         return copy.deepcopy(student) if objective.needs_teacher else None
 
-    def step_flops(self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int) -> float:
+    def step_flops(
+        self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
+    ) -> float:
         """Forward and backward of the classifier; its average has neither."""
         return 3 * classifier_flops(**encoder_sizes(recipe))
 
@@ -120,7 +132,10 @@ class Finetuning:
         return replace(batch, images=augment.mixed(batch.images, mate.images, mix), targets=targets)
 
     def evaluate(self, run: train.Run) -> None:
-        """Judge the classifier, and its average where there is one. Collective: every rank calls."""
+        """Judge the classifier, and its average where there is one.
+
+        Collective: every rank calls.
+        """
         networks: dict[str, Callable[[Tensor], Tensor]] = {"student": run.engine.student}
         if run.engine.teacher is not None:
             networks["average"] = run.engine.teacher
@@ -128,7 +143,8 @@ class Finetuning:
 
 
 def judge(run: train.Run, networks: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-    """Write down how good networks are on the test set, their tables of classes and pictures. Collective.
+    """Write down how good networks are on the test set, their tables of classes and pictures.
+    Collective.
 
     Args:
         run: whose student and teacher are put into evaluation mode.
@@ -140,20 +156,34 @@ def judge(run: train.Run, networks: Mapping[str, Callable[[Tensor], Tensor]]) ->
     with evaluating(run.engine.student, run.engine.teacher):
         for name, network in networks.items():
             batches = labelled_batches(
-                run.labelled[0], image_size=recipe.model.image_hw, in_channels=recipe.model.in_channels,
-                batch=recipe.evaluate.batch, rank=dist.rank(), world=dist.world(), workers=recipe.data.workers,
+                run.labelled[0],
+                image_size=recipe.model.image_hw,
+                in_channels=recipe.model.in_channels,
+                batch=recipe.evaluate.batch,
+                rank=dist.rank(),
+                world=dist.world(),
+                workers=recipe.data.workers,
                 cache=run.cache,
-            )  # fmt: skip
+            )
             rows[name] = classify(
-                network, batches, num_classes=recipe.classify.num_classes, device=dist.device(),
+                network,
+                batches,
+                num_classes=recipe.classify.num_classes,
+                device=dist.device(),
                 normalise=run.normalise.images,
-            )  # fmt: skip
+            )
     run.table, run.caption = scores_table(rows), f"of {rows['student'].images:,} test images, in %"
     figures = {name: row.figures() for name, row in rows.items()}
     run.log.event("evaluate", step=run.step, scores=figures, seconds=time.monotonic() - begin)
     for name, row in figures.items():
-        run.log.scalars(f"scores_{name}", {key: value for key, value in row.items() if key != "images"}, run.step)
-    run.log.say(f"step {run.step}, {figures['student']['images']} images of the test set\n{run.table}")
+        run.log.scalars(
+            f"scores_{name}",
+            {key: value for key, value in row.items() if key != "images"},
+            run.step,
+        )
+    run.log.say(
+        f"step {run.step}, {figures['student']['images']} images of the test set\n{run.table}"
+    )
     if dist.rank() == 0:
         write_scores(recipe.run_dir, run.step, rows, names)
 
@@ -173,23 +203,28 @@ def encoder_sizes(recipe: Recipe) -> dict[str, Any]:
     """The sizes of the recipe's encoder. Raises ValueError."""
     sizes = student_sizes(recipe.model)
     return {
-        "image_size": recipe.model.image_hw, "in_channels": recipe.model.in_channels,
+        "image_size": recipe.model.image_hw,
+        "in_channels": recipe.model.in_channels,
         **{key: sizes[key] for key in ENCODER_SIZES},
-    }  # fmt: skip
+    }
 
 
 def new_classifier(recipe: Recipe, num_classes: int) -> Classifier:
     """The classifier of a recipe with the weights of `run.seed`, the same on every rank."""
     model = Classifier(
-        **encoder_sizes(recipe), num_classes=num_classes, pool=recipe.classify.pool,
-        drop_path=recipe.classify.drop_path, norm_layer=kernels.layer_norm(recipe.engine.layer_norm),
-    )  # fmt: skip
+        **encoder_sizes(recipe),
+        num_classes=num_classes,
+        pool=recipe.classify.pool,
+        drop_path=recipe.classify.drop_path,
+        norm_layer=kernels.layer_norm(recipe.engine.layer_norm),
+    )
     model.draw_weights(torch.Generator().manual_seed(recipe.run.seed))
     return model
 
 
 def start_weights(model: Classifier, recipe: Recipe) -> str:
-    """Put the weights of `classify.init` into the model; a table of what matched. Collective: every rank calls.
+    """Put the weights of `classify.init` into the model; a table of what matched. Collective: every
+    rank calls.
 
     Raises:
         ValueError: they cannot be read or do not fit.
@@ -201,20 +236,29 @@ def start_weights(model: Classifier, recipe: Recipe) -> str:
         source = export.read_network(Path(init), recipe.classify.network)
         fit = fit_weights(model, source.weights, source.grid)
     except (ValueError, checkpoint.CheckpointError) as error:
-        raise ValueError(f"classify.init={init} with model.name={recipe.model.name}: {error}") from error
+        raise ValueError(
+            f"classify.init={init} with model.name={recipe.model.name}: {error}"
+        ) from error
     return f"{source.about}\n{fit.table()}"
 
 
 def label_problems(
     recipe: Recipe, index: ShardIndex | None, labelled: Sequence[ShardIndex], saved: Manifest | None
 ) -> list[str]:
-    """What stands against the labels; fills in what an earlier job chose, and the number of classes."""
+    """What stands against the labels.
+
+    Fills in what an earlier job chose, and the number of classes.
+    """
     problems: list[str] = []
     each = recipe.classify
     if saved is not None and saved.path.parent == recipe.run_dir / "checkpoints":
         theirs: Mapping[str, Any] = saved.meta["recipe"].get("classify", {})
         each.num_classes = each.num_classes or theirs.get("num_classes")
-        each.init = theirs.get("init") if each.init is None or same_source(each.init, theirs.get("init")) else each.init
+        each.init = (
+            theirs.get("init")
+            if each.init is None or same_source(each.init, theirs.get("init"))
+            else each.init
+        )
     elif each.init is not None:
         each.init = str(newest_of(Path(each.init)))
     if index is None:
@@ -227,23 +271,29 @@ def label_problems(
     each.num_classes = each.num_classes or 1 + max(present)
     sets = [("data.shards", index), *(("evaluate.test_shards", other) for other in labelled)]
     for name, other in sets:
-        outside = sorted({label for label in set(other.labels.tolist()) if not 0 <= label < each.num_classes})
+        outside = sorted(
+            {label for label in set(other.labels.tolist()) if not 0 <= label < each.num_classes}
+        )
         if outside:
             problems.append(
-                f"{name}: labels {shown(outside)} lie outside classify.num_classes={each.num_classes} "
+                f"{name}: labels {shown(outside)} lie outside "
+                f"classify.num_classes={each.num_classes} "
                 f"(0 to {each.num_classes - 1}); set it, or give other shards"
             )
         new = sorted(set(other.labels.tolist()) - present - set(outside))
         if new:
             count = sum(other.labels.tolist().count(label) for label in new[:50])
             problems.append(
-                f"{name}: classes {shown(new)} ({count} images) are none of data.shards', so nothing can learn them; "
+                f"{name}: classes {shown(new)} ({count} images) are none of data.shards', so "
+                "nothing can learn them; "
                 "give test shards of the same classes"
             )
     if mixing_of(recipe).is_on and (recipe.batch.images // recipe.data.repeats // dist.world()) % 2:
         problems.append(
-            f"batch.images={recipe.batch.images} over {dist.world()} ranks is an odd number of samples, and images are "
-            "mixed in pairs of a rank; use an even number a rank, or classify.mixup=0 classify.cutmix=0"
+            f"batch.images={recipe.batch.images} over {dist.world()} ranks is an odd number "
+            "of samples, and images are "
+            "mixed in pairs of a rank; use an even number a rank, or classify.mixup=0 "
+            "classify.cutmix=0"
         )
     if each.class_names is not None:
         try:
@@ -259,7 +309,10 @@ def shown(numbers: Sequence[int]) -> str:
 
 
 def newest_of(source: Path) -> Path:
-    """The folder of a run's newest checkpoint, so that a resume starts from the same; anything else as it is."""
+    """The folder of a run's newest checkpoint, so that a resume starts from the same.
+
+    Anything else as it is.
+    """
     if (source / "checkpoints").is_dir():
         found = checkpoint.newest_unverified(source / "checkpoints")
         return found.path if found else source
@@ -268,7 +321,9 @@ def newest_of(source: Path) -> Path:
 
 def same_source(asked: str, chosen: str | None) -> bool:
     """Whether an earlier job's choice is a checkpoint of the run that is asked for now."""
-    return chosen is not None and (asked == chosen or Path(chosen).parent == Path(asked) / "checkpoints")
+    return chosen is not None and (
+        asked == chosen or Path(chosen).parent == Path(asked) / "checkpoints"
+    )
 
 
 def class_names(recipe: Recipe) -> list[str]:
@@ -277,12 +332,18 @@ def class_names(recipe: Recipe) -> list[str]:
     return Path(path).read_text().split("\n") if path else []
 
 
-def write_scores(run_dir: Path, step: int, rows: Mapping[str, Scores], names: Sequence[str]) -> None:
-    """The table of classes as JSON and the confusion as a picture, of each network. One process calls."""
+def write_scores(
+    run_dir: Path, step: int, rows: Mapping[str, Scores], names: Sequence[str]
+) -> None:
+    """The table of classes as JSON and the confusion as a picture, of each network.
+
+    One process calls.
+    """
     folder = run_dir / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     document = {
-        name: {**row.figures(), "classes": row.classes(names), "confused": row.confused()} for name, row in rows.items()
+        name: {**row.figures(), "classes": row.classes(names), "confused": row.confused()}
+        for name, row in rows.items()
     }
     aside = folder / f"step-{step:08d}.json.aside"
     aside.write_text(json.dumps({"step": step, "networks": document}, indent=1))

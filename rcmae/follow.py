@@ -1,17 +1,19 @@
-"""Evaluate a run from beside it: k-NN of each checkpoint, once, as it is committed, until the run is finished.
+"""Evaluate a run from beside it: k-NN of each checkpoint, once, as it is committed, until the run
+is finished.
 
 Logistic regression on the same features, too, with evaluate.logistic=true.
 
-    python -m rcmae.follow RUN_DIR evaluate.train_shards=... evaluate.test_shards=... [key=value ...]
+    python -m rcmae.follow RUN_DIR evaluate.train_shards=... evaluate.test_shards=... [key=value]
 
-The training does not wait and need not be told: the recipe is the run's own, with the keys given here over it, and the
-weights come from its checkpoints, read-only. Answers go to RUN_DIR/evaluations: `events.jsonl` has one line a
-checkpoint, TensorBoard the curves; what is there already is not done again, so a side-car may be stopped, killed and
-requeued as it comes. Under a launcher the images are shared out among the ranks, each with the whole networks.
+The training does not wait and need not be told: the recipe is the run's own, with the keys given
+here over it, and the weights come from its checkpoints, read-only. Answers go to
+RUN_DIR/evaluations: `events.jsonl` has one line a checkpoint, TensorBoard the curves; what is there
+already is not done again, so a side-car may be stopped, killed and requeued as it comes. Under a
+launcher the images are shared out among the ranks, each with the whole networks.
 
-Exit status: 0 the run is finished and all its checkpoints are evaluated; 75 it is not: run this again (asked to stop,
-or the run has given no sign of life for --patience-s); 2 the input is wrong; 1 anything else.
-"""
+Exit status: 0 the run is finished and all its checkpoints are evaluated; 75 it is not: run this
+again (asked to stop, or the run has given no sign of life for --patience-s); 2 the input is wrong;
+1 anything else."""
 
 from __future__ import annotations
 
@@ -29,7 +31,15 @@ from rcmae.batch import Batch
 from rcmae.bootmae_vit import Network
 from rcmae.config import Recipe
 from rcmae.engine import DTYPES, cast_params
-from rcmae.evaluate import Rows, evaluating, features_of_both, knn_rows, knn_table, logistic_rows, pooled
+from rcmae.evaluate import (
+    Rows,
+    evaluating,
+    features_of_both,
+    knn_rows,
+    knn_table,
+    logistic_rows,
+    pooled,
+)
 from rcmae.export import KIND
 from rcmae.lease import Lease, LeaseHeld, LeaseLost, exit_status, fence
 from rcmae.metrics import MetricsLog
@@ -47,7 +57,7 @@ class Stopped(Exception):
     """Asked to stop in the middle of an evaluation; raised on all ranks together."""
 
 
-# ------------------------------------------------------------------------------------------------ the run, from outside
+# ---------------------------------------------------------------------------- the run, from outside
 
 
 class Watch:
@@ -56,7 +66,8 @@ class Watch:
     Args:
         folder: the run's.
         last_step: checkpoints up to here are done.
-        patience_s: seconds without a sign of life (a beat of its lease, a checkpoint) after which it counts as silent.
+        patience_s: seconds without a sign of life (a beat of its lease, a checkpoint) after which
+            it counts as silent.
     """
 
     def __init__(self, folder: Path, *, last_step: int, patience_s: float) -> None:
@@ -81,7 +92,10 @@ class Watch:
                 return path
         if finished:
             return "finished"
-        signs = paths, [beat.read_text() for beat in sorted((self._folder / "leases").glob("*.beat"))]
+        signs = (
+            paths,
+            [beat.read_text() for beat in sorted((self._folder / "leases").glob("*.beat"))],
+        )
         if signs != self._signs:
             self._signs, self._changed = signs, time.monotonic()
         return "silent" if time.monotonic() - self._changed > self._patience_s else "wait"
@@ -103,7 +117,7 @@ def evaluated(folder: Path) -> int:
     return max((event["step"] for event in events if event["event"] == "evaluate"), default=0)
 
 
-# -------------------------------------------------------------------------------------------------------- an evaluation
+# ------------------------------------------------------------------------------------ an evaluation
 
 
 class Sets(NamedTuple):
@@ -120,9 +134,15 @@ def open_sets(recipe: Recipe) -> Sets:
     Raises:
         ValueError: on every rank; there are none, or they cannot be used.
     """
-    given = {"train_shards": recipe.evaluate.train_shards, "test_shards": recipe.evaluate.test_shards}
+    given = {
+        "train_shards": recipe.evaluate.train_shards,
+        "test_shards": recipe.evaluate.test_shards,
+    }
     if missing := [f"evaluate.{key}" for key, shards in given.items() if not shards]:
-        raise ValueError(f"k-NN needs labelled shards: the run's recipe has no {' and '.join(missing)}; give them here")
+        raise ValueError(
+            f"k-NN needs labelled shards: the run's recipe has no {' and '.join(missing)}; give "
+            "them here"
+        )
     train, test = (open_index(recipe, shards) for shards in given.values())
     cache = node_cache((train, test), recipe.data.cache_dir, recipe.data.cache_gb, patience(recipe))
     return Sets(train, test, cache)
@@ -130,7 +150,8 @@ def open_sets(recipe: Recipe) -> Sets:
 
 @torch.no_grad()
 def networks(recipe: Recipe, manifest: checkpoint.Manifest) -> dict[str, Network]:
-    """Student and, where there is one, teacher with the weights of a checkpoint, in the precision they train in.
+    """Student and, where there is one, teacher with the weights of a checkpoint, in the precision
+    they train in.
 
     Raises:
         CheckpointError, OSError: it could not be read.
@@ -142,7 +163,11 @@ def networks(recipe: Recipe, manifest: checkpoint.Manifest) -> dict[str, Network
             if name == "teacher":  # it may be the encoder alone
                 model.keep(("pixels",) if "decoder" in recipe.objective.teacher_parts else ())
             for weight, value in model.state_dict().items():  # live
-                key = f"buffer/{weight}" if f"buffer/{weight}" in manifest.tensors else f"{KIND[name]}/{weight}"
+                key = (
+                    f"buffer/{weight}"
+                    if f"buffer/{weight}" in manifest.tensors
+                    else f"{KIND[name]}/{weight}"
+                )
                 flat = torch.empty(value.numel(), dtype=value.dtype)
                 reader.read(key, 0, flat)
                 value.copy_(flat.view_as(value))
@@ -155,8 +180,8 @@ def networks(recipe: Recipe, manifest: checkpoint.Manifest) -> dict[str, Network
 def answer(
     recipe: Recipe, sets: Sets, models: dict[str, Network], stop: preempt.StopRequest
 ) -> tuple[Rows, dict[str, float]]:
-    """k-NN of these networks, and logistic regression where it is asked for. Collective: every rank calls, and gets
-    the same rows.
+    """k-NN of these networks, and logistic regression where it is asked for. Collective: every rank
+    calls, and gets the same rows.
 
     Raises:
         Stopped: on all ranks.
@@ -165,9 +190,15 @@ def answer(
 
     def batches(index: ShardIndex) -> Iterator[Batch]:
         for batch in labelled_batches(
-            index, image_size=recipe.model.image_hw, in_channels=recipe.model.in_channels, batch=wanted.batch,
-            rank=dist.rank(), world=dist.world(), workers=data.workers, cache=sets.cache,
-        ):  # fmt: skip
+            index,
+            image_size=recipe.model.image_hw,
+            in_channels=recipe.model.in_channels,
+            batch=wanted.batch,
+            rank=dist.rank(),
+            world=dist.world(),
+            workers=data.workers,
+            cache=sets.cache,
+        ):
             if dist.agree(stop.reason is not None or stop.is_late(0.0)):
                 raise Stopped
             yield batch
@@ -176,27 +207,37 @@ def answer(
     with evaluating(*models.values()):
         features = features_of_both(
             {name: pooled(model, wanted.pool) for name, model in models.items()},
-            batches(sets.train), batches(sets.test), device=device,
+            batches(sets.train),
+            batches(sets.test),
+            device=device,
             normalise=Normalise(data.mean, data.std, device).images,
-        )  # fmt: skip
+        )
     rows = knn_rows(*features, k=wanted.k, device=device, temperature=wanted.temperature)
     return rows, logistic_rows(*features, device=device) if wanted.logistic else {}
 
 
-# ------------------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def follow(
-    folder: Path, overrides: Sequence[str], stop: preempt.StopRequest, *, patience_s: float, poll_s: float
+    folder: Path,
+    overrides: Sequence[str],
+    stop: preempt.StopRequest,
+    *,
+    patience_s: float,
+    poll_s: float,
 ) -> int:
-    """Evaluate a run's checkpoints until it is finished; the exit status. Collective: every rank calls.
+    """Evaluate a run's checkpoints until it is finished; the exit status. Collective: every rank
+    calls.
 
     Raises:
-        ValueError: on every rank; the recipe, the shards or another side-car of this run stand against it.
+        ValueError: on every rank; the recipe, the shards or another side-car of this run stand
+            against it.
         LeaseLost: on every rank; another side-car took over.
     """
     watch = Watch(folder, last_step=evaluated(folder), patience_s=patience_s)
-    while dist.from_first(not (folder / "recipe.yaml").is_file()):  # the training has not come so far
+    while dist.from_first(not (folder / "recipe.yaml").is_file()):
+        # the training has not come so far
         if dist.agree(stop.reason is not None) or dist.from_first(watch.look() == "silent"):
             return preempt.STOPPED
         time.sleep(poll_s)
@@ -206,9 +247,12 @@ def follow(
     if dist.rank() == 0:
         try:
             lease = Lease(
-                folder / FOLDER, timeout_s=recipe.run.lease_timeout_s, wait_s=recipe.run.lease_wait_s,
-                newest_step=lambda: evaluated(folder), say=lambda text: print(text, flush=True),
-            )  # fmt: skip
+                folder / FOLDER,
+                timeout_s=recipe.run.lease_timeout_s,
+                wait_s=recipe.run.lease_wait_s,
+                newest_step=lambda: evaluated(folder),
+                say=lambda text: print(text, flush=True),
+            )
         except (LeaseHeld, OSError) as error:
             problem = f"another side-car evaluates {folder}: {error}"
     dist.together(dist.from_first(problem))
@@ -221,16 +265,28 @@ def follow(
 
 
 def _follow(
-    recipe: Recipe, sets: Sets, watch: Watch, stop: preempt.StopRequest, lease: Lease | None, poll_s: float
+    recipe: Recipe,
+    sets: Sets,
+    watch: Watch,
+    stop: preempt.StopRequest,
+    lease: Lease | None,
+    poll_s: float,
 ) -> int:
     with MetricsLog(
-        recipe.run_dir / FOLDER, resume_step=watch.last_step, total_steps=0, writes=dist.rank() == 0,
-        tensorboard=recipe.log.tensorboard, bar=False,
-    ) as log:  # fmt: skip
+        recipe.run_dir / FOLDER,
+        resume_step=watch.last_step,
+        total_steps=0,
+        writes=dist.rank() == 0,
+        tensorboard=recipe.log.tensorboard,
+        bar=False,
+    ) as log:
         log.say(f"evaluating the checkpoints of {recipe.run_dir} beyond step {watch.last_step}")
         while True:
             if dist.agree(stop.reason is not None or stop.is_late(0.0)):
-                log.say(f"stopped after step {watch.last_step}, asked by {stop.reason or 'the end of the job'}")
+                log.say(
+                    f"stopped after step {watch.last_step}, asked by "
+                    f"{stop.reason or 'the end of the job'}"
+                )
                 return preempt.STOPPED
             found = dist.from_first(watch.look())
             if found == "finished":
@@ -250,7 +306,11 @@ def _follow(
                 problem = str(error)
             told = [text for text in dist.gather(problem) if text]
             if told:
-                gone = "" if found.exists() else "; it was pruned meanwhile, checkpoint.keep and keep_every keep more"
+                gone = (
+                    ""
+                    if found.exists()
+                    else "; it was pruned meanwhile, checkpoint.keep and keep_every keep more"
+                )
                 log.event("passed_over", step=step, reason=told[0])
                 log.say(f"step {step} is left out: {told[0]}{gone}")
                 watch.last_step = step
@@ -260,7 +320,9 @@ def _follow(
             except Stopped:
                 continue
             if dist.agree(lease is not None and lease.lost):
-                raise LeaseLost(f"another side-car took the evaluation of {recipe.run_dir} over; this one stops")
+                raise LeaseLost(
+                    f"another side-car took the evaluation of {recipe.run_dir} over; this one stops"
+                )
             more = {"logistic": linear} if linear else {}
             log.event("evaluate", step=step, knn=rows, **more, seconds=time.monotonic() - begin)
             log.sync()
@@ -274,19 +336,31 @@ def _follow(
 def main(argv: Sequence[str] | None = None) -> int:
     """Follow a run by a command line; the exit status of this rank."""
     stop = preempt.StopRequest()
-    parser = argparse.ArgumentParser(prog="python -m rcmae.follow", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m rcmae.follow", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("run", type=Path, help="its run.dir")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="over the run's recipe, such as evaluate.k=5"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="over the run's recipe, such as evaluate.k=5",
     )
-    parser.add_argument("--patience-s", type=float, default=900.0, help="a run silent for so long is given up (900)")
+    parser.add_argument(
+        "--patience-s", type=float, default=900.0, help="a run silent for so long is given up (900)"
+    )
     parser.add_argument("--poll-s", type=float, default=5.0, help="seconds between two looks (5)")
     options = parser.parse_intermixed_args(argv)
     try:
         dist.start(required=False)
         status = follow(
-            options.run, options.overrides, stop, patience_s=options.patience_s, poll_s=options.poll_s
-        )  # fmt: skip
+            options.run,
+            options.overrides,
+            stop,
+            patience_s=options.patience_s,
+            poll_s=options.poll_s,
+        )
     except (ValueError, LeaseLost) as error:
         say_error(error)
         status = preempt.REFUSED if isinstance(error, ValueError) else preempt.FAILED

@@ -1,9 +1,9 @@
 """What happens when numbers go bad: a loss or gradient that is not finite, or a loss that jumps.
 
-All ranks come to the same verdict before the update, so nothing is ever updated with them. What is known of the step is
-put into a bundle that tools/replay.py runs again on one process. A jump is judged robustly: by the median of the last
-losses and their median absolute deviation, which an outlier does not move.
-"""
+All ranks come to the same verdict before the update, so nothing is ever updated with them. What is
+known of the step is put into a bundle that tools/replay.py runs again on one process. A jump is
+judged robustly: by the median of the last losses and their median absolute deviation, which an
+outlier does not move."""
 
 from __future__ import annotations
 
@@ -49,25 +49,35 @@ class Guard:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's `state()`."""
-        self.skips, self.rewinds, self.history = state["skips"], state["rewinds"], list(state["history"])
+        self.skips, self.rewinds, self.history = (
+            state["skips"],
+            state["rewinds"],
+            list(state["history"]),
+        )
 
     def jumped(self, seen: Sequence[dict[str, Tensor]]) -> str | None:
         """Why this step's loss is an outlier, None if it is not or jumps are not looked for.
 
-        Collective where `spike_factor` is set: every rank calls, with its shares of the step's loss.
-        """
+        Collective where `spike_factor` is set: every rank calls, with its shares of the step's
+        loss."""
         if self.spike_factor is None:
             return None
-        share = torch.stack([weight * part[term] for part in seen for term, weight in self.weights.items()]).sum()
+        share = torch.stack(
+            [weight * part[term] for part in seen for term, weight in self.weights.items()]
+        ).sum()
         loss = float(dist.all_sum(share.double()))  # waits for the device
         if not math.isfinite(loss):
             return None  # the gradient's check says that better
         if len(self.history) >= 16:
             middle = median(self.history)
-            deviation = 1.4826 * median(abs(value - middle) for value in self.history)  # a normal one's, from the MAD
+            # a normal one's, from the MAD
+            deviation = 1.4826 * median(abs(value - middle) for value in self.history)
             limit = middle + self.spike_factor * max(deviation, FLOOR * abs(middle))
             if loss > limit:
-                return f"the loss jumped to {loss:.4g}, above {limit:.4g} (the median of late is {middle:.4g})"
+                return (
+                    f"the loss jumped to {loss:.4g}, above {limit:.4g} (the median of late is "
+                    f"{middle:.4g})"
+                )
         self.history = [*self.history, loss][-self.spike_window :]
         return None
 
@@ -94,10 +104,11 @@ class Report(NamedTuple):
 def bundle(
     run_dir: Path, about: dict[str, Any], micros: Sequence[Batch], seen: Sequence[dict[str, Tensor]]
 ) -> Report:
-    """Write what is known of a bad step: recipe, checkpoint, and every sample with its position and mask.
+    """Write what is known of a bad step: recipe, checkpoint, and every sample with its position and
+    mask.
 
-    Positions and the recipe's seeds are the random keys: crop, flip and mask are functions of them. Collective.
-    """
+    Positions and the recipe's seeds are the random keys: crop, flip and mask are functions of them.
+    Collective."""
     mine = [
         {
             "positions": batch.positions.tolist(),
@@ -109,7 +120,12 @@ def bundle(
     ]
     ranks = dist.gather(mine)
     bad = {
-        rank: [key for micro in each if not all(map(math.isfinite, micro["losses"].values())) for key in micro["keys"]]
+        rank: [
+            key
+            for micro in each
+            if not all(map(math.isfinite, micro["losses"].values()))
+            for key in micro["keys"]
+        ]
         for rank, each in enumerate(ranks)
     }
     bad = {rank: keys for rank, keys in bad.items() if keys}
@@ -117,10 +133,14 @@ def bundle(
     if dist.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**about, "ranks": ranks}))  # Python's JSON, which has NaN
-    named = "; ".join(f"rank {rank}: {', '.join(keys[:4])}{' ...' * (len(keys) > 4)}" for rank, keys in bad.items())
+    named = "; ".join(
+        f"rank {rank}: {', '.join(keys[:4])}{' ...' * (len(keys) > 4)}"
+        for rank, keys in bad.items()
+    )
     return Report(
         path,
         bad,
-        f"{'a loss' if bad else 'the gradient, but no loss,'} is not finite (gradient norm {about['grad_norm']})",
+        f"{'a loss' if bad else 'the gradient, but no loss,'} is not finite (gradient norm "
+        f"{about['grad_norm']})",
         f"Samples of the micro-batches with such a loss: {named}. " if bad else "",
     )

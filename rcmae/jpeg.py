@@ -1,9 +1,10 @@
 """JPEG to pixels: the part asked for, at full, half, quarter or eighth size, by libjpeg-turbo.
 
-Where libjpeg-turbo 3 is found as a shared library (that of the `turbojpeg` wheel, or the system's) only the part is
-transformed and converted, and nothing below it is read; else simplejpeg, which brings its own, decodes the whole and
-the part is cut out. The pixels are the same, so a run may go from one machine to the other. The one difference: there,
-damage below the part goes unseen, but a missing end is seen everywhere. No maintained binding that we know of offers
+Where libjpeg-turbo 3 is found as a shared library (that of the `turbojpeg` wheel, or the system's)
+only the part is transformed and converted, and nothing below it is read; else simplejpeg, which
+brings its own, decodes the whole and the part is cut out. The pixels are the same, so a run may go
+from one machine to the other. The one difference: there, damage below the part goes unseen, but a
+missing end is seen everywhere. No maintained binding that we know of offers
 parts: hence ctypes, on eight functions of a stable interface.
 """
 
@@ -26,9 +27,11 @@ from numpy.typing import NDArray
 
 _END = b"\xff\xd9"
 _COLOURS = ("YCbCr", "Gray", "RGB")
-_PIXEL_FORMATS = {3: ("RGB", 0), 1: ("GRAY", 6)}  # channels -> names of simplejpeg and of turbojpeg.h
+# channels -> names of simplejpeg and of turbojpeg.h
+_PIXEL_FORMATS = {3: ("RGB", 0), 1: ("GRAY", 6)}
 _INIT_DECOMPRESS, _STOP_ON_WARNING, _SUBSAMPLING, _WIDTH = 1, 0, 4, 5  # of turbojpeg.h, too
-_MCU_WIDTHS = (8, 16, 16, 8, 8, 32, 8)  # pixels; by chroma subsampling as numbered there: 444 422 420 grey 440 411 441
+# pixels; by chroma subsampling as numbered there: 444 422 420 grey 440 411 441
+_MCU_WIDTHS = (8, 16, 16, 8, 8, 32, 8)
 _log = logging.getLogger(__name__)
 
 
@@ -94,7 +97,10 @@ def decode_box(data: bytes, box: Box, shrink: int = 1, channels: int = 3) -> NDA
 
 
 def decode_cmyk(data: bytes) -> NDArray[np.uint8]:
-    """The inks of a JPEG for print, [H, W, 4]. Raises ValueError: the bytes are damaged or cut short."""
+    """The inks of a JPEG for print, [H, W, 4].
+
+    Raises ValueError: the bytes are damaged or cut short.
+    """
     return simplejpeg.decode_jpeg(data, "CMYK")
 
 
@@ -103,9 +109,12 @@ def _decode_whole(data: bytes, shrink: int, channels: int) -> NDArray[np.uint8]:
         return simplejpeg.decode_jpeg(data, _PIXEL_FORMATS[channels][0])
     height, width, _ = header(data)
     return simplejpeg.decode_jpeg(
-        data, _PIXEL_FORMATS[channels][0],
-        min_height=-(-height // shrink), min_width=-(-width // shrink), min_factor=shrink,
-    )  # fmt: skip
+        data,
+        _PIXEL_FORMATS[channels][0],
+        min_height=-(-height // shrink),
+        min_width=-(-width // shrink),
+        min_factor=shrink,
+    )
 
 
 class _Fraction(ctypes.Structure):
@@ -120,21 +129,39 @@ class _Region(ctypes.Structure):
 def _library() -> ctypes.CDLL | None:
     """libjpeg-turbo's turbojpeg library of version 3 or later, where there is one."""
     wheel = importlib.util.find_spec("turbojpeg")
-    beside = Path(wheel.origin).parent / "turbojpeg.libs" / "libturbojpeg*.so*" if wheel and wheel.origin else None
-    for path in chain(glob(str(beside)) if beside else (), filter(None, [ctypes.util.find_library("turbojpeg")])):
+    beside = (
+        Path(wheel.origin).parent / "turbojpeg.libs" / "libturbojpeg*.so*"
+        if wheel and wheel.origin
+        else None
+    )
+    for path in chain(
+        glob(str(beside)) if beside else (), filter(None, [ctypes.util.find_library("turbojpeg")])
+    ):
         try:
             library = ctypes.CDLL(path)
             library.tj3Init.restype = ctypes.c_void_p
             library.tj3Destroy.argtypes = [ctypes.c_void_p]
             library.tj3Set.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
             library.tj3Get.argtypes = [ctypes.c_void_p, ctypes.c_int]
-            library.tj3DecompressHeader.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+            library.tj3DecompressHeader.argtypes = [
+                ctypes.c_void_p,
+                ctypes.c_char_p,
+                ctypes.c_size_t,
+            ]
             library.tj3SetScalingFactor.argtypes = [ctypes.c_void_p, _Fraction]
             library.tj3SetCroppingRegion.argtypes = [ctypes.c_void_p, _Region]
             library.tj3Decompress8.argtypes = [
-                ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int, ctypes.c_int
-            ]  # fmt: skip
-            library.tj3GetErrorStr.argtypes, library.tj3GetErrorStr.restype = [ctypes.c_void_p], ctypes.c_char_p
+                ctypes.c_void_p,
+                ctypes.c_char_p,
+                ctypes.c_size_t,
+                ctypes.c_void_p,
+                ctypes.c_int,
+                ctypes.c_int,
+            ]
+            library.tj3GetErrorStr.argtypes, library.tj3GetErrorStr.restype = (
+                [ctypes.c_void_p],
+                ctypes.c_char_p,
+            )
         except (OSError, AttributeError) as error:  # version 2 has no tj3 functions
             _log.debug("%s: %s", path, error)
         else:
@@ -161,8 +188,9 @@ class _Decoder:
         self._check(library.tj3SetCroppingRegion(handle, _Region(0, 0, 0, 0)))  # of the last image
         self._check(library.tj3DecompressHeader(handle, data, len(data)))
         self._check(library.tj3SetScalingFactor(handle, _Fraction(1, shrink)))
-        # A part starts at a multiple of the MCU's width. Chroma at its sides is interpolated without what lies beyond,
-        # so it is one MCU wider than the box on either side, and the box cut out: the same pixels as from the whole.
+        # A part starts at a multiple of the MCU's width. Chroma at its sides is interpolated
+        # without what lies beyond, so it is one MCU wider than the box on either side, and the box
+        # cut out: the same pixels as from the whole.
         subsampling = library.tj3Get(handle, _SUBSAMPLING)
         if subsampling not in range(len(_MCU_WIDTHS)):
             raise ValueError("chroma subsampling of a kind that libjpeg-turbo has no name for")
@@ -171,8 +199,14 @@ class _Decoder:
         left = max(0, box.left // mcu - 1) * mcu
         right = min(width, box.left + box.width + mcu)
         pixels = np.empty((box.height, right - left, channels), np.uint8)
-        self._check(library.tj3SetCroppingRegion(handle, _Region(left, box.top, right - left, box.height)))
-        self._check(library.tj3Decompress8(handle, data, len(data), pixels.ctypes.data, 0, _PIXEL_FORMATS[channels][1]))
+        self._check(
+            library.tj3SetCroppingRegion(handle, _Region(left, box.top, right - left, box.height))
+        )
+        self._check(
+            library.tj3Decompress8(
+                handle, data, len(data), pixels.ctypes.data, 0, _PIXEL_FORMATS[channels][1]
+            )
+        )
         return pixels[:, box.left - left : box.left - left + box.width]
 
     def _check(self, failed: int) -> None:

@@ -1,9 +1,10 @@
-"""The one table of fused choices: attention, layer norm, optimizer, compilation, activation checkpointing.
+"""The one table of fused choices: attention, layer norm, optimizer, compilation, activation
+checkpointing.
 
-Every choice computes the same function; they differ in speed and memory. What is used, and why not the others, is told
-at start-up (`table`). Attention is torch's `scaled_dot_product_attention`, but for bf16 on a CPU. NVIDIA apex is found
-at run time where a site has built it. Importing this module also makes timm importable beside a CPU build of torch, so
-import it before timm or torchvision.
+Every choice computes the same function; they differ in speed and memory. What is used, and why not
+the others, is told at start-up (`table`). Attention is torch's `scaled_dot_product_attention`, but
+for bf16 on a CPU. NVIDIA apex is found at run time where a site has built it. Importing this module
+also makes timm importable beside a CPU build of torch, so import it before timm or torchvision.
 
 Not done: swapping modules for fused ones after construction. A choice is made when a part is built.
 """
@@ -32,12 +33,13 @@ _torchvision_ops: torch.library.Library | None = None  # the definitions live as
 
 
 def guard_torchvision() -> bool:
-    """Let `import torchvision` succeed beside a torch that its compiled extension was not built for.
+    """Let `import torchvision` succeed beside a torch that its compiled extension was not built
+    for.
 
-    torchvision's wheels carry a CUDA extension that a CPU torch cannot load; it then fails at import for want of two
-    operators that nothing here calls. They are declared (calling them still fails, clearly). Where the extension loads
-    nothing is touched. True where the declaration was needed.
-    """
+    torchvision's wheels carry a CUDA extension that a CPU torch cannot load; it then fails at
+    import for want of two operators that nothing here calls. They are declared (calling them still
+    fails, clearly). Where the extension loads nothing is touched. True where the declaration was
+    needed."""
     global _torchvision_ops
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations or _torchvision_ops is not None:
@@ -54,7 +56,7 @@ def guard_torchvision() -> bool:
 guard_torchvision()
 
 
-# ---------------------------------------------------------------------------------------------------------------- apex
+# --------------------------------------------------------------------------------------------- apex
 
 
 class ApexStatus(NamedTuple):
@@ -65,20 +67,30 @@ class ApexStatus(NamedTuple):
 
 
 def apex_status() -> ApexStatus:
-    """What the name `apex` stands for here. Nothing of it is imported: the index has another project of that name."""
+    """What the name `apex` stands for here.
+
+    Nothing of it is imported: the index has another project of that name.
+    """
     spec = importlib.util.find_spec("apex")
     if spec is None or not spec.submodule_search_locations:
         return ApexStatus(False, "NVIDIA apex is not installed")
     folder = Path(spec.submodule_search_locations[0])
-    if not all((folder / part / "__init__.py").is_file() for part in ("normalization", "optimizers")):
-        return ApexStatus(False, f"the apex in {folder} is not NVIDIA's (the index has a web toolkit of that name)")
+    if not all(
+        (folder / part / "__init__.py").is_file() for part in ("normalization", "optimizers")
+    ):
+        return ApexStatus(
+            False,
+            f"the apex in {folder} is not NVIDIA's (the index has a web toolkit of that name)",
+        )
     return ApexStatus(True, f"NVIDIA apex in {folder}")
 
 
 def _apex(module: str, name: str, key: str) -> Any:
     status = apex_status()
     if not status.usable:
-        raise ValueError(f"{key}=apex: {status.found}; build github.com/NVIDIA/apex, or use {key}=torch")
+        raise ValueError(
+            f"{key}=apex: {status.found}; build github.com/NVIDIA/apex, or use {key}=torch"
+        )
     return getattr(importlib.import_module(f"apex.{module}"), name)
 
 
@@ -92,7 +104,9 @@ def layer_norm(kind: Source = "torch") -> NormFactory:
         return functools.partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
     fused = _apex("normalization", "FusedLayerNorm", "engine.layer_norm")
 
-    def make(width: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    def make(
+        width: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
         norm: nn.Module = fused(width, eps=LAYER_NORM_EPS, elementwise_affine=True)
         return norm.to(device=device, dtype=dtype)
 
@@ -104,7 +118,8 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """AdamW in one pass over each group: torch's fused kernel, or apex's FusedAdam.
 
-    The learning rate starts at 0: the loop sets it before every step, and a group's weight decay with it.
+    The learning rate starts at 0: the loop sets it before every step, and a group's weight decay
+    with it.
 
     Raises:
         ValueError: apex was asked for and is not there.
@@ -112,18 +127,22 @@ def adamw(
     groups = list(groups)
     if kind == "torch":
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=ADAM_EPS, fused=True)
-    fused_adam: Callable[..., torch.optim.Optimizer] = _apex("optimizers", "FusedAdam", "engine.optimizer")
+    fused_adam: Callable[..., torch.optim.Optimizer] = _apex(
+        "optimizers", "FusedAdam", "engine.optimizer"
+    )
     return fused_adam(groups, lr=0.0, betas=betas, eps=ADAM_EPS, adam_w_mode=True, weight_decay=0.0)
 
 
-# -------------------------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
-    """Keep only each block's input in the forward pass and compute the block again in the backward pass, in place.
+    """Keep only each block's input in the forward pass and compute the block again in the backward
+    pass, in place.
 
-    `fairscale_offload` keeps the inputs in host memory. Names in the state dict stay as they are. fairscale's wrapper
-    points at the block by weak reference, so a deep copy made afterwards would compute with the weights of the
+    `fairscale_offload` keeps the inputs in host memory. Names in the state dict stay as they are.
+    fairscale's wrapper points at the block by weak reference, so a deep copy made afterwards would
+    compute with the weights of the
     original: copy first. A teacher has no backward pass and needs none of this.
     """
     if kind == "none":
@@ -133,7 +152,9 @@ def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
         assert compiled is None or compiled.args == (block,), "blocks are checkpointed once"
         forward = type(block).forward if compiled is None else compiled.func
         if kind == "torch":
-            block.forward = functools.partial(checkpoint, forward, block, use_reentrant=False, preserve_rng_state=False)
+            block.forward = functools.partial(
+                checkpoint, forward, block, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             from fairscale.nn import checkpoint_wrapper  # slow to import, for who asks for it
 
@@ -143,28 +164,35 @@ def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile the forward of each block of `model` (its `blocks` and `decoder_blocks`), in place.
+    """torch.compile the forward of each block of `model` (its `blocks` and `decoder_blocks`), in
+    place.
 
-    Blocks of one shape share their compiled code, and what an engine hooks to a block stays outside of it. Together
-    with `checkpoint_blocks`, in either order, what is computed again is compiled too. A deep copy computes with its
-    own weights.
+    Blocks of one shape share their compiled code, and what an engine hooks to a block stays outside
+    of it. Together with `checkpoint_blocks`, in either order, what is computed again is compiled
+    too. A deep copy computes with its own weights.
     """
-    compiled = {kind: torch.compile(kind.forward) for kind in {type(block) for block in blocks_of(model)}}
+    compiled = {
+        kind: torch.compile(kind.forward) for kind in {type(block) for block in blocks_of(model)}
+    }
     for block in blocks_of(model):
         forward = compiled[type(block)]
-        wrapped: Any = vars(block).get("forward")  # checkpoint_blocks: a partial over (forward, block, ...)
+        # checkpoint_blocks: a partial over (forward, block, ...)
+        wrapped: Any = vars(block).get("forward")
         if wrapped is None:
             block.forward = functools.partial(forward, block)
         else:
-            block.forward = functools.partial(wrapped.func, forward, *wrapped.args[1:], **wrapped.keywords)
+            block.forward = functools.partial(
+                wrapped.func, forward, *wrapped.args[1:], **wrapped.keywords
+            )
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
-    """Let the blocks of a model compute attention by the faster of two ways; `attention` is what they ask.
+    """Let the blocks of a model compute attention by the faster of two ways; `attention` is what
+    they ask.
 
-    torch's fused kernel, but for bf16 on a CPU: its backward pass takes several times as long there as two matrix
-    products and a softmax (torch 2.13, AVX-512: 28 ms against 3.7 ms at 17 tokens, 54 against 11 at 50, 215 against
-    135 at 197), which in turn keep the matrix of attention.
+    torch's fused kernel, but for bf16 on a CPU: its backward pass takes several times as long there
+    as two matrix products and a softmax (torch 2.13, AVX-512: 28 ms against 3.7 ms at 17 tokens, 54
+    against 11 at 50, 215 against 135 at 197), which in turn keep the matrix of attention.
     """
     for block in blocks_of(model):
         for attn in filter(None, (block.attn, getattr(block, "c_attn", None))):
@@ -177,7 +205,9 @@ def attention_is_fused(device: torch.device, precision: str) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, fused: bool) -> Tensor:
-    """Scaled dot-product attention: queries [B, heads, M, d], keys and values [B, heads, N, d] to [B, heads, M, d]."""
+    """Scaled dot-product attention: queries [B, heads, M, d], keys and values [B, heads, N, d]
+    to [B, heads, M, d].
+    """
     if fused:
         return nn.functional.scaled_dot_product_attention(q, k, v)
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
@@ -185,11 +215,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, fused: bool) -> Tensor:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model, encoder's first; none where it has none."""
-    lists = ("blocks", "decoder_blocks", "decode_blocks", "decode_blocks_1")  # the last two are BootMAE's names
+    # the last two are BootMAE's names
+    lists = ("blocks", "decoder_blocks", "decode_blocks", "decode_blocks_1")
     return [block for name in lists for block in getattr(model, name, ())]
 
 
-# --------------------------------------------------------------------------------------------------------------- table
+# -------------------------------------------------------------------------------------------- table
 
 
 class Choice(NamedTuple):
@@ -218,7 +249,8 @@ def table(
         device: where the model computes.
         precision: "fp32" or "bf16".
         layer_norm: "torch" or "apex".
-        optimizer: "torch", "apex", or the name of the one that an engine brings (DeepSpeed's offload).
+        optimizer: "torch", "apex", or the name of the one that an engine brings (DeepSpeed's
+            offload).
         compile: whether blocks are compiled.
         checkpointing: what keeps activations small.
     """
@@ -234,24 +266,42 @@ def table(
         "fairscale_offload": "recomputed from block inputs in host memory (fairscale)",
     }
     return [
-        Choice("attention", f"scaled_dot_product_attention: {_sdpa_backends(device)}", "torch picks by shape and type")
+        Choice(
+            "attention",
+            f"scaled_dot_product_attention: {_sdpa_backends(device)}",
+            "torch picks by shape and type",
+        )
         if attention_is_fused(device, precision)
-        else Choice("attention", "matrix products and softmax", "the fused kernel's backward pass is slow here"),
-        Choice("layer norm", norms[layer_norm], asked if layer_norm == "apex" else instead.format("layer_norm")),
+        else Choice(
+            "attention",
+            "matrix products and softmax",
+            "the fused kernel's backward pass is slow here",
+        ),
+        Choice(
+            "layer norm",
+            norms[layer_norm],
+            asked if layer_norm == "apex" else instead.format("layer_norm"),
+        ),
         Choice(
             "optimizer",
             optimizers.get(optimizer, optimizer),
-            {"torch": instead.format("optimizer"), "apex": asked}.get(optimizer, "the engine's own"),
+            {"torch": instead.format("optimizer"), "apex": asked}.get(
+                optimizer, "the engine's own"
+            ),
         ),
         Choice(
             "compile",
             "each block" if compile else "off",
-            asked if compile else "engine.compile=true is faster after some seconds at the first step",
+            asked
+            if compile
+            else "engine.compile=true is faster after some seconds at the first step",
         ),
         Choice(
             "activations",
             activations[checkpointing],
-            "engine.activation_checkpointing trades time for memory" if checkpointing == "none" else asked,
+            "engine.activation_checkpointing trades time for memory"
+            if checkpointing == "none"
+            else asked,
         ),
     ]
 

@@ -1,16 +1,18 @@
-"""One writer a run: a lease in the run's folder that a second training respects, and that is fenced when it passes on.
+"""One writer a run: a lease in the run's folder that a second training respects, and that is fenced
+when it passes on.
 
-`leases/00000003.json` says who holds generation 3 and, when it was a take-over, from which committed step. A file is
-linked into place whole, so of two jobs that reach for a generation one gets it. The holder beats: a thread counts up in
-`leases/00000003.beat`. Who finds a lease watches the count on its own clock; clocks of two nodes are never compared.
-A count that stands still for `timeout_s` means the holder is gone or cut off, and the next generation may be taken. A
-scheduler that starts a job again has given its earlier start up, whatever still runs of it on a node it cannot reach:
-the later start takes the run over at once.
+`leases/00000003.json` says who holds generation 3 and, when it was a take-over, from which
+committed step. A file is linked into place whole, so of two jobs that reach for a generation one
+gets it. The holder beats: a thread counts up in `leases/00000003.beat`. Who finds a lease watches
+the count on its own clock; clocks of two nodes are never compared. A count that stands still for
+`timeout_s` means the holder is gone or cut off, and the next generation may be taken. A scheduler
+that starts a job again has given its earlier start up, whatever still runs of it on a node it
+cannot reach: the later start takes the run over at once.
 
-A holder that was paused or cut off can wake up at any instant, so being careful is not enough: every manifest carries
-its writer's generation, and readers ignore what an older generation wrote beyond the step a take-over started from
-(`Fence`). Its last checkpoints are then as if they never were.
-"""
+A holder that was paused or cut off can wake up at any instant, so being careful is not enough:
+every manifest carries its writer's generation, and readers ignore what an older generation wrote
+beyond the step a take-over started from (`Fence`). Its last checkpoints are then as if they never
+were."""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Holder:
     """Who took a generation, where it runs, and what it found committed."""
 
     generation: int
-    from_step: int  # newest valid checkpoint at the take-over; what older generations wrote beyond it does not count
+    # newest valid checkpoint at the take-over; what older generations wrote beyond it does not
+    # count
+    from_step: int
     token: str
     host: str
     boot: str  # tells a host's restarts apart, and two containers of one name
@@ -61,7 +65,9 @@ class Fence:
 
 def fence(run_dir: Path) -> Fence:
     """The fence of a run as it stands now."""
-    return Fence(tuple((holder.generation, holder.from_step) for holder in _holders(run_dir / "leases")))
+    return Fence(
+        tuple((holder.generation, holder.from_step) for holder in _holders(run_dir / "leases"))
+    )
 
 
 def newest_generation(run_dir: Path) -> int:
@@ -70,16 +76,22 @@ def newest_generation(run_dir: Path) -> int:
 
 
 def exit_status(run_dir: Path, status: int) -> int:
-    """The status that a rank ends with: 0 where a later start of its own job has taken the run over.
+    """The status that a rank ends with: 0 where a later start of its own job has taken the run
+    over.
 
-    Whatever still runs of the earlier start on a node that was cut off, and comes back, must not be seen to fail: its
+    Whatever still runs of the earlier start on a node that was cut off, and comes back, must not be
+    seen to fail: its
     srun would end the job's step of that number, and that is the later start's by now.
     """
     with contextlib.suppress(LeaseHeld):
         job, restart = _this_start()
         last = max(_holders(run_dir / "leases"), key=lambda holder: holder.generation, default=None)
         if last is not None and last.job == job != "" and last.restart > restart:
-            print(f"rcmae: start {last.restart} of this job took the run over; start {restart} ends with 0", flush=True)
+            print(
+                f"rcmae: start {last.restart} of this job took the run over; start {restart} "
+                "ends with 0",
+                flush=True,
+            )
             return 0
     return status
 
@@ -89,7 +101,8 @@ class Lease:
 
     Args:
         run_dir: the run's folder; made if it is not there.
-        timeout_s: a holder whose count stands still this long on the observer's clock is taken to be gone.
+        timeout_s: a holder whose count stands still this long on the observer's clock is taken to
+            be gone.
         wait_s: how long to wait for a holder that is alive to finish, before giving up.
         newest_step: called at a take-over: the newest valid committed step, 0 if there is none.
         say: told what is waited for.
@@ -126,7 +139,8 @@ class Lease:
         """Look whether the lease is still ours.
 
         Raises:
-            LeaseLost: it is not, or the folder could not be written for so long that others may think us gone.
+            LeaseLost: it is not, or the folder could not be written for so long that others may
+                think us gone.
         """
         later = [holder for holder in _holders(self._folder) if holder.generation > self.generation]
         if later:
@@ -154,7 +168,10 @@ class Lease:
         return f"{self._folder.parent}: {self._lost}; this job stops and writes nothing more"
 
     def release(self) -> None:
-        """Say that this job is done with the folder, and stop beating. A second call does nothing."""
+        """Say that this job is done with the folder, and stop beating.
+
+        A second call does nothing.
+        """
         if not self._done.is_set():
             self._done.set()
             self._thread.join()
@@ -163,7 +180,9 @@ class Lease:
 
     # acquiring
 
-    def _acquire(self, wait_s: float, newest_step: Callable[[], int], say: Callable[[str], None]) -> Holder:
+    def _acquire(
+        self, wait_s: float, newest_step: Callable[[], int], say: Callable[[str], None]
+    ) -> Holder:
         host, boot, pid, token = socket.gethostname(), _boot(), os.getpid(), secrets.token_hex(8)
         job, restart = _this_start()
         give_up, told = time.monotonic() + wait_s, False
@@ -173,27 +192,40 @@ class Lease:
             earlier_start = last is not None and last.job == job != "" and last.restart < restart
             if last is None or earlier_start or self._is_gone(last):
                 begin = newest_step()
-                mine = Holder(last.generation + 1 if last else 1, begin, token, host, boot, pid, job, restart)
+                mine = Holder(
+                    last.generation + 1 if last else 1, begin, token, host, boot, pid, job, restart
+                )
                 if _link(self._folder, mine):
                     return mine
                 continue  # another job was faster
             if time.monotonic() > give_up:
                 raise LeaseHeld(
-                    f"{self._folder.parent} is being trained by {_who(last)}, which is alive; wait for it, stop it, "
+                    f"{self._folder.parent} is being trained by {_who(last)}, which is "
+                    "alive; wait for it, stop it, "
                     "or use another run.dir"
                 )
             if not told:
-                say(f"waiting up to {wait_s:.0f} s for {_who(last)}, which holds {self._folder.parent}")
+                say(
+                    f"waiting up to {wait_s:.0f} s for {_who(last)}, which holds "
+                    f"{self._folder.parent}"
+                )
                 told = True
 
     def _is_gone(self, holder: Holder) -> bool:
-        """Whether a holder released the run, died on this host, or stood still for the time-out. Waits to see it."""
+        """Whether a holder released the run, died on this host, or stood still for the time-out.
+
+        Waits to see it.
+        """
         file = self._beat_file(holder.generation)
         first, begin = _read(file), time.monotonic()
         while True:
             if _read(file) == "released":
                 return True
-            if holder.host == socket.gethostname() and holder.boot == _boot() and not _alive(holder.pid):
+            if (
+                holder.host == socket.gethostname()
+                and holder.boot == _boot()
+                and not _alive(holder.pid)
+            ):
                 return True
             if _read(file) != first:
                 return False
@@ -233,7 +265,9 @@ def _who(holder: Holder) -> str:
 
 
 def _boot() -> str:
-    """Names this host since it started, and this set of processes of it: a pid means nothing elsewhere."""
+    """Names this host since it started, and this set of processes of it: a pid means nothing
+    elsewhere.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -249,7 +283,8 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()  # a zombie writes nothing
+        # a zombie writes nothing
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
 
@@ -260,7 +295,9 @@ def _holders(folder: Path) -> list[Holder]:
         try:
             found.append(Holder(**json.loads(path.read_text())))
         except (OSError, ValueError, TypeError) as error:
-            raise LeaseHeld(f"{path} cannot be read ({error}); if no job trains here, delete it") from error
+            raise LeaseHeld(
+                f"{path} cannot be read ({error}); if no job trains here, delete it"
+            ) from error
     return found
 
 
@@ -272,7 +309,8 @@ def _link(folder: Path, holder: Holder) -> bool:
         file.flush()
         os.fsync(file.fileno())
     try:
-        os.link(aside, folder / f"{holder.generation:08d}.json")  # fails if it is there, on network file systems too
+        # fails if it is there, on network file systems too
+        os.link(aside, folder / f"{holder.generation:08d}.json")
     except FileExistsError:
         return False
     finally:

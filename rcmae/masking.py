@@ -1,8 +1,8 @@
 """Which patches of an image the encoder sees: keyed per sample, the same number in every image.
 
-A mask is an order of the patches (`ids_shuffle`) of which the first `num_visible` are seen. The number is constant,
-because with one that varies per sample a mean over a rank's images would depend on how many ranks there are.
-"""
+A mask is an order of the patches (`ids_shuffle`) of which the first `num_visible` are seen. The
+number is constant, because with one that varies per sample a mean over a rank's images would depend
+on how many ranks there are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from rcmae.draws import Purpose, permutation, uniform
 
 
 class Mask(Protocol):
-    """What the stream asks of a mask: the same count for every image, and an order of the patches for each."""
+    """What the stream asks of a mask: the same count for every image, and an order of the
+    patches for each.
+    """
 
     @property
     def num_patches(self) -> int:
@@ -42,7 +44,8 @@ class RandomMask:
     def __post_init__(self) -> None:
         if not 0 < self.num_visible < self.num_patches:
             raise ValueError(
-                f"{self.num_visible} visible patches of {self.num_patches}: at least one must be seen and one hidden;"
+                f"{self.num_visible} visible patches of {self.num_patches}: at least one "
+                "must be seen and one hidden;"
                 " change objective.mask_ratio, model.image_size or model.patch_size"
             )
 
@@ -53,12 +56,13 @@ class RandomMask:
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Boxes of patches hidden first, then single ones at random up to the count (BEiT; BootMAE's code).
+    """Boxes of patches hidden first, then single ones at random up to the count (BEiT; BootMAE's
+    code).
 
-    A box has a number of patches drawn evenly between `smallest` and `largest` (or what is still to be hidden), and an
-    aspect drawn log-evenly between 0.3 and 1 / 0.3; it is smaller than the grid, and is taken if it hides something new
-    and not too much. The published code tries until exactly `num_boxed` are hidden, and so does this.
-    """
+    A box has a number of patches drawn evenly between `smallest` and `largest` (or what is still to
+    be hidden), and an aspect drawn log-evenly between 0.3 and 1 / 0.3; it is smaller than the grid,
+    and is taken if it hides something new and not too much. The published code tries until exactly
+    `num_boxed` are hidden, and so does this."""
 
     grid: tuple[int, int]  # patches, rows and columns
     num_visible: int
@@ -70,16 +74,29 @@ class BlockMask:
         hidden = self.num_patches - self.num_visible
         problems = []
         if not 0 < self.num_visible < self.num_patches:
-            problems.append(f"{self.num_visible} visible patches of {self.num_patches}; change objective.mask_ratio")
+            problems.append(
+                f"{self.num_visible} visible patches of {self.num_patches}; change "
+                "objective.mask_ratio"
+            )
         elif not 0 <= self.num_boxed <= hidden:
-            problems.append(f"boxes hide {self.num_boxed} patches, but {hidden} are; lower objective.box_ratio")
+            problems.append(
+                f"boxes hide {self.num_boxed} patches, but {hidden} are; lower objective.box_ratio"
+            )
         if not 1 <= self.smallest <= self.largest or min(self.grid) < 2:
             problems.append(
                 f"boxes of {self.smallest} to {self.largest} patches in a grid of {self.grid}: "
-                "give objective.box_smallest <= box_largest, and an image of two patches a side or more"
+                "give objective.box_smallest <= box_largest, and an image of two patches a "
+                "side or more"
             )
-        if not problems and self.num_boxed and self.smallest > (self.grid[0] - 1) * (self.grid[1] - 1):
-            problems.append(f"boxes of {self.smallest} patches and more do not fit {self.grid}; lower box_smallest")
+        if (
+            not problems
+            and self.num_boxed
+            and self.smallest > (self.grid[0] - 1) * (self.grid[1] - 1)
+        ):
+            problems.append(
+                f"boxes of {self.smallest} patches and more do not fit {self.grid}; lower "
+                "box_smallest"
+            )
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -100,7 +117,9 @@ class BlockMask:
         boxed = np.zeros(self.grid, bool)
         left = self.num_boxed
         for chunk in count():
-            draws = uniform(seed, Purpose.MASK_BLOCKS, draw, position, chunk, count=4 * _TRIES).reshape(-1, 4)
+            draws = uniform(
+                seed, Purpose.MASK_BLOCKS, draw, position, chunk, count=4 * _TRIES
+            ).reshape(-1, 4)
             for size, shape, down, across in draws.tolist():
                 if left == 0:
                     return boxed
@@ -124,7 +143,9 @@ _ASPECT = 0.3  # of the flattest box
 
 @dataclass(frozen=True)
 class SharedMask:
-    """One mask for all the images of an optimizer step (MAE-priv's "batched shuffle"), on any number of ranks."""
+    """One mask for all the images of an optimizer step (MAE-priv's "batched shuffle"), on any
+    number of ranks.
+    """
 
     mask: Mask
     images: int  # of a step

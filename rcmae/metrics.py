@@ -1,10 +1,11 @@
-"""What a run shows while it trains: files that stay true over kill and resume, a progress line, and the speed meter.
+"""What a run shows while it trains: files that stay true over kill and resume, a progress line, and
+the speed meter.
 
-`metrics.jsonl` has one object a logged step, each step once: a resume cuts the file back to the step it goes on from.
-`events.jsonl` is only ever appended to, so a step that was run twice shows there. TensorBoard gets the same numbers and
-is told to forget what lies beyond the resume. Everything takes plain numbers: nothing here waits for a GPU, so whoever
-calls decides when a tensor becomes a number (on log steps).
-"""
+`metrics.jsonl` has one object a logged step, each step once: a resume cuts the file back to the
+step it goes on from. `events.jsonl` is only ever appended to, so a step that was run twice shows
+there. TensorBoard gets the same numbers and is told to forget what lies beyond the resume.
+Everything takes plain numbers: nothing here waits for a GPU, so whoever calls decides when a tensor
+becomes a number (on log steps)."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 GIB = 2**30
 
-# Dense peaks in TFLOP/s from the makers' data sheets: (bf16 with fp32 sums, TF32, fp32). A name is matched by the first
-# entry that it contains, so the special case stands before the general one. 0 = the device has no such unit.
+# Dense peaks in TFLOP/s from the makers' data sheets: (bf16 with fp32 sums, TF32, fp32). A name is
+# matched by the first entry that it contains, so the special case stands before the general one. 0
+# = the device has no such unit.
 _PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
     ("GB200", (2500.0, 1250.0, 80.0)),
     ("B200", (2250.0, 1125.0, 75.0)),
@@ -63,12 +65,14 @@ _PEAKS: tuple[tuple[str, tuple[float, float, float]], ...] = (
 
 
 def peak_flops(device_name: str, precision: str, *, tf32: bool = False) -> float | None:
-    """The device's dense peak in FLOP/s, None where it is not known (a CPU, a device that is not in the table).
+    """The device's dense peak in FLOP/s, None where it is not known (a CPU, a device that is not in
+    the table).
 
     Args:
         device_name: as `torch.cuda.get_device_name` gives it.
         precision: "bf16" or "fp32".
-        tf32: whether fp32 matrix products may use TF32 (`torch.get_float32_matmul_precision() != "highest"`).
+        tf32: whether fp32 matrix products may use TF32 (`torch.get_float32_matmul_precision() !=
+            "highest"`).
     """
     column = 0 if precision == "bf16" else 1 if tf32 else 2
     for name, peaks in _PEAKS:
@@ -77,16 +81,17 @@ def peak_flops(device_name: str, precision: str, *, tf32: bool = False) -> float
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------ the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 def cut_back(path: Path, step: int) -> int:
-    """Keep the lines of a metrics file that `step` and its forerunners wrote; how many lines were dropped.
+    """Keep the lines of a metrics file that `step` and its forerunners wrote; how many lines were
+    dropped.
 
-    Dropped are lines of later steps (they will be run again), lines of a step that was already seen, and whatever is no
-    JSON object with a step: a kill tears the last line, a power loss can leave zeros. The file is written aside, synced
-    and renamed, so a kill here loses nothing, and a writer that still holds the old file writes into the void.
-    """
+    Dropped are lines of later steps (they will be run again), lines of a step that was already
+    seen, and whatever is no JSON object with a step: a kill tears the last line, a power loss can
+    leave zeros. The file is written aside, synced and renamed, so a kill here loses nothing, and a
+    writer that still holds the old file writes into the void."""
     dropped, last = 0, 0
     aside = path.with_name(path.name + ".aside")
     with aside.open("wb") as out:
@@ -107,7 +112,8 @@ def cut_back(path: Path, step: int) -> int:
 
 
 def undone(path: Path, step: int) -> dict[str, float] | None:
-    """The last whole line of a metrics file beyond `step`: its step and when it was written; None without one.
+    """The last whole line of a metrics file beyond `step`: its step and when it was written; None
+    without one.
 
     Steps up to there were done once and will be done again.
     """
@@ -179,24 +185,29 @@ def _plain(value: Any) -> Any:
 
 
 def _write_line(file: IO[str], row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(_plain(row), allow_nan=False) + "\n")  # one write: a kill tears at most this line
+    # one write: a kill tears at most this line
+    file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
     file.flush()
 
 
 class MetricsLog:
-    """metrics.jsonl, events.jsonl, TensorBoard and the progress of one run, on the one rank that writes.
+    """metrics.jsonl, events.jsonl, TensorBoard and the progress of one run, on the one rank that
+    writes.
 
-    Not collective: every rank makes one and calls it alike, those with `writes=False` do nothing. Make it after the
-    run's folder is this job's to write (under the lease), and before the first step.
+    Not collective: every rank makes one and calls it alike, those with `writes=False` do nothing.
+    Make it after the run's folder is this job's to write (under the lease), and before the first
+    step.
 
     Args:
         directory: the run's folder.
-        resume_step: the step this job goes on from, 0 for a fresh start; lines beyond it are dropped.
+        resume_step: the step this job goes on from, 0 for a fresh start; lines beyond it are
+            dropped.
         total_steps: the run's last step, for the progress.
         writes: whether this rank writes (rank 0).
         tensorboard: whether to write `tensorboard/` too.
         console: where the progress goes; standard output by default.
-        bar: a live bar (a terminal) or plain lines (a log file); by default whichever standard output is.
+        bar: a live bar (a terminal) or plain lines (a log file); by default whichever standard
+            output is.
     """
 
     def __init__(
@@ -232,14 +243,20 @@ class MetricsLog:
         self._console = console or Console()
         if sys.stdout.isatty() if bar is None else bar:
             self._bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
                 console=self._console,
-            )  # fmt: skip
+            )
             self._task: TaskID = self._bar.add_task("", total=total_steps, completed=resume_step)
             self._bar.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Record one logged step: plain numbers, among them `step`. Adds `time`, seconds since 1970."""
+        """Record one logged step: plain numbers, among them `step`.
+
+        Adds `time`, seconds since 1970.
+        """
         if not self.writes:
             return
         row = {**row, "time": time.time()}
@@ -271,7 +288,9 @@ class MetricsLog:
             self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """Numbers that belong to no logged step (an evaluation's) for TensorBoard, as group/name."""
+        """Numbers that belong to no logged step (an evaluation's) for TensorBoard, as
+        group/name.
+        """
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
@@ -288,8 +307,8 @@ class MetricsLog:
             self._console.file.flush()
 
     def sync(self) -> None:
-        """Put all lines on the disk. To be called before a checkpoint is committed: a power loss after the commit then
-        finds every line up to the checkpoint's step."""
+        """Put all lines on the disk. To be called before a checkpoint is committed: a power loss
+        after the commit then finds every line up to the checkpoint's step."""
         if self.writes:
             for file in (self._metrics, self._events):
                 os.fsync(file.fileno())
@@ -311,7 +330,12 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _line(self, row: Mapping[str, Any]) -> str:
@@ -320,11 +344,22 @@ class MetricsLog:
         if row.get("epoch") is not None:
             parts.append(f"epoch {row['epoch']:.2f}")
         if row.get("loss") is not None:
-            named = {name[5:]: value for name, value in row.items() if name.startswith("loss_") and value is not None}
+            named = {
+                name[5:]: value
+                for name, value in row.items()
+                if name.startswith("loss_") and value is not None
+            }
             terms = [f"{name} {value:.4f}" for name, value in named.items()]
-            parts.append(f"loss {row['loss']:.4f}" + (f" ({', '.join(terms)})" if len(terms) > 1 else ""))
-        for name, form in (("lr", "lr {:.2e}"), ("images_per_s", "{:.0f} img/s"), ("data_wait_s", "wait {:.3f} s"),
-                           ("memory_peak_gib", "{:.1f} GiB"), ("mfu", "MFU {:.1%}")):  # fmt: skip
+            parts.append(
+                f"loss {row['loss']:.4f}" + (f" ({', '.join(terms)})" if len(terms) > 1 else "")
+            )
+        for name, form in (
+            ("lr", "lr {:.2e}"),
+            ("images_per_s", "{:.0f} img/s"),
+            ("data_wait_s", "wait {:.3f} s"),
+            ("memory_peak_gib", "{:.1f} GiB"),
+            ("mfu", "MFU {:.1%}"),
+        ):
             if row.get(name) is not None:
                 parts.append(form.format(row[name]))
         done = row["step"] - self._first
@@ -341,23 +376,26 @@ def _duration(seconds: float) -> str:
     return f"{days}d {h:02d}:{m:02d}:{s:02d}" if days else f"{h}:{m:02d}:{s:02d}"
 
 
-# ------------------------------------------------------------------------------------------------------------ the meter
+# ---------------------------------------------------------------------------------------- the meter
 
 
 class Meter:
     """Speed between two log steps, by this rank's clock. Reads no tensor and waits for no device.
 
-    On a GPU the clock is true where the loop itself waits at log steps (it reads the loss there) before it calls
-    `read()`; in between, launches run ahead of the device.
+    On a GPU the clock is true where the loop itself waits at log steps (it reads the loss there)
+    before it calls `read()`; in between, launches run ahead of the device.
 
     Args:
         device: where this rank computes.
         world: ranks that train, each on one device.
-        step_flops_per_image: FLOPs of a whole training step for one image (forwards and backward, no recomputation).
+        step_flops_per_image: FLOPs of a whole training step for one image (forwards and backward,
+            no recomputation).
         precision: "bf16" or "fp32", for the peak.
     """
 
-    def __init__(self, *, device: torch.device, world: int, step_flops_per_image: float, precision: str) -> None:
+    def __init__(
+        self, *, device: torch.device, world: int, step_flops_per_image: float, precision: str
+    ) -> None:
         self._device = device
         self._world = world
         self._flops = step_flops_per_image
@@ -383,7 +421,9 @@ class Meter:
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
-        """Leave the time in this block out: evaluation, pictures, the wait for a checkpoint's copy."""
+        """Leave the time in this block out: evaluation, pictures, the wait for a checkpoint's
+        copy.
+        """
         start = time.perf_counter()
         try:
             yield
@@ -398,10 +438,10 @@ class Meter:
     def read(self) -> dict[str, float]:
         """The figures since the last call, and start anew.
 
-        images_per_s over all ranks; step_s and data_wait_s are means over the steps, in seconds; memory_peak_gib is the
-        peak since the start (the device's allocator, on CPU the process's resident memory); model_tflops per device
-        counts the model's own FLOPs only; mfu is their share of the device's dense peak, left out where none is known.
-        """
+        images_per_s over all ranks; step_s and data_wait_s are means over the steps, in seconds;
+        memory_peak_gib is the peak since the start (the device's allocator, on CPU the process's
+        resident memory); model_tflops per device counts the model's own FLOPs only; mfu is their
+        share of the device's dense peak, left out where none is known."""
         elapsed = time.perf_counter() - self._since - self._away
         steps = max(self._steps, 1)
         rate = self._images / elapsed
@@ -426,13 +466,18 @@ class Meter:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# -------------------------------------------------------------------------------------------------------------- the end
+# ------------------------------------------------------------------------------------------ the end
 
 
 def closing_summary(
-    title: str, *, ran: Mapping[str, str], table: str, places: Mapping[str, Path], commands: Sequence[tuple[str, str]],
+    title: str,
+    *,
+    ran: Mapping[str, str],
+    table: str,
+    places: Mapping[str, Path],
+    commands: Sequence[tuple[str, str]],
     caption: str = "k-NN, top-1 in %",
-) -> str:  # fmt: skip
+) -> str:
     """The text a run ends with.
 
     Args:
@@ -447,7 +492,11 @@ def closing_summary(
     width = max((len(name) for name in [*ran, *there]), default=0)
     lines = [f"== {title} =="]
     for heading, entries in (("what ran", ran), ("where it lies", there)):
-        lines += [heading, *(f"  {name:<{width}}  {value}" for name, value in entries.items())] if entries else []
+        lines += (
+            [heading, *(f"  {name:<{width}}  {value}" for name, value in entries.items())]
+            if entries
+            else []
+        )
         if heading == "what ran" and table:
             lines += [caption, *(f"  {line}" for line in table.splitlines())]
     if commands:

@@ -12,24 +12,37 @@ from torch.distributed.tensor import DTensor
 
 ENCODER = ("cls_token", "patch_embed.", "blocks.", "norm.")
 HEADS = ("cls_head.", "feature_head.")  # what no teacher has; everything else is the decoder's
-GROUPS = tuple(f"{part}_{decay}" for part in ("encoder", "decoder", "head") for decay in ("decay", "no_decay"))
+GROUPS = tuple(
+    f"{part}_{decay}" for part in ("encoder", "decoder", "head") for decay in ("decay", "no_decay")
+)
 
 
-def param_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
-    """Groups {encoder, decoder, head} x {decay, no decay} of the trainable parameters, in the model's order.
+def param_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups {encoder, decoder, head} x {decay, no decay} of the trainable parameters, in the
+    model's order.
 
-    A teacher has whole groups: encoder, or encoder and decoder. No decay for biases and 1-D parameters, as published:
-    so the tokens, which are 3-D, do decay, except those that the model names `undecayed`. Each group has a
-    `name`, its `params`, their names in `param_names` and its `weight_decay`. Groups without parameters are left out.
-    With `layer_decay` the groups are those of `layer_groups` instead.
-    """
+    A teacher has whole groups: encoder, or encoder and decoder. No decay for biases and 1-D
+    parameters, as published: so the tokens, which are 3-D, do decay, except those that the model
+    names `undecayed`. Each group has a `name`, its `params`, their names in `param_names` and its
+    `weight_decay`. Groups without parameters are left out. With `layer_decay` the groups are those
+    of `layer_groups` instead."""
     if layer_decay is not None:
         return layer_groups(model, weight_decay, layer_decay)
     groups: dict[str, dict[str, Any]] = {name: _group(name, weight_decay) for name in GROUPS}
     for name, param in model.named_parameters():
         if param.requires_grad:
-            part = "encoder" if name.startswith(ENCODER) else "head" if name.startswith(HEADS) else "decoder"
-            undecayed = param.ndim == 1 or name.endswith(".bias") or name in getattr(model, "undecayed", ())
+            part = (
+                "encoder"
+                if name.startswith(ENCODER)
+                else "head"
+                if name.startswith(HEADS)
+                else "decoder"
+            )
+            undecayed = (
+                param.ndim == 1 or name.endswith(".bias") or name in getattr(model, "undecayed", ())
+            )
             decay = "no_decay" if undecayed else "decay"
             group = groups[f"{part}_{decay}"]
             group["params"].append(param)
@@ -38,14 +51,18 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float | Non
 
 
 def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups {layer} x {decay, no decay} of a classifier, in the order in which its parameters come upon them.
+    """Groups {layer} x {decay, no decay} of a classifier, in the order in which its parameters come
+    upon them.
 
-    Layer 0 is the embedding (patches, class token, positions), then the blocks, then norm and head. A layer moves at
-    `lr_scale` = layer_decay ** (layers above it) of the learning rate (Clark et al., 2020; MAE, appendix A.1). No decay
-    for 1-D parameters, the class token and positions.
+    Layer 0 is the embedding (patches, class token, positions), then the blocks, then norm and head.
+    A layer moves at `lr_scale` = layer_decay ** (layers above it) of the learning rate (Clark et
+    al., 2020; MAE, appendix A.1). No decay for 1-D parameters, the class token and positions.
     """
     names = [name for name, param in model.named_parameters() if param.requires_grad]
-    last = 1 + max((int(match[1]) + 1 for name in names if (match := re.match(r"blocks\.(\d+)\.", name))), default=0)
+    last = 1 + max(
+        (int(match[1]) + 1 for name in names if (match := re.match(r"blocks\.(\d+)\.", name))),
+        default=0,
+    )
     groups: dict[str, dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
@@ -55,7 +72,9 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
         layer = int(block[1]) + 1 if block else 0 if embedding else last
         still = param.ndim == 1 or name in ("cls_token", "pos_embed")
         key = f"layer_{layer}_{'no_decay' if still else 'decay'}"
-        group = groups.setdefault(key, _group(key, weight_decay) | {"lr_scale": layer_decay ** (last - layer)})
+        group = groups.setdefault(
+            key, _group(key, weight_decay) | {"lr_scale": layer_decay ** (last - layer)}
+        )
         group["params"].append(param)
         group["param_names"].append(name)
     return list(groups.values())
@@ -67,17 +86,20 @@ def _group(name: str, weight_decay: float) -> dict[str, Any]:
 
 
 class LARS(torch.optim.Optimizer):
-    """Momentum SGD whose matrices move in proportion to their own norm (You et al., 2017), for linear probes.
+    """Momentum SGD whose matrices move in proportion to their own norm (You et al., 2017), for
+    linear probes.
 
-    A matrix p with gradient g moves along d = g + weight_decay * p, scaled by trust * |p| / |d| unless a norm is 0;
-    parameters of a group whose name ends in "_no_decay" move along g. Then mu = momentum * mu + d and p -= lr * mu.
-    Each parameter is scaled by itself, so a flat tensor that is handed in should hold one.
+    A matrix p with gradient g moves along d = g + weight_decay * p, scaled by trust * |p| / |d|
+    unless a norm is 0; parameters of a group whose name ends in "_no_decay" move along g. Then mu =
+    momentum * mu + d and p -= lr * mu. Each parameter is scaled by itself, so a flat tensor that is
+    handed in should hold one.
 
     Args:
         groups: with a `name` each.
         momentum: of mu.
         trust: None leaves the scaling out: SGD with momentum.
-        all_sum: where parameters are shards, adds a tensor up over the ranks in place; every rank calls.
+        all_sum: where parameters are shards, adds a tensor up over the ranks in place; every rank
+            calls.
     """
 
     moments = ("momentum",)  # names of the state that a checkpoint keeps of each parameter
@@ -104,7 +126,9 @@ class LARS(torch.optim.Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(param, requires_grad=False)
                 state["step"] = state.get("step", 0) + 1
-                weight, step, average = (_local(each) for each in (param.data, param.grad, state["momentum"]))
+                weight, step, average = (
+                    _local(each) for each in (param.data, param.grad, state["momentum"])
+                )
                 if not group["name"].endswith("_no_decay"):
                     step = step.add(weight, alpha=group["weight_decay"])
                     if self._trust is not None:
@@ -117,7 +141,9 @@ class LARS(torch.optim.Optimizer):
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         squares = torch.stack([each.to(wide).square().sum() for each in (weight, step)])
         length, way = self._all_sum(squares).sqrt()
-        return torch.where((length > 0) & (way > 0), trust * length / way, torch.ones_like(way)).to(step.dtype)
+        return torch.where((length > 0) & (way > 0), trust * length / way, torch.ones_like(way)).to(
+            step.dtype
+        )
 
 
 def _local(tensor: Tensor) -> Tensor:

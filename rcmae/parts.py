@@ -1,4 +1,7 @@
-"""What a recipe names, made: networks, mask, objective, engine. Each is a function of the recipe and its sizes."""
+"""What a recipe names, made: networks, mask, objective, engine.
+
+Each is a function of the recipe and its sizes.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ def student_sizes(model: config.Model, *, regressors: bool = False) -> dict[str,
         raise ValueError(f"model.name: unknown architecture {model.name!r}; {hint}")
     sizes = {key: getattr(model, key) or value for key, value in ARCHITECTURES[model.name].items()}
     problems = size_problems(
-        **sizes, image_size=model.image_hw, in_channels=model.in_channels, heads_divide=not regressors
+        **sizes,
+        image_size=model.image_hw,
+        in_channels=model.in_channels,
+        heads_divide=not regressors,
     )
     if problems:
         raise ValueError("\n".join(f"model: {problem}" for problem in problems))
@@ -50,7 +56,8 @@ def student_sizes(model: config.Model, *, regressors: bool = False) -> dict[str,
 
 
 def device_decoder(recipe: Recipe) -> DeviceDecoder | None:
-    """What decodes JPEGs on the GPU; None where data.decode, or what is missing on any rank, leaves it to the workers.
+    """What decodes JPEGs on the GPU; None where data.decode, or what is missing on any rank, leaves
+    it to the workers.
 
     Collective: every rank calls.
     """
@@ -63,7 +70,11 @@ def device_decoder(recipe: Recipe) -> DeviceDecoder | None:
         why = str(error).splitlines()[0]
     missing = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(why)) if text]
     if missing and recipe.data.decode == "gpu" and dist.rank() == 0:
-        print(f"warning: data.decode=gpu: the GPU decodes no JPEG here, the workers do ({missing[0]})", file=sys.stderr)
+        print(
+            "warning: data.decode=gpu: the GPU decodes no JPEG here, the workers do "
+            f"({missing[0]})",
+            file=sys.stderr,
+        )
     return None if missing or decode is None else DeviceDecoder(decode, dist.device())
 
 
@@ -71,32 +82,47 @@ def train_transform(recipe: Recipe) -> TrainTransform:
     """A random box of an image, flipped or not. Raises ValueError."""
     data = recipe.data
     return TrainTransform(
-        recipe.model.image_hw, recipe.model.in_channels, data.crop_scale, data.crop_ratio, data.flip, data.decode_margin
+        recipe.model.image_hw,
+        recipe.model.in_channels,
+        data.crop_scale,
+        data.crop_ratio,
+        data.flip,
+        data.decode_margin,
     )
 
 
 def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Network:
     """The network of a recipe, with weights of no meaning.
 
-    `norm`: whose layer norm, instead of the recipe's: where sizes alone matter, what it asks for need not be there.
+    `norm`: whose layer norm, instead of the recipe's: where sizes alone matter, what it asks for
+    need not be there.
 
     Raises:
         ValueError: as `student_sizes`, or the network's own.
     """
     model, objective = recipe.model, recipe.objective
     common: dict[str, Any] = {
-        **student_sizes(model, regressors=has_regressors(recipe)), "image_size": model.image_hw,
-        "in_channels": model.in_channels, "norm_layer": kernels.layer_norm(norm or recipe.engine.layer_norm),
+        **student_sizes(model, regressors=has_regressors(recipe)),
+        "image_size": model.image_hw,
+        "in_channels": model.in_channels,
+        "norm_layer": kernels.layer_norm(norm or recipe.engine.layer_norm),
         "predicts_features": objective.has("features"),
-    }  # fmt: skip
+    }
     if has_regressors(recipe):
-        return BootstrappedAutoencoder(**common, low_layer=model.low_layer, high_layer=model.high_layer)
+        return BootstrappedAutoencoder(
+            **common, low_layer=model.low_layer, high_layer=model.high_layer
+        )
     return MaskedAutoencoder(
-        **common, cls_token=model.cls_token, qkv_bias=model.qkv_bias, positions=model.positions,
-        decoder_cls=model.decoder_cls, pixel_order=model.pixel_order,
-        num_classes=model.num_classes if objective.has("class") else 0, class_hidden=model.class_hidden,
+        **common,
+        cls_token=model.cls_token,
+        qkv_bias=model.qkv_bias,
+        positions=model.positions,
+        decoder_cls=model.decoder_cls,
+        pixel_order=model.pixel_order,
+        num_classes=model.num_classes if objective.has("class") else 0,
+        class_hidden=model.class_hidden,
         class_pool=model.class_pool,
-    )  # fmt: skip
+    )
 
 
 def has_regressors(recipe: Recipe) -> bool:
@@ -112,7 +138,10 @@ def new_student(recipe: Recipe) -> Network:
 
 
 def new_teacher(student: Network, objective: Sum) -> Network | None:
-    """A copy of the student's parts that the objective asks a teacher for; None where it asks for nothing."""
+    """A copy of the student's parts that the objective asks a teacher for.
+
+    None where it asks for nothing.
+    """
     if not objective.needs_teacher:
         return None
     teacher = copy.deepcopy(student)
@@ -145,12 +174,19 @@ def make_objective(recipe: Recipe, sizes: Resolved) -> Sum:
     asked = recipe.objective
     kind, epochs = pixel_norm(asked), sizes.total_steps / sizes.steps_per_epoch
     weight_mask = asked.name == "bootmae" if asked.weight_mask is None else asked.weight_mask
-    smooth = {"class_temperature": asked.class_temperature, "class_smoothing": asked.class_smoothing}
+    smooth = {
+        "class_temperature": asked.class_temperature,
+        "class_smoothing": asked.class_smoothing,
+    }
     options: dict[str, dict[str, Any]] = {
         "mae": {"weight_mask": weight_mask},
         "rcmae": {"consistency_weight": asked.consistency_weight},
         "supmae": {"class_weight": asked.class_weight, **smooth},
-        "bootmae": {"feature_weight": asked.feature_weight, "weight_mask": weight_mask, "epochs": epochs},
+        "bootmae": {
+            "feature_weight": asked.feature_weight,
+            "weight_mask": weight_mask,
+            "epochs": epochs,
+        },
     }
     terms: dict[str, dict[str, Any]] = {
         "consistency": {},
@@ -160,11 +196,15 @@ def make_objective(recipe: Recipe, sizes: Resolved) -> Sum:
     published = OBJECTIVES[asked.name](
         norm_pix_loss=asked.norm_pix_loss, pixel_norm=kind, **options[asked.name]
     )
-    return published.plus({name: TERMS[name](weight=weight, **terms[name]) for name, weight in asked.terms.items()})
+    return published.plus(
+        {name: TERMS[name](weight=weight, **terms[name]) for name, weight in asked.terms.items()}
+    )
 
 
 def step_flops(student: Network, objective: Sum, num_visible: int) -> float:
-    """Floating-point operations of a step for one image: three forward passes of the student, one of the teacher."""
+    """Floating-point operations of a step for one image: three forward passes of the student,
+    one of the teacher.
+    """
     total = 3 * student.flops(num_visible)
     if "pixels" in objective.teacher_outputs:
         total += student.flops(num_visible)
@@ -177,19 +217,28 @@ def engine_settings(recipe: Recipe, sizes: Resolved) -> Settings:
     """The values an engine is made with."""
     classifies = recipe.objective.name in config.CLASSIFYING
     return Settings(
-        precision=recipe.engine.precision, betas=recipe.schedule.betas, weight_decay=recipe.schedule.weight_decay,
-        clip_grad=recipe.schedule.clip_grad, accumulation=sizes.accumulation, per_device=sizes.per_device,
-        optimizer=recipe.engine.optimizer, rule=recipe.classify.rule if classifies else "adamw",
+        precision=recipe.engine.precision,
+        betas=recipe.schedule.betas,
+        weight_decay=recipe.schedule.weight_decay,
+        clip_grad=recipe.schedule.clip_grad,
+        accumulation=sizes.accumulation,
+        per_device=sizes.per_device,
+        optimizer=recipe.engine.optimizer,
+        rule=recipe.classify.rule if classifies else "adamw",
         layer_decay=recipe.classify.layer_decay if classifies else None,
-        teacher_accumulate=recipe.teacher.accumulate, seed=recipe.run.seed,
+        teacher_accumulate=recipe.teacher.accumulate,
+        seed=recipe.run.seed,
         device=dist.device(),
-    )  # fmt: skip
+    )
 
 
 def make_engine(
-    recipe: Recipe, sizes: Resolved, student: nn.Module, teacher: nn.Module | None,
+    recipe: Recipe,
+    sizes: Resolved,
+    student: nn.Module,
+    teacher: nn.Module | None,
     engine_config: dict[str, Any],
-) -> Engine:  # fmt: skip
+) -> Engine:
     """The engine of a recipe, around the student and the teacher. Collective: every rank calls."""
     for model in filter(None, (student, teacher)):
         kernels.choose_attention(model, dist.device(), recipe.engine.precision)

@@ -1,8 +1,9 @@
-"""Requests to stop: a signal becomes a flag, the ranks agree on it at a step's boundary, the loop commits and leaves.
+"""Requests to stop: a signal becomes a flag, the ranks agree on it at a step's boundary, the loop
+commits and leaves.
 
-SIGUSR1 (a scheduler's warning), SIGTERM and SIGINT all ask the same thing. A handler only sets the flag, so no signal
-ever breaks a step or a commit; further ones change nothing. Install it first thing: Python's default for SIGUSR1 is to
-die.
+SIGUSR1 (a scheduler's warning), SIGTERM and SIGINT all ask the same thing. A handler only sets the
+flag, so no signal ever breaks a step or a commit; further ones change nothing. Install it first
+thing: Python's default for SIGUSR1 is to die.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class StopRequest:
         self._deadline = min(self._deadline, time.time() + seconds)
 
     def is_late(self, save_s: float, step_s: float = 0.0) -> bool:
-        """Whether there is no time for another step: after it two saves (one may be under way) and some must fit."""
+        """Whether there is no time for another step: after it two saves (one may be under way)
+        and some must fit.
+        """
         return time.time() + step_s + 2 * save_s + MARGIN_S > self._deadline
 
     def has_time(self, seconds: float) -> bool:
@@ -58,14 +61,23 @@ def _scheduler_deadline() -> float:
 
 
 def this_start() -> dict[str, Any]:
-    """When this process began, in seconds since 1970, and the scheduler's job and its restart, where there is one."""
+    """When this process began, in seconds since 1970, and the scheduler's job and its restart,
+    where there is one.
+    """
     env = os.environ
     restart = int(env.get("SLURM_RESTART_COUNT") or 0) if "SLURM_JOB_ID" in env else None
-    return {"process_started": psutil.Process().create_time(), "job": env.get("SLURM_JOB_ID"), "restart": restart}
+    return {
+        "process_started": psutil.Process().create_time(),
+        "job": env.get("SLURM_JOB_ID"),
+        "restart": restart,
+    }
 
 
-def write_outcome(run_dir: Path, *, status: int, step: int, reason: str, again: bool | None = None) -> None:
-    """Say in `outcome.json` how the job ended; torchrun turns every failure into 1, so this is what scripts read.
+def write_outcome(
+    run_dir: Path, *, status: int, step: int, reason: str, again: bool | None = None
+) -> None:
+    """Say in `outcome.json` how the job ended; torchrun turns every failure into 1, so this is what
+    scripts read.
 
     Written aside and renamed, after the last commit. One rank calls.
 
@@ -74,13 +86,18 @@ def write_outcome(run_dir: Path, *, status: int, step: int, reason: str, again: 
         status: of the ranks.
         step: that was done last.
         reason: why it ended.
-        again: whether the same command goes on with the run; by default if it was stopped on request.
+        again: whether the same command goes on with the run; by default if it was stopped on
+            request.
     """
     words = {FINISHED: "finished", FAILED: "failed", REFUSED: "refused", STOPPED: "stopped"}
     document = {
-        "status": words[status], "exit_status": status, "step": step, "reason": reason,
-        "again": status == STOPPED if again is None else again, "time": time.time(),
-    }  # fmt: skip
+        "status": words[status],
+        "exit_status": status,
+        "step": step,
+        "reason": reason,
+        "again": status == STOPPED if again is None else again,
+        "time": time.time(),
+    }
     aside = run_dir / "outcome.json.new"
     with aside.open("w") as file:
         json.dump(document, file, indent=1)

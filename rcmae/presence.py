@@ -1,10 +1,12 @@
-"""Where every rank is, so that those who lose one can say which, on what host, and what it was doing.
+"""Where every rank is, so that those who lose one can say which, on what host, and what it was
+doing.
 
-Each rank has a thread that beats: it writes host, process, step and phase to `run.dir/ranks/00000003/00007.json` (the
-lease's generation, the rank). A collective that a peer never joins only says that it waited too long, and under NCCL
-not even that reaches Python; the beats tell a rank that is gone from one that is late. Files, because they need nobody
-else to be alive, rank 0 not either, and can still be read when all is over. Clocks of two hosts are never compared: a
-rank is silent if its beat stands still while somebody watches it.
+Each rank has a thread that beats: it writes host, process, step and phase to
+`run.dir/ranks/00000003/00007.json` (the lease's generation, the rank). A collective that a peer
+never joins only says that it waited too long, and under NCCL not even that reaches Python; the
+beats tell a rank that is gone from one that is late. Files, because they need nobody else to be
+alive, rank 0 not either, and can still be read when all is over. Clocks of two hosts are never
+compared: a rank is silent if its beat stands still while somebody watches it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ class Place:
 
     def __str__(self) -> str:
         how = f"ended with {self.ended}, " if self.ended else "silent, last seen "
-        return f"rank {self.rank} on {self.host} (process {self.pid}) {how}at step {self.step}, {self.phase}"
+        return (
+            f"rank {self.rank} on {self.host} (process {self.pid}) {how}at step {self.step}, "
+            f"{self.phase}"
+        )
 
 
 class Loss(NamedTuple):
@@ -55,21 +60,30 @@ class Loss(NamedTuple):
 
 
 class Presence:
-    """This rank's beat, and what it knows of the others'. Every rank makes one; nothing in it is collective.
+    """This rank's beat, and what it knows of the others'. Every rank makes one; nothing in it is
+    collective.
 
     Args:
         run_dir: the run's folder.
         generation: of the lease: beats of an earlier job are not mixed up with this one's.
         rank: this process among all.
         world: how many there are; one alone has nobody to beat for.
-        timeout_s: of collectives. A rank that stands still and sees a peer silent, each for half of it, ends itself.
-        interval_s: between two beats; by default such that the file system sees at most 32 small writes a second.
+        timeout_s: of collectives. A rank that stands still and sees a peer silent, each for half of
+            it, ends itself.
+        interval_s: between two beats; by default such that the file system sees at most 32 small
+            writes a second.
     """
 
     def __init__(
-        self, run_dir: Path, *, generation: int, rank: int, world: int, timeout_s: float,
+        self,
+        run_dir: Path,
+        *,
+        generation: int,
+        rank: int,
+        world: int,
+        timeout_s: float,
         interval_s: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.generation = generation
         self._run_dir, self._folder = run_dir, run_dir / "ranks" / f"{generation:08d}"
         self._rank, self._world, self._timeout_s = rank, world, timeout_s
@@ -107,7 +121,11 @@ class Presence:
         if self._world == 1:
             return Loss(WAY_OUT, False, True)
         text = str(error).strip()
-        self._ended = f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
+        self._ended = (
+            f"{type(error).__name__}: {text.splitlines()[0][:200]}"
+            if text
+            else type(error).__name__
+        )
         quiet = _Quiet(self)
         ended = quiet.ended()  # before us, so not because of us
         self._beat()
@@ -118,7 +136,11 @@ class Presence:
         if silent or ended:
             lowest = min(set(range(self._world)) - set(silent))
             return Loss(f"{self._told(silent, ended)}. {WAY_OUT}", True, self._rank == lowest)
-        return Loss(f"the other ranks were alive: the failure is this rank's own. {WAY_OUT}", False, self._rank == 0)
+        return Loss(
+            f"the other ranks were alive: the failure is this rank's own. {WAY_OUT}",
+            False,
+            self._rank == 0,
+        )
 
     # beating
 
@@ -127,11 +149,15 @@ class Presence:
         while not self._done.wait(self.interval_s):
             written = self._beat()
             if not written or time.monotonic() - self._since < self._timeout_s / 2:
-                quiet = None  # what cannot be written by one cannot by others: their silence means nothing then
+                # what cannot be written by one cannot by others: their silence means nothing then
+                quiet = None
                 continue
             quiet = quiet or _Quiet(self)
             quiet.look()
-            silent, ended = quiet.longer_than(self._timeout_s / 2 - 2 * self.interval_s), quiet.ended()
+            silent, ended = (
+                quiet.longer_than(self._timeout_s / 2 - 2 * self.interval_s),
+                quiet.ended(),
+            )
             if (silent or ended) and not self._done.is_set():
                 step, phase = self._at
                 waited = f"waited {time.monotonic() - self._since:.0f} s at step {step}, {phase}"
@@ -147,8 +173,12 @@ class Presence:
         self._beats += 1
         step, phase = self._at
         place = Place(self._rank, self._host, os.getpid(), step, phase, self._beats, self._ended)
-        try:  # in place and of one length: NFS shows who opens a file its last bytes, but a renamed one minutes late
-            with open(os.open(self._file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644), "w") as file:
+        try:
+            # in place and of one length: NFS shows who opens a file its last bytes, but a renamed
+            # one minutes late
+            with open(
+                os.open(self._file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644), "w"
+            ) as file:
                 file.write(json.dumps(asdict(place)).ljust(1024))
         except OSError:
             return False
@@ -176,10 +206,17 @@ class Presence:
 
     def _told(self, silent: Sequence[int], ended: Sequence[Place]) -> str:
         lines = [str(self._read(rank) or f"rank {rank} silent, it never began") for rank in silent]
-        # who lost a peer ended with its collective's error: where nobody is silent, others come first
-        causes = sorted(ended, key=lambda place: any(word in place.ended.lower() for word in ("gloo", "nccl", " lost")))
+        # who lost a peer ended with its collective's error: where nobody is silent, others come
+        # first
+        causes = sorted(
+            ended,
+            key=lambda place: any(
+                word in place.ended.lower() for word in ("gloo", "nccl", " lost")
+            ),
+        )
         lines += [str(place) for place in causes if not silent]
-        return f"lost {'; '.join(lines[:NAMED])}{f'; and {len(lines) - NAMED} more' * (len(lines) > NAMED)}"
+        more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+        return f"lost {'; '.join(lines[:NAMED])}{more}"
 
 
 class _Quiet:
@@ -191,7 +228,8 @@ class _Quiet:
         self._quiet_s = dict.fromkeys(self._last, 0.0)
 
     def look(self) -> None:
-        # of a time in which this process was paused itself only two beats count: its peers may have been as well
+        # of a time in which this process was paused itself only two beats count: its peers may have
+        # been as well
         elapsed = min(time.monotonic() - self._looked, 2 * self._presence.interval_s)
         self._looked = time.monotonic()
         now = self._presence._peers()

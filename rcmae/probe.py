@@ -1,11 +1,12 @@
 """Train a linear classifier on the features of a frozen encoder.
 
-    python -m rcmae.probe RECIPE.yaml [key=value ...]     one process; or under deepspeed, torchrun, srun
+    python -m rcmae.probe RECIPE.yaml [key=value ...]
+        one process; or under deepspeed, torchrun, srun
 
-It is the training of `rcmae.train` with another task: the engine holds the head alone (a batch norm without an affine
-part over all ranks' images, and a linear layer), moved by LARS or SGD; the encoder of `classify.init` runs beside it,
-whole on every rank, in `engine.precision`. `classify.depth` takes the features after that block.
-"""
+It is the training of `rcmae.train` with another task: the engine holds the head alone (a batch norm
+without an affine part over all ranks' images, and a linear layer), moved by LARS or SGD; the
+encoder of `classify.init` runs beside it, whole on every rank, in `engine.precision`.
+`classify.depth` takes the features after that block."""
 
 from __future__ import annotations
 
@@ -20,7 +21,14 @@ from rcmae.checkpoint import Manifest
 from rcmae.classifier import Classifier, Probing, classifier_flops, probe_head
 from rcmae.config import Recipe, Resolved
 from rcmae.engine import DTYPES, cast_params
-from rcmae.finetune import encoder_sizes, judge, label_problems, new_classifier, start_weights, test_set
+from rcmae.finetune import (
+    encoder_sizes,
+    judge,
+    label_problems,
+    new_classifier,
+    start_weights,
+    test_set,
+)
 from rcmae.masking import Mask, NoMask
 from rcmae.objectives import Objective
 from rcmae.parts import student_sizes, train_transform
@@ -43,16 +51,25 @@ class Probe:
         return test_set(recipe)
 
     def problems(
-        self, recipe: Recipe, index: ShardIndex | None, labelled: Sequence[ShardIndex], saved: Manifest | None
+        self,
+        recipe: Recipe,
+        index: ShardIndex | None,
+        labelled: Sequence[ShardIndex],
+        saved: Manifest | None,
     ) -> list[str]:
-        """Labels that do not fit, weights that do not fit; fills in the number of classes. Collective."""
+        """Labels that do not fit, weights that do not fit; fills in the number of classes.
+
+        Collective.
+        """
         if found := label_problems(recipe, index, labelled, saved):
             return found
         encoder, depth = new_classifier(recipe, 0), recipe.classify.depth
         self.report = start_weights(encoder, recipe)
         if depth is not None:
             if depth > len(encoder.blocks):
-                return [f"classify.depth={depth}: {recipe.model.name} has {len(encoder.blocks)} blocks"]
+                return [
+                    f"classify.depth={depth}: {recipe.model.name} has {len(encoder.blocks)} blocks"
+                ]
             encoder.blocks = encoder.blocks[:depth]
         self.encoder = encoder
         return []
@@ -84,13 +101,17 @@ class Probe:
         """Images to pooled features [B, D]."""
         encoder = self.encoder
         assert encoder is not None
-        return lambda images: encoder.forward_head(encoder(images, what="features"), pre_logits=True)
+        return lambda images: encoder.forward_head(
+            encoder(images, what="features"), pre_logits=True
+        )
 
     def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
         """None."""
         return None
 
-    def step_flops(self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int) -> float:
+    def step_flops(
+        self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
+    ) -> float:
         """The encoder's forward; the head is nothing beside it."""
         sizes = encoder_sizes(recipe)
         return classifier_flops(**{**sizes, "depth": recipe.classify.depth or sizes["depth"]})

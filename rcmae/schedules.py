@@ -1,4 +1,6 @@
-"""What the learning rate and the teacher's momentum are at each step: pure functions of numbers, no state."""
+"""What the learning rate and the teacher's momentum are at each step: pure functions of numbers,
+no state.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,13 @@ import math
 from typing import Literal
 
 
-def warmup_half_cosine(step: float, *, warmup_steps: float, total_steps: float, lr: float, min_lr: float) -> float:
+def warmup_half_cosine(
+    step: float, *, warmup_steps: float, total_steps: float, lr: float, min_lr: float
+) -> float:
     """The learning rate of an optimizer step, counted from 0 (MAE, appendix A.1).
 
-    Linear from 0, which the very first step has, to `lr` over `warmup_steps`; then half a cosine down to `min_lr` at
-    `total_steps`. `min_lr` plays no part in the warm-up.
+    Linear from 0, which the very first step has, to `lr` over `warmup_steps`; then half a cosine
+    down to `min_lr` at `total_steps`. `min_lr` plays no part in the warm-up.
     """
     if step < warmup_steps:
         return lr * step / warmup_steps
@@ -28,13 +32,15 @@ def teacher_momentum(
     updates_per_epoch: int,
     dynamic: bool = True,
 ) -> float:
-    """The momentum of an update of the teacher, counted from 0: teacher = m * teacher + (1 - m) * student.
+    """The momentum of an update of the teacher, counted from 0: teacher = m * teacher + (1 - m) *
+    student.
 
     Args:
         update: which one, over the whole run.
-        kind: "cosine" goes from `base` to `end` by half a cosine over the run (RC-MAE, section 4). "published" starts
-            that curve again at every epoch, as the released code does, so that it stays close to `base`.
-            "constant" stays at `base`. "by_epoch" is BootMAE's: `epoch_momentum`.
+        kind: "cosine" goes from `base` to `end` by half a cosine over the run (RC-MAE, section 4).
+            "published" starts that curve again at every epoch, as the released code does, so that
+            it stays close to `base`. "constant" stays at `base`. "by_epoch" is BootMAE's:
+            `epoch_momentum`.
         base: momentum of the first update.
         end: momentum that the one after the last would have.
         total_updates: of the run: optimizer steps, or micro-steps where the teacher moves at each.
@@ -50,7 +56,8 @@ def teacher_momentum(
 
 
 def epoch_momentum(epoch: int, *, base: float, dynamic: bool) -> float:
-    """BootMAE's momentum in an epoch, counted from 0 (its code): linear from `base` to 0.9999 at epoch 100.
+    """BootMAE's momentum in an epoch, counted from 0 (its code): linear from `base` to 0.9999 at
+    epoch 100.
 
     Then, where `dynamic`, linear to 0.99999 at epoch 400, where it stays.
     """

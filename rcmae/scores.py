@@ -1,7 +1,8 @@
-"""How good a classifier is: accuracies, loss and calibration, a table of classes and the picture of its confusion.
+"""How good a classifier is: accuracies, loss and calibration, a table of classes and the picture of
+its confusion.
 
-Counted exactly over all ranks: padding is left out, and nothing is averaged of averages. The metrics are torchmetrics';
-what it lacks here is a loss over unequal shares, and the picture.
+Counted exactly over all ranks: padding is left out, and nothing is averaged of averages. The
+metrics are torchmetrics'; what it lacks here is a loss over unequal shares, and the picture.
 """
 
 from __future__ import annotations
@@ -43,20 +44,25 @@ class Scores:
     def figures(self) -> dict[str, float]:
         """The numbers, for a log."""
         return {
-            "images": self.images, "top1": self.top1, "top5": self.top5, "loss": self.loss,
+            "images": self.images,
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
             "calibration_error": self.calibration_error,
-        }  # fmt: skip
+        }
 
     def classes(self, names: Sequence[str] = ()) -> list[dict[str, Any]]:
         """A row a class that the set has: its number, name, images and top-1 in percent."""
         return [
             {
-                "class": index, "name": names[index] if index < len(names) else str(index), "images": int(row.sum()),
+                "class": index,
+                "name": names[index] if index < len(names) else str(index),
+                "images": int(row.sum()),
                 "top1": 100.0 * int(row[index]) / int(row.sum()),
             }
             for index, row in enumerate(self.confusion)
             if row.sum()
-        ]  # fmt: skip
+        ]
 
     def confused(self) -> list[tuple[int, int, int]]:
         """The most frequent mistakes: (class, taken for, images)."""
@@ -76,11 +82,13 @@ def classify(
     normalise: Callable[[Tensor], Tensor],
     among: Sequence[int] | None = None,
 ) -> Scores:
-    """Judge a classifier. Collective: every rank calls with as many batches of its share, and gets the same.
+    """Judge a classifier. Collective: every rank calls with as many batches of its share, and gets
+    the same.
 
     Args:
         score: normalised images [B, C, H, W] -> scores [B, num_classes]; models in evaluation mode.
-        batches: labelled, as `labelled_batches` gives them: uint8, padded with samples of position -1.
+        batches: labelled, as `labelled_batches` gives them: uint8, padded with samples of position
+            -1.
         num_classes: labels are below this.
         device: where the classifier computes.
         normalise: uint8 images on the device -> what the classifier was trained on.
@@ -91,12 +99,22 @@ def classify(
     """
     group = dist.control()
     metrics = {
-        "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False, process_group=group),
-        "top5": MulticlassAccuracy(
-            num_classes, top_k=min(5, num_classes), average="micro", validate_args=False, process_group=group
+        "top1": MulticlassAccuracy(
+            num_classes, average="micro", validate_args=False, process_group=group
         ),
-        "calibration": MulticlassCalibrationError(num_classes, n_bins=BINS, validate_args=False, process_group=group),
-        "confusion": MulticlassConfusionMatrix(num_classes, validate_args=False, process_group=group),
+        "top5": MulticlassAccuracy(
+            num_classes,
+            top_k=min(5, num_classes),
+            average="micro",
+            validate_args=False,
+            process_group=group,
+        ),
+        "calibration": MulticlassCalibrationError(
+            num_classes, n_bins=BINS, validate_args=False, process_group=group
+        ),
+        "confusion": MulticlassConfusionMatrix(
+            num_classes, validate_args=False, process_group=group
+        ),
     }
     left_out = torch.ones(num_classes, dtype=torch.bool)
     left_out[list(among) if among is not None else slice(None)] = False
@@ -106,7 +124,9 @@ def classify(
             real = batch.positions >= 0
             assert batch.labels is not None
             labels = batch.labels[real]
-            scores = score(normalise(batch.images.to(device, non_blocking=True))).float().cpu()[real]
+            scores = (
+                score(normalise(batch.images.to(device, non_blocking=True))).float().cpu()[real]
+            )
             fits = (labels >= 0) & (labels < num_classes)
             fits &= ~left_out[labels.clamp(0, num_classes - 1)]
             strange |= set(labels[~fits].tolist())
@@ -119,14 +139,19 @@ def classify(
     if strange:
         raise ValueError(
             f"labels {', '.join(map(str, sorted(strange)[:10]))} are none of the "
-            f"{num_classes if among is None else len(among)} classes that are scored; give other shards"
+            f"{num_classes if among is None else len(among)} classes that are scored; give "
+            "other shards"
         )
     loss, total = dist.sum_numbers([loss, images])
     found = {name: metric.compute() for name, metric in metrics.items()}
     return Scores(
-        images=int(total), top1=100.0 * float(found["top1"]), top5=100.0 * float(found["top5"]),
-        loss=loss / max(total, 1.0), calibration_error=float(found["calibration"]), confusion=found["confusion"].long(),
-    )  # fmt: skip
+        images=int(total),
+        top1=100.0 * float(found["top1"]),
+        top5=100.0 * float(found["top5"]),
+        loss=loss / max(total, 1.0),
+        calibration_error=float(found["calibration"]),
+        confusion=found["confusion"].long(),
+    )
 
 
 def scores_table(rows: dict[str, Scores]) -> str:
@@ -134,7 +159,8 @@ def scores_table(rows: dict[str, Scores]) -> str:
     width = max(map(len, rows), default=0)
     lines = [f"{'':<{width}}   top-1   top-5    loss  calibration error"]
     lines += [
-        f"{name:<{width}}  {row.top1:6.2f}  {row.top5:6.2f}  {row.loss:6.3f}  {row.calibration_error:.4f}"
+        f"{name:<{width}}  {row.top1:6.2f}  {row.top5:6.2f}  {row.loss:6.3f}  "
+        f"{row.calibration_error:.4f}"
         for name, row in rows.items()
     ]
     return "\n".join(lines)
@@ -144,7 +170,8 @@ SIDE = 640  # pixels of the confusion picture, about
 
 
 def confusion_picture(confusion: Tensor, names: Sequence[str] = ()) -> np.ndarray:
-    """A picture uint8 [height, width, 3]: row = class, column = what it was taken for, dark = often.
+    """A picture uint8 [height, width, 3]: row = class, column = what it was taken for, dark =
+    often.
 
     Each row is divided by its images. Up to 40 classes have their names at the side.
     """
@@ -164,5 +191,10 @@ def confusion_picture(confusion: Tensor, names: Sequence[str] = ()) -> np.ndarra
     draw = ImageDraw.Draw(sheet)
     for index, text in enumerate(texts):
         draw.text((4, index * cell + cell // 2), text, (0, 0, 0), font, anchor="lm")
-    draw.text((left, count * cell + 2), "columns in the same order: what each was taken for", (0, 0, 0), font)
+    draw.text(
+        (left, count * cell + 2),
+        "columns in the same order: what each was taken for",
+        (0, 0, 0),
+        font,
+    )
     return np.asarray(sheet)

@@ -1,12 +1,15 @@
-"""Which samples there are, and who reads which of them when: an index over plain tar shards, and the plan. No torch.
+"""Which samples there are, and who reads which of them when: an index over plain tar shards, and
+the plan. No torch.
 
-The index knows for every image where its bytes lie in its tar, so training reads by offset and needs no tar library.
-It is a file beside the shards (`index.json`, and a binary table that is mapped, not read), written by
-tools/make_shards.py and tools/index_shards.py; for shards without one it is built in memory by reading their headers.
-Shards from elsewhere (rcmae/sources.py) are indexed alike, and their index may lie beside them there.
-The plan is a pure function of (sample counts, seed, batch, streams, window): any position is reached without replaying
-those before it. We do not shuffle through a buffer, whose state would have to be saved and would depend on the ranks.
-"""
+The index knows for every image where its bytes lie in its tar, so training reads by offset and
+needs no tar library. It is a file beside the shards (`index.json`, and a binary table that is
+mapped, not read), written by
+tools/make_shards.py and tools/index_shards.py; for shards without one it is built in memory
+by reading their headers.
+Shards from elsewhere (rcmae/sources.py) are indexed alike, and their index may lie beside them
+there. The plan is a pure function of (sample counts, seed, batch, streams, window): any position is
+reached without replaying those before it. We do not shuffle through a buffer, whose state would
+have to be saved and would depend on the ranks."""
 
 from __future__ import annotations
 
@@ -38,17 +41,35 @@ from rcmae.workers import mapped
 
 INDEX = "index.json"
 FORMAT, VERSION = "rcmae shard index", 1
-# One row a sample: where its image lies in the tar, its label (-100 = none), where its key lies in the shard's keys.
-ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("key", "<u4"), ("key_size", "<u2")])
+# One row a sample: where its image lies in the tar, its label (-100 = none), where its key lies in
+# the shard's keys.
+ROW = np.dtype(
+    [("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("key", "<u4"), ("key_size", "<u2")]
+)
 NO_LABEL = -100
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy")
+IMAGE_SUFFIXES = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "bmp",
+    "ppm",
+    "pgm",
+    "pbm",
+    "pnm",
+    "tif",
+    "tiff",
+    "gif",
+    "npy",
+)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 _MIXED = 3_000_000_000  # samples of a mixture's epoch: their square still fits into 64 bits
-_ALONE_S = 2.0  # of reading headers before other processes are started to help: that takes seconds itself
+# of reading headers before other processes are started to help: that takes seconds itself
+_ALONE_S = 2.0
 _NAMED = 20  # problems that a message lists before it counts the rest
 
 
-# ---------------------------------------------------------------------------------------------------- the index
+# ---------------------------------------------------------------------------------------- the index
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,8 @@ class Shard:
 
 @cache
 def _mapped(path: str) -> mmap.mmap:
-    # A table's name carries its content's hash, so a file that was mapped once never changes under its name.
+    # A table's name carries its content's hash, so a file that was mapped once never changes under
+    # its name.
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -129,18 +151,24 @@ Patterns = str | Sequence[str] | Sequence[Weighted]
 class ShardIndex:
     """Every sample of a list of shards, numbered from 0 in the order of the list.
 
-    It is small to hand to another process: tables that lie in files travel by name and are mapped there.
-    """
+    It is small to hand to another process: tables that lie in files travel by name and are mapped
+    there."""
 
     def __init__(
-        self, shards: Sequence[Shard], short: Sequence[str] = (), weights: Sequence[tuple[int, float]] = ()
+        self,
+        shards: Sequence[Shard],
+        short: Sequence[str] = (),
+        weights: Sequence[tuple[int, float]] = (),
     ) -> None:
         self.shards = tuple(shards)
-        self.weights = tuple(weights)  # of a mixture's sets: (shards, weight) of each, in order; else empty
-        self.short = tuple(short)  # shards with fewer bytes than they were indexed with: their last samples are bad
+        # of a mixture's sets: (shards, weight) of each, in order; else empty
+        self.weights = tuple(weights)
+        # shards with fewer bytes than they were indexed with: their last samples are bad
+        self.short = tuple(short)
         self.counts = np.array([shard.samples for shard in self.shards], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self._views: dict[int, tuple[str, NDArray[np.void]]] = {}  # of a shard: name and rows, once they were used
+        # of a shard: name and rows, once they were used
+        self._views: dict[int, tuple[str, NDArray[np.void]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}}
@@ -155,11 +183,13 @@ class ShardIndex:
         patience: Patience = USUAL,
         scan: bool = True,
     ) -> ShardIndex:
-        """The index of the shards that `patterns` name: from their folders or from `cache`, else built in memory.
+        """The index of the shards that `patterns` name: from their folders or from `cache`, else
+        built in memory.
 
         Args:
             patterns: what `expand` takes, or sets of a mixture, each of that.
-            cache: folders in which `save` may have left an index of these shards, beside those next to them.
+            cache: folders in which `save` may have left an index of these shards, beside those next
+                to them.
             jobs: processes that read tar headers where shards have no index.
             patience: with shards from elsewhere.
             scan: False refuses shards without an index instead of reading them.
@@ -168,13 +198,18 @@ class ShardIndex:
             ValueError: names every pattern and shard that cannot be used.
         """
         sets = [(one.shards, one.weight) for one in patterns if not isinstance(one, str)]
-        found = [_find(shards, patience) for shards, _ in sets] if sets else [_find(patterns, patience)]
+        found = (
+            [_find(shards, patience) for shards, _ in sets] if sets else [_find(patterns, patience)]
+        )
         paths = [path for some, _ in found for path in some]
         problems = [*(problem for _, some in found for problem in some), *_named_twice(paths)]
         weights = [(len(some), weight) for (some, _), (_, weight) in zip(found, sets, strict=False)]
         known: dict[str, Shard] = {}
         caches = [cache] if isinstance(cache, str | Path) else cache
-        folders, gone = [*map(str, caches), *filter(None, map(sources.folder_of, paths))], set[str]()
+        folders, gone = (
+            [*map(str, caches), *filter(None, map(sources.folder_of, paths))],
+            set[str](),
+        )
         for folder in dict.fromkeys(folders):
             try:
                 if (index := cls._found(folder, patience)) is not None:
@@ -182,10 +217,20 @@ class ShardIndex:
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 gone.add(folder)
-        there: dict[str, int | OSError | None] = {path: _size(path) for path in paths if not sources.is_remote(path)}
-        elsewhere = [path for path in paths if sources.is_remote(path) and sources.folder_of(path) not in gone]
+        there: dict[str, int | OSError | None] = {
+            path: _size(path) for path in paths if not sources.is_remote(path)
+        }
+        elsewhere = [
+            path
+            for path in paths
+            if sources.is_remote(path) and sources.folder_of(path) not in gone
+        ]
         there |= sources.sizes(elsewhere, patience)
-        problems += [str(error) for path, error in there.items() if isinstance(error, OSError) and "://" in path]
+        problems += [
+            str(error)
+            for path, error in there.items()
+            if isinstance(error, OSError) and "://" in path
+        ]
         short, shards = [], dict[str, Shard]()
         for path, size in there.items():
             shard = known.get(sources.identity(path))
@@ -196,7 +241,8 @@ class ShardIndex:
                 continue
             if size > shard.size or (size < shard.size and sources.is_remote(path)):
                 problems.append(
-                    f"{sources.redacted(path)}: is not the file that the index beside it describes; "
+                    f"{sources.redacted(path)}: is not the file that the index beside it "
+                    "describes; "
                     "run tools/index_shards.py --rebuild on it"
                 )
             elif size < shard.size:
@@ -204,7 +250,10 @@ class ShardIndex:
         unknown = [path for path in paths if path not in shards]
         problems += filter(None, map(_not_a_tar, unknown))
         if not scan:
-            problems += [f"{sources.redacted(path)}: has no index; run tools/index_shards.py on it" for path in unknown]
+            problems += [
+                f"{sources.redacted(path)}: has no index; run tools/index_shards.py on it"
+                for path in unknown
+            ]
         _refuse(problems)
         fresh = cls.build(unknown, jobs=jobs, patience=patience).shards if unknown else ()
         built = dict(zip(unknown, fresh, strict=True))
@@ -216,7 +265,9 @@ class ShardIndex:
         if "://" not in folder:
             return _ours(folder)
         try:  # its table, which may be large, is read once: by `open`
-            return FORMAT.encode() in (sources.small_file(f"{folder}/{INDEX}", patience) or b"")[:100]
+            return (
+                FORMAT.encode() in (sources.small_file(f"{folder}/{INDEX}", patience) or b"")[:100]
+            )
         except OSError as error:
             raise ValueError(str(error)) from error
 
@@ -233,7 +284,9 @@ class ShardIndex:
             table = sources.small_file(f"{folder}/{described['table']}", patience) or b""
             return cls._described(described, folder, table, len(table))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}/{INDEX}: cannot be used ({error}); write it anew") from error
+            raise ValueError(
+                f"{folder}/{INDEX}: cannot be used ({error}); write it anew"
+            ) from error
 
     @classmethod
     def build(
@@ -244,7 +297,8 @@ class ShardIndex:
         on_scan: Callable[[Scan], None] = lambda scan: None,
         patience: Patience = USUAL,
     ) -> ShardIndex:
-        """The index of these tars from their headers alone, in memory; `on_scan` sees each shard's as it is done.
+        """The index of these tars from their headers alone, in memory; `on_scan` sees each shard's
+        as it is done.
 
         Raises:
             ValueError: names every shard that is no tar, ends too early or holds no image.
@@ -271,8 +325,8 @@ class ShardIndex:
     ) -> ShardIndex:
         """Write the index of a folder so that it covers these shards of it, and give it.
 
-        What it says of shards that still have their size (and of those elsewhere) is kept, of these ones too unless
-        `rebuild`.
+        What it says of shards that still have their size (and of those elsewhere) is kept, of these
+        ones too unless `rebuild`.
 
         Raises:
             ValueError: names every shard that cannot be used; the index is then what it was.
@@ -288,7 +342,8 @@ class ShardIndex:
         kept = {
             path: shard
             for path, shard in known.items()
-            if (sources.is_remote(path) or _size(path) == shard.size) and not (rebuild and path in asked)
+            if (sources.is_remote(path) or _size(path) == shard.size)
+            and not (rebuild and path in asked)
         }
         missing = {path: where for path, where in asked.items() if path not in kept}
         built = cls.build(list(missing.values()), jobs=jobs, on_scan=on_scan)
@@ -310,11 +365,18 @@ class ShardIndex:
             table = path.parent / head["table"]
             return cls._described(head, str(path.parent), str(table), table.stat().st_size)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: cannot be used ({error}); run tools/index_shards.py --rebuild") from error
+            raise ValueError(
+                f"{path}: cannot be used ({error}); run tools/index_shards.py --rebuild"
+            ) from error
 
     @classmethod
-    def _described(cls, head: dict[str, Any], folder: str, table: str | bytes, size: int) -> ShardIndex:
-        """The index that a parsed index.json of a folder describes. Raises what damaged ones lead to."""
+    def _described(
+        cls, head: dict[str, Any], folder: str, table: str | bytes, size: int
+    ) -> ShardIndex:
+        """The index that a parsed index.json of a folder describes.
+
+        Raises what damaged ones lead to.
+        """
         if head["version"] != VERSION:
             raise ValueError(f"version {head['version']}, this package reads {VERSION}")
         if size != head["bytes"]:
@@ -325,17 +387,24 @@ class ShardIndex:
             path = name if sources.is_remote(name) or os.path.isabs(name) else f"{folder}/{name}"
             shards.append(
                 Shard(
-                    path, entry["bytes"], entry["samples"], entry["fingerprint"], table, at, length,
+                    path,
+                    entry["bytes"],
+                    entry["samples"],
+                    entry["fingerprint"],
+                    table,
+                    at,
+                    length,
                     entry.get("sha256", ""),
                 )
-            )  # fmt: skip
+            )
             at += length
         if at != head["bytes"] or cls(shards).fingerprint != head["fingerprint"]:
             raise ValueError("its parts do not add up")
         return cls(shards)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the index into a folder, the shards' or another; a reader sees the old one or the new one.
+        """Write the index into a folder, the shards' or another; a reader sees the old one or the
+        new one.
 
         Raises:
             ValueError: an index.json of another program lies there.
@@ -383,9 +452,13 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the numbers of the samples mean: names, sizes, counts and sample tables of the shards, in order."""
+        """What the numbers of the samples mean: names, sizes, counts and sample tables of the
+        shards, in order.
+        """
         mixture = [json.dumps(self.weights)] if self.weights else []
-        return hashlib.sha256("\n".join([*(shard.fingerprint for shard in self.shards), *mixture]).encode()).hexdigest()
+        return hashlib.sha256(
+            "\n".join([*(shard.fingerprint for shard in self.shards), *mixture]).encode()
+        ).hexdigest()
 
     @property
     def is_saved(self) -> bool:
@@ -407,7 +480,9 @@ class ShardIndex:
         return Sample(shard, f"{name}/{shard.key_at(at, length)}", offset, size, label)
 
     def shards_of(self, numbers: NDArray[np.int64]) -> list[int]:
-        """The numbers of the shards that hold these samples, each once, in the order in which they are met."""
+        """The numbers of the shards that hold these samples, each once, in the order in which
+        they are met.
+        """
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         return list(dict.fromkeys(shards.tolist()))
 
@@ -423,23 +498,32 @@ class ShardIndex:
 
 
 def open_bytes(index: ShardIndex, *, streams: int, window: int, nodes: int) -> int:
-    """Bytes of the shards that a node reads at the same time, on average: of each of its streams a window and a shard
-    (of a mixture a shard of each set).
+    """Bytes of the shards that a node reads at the same time, on average: of each of its streams a
+    window and a shard (of a mixture a shard of each set).
 
     It is what a cache has to hold for no shard to be copied twice in a pass.
     """
-    sizes, samples = np.array([shard.size for shard in index.shards]), min(window, math.ceil(len(index) / streams))
+    sizes, samples = (
+        np.array([shard.size for shard in index.shards]),
+        min(window, math.ceil(len(index) / streams)),
+    )
     sets = index.weights or [(len(sizes), 1.0)]
     weight, each, first = sum(weight for _, weight in sets), 0.0, 0
     for count, share in sets:
         mine = slice(first, first + count)
-        each += samples * share / weight * sizes[mine].sum() / index.counts[mine].sum() + sizes[mine].max()
+        each += (
+            samples * share / weight * sizes[mine].sum() / index.counts[mine].sum()
+            + sizes[mine].max()
+        )
         first += count
     return min(int(sizes.sum()), math.ceil(math.ceil(streams / nodes) * each))
 
 
-def cache_problem(index: ShardIndex, *, streams: int, window: int, nodes: int, world: int, limit: int) -> str | None:
-    """Why a node's cache of `limit` bytes is too small for this order, with settings that would fit; None if it is not.
+def cache_problem(
+    index: ShardIndex, *, streams: int, window: int, nodes: int, world: int, limit: int
+) -> str | None:
+    """Why a node's cache of `limit` bytes is too small for this order, with settings that would
+    fit; None if it is not.
 
     Args:
         index: the shards.
@@ -451,24 +535,45 @@ def cache_problem(index: ShardIndex, *, streams: int, window: int, nodes: int, w
     def needed(streams: int, window: int) -> int:
         return open_bytes(index, streams=streams, window=window, nodes=nodes)
 
-    if not any(sources.is_remote(shard.path) for shard in index.shards) or needed(streams, window) <= limit:
+    if (
+        not any(sources.is_remote(shard.path) for shard in index.shards)
+        or needed(streams, window) <= limit
+    ):
         return None
     ways = [f"data.cache_gb={math.ceil(needed(streams, window) / 1e8) / 10:g}"]
     halves = [window >> shift for shift in range(1, 7)]
-    ways += [f"data.shuffle_window={half}" for half in halves if half >= 64 and needed(streams, half) <= limit][:1]
-    halves = [streams >> shift for shift in range(1, 12) if (streams >> shift) % world == 0 < streams >> shift]
-    ways += [f"data.canonical_streams={half}" for half in halves if needed(half, window) <= limit][:1]
+    ways += [
+        f"data.shuffle_window={half}"
+        for half in halves
+        if half >= 64 and needed(streams, half) <= limit
+    ][:1]
+    halves = [
+        streams >> shift
+        for shift in range(1, 12)
+        if (streams >> shift) % world == 0 < streams >> shift
+    ]
+    ways += [f"data.canonical_streams={half}" for half in halves if needed(half, window) <= limit][
+        :1
+    ]
     return (
-        f"data.cache_gb={limit / 1e9:g} is less than the {needed(streams, window) / 1e9:.3g} GB of shards that a node "
-        f"reads at once ({math.ceil(streams / nodes)} streams x (a window of {window} samples + a shard)); "
+        f"data.cache_gb={limit / 1e9:g} is less than the {needed(streams, window) / 1e9:.3g} "
+        "GB of shards that a node "
+        f"reads at once ({math.ceil(streams / nodes)} streams x (a window of {window} "
+        "samples + a shard)); "
         f"use {' or '.join(ways)}, or smaller shards"
     )
 
 
 def node_cache(
-    indexes: Iterable[ShardIndex], folder: str | None = None, gigabytes: float = 100.0, patience: Patience = USUAL
+    indexes: Iterable[ShardIndex],
+    folder: str | None = None,
+    gigabytes: float = 100.0,
+    patience: Patience = USUAL,
 ) -> Cache | None:
-    """This node's cache for their shards, where any lies elsewhere. Arguments and errors as `Cache.of` has them."""
+    """This node's cache for their shards, where any lies elsewhere.
+
+    Arguments and errors as `Cache.of` has them.
+    """
     if not any(sources.is_remote(shard.path) for index in indexes for shard in index.shards):
         return None
     return Cache.of(folder, gigabytes, patience)
@@ -484,12 +589,12 @@ def _ours(folder: str | Path) -> bool:
 
 
 def expand(patterns: str | Sequence[str], *, even_empty: bool = False) -> list[str]:
-    """The shards that a pattern or a list of them names: `train-{000000..000005}.tar`, `data/*.tar`, plain paths, URLs
-    with either, `pipe:` commands with braces.
+    """The shards that a pattern or a list of them names: `train-{000000..000005}.tar`,
+    `data/*.tar`, plain paths, URLs with either, `pipe:` commands with braces.
 
     Raises:
-        ValueError: names each pattern that matches nothing and each shard that is missing, empty (unless `even_empty`),
-            unreadable or named twice, all at once.
+        ValueError: names each pattern that matches nothing and each shard that is missing, empty
+            (unless `even_empty`), unreadable or named twice, all at once.
     """
     paths, problems = _find(patterns, even_empty=even_empty)
     _refuse([*problems, *_named_twice(paths)])
@@ -499,14 +604,18 @@ def expand(patterns: str | Sequence[str], *, even_empty: bool = False) -> list[s
 def flat(patterns: Patterns) -> list[str]:
     """The patterns of all sets, without their weights."""
     sets = (
-        [patterns] if isinstance(patterns, str) else [one if isinstance(one, str) else one.shards for one in patterns]
+        [patterns]
+        if isinstance(patterns, str)
+        else [one if isinstance(one, str) else one.shards for one in patterns]
     )
     return [pattern for one in sets for pattern in ([one] if isinstance(one, str) else one)]
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes its name when it is complete: it is there whole or not at all."""
+    """A file to write, which takes its name when it is complete: it is there whole or not at
+    all.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:
@@ -518,12 +627,16 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
-def _find(patterns: Patterns, patience: Patience = USUAL, *, even_empty: bool = False) -> tuple[list[str], list[str]]:
+def _find(
+    patterns: Patterns, patience: Patience = USUAL, *, even_empty: bool = False
+) -> tuple[list[str], list[str]]:
     paths: list[str] = []
     problems: list[str] = []
     for pattern in flat(patterns):
         try:
-            pieces = list(braceexpand(pattern if sources.is_remote(pattern) else os.path.expanduser(pattern)))
+            pieces = list(
+                braceexpand(pattern if sources.is_remote(pattern) else os.path.expanduser(pattern))
+            )
         except ValueError:
             problems.append(f"{sources.redacted(pattern)}: its braces do not pair")
             continue
@@ -538,15 +651,24 @@ def _find(patterns: Patterns, patience: Patience = USUAL, *, even_empty: bool = 
                 problems.append(f"{sources.redacted(piece)}: matches nothing{of}")
             paths += found
     if not paths and not problems:
-        problems.append("no shards are named; give data.shards a pattern, such as data/train-{000000..000099}.tar")
-    problems += filter(None, (_not_a_shard(path, even_empty=even_empty) for path in dict.fromkeys(paths)))
+        problems.append(
+            "no shards are named; give data.shards a pattern, such as "
+            "data/train-{000000..000099}.tar"
+        )
+    problems += filter(
+        None, (_not_a_shard(path, even_empty=even_empty) for path in dict.fromkeys(paths))
+    )
     return paths, problems
 
 
 def _named_twice(paths: Sequence[str]) -> list[str]:
     times = Counter(map(sources.identity, paths))
     named = {sources.identity(path): path for path in paths}
-    return [f"{sources.redacted(named[path])}: is named {count} times" for path, count in times.items() if count > 1]
+    return [
+        f"{sources.redacted(named[path])}: is named {count} times"
+        for path, count in times.items()
+        if count > 1
+    ]
 
 
 def _not_a_shard(path: str, *, even_empty: bool) -> str | None:
@@ -577,13 +699,20 @@ def _not_a_tar(path: str) -> str | None:
         with open(path, "rb") as file:
             block = file.read(tarfile.BLOCKSIZE)
     except OSError as error:
-        return None if not os.path.isfile(path) else f"{path}: {error.strerror}"  # absent: _not_a_shard has said it
+        # absent: _not_a_shard has said it
+        return None if not os.path.isfile(path) else f"{path}: {error.strerror}"
     if block.startswith(_COMPRESSED):
         return f"{path}: is compressed; images are read by offset, so unpack it to a plain tar"
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        return None if not block else f"{path}: is not a tar file" if any(block) else f"{path}: holds no files"
+        return (
+            None
+            if not block
+            else f"{path}: is not a tar file"
+            if any(block)
+            else f"{path}: holds no files"
+        )
     return None
 
 
@@ -610,16 +739,18 @@ def _scan_all(paths: Sequence[str], jobs: int, patience: Patience) -> Iterator[S
         yield one(left.popleft())
     if not left:
         return
-    # Not from the fork server: whoever uses it first decides what it has imported, and the stream wants torch there.
+    # Not from the fork server: whoever uses it first decides what it has imported, and the stream
+    # wants torch there.
     yield from mapped(one, left, min(jobs, len(left)), get_context("spawn"))
 
 
 def scan(path: str, patience: Patience = USUAL) -> Scan:
-    """Read the headers of a tar (USTAR, GNU and PAX) and group its members into samples as WebDataset does.
+    """Read the headers of a tar (USTAR, GNU and PAX) and group its members into samples as
+    WebDataset does.
 
-    A key is the member's path up to the first dot of its base name; neighbours with one key are one sample. Its image
-    is the member with the plainest image suffix, its label the number in `.cls`. A tar from elsewhere is copied whole
-    to do so, and hashed.
+    A key is the member's path up to the first dot of its base name; neighbours with one key are one
+    sample. Its image is the member with the plainest image suffix, its label the number in `.cls`.
+    A tar from elsewhere is copied whole to do so, and hashed.
     """
     try:
         if not sources.is_remote(path):
@@ -628,7 +759,11 @@ def scan(path: str, patience: Patience = USUAL) -> Scan:
         with sources.fetched(path, patience) as (file, digest):
             return _scan(path, file, digest)
     except (tarfile.TarError, OSError) as error:
-        told = str(error) if isinstance(error, sources.SourceGone | FileNotFoundError) and error.errno is None else ""
+        told = (
+            str(error)
+            if isinstance(error, sources.SourceGone | FileNotFoundError) and error.errno is None
+            else ""
+        )
         return Scan(path, problem=told or f"{sources.redacted(path)}: is no complete tar ({error})")
 
 
@@ -655,20 +790,28 @@ def _scan(path: str, file: BinaryIO, sha256: str) -> Scan:
             keys.append(raw_key)
             key_at += len(raw_key)
         if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("no end mark")  # tarfile takes one cut between members, or in a header, as whole
+            # tarfile takes one cut between members, or in a header, as whole
+            raise tarfile.ReadError("no end mark")
         size = os.fstat(file.fileno()).st_size
     if not rows:
         shown = ", ".join(names) or "none"
-        return Scan(path, problem=f"{sources.redacted(path)}: holds no image (its first members: {shown})")
+        return Scan(
+            path, problem=f"{sources.redacted(path)}: holds no image (its first members: {shown})"
+        )
     part = np.array(rows, ROW).tobytes() + b"".join(keys)
-    print_of = hashlib.sha256(json.dumps([sources.basename(path), size, len(rows)]).encode() + part).hexdigest()
+    print_of = hashlib.sha256(
+        json.dumps([sources.basename(path), size, len(rows)]).encode() + part
+    ).hexdigest()
     where = path if sources.is_remote(path) else os.path.abspath(path)
     shard = Shard(where, size, len(rows), print_of, part, 0, len(part), sha256)
     return Scan(path, shard, "", without_image, bad_labels)
 
 
 def groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """(key, suffix -> member) of each sample of an open tar, in its order. Links, folders and devices are left out."""
+    """(key, suffix -> member) of each sample of an open tar, in its order.
+
+    Links, folders and devices are left out.
+    """
     current: str | None = None
     members: dict[str, tarfile.TarInfo] = {}
     while (member := tar.next()) is not None:
@@ -693,7 +836,7 @@ def image_suffix(members: Iterable[str]) -> str | None:
     return min(images, key=lambda suffix: (suffix.endswith("npy"), suffix.count(".")), default=None)
 
 
-# ---------------------------------------------------------------------------------------------------- the plan
+# ----------------------------------------------------------------------------------------- the plan
 
 
 class Requests(NamedTuple):
@@ -707,15 +850,16 @@ class Requests(NamedTuple):
 class Plan:
     """Which sample stands at which absolute position of a run.
 
-    A pass is a seeded order of the shards laid in a circle and entered at a seeded point. An epoch is the largest
-    multiple of `images` that a pass holds (what is left over is another part each time); with `epoch_samples` it is
-    that many samples of passes laid end to end, nothing left over. It is cut into `streams` contiguous streams, a
-    stream into blocks of `window` samples, each in an order of its own. Position g of an epoch is item g // streams of
-    stream g % streams. A rank reads the positions g % world == rank, so `world` has to divide `streams` and `images`.
+    A pass is a seeded order of the shards laid in a circle and entered at a seeded point. An epoch
+    is the largest multiple of `images` that a pass holds (what is left over is another part each
+    time); with `epoch_samples` it is that many samples of passes laid end to end, nothing left
+    over. It is cut into `streams` contiguous streams, a stream into blocks of `window` samples,
+    each in an order of its own. Position g of an epoch is item g // streams of stream g % streams.
+    A rank reads the positions g % world == rank, so `world` has to divide `streams` and `images`.
 
-    A mixture's sets are dealt out evenly along the epoch, each in proportion to its weight, so every block of every
-    stream has its part of each; the passes of each set are its own, laid end to end over all epochs.
-    """
+    A mixture's sets are dealt out evenly along the epoch, each in proportion to its weight, so
+    every block of every stream has its part of each; the passes of each set are its own, laid end
+    to end over all epochs."""
 
     counts: NDArray[np.int64]  # [shards] samples of each
     seed: int
@@ -723,7 +867,8 @@ class Plan:
     streams: int
     window: int
     epoch_samples: int | None = None
-    weights: tuple[tuple[int, float], ...] = ()  # of a mixture: (shards, weight) of each set, in their order
+    # of a mixture: (shards, weight) of each set, in their order
+    weights: tuple[tuple[int, float], ...] = ()
     _passes: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64], int]] = field(
         default_factory=dict, repr=False
     )
@@ -742,20 +887,30 @@ class Plan:
             problems.append("the shards hold no samples")
         elif self.epoch_samples is None and available < self.images:
             problems.append(
-                f"batch.images={self.images} is more than the {available} samples of an epoch; use fewer,"
-                f" or set data.epoch_samples (at least {self.images}) so that several passes make an epoch"
+                f"batch.images={self.images} is more than the {available} samples of an "
+                "epoch; use fewer,"
+                f" or set data.epoch_samples (at least {self.images}) so that several passes "
+                "make an epoch"
             )
         elif self.epoch_samples is not None and self.epoch_samples < self.images:
             problems.append(
-                f"data.epoch_samples={self.epoch_samples} is less than batch.images={self.images}: no step fits in it"
+                f"data.epoch_samples={self.epoch_samples} is less than "
+                f"batch.images={self.images}: no step fits in it"
             )
         elif self.weights and (self.epoch_samples or available) > _MIXED:
-            problems.append(f"an epoch of a mixture has at most {_MIXED:,} samples; set data.epoch_samples to less")
+            problems.append(
+                f"an epoch of a mixture has at most {_MIXED:,} samples; set data.epoch_samples "
+                "to less"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         for number, (part, (_, weight)) in enumerate(zip(self._parts, self.weights, strict=False)):
             if part.samples == 0 or part.share == 0:
-                what = "holds no samples" if part.samples == 0 else f"with weight {weight:g} has no sample in an epoch"
+                what = (
+                    "holds no samples"
+                    if part.samples == 0
+                    else f"with weight {weight:g} has no sample in an epoch"
+                )
                 problems.append(f"data.shards: set {number} {what}; leave it out, or give it more")
         if problems:
             raise ValueError("\n".join(problems))
@@ -771,14 +926,16 @@ class Plan:
         return (self.epoch_samples or self._pass_samples) // self.images
 
     def requests(self, first: int, stop: int, rank: int = 0, world: int = 1) -> Requests:
-        """What `rank` of `world` reads of the absolute positions first ... stop - 1, in order of position.
+        """What `rank` of `world` reads of the absolute positions first ... stop - 1, in order of
+        position.
 
         Raises:
             ValueError: `world` does not divide the batch and the streams.
         """
         if self.images % world or self.streams % world:
             raise ValueError(
-                f"{world} ranks must divide batch.images={self.images} and data.canonical_streams={self.streams};"
+                f"{world} ranks must divide batch.images={self.images} and "
+                f"data.canonical_streams={self.streams};"
                 f" use multiples of {world}, or another number of ranks"
             )
         positions = np.arange(first + (rank - first) % world, stop, world, dtype=np.int64)
@@ -793,7 +950,9 @@ class Plan:
         return Requests(positions, samples)
 
     def substitutes(self, position: int, sample: int) -> Iterator[int]:
-        """What to try in place of an unreadable sample: its shard from there on, all round, then the next shards."""
+        """What to try in place of an unreadable sample: its shard from there on, all round, then
+        the next shards.
+        """
         (number,), (place,) = self._dealt(np.array([position], np.int64))
         order, _, _ = self._pass(int(number), int(place) // self._parts[number].samples)
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
@@ -822,21 +981,25 @@ class Plan:
         whole = sum(weight for _, weight in self.weights)
         exact = [epoch * weight / whole for _, weight in self.weights]
         shares = [math.floor(share) for share in exact]
-        rest = sorted(range(len(exact)), key=lambda number: shares[number] - exact[number])  # the largest remainders
+        # the largest remainders
+        rest = sorted(range(len(exact)), key=lambda number: shares[number] - exact[number])
         for number in rest[: epoch - sum(shares)]:
             shares[number] += 1
         parts, first = [], 0
         for (count, _), share in zip(self.weights, shares, strict=True):
-            parts.append(_Part(first, first + count, ends[first + count] - ends[first], share, share))
+            parts.append(
+                _Part(first, first + count, ends[first + count] - ends[first], share, share)
+            )
             first += count
         return parts
 
     def _dealt(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """([n] the set that stands at each position, [n] its place in the set's passes laid end to end).
+        """([n] the set that stands at each position, [n] its place in the set's passes laid end to
+        end).
 
-        Of the first p samples of an epoch floor(p x A / B) are of the first sets, where these have A samples of the B
-        that they have with the next set: so counts are exact, and never more than one off in between.
-        """
+        Of the first p samples of an epoch floor(p x A / B) are of the first sets, where these have
+        A samples of the B that they have with the next set: so counts are exact, and never more
+        than one off in between."""
         epochs, rank = self._laid(positions)
         number = np.zeros_like(positions)
         ends = np.cumsum([part.share for part in self._parts]).tolist()
@@ -851,11 +1014,14 @@ class Plan:
         return number, rank + epochs * moves[number]
 
     def _laid(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """([n] the epoch of each position, [n] where it lies in the epoch before blocks are shuffled)."""
+        """([n] the epoch of each position, [n] where it lies in the epoch before blocks are
+        shuffled).
+        """
         per_epoch = self.samples_per_epoch
         epochs, within = np.divmod(positions, per_epoch)
         items, streams = np.divmod(within, self.streams)
-        short, longer = divmod(per_epoch, self.streams)  # the first `longer` streams have one sample more
+        # the first `longer` streams have one sample more
+        short, longer = divmod(per_epoch, self.streams)
         starts = streams * short + np.minimum(streams, longer)
         lengths = short + (streams < longer)
         blocks, places = np.divmod(items, self.window)
@@ -879,13 +1045,16 @@ class Plan:
     def _block(self, epoch: int, stream: int, block: int, size: int) -> NDArray[np.int64]:
         key = (epoch, stream, block)
         if key not in self._blocks:
-            while len(self._blocks) >= 2 * self.streams:  # the open blocks and as many of the last ones
+            while len(self._blocks) >= 2 * self.streams:
+                # the open blocks and as many of the last ones
                 del self._blocks[next(iter(self._blocks))]
             self._blocks[key] = permutation(self.seed, Purpose.BLOCK, *key, count=size)
         return self._blocks[key]
 
     def _pass(self, number: int, which: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        """(order of a set's shards, [shards] where each ends in it, where the circle is entered)."""
+        """(order of a set's shards, [shards] where each ends in it, where the circle is
+        entered).
+        """
         if (number, which) not in self._passes:
             # The streams of an epoch stand in all its passes at once.
             kept = sum(2 + part.share // max(part.samples, 1) for part in self._parts)
@@ -894,8 +1063,10 @@ class Plan:
             part = self._parts[number]
             order = part.first + permutation(
                 self.seed, Purpose.SHARDS, which, number, count=part.stop - part.first
-            )  # fmt: skip
-            turn = math.floor(uniform(self.seed, Purpose.ROTATION, which, number, count=1)[0] * part.samples)
+            )
+            turn = math.floor(
+                uniform(self.seed, Purpose.ROTATION, which, number, count=1)[0] * part.samples
+            )
             self._passes[number, which] = (order, np.cumsum(self.counts[order]), turn)
         return self._passes[number, which]
 

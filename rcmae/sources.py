@@ -1,11 +1,12 @@
-"""Where shards come from: this machine's file systems, any URL that fsspec knows, and the output of a command.
+"""Where shards come from: this machine's file systems, any URL that fsspec knows, and the output of
+a command.
 
-A shard that lies on a file system is read where it lies, by offset. One from elsewhere (`https://`, `s3://`, `gs://`,
-..., or `pipe:COMMAND` as webdataset has it) is first copied whole into a cache on the node's disk, which all processes
-of the node share, and read from there: shards are made to be read whole, and a store sees one reader a node. Clients
-find their credentials in their usual places (environment, ~/.aws, metadata service); nothing here shows a URL's
-password or query. A `pipe:` command is the user's own, run by the shell word for word; none is ever put together here.
-"""
+A shard that lies on a file system is read where it lies, by offset. One from elsewhere (`https://`,
+`s3://`, `gs://`, ..., or `pipe:COMMAND` as webdataset has it) is first copied whole into a cache on
+the node's disk, which all processes of the node share, and read from there: shards are made to be
+read whole, and a store sees one reader a node. Clients find their credentials in their usual places
+(environment, ~/.aws, metadata service); nothing here shows a URL's password or query. A `pipe:`
+command is the user's own, run by the shell word for word; none is ever put together here."""
 
 from __future__ import annotations
 
@@ -44,7 +45,10 @@ _T = TypeVar("_T")
 
 
 class SourceGone(OSError):
-    """A shard that lies elsewhere cannot be had; the message says which, what was tried and what came of it."""
+    """A shard that lies elsewhere cannot be had.
+
+    The message says which, what was tried and what came of it.
+    """
 
 
 class Refused(SourceGone):
@@ -55,7 +59,8 @@ class Patience(NamedTuple):
     """How long a source may take, and how often it may fail."""
 
     timeout_s: float = 60.0  # of a request, or without a byte from a command
-    attempts: int = 8  # that fail one after the other; pauses between them double, from half a second to half a minute
+    # that fail one after the other; pauses between them double, from half a second to half a minute
+    attempts: int = 8
     pause_s: float = 0.5
 
 
@@ -82,7 +87,7 @@ class Stored(Protocol):
         """What the index says of it, hashed."""
 
 
-# ------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 def is_remote(path: str) -> bool:
@@ -96,7 +101,9 @@ def local(path: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """A text without the passwords and queries of the URLs in it, and a command without its words."""
+    """A text without the passwords and queries of the URLs in it, and a command without its
+    words.
+    """
     if text.startswith(PIPE):
         return f"{PIPE}{text.removeprefix(PIPE).split(maxsplit=1)[0]} ... ({basename(text)})"
 
@@ -108,14 +115,23 @@ def redacted(text: str) -> str:
 
 
 def identity(path: str) -> str:
-    """What tells a shard from others wherever it is named: absolute path, or URL without password and query."""
+    """What tells a shard from others wherever it is named: absolute path, or URL without
+    password and query.
+    """
     if path.startswith(PIPE):
         return path
-    return _PASSWORD.sub(r"\1", re.split(r"[?#]", path, maxsplit=1)[0]) if "://" in path else os.path.abspath(path)
+    return (
+        _PASSWORD.sub(r"\1", re.split(r"[?#]", path, maxsplit=1)[0])
+        if "://" in path
+        else os.path.abspath(path)
+    )
 
 
 def basename(path: str) -> str:
-    """The file name of a shard; of a command the last word that names a tar, else a name made of its hash."""
+    """The file name of a shard.
+
+    Of a command the last word that names a tar, else a name made of its hash.
+    """
     if path.startswith(PIPE):
         tars = re.findall(r"[^\s/\"'=?&]+\.tar\b", path)
         return tars[-1] if tars else f"pipe-{hashlib.sha256(path.encode()).hexdigest()[:12]}.tar"
@@ -142,18 +158,30 @@ def find(pattern: str, patience: Patience = USUAL) -> list[str]:
             raise ValueError("a command belongs after it, such as pipe:cat data/train-000000.tar")
         return [pattern]
     if "://" not in pattern:
-        return sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not os.path.exists(pattern) else [pattern]
+        return (
+            sorted(glob.glob(pattern))
+            if glob.has_magic(pattern) and not os.path.exists(pattern)
+            else [pattern]
+        )
     if _PASSWORD.search(pattern):
-        raise ValueError("its URL holds a password; leave it to the client's own settings, such as ~/.netrc or ~/.aws")
+        raise ValueError(
+            "its URL holds a password; leave it to the client's own settings, such as ~/.netrc "
+            "or ~/.aws"
+        )
     client, path = _client(pattern)
     if "*" not in re.split(r"[?#]", pattern, maxsplit=1)[0]:
         return [pattern]
-    found = _persist(pattern, patience, lambda: _within(client, patience.timeout_s, client.glob, path))
+    found = _persist(
+        pattern, patience, lambda: _within(client, patience.timeout_s, client.glob, path)
+    )
     return sorted(client.unstrip_protocol(each) for each in found)
 
 
 def _client(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path there. Raises ValueError where its package is not installed."""
+    """fsspec's file system for a URL, and the path there.
+
+    Raises ValueError where its package is not installed.
+    """
     try:
         client, path = url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -161,7 +189,7 @@ def _client(url: str) -> tuple[Any, str]:
     return client, path
 
 
-# ------------------------------------------------------------------------------------------------ asking with patience
+# ----------------------------------------------------------------------------- asking with patience
 
 
 def _persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
@@ -184,7 +212,11 @@ def _persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
             if _is_missing(error, status):
                 raise FileNotFoundError(f"{redacted(path)}: there is no such file") from None
             hopeless = status is not None and 400 <= status < 500 and status not in (408, 425, 429)
-            if hopeless or isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+            if (
+                hopeless
+                or isinstance(error, PermissionError)
+                or "Credential" in type(error).__name__
+            ):
                 raise Refused(f"{redacted(path)}: is refused ({text})") from None
             if attempt == patience.attempts:
                 raise SourceGone(
@@ -192,10 +224,17 @@ def _persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
                     f"{time.monotonic() - begin:.0f} s, the last with: {text}"
                 ) from None
             if attempt == _SILENT_ATTEMPTS:
-                _log.warning("%s: no answer yet (%s); attempt %d of %d is next", redacted(path), text, attempt + 1,
-                             patience.attempts)  # fmt: skip
+                _log.warning(
+                    "%s: no answer yet (%s); attempt %d of %d is next",
+                    redacted(path),
+                    text,
+                    attempt + 1,
+                    patience.attempts,
+                )
             pause = min(patience.pause_s * 2 ** (attempt - 1), _LONGEST_PAUSE_S)
-            time.sleep(max(pause * random.uniform(0.5, 1.0), min(_asked_pause(error), _LONGEST_PAUSE_S)))
+            time.sleep(
+                max(pause * random.uniform(0.5, 1.0), min(_asked_pause(error), _LONGEST_PAUSE_S))
+            )
     raise AssertionError("at least one attempt is made")
 
 
@@ -210,11 +249,16 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _is_missing(error: BaseException, status: int | None) -> bool:
-    """Whether a source says that it has no such file; fsspec says so too of a server that did not answer."""
+    """Whether a source says that it has no such file.
+
+    Fsspec says so too of a server that did not answer.
+    """
     if status is not None:
         return status in (404, 410)
     cause = error.__cause__
-    unanswered = isinstance(cause, TimeoutError | ConnectionError) or type(cause).__module__.startswith("aiohttp")
+    unanswered = isinstance(cause, TimeoutError | ConnectionError) or type(
+        cause
+    ).__module__.startswith("aiohttp")
     return isinstance(error, FileNotFoundError) and not unanswered
 
 
@@ -226,7 +270,9 @@ def _asked_pause(error: BaseException) -> float:
         return 0.0
 
 
-def _within(client: Any, timeout_s: float, call: Callable[..., _T], *args: Any, **options: Any) -> _T:
+def _within(
+    client: Any, timeout_s: float, call: Callable[..., _T], *args: Any, **options: Any
+) -> _T:
     """A call of a client, ended after so many seconds. Raises TimeoutError."""
     if client.async_impl:
         return call(*args, timeout=timeout_s, **options)
@@ -246,11 +292,16 @@ def size_of(path: str, patience: Patience = USUAL) -> int | None:
     if path.startswith(PIPE):
         return None
     client, inside = _client(path)
-    return _persist(path, patience, lambda: _within(client, patience.timeout_s, client.info, inside))["size"]
+    return _persist(
+        path, patience, lambda: _within(client, patience.timeout_s, client.info, inside)
+    )["size"]
 
 
 def sizes(paths: Iterable[str], patience: Patience = USUAL) -> dict[str, int | OSError | None]:
-    """`size_of` each, or why it cannot be had; many are asked for at once, and no more once a source stays away."""
+    """`size_of` each, or why it cannot be had.
+
+    Many are asked for at once, and no more once a source stays away.
+    """
     gone: list[SourceGone] = []
 
     def one(path: str) -> int | OSError | None:
@@ -278,7 +329,9 @@ def small_file(url: str, patience: Patience = USUAL) -> bytes | None:
     """
     client, path = _client(url)
     try:
-        return _persist(url, patience, lambda: _within(client, patience.timeout_s, client.cat_file, path))
+        return _persist(
+            url, patience, lambda: _within(client, patience.timeout_s, client.cat_file, path)
+        )
     except (FileNotFoundError, Refused):
         return None
 
@@ -318,7 +371,10 @@ def copy(path: str, file: BinaryIO, patience: Patience = USUAL, size: int | None
 
 
 def _piece(url: str, start: int, end: int | None, patience: Patience) -> bytes:
-    """The next bytes of a file: PIECE of them, up to its end; all from there on where the server knows no ranges."""
+    """The next bytes of a file: PIECE of them, up to its end.
+
+    All from there on where the server knows no ranges.
+    """
     client, path = _client(url)
 
     def ask() -> bytes:
@@ -336,11 +392,18 @@ def _piece(url: str, start: int, end: int | None, patience: Patience) -> bytes:
 
 
 def _run(pipe: str, file: BinaryIO, timeout_s: float, size: int | None) -> str:
-    """Write what a command prints into a file; gives its SHA-256. Raises OSError where it fails or stalls."""
+    """Write what a command prints into a file; gives its SHA-256.
+
+    Raises OSError where it fails or stalls.
+    """
     file.seek(0)
     digest, came = hashlib.sha256(), 0
     with subprocess.Popen(
-        pipe.removeprefix(PIPE), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+        pipe.removeprefix(PIPE),
+        shell=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         try:
@@ -368,7 +431,8 @@ def _run(pipe: str, file: BinaryIO, timeout_s: float, size: int | None) -> str:
 
 
 def part(path: str, offset: int, size: int, patience: Patience = USUAL) -> bytes:
-    """`size` bytes of a shard from elsewhere, or as many as are there, without a cache: for a look at a few samples.
+    """`size` bytes of a shard from elsewhere, or as many as are there, without a cache: for a look
+    at a few samples.
 
     Raises:
         SourceGone, FileNotFoundError: as they say.
@@ -379,7 +443,9 @@ def part(path: str, offset: int, size: int, patience: Patience = USUAL) -> bytes
     client, inside = _client(path)
 
     def ask() -> bytes:
-        data = _within(client, patience.timeout_s, client.cat_file, inside, start=offset, end=offset + size)
+        data = _within(
+            client, patience.timeout_s, client.cat_file, inside, start=offset, end=offset + size
+        )
         return data if len(data) <= size else data[offset : offset + size]
 
     return _persist(path, patience, ask)
@@ -387,7 +453,8 @@ def part(path: str, offset: int, size: int, patience: Patience = USUAL) -> bytes
 
 @contextlib.contextmanager
 def fetched(path: str, patience: Patience = USUAL) -> Iterator[tuple[BinaryIO, str]]:
-    """(an open file with the bytes of a shard from elsewhere, their SHA-256), for as long as the block runs.
+    """(an open file with the bytes of a shard from elsewhere, their SHA-256), for as long as the
+    block runs.
 
     Raises:
         SourceGone, FileNotFoundError: as `copy`.
@@ -399,7 +466,7 @@ def fetched(path: str, patience: Patience = USUAL) -> Iterator[tuple[BinaryIO, s
         yield file, digest
 
 
-# ------------------------------------------------------------------------------------------------------------ the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 class CacheTooSmall(SourceGone):
@@ -408,14 +475,15 @@ class CacheTooSmall(SourceGone):
 
 @dataclass(frozen=True)
 class Cache:
-    """Shards from elsewhere on this node's disk, for all processes that name the same folder, also of other jobs.
+    """Shards from elsewhere on this node's disk, for all processes that name the same folder, also
+    of other jobs.
 
-    A shard is there whole, verified, under a name made of hashes (so nothing that a URL says can lead out of the
-    folder), or it is not there. Who needs one that is not there copies it, once on the node, into a file of its full
-    size that it holds locked: the lock ends with its process, and what a killed one leaves is deleted by the next.
-    Room is made before the copy begins: least recently used out first. Files in use may be deleted, as their readers
-    have them open; so nobody waits for a reader, and the limit holds at every moment.
-    """
+    A shard is there whole, verified, under a name made of hashes (so nothing that a URL says can
+    lead out of the folder), or it is not there. Who needs one that is not there copies it, once on
+    the node, into a file of its full size that it holds locked: the lock ends with its process, and
+    what a killed one leaves is deleted by the next. Room is made before the copy begins: least
+    recently used out first. Files in use may be deleted, as their readers have them open; so nobody
+    waits for a reader, and the limit holds at every moment."""
 
     folder: Path
     limit: int  # bytes
@@ -424,7 +492,8 @@ class Cache:
 
     @classmethod
     def of(cls, folder: str | None, gigabytes: float, patience: Patience = USUAL) -> Cache:
-        """The cache in a folder, by default one of this user's under $SLURM_TMPDIR or the temporary folder.
+        """The cache in a folder, by default one of this user's under $SLURM_TMPDIR or the temporary
+        folder.
 
         Raises:
             ValueError: the folder cannot be used.
@@ -440,20 +509,27 @@ class Cache:
             with tempfile.TemporaryFile(dir=path):
                 pass
         except OSError as error:
-            raise ValueError(f"data.cache_dir={path} cannot be used ({error}); give another folder") from error
+            raise ValueError(
+                f"data.cache_dir={path} cannot be used ({error}); give another folder"
+            ) from error
         return cls(path, int(gigabytes * 1e9), patience)
 
     def place(self, shard: Stored) -> Path:
         """Where a shard lies when it is there."""
         if (known := self._places.get((shard.path, shard.fingerprint))) is not None:
             return known
-        name = hashlib.sha256(f"{identity(shard.path)}\n{shard.size}\n{shard.fingerprint}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(
+            f"{identity(shard.path)}\n{shard.size}\n{shard.fingerprint}".encode()
+        ).hexdigest()[:32]
         readable = re.sub(r"[^A-Za-z0-9_-]", "_", basename(shard.path).removesuffix(".tar"))[:80]
-        return self._places.setdefault((shard.path, shard.fingerprint), self.folder / f"{name}-{readable}.tar")
+        return self._places.setdefault(
+            (shard.path, shard.fingerprint), self.folder / f"{name}-{readable}.tar"
+        )
 
     @contextlib.contextmanager
     def opened(self, shard: Stored) -> Iterator[int]:
-        """A descriptor of a shard's file, copied first where it is not there. Keep it open for moments only.
+        """A descriptor of a shard's file, copied first where it is not there. Keep it open for
+        moments only.
 
         Raises:
             SourceGone, FileNotFoundError: it cannot be had.
@@ -481,7 +557,8 @@ class Cache:
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if re.fullmatch(r"\.?[0-9a-f]{32}-[A-Za-z0-9_-]*" + re.escape(suffix), entry.name):
-                    with contextlib.suppress(FileNotFoundError):  # just deleted or renamed by another process
+                    with contextlib.suppress(FileNotFoundError):
+                        # just deleted or renamed by another process
                         stat = entry.stat(follow_symlinks=False)
                         yield stat.st_mtime, stat.st_size, Path(entry.path)
 
@@ -499,7 +576,10 @@ class Cache:
         return file
 
     def _copy(self, shard: Stored, place: Path) -> int:
-        """Copy a shard, or wait until another process has; gives a descriptor, so that it can be read in any case."""
+        """Copy a shard, or wait until another process has.
+
+        Gives a descriptor, so that it can be read in any case.
+        """
         part = place.with_name(f".{place.name.removesuffix('.tar')}.part")
         while True:
             file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -529,10 +609,13 @@ class Cache:
             out.flush()
             os.fsync(out.fileno())
             if (size := os.fstat(out.fileno()).st_size) != shard.size:
-                raise SourceGone(f"{redacted(shard.path)}: has {size} bytes, {shard.size} when it was indexed")
+                raise SourceGone(
+                    f"{redacted(shard.path)}: has {size} bytes, {shard.size} when it was indexed"
+                )
         if shard.sha256 and digest != shard.sha256:
             raise SourceGone(
-                f"{redacted(shard.path)}: its bytes are not those of the index (SHA-256 {digest[:12]}, was "
+                f"{redacted(shard.path)}: its bytes are not those of the index (SHA-256 "
+                f"{digest[:12]}, was "
                 f"{shard.sha256[:12]}); copy it there again, or index it again"
             )
 
@@ -540,7 +623,8 @@ class Cache:
         """Give the file its full size, once the limit allows it."""
         if shard.size > self.limit:
             raise CacheTooSmall(
-                f"{redacted(shard.path)} has {shard.size / 1e9:.3g} GB, the cache {self.folder} may hold "
+                f"{redacted(shard.path)} has {shard.size / 1e9:.3g} GB, the cache "
+                f"{self.folder} may hold "
                 f"{self.limit / 1e9:.3g}; raise data.cache_gb"
             )
         while True:
@@ -548,7 +632,9 @@ class Cache:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 held = self.shards()
                 used = sum(size for _, size, _ in held) + sum(
-                    size for _, size, part in self._entries(".part") if part != mine and not _is_abandoned(part)
+                    size
+                    for _, size, part in self._entries(".part")
+                    if part != mine and not _is_abandoned(part)
                 )
                 while held and used + shard.size > self.limit:
                     _, size, oldest = held.pop(0)
@@ -556,7 +642,8 @@ class Cache:
                     used -= size
                 if used + shard.size <= self.limit:
                     os.ftruncate(file, 0)
-                    os.ftruncate(file, shard.size)  # counts from now on, though it takes no disk yet
+                    # counts from now on, though it takes no disk yet
+                    os.ftruncate(file, shard.size)
                     return
             time.sleep(0.05)  # others are copying: what they have copied can be deleted
 
@@ -589,11 +676,12 @@ def _remove_if_same(path: Path, file: int) -> None:
         path.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 class Reader:
-    """Reads parts of shards by offset, wherever these come from. Travels to another process with nothing open.
+    """Reads parts of shards by offset, wherever these come from. Travels to another process with
+    nothing open.
 
     Without a cache what lies elsewhere is asked for sample by sample: for tools that look at a few.
     """

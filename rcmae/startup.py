@@ -1,7 +1,7 @@
 """What each second before the first step was.
 
-A process starts up once, so this is the module's own state: `begin` sets the clock to the beginning of the process, and
-each `mark` gives the seconds since the last one a name. Names may come again.
+A process starts up once, so this is the module's own state: `begin` sets the clock to the beginning
+of the process, and each `mark` gives the seconds since the last one a name. Names may come again.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""From shards to batches, prefetched: the same batches on any number of ranks and workers, resumed from one integer.
+"""From shards to batches, prefetched: the same batches on any number of ranks and workers, resumed
+from one integer.
 
-The main process only decides who reads what (the plan); workers are stateless readers of (position, sample) requests,
-so it does not matter which of them serves a request, or when. The state of a stream is the number of the next step.
-A sample that cannot be read is replaced by the next readable one and written to a ledger; too many stop the run.
-Workers come from a fork server, not from a fork of the training process: that one has threads (gloo, NCCL, a checkpoint
-writer) and pinned or registered memory, which a fork can deadlock or corrupt. The server imports torch once for all.
-"""
+The main process only decides who reads what (the plan); workers are stateless readers of (position,
+sample) requests, so it does not matter which of them serves a request, or when. The state of a
+stream is the number of the next step. A sample that cannot be read is replaced by the next readable
+one and written to a ledger; too many stop the run. Workers come from a fork server, not from a fork
+of the training process: that one has threads (gloo, NCCL, a checkpoint writer) and pinned or
+registered memory, which a fork can deadlock or corrupt. The server imports torch once for all."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ from rcmae.workers import end_with_owner, fork_server
 _STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
 _NAMED = 20  # bad samples that a message lists before it counts the rest
 _log = logging.getLogger(__name__)
-Change = Callable[[Tensor, int], Tensor]  # (image [C, H, W] uint8, number of its sample) -> the same
+# (image [C, H, W] uint8, number of its sample) -> the same
+Change = Callable[[Tensor, int], Tensor]
 
 
 class BadSample(NamedTuple):
@@ -61,9 +63,9 @@ class TooManyBadSamples(ValueError):
 class Stream:
     """This rank's micro-batches of every optimizer step, prefetched by worker processes.
 
-    At any time there are at most the micro-batches of a step and prefetch more for each worker, in shared memory
-    (150 kB an image at 224 px); a worker has besides one encoded image and its pixels, the rank the order of two blocks
-    of each canonical stream (8 bytes a sample).
+    At any time there are at most the micro-batches of a step and prefetch more for each worker, in
+    shared memory (150 kB an image at 224 px); a worker has besides one encoded image and its
+    pixels, the rank the order of two blocks of each canonical stream (8 bytes a sample).
     """
 
     def __init__(
@@ -99,38 +101,56 @@ class Stream:
             rank, world: who reads.
             workers: decoding processes of this rank; 0 decodes in this process.
             prefetch: micro-batches that each worker keeps ready.
-            max_bad_fraction: more unreadable samples than this, of an epoch's or of all read so far, stop the run.
+            max_bad_fraction: more unreadable samples than this, of an epoch's or of all read so
+                far, stop the run.
             max_bad_in_a_row: so do more than this one after the other.
-            cache: of the node, for shards from elsewhere; what comes next is copied there while training goes on.
+            cache: of the node, for shards from elsewhere; what comes next is copied there while
+                training goes on.
             ranks_of_node: how many share it.
-            repeats: views of each sample that is read, one after the other in a micro-batch: the plan's position p
-                gives the views at p x repeats and the following, each with its own crop, flip and mask.
-            teacher_masks: whether each image has a second mask, for a teacher that sees other patches.
-            device_decoder: decodes what it can of the JPEGs, with `transform` a TrainTransform; the batches' images are
-                then on its device.
+            repeats: views of each sample that is read, one after the other in a micro-batch: the
+                plan's position p gives the views at p x repeats and the following, each with its
+                own crop, flip and mask.
+            teacher_masks: whether each image has a second mask, for a teacher that sees other
+                patches.
+            device_decoder: decodes what it can of the JPEGs, with `transform` a TrainTransform; the
+                batches' images are then on its device.
 
         Raises:
-            ValueError: micro-batches do not divide this rank's part of a step, or ranks the batch and the streams.
+            ValueError: micro-batches do not divide this rank's part of a step, or ranks the batch
+                and the streams.
         """
         plan.requests(0, 0, rank, world)  # whether the ranks divide what they must
         per_rank = plan.images // world * repeats
         if micro < 1 or per_rank % micro or micro % repeats:
             of = f"{micro}, or that not of data.repeats={repeats}" if repeats > 1 else str(micro)
             raise ValueError(
-                f"{per_rank} images a step and rank (batch.images={plan.images * repeats}) are no multiple of {of}"
+                f"{per_rank} images a step and rank (batch.images={plan.images * repeats}) "
+                f"are no multiple of {of}"
             )
         self._plan, self._per_rank, self._micros = plan, per_rank, per_rank // micro
         self._limits = Limits(max_bad_fraction, max_bad_in_a_row, plan.samples_per_epoch // world)
         self._repeats = repeats
-        assert device_decoder is None or isinstance(transform, TrainTransform), "only a box can be cut on the device"
+        assert device_decoder is None or isinstance(transform, TrainTransform), (
+            "only a box can be cut on the device"
+        )
         self._device_decoder = device_decoder
         self._reading = _TrainReading(
-            index, plan, transform, mask, seed, max_bad_in_a_row, cache, repeats, teacher_masks,
+            index,
+            plan,
+            transform,
+            mask,
+            seed,
+            max_bad_in_a_row,
+            cache,
+            repeats,
+            teacher_masks,
             leaves_jpegs=device_decoder is not None,
-        )  # fmt: skip
+        )
         remote = any(is_remote(shard.path) for shard in index.shards)
         assert not remote or cache is not None, "shards from elsewhere need a cache"
-        ahead = _Ahead(index, cache.limit // ranks_of_node) if remote and cache is not None else None
+        ahead = (
+            _Ahead(index, cache.limit // ranks_of_node) if remote and cache is not None else None
+        )
         self._order = _MicroOrder(plan, rank, world, micro // repeats, ahead)
         self._loader: DataLoader[_Read | Exception] | None = _loader(
             self._reading, self._order, workers, prefetch, persistent=True
@@ -140,9 +160,11 @@ class Stream:
         self._bad: list[BadSample] = []
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each optimizer step from `first_step` on, without end; an earlier call's end.
+        """This rank's micro-batches of each optimizer step from `first_step` on, without end; an
+        earlier call's end.
 
-        The whole state is that number: asked again with it, the same batches come, also on other ranks and workers.
+        The whole state is that number: asked again with it, the same batches come, also on other
+        ranks and workers.
 
         Raises:
             TooManyBadSamples: on this rank; the others do not know.
@@ -160,7 +182,9 @@ class Stream:
         with contextlib.ExitStack() as stack:
             reads, decoder = self._reads, self._device_decoder
             if decoder is not None:
-                decoded = OnDevice(reads, partial(self._decoded, decoder), decoder.device, ahead=self._micros)
+                decoded = OnDevice(
+                    reads, partial(self._decoded, decoder), decoder.device, ahead=self._micros
+                )
                 stack.callback(decoded.close)
                 reads = decoded
             while True:
@@ -170,13 +194,17 @@ class Stream:
                         raise read
                     self._bad += read.bad
                     self._limits.check(read.bad, read.batch.positions[:: self._repeats].tolist())
-                    if read.batch.images.is_cuda:  # made on another CUDA stream: not to be reused before ours is done
+                    if read.batch.images.is_cuda:
+                        # made on another CUDA stream: not to be reused before ours is done
                         read.batch.images.record_stream(torch.cuda.current_stream())
                     batches.append(read.batch)
                 yield batches
 
     def _decoded(self, decoder: DeviceDecoder, read: _Read | Exception) -> _Read | Exception:
-        """The read with the images that the workers left. What the device refuses is read again as they would."""
+        """The read with the images that the workers left.
+
+        What the device refuses is read again as they would.
+        """
         if isinstance(read, Exception) or read.encoded is None:
             return read
         batch, bad = read.batch, {each.position: each for each in read.bad}
@@ -191,7 +219,11 @@ class Stream:
             bad |= {each.position: each for each in again}  # it may be what took a bad one's place
             for row, view in enumerate(views, first):
                 images[row] = view.image.to(images.device)
-                labels[row], crops[row], keys[row] = sample.label, torch.tensor(view.crop), sample.id
+                labels[row], crops[row], keys[row] = (
+                    sample.label,
+                    torch.tensor(view.crop),
+                    sample.id,
+                )
         return _Read(replace(batch, images=images, keys=tuple(keys)), list(bad.values()))
 
     @property
@@ -205,7 +237,9 @@ class Stream:
         return bad
 
     def first_images(self, count: int) -> Batch:
-        """The first `count` samples of the run, the same on every rank, read here and now: for pictures."""
+        """The first `count` samples of the run, the same on every rank, read here and now: for
+        pictures.
+        """
         read = self._reading[_Asked(self._plan.requests(0, count))]
         if self._device_decoder is not None:
             read = self._decoded(self._device_decoder, read)
@@ -214,7 +248,10 @@ class Stream:
         return read.batch.to("cpu")
 
     def close(self) -> None:
-        """Stop the workers. A stream that is not closed stops them when it is collected or the process ends."""
+        """Stop the workers.
+
+        A stream that is not closed stops them when it is collected or the process ends.
+        """
         if self._running is not None:
             self._running.close()
         _stop(self._reads)
@@ -222,15 +259,23 @@ class Stream:
 
 
 class Limits:
-    """How many unreadable samples are too many; counted from the start of the job on each rank by itself."""
+    """How many unreadable samples are too many.
+
+    Counted from the start of the job on each rank by itself.
+    """
 
     def __init__(self, max_fraction: float, max_in_a_row: int, epoch_share: int) -> None:
-        self._max_fraction, self._max_in_a_row, self._epoch_share = max_fraction, max_in_a_row, epoch_share
+        self._max_fraction, self._max_in_a_row, self._epoch_share = (
+            max_fraction,
+            max_in_a_row,
+            epoch_share,
+        )
         self._seen = self._count = self._in_a_row = 0
         self._listed: list[BadSample] = []
 
     def check(self, bad: list[BadSample], positions: list[int]) -> None:
-        """Count a micro-batch. The fraction is of an epoch until more than one is read: one early sample is no rate.
+        """Count a micro-batch. The fraction is of an epoch until more than one is read: one early
+        sample is no rate.
 
         Raises:
             TooManyBadSamples: lists the samples.
@@ -245,16 +290,26 @@ class Limits:
         self._listed += bad[: _NAMED - len(self._listed)]
         of = max(self._seen, self._epoch_share)
         if self._in_a_row > self._max_in_a_row:
-            why = f"more than data.max_bad_in_a_row={self._max_in_a_row} samples in a row could not be read"
+            why = (
+                f"more than data.max_bad_in_a_row={self._max_in_a_row} samples in a row could "
+                "not be read"
+            )
         elif self._count > self._max_fraction * of:
             why = (
-                f"{self._count} of {of} samples could not be read, more than data.max_bad_fraction={self._max_fraction}"
+                f"{self._count} of {of} samples could not be read, more than "
+                f"data.max_bad_fraction={self._max_fraction}"
             )
         else:
             return
-        lines = [f"  {s.shard}/{s.key} at byte {s.offset}, position {s.position}: {s.reason}" for s in self._listed]
+        lines = [
+            f"  {s.shard}/{s.key} at byte {s.offset}, position {s.position}: {s.reason}"
+            for s in self._listed
+        ]
         rest = [f"  ... and {self._count - len(lines)} more"] if self._count > len(lines) else []
-        way_out = "tools/check_shards.py repair leaves them out of a copy; a higher limit passes over them"
+        way_out = (
+            "tools/check_shards.py repair leaves them out of a copy; a higher limit passes over "
+            "them"
+        )
         raise TooManyBadSamples("\n".join([f"{why}:", *lines, *rest, way_out]))
 
 
@@ -272,11 +327,13 @@ def labelled_batches(
     on_bad: Callable[[BadSample], None] | None = None,
     change: Change | None = None,
 ) -> Iterator[Batch]:
-    """This rank's share of the labelled samples, each once, resized and cut at the centre, in batches of one size.
+    """This rank's share of the labelled samples, each once, resized and cut at the centre, in
+    batches of one size.
 
-    Every rank gets as many batches, so that collective forwards match. `positions` holds the samples' numbers, -1 where
-    there is none (padding, or an image that cannot be read: given to `on_bad`, by default logged): leave those out.
-    There are no masks: `ids_shuffle` is [B, 0]. `change` is made to each image by the worker that decodes it.
+    Every rank gets as many batches, so that collective forwards match. `positions` holds the
+    samples' numbers, -1 where there is none (padding, or an image that cannot be read: given to
+    `on_bad`, by default logged): leave those out. There are no masks: `ids_shuffle` is [B, 0].
+    `change` is made to each image by the worker that decodes it.
 
     Raises:
         ValueError: samples have no label; names the first of them. The same on every rank.
@@ -289,14 +346,18 @@ def labelled_batches(
     mine = np.arange(rank * share, min((rank + 1) * share, len(index)))
     numbers[: len(mine)] = mine
     reading = _LabelledReading(index, CentreTransform(image_size, in_channels), cache, change)
-    reads = iter(_loader(reading, _Chunks(numbers, batch), min(workers, count), prefetch, persistent=False))
+    reads = iter(
+        _loader(reading, _Chunks(numbers, batch), min(workers, count), prefetch, persistent=False)
+    )
     try:
         for read in reads:
             for bad in read.bad:
                 if on_bad is not None:
                     on_bad(bad)
                 else:
-                    _log.warning("left out of the evaluation: %s/%s (%s)", bad.shard, bad.key, bad.reason)
+                    _log.warning(
+                        "left out of the evaluation: %s/%s (%s)", bad.shard, bad.key, bad.reason
+                    )
             yield read.batch
     finally:
         _stop(reads)
@@ -310,18 +371,22 @@ def refuse_unlabelled(index: ShardIndex) -> None:
         raise ValueError(f"{unlabelled.size} of {len(index)} samples have no label (.cls): {named}")
 
 
-# ---------------------------------------------------------------------------------------- what is asked of the workers
+# --------------------------------------------------------------------- what is asked of the workers
 
 
 class _Asked(NamedTuple):
-    """What a worker is handed: a micro-batch to make, and shards from elsewhere to copy meanwhile."""
+    """What a worker is handed: a micro-batch to make, and shards from elsewhere to copy
+    meanwhile.
+    """
 
     requests: Requests
     ahead: tuple[int, ...] = ()
 
 
 class _Ahead:
-    """Which shards to copy ahead of the reader: as many as fit into this rank's part of the cache."""
+    """Which shards to copy ahead of the reader: as many as fit into this rank's part of the
+    cache.
+    """
 
     def __init__(self, index: ShardIndex, room: int) -> None:
         self._index, self._room = index, room
@@ -356,12 +421,20 @@ class _MicroOrder(Sampler[_Asked]):
     """The requests of each micro-batch of a rank, from a step on, without end."""
 
     def __init__(self, plan: Plan, rank: int, world: int, micro: int, ahead: _Ahead | None) -> None:
-        self._plan, self._rank, self._world, self._micro, self._ahead = plan, rank, world, micro, ahead
+        self._plan, self._rank, self._world, self._micro, self._ahead = (
+            plan,
+            rank,
+            world,
+            micro,
+            ahead,
+        )
         self.first_step = 0
 
     def __iter__(self) -> Iterator[_Asked]:
         steps = self._steps()
-        for requests, shards in self._ahead.walk(steps) if self._ahead else ((each, []) for each in steps):
+        for requests, shards in (
+            self._ahead.walk(steps) if self._ahead else ((each, []) for each in steps)
+        ):
             cuts = range(0, len(requests.positions), self._micro)
             for number, at in enumerate(cuts):
                 part = slice(at, at + self._micro)
@@ -386,7 +459,7 @@ class _Chunks(Sampler[_Asked]):
             yield _Asked(Requests(part, part))
 
 
-# ---------------------------------------------------------------------------------------------- what the workers do
+# ------------------------------------------------------------------------------ what the workers do
 
 
 class _Read(NamedTuple):
@@ -398,10 +471,11 @@ class _Read(NamedTuple):
 
 
 class _Copying:
-    """Copies shards into the cache in a thread, while the process decodes. Travels to another process idle.
+    """Copies shards into the cache in a thread, while the process decodes. Travels to another
+    process idle.
 
-    It is a help only: who needs a shard copies it itself, or waits for whoever does. So nothing is raised here.
-    """
+    It is a help only: who needs a shard copies it itself, or waits for whoever does. So nothing is
+    raised here."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -431,8 +505,8 @@ class _Copying:
 class _TrainReading(Dataset[_Read | Exception]):
     """Requests -> views and masks, each keyed by its position. Unreadable samples are replaced.
 
-    What a user has to mend is handed over, not raised: a worker's exception would reach them as its traceback.
-    """
+    What a user has to mend is handed over, not raised: a worker's exception would reach them as its
+    traceback."""
 
     def __init__(
         self,
@@ -449,36 +523,54 @@ class _TrainReading(Dataset[_Read | Exception]):
     ) -> None:
         self._repeats, self._leaves_jpegs = repeats, leaves_jpegs
         self._index, self._plan, self._transform, self._mask = index, plan, transform, mask
-        self._seed, self._max_bad_in_a_row, self._teacher_masks = seed, max_bad_in_a_row, teacher_masks
+        self._seed, self._max_bad_in_a_row, self._teacher_masks = (
+            seed,
+            max_bad_in_a_row,
+            teacher_masks,
+        )
         self._reader = Reader(cache)
         self._copying = _Copying(self._reader)
-        # Saves looking again for bytes that are not there. Of what does not decode nothing is kept: a crop may do
-        # without the damaged part, and what a worker happens to have met must not decide.
+        # Saves looking again for bytes that are not there. Of what does not decode nothing is kept:
+        # a crop may do without the damaged part, and what a worker happens to have met must not
+        # decide.
         self._known_bad: dict[int, str] = {}
 
     def __getitem__(self, asked: _Asked) -> _Read | Exception:
         requests = asked.requests
         rows: list[tuple[Sample, View]] = []
-        left: list[tuple[bytes, list[int]]] = []  # to the device: files, and the rows of their views
+        # to the device: files, and the rows of their views
+        left: list[tuple[bytes, list[int]]] = []
         bad: list[BadSample] = []
         self._copying.ask([self._index.shards[number] for number in asked.ahead])
         try:
-            self._reader.prepare([self._index.shards[number] for number in self._index.shards_of(requests.samples)])
+            self._reader.prepare(
+                [self._index.shards[number] for number in self._index.shards_of(requests.samples)]
+            )
         except OSError as error:
             return error
-        for position, number in zip(requests.positions.tolist(), requests.samples.tolist(), strict=True):
+        for position, number in zip(
+            requests.positions.tolist(), requests.samples.tolist(), strict=True
+        ):
             try:
-                sample, views, encoded = self.views(position, number, bad, leaves_jpegs=self._leaves_jpegs)
+                sample, views, encoded = self.views(
+                    position, number, bad, leaves_jpegs=self._leaves_jpegs
+                )
             except TooManyBadSamples as error:
                 return error
             except OSError as error:
-                return OSError(f"{self._index[number].id} at position {position} cannot be read: {error}")
+                return OSError(
+                    f"{self._index[number].id} at position {position} cannot be read: {error}"
+                )
             except Exception as error:
-                raise RuntimeError(f"{self._index[number].id} at position {position}: {error!r}") from error
+                raise RuntimeError(
+                    f"{self._index[number].id} at position {position}: {error!r}"
+                ) from error
             if encoded:
                 left.append((encoded, list(range(len(rows), len(rows) + len(views)))))
             rows += [(sample, view) for view in views]
-        positions = (requests.positions[:, None] * self._repeats + np.arange(self._repeats)).reshape(-1)
+        positions = (
+            requests.positions[:, None] * self._repeats + np.arange(self._repeats)
+        ).reshape(-1)
         batch = _batch(rows, positions, self._ids(positions), self._mask.num_visible)
         if self._teacher_masks:
             batch = replace(batch, teacher_ids=self._ids(positions, draw=1))
@@ -491,7 +583,8 @@ class _TrainReading(Dataset[_Read | Exception]):
     def views(
         self, position: int, number: int, bad: list[BadSample], *, leaves_jpegs: bool = False
     ) -> tuple[Sample, list[View], bytes]:
-        """The sample of a number, or else the next that can be read, seen as its positions' keys have it.
+        """The sample of a number, or else the next that can be read, seen as its positions' keys
+        have it.
 
         A JPEG that is left to the device comes as its bytes, with empty views; else there are none.
         """
@@ -505,9 +598,10 @@ class _TrainReading(Dataset[_Read | Exception]):
                 data = self._read(tried, sample)
                 crops = self._crops(data, positions) if leaves_jpegs else None
                 views = (
-                    self._transform.views(data, self._seed, positions) if crops is None
+                    self._transform.views(data, self._seed, positions)
+                    if crops is None
                     else [View(self._blank(), crop) for crop in crops]
-                )  # fmt: skip
+                )
             except BadImage as error:
                 reason = reason or str(error)
                 continue
@@ -516,8 +610,10 @@ class _TrainReading(Dataset[_Read | Exception]):
             return sample, views, data if crops is not None else b""
         sample = self._index[number]
         raise TooManyBadSamples(
-            f"nothing can be read in place of {sample.id} ({redacted(sample.path)} at byte {sample.offset}: {reason}): "
-            f"the rest of its shard and data.max_bad_in_a_row={self._max_bad_in_a_row} samples after it failed as well"
+            f"nothing can be read in place of {sample.id} ({redacted(sample.path)} at byte "
+            f"{sample.offset}: {reason}): "
+            f"the rest of its shard and data.max_bad_in_a_row={self._max_bad_in_a_row} "
+            "samples after it failed as well"
         )
 
     def _crops(self, data: bytes, positions: range) -> list[Crop] | None:
@@ -525,7 +621,9 @@ class _TrainReading(Dataset[_Read | Exception]):
         return self._transform.crops(data, self._seed, positions)
 
     def _blank(self) -> Tensor:
-        return torch.zeros((), dtype=torch.uint8).expand(self._transform.in_channels, *self._transform.image_size)
+        return torch.zeros((), dtype=torch.uint8).expand(
+            self._transform.in_channels, *self._transform.image_size
+        )
 
     def _read(self, number: int, sample: Sample) -> bytes:
         try:
@@ -540,17 +638,32 @@ class _TrainReading(Dataset[_Read | Exception]):
 
 
 class _LabelledReading(Dataset[_Read]):
-    """Numbers of samples -> views at the centre. What cannot be read, and -1, gives an empty image at position -1."""
+    """Numbers of samples -> views at the centre.
+
+    What cannot be read, and -1, gives an empty image at position -1.
+    """
 
     def __init__(
-        self, index: ShardIndex, transform: CentreTransform, cache: Cache | None, change: Change | None
+        self,
+        index: ShardIndex,
+        transform: CentreTransform,
+        cache: Cache | None,
+        change: Change | None,
     ) -> None:
-        self._index, self._transform, self._reader, self._change = index, transform, Reader(cache), change
+        self._index, self._transform, self._reader, self._change = (
+            index,
+            transform,
+            Reader(cache),
+            change,
+        )
 
     def __getitem__(self, asked: _Asked) -> _Read:
         requests = asked.requests
         nothing = View(
-            torch.zeros(self._transform.in_channels, *self._transform.image_size, dtype=torch.uint8), (0, 0, 0, 0, 0)
+            torch.zeros(
+                self._transform.in_channels, *self._transform.image_size, dtype=torch.uint8
+            ),
+            (0, 0, 0, 0, 0),
         )
         padding = (Sample(Shard("", 0, 0, "", b""), "", 0, 0, NO_LABEL), nothing)
         rows: list[tuple[Sample, View]] = []
@@ -572,14 +685,19 @@ class _LabelledReading(Dataset[_Read]):
 
 
 def _bytes(reader: Reader, sample: Sample) -> bytes:
-    """The bytes of a sample's image. Raises BadImage where the shard ends before them, OSError where it is gone."""
+    """The bytes of a sample's image.
+
+    Raises BadImage where the shard ends before them, OSError where it is gone.
+    """
     data = reader.read(sample.shard, sample.offset, sample.size)
     if len(data) < sample.size:
         raise BadImage(f"only {len(data)} of its {sample.size} bytes are there")
     return data
 
 
-def _batch(rows: list[tuple[Sample, View]], positions: NDArray[np.int64], ids: Tensor, num_visible: int) -> Batch:
+def _batch(
+    rows: list[tuple[Sample, View]], positions: NDArray[np.int64], ids: Tensor, num_visible: int
+) -> Batch:
     images = _images(len(rows), *rows[0][1].image.shape)
     for row, (_, view) in enumerate(rows):
         images[row] = view.image
@@ -595,7 +713,8 @@ def _batch(rows: list[tuple[Sample, View]], positions: NDArray[np.int64], ids: T
 
 
 def _images(count: int, channels: int, height: int, width: int) -> Tensor:
-    """[count, channels, height, width] uint8 to be filled. A worker's lies in shared memory, handed over as it is.
+    """[count, channels, height, width] uint8 to be filled. A worker's lies in shared memory, handed
+    over as it is.
 
     torch has no public way to begin there; its own collation does the same.
     """
@@ -611,7 +730,7 @@ def _bad_sample(position: int, sample: Sample, reason: str, replaced_by: str) ->
     return BadSample(position, shard, key, sample.offset, reason, replaced_by)
 
 
-# -------------------------------------------------------------------------------------------------- the processes
+# ------------------------------------------------------------------------------------ the processes
 
 
 def _loader(
@@ -620,24 +739,28 @@ def _loader(
     processes: dict[str, Any] = {}
     if workers:
         processes = {
-            "num_workers": workers, "prefetch_factor": prefetch,
+            "num_workers": workers,
+            "prefetch_factor": prefetch,
             "multiprocessing_context": fork_server("torch", __name__),
-            "persistent_workers": persistent, "worker_init_fn": _start_worker,
-        }  # fmt: skip
+            "persistent_workers": persistent,
+            "worker_init_fn": _start_worker,
+        }
     return DataLoader(
         reading,
         sampler=order,
         batch_size=None,  # an item of the order is a whole batch
         collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # it draws a seed for workers that we do not use: not from the run's generator
+        # it draws a seed for workers that we do not use: not from the run's generator
+        generator=torch.Generator(),
         **processes,
     )
 
 
 def _stop(reads: Iterator[Any]) -> None:
-    """End the workers now. torch offers no public way: it waits for the iterator to be collected, and where that is
-    left to the collector of cycles (after an exception), the queues go first and it waits 5 s for each worker."""
+    """End the workers now. torch offers no public way: it waits for the iterator to be collected,
+    and where that is left to the collector of cycles (after an exception), the queues go first and
+    it waits 5 s for each worker."""
     if isinstance(reads, _MultiProcessingDataLoaderIter):
         reads._shutdown_workers()
 

@@ -1,13 +1,14 @@
 """The teacher: an exponential moving average of the student's fp32 master weights, shard by shard.
 
-Two things are kept apart. The *accumulator* (fp32) averages the masters and lies on exactly the cut on which the
-optimizer holds them, so an update needs no communication and does not depend on the sharding. The *copy* is what the
-teacher computes with: the accumulator rounded to the compute type. Where masters are cut but every rank computes with
-the whole copy (ZeRO-1, ZeRO-2), one all-gather of the rounded shards follows (`Publication`).
+Two things are kept apart. The *accumulator* (fp32) averages the masters and lies on exactly the cut
+on which the optimizer holds them, so an update needs no communication and does not depend on the
+sharding. The *copy* is what the teacher computes with: the accumulator rounded to the compute type.
+Where masters are cut but every rank computes with the whole copy (ZeRO-1, ZeRO-2), one all-gather
+of the rounded shards follows (`Publication`).
 
-Not done: an EMA in bf16. At momentum 0.9999 a step is far below bf16's resolution and 98 % of the movement is lost.
-`stochastic` rounding is offered for who has no memory for the accumulator: unbiased, but noisier.
-"""
+Not done: an EMA in bf16. At momentum 0.9999 a step is far below bf16's resolution and 98 % of the
+movement is lost. `stochastic` rounding is offered for who has no memory for the accumulator:
+unbiased, but noisier."""
 
 from __future__ import annotations
 
@@ -22,17 +23,25 @@ from torch import Tensor
 
 
 class Publication(Protocol):
-    """Brings updated shards of the copy to the ranks that compute with all of it, while other work goes on."""
+    """Brings updated shards of the copy to the ranks that compute with all of it, while other
+    work goes on.
+    """
 
     def begin(self) -> None:
         """Start sending. Collective: every rank calls."""
 
     def wait(self) -> None:
-        """Return when nothing is under way; on a GPU, when later work on its stream will find that so."""
+        """Return when nothing is under way.
+
+        On a GPU, when later work on its stream will find that so.
+        """
 
 
 class Telemetry(NamedTuple):
-    """What an update did. Sums are over this rank's shards; add them up over ranks before dividing."""
+    """What an update did.
+
+    Sums are over this rank's shards; add them up over ranks before dividing.
+    """
 
     difference_sq: Tensor  # sum of (student - teacher)^2 after the update
     weight_sq: Tensor  # sum of student^2
@@ -46,8 +55,8 @@ class Teacher:
 
     Args:
         masters: fp32 shards of the student, 1-D or any shape, live views.
-        copies: the same elements of the teacher in the compute type, live views. fp32 copies are their own
-            accumulators.
+        copies: the same elements of the teacher in the compute type, live views. fp32 copies are
+            their own accumulators.
         accumulate: "fp32_shard" or "stochastic".
         publication: begun after each update, waited for before anything touches the shards again.
         seed: of the stochastic rounding.
@@ -64,7 +73,10 @@ class Teacher:
         seed: int = 0,
         offset: int = 0,
     ) -> None:
-        assert all(m.dtype == torch.float32 and m.shape == c.shape for m, c in zip(masters, copies, strict=True))
+        assert all(
+            m.dtype == torch.float32 and m.shape == c.shape
+            for m, c in zip(masters, copies, strict=True)
+        )
         self.masters, self.copies = list(masters), list(copies)
         self._publication = publication
         self.stochastic = accumulate == "stochastic"
@@ -76,7 +88,9 @@ class Teacher:
             self.accumulators = [master.detach().clone() for master in masters]
 
     def settle(self) -> None:
-        """Wait for a publication that is under way: it writes the copies, and shards may be views of them."""
+        """Wait for a publication that is under way: it writes the copies, and shards may be
+        views of them.
+        """
         if self._publication is not None:
             self._publication.wait()
 
@@ -89,7 +103,10 @@ class Teacher:
 
     @torch.no_grad()
     def round(self) -> None:
-        """Bring the copies up to the accumulators, as after a load. Collective: every rank calls."""
+        """Bring the copies up to the accumulators, as after a load.
+
+        Collective: every rank calls.
+        """
         self.settle()
         if self.accumulators is not self.copies:
             torch._foreach_copy_(self.copies, self.accumulators)
@@ -98,7 +115,10 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """teacher = momentum x teacher + (1 - momentum) x student (RC-MAE, section 3). Collective: every rank calls."""
+        """teacher = momentum x teacher + (1 - momentum) x student (RC-MAE, section 3).
+
+        Collective: every rank calls.
+        """
         self.settle()
         self.updates += 1
         if self.stochastic:
@@ -116,7 +136,10 @@ class Teacher:
 
     @torch.no_grad()
     def measured_update(self, momentum: float) -> Telemetry:
-        """`update`, with what it did. For log steps: it keeps the old copies and waits for the device."""
+        """`update`, with what it did.
+
+        For log steps: it keeps the old copies and waits for the device.
+        """
         self.settle()
         before = [copy.clone() for copy in self.copies]
         _synchronize(self.copies)
@@ -128,7 +151,11 @@ class Teacher:
 
         def total(parts: list[Tensor]) -> Tensor:
             parts = [part.to(device, torch.float64) for part in parts]
-            return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=device)
+            return (
+                torch.stack(parts).sum()
+                if parts
+                else torch.zeros((), dtype=torch.float64, device=device)
+            )
 
         pairs = list(zip(self.accumulators, self.masters, strict=True))
         return Telemetry(
@@ -143,9 +170,11 @@ class Teacher:
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 to bf16, up or down with the probability that keeps the mean.
 
-    The 16 bits that bf16 drops are compared with a random 16-bit number by adding it and cutting off.
-    """
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    The 16 bits that bf16 drops are compared with a random 16-bit number by adding it and cutting
+    off."""
+    noise = torch.randint(
+        0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
+    )
     return ((values.view(torch.int32) + noise) & -0x10000).view(torch.float32).bfloat16()
 
 
@@ -180,9 +209,9 @@ def teacher_bytes(
         precision: "fp32" or "bf16", the type of the copy.
         accumulate: "fp32_shard" or "stochastic".
 
-    Cuts: ZeRO-1/2 lay a group end to end, pad it to a multiple of 2 x world elements and cut it in `world` pieces;
-    ZeRO-3 cuts each parameter, padded to a multiple of world; FSDP2 cuts the rows of each parameter in chunks of
-    ceil(rows / world), the last ranks getting fewer or none.
+    Cuts: ZeRO-1/2 lay a group end to end, pad it to a multiple of 2 x world elements and cut it in
+    `world` pieces; ZeRO-3 cuts each parameter, padded to a multiple of world; FSDP2 cuts the rows
+    of each parameter in chunks of ceil(rows / world), the last ranks getting fewer or none.
     """
     width = 2 if precision == "bf16" else 4
     sizes = [[math.prod(shape) for shape in group] for group in groups]
@@ -195,9 +224,13 @@ def teacher_bytes(
     elif placement == "zero3":
         copied = held = sum(math.ceil(size / world) for group in sizes for size in group)
     elif placement == "fsdp2":
-        copied = held = sum(_rows_of(shape[0], rank, world) * math.prod(shape[1:]) for g in groups for shape in g)
+        copied = held = sum(
+            _rows_of(shape[0], rank, world) * math.prod(shape[1:]) for g in groups for shape in g
+        )
     else:
-        raise ValueError(f"no placement {placement!r}; known: local, zero0, zero1, zero2, zero3, fsdp2")
+        raise ValueError(
+            f"no placement {placement!r}; known: local, zero0, zero1, zero2, zero3, fsdp2"
+        )
     is_copy = accumulate == "stochastic" or precision == "fp32"
     return TeacherBytes(copy=copied * width, accumulator=0 if is_copy else held * 4)
 

@@ -1,11 +1,13 @@
-"""From the bytes of an image to uint8 [C, H, W]: decode, random-resized-crop or centre crop, flip; keyed per sample.
+"""From the bytes of an image to uint8 [C, H, W]: decode, random-resized-crop or centre crop, flip;
+keyed per sample.
 
-Resizing is torch's antialiased bicubic on uint8, which is within rounding of PIL's and several times as fast. JPEG goes
-through libjpeg-turbo (bit-equal to PIL at full size; at half or less where a random box is several times the target),
-all else through PIL. As in the published pipelines an EXIF rotation is not applied and transparency is dropped, so the
-pixels are theirs; unlike there, 16-bit grey is scaled to 8 bits instead of clipped to white. Images of other than 1 or
-3 channels are `.npy` arrays or multi-band TIFF of uint8 or uint16, with the channels last or first. Normalisation
-happens on the device, where it is cheap: a quarter of the bytes travel.
+Resizing is torch's antialiased bicubic on uint8, which is within rounding of PIL's and several
+times as fast. JPEG goes through libjpeg-turbo (bit-equal to PIL at full size; at half or less where
+a random box is several times the target), all else through PIL. As in the published pipelines an
+EXIF rotation is not applied and transparency is dropped, so the pixels are theirs; unlike there,
+16-bit grey is scaled to 8 bits instead of clipped to white. Images of other than 1 or 3 channels
+are `.npy` arrays or multi-band TIFF of uint8 or uint16, with the channels last or first.
+Normalisation happens on the device, where it is cheap: a quarter of the bytes travel.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ MAX_PIXELS = 178_956_970  # of an encoded image; PIL's limit against decompressi
 CENTRE_SHARE = 0.875  # of the shorter side that a centre crop keeps, as the field evaluates
 Crop = tuple[int, int, int, int, int]  # top, left, height, width in the source image, 1 = flipped
 _TRIES = 10  # random boxes that may stick out before the centre is taken
-_MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name of the colour space; others have to be there as they are asked for
+# channels -> PIL's name of the colour space; others have to be there as they are asked for
+_MODES = {1: "L", 3: "RGB"}
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -68,22 +71,34 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A random box of the image, resized and flipped at random, with the statistics of torchvision's transforms."""
+    """A random box of the image, resized and flipped at random, with the statistics of
+    torchvision's transforms.
+    """
 
     image_size: tuple[int, int]  # (height, width) in pixels
     in_channels: int = 3
     scale: tuple[float, float] = (0.2, 1.0)  # area of the box over the image's
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of the box
     flip: float = 0.5  # probability
-    margin: float = 2.5  # JPEGs are decoded at 1/2, 1/4 or 1/8 where the box keeps this many times the target's pixels
+    # JPEGs are decoded at 1/2, 1/4 or 1/8 where the box keeps this many times the target's pixels
+    margin: float = 2.5
 
     def __post_init__(self) -> None:
         _check_channels(self.in_channels)
-        for name, (low, high), limit in (("crop_scale", self.scale, 1.0), ("crop_ratio", self.ratio, math.inf)):
+        for name, (low, high), limit in (
+            ("crop_scale", self.scale, 1.0),
+            ("crop_ratio", self.ratio, math.inf),
+        ):
             if not 0 < low <= high <= limit:
-                raise ValueError(f"data.{name}=({low}, {high}) must be two numbers in order, above 0 and up to {limit}")
+                raise ValueError(
+                    f"data.{name}=({low}, {high}) must be two numbers in order, above 0 and up "
+                    f"to {limit}"
+                )
         if not self.margin >= 1:
-            raise ValueError(f"data.decode_margin={self.margin} must be at least 1; .inf decodes all at full size")
+            raise ValueError(
+                f"data.decode_margin={self.margin} must be at least 1; .inf decodes all at full "
+                "size"
+            )
 
     def __call__(self, data: bytes, seed: int, position: int, draw: int = 0) -> View:
         """The view of an encoded image at an absolute position of the run. Raises BadImage."""
@@ -91,7 +106,8 @@ class TrainTransform:
         return self._view(pixels, box, seed, position, draw)
 
     def views(self, data: bytes, seed: int, positions: Sequence[int]) -> list[View]:
-        """Views of one image at several positions, decoded once, at full size where there are several.
+        """Views of one image at several positions, decoded once, at full size where there are
+        several.
 
         Raises:
             BadImage: as the call.
@@ -105,16 +121,24 @@ class TrainTransform:
         return views
 
     def crops(self, data: bytes, seed: int, positions: Sequence[int]) -> list[Crop] | None:
-        """What the views at several positions show of an image that a GPU may decode; None where it should not.
+        """What the views at several positions show of an image that a GPU may decode; None where it
+        should not.
 
         Raises:
             BadImage: it would take more than MAX_PIXELS.
         """
         head = plain_jpeg(data) if self.in_channels in _MODES else None
-        if head is None or head.colours == "RGB" or not is_whole(data):  # YCbCr and grey are what all decoders know
+        if head is None or head.colours == "RGB" or not is_whole(data):
+            # YCbCr and grey are what all decoders know
             return None
-        boxes = [self._box(head.height, head.width, self._draws(seed, position, 0)) for position in positions]
-        return [(*box, self._flips(seed, position, 0)) for box, position in zip(boxes, positions, strict=True)]
+        boxes = [
+            self._box(head.height, head.width, self._draws(seed, position, 0))
+            for position in positions
+        ]
+        return [
+            (*box, self._flips(seed, position, 0))
+            for box, position in zip(boxes, positions, strict=True)
+        ]
 
     def _draws(self, seed: int, position: int, draw: int) -> list[float]:
         return uniform(seed, Purpose.CROP, draw, position, count=4 * _TRIES).tolist()
@@ -125,7 +149,9 @@ class TrainTransform:
     def _flips(self, seed: int, position: int, draw: int) -> int:
         return int(uniform(seed, Purpose.FLIP, draw, position, count=1)[0] < self.flip)
 
-    def _view(self, pixels: NDArray[np.uint8], box: Box, seed: int, position: int, draw: int) -> View:
+    def _view(
+        self, pixels: NDArray[np.uint8], box: Box, seed: int, position: int, draw: int
+    ) -> View:
         flipped = self._flips(seed, position, draw)
         image = resize(pixels, self.image_size)
         return View(image.flip(-1) if flipped else image, (*box, flipped))
@@ -137,7 +163,9 @@ class TrainTransform:
             pixels = decode(data, self.in_channels)
             box = self._box(pixels.shape[0], pixels.shape[1], draws)
             return box.of(pixels), box
-        box, shrink = shrunken(self._box(head.height, head.width, draws), self.image_size, self.margin)
+        box, shrink = shrunken(
+            self._box(head.height, head.width, draws), self.image_size, self.margin
+        )
         try:
             return decode_box(data, box, shrink, self.in_channels), box
         except ValueError:
@@ -146,10 +174,11 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class CentreTransform:
-    """The centre of the image, for evaluation: shorter side resized to the target's / 0.875, then cut.
+    """The centre of the image, for evaluation: shorter side resized to the target's / 0.875, then
+    cut.
 
-    An image smaller than that is not blown up further than the target needs, so 32-pixel images stay what they are.
-    """
+    An image smaller than that is not blown up further than the target needs, so 32-pixel images
+    stay what they are."""
 
     image_size: tuple[int, int]  # (height, width) in pixels
     in_channels: int = 3
@@ -163,7 +192,8 @@ class CentreTransform:
         (height, width), (rows, columns) = self.image_size, pixels.shape[:2]
         needed = max(height / rows, width / columns)
         factor = max(needed, min(needed / CENTRE_SHARE, 1.0))
-        # As torchvision's Resize: the longer side is rounded down; the tolerance keeps the shorter one exact.
+        # As torchvision's Resize: the longer side is rounded down; the tolerance keeps the shorter
+        # one exact.
         size = (math.floor(rows * factor + 1e-6), math.floor(columns * factor + 1e-6))
         top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
         image = resize(pixels, size)[:, top : top + height, left : left + width]
@@ -172,9 +202,13 @@ class CentreTransform:
 
 
 class Normalise:
-    """uint8 images on a device -> float32 with the given mean and standard deviation of each channel taken out."""
+    """uint8 images on a device -> float32 with the given mean and standard deviation of each
+    channel taken out.
+    """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
+    ) -> None:
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device)[:, None, None]
         self._std = torch.tensor(std, dtype=torch.float32, device=device)[:, None, None]
 
@@ -188,7 +222,8 @@ class Normalise:
 
 
 def channels_of(data: bytes) -> int:
-    """Channels of an encoded image: an array's own (.npy, or TIFF of other than 1 or 3 bands), 3 of all else.
+    """Channels of an encoded image: an array's own (.npy, or TIFF of other than 1 or 3 bands), 3 of
+    all else.
 
     Channels are the last axis of an array, or the first where that is shorter.
     """
@@ -212,10 +247,12 @@ def decode(data: bytes, channels: int = 3, *, strict: bool = False) -> NDArray[n
     Args:
         data: the file.
         channels: as many are wanted.
-        strict: refuse damage that decoders can get over: a JPEG that libjpeg-turbo warns of, a PNG with a wrong CRC.
+        strict: refuse damage that decoders can get over: a JPEG that libjpeg-turbo warns of, a PNG
+            with a wrong CRC.
 
     Raises:
-        BadImage: the bytes are no image, are cut short or damaged, or would take more than MAX_PIXELS.
+        BadImage: the bytes are no image, are cut short or damaged, or would take more than
+            MAX_PIXELS.
     """
     head = plain_jpeg(data) if channels in _MODES else None
     if head is not None:
@@ -240,7 +277,11 @@ def decode(data: bytes, channels: int = 3, *, strict: bool = False) -> NDArray[n
                 with Image.open(io.BytesIO(data)) as image:
                     image.verify()  # reads the CRCs; nothing can be read of the image then
             with Image.open(io.BytesIO(data)) as image:
-                return _pixels(image, channels) if channels in _MODES else _bands(np.array(image), channels)
+                return (
+                    _pixels(image, channels)
+                    if channels in _MODES
+                    else _bands(np.array(image), channels)
+                )
     except (MemoryError, BadImage):
         raise
     except UnidentifiedImageError:  # its message is the address of our buffer
@@ -250,10 +291,17 @@ def decode(data: bytes, channels: int = 3, *, strict: bool = False) -> NDArray[n
 
 
 def _array(data: bytes) -> NDArray[np.generic]:
-    """The array of a `.npy` file, a view of its bytes; objects are refused, they would need pickle."""
+    """The array of a `.npy` file, a view of its bytes.
+
+    Objects are refused, they would need pickle.
+    """
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read_header = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape, fortran, kind = read_header(file)
     if kind.hasobject:
         raise BadImage("its array holds objects, not numbers")
@@ -268,23 +316,32 @@ def _refuse_bombs(shape: Sequence[int]) -> None:
 
 
 def _bands(values: NDArray[np.generic], channels: int) -> NDArray[np.uint8]:
-    """[H, W, channels] uint8 of an array with the channels last or first; 16-bit values are scaled to 8."""
+    """[H, W, channels] uint8 of an array with the channels last or first.
+
+    16-bit values are scaled to 8.
+    """
     if values.ndim == 2:
         values = values[:, :, None]
     if values.ndim == 3 and values.shape[2] != channels and values.shape[0] == channels:
         values = values.transpose(1, 2, 0)
     if values.ndim != 3 or values.shape[2] != channels or 0 in values.shape:
         shape = " x ".join(map(str, values.shape))
-        raise BadImage(f"it is an array of {shape}, wanted are height x width x {channels} (model.in_channels)")
+        raise BadImage(
+            f"it is an array of {shape}, wanted are height x width x {channels} (model.in_channels)"
+        )
     if values.dtype == np.uint16:
         values = (values.astype(np.uint32) + 128) // 257
     elif values.dtype != np.uint8:
         raise BadImage(f"its values are {values.dtype}, of unknown range; store uint8 or uint16")
-    return np.array(values, np.uint8, order="C")  # a copy: what lies in the file's bytes cannot be written to
+    # a copy: what lies in the file's bytes cannot be written to
+    return np.array(values, np.uint8, order="C")
 
 
 def plain_jpeg(data: bytes) -> Header | None:
-    """The header of a JPEG that libjpeg-turbo turns into RGB or grey; None for all else. Raises BadImage."""
+    """The header of a JPEG that libjpeg-turbo turns into RGB or grey; None for all else.
+
+    Raises BadImage.
+    """
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
@@ -297,11 +354,12 @@ def plain_jpeg(data: bytes) -> Header | None:
 
 
 def shrunken(box: Box, target: tuple[int, int], margin: float) -> tuple[Box, int]:
-    """By how much a box may be shrunk in decoding (1, 2, 4 or 8) to keep `margin` times the target on both sides.
+    """By how much a box may be shrunk in decoding (1, 2, 4 or 8) to keep `margin` times the target
+    on both sides.
 
-    The box is moved to whole pixels of the shrunken image, by less than one of them, so that nothing has to be
-    resampled at a fraction of a pixel: a random box of a large photograph is as good there as where it was.
-    """
+    The box is moved to whole pixels of the shrunken image, by less than one of them, so that
+    nothing has to be resampled at a fraction of a pixel: a random box of a large photograph is as
+    good there as where it was."""
     room = min(box.height / target[0], box.width / target[1]) / margin
     shrink = max(factor for factor in (1, 2, 4, 8) if factor == 1 or factor <= room)
     top, left, height, width = (number // shrink * shrink for number in box)
@@ -321,15 +379,21 @@ def _pixels(image: Image.Image, channels: int) -> NDArray[np.uint8]:
 
 
 def random_box(
-    rows: int, columns: int, scale: tuple[float, float], ratio: tuple[float, float], draws: Sequence[float]
+    rows: int,
+    columns: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draws: Sequence[float],
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a box of random area and aspect: log-uniform in aspect, as RandomResizedCrop's.
+    """(top, left, height, width) of a box of random area and aspect: log-uniform in aspect, as
+    RandomResizedCrop's.
 
     Args:
         rows, columns: size of the image.
         scale: range of the box's area over the image's.
         ratio: range of width over height.
-        draws: four numbers in [0, 1) for each try; where no box fits, the largest centred one within `ratio` is taken.
+        draws: four numbers in [0, 1) for each try; where no box fits, the largest centred one
+            within `ratio` is taken.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for at in range(0, len(draws), 4):
@@ -337,7 +401,10 @@ def random_box(
         aspect = math.exp(low + (high - low) * draws[at + 1])
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < width <= columns and 0 < height <= rows:
-            top, left = int(draws[at + 2] * (rows - height + 1)), int(draws[at + 3] * (columns - width + 1))
+            top, left = (
+                int(draws[at + 2] * (rows - height + 1)),
+                int(draws[at + 3] * (columns - width + 1)),
+            )
             return top, left, height, width
     height = min(rows, max(1, round(columns / ratio[0])))
     width = min(columns, max(1, round(rows * ratio[1])))

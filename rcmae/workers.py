@@ -1,9 +1,9 @@
 """Worker processes that live as long as the process that started them: no longer, and no shorter.
 
-A killed process takes nobody with it: a fork server is its workers' parent, and theirs are pipes that nobody closes. So
-each worker watches its owner. And a signal that asks an owner to stop often goes to all its processes: workers leave it
-to the owner, which may want a last result of them. We do not use PR_SET_PDEATHSIG, which knows parents alone.
-"""
+A killed process takes nobody with it: a fork server is its workers' parent, and theirs are pipes
+that nobody closes. So each worker watches its owner. And a signal that asks an owner to stop often
+goes to all its processes: workers leave it to the owner, which may want a last result of them. We
+do not use PR_SET_PDEATHSIG, which knows parents alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _Out = TypeVar("_Out")
 
 
 def fork_server(*preload: str) -> BaseContext:
-    """A context whose processes come from a server that has imported these modules once for all of them.
+    """A context whose processes come from a server that has imported these modules once for all of
+    them.
 
     The first call decides what is imported: one server serves the whole process.
     """
@@ -37,8 +38,11 @@ def fork_server(*preload: str) -> BaseContext:
 
 @contextmanager
 def _blocked() -> Iterator[None]:
-    """Block the signals that ask to stop, for the processes that are born here and, by birth, for theirs."""
-    resource_tracker.ensure_running()  # else it is started with them, and unblocks signals in doing so
+    """Block the signals that ask to stop, for the processes that are born here and, by birth,
+    for theirs.
+    """
+    # else it is started with them, and unblocks signals in doing so
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
@@ -47,14 +51,16 @@ def _blocked() -> Iterator[None]:
 
 
 def end_with_owner() -> None:
-    """Outlive the signals that ask the owner to stop, but not the owner. Every worker calls it first.
+    """Outlive the signals that ask the owner to stop, but not the owner. Every worker calls it
+    first.
 
-    They are blocked in the main thread and taken by another, which sees who sent one: left to kill the worker, a signal
-    to the process group would break the batch that a trainer waits for before it can commit its checkpoint.
-    """
+    They are blocked in the main thread and taken by another, which sees who sent one: left to kill
+    the worker, a signal to the process group would break the batch that a trainer waits for before
+    it can commit its checkpoint."""
     owner = multiprocessing.parent_process()
     assert owner is not None
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # also where another library started the server
+    # also where another library started the server
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 
     def watch() -> None:
         while owner.is_alive():
@@ -73,18 +79,22 @@ def mapped(
     context: BaseContext,
     begin: Callable[[], object] | None = None,
 ) -> Iterator[_Out]:
-    """The results of `one` of each item, in their order, by so many workers, each of which may `begin` with a call.
+    """The results of `one` of each item, in their order, by so many workers, each of which may
+    `begin` with a call.
 
-    An exception here ends the workers in what they do, Ctrl-C and the end of this iterator included.
-    """
+    An exception here ends the workers in what they do, Ctrl-C and the end of this iterator
+    included."""
     others = {*multiprocessing.active_children()}
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(begin,)) as workers:
+    with ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_begin, initargs=(begin,)
+    ) as workers:
         try:
             with _blocked():
                 futures = [workers.submit(one, item) for item in items]
             for future in futures:
                 yield future.result()
-        except BaseException:  # no future is cancelled: Python 3.11 reports those of a pool that ends as errors
+        except BaseException:
+            # no future is cancelled: Python 3.11 reports those of a pool that ends as errors
             for process in {*multiprocessing.active_children()} - others:
                 process.terminate()
             raise

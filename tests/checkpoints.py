@@ -1,4 +1,6 @@
-"""Checkpoints without a training: a folder as a number of ranks would have committed it, from any tensors."""
+"""Checkpoints without a training: a folder as a number of ranks would have committed it, from
+any tensors.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,17 @@ from rcmae.vit import MaskedAutoencoder
 
 # A network whose every size differs from every other, on a grid that is not square.
 MODEL = {
-    "name": "vit_tiny_patch16", "image_size": [24, 40], "patch_size": 8, "in_channels": 3, "embed_dim": 48, "depth": 3,
-    "num_heads": 4, "decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 2,
-}  # fmt: skip
+    "name": "vit_tiny_patch16",
+    "image_size": [24, 40],
+    "patch_size": 8,
+    "in_channels": 3,
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "decoder_dim": 32,
+    "decoder_depth": 2,
+    "decoder_heads": 2,
+}
 
 
 def network(seed: int, **sizes: Any) -> MaskedAutoencoder:
@@ -33,8 +43,13 @@ def network(seed: int, **sizes: Any) -> MaskedAutoencoder:
     return model
 
 
-def state_of(student: MaskedAutoencoder, teacher: MaskedAutoencoder | None = None, kinds: int = 4) -> dict[str, Tensor]:
-    """Both networks and the student's moments, by the checkpoint's keys; fewer `kinds` leave out the last ones."""
+def state_of(
+    student: MaskedAutoencoder, teacher: MaskedAutoencoder | None = None, kinds: int = 4
+) -> dict[str, Tensor]:
+    """Both networks and the student's moments, by the checkpoint's keys.
+
+    Fewer `kinds` leave out the last ones.
+    """
     state = {f"buffer/{name}": table for name, table in student.named_buffers()}
     for name, param in student.named_parameters():
         some = {"weight": param, "exp_avg": param / 7, "exp_avg_sq": param.square()}
@@ -54,7 +69,8 @@ def write_checkpoint(
     generation: int = 1,
     **sections: Any,
 ) -> Path:
-    """Commit the tensors, each cut into as many pieces as there are ranks, to `run`; the checkpoint's folder.
+    """Commit the tensors, each cut into as many pieces as there are ranks, to `run`; the
+    checkpoint's folder.
 
     `sections` are further sections of the recipe.
     """
@@ -82,13 +98,22 @@ def write_checkpoint(
                 "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
             }
     document = {
-        "format": checkpoint.FORMAT, "generation": generation, "step": step, "images": 32 * step,
-        "optimizer_step": step, "teacher_updates": step, "files": files, "tensors": tensors,
+        "format": checkpoint.FORMAT,
+        "generation": generation,
+        "step": step,
+        "images": 32 * step,
+        "optimizer_step": step,
+        "teacher_updates": step,
+        "files": files,
+        "tensors": tensors,
         "meta": {
-            "recipe": recipe.model_dump(mode="json"), "data_fingerprint": "0123456789abcdef", "guard": {},
-            "sizes": {"world": ranks, "images_per_step": 32, "steps_per_epoch": 4}, "versions": {"torch": "2.13.0"},
+            "recipe": recipe.model_dump(mode="json"),
+            "data_fingerprint": "0123456789abcdef",
+            "guard": {},
+            "sizes": {"world": ranks, "images_per_step": 32, "steps_per_epoch": 4},
+            "versions": {"torch": "2.13.0"},
         },
-    }  # fmt: skip
+    }
     (folder / "manifest.json").write_text(checkpoint.sealed(document))
     (folder.parent / "LATEST").write_text(folder.name + "\n")
     return folder

@@ -1,4 +1,6 @@
-"""A real SLURM on this machine for a test: its nodes, the jobs submitted to it, and what befalls them."""
+"""A real SLURM on this machine for a test: its nodes, the jobs submitted to it, and what befalls
+them.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,20 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 def no_nodes() -> str | None:
     """Why this machine cannot have nodes with addresses of their own, None if it can."""
-    absent = [program for program in ("ip", "nsenter", "unshare") if not shutil.which(program, path=PATH)]
+    absent = [
+        program for program in ("ip", "nsenter", "unshare") if not shutil.which(program, path=PATH)
+    ]
     if absent:
-        return f"no nodes: {', '.join(absent)} not installed (root on Debian: tests/slurm/install.sh)"
+        return (
+            f"no nodes: {', '.join(absent)} not installed (root on Debian: tests/slurm/install.sh)"
+        )
     if os.geteuid() != 0:
         return "no nodes: their namespaces want root"
     link = f"probe{os.getpid()}"  # of this process: other tests may ask at the same moment
-    probe = f"unshare --mount --uts --net true && ip link add {link} type bridge && ip link delete {link}"
+    probe = (
+        f"unshare --mount --uts --net true && ip link add {link} type bridge && ip link delete "
+        f"{link}"
+    )
     if subprocess.run(probe, shell=True, capture_output=True, env={"PATH": PATH}).returncode:
         return "no nodes: this container may not make network namespaces"
     return None
@@ -41,7 +50,9 @@ def missing() -> str | None:
     programs = ("slurmctld", "slurmd", "sbatch", "munged")
     absent = [program for program in programs if not shutil.which(program, path=PATH)]
     if absent:
-        return f"no SLURM: {', '.join(absent)} not installed (root on Debian: tests/slurm/install.sh)"
+        return (
+            f"no SLURM: {', '.join(absent)} not installed (root on Debian: tests/slurm/install.sh)"
+        )
     return no_nodes()
 
 
@@ -49,16 +60,29 @@ class Cluster:
     """So many nodes of 8 GPUs on paper; `with` starts and ends it. Ranks run on the CPU."""
 
     def __init__(self, nodes: int) -> None:
-        self.nodes, self.dir = nodes, Path(tempfile.mkdtemp(prefix="lab", dir="/tmp"))  # munge wants a short path
+        # munge wants a short path
+        self.nodes, self.dir = nodes, Path(tempfile.mkdtemp(prefix="lab", dir="/tmp"))
         self.python = self.dir / "python"
         # its daemons have precedence on a busy machine; ranks are as nice as this process
-        nice = f'nice -n $(({os.nice(0)} - $(nice)))'
-        self.python.write_text(f'#!/bin/sh\nCUDA_VISIBLE_DEVICES= exec {nice} {sys.executable} "$@"\n')
+        nice = f"nice -n $(({os.nice(0)} - $(nice)))"
+        self.python.write_text(
+            f'#!/bin/sh\nCUDA_VISIBLE_DEVICES= exec {nice} {sys.executable} "$@"\n'
+        )
         self.python.chmod(0o755)
-        self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))} | {
-            "PATH": PATH, "SLURM_CONF": str(self.dir / "slurm.conf"), "RCMAE_HOME": str(ROOT), "RCMAE_ENV": "/dev/null",
-            "PYTHON": str(self.python), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "BACKOFF_S": "1",
-        }  # fmt: skip
+        self.env = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM_", "SBATCH_"))
+        } | {
+            "PATH": PATH,
+            "SLURM_CONF": str(self.dir / "slurm.conf"),
+            "RCMAE_HOME": str(ROOT),
+            "RCMAE_ENV": "/dev/null",
+            "PYTHON": str(self.python),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "BACKOFF_S": "1",
+        }
 
     def __enter__(self) -> Cluster:
         self.lab("up", self.nodes)
@@ -71,34 +95,64 @@ class Cluster:
 
     def lab(self, verb: str, number: int = 0) -> None:
         """What lab.sh does."""
-        done = subprocess.run([LAB, verb, self.dir, str(number)], env=self.env, capture_output=True, text=True)
+        done = subprocess.run(
+            [LAB, verb, self.dir, str(number)], env=self.env, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{verb}: {done.stdout}{done.stderr}"
 
     def run(self, *command: object, **env: str) -> str:
         """What a command on the login node prints."""
         words = [str(word) for word in command]
-        done = subprocess.run(words, env={**self.env, **env}, cwd=self.dir, capture_output=True, text=True)
+        done = subprocess.run(
+            words, env={**self.env, **env}, cwd=self.dir, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
     def idle(self, of: str, timeout_s: float = 300.0) -> None:
-        """Wait until some nodes ("1-3") are free: a job for one or two nodes takes one if the other is not."""
+        """Wait until some nodes ("1-3") are free: a job for one or two nodes takes one if the
+        other is not.
+        """
         end, nodes = time.monotonic() + timeout_s, f"--nodes=node[{of}]"
-        while set(self.run("sinfo", "--noheader", "--format=%T", "--partition=test", nodes).split()) != {"idle"}:
+        while set(
+            self.run("sinfo", "--noheader", "--format=%T", "--partition=test", nodes).split()
+        ) != {"idle"}:
             assert time.monotonic() < end, self.run("sinfo", "-lN")
             time.sleep(0.2)
 
     def submit(
-        self, template: str, *arguments: object, nodes: str = "2", of: str = "1-8", ranks: int = 1,
-        options: tuple[str, ...] = (), **env: str,
-    ) -> Job:  # fmt: skip
-        """`sbatch` of a template: on so many of some nodes ("1-3"), with as many ranks and GPUs on each."""
+        self,
+        template: str,
+        *arguments: object,
+        nodes: str = "2",
+        of: str = "1-8",
+        ranks: int = 1,
+        options: tuple[str, ...] = (),
+        **env: str,
+    ) -> Job:
+        """`sbatch` of a template: on so many of some nodes ("1-3"), with as many ranks and GPUs
+        on each.
+        """
         first, _, last = of.partition("-")
-        others = {f"node{node}" for node in range(1, self.nodes + 1) if not int(first) <= node <= int(last or first)}
+        others = {
+            f"node{node}"
+            for node in range(1, self.nodes + 1)
+            if not int(first) <= node <= int(last or first)
+        }
         shape = [f"--nodes={nodes}", f"--gpus-per-node={ranks}", "--cpus-per-gpu=1"]
         where = [f"--exclude={','.join(sorted(others))}"] if others else []
         script = ROOT / "slurm" / template
-        told = self.run("sbatch", "--parsable", "--output=%A.log", *shape, *where, *options, script, *arguments, **env)
+        told = self.run(
+            "sbatch",
+            "--parsable",
+            "--output=%A.log",
+            *shape,
+            *where,
+            *options,
+            script,
+            *arguments,
+            **env,
+        )
         return Job(self, int(told))
 
 
@@ -137,12 +191,22 @@ class Job:
         """Wait; fail with the logs if it takes too long."""
         end = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < end, f"not within {timeout_s:g} s; {self.show()}\n{self.said()}"
+            assert time.monotonic() < end, (
+                f"not within {timeout_s:g} s; {self.show()}\n{self.said()}"
+            )
             time.sleep(0.2)
 
     def ends(self, state: str, timeout_s: float = 600.0) -> Job:
         """Wait until the job is over; fail if it did not end so."""
-        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+        over = {
+            "COMPLETED",
+            "FAILED",
+            "CANCELLED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "OUT_OF_MEMORY",
+            "DEADLINE",
+        }
         self.until(lambda: self.state in over, timeout_s)
         assert self.state == state, f"{self.state}\n{self.said()}"
         return self

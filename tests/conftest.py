@@ -35,21 +35,35 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Processes with ranks, as a launcher starts them; `wait` gives their exit statuses and shows what they said."""
+    """Processes with ranks, as a launcher starts them.
+
+    `wait` gives their exit statuses and shows what they said.
+    """
 
     def __init__(self, command: Sequence[str], world: int, log_dir: Path, **env: str) -> None:
         shared = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world), "PYTHONUNBUFFERED": "1", **env,
-        }  # fmt: skip
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "PYTHONUNBUFFERED": "1",
+            **env,
+        }
         self.logs = [log_dir / f"rank-{rank}-{time.time_ns()}.log" for rank in range(world)]
         self.processes = []
         for rank, log in enumerate(self.logs):
             with log.open("w") as out:
                 self.processes.append(
                     subprocess.Popen(
-                        command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                        command,
+                        cwd=ROOT,
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
                         env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     )
                 )
@@ -72,7 +86,9 @@ class Ranks:
     def succeed(self, timeout_s: float = 900.0) -> str:
         """What rank 0 said, once all ranks ended with 0."""
         statuses = self.wait(timeout_s)
-        heard = "\n".join(f"--- rank {rank}: {status}\n{self.said(rank)}" for rank, status in enumerate(statuses))
+        heard = "\n".join(
+            f"--- rank {rank}: {status}\n{self.said(rank)}" for rank, status in enumerate(statuses)
+        )
         assert statuses == [0] * len(statuses), heard
         return self.said()
 
@@ -89,13 +105,15 @@ def ranks(tmp_path: Path) -> Callable[..., Ranks]:
 
 @pytest.fixture(scope="session")
 def photo_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A pattern of six shards of 40 tiles each, 44 to 95 pixels a side, cut from scikit-learn's two photographs.
+    """A pattern of six shards of 40 tiles each, 44 to 95 pixels a side, cut from scikit-learn's two
+    photographs.
 
     The label of a tile is its quadrant of its photograph, 0 to 7. Every call writes the same bytes.
     """
     folder = tmp_path_factory.mktemp("photo-shards")
     images = Path(sklearn.__file__).parent / "datasets" / "images"
-    photographs = [np.asarray(Image.open(images / name)) for name in ("china.jpg", "flower.jpg")]  # [427, 640, 3]
+    # [427, 640, 3]
+    photographs = [np.asarray(Image.open(images / name)) for name in ("china.jpg", "flower.jpg")]
     draw = np.random.default_rng(0)
     for shard in range(6):
         with tarfile.open(folder / f"photo-{shard:06d}.tar", "w") as tar:
@@ -106,7 +124,9 @@ def photo_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
                 top = 213 * bottom + int(draw.integers(213 - height))
                 left = 320 * right + int(draw.integers(320 - width))
                 jpeg = io.BytesIO()
-                Image.fromarray(photograph[top : top + height, left : left + width]).save(jpeg, "JPEG", quality=90)
+                Image.fromarray(photograph[top : top + height, left : left + width]).save(
+                    jpeg, "JPEG", quality=90
+                )
                 for suffix, data in (("jpg", jpeg.getvalue()), ("cls", str(label).encode())):
                     member = tarfile.TarInfo(f"{shard}_{number:02d}.{suffix}")
                     member.size = len(data)
@@ -116,12 +136,16 @@ def photo_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny(photo_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of 20 steps of 32 images on `photo_shards`, in fp32 on one process; give it a run.dir."""
+    """A recipe of 20 steps of 32 images on `photo_shards`, in fp32 on one process.
+
+    Give it a run.dir.
+    """
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(
         f"""
 objective: {{name: rcmae}}
-model: {{name: vit_tiny_patch16, image_size: 32, patch_size: 8, embed_dim: 64, depth: 3, num_heads: 4,
+model: {{name: vit_tiny_patch16, image_size: 32, patch_size: 8, embed_dim: 64, depth: 3,
+        num_heads: 4,
         decoder_dim: 32, decoder_depth: 2, decoder_heads: 4}}
 engine: {{name: local, precision: fp32}}
 data: {{shards: "{photo_shards}", workers: 0, canonical_streams: 8}}
@@ -136,7 +160,10 @@ log: {{every_steps: 1, tensorboard: false}}
 
 @pytest.fixture(scope="session")
 def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """The run that `tiny` describes, from the first to the last of its 20 steps without a stop; do not write to it."""
+    """The run that `tiny` describes, from the first to the last of its 20 steps without a stop.
+
+    Do not write to it.
+    """
     folder = Folder(tmp_path_factory.mktemp("uninterrupted") / "run")
     assert start(tiny, folder.path) == 0
     return folder

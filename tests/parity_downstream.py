@@ -1,4 +1,6 @@
-"""Folders of recorded numbers of fine-tuning, probes, k-NN, rollout and mixing, made from plain mathematics."""
+"""Folders of recorded numbers of fine-tuning, probes, k-NN, rollout and mixing, made from plain
+mathematics.
+"""
 
 from __future__ import annotations
 
@@ -35,57 +37,101 @@ def vit_finetune(folder: Path, write: Write) -> Path:
     old, sizes = Sizes(image=(12, 12), patch=4), Sizes(image=(20, 20), patch=4)
     classes, smoothing, decay, rate, layer_decay = 5, 0.2, 0.1, 0.003, 0.6
     config: dict[str, Any] = {
-        "img_size": 20, "patch_size": 4, "embed_dim": sizes.width, "depth": sizes.depth, "num_heads": sizes.heads,
-        "num_classes": classes, "batch": 3, "layer_decay": layer_decay, "weight_decay": decay, "lr": rate,
-        "min_lr": 1e-5, "warmup_epochs": 2, "epochs": 5, "start_epoch": 1, "clip_grad": 0.7, "smoothing": smoothing,
-        "mlp_ratio": 4, "qkv_bias": True, "layer_norm_eps": 1e-6, "drop_path": 0.0, "lam": 0.85,
-        "adam_betas": [0.8, 0.99], "adam_eps": 1e-8, "accum_iter": 1,
-    }  # fmt: skip
+        "img_size": 20,
+        "patch_size": 4,
+        "embed_dim": sizes.width,
+        "depth": sizes.depth,
+        "num_heads": sizes.heads,
+        "num_classes": classes,
+        "batch": 3,
+        "layer_decay": layer_decay,
+        "weight_decay": decay,
+        "lr": rate,
+        "min_lr": 1e-5,
+        "warmup_epochs": 2,
+        "epochs": 5,
+        "start_epoch": 1,
+        "clip_grad": 0.7,
+        "smoothing": smoothing,
+        "mlp_ratio": 4,
+        "qkv_bias": True,
+        "layer_norm_eps": 1e-6,
+        "drop_path": 0.0,
+        "lam": 0.85,
+        "adam_betas": [0.8, 0.99],
+        "adam_eps": 1e-8,
+        "accum_iter": 1,
+    }
     checkpoint = reference.weights(old, 3)
     whole = reference.classifier_weights(sizes, classes, 4)
     generator = torch.Generator().manual_seed(5)
     head = {name: value for name, value in whole.items() if name.startswith("head")}
-    head |= {f"fc_norm.{k}": torch.rand(sizes.width, generator=generator) for k in ("weight", "bias")}
+    head |= {
+        f"fc_norm.{k}": torch.rand(sizes.width, generator=generator) for k in ("weight", "bias")
+    }
     images, labels = torch.randn(3, 3, 20, 20, generator=generator), torch.tensor([4, 0, 2])
     train = torch.randn(2, 3, 3, 20, 20, generator=generator), torch.tensor([[1, 2, 3], [0, 4, 1]])
     patches = checkpoint["pos_embed"][:, 1:].double().unflatten(1, (3, 3)).permute(0, 3, 1, 2)
     patches = F.interpolate(patches, size=(5, 5), mode="bicubic", align_corners=False)
-    table = torch.cat([checkpoint["pos_embed"][:, :1].double(), patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    table = torch.cat(
+        [checkpoint["pos_embed"][:, :1].double(), patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1
+    )
     targets = _mixed_target(labels, classes, smoothing, 0.85)
     expected: State = {"pos_embed": table, "soft_targets": targets}
     values, files = {}, {}
     for case in ("gap", "cls"):
         own = ("fc_norm.weight", "fc_norm.bias") if case == "gap" else ("norm.weight", "norm.bias")
         names = [name for name in whole if not name.startswith("norm")] + list(own)
-        state = {name: (head | checkpoint)[name] if name in head else checkpoint[name] for name in names}
-        state = {name: value.double().clone() for name, value in (state | {"pos_embed": table}).items()}
+        state = {
+            name: (head | checkpoint)[name] if name in head else checkpoint[name] for name in names
+        }
+        state = {
+            name: value.double().clone() for name, value in (state | {"pos_embed": table}).items()
+        }
         state = {name: value.requires_grad_() for name, value in state.items()}
         features, scores = reference.classify(state, sizes, images.double())
         loss = _cross_entropy(scores, _smooth(labels, classes, 0.0))
         grads = reference.gradients(state, loss)
         expected |= {f"{case}.features": features, f"{case}.logits": scores}
-        expected |= {f"{case}.grad.{name}": grads[name] for name in ("pos_embed", "head.bias", own[0])}
+        expected |= {
+            f"{case}.grad.{name}": grads[name] for name in ("pos_embed", "head.bias", own[0])
+        }
         norms = {name: grad.norm().item() for name, grad in grads.items()}
         losses = {
-            "cross_entropy": loss, "label_smoothing_loss": _cross_entropy(scores, _smooth(labels, classes, smoothing)),
+            "cross_entropy": loss,
+            "label_smoothing_loss": _cross_entropy(scores, _smooth(labels, classes, smoothing)),
             "soft_target_loss": _cross_entropy(scores, targets),
-        }  # fmt: skip
+        }
         groups, each = _layer_groups(state, sizes.depth, layer_decay, decay)
         rows, last = _train(state, sizes, train, config, each)
-        drop = [name for name in checkpoint if name not in whole] + (["norm.weight", "norm.bias"] * (case == "gap"))
+        drop = [name for name in checkpoint if name not in whole] + (
+            ["norm.weight", "norm.bias"] * (case == "gap")
+        )
         values[case] = {
-            "global_pool": case == "gap", **{name: value.item() for name, value in losses.items()},
-            "grad_norm_total": math.sqrt(sum(norm**2 for norm in norms.values())), "grad_norm": norms,
+            "global_pool": case == "gap",
+            **{name: value.item() for name, value in losses.items()},
+            "grad_norm_total": math.sqrt(sum(norm**2 for norm in norms.values())),
+            "grad_norm": norms,
             "missing_keys": [name for name in names if name.startswith(("head", "fc_norm"))],
-            "unexpected_keys": drop, "param_groups": groups, "param_scale_and_wd": each, "train_rows": rows,
+            "unexpected_keys": drop,
+            "param_groups": groups,
+            "param_scale_and_wd": each,
+            "train_rows": rows,
             "group_lrs_at_last_step": [last * group["lr_scale"] for group in groups],
-        }  # fmt: skip
+        }
         files[f"after_2_steps_{case}.safetensors"] = ("weights after the steps", state)
-    inputs = {"images": images, "labels": labels, "train_images": train[0], "train_labels": train[1]}
+    inputs = {
+        "images": images,
+        "labels": labels,
+        "train_images": train[0],
+        "train_labels": train[1],
+    }
     files |= {
-        "checkpoint.safetensors": ("an encoder and its decoder", checkpoint), "head.safetensors": ("new", head),
-        "inputs.safetensors": ("inputs", inputs), "expected.safetensors": ("expected", expected),
-    }  # fmt: skip
+        "checkpoint.safetensors": ("an encoder and its decoder", checkpoint),
+        "head.safetensors": ("new", head),
+        "inputs.safetensors": ("inputs", inputs),
+        "expected.safetensors": ("expected", expected),
+    }
     return write(folder, "vit-finetune", config=config, values=values, files=files)
 
 
@@ -94,8 +140,14 @@ def _layer_groups(
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     each = {}
-    order = ["cls_token", "pos_embed", *(name for name in state if name not in ("cls_token", "pos_embed"))]
-    for name in sorted(order, key=lambda name: (not name.startswith(("cls", "pos", "patch")), "blocks" not in name)):
+    order = [
+        "cls_token",
+        "pos_embed",
+        *(name for name in state if name not in ("cls_token", "pos_embed")),
+    ]
+    for name in sorted(
+        order, key=lambda name: (not name.startswith(("cls", "pos", "patch")), "blocks" not in name)
+    ):
         layer = depth + 1
         if name.startswith(("cls", "pos", "patch")):
             layer = 0
@@ -103,22 +155,34 @@ def _layer_groups(
             layer = int(name.split(".")[1]) + 1
         decays = state[name].ndim > 1 and name not in ("cls_token", "pos_embed")
         scale, weight_decay = layer_decay ** (depth + 1 - layer), decay if decays else 0.0
-        group = groups.setdefault((layer, decays), {"lr_scale": scale, "weight_decay": weight_decay, "params": []})
+        group = groups.setdefault(
+            (layer, decays), {"lr_scale": scale, "weight_decay": weight_decay, "params": []}
+        )
         group["params"].append(name)
         each[name] = [scale, weight_decay]
     return list(groups.values()), each
 
 
 def _train(
-    state: State, sizes: Sizes, data: tuple[Tensor, Tensor], config: dict[str, Any], each: dict[str, list[float]]
+    state: State,
+    sizes: Sizes,
+    data: tuple[Tensor, Tensor],
+    config: dict[str, Any],
+    each: dict[str, list[float]],
 ) -> tuple[list[dict[str, float]], float]:
-    optimizers = {key: reference.AdamW(key, tuple(config["adam_betas"])) for key in (0.0, config["weight_decay"])}
+    optimizers = {
+        key: reference.AdamW(key, tuple(config["adam_betas"]))
+        for key in (0.0, config["weight_decay"])
+    }
     rows, lr = [], 0.0
     for index, (images, labels) in enumerate(zip(*data, strict=True)):
         lr = reference.lr_at(
-            config["start_epoch"] + index / len(data[0]), warmup=config["warmup_epochs"], epochs=config["epochs"],
-            lr=config["lr"], min_lr=config["min_lr"],
-        )  # fmt: skip
+            config["start_epoch"] + index / len(data[0]),
+            warmup=config["warmup_epochs"],
+            epochs=config["epochs"],
+            lr=config["lr"],
+            min_lr=config["min_lr"],
+        )
         _, scores = reference.classify(state, sizes, images.double())
         loss = _cross_entropy(scores, _smooth(labels, config["num_classes"], config["smoothing"]))
         grads = reference.gradients(state, loss)
@@ -139,18 +203,36 @@ def _train(
 def linprobe_lars(folder: Path, write: Write) -> Path:
     sizes, classes, rate = Sizes(image=(8, 8)), 4, 0.3
     config = {
-        "img_size": 8, "patch_size": 4, "embed_dim": sizes.width, "depth": sizes.depth, "num_heads": sizes.heads,
-        "num_classes": classes, "batch": 6, "lr": rate, "weight_decay": 0.02, "min_lr": 0.01, "warmup_epochs": 1,
-        "epochs": 4, "global_pool": False, "mlp_ratio": 4, "layer_norm_eps": 1e-6, "iters_per_epoch": 2,
-        "bn_momentum": 0.1, "lars": {"momentum": 0.8, "trust_coefficient": 0.002},
-    }  # fmt: skip
+        "img_size": 8,
+        "patch_size": 4,
+        "embed_dim": sizes.width,
+        "depth": sizes.depth,
+        "num_heads": sizes.heads,
+        "num_classes": classes,
+        "batch": 6,
+        "lr": rate,
+        "weight_decay": 0.02,
+        "min_lr": 0.01,
+        "warmup_epochs": 1,
+        "epochs": 4,
+        "global_pool": False,
+        "mlp_ratio": 4,
+        "layer_norm_eps": 1e-6,
+        "iters_per_epoch": 2,
+        "bn_momentum": 0.1,
+        "lars": {"momentum": 0.8, "trust_coefficient": 0.002},
+    }
     vit = reference.classifier_weights(sizes, classes, 7)
     state, generator = reference.double(vit), torch.Generator().manual_seed(8)
     images = torch.randn(3, 6, 3, 8, 8, generator=generator)
     labels = torch.randint(classes, (3, 6), generator=generator)
     weight, bias = state["head.weight"].detach(), state["head.bias"].detach()
     mean, variance = torch.zeros(sizes.width).double(), torch.ones(sizes.width).double()
-    moved, all_features, rows = {"weight": torch.zeros_like(weight), "bias": torch.zeros_like(bias)}, [], []
+    moved, all_features, rows = (
+        {"weight": torch.zeros_like(weight), "bias": torch.zeros_like(bias)},
+        [],
+        [],
+    )
     for step in range(3):
         lr = reference.lr_at(step / 2, warmup=1, epochs=4, lr=rate, min_lr=0.01)
         features, _ = reference.classify(state, sizes, images[step].double())
@@ -167,19 +249,31 @@ def linprobe_lars(folder: Path, write: Write) -> Path:
         rows.append({"loss": loss.item(), "epoch_1000x": 0, "lr": lr})
     scores = ((all_features[0] - mean) / (variance + 1e-6).sqrt()) @ weight.T + bias
     expected = {
-        "features": torch.stack(all_features), "head.1.weight": weight, "head.1.bias": bias,
-        "head.0.running_mean": mean, "head.0.running_var": variance, "head.0.num_batches_tracked": torch.tensor(3),
-        "eval_logits": scores, **{f"mu.{name}": value for name, value in moved.items()},
-    }  # fmt: skip
+        "features": torch.stack(all_features),
+        "head.1.weight": weight,
+        "head.1.bias": bias,
+        "head.0.running_mean": mean,
+        "head.0.running_var": variance,
+        "head.0.num_batches_tracked": torch.tensor(3),
+        "eval_logits": scores,
+        **{f"mu.{name}": value for name, value in moved.items()},
+    }
     files = {
-        "vit.safetensors": ("a classifier", vit), "expected.safetensors": ("expected", expected),
+        "vit.safetensors": ("a classifier", vit),
+        "expected.safetensors": ("expected", expected),
         "inputs.safetensors": ("inputs", {"train_images": images, "train_labels": labels}),
-    }  # fmt: skip
+    }
     return write(folder, "linprobe-lars", config=config, values={"train_rows": rows}, files=files)
 
 
 def lars_step(
-    param: Tensor, grad: Tensor, moved: Tensor, lr: float, decay: float, momentum: float, trust: float
+    param: Tensor,
+    grad: Tensor,
+    moved: Tensor,
+    lr: float,
+    decay: float,
+    momentum: float,
+    trust: float,
 ) -> None:
     """In place, as the paper writes it."""
     if param.ndim > 1:
@@ -193,10 +287,18 @@ def lars_step(
 def lars_steps(folder: Path, write: Write) -> Path:
     generator = torch.Generator().manual_seed(9)
     config = {"lr": 0.4, "weight_decay": 0.05, "momentum": 0.7, "trust_coefficient": 0.01}
-    shapes = {"matrix": (3, 4), "vector": (5,), "zeros": (2, 2), "tensor": (2, 3, 1, 2), "left": (2, 3)}
+    shapes = {
+        "matrix": (3, 4),
+        "vector": (5,),
+        "zeros": (2, 2),
+        "tensor": (2, 3, 1, 2),
+        "left": (2, 3),
+    }
     params = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     params["zeros"].zero_()
-    grads = {k: torch.randn(2, *shape, generator=generator) for k, shape in shapes.items() if k != "left"}
+    grads = {
+        k: torch.randn(2, *shape, generator=generator) for k, shape in shapes.items() if k != "left"
+    }
     state, moved, expected = {k: v.double() for k, v in params.items()}, {}, {}
     for step in range(2):
         for name, grad in grads.items():
@@ -204,9 +306,10 @@ def lars_steps(folder: Path, write: Write) -> Path:
             lars_step(state[name], grad[step].double(), buffer, 0.4, 0.05, 0.7, 0.01)
         expected |= {f"step{step}.{name}": value.clone() for name, value in state.items()}
     files = {
-        "params.safetensors": ("start", params), "grads.safetensors": ("gradients", grads),
+        "params.safetensors": ("start", params),
+        "grads.safetensors": ("gradients", grads),
         "expected.safetensors": ("after each step", expected),
-    }  # fmt: skip
+    }
     return write(folder, "lars-steps", config=config, files=files)
 
 
@@ -223,14 +326,24 @@ def knn(folder: Path, write: Write) -> Path:
             for column in similarity[row].argsort(descending=True)[:k].tolist():
                 scores[row, train_labels[column]] += math.exp(similarity[row, column] / 0.1)
         guess = scores.argmax(dim=1)
-        five = [int(labels[row]) in [c for c in scores[row].argsort(descending=True)[:5].tolist() if scores[row, c] > 0]
-                for row in range(31)]  # fmt: skip
+        five = [
+            int(labels[row])
+            in [c for c in scores[row].argsort(descending=True)[:5].tolist() if scores[row, c] > 0]
+            for row in range(31)
+        ]
         expected |= {f"k{k}.scores": scores, f"k{k}.prediction": guess}
         accuracy[str(k)] = {
-            "top1": 100 * (guess == labels).double().mean().item(), "top5": 0.0,
-            "top5_counting_only_positive_scores": 100 * sum(five) / 31, "smallest_gap_between_best_two_scores": 0.0,
-        }  # fmt: skip
-    inputs = {"train_features": train, "train_labels": train_labels, "test_features": test, "test_labels": labels}
+            "top1": 100 * (guess == labels).double().mean().item(),
+            "top5": 0.0,
+            "top5_counting_only_positive_scores": 100 * sum(five) / 31,
+            "smallest_gap_between_best_two_scores": 0.0,
+        }
+    inputs = {
+        "train_features": train,
+        "train_labels": train_labels,
+        "test_features": test,
+        "test_labels": labels,
+    }
     files = {"inputs.safetensors": ("inputs", inputs), "expected.safetensors": ("per k", expected)}
     return write(folder, "knn", config=config, values={"accuracy": accuracy}, files=files)
 
@@ -238,9 +351,17 @@ def knn(folder: Path, write: Write) -> Path:
 def rollout(folder: Path, write: Write) -> Path:
     sizes, classes = Sizes(image=(16, 16)), 3
     config = {
-        "img_size": 16, "patch_size": 4, "embed_dim": sizes.width, "depth": sizes.depth, "num_heads": sizes.heads,
-        "num_classes": classes, "mlp_ratio": 4, "qkv_bias": True, "use_cls_token": True, "layer_norm_eps": 1e-6,
-    }  # fmt: skip
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": sizes.width,
+        "depth": sizes.depth,
+        "num_heads": sizes.heads,
+        "num_classes": classes,
+        "mlp_ratio": 4,
+        "qkv_bias": True,
+        "use_cls_token": True,
+        "layer_norm_eps": 1e-6,
+    }
     vit = reference.classifier_weights(sizes, classes, 11)
     for index in range(sizes.depth):  # biases of keys are 0 in that family
         vit[f"blocks.{index}.attn.qkv.bias"][sizes.width : 2 * sizes.width] = 0
@@ -261,13 +382,17 @@ def rollout(folder: Path, write: Write) -> Path:
     for name, value in vit.items():
         if name.endswith("qkv.bias"):
             query, _, last = value.chunk(3)
-            theirs[name.replace("qkv.bias", "q_bias")], theirs[name.replace("qkv.bias", "v_bias")] = query, last
+            (
+                theirs[name.replace("qkv.bias", "q_bias")],
+                theirs[name.replace("qkv.bias", "v_bias")],
+            ) = query, last
         else:
             theirs[name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name] = value
     files = {
-        "vit.safetensors": ("that family's names", theirs), "inputs.safetensors": ("inputs", {"images": images}),
+        "vit.safetensors": ("that family's names", theirs),
+        "inputs.safetensors": ("inputs", {"images": images}),
         "expected.safetensors": ("expected", expected),
-    }  # fmt: skip
+    }
     return write(folder, "rollout", config=config, files=files)
 
 
@@ -275,7 +400,9 @@ def _rolled(layers: Tensor, fusion: str, share: float, *, published: bool) -> Te
     tokens = layers.shape[-1]
     result = torch.eye(tokens, dtype=torch.float64)
     for layer in layers:
-        fused = {"mean": layer.mean(0), "max": layer.max(0).values, "min": layer.min(0).values}[fusion].flatten()
+        fused = {"mean": layer.mean(0), "max": layer.max(0).values, "min": layer.min(0).values}[
+            fusion
+        ].flatten()
         for place in fused.argsort()[: int(tokens**2 * share)].tolist():
             if place:
                 fused[place] = 0.0
@@ -289,11 +416,22 @@ def _rolled(layers: Tensor, fusion: str, share: float, *, published: bool) -> Te
 def mixup_cutmix(folder: Path, write: Write) -> Path:
     generator = torch.Generator().manual_seed(13)
     images, labels = torch.randn(6, 3, 9, 9, generator=generator), torch.tensor([0, 3, 3, 1, 2, 0])
-    config = {"num_classes": 4, "label_smoothing": 0.3, "size": 9, "mode": "batch", "correct_lam": True}
+    config = {
+        "num_classes": 4,
+        "label_smoothing": 0.3,
+        "size": 9,
+        "mode": "batch",
+        "correct_lam": True,
+    }
     drawn = {
         "mixup": {"lam_drawn": 0.6, "use_cutmix": False, "lam_used": 0.6},
-        "cutmix": {"lam_drawn": 0.5, "use_cutmix": True, "bbox_yl_yh_xl_xh": [2, 7, 0, 6], "lam_used": 1 - 30 / 81},
-    }  # fmt: skip
+        "cutmix": {
+            "lam_drawn": 0.5,
+            "use_cutmix": True,
+            "bbox_yl_yh_xl_xh": [2, 7, 0, 6],
+            "lam_used": 1 - 30 / 81,
+        },
+    }
     blended = images.double() * 0.6 + images.double().flip(0) * 0.4
     cut = images.double().clone()
     cut[:, :, 2:7, 0:6] = images.double().flip(0)[:, :, 2:7, 0:6]
@@ -303,9 +441,16 @@ def mixup_cutmix(folder: Path, write: Write) -> Path:
     files = {
         "inputs.safetensors": ("inputs", {"images": images, "labels": labels}),
         "expected.safetensors": ("expected", expected),
-    }  # fmt: skip
+    }
     limits = ("targets 1e-6 (float32 arithmetic), pictures 1e-9", "1e-6")
-    return write(folder, "mixup-cutmix", config=config, values={"drawn": drawn}, files=files, tolerance=limits)
+    return write(
+        folder,
+        "mixup-cutmix",
+        config=config,
+        values={"drawn": drawn},
+        files=files,
+        tolerance=limits,
+    )
 
 
 MAKERS: dict[str, Callable[[Path, Write], Path]] = {

@@ -1,8 +1,9 @@
-"""MAE and RC-MAE written once more, plainly and in float64, from the papers: what the package must agree with.
+"""MAE and RC-MAE written once more, plainly and in float64, from the papers: what the package must
+agree with.
 
-No block of timm, no fused attention, no shuffled order: every patch is embedded, tokens are put back in raster order,
-every patch is predicted and a mask picks the hidden ones. AdamW and the moving average are loops over single tensors.
-"""
+No block of timm, no fused attention, no shuffled order: every patch is embedded, tokens are put
+back in raster order, every patch is predicted and a mask picks the hidden ones. AdamW and the
+moving average are loops over single tensors."""
 
 from __future__ import annotations
 
@@ -40,20 +41,36 @@ class Sizes:
     def model(self) -> dict[str, Any]:
         """The same as arguments of MaskedAutoencoder."""
         return {
-            "image_size": self.image, "patch_size": self.patch, "in_channels": self.channels, "embed_dim": self.width,
-            "depth": self.depth, "num_heads": self.heads, "decoder_dim": self.decoder_width,
-            "decoder_depth": self.decoder_depth, "decoder_heads": self.decoder_heads,
-        }  # fmt: skip
+            "image_size": self.image,
+            "patch_size": self.patch,
+            "in_channels": self.channels,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "decoder_dim": self.decoder_width,
+            "decoder_depth": self.decoder_depth,
+            "decoder_heads": self.decoder_heads,
+        }
 
 
 def positions_exact(width: int, grid: tuple[int, int]) -> Tensor:
-    """[1 + L, width] float64, number by number: the column's angles, then the row's; a row of zeros for cls first."""
+    """[1 + L, width] float64, number by number: the column's angles, then the row's.
+
+    A row of zeros for cls first.
+    """
     quarter = width // 4
     rates = [10000.0 ** (-k / quarter) for k in range(quarter)]
     rows = [[0.0] * width]
     for row in range(grid[0]):
         for column in range(grid[1]):
-            rows.append([f(place * rate) for place in (column, row) for f in (math.sin, math.cos) for rate in rates])
+            rows.append(
+                [
+                    f(place * rate)
+                    for place in (column, row)
+                    for f in (math.sin, math.cos)
+                    for rate in rates
+                ]
+            )
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -99,7 +116,8 @@ def weights(sizes: Sizes, seed: int) -> State:
     """A float32 state dict in which nothing is at its usual start: no bias 0, no norm 1."""
     generator = torch.Generator().manual_seed(seed)
     state = {
-        name: 0.15 * torch.randn(shape, generator=generator) + ("norm" in name and name.endswith("weight"))
+        name: 0.15 * torch.randn(shape, generator=generator)
+        + ("norm" in name and name.endswith("weight"))
         for name, shape in shapes(sizes).items()
     }
     tables = {"pos_embed": sizes.width, "decoder_pos_embed": sizes.decoder_width}
@@ -108,7 +126,10 @@ def weights(sizes: Sizes, seed: int) -> State:
 
 def double(state: State, *, grad: bool = False) -> State:
     """The same in float64; with `grad` as leaves, except the tables."""
-    return {name: array.double().requires_grad_(grad and "pos_embed" not in name) for name, array in state.items()}
+    return {
+        name: array.double().requires_grad_(grad and "pos_embed" not in name)
+        for name, array in state.items()
+    }
 
 
 def inputs(sizes: Sizes, batch: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -136,10 +157,18 @@ def normalised(target: Tensor) -> Tensor:
 
 
 def transformer(
-    state: State, name: str, depth: int, heads: int, x: Tensor, last: str | None = None,
+    state: State,
+    name: str,
+    depth: int,
+    heads: int,
+    x: Tensor,
+    last: str | None = None,
     maps: list[Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """Blocks, then the norm of the name `last` ("" for none); `maps` gets each block's attention [B, heads, N, N]."""
+) -> Tensor:
+    """Blocks, then the norm of the name `last` ("" for none).
+
+    `maps` gets each block's attention [B, heads, N, N].
+    """
 
     def norm(which: str, x: Tensor) -> Tensor:
         centred = x - x.mean(dim=-1, keepdim=True)
@@ -176,52 +205,93 @@ def layer_norm(state: State, which: str, x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], state[f"{which}.weight"], state[f"{which}.bias"], 1e-6)
 
 
-def classify(state: State, sizes: Sizes, images: Tensor, maps: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """(features, scores) of a classifier: of the patches' mean where the state has a norm for it, else of cls."""
+def classify(
+    state: State, sizes: Sizes, images: Tensor, maps: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(features, scores) of a classifier: of the patches' mean where the state has a norm for
+    it, else of cls.
+    """
     kernel = state["patch_embed.proj.weight"]
-    x = F.conv2d(images, kernel, state["patch_embed.proj.bias"], stride=sizes.patch).flatten(2).transpose(1, 2)
+    x = (
+        F.conv2d(images, kernel, state["patch_embed.proj.bias"], stride=sizes.patch)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], dim=1) + state["pos_embed"]
     x = transformer(state, "", sizes.depth, sizes.heads, x, last="", maps=maps)
     mean = "fc_norm.weight" in state
-    features = layer_norm(state, "fc_norm", x[:, 1:].mean(1)) if mean else layer_norm(state, "norm", x)[:, 0]
+    features = (
+        layer_norm(state, "fc_norm", x[:, 1:].mean(1))
+        if mean
+        else layer_norm(state, "norm", x)[:, 0]
+    )
     return features, features @ state["head.weight"].T + state["head.bias"]
 
 
 def classifier_weights(sizes: Sizes, num_classes: int, seed: int) -> State:
     """Encoder and head, float32, nothing at its usual start."""
     generator = torch.Generator().manual_seed(seed + 1000)
-    found = {name: value for name, value in weights(sizes, seed).items() if not name.startswith(("decoder", "mask_"))}
+    found = {
+        name: value
+        for name, value in weights(sizes, seed).items()
+        if not name.startswith(("decoder", "mask_"))
+    }
     head = {"head.weight": (num_classes, sizes.width), "head.bias": (num_classes,)}
-    return found | {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in head.items()}
+    return found | {
+        name: 0.3 * torch.randn(shape, generator=generator) for name, shape in head.items()
+    }
 
 
-def forward(state: State, sizes: Sizes, images: Tensor, noise: Tensor, kept: int) -> dict[str, Tensor]:
+def forward(
+    state: State, sizes: Sizes, images: Tensor, noise: Tensor, kept: int
+) -> dict[str, Tensor]:
     """latent, pred (raster order), mask (1 = hidden) and the two orders."""
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
     mask = (ids_restore >= kept).double()
     kernel = state["patch_embed.proj.weight"]
-    x = F.conv2d(images, kernel, state["patch_embed.proj.bias"], stride=sizes.patch).flatten(2).transpose(1, 2)
+    x = (
+        F.conv2d(images, kernel, state["patch_embed.proj.bias"], stride=sizes.patch)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     x = x + state["pos_embed"][:, 1:]
     x = torch.stack([tokens[ids[:kept]] for tokens, ids in zip(x, ids_shuffle, strict=True)])
     cls_token = (state["cls_token"] + state["pos_embed"][:, :1]).expand(len(x), -1, -1)
     latent = transformer(state, "", sizes.depth, sizes.heads, torch.cat([cls_token, x], dim=1))
     y = latent @ state["decoder_embed.weight"].T + state["decoder_embed.bias"]
-    filled = torch.cat([y[:, 1:], state["mask_token"].expand(len(y), sizes.patches - kept, -1)], dim=1)
+    filled = torch.cat(
+        [y[:, 1:], state["mask_token"].expand(len(y), sizes.patches - kept, -1)], dim=1
+    )
     filled = torch.stack([tokens[ids] for tokens, ids in zip(filled, ids_restore, strict=True)])
     y = torch.cat([y[:, :1], filled], dim=1) + state["decoder_pos_embed"]
     y = transformer(state, "decoder_", sizes.decoder_depth, sizes.decoder_heads, y)
     pred = (y @ state["decoder_pred.weight"].T + state["decoder_pred.bias"])[:, 1:]
-    return {"latent": latent, "pred": pred, "mask": mask, "ids_shuffle": ids_shuffle, "ids_restore": ids_restore}
+    return {
+        "latent": latent,
+        "pred": pred,
+        "mask": mask,
+        "ids_shuffle": ids_shuffle,
+        "ids_restore": ids_restore,
+    }
 
 
 def hidden_mean(error: Tensor, mask: Tensor) -> Tensor:
-    """Mean over hidden patches of the mean over their pixels; error: [B, L, p*p*C], mask: [B, L], 1 = hidden."""
+    """Mean over hidden patches of the mean over their pixels.
+
+    Error: [B, L, p*p*C], mask: [B, L], 1 = hidden.
+    """
     return (error.mean(dim=-1) * mask).sum() / mask.sum()
 
 
 def losses(
-    student: State, teacher: State | None, sizes: Sizes, images: Tensor, noise: Tensor, kept: int, norm_pix: bool
+    student: State,
+    teacher: State | None,
+    sizes: Sizes,
+    images: Tensor,
+    noise: Tensor,
+    kept: int,
+    norm_pix: bool,
 ) -> tuple[Tensor, Tensor]:
     """Reconstruction and consistency (0 without a teacher)."""
     found = forward(student, sizes, images, noise, kept)
@@ -257,7 +327,9 @@ class AdamW:
         one, two = self.betas
         for name, grad in grads.items():
             self.first[name] = one * self.first.get(name, torch.zeros_like(grad)) + (1 - one) * grad
-            self.second[name] = two * self.second.get(name, torch.zeros_like(grad)) + (1 - two) * grad.square()
+            self.second[name] = (
+                two * self.second.get(name, torch.zeros_like(grad)) + (1 - two) * grad.square()
+            )
             mean = self.first[name] / (1 - one**self.steps)
             scale = (self.second[name] / (1 - two**self.steps)).sqrt() + 1e-8
             decay = lr * self.weight_decay if decays(name, grad) else 0.0

@@ -1,7 +1,7 @@
 """SupMAE, BootMAE and MAE-priv written once more, plainly and in float64, beside `reference`.
 
-Every patch is embedded and predicted in raster order, attention is a loop over heads, and masks pick what is meant.
-Parameters carry the published names.
+Every patch is embedded and predicted in raster order, attention is a loop over heads, and masks
+pick what is meant. Parameters carry the published names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from reference import State
 
 
 def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> State:
-    """A float32 state of these shapes in which nothing is at its usual start; variances are above 0."""
+    """A float32 state of these shapes in which nothing is at its usual start.
+
+    Variances are above 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in sorted(shapes.items()):
@@ -50,13 +53,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     parts = []
     for head in range(heads):
         of = slice(head * width, (head + 1) * width)
-        parts.append((q[..., of] @ k[..., of].transpose(1, 2) / math.sqrt(width)).softmax(dim=-1) @ v[..., of])
+        parts.append(
+            (q[..., of] @ k[..., of].transpose(1, 2) / math.sqrt(width)).softmax(dim=-1)
+            @ v[..., of]
+        )
     return torch.cat(parts, dim=-1)
 
 
 def attention(state: State, name: str, heads: int, x: Tensor) -> Tensor:
     q, k, v = linear(state, f"{name}.qkv", x).chunk(3, dim=-1)
-    return linear(state, f"{name}.proj", attend(q + state[f"{name}.q_bias"], k, v + state[f"{name}.v_bias"], heads))
+    return linear(
+        state,
+        f"{name}.proj",
+        attend(q + state[f"{name}.q_bias"], k, v + state[f"{name}.v_bias"], heads),
+    )
 
 
 def cross(state: State, name: str, heads: int, x: Tensor, other: Tensor) -> Tensor:
@@ -84,7 +94,7 @@ def picked(x: Tensor, ids: Tensor) -> Tensor:
     return torch.stack([tokens[each] for tokens, each in zip(x, ids, strict=True)])
 
 
-# -------------------------------------------------------------------------------------------------------------- SupMAE
+# ------------------------------------------------------------------------------------------- SupMAE
 
 
 def class_logits(state: State, features: Tensor, train: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +107,9 @@ def class_logits(state: State, features: Tensor, train: bool) -> tuple[Tensor, T
         unbiased = spread * len(x) / (len(x) - 1)
         after = (0.9 * mean + 0.1 * seen.detach(), 0.9 * variance + 0.1 * unbiased.detach())
         mean, variance = seen, spread
-    x = (x - mean) / (variance + 1e-5).sqrt() * state["cls_head.1.weight"] + state["cls_head.1.bias"]
+    x = (x - mean) / (variance + 1e-5).sqrt() * state["cls_head.1.weight"] + state[
+        "cls_head.1.bias"
+    ]
     return linear(state, "cls_head.3", x.clamp(min=0)), *after
 
 
@@ -108,7 +120,7 @@ def class_loss(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return torch.stack(rows).mean()
 
 
-# ------------------------------------------------------------------------------------------------------------- BootMAE
+# ------------------------------------------------------------------------------------------ BootMAE
 
 
 def boot_features(state: State, images: Tensor, patch: int, depth: int, heads: int) -> Tensor:
@@ -121,7 +133,14 @@ def boot_features(state: State, images: Tensor, patch: int, depth: int, heads: i
 
 
 def boot_regress(
-    state: State, suffix: str, latent: Tensor, other: Tensor, ids: Tensor, table: Tensor, depth: int, heads: int
+    state: State,
+    suffix: str,
+    latent: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    depth: int,
+    heads: int,
 ) -> Tensor:
     """Normalised tokens [B, L, d] of a regressor, in raster order."""
     x = linear(state, f"down{suffix}", latent)
@@ -142,7 +161,11 @@ def boot_regress(
         name = f"decode_blocks{suffix}.{index}"
         whole = whole + attention(state, f"{name}.attn", heads, norm(state, f"{name}.norm1", whole))
         looked = cross(
-            state, f"{name}.c_attn", heads, norm(state, f"{name}.norm3", whole), norm(state, f"{name}.norm4", other)
+            state,
+            f"{name}.c_attn",
+            heads,
+            norm(state, f"{name}.norm3", whole),
+            norm(state, f"{name}.norm4", other),
         )
         whole = whole + looked
         whole = whole + mlp(state, f"{name}.mlp", norm(state, f"{name}.norm2", whole))
@@ -150,9 +173,16 @@ def boot_regress(
 
 
 def boot_forward(
-    state: State, images: Tensor, ids: Tensor, kept: int, patch: int, depth: int, heads: int, decoder_depth: int,
+    state: State,
+    images: Tensor,
+    ids: Tensor,
+    kept: int,
+    patch: int,
+    depth: int,
+    heads: int,
+    decoder_depth: int,
     layers: tuple[int, int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Pixels as a picture [B, C, H, W], and features [B, L, D], in raster order."""
     x = embedded(state, images, patch) + state["pos_embed"][:, 1:]
     cls_token = (state["cls_token"] + state["pos_embed"][:, :1]).expand(len(x), -1, -1)
@@ -162,11 +192,17 @@ def boot_forward(
         x = block(state, f"blocks.{index}", heads, x)
         seen.append(x)
     latent = norm(state, "norm", x)
-    low = boot_regress(state, "", latent, seen[layers[0]], ids, state["de_pos_embed"], decoder_depth, heads)
-    high = boot_regress(state, "_1", latent, seen[layers[1]], ids, state["pos_embed"], decoder_depth, heads)
+    low = boot_regress(
+        state, "", latent, seen[layers[0]], ids, state["de_pos_embed"], decoder_depth, heads
+    )
+    high = boot_regress(
+        state, "_1", latent, seen[layers[1]], ids, state["pos_embed"], decoder_depth, heads
+    )
     rows, columns = images.shape[2] // patch, images.shape[3] // patch
     square = low.transpose(1, 2).unflatten(2, (rows, columns))
-    picture = F.conv_transpose2d(square, state["lm_head.proj.weight"], state["lm_head.proj.bias"], stride=patch)
+    picture = F.conv_transpose2d(
+        square, state["lm_head.proj.weight"], state["lm_head.proj.bias"], stride=patch
+    )
     return picture, linear(state, "lm_head_1", high)
 
 
@@ -192,7 +228,13 @@ def plain_norm(x: Tensor) -> Tensor:
 
 
 def boot_losses(
-    picture: Tensor, features: Tensor, taught: Tensor, images: Tensor, hidden: Tensor, patch: int, weighted: bool
+    picture: Tensor,
+    features: Tensor,
+    taught: Tensor,
+    images: Tensor,
+    hidden: Tensor,
+    patch: int,
+    weighted: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pixels and features; hidden: [B, rows, columns], 1 = hidden."""
     weights, share = boot_weights(hidden, weighted), hidden.mean()
@@ -202,11 +244,17 @@ def boot_losses(
     return pixels, error.mean() / share
 
 
-# ------------------------------------------------------------------------------------------------------------ MAE-priv
+# ----------------------------------------------------------------------------------------- MAE-priv
 
 
 def priv_forward(
-    state: State, images: Tensor, ids: Tensor, kept: int, patch: int, depths: tuple[int, int], heads: tuple[int, int]
+    state: State,
+    images: Tensor,
+    ids: Tensor,
+    kept: int,
+    patch: int,
+    depths: tuple[int, int],
+    heads: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Encoder's output [B, kept, D] and predictions [B, L, C*p*p] in raster order."""
     x, table = embedded(state, images, patch, "encoder."), state["encoder.pos_embed"]

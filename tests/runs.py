@@ -66,7 +66,11 @@ class Folder:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -77,7 +81,9 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def distance(one: dict[str, Tensor], other: dict[str, Tensor], kind: str) -> float:
     """Relative L2 between all tensors of a kind."""
     keys = sorted(key for key in other if key.startswith(f"{kind}/"))
-    got, wanted = (torch.cat([state[key].flatten() for key in keys]).double() for state in (one, other))
+    got, wanted = (
+        torch.cat([state[key].flatten() for key in keys]).double() for state in (one, other)
+    )
     return float((got - wanted).norm() / wanted.norm())
 
 
@@ -88,7 +94,9 @@ def start(recipe: Path | str, folder: Path, *overrides: str) -> int:
 
 
 def _not_the_tests(status: int) -> None:
-    raise AssertionError(f"the run ended its process with {status}; what it said is on standard error")
+    raise AssertionError(
+        f"the run ended its process with {status}; what it said is on standard error"
+    )
 
 
 @contextlib.contextmanager
@@ -124,8 +132,13 @@ def once(condition: Callable[[], bool], action: Callable[[], object]) -> Iterato
     assert done.is_set(), "the block ended before the condition held"
 
 
-def wait_for(condition: Callable[[], bool], alive: Callable[[], bool], timeout_s: float = 300.0) -> None:
-    """Return when a condition holds; fail if what should bring it about has died or takes too long."""
+def wait_for(
+    condition: Callable[[], bool], alive: Callable[[], bool], timeout_s: float = 300.0
+) -> None:
+    """Return when a condition holds.
+
+    Fail if what should bring it about has died or takes too long.
+    """
     end = time.monotonic() + timeout_s
     while not condition():
         assert alive(), "it ended before the condition held"
@@ -144,5 +157,7 @@ def finite(row: dict[str, Any]) -> bool:
 
 
 def hear_ctrl_c() -> None:
-    """For a process that is born (preexec_fn): who starts tests in the background has it ignored, for all of them."""
+    """For a process that is born (preexec_fn): who starts tests in the background has it
+    ignored, for all of them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)

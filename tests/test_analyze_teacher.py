@@ -28,33 +28,58 @@ OBJECTIVE = RCMAE()
 @pytest.fixture
 def networks() -> tool.Networks:
     student = MaskedAutoencoder(
-        image_size=(16, 16), patch_size=4, in_channels=3, embed_dim=16, depth=2, num_heads=2, decoder_dim=8,
-        decoder_depth=2, decoder_heads=2,
-    ).double()  # fmt: skip
+        image_size=(16, 16),
+        patch_size=4,
+        in_channels=3,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        decoder_dim=8,
+        decoder_depth=2,
+        decoder_heads=2,
+    ).double()
     generator = torch.Generator().manual_seed(1)
     for param in student.parameters():
-        param.data.add_(torch.randn(param.shape, generator=generator, dtype=torch.float64), alpha=0.05)
+        param.data.add_(
+            torch.randn(param.shape, generator=generator, dtype=torch.float64), alpha=0.05
+        )
     return tool.Networks(student, copy.deepcopy(student))
 
 
 @pytest.fixture
 def batch(networks: tool.Networks) -> Batch:
     found = made_up_batch(networks.student, 3, torch.device("cpu"))
-    return Batch(found.images.double(), found.ids_shuffle, found.num_visible, None, ("a", "b", "c"),
-                 found.positions, found.crops)  # fmt: skip
+    return Batch(
+        found.images.double(),
+        found.ids_shuffle,
+        found.num_visible,
+        None,
+        ("a", "b", "c"),
+        found.positions,
+        found.crops,
+    )
 
 
 def weights(model: MaskedAutoencoder) -> Tensor:
     return parameters_to_vector(model.parameters()).detach()
 
 
-def test_a_teacher_that_is_the_student_pulls_at_nothing(networks: tool.Networks, batch: Batch) -> None:
+def test_a_teacher_that_is_the_student_pulls_at_nothing(
+    networks: tool.Networks, batch: Batch
+) -> None:
     found = tool.gradients(OBJECTIVE, *networks, batch)
     assert not found["consistency"].any()
     rows = tool.by_layer(found, 1.0, tool.layers(networks.student))
     assert list(rows) == [
-        "all", "embedding", "block 0", "block 1", "bridge", "decoder block 0", "decoder block 1", "head"
-    ]  # fmt: skip
+        "all",
+        "embedding",
+        "block 0",
+        "block 1",
+        "bridge",
+        "decoder block 0",
+        "decoder block 1",
+        "head",
+    ]
     assert all(row == {"cosine": 0.0, "ratio": 0.0} for row in rows.values())
 
 
@@ -66,19 +91,29 @@ def test_the_terms_gradients_add_up_to_the_trainings(networks: tool.Networks, ba
     pred = networks.student(batch.images, batch.ids_shuffle, batch.num_visible)
     taught = networks.teacher(batch.images, batch.ids_shuffle, batch.num_visible).detach()
     (pred - taught).square().mean().backward()
-    wanted = torch.cat([param.grad.flatten() for param in networks.student.parameters() if param.grad is not None])
+    wanted = torch.cat(
+        [param.grad.flatten() for param in networks.student.parameters() if param.grad is not None]
+    )
     torch.testing.assert_close(found["consistency"], wanted)
     layers = tool.layers(networks.student)
     assert torch.stack(list(layers.values())).sum(0).eq(1).all(), "each parameter is of one layer"
     rows = tool.by_layer(found, 2.0, layers)
     squares = sum(float(found["consistency"][mask].square().sum()) for mask in layers.values())
-    assert rows["all"]["ratio"] == pytest.approx(2 * squares**0.5 / float(found["reconstruction"].norm()))
+    assert rows["all"]["ratio"] == pytest.approx(
+        2 * squares**0.5 / float(found["reconstruction"].norm())
+    )
     assert -1 < rows["all"]["cosine"] < 1
 
 
-def test_what_a_step_is_taken_back_by_is_the_curvature_along_it(networks: tool.Networks, batch: Batch) -> None:
-    """A small step's consistency gradient is the Gauss-Newton matrix times the step: here by how predictions move."""
-    reconstruction, consistency = (Sum({name: OBJECTIVE.terms[name]}) for name in ("reconstruction", "consistency"))
+def test_what_a_step_is_taken_back_by_is_the_curvature_along_it(
+    networks: tool.Networks, batch: Batch
+) -> None:
+    """A small step's consistency gradient is the Gauss-Newton matrix times the step: here by how
+    predictions move.
+    """
+    reconstruction, consistency = (
+        Sum({name: OBJECTIVE.terms[name]}) for name in ("reconstruction", "consistency")
+    )
     at, student = weights(networks.student), copy.deepcopy(networks.student)
     one, other = batch.part(slice(0, 1)), batch.part(slice(1, 2))
     gradient = tool.gradients(reconstruction, *networks, one)["reconstruction"]
@@ -90,7 +125,9 @@ def test_what_a_step_is_taken_back_by_is_the_curvature_along_it(networks: tool.N
 
     shares = {}
     for name, each in (("one", one), ("other", other)):
-        change = (predicted(at + 1e-4 * gradient, each) - predicted(at - 1e-4 * gradient, each)) / 2e-4
+        change = (
+            predicted(at + 1e-4 * gradient, each) - predicted(at - 1e-4 * gradient, each)
+        ) / 2e-4
         wanted = 2 * float(change.square().mean() / gradient.square().sum())
         share, against = tool.taken_back(consistency, networks, at, gradient, 1e-5, each)
         assert share == pytest.approx(wanted, rel=1e-3)
@@ -103,11 +140,17 @@ def test_the_linear_models_gradients_are_those_of_autograd_and_of_the_algebra() 
     draw = torch.Generator().manual_seed(3)
     images = torch.randn(5, 8, generator=draw, dtype=torch.float64)
     images /= images.norm(dim=1, keepdim=True)
-    ids, other_ids = (torch.stack([torch.randperm(8, generator=draw) for _ in images]) for _ in range(2))
+    ids, other_ids = (
+        torch.stack([torch.randperm(8, generator=draw) for _ in images]) for _ in range(2)
+    )
     steps, rate, momentum = 12, 0.4, 0.9
-    found = tool.linear_model(images, ids, other_ids, 3, steps=steps, rate=rate, momentum=momentum, seed=7)
+    found = tool.linear_model(
+        images, ids, other_ids, 3, steps=steps, rate=rate, momentum=momentum, seed=7
+    )
     order = torch.randint(5, (steps + 1,), generator=torch.Generator().manual_seed(7)).tolist()
-    student, teacher = (torch.zeros(8, 8, dtype=torch.float64, requires_grad=each) for each in (True, False))
+    student, teacher = (
+        torch.zeros(8, 8, dtype=torch.float64, requires_grad=each) for each in (True, False)
+    )
     inputs = [torch.zeros(8, dtype=torch.float64) for _ in images]
     remasked = [torch.zeros(8, dtype=torch.float64) for _ in images]
     for each, masks in ((inputs, ids), (remasked, other_ids)):
@@ -117,19 +160,27 @@ def test_the_linear_models_gradients_are_those_of_autograd_and_of_the_algebra() 
     past: list[Tensor] = []
     for now, after in pairwise(order):
         a = inputs[now]
-        loss = (student @ a - images[now]).square().sum() / 2 + (student @ a - teacher @ a).square().sum() / 2
+        loss = (student @ a - images[now]).square().sum() / 2 + (
+            student @ a - teacher @ a
+        ).square().sum() / 2
         (gradient,) = torch.autograd.grad(loss, student)
         past.append(gradient)
         with torch.no_grad():
             student -= rate * gradient
             teacher = momentum * teacher + (1 - momentum) * student
-        kinds = [(tool.SAME, a), (tool.REMASKED, remasked[now])] + [(tool.OTHER, inputs[after])] * (now != after)
+        kinds = [(tool.SAME, a), (tool.REMASKED, remasked[now])] + [(tool.OTHER, inputs[after])] * (
+            now != after
+        )
         for kind, b in kinds:
             point = next(points)
             consistency = (student @ b - teacher @ b).square().sum() / 2
             (pull,) = torch.autograd.grad(consistency, student)
             ages = range(len(past), 0, -1)
-            told = -rate * sum(momentum**age * each for age, each in zip(ages, past, strict=True)) @ torch.outer(b, b)
+            told = (
+                -rate
+                * sum(momentum**age * each for age, each in zip(ages, past, strict=True))
+                @ torch.outer(b, b)
+            )
             torch.testing.assert_close(pull, told)
             unit = rate * momentum * b @ b * gradient.square().sum()
             assert point["kind"] == kind
@@ -141,7 +192,9 @@ def test_the_linear_models_gradients_are_those_of_autograd_and_of_the_algebra() 
     assert found["error"] < 1e-12
 
 
-def test_the_page_of_a_run(uninterrupted: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_a_run(
+    uninterrupted: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(uninterrupted.path.rglob("*"))
     given = ["--images", "8", "--pairs", "3", "--out", str(tmp_path)]
     assert tool.main([str(uninterrupted.path), *given]) == 0
@@ -151,7 +204,9 @@ def test_the_page_of_a_run(uninterrupted: Folder, tmp_path: Path, capsys: pytest
     for each in told["checkpoints"]:
         assert each["taken_back"][tool.SAME] == {"q1": 1.0, "median": 1.0, "q3": 1.0}
         assert each["layers"]["all"]["ratio"] > 0
-        assert each["own_teacher"][tool.SAME]["with_way_gone"] > 0, "a teacher behind its student pulls it back"
+        assert each["own_teacher"][tool.SAME]["with_way_gone"] > 0, (
+            "a teacher behind its student pulls it back"
+        )
         assert f"{each['layers']['all']['cosine']:.3f}" in said
     assert len(told["pairs"]) == 3 * (2 + tool.OTHERS_EACH)
     assert told["linear_model"]["error"] < 1e-9

@@ -42,7 +42,9 @@ def test_without_a_class_token_rollout_is_what_reaches_the_mean_of_the_patches()
     torch.testing.assert_close(rollout(maps[:, 0], class_token=False), reached / reached.max())
     swapped = torch.tensor([[0.0, 1.0], [0.0, 1.0]])  # both patches read the second
     assert rollout(swapped[None, None], class_token=False).tolist() == pytest.approx([1 / 3, 1.0])
-    assert rollout(swapped[None, None], class_token=False, discard=0.5).tolist() == pytest.approx([1 / 3, 1.0])
+    assert rollout(swapped[None, None], class_token=False, discard=0.5).tolist() == pytest.approx(
+        [1 / 3, 1.0]
+    )
 
 
 def test_class_attention_differs_by_class_and_is_not_negative() -> None:

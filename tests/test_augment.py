@@ -1,4 +1,6 @@
-"""What fine-tuning does to images hangs on positions alone, and leaves the global generators as they were."""
+"""What fine-tuning does to images hangs on positions alone, and leaves the global generators as
+they were.
+"""
 
 import io
 import random
@@ -22,7 +24,10 @@ def jpeg() -> bytes:
 
 def test_rand_augment_is_keyed_by_position_and_every_magnitude_works() -> None:
     transform = AugmentTransform(TrainTransform((32, 32)), "rand-m9-mstd0.5-inc1", (0.5, 0.5, 0.5))
-    data, before = jpeg(), (random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state())
+    data, before = (
+        jpeg(),
+        (random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()),
+    )
     views = [transform(data, 0, position).image for position in range(60)]
     assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in views)
     assert torch.equal(views[7], transform(data, 0, 7).image)
@@ -43,7 +48,9 @@ def test_unknown_policies_are_refused() -> None:
 
 def test_erasing_is_keyed_by_position_and_as_frequent_as_asked() -> None:
     clean = torch.zeros(400, 3, 16, 16)
-    batch = erase(batch_of(clean.clone(), torch.zeros(400, dtype=torch.int64)), probability=0.25, seed=1)
+    batch = erase(
+        batch_of(clean.clone(), torch.zeros(400, dtype=torch.int64)), probability=0.25, seed=1
+    )
     hit = batch.images.flatten(1).abs().sum(1) > 0
     assert hit.double().mean().item() == pytest.approx(0.25, abs=0.07)
     share = (batch.images[hit] != 0).double().mean().item()
@@ -53,7 +60,9 @@ def test_erasing_is_keyed_by_position_and_as_frequent_as_asked() -> None:
 
 
 @pytest.mark.parametrize(("world", "micros"), [(1, 1), (1, 3), (2, 1), (2, 2), (4, 3)])
-def test_partners_are_the_same_on_any_number_of_ranks_and_micro_batches(world: int, micros: int) -> None:
+def test_partners_are_the_same_on_any_number_of_ranks_and_micro_batches(
+    world: int, micros: int
+) -> None:
     images = torch.arange(24.0).view(24, 1, 1, 1)
     found = {}
     for rank in range(world):
@@ -78,6 +87,12 @@ def test_shares_are_those_of_the_pixels_and_of_the_targets() -> None:
         assert out.mean().item() == pytest.approx(mix.share, abs=1e-5)
         target = mixed_targets(labels, others, mix, num_classes=4, smoothing=0.0)
         assert target[:, 3].tolist() == pytest.approx([1 - mix.share] * 4, abs=1e-6)
-        kinds.add("none" if mix.share == 1.0 and mix.box is None else "mixup" if mix.box is None else "cutmix")
+        kinds.add(
+            "none"
+            if mix.share == 1.0 and mix.box is None
+            else "mixup"
+            if mix.box is None
+            else "cutmix"
+        )
     assert kinds == {"none", "mixup", "cutmix"}
     assert torch.equal(mixed(images, mates, Mix(1.0, None)), images)

@@ -1,4 +1,6 @@
-"""The batch norm over all ranks is torch's over the whole batch: outputs, gradients and statistics."""
+"""The batch norm over all ranks is torch's over the whole batch: outputs, gradients and
+statistics.
+"""
 
 import json
 from collections.abc import Callable
@@ -43,7 +45,9 @@ def test_on_one_process_it_is_torchs(affine: bool) -> None:
 
 
 def test_on_two_ranks_it_is_torchs_over_all_rows(ranks: Callable[..., Ranks]) -> None:
-    line = next(line for line in ranks(str(PROGRAM)).succeed().splitlines() if line.startswith("RESULT "))
+    line = next(
+        line for line in ranks(str(PROGRAM)).succeed().splitlines() if line.startswith("RESULT ")
+    )
     for name, difference in json.loads(line.removeprefix("RESULT ")).items():
         assert difference < 1e-5, name
 

@@ -1,4 +1,6 @@
-"""The benchmark measures what it says: the plain path is the same mathematics, and the parts add up to the step."""
+"""The benchmark measures what it says: the plain path is the same mathematics, and the parts add
+up to the step.
+"""
 
 import copy
 import json
@@ -16,9 +18,16 @@ from tools.bench_step import Bench, NoWatch, PlainObjective, Variant, made_up_ba
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
-    "image_size": (24, 32), "patch_size": 8, "in_channels": 3, "embed_dim": 16, "depth": 2, "num_heads": 2,
-    "decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3,
-}  # fmt: skip
+    "image_size": (24, 32),
+    "patch_size": 8,
+    "in_channels": 3,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "decoder_dim": 12,
+    "decoder_depth": 2,
+    "decoder_heads": 3,
+}
 
 
 @pytest.mark.parametrize("objective", ["mae", "rcmae"])
@@ -40,7 +49,8 @@ def test_plain_path_gives_the_losses_and_gradients_of_the_lean_one(objective):
         sum(sums.values()).backward()
         results[plain] = sums, [param.grad.clone() for param in student.parameters()]
     for term, value in results[False][0].items():
-        torch.testing.assert_close(results[True][0][term], value, rtol=1e-6, atol=0)  # the mask is float32
+        # the mask is float32
+        torch.testing.assert_close(results[True][0][term], value, rtol=1e-6, atol=0)
     for plain, lean in zip(results[True][1], results[False][1], strict=True):
         torch.testing.assert_close(plain, lean, rtol=1e-6, atol=1e-9)
 
@@ -65,18 +75,32 @@ def test_unknown_variants_are_refused(name, capsys):
 
 def test_quick_run_reports_parts_that_add_up(tmp_path):
     names = ["mae-lean-fp32-eager", "rcmae-plain-fp32-eager"]
-    command = [sys.executable, "tools/bench_step.py", "--quick", "--threads", "1", "--variants", *names, "--json"]
+    command = [
+        sys.executable,
+        "tools/bench_step.py",
+        "--quick",
+        "--threads",
+        "1",
+        "--variants",
+        *names,
+        "--json",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert [row["variant"] for row in report["variants"]] == names
     for row in report["variants"]:
-        expected = set(bench_step.PHASES) - (set() if "rcmae" in row["variant"] else {"teacher_forward", "ema"})
+        expected = set(bench_step.PHASES) - (
+            set() if "rcmae" in row["variant"] else {"teacher_forward", "ema"}
+        )
         assert set(row["phases_s"]) == expected | {"rest"}
         assert all(part["min"] >= 0 for part in row["phases_s"].values())
-        assert sum(row["share_of_step"].values()) == pytest.approx(1.0, abs=0.2)  # medians of two rounds
+        # medians of two rounds
+        assert sum(row["share_of_step"].values()) == pytest.approx(1.0, abs=0.2)
         assert row["peak_bytes"] is None or set(row["peak_bytes"]) == expected | {"step"}
-        assert row["images_per_s"] == pytest.approx(report["settings"]["batch"] / row["step_s"]["median"])
+        assert row["images_per_s"] == pytest.approx(
+            report["settings"]["batch"] / row["step_s"]["median"]
+        )
         assert 0 < row["share_of_ceiling"] < 1
     assert report["ceilings"]["fp32"]["best"] > 0
     assert report["hardware"]["threads"] == 1

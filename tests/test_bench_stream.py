@@ -14,21 +14,36 @@ TOOL = Path(__file__).parent.parent / "tools" / "bench_stream.py"
 
 
 def run(*args):
-    return subprocess.run([sys.executable, str(TOOL), *map(str, args)], capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [sys.executable, str(TOOL), *map(str, args)], capture_output=True, text=True, timeout=240
+    )
 
 
 def test_it_reports_rates_of_every_side_and_the_likeness_of_the_views(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in range(32):
             file = io.BytesIO()
-            Image.fromarray(load_sample_images().images[number % 2]).save(file, "JPEG", quality=90 - number % 8)
+            Image.fromarray(load_sample_images().images[number % 2]).save(
+                file, "JPEG", quality=90 - number % 8
+            )
             member = tarfile.TarInfo(f"{number}.jpg")
             member.size = file.tell()
             tar.addfile(member, io.BytesIO(file.getvalue()))
     done = run(
-        tmp_path / "a.tar", "--image-size", 48, "--longer-side", 500, "--samples", 32, "--rounds", 1, "--workers", 1,
-        "--json", tmp_path / "out.json",
-    )  # fmt: skip
+        tmp_path / "a.tar",
+        "--image-size",
+        48,
+        "--longer-side",
+        500,
+        "--samples",
+        32,
+        "--rounds",
+        1,
+        "--workers",
+        1,
+        "--json",
+        tmp_path / "out.json",
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["images"] == 32

@@ -1,4 +1,6 @@
-"""Damage of every kind: a run goes on or stops as it was told, and the tool names, counts and mends it."""
+"""Damage of every kind: a run goes on or stops as it was told, and the tool names, counts and
+mends it.
+"""
 
 import importlib
 import io
@@ -18,7 +20,8 @@ from PIL import Image
 from rcmae.shards import Plan, ShardIndex
 from runs import Folder, start
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))  # worker processes find it there, too
+# worker processes find it there, too
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 main = importlib.import_module("check_shards").main
 
 
@@ -34,7 +37,9 @@ def bomb():
 
 @pytest.fixture(scope="module")
 def damaged(photo_shards, tmp_path_factory):
-    """(index as it was, ids of what was damaged): one sample of each kind, and the second half of one shard."""
+    """(index as it was, ids of what was damaged): one sample of each kind, and the second half
+    of one shard.
+    """
     folder = tmp_path_factory.mktemp("damaged")
     for path in Path(photo_shards).parent.glob("*.tar"):
         shutil.copy(path, folder)
@@ -54,7 +59,9 @@ def damaged(photo_shards, tmp_path_factory):
             elif kind == "bomb":
                 data[: len(bomb())] = bomb()[: len(data)]
             else:
-                data[:] = (b"no photograph " * 9000 if kind == "text" else bytes(sample.size))[: sample.size]
+                data[:] = (b"no photograph " * 9000 if kind == "text" else bytes(sample.size))[
+                    : sample.size
+                ]
             file.seek(sample.offset)
             file.write(data)
         bad.add(sample.id)
@@ -65,7 +72,9 @@ def damaged(photo_shards, tmp_path_factory):
     return index, bad | {index[number].id for number in range(20, 40)}
 
 
-def test_a_run_over_damage_has_all_its_steps_and_names_each_sample(tiny, damaged, uninterrupted, tmp_path, capsys):
+def test_a_run_over_damage_has_all_its_steps_and_names_each_sample(
+    tiny, damaged, uninterrupted, tmp_path, capsys
+):
     index, bad = damaged
     shards = f"data.shards={Path(index.shards[0].path).parent}/photo-*.tar"
     run = Folder(tmp_path / "run")
@@ -75,7 +84,8 @@ def test_a_run_over_damage_has_all_its_steps_and_names_each_sample(tiny, damaged
     order = [index[number].id for number in plan.requests(0, 20 * 32).samples.tolist()]
     expected = {position: name for position, name in enumerate(order) if name in bad}
     told = run.events("bad_sample")
-    assert {entry["position"]: f"{entry['shard']}/{entry['key']}" for entry in told} == expected  # and no other moved
+    # and no other moved
+    assert {entry["position"]: f"{entry['shard']}/{entry['key']}" for entry in told} == expected
     assert set(expected.values()) == bad  # each was met in the 20 steps
     assert run.events("short_shards")
 
@@ -108,15 +118,20 @@ def test_a_sample_of_no_bytes_is_replaced_too(tmp_path):
             tar.addfile(member, io.BytesIO(data))
     index = ShardIndex.open(str(tmp_path / "x.tar"))
     stream = Stream(
-        index=index, plan=Plan(index.counts, 0, 3, 1, 3), transform=TrainTransform((8, 8)), mask=RandomMask(4, 1),
-        seed=0, micro=3, max_bad_fraction=1.0,
-    )  # fmt: skip
+        index=index,
+        plan=Plan(index.counts, 0, 3, 1, 3),
+        transform=TrainTransform((8, 8)),
+        mask=RandomMask(4, 1),
+        seed=0,
+        micro=3,
+        max_bad_fraction=1.0,
+    )
     (batch,) = next(stream.steps(0))
     assert sorted(batch.keys) == ["x/0", "x/2", "x/2"]
     assert [entry.key for entry in stream.drain_bad()] == ["1"]
 
 
-# ------------------------------------------------------------------------------------------------------------ the tool
+# ----------------------------------------------------------------------------------------- the tool
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
@@ -126,14 +141,23 @@ def test_verify_names_what_is_wrong_and_repair_leaves_it_out(damaged, tmp_path, 
     picture = tmp_path / "sizes.png"
     assert main(["verify", pattern, "--jobs", jobs, "--json", "--picture", str(picture)]) == 1
     told = json.loads(capsys.readouterr().out)
-    named = {f"{row['shard'].removesuffix('.tar')}/{row['key']}" for row in told["rejected"] if row["offset"] >= 0}
+    named = {
+        f"{row['shard'].removesuffix('.tar')}/{row['key']}"
+        for row in told["rejected"]
+        if row["offset"] >= 0
+    }
     assert named | {index[number].id for number in range(20, 40)} == bad
     assert [row["reason"] for row in told["rejected"] if row["shard"] == "photo-000000.tar"] == [
         "the tar breaks off: unexpected end of data",
         "its index names 40 samples: 20 of them were not found, and 0 were that it does not name;"
         " get the tar anew, or run tools/index_shards.py --rebuild on it",
     ]
-    assert told["samples"] == 240 - len(bad) == sum(told["classes"].values()) == sum(told["shorter_sides"].values())
+    assert (
+        told["samples"]
+        == 240 - len(bad)
+        == sum(told["classes"].values())
+        == sum(told["shorter_sides"].values())
+    )
     with Image.open(picture) as drawn:
         assert drawn.size[0] == 640
 
@@ -143,17 +167,24 @@ def test_verify_names_what_is_wrong_and_repair_leaves_it_out(damaged, tmp_path, 
     assert main(["verify", f"{clean}/*.tar", "--jobs", jobs]) == 0
     mended = ShardIndex.load(clean)
     assert mended.fingerprint == fingerprint
-    assert {mended[number].id for number in range(len(mended))} == {index[n].id for n in range(240)} - bad
+    assert {mended[number].id for number in range(len(mended))} == {
+        index[n].id for n in range(240)
+    } - bad
     one = mended[100]
     original = next(index[number] for number in range(240) if index[number].id == one.id)
     assert one.label == original.label
-    content = [Path(each.path).read_bytes()[each.offset : each.offset + each.size] for each in (one, original)]
+    content = [
+        Path(each.path).read_bytes()[each.offset : each.offset + each.size]
+        for each in (one, original)
+    ]
     assert content[0] == content[1]
     assert main(["repair", pattern, "--out", str(clean)]) == 2
     assert "has photo-000000.tar already" in capsys.readouterr().err
 
 
-def test_verify_finds_keys_that_are_there_twice_and_bytes_that_changed(photo_shards, tmp_path, capsys):
+def test_verify_finds_keys_that_are_there_twice_and_bytes_that_changed(
+    photo_shards, tmp_path, capsys
+):
     source = Path(photo_shards).parent / "photo-000001.tar"
     with tarfile.open(source) as tar:
         members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()[:6]]
@@ -202,8 +233,17 @@ def test_verify_sees_flaws_that_decoders_get_over(tmp_path, capsys):
     flipped[flipped.index(b"IEND") - 5] ^= 0xFF  # the CRC of the pixels
     with Image.open(io.BytesIO(flipped)) as image:
         image.load()
-    tar_of(tmp_path / "x.tar", {"a.jpg": jpeg(0), "b.jpg": photo, "c.png": png.getvalue(), "d.png": flipped,
-                                 "e.jpg": jpeg(0, "CMYK"), "f.jpg": inks})  # fmt: skip
+    tar_of(
+        tmp_path / "x.tar",
+        {
+            "a.jpg": jpeg(0),
+            "b.jpg": photo,
+            "c.png": png.getvalue(),
+            "d.png": flipped,
+            "e.jpg": jpeg(0, "CMYK"),
+            "f.jpg": inks,
+        },
+    )
     assert main(["verify", f"{tmp_path}/x.tar", "--jobs", "1", "--json"]) == 1
     rejected = json.loads(capsys.readouterr().out)["rejected"]
     assert [row["key"] for row in rejected] == ["b", "d", "f"]
@@ -215,7 +255,10 @@ def test_images_of_any_number_of_bands_are_verified(tmp_path, capsys):
     for suffix, write in (("npy", np.save), ("tif", tifffile.imwrite)):
         file = io.BytesIO()
         write(file, np.random.RandomState(0).randint(0, 65535, (24, 32, 5), np.uint16))
-        files |= {f"{suffix}.{suffix}": file.getvalue(), f"{suffix}cut.{suffix}": file.getvalue()[:5000]}
+        files |= {
+            f"{suffix}.{suffix}": file.getvalue(),
+            f"{suffix}cut.{suffix}": file.getvalue()[:5000],
+        }
     tar_of(tmp_path / "x.tar", files)
     assert main(["verify", f"{tmp_path}/x.tar", "--jobs", "1", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
@@ -230,12 +273,22 @@ def test_tars_without_anything_in_them_are_damaged_like_others(tmp_path, capsys)
     tar_of(tmp_path / "whole.tar", {"a.jpg": jpeg(0)})
     tar_of(tmp_path / "flawed.tar", {"b.jpg": jpeg(1)[:600], "c.jpg": jpeg(2)})
     assert main(["verify", f"{tmp_path}/*.tar", "--jobs", "1", "--json"]) == 1
-    rejected = {row["shard"]: row["reason"] for row in json.loads(capsys.readouterr().out)["rejected"]}
+    rejected = {
+        row["shard"]: row["reason"] for row in json.loads(capsys.readouterr().out)["rejected"]
+    }
     assert rejected.keys() == {"empty.tar", "end.tar", "flawed.tar"}
-    assert (rejected["empty.tar"], rejected["end.tar"]) == ("the tar breaks off: empty file", "the tar holds no files")
+    assert (rejected["empty.tar"], rejected["end.tar"]) == (
+        "the tar breaks off: empty file",
+        "the tar holds no files",
+    )
     assert main(["repair", f"{tmp_path}/*.tar", "--out", f"{tmp_path}/clean", "--jobs", "1"]) == 1
-    assert "left out, for nothing in them can be read: empty.tar, end.tar" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "clean").glob("*.tar")) == ["flawed.tar", "whole.tar"]
+    assert (
+        "left out, for nothing in them can be read: empty.tar, end.tar" in capsys.readouterr().out
+    )
+    assert sorted(path.name for path in (tmp_path / "clean").glob("*.tar")) == [
+        "flawed.tar",
+        "whole.tar",
+    ]
     assert main(["verify", f"{tmp_path}/clean/*.tar", "--jobs", "1"]) == 0
     assert main(["repair", f"{tmp_path}/e*.tar", "--out", f"{tmp_path}/none", "--jobs", "1"]) == 1
     assert not list((tmp_path / "none").iterdir())
@@ -261,7 +314,9 @@ def test_a_reader_of_the_report_may_go_early(tmp_path):
     tar_of(tmp_path / "x.tar", {f"{number}.jpg": b"text" for number in range(5000)})
     tool = Path(__file__).parent.parent / "tools" / "check_shards.py"
     command = [sys.executable, tool, "verify", tmp_path / "x.tar", "--jobs", "1", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as job:
         job.stdout.readline()
         job.stdout.close()
         assert job.stderr.read() == ""

@@ -1,4 +1,6 @@
-"""A checkpoint is committed or never was: whatever is broken, the run goes on from the newest that is whole."""
+"""A checkpoint is committed or never was: whatever is broken, the run goes on from the newest
+that is whole.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def files(root: Path) -> dict[Path, bytes]:
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-# ------------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def flip(at: float) -> Callable[[Path], None]:
@@ -85,10 +87,23 @@ def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
 
 RANK, MANIFEST = "rank-00000.safetensors", "manifest.json"
 NEWER = checkpoint.FORMAT + 1
-DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # the file, what happens to it, what is said
-    "a flipped length of the header": (RANK, flip(0), "20/rank-00000.safetensors differs from its checksum"),
-    "a flipped byte of the header": (RANK, flip(0.001), "20/rank-00000.safetensors differs from its checksum"),
-    "a flipped byte of a tensor": (RANK, flip(0.5), "20/rank-00000.safetensors differs from its checksum"),
+# the file, what happens to it, what is said
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a flipped length of the header": (
+        RANK,
+        flip(0),
+        "20/rank-00000.safetensors differs from its checksum",
+    ),
+    "a flipped byte of the header": (
+        RANK,
+        flip(0.001),
+        "20/rank-00000.safetensors differs from its checksum",
+    ),
+    "a flipped byte of a tensor": (
+        RANK,
+        flip(0.5),
+        "20/rank-00000.safetensors differs from its checksum",
+    ),
     "a flipped last byte": (RANK, flip(1), "20/rank-00000.safetensors differs from its checksum"),
     "half a file": (RANK, cut(0.5), "20/rank-00000.safetensors has "),
     "an empty file": (RANK, cut(0), "20/rank-00000.safetensors has 0 bytes"),
@@ -97,34 +112,49 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # the file, w
     "half a manifest": (MANIFEST, cut(0.5), "20/manifest.json cannot be read"),
     "an empty manifest": (MANIFEST, cut(0), "20/manifest.json cannot be read"),
     "no manifest": (MANIFEST, Path.unlink, "20 has no manifest.json: it was never committed"),
-    "a list for a manifest": (MANIFEST, lambda path: path.write_text("[1]"), "20/manifest.json cannot be read"),
+    "a list for a manifest": (
+        MANIFEST,
+        lambda path: path.write_text("[1]"),
+        "20/manifest.json cannot be read",
+    ),
     "a flipped first byte of the manifest": (MANIFEST, flip(0), "20/manifest.json cannot be read"),
     "another place in the data in the manifest": (
-        MANIFEST, rewrite(lambda d: d.update(images=32)), "20/manifest.json differs from its own checksum",
+        MANIFEST,
+        rewrite(lambda d: d.update(images=32)),
+        "20/manifest.json differs from its own checksum",
     ),
     "other runs in the manifest": (
-        MANIFEST, rewrite(lambda d: d["tensors"]["weight/norm.weight"]["runs"][0].__setitem__(1, 1)),
+        MANIFEST,
+        rewrite(lambda d: d["tensors"]["weight/norm.weight"]["runs"][0].__setitem__(1, 1)),
         "20/manifest.json differs from its own checksum",
     ),
     "a manifest of the future": (
-        MANIFEST, rewrite(lambda d: d.update(format=NEWER)),
+        MANIFEST,
+        rewrite(lambda d: d.update(format=NEWER)),
         f"20/manifest.json is of format {NEWER}, this rcmae reads up to {NEWER - 1}: update rcmae",
     ),
-}  # fmt: skip
+}
 
 
 def test_what_a_run_is_held_to_is_the_checkpoint_that_it_goes_on_from(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, faster = Folder(tmp_path / "run"), ["schedule.lr=5.0e-3", "checkpoint.allow=[schedule.lr]"]
+    folder, faster = (
+        Folder(tmp_path / "run"),
+        ["schedule.lr=5.0e-3", "checkpoint.allow=[schedule.lr]"],
+    )
     assert start(tiny, folder.path, "run.stop_after_steps=2") == 75
     assert start(tiny, folder.path, "run.stop_after_steps=2", *faster) == 75
     flip(0.5)(folder.checkpoints / "step-00000004" / RANK)
     capsys.readouterr()
     assert start(tiny, folder.path, faster[0]) == 2  # the one that had it is damaged
-    assert "step-00000002 is of another recipe: schedule.lr: 0.001 in the run, 0.005 asked" in capsys.readouterr().err
+    assert (
+        "step-00000002 is of another recipe: schedule.lr: 0.001 in the run, 0.005 asked"
+        in capsys.readouterr().err
+    )
     assert folder.events("stop")[-1]["step"] == 4, "nothing was done"
-    assert start(tiny, folder.path, "run.stop_after_steps=1") == 75  # and the damaged one stands in nobody's way
+    # and the damaged one stands in nobody's way
+    assert start(tiny, folder.path, "run.stop_after_steps=1") == 75
     assert folder.events("resume")[-1]["step"] == 2
 
 
@@ -138,8 +168,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
     assert f"{folder.checkpoints}/step-000000{named}" in capsys.readouterr().err
     resumed = folder.events("resume")[-1]
     assert resumed["step"] == 15
-    assert any(f"{folder.checkpoints}/step-000000{named}" in text for text in resumed["passed_over"])
-    assert folder.committed() == [5, 10, 15, 20]  # nothing valid was deleted, and the last step committed anew
+    assert any(
+        f"{folder.checkpoints}/step-000000{named}" in text for text in resumed["passed_over"]
+    )
+    # nothing valid was deleted, and the last step committed anew
+    assert folder.committed() == [5, 10, 15, 20]
     assert folder.steps() == list(range(1, 21))
     assert equal(folder.state(), uninterrupted.state())
 
@@ -155,7 +188,8 @@ def test_no_flipped_byte_of_a_manifest_goes_unseen(folder: Folder) -> None:
             changed[at] ^= bit
             file.write_bytes(changed)
             try:
-                assert checkpoint.read_manifest(path) == right, f"byte {at}, bit {bit}"  # white space became other such
+                # white space became other such
+                assert checkpoint.read_manifest(path) == right, f"byte {at}, bit {bit}"
             except checkpoint.CheckpointError:
                 seen += 1
     assert seen > len(whole) / 211
@@ -185,7 +219,9 @@ def test_several_damaged_checkpoints_are_all_named_and_without_a_whole_one_nothi
 
 
 @pytest.mark.parametrize("text", ["", "step-00000099\n", None])
-def test_latest_is_for_people_and_a_wrong_one_misleads_no_run(tiny: Path, folder: Folder, text: str | None) -> None:
+def test_latest_is_for_people_and_a_wrong_one_misleads_no_run(
+    tiny: Path, folder: Folder, text: str | None
+) -> None:
     latest = folder.checkpoints / "LATEST"
     latest.unlink()
     if text is not None:
@@ -196,12 +232,17 @@ def test_latest_is_for_people_and_a_wrong_one_misleads_no_run(tiny: Path, folder
     assert latest.read_text() == "step-00000017\n"
 
 
-# ------------------------------------------------------------------------------------------------------ retention
+# ---------------------------------------------------------------------------------------- retention
 
 
 def test_retention_keeps_the_newest_and_those_for_good(tiny: Path, tmp_path: Path) -> None:
     run = Folder(tmp_path / "run")
-    often = ["checkpoint.every_steps=1", "checkpoint.keep=3", "checkpoint.keep_every=5", "run.stop_after_steps=12"]
+    often = [
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=3",
+        "checkpoint.keep_every=5",
+        "run.stop_after_steps=12",
+    ]
     assert start(tiny, run.path, *often) == 75
     assert run.committed() == [5, 10, 11, 12]
     assert run.leftovers() == []
@@ -218,18 +259,24 @@ def test_retention_counts_valid_checkpoints_alone(folder: Folder) -> None:
     assert (manifest.step, len(passed_over)) == (10, 2)
 
 
-def test_one_checkpoint_to_keep_still_means_that_the_one_before_stays(tiny: Path, tmp_path: Path) -> None:
+def test_one_checkpoint_to_keep_still_means_that_the_one_before_stays(
+    tiny: Path, tmp_path: Path
+) -> None:
     run = Folder(tmp_path / "run")
     assert start(tiny, run.path, "checkpoint.every_steps=3", "checkpoint.keep=1") == 0
-    assert run.committed() == [18, 20]  # a writer that lost the run must not delete what its follower goes on from
+    # a writer that lost the run must not delete what its follower goes on from
+    assert run.committed() == [18, 20]
 
 
-# ---------------------------------------------------------------------------------------------- writes that fail
+# --------------------------------------------------------------------------------- writes that fail
 
 
 @pytest.fixture
 def file_size_limit() -> Iterator[Callable[[int | None], None]]:
-    """Set the size from which on writes to a file fail, here and now; None lifts it. The system does the failing."""
+    """Set the size from which on writes to a file fail, here and now; None lifts it.
+
+    The system does the failing.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size: int | None) -> None:
@@ -240,18 +287,31 @@ def file_size_limit() -> Iterator[Callable[[int | None], None]]:
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_what_was_committed_before(
-    tiny: Path, tmp_path: Path, uninterrupted: Folder, capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    tmp_path: Path,
+    uninterrupted: Folder,
+    capsys: pytest.CaptureFixture[str],
     file_size_limit: Callable[[int | None], None],
-) -> None:  # fmt: skip
+) -> None:
     run = Folder(tmp_path / "run")
     often = "checkpoint.every_steps=3"
     assert start(tiny, run.path, often, "run.stop_after_steps=4") == 75
-    before = {path: data for path, data in files(run.checkpoints).items() if path.parts[0].startswith("step-")}
+    before = {
+        path: data
+        for path, data in files(run.checkpoints).items()
+        if path.parts[0].startswith("step-")
+    }
     file_size_limit(SMALL)
     assert start(tiny, run.path, often) == 1
     file_size_limit(None)
     said = capsys.readouterr().err
-    for text in ("was not written", "rank-00000.safetensors", "File too large", "Free space", "start the same command"):
+    for text in (
+        "was not written",
+        "rank-00000.safetensors",
+        "File too large",
+        "Free space",
+        "start the same command",
+    ):
         assert text in said
     assert run.outcome()["status"] == "failed"
     assert len(run.events("checkpoint_failed")) == 3
@@ -266,9 +326,13 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_was_committed_before(
 
 @pytest.mark.parametrize("every_steps", ["5", "null"])  # null: of the last step alone
 def test_a_disk_that_is_full_for_a_while_costs_no_step(
-    tiny: Path, tmp_path: Path, uninterrupted: Folder, file_size_limit: Callable[[int | None], None],
-    monkeypatch: pytest.MonkeyPatch, every_steps: str,
-) -> None:  # fmt: skip
+    tiny: Path,
+    tmp_path: Path,
+    uninterrupted: Folder,
+    file_size_limit: Callable[[int | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+    every_steps: str,
+) -> None:
     run, mkdir, tries = Folder(tmp_path / "run"), os.mkdir, []
 
     def full_for_two_tries(path: Any, *args: Any, **named: Any) -> None:
@@ -290,11 +354,17 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(
 def test_a_commit_whose_pointer_could_not_be_moved_is_none_the_less_one(
     tiny: Path, tmp_path: Path, uninterrupted: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last step's: its next try finds the folder in place, and must neither fail for it nor write it anew."""
+    """The last step's: its next try finds the folder in place, and must neither fail for it nor
+    write it anew.
+    """
     run, replace, refused = Folder(tmp_path / "run"), os.replace, []
 
     def refuse_once(source: Any, target: Any) -> None:
-        if Path(target).name == "LATEST" and (run.checkpoints / "step-00000020").exists() and not refused:
+        if (
+            Path(target).name == "LATEST"
+            and (run.checkpoints / "step-00000020").exists()
+            and not refused
+        ):
             refused.append(os.stat(run.checkpoints / "step-00000020").st_ino)
             raise OSError(28, "No space left on device", str(target))
         replace(source, target)
@@ -327,9 +397,12 @@ def permissions_count() -> Iterator[None]:
 
 @pytest.mark.usefixtures("permissions_count")
 def test_a_folder_that_turns_read_only_loses_nothing_and_is_named(
-    tiny: Path, tmp_path: Path, uninterrupted: Folder, capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    tmp_path: Path,
+    uninterrupted: Folder,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     run, replace = Folder(tmp_path / "run"), os.replace
     often = "checkpoint.every_steps=3"
 
@@ -342,7 +415,12 @@ def test_a_folder_that_turns_read_only_loses_nothing_and_is_named(
     assert start(tiny, run.path, often) == 1
     monkeypatch.undo()
     said = capsys.readouterr().err
-    for text in (f"{run.checkpoints}/.writing-step-", "Permission denied", "mend the folder", "start the same command"):
+    for text in (
+        f"{run.checkpoints}/.writing-step-",
+        "Permission denied",
+        "mend the folder",
+        "start the same command",
+    ):
         assert text in said
     assert len(run.events("checkpoint_failed")) == 3
     assert run.committed() == [3, 6]
@@ -352,7 +430,10 @@ def test_a_folder_that_turns_read_only_loses_nothing_and_is_named(
         locked.chmod(0o555)
         assert start(tiny, run.path, often) == 2  # and no rank trains
         said = capsys.readouterr().err
-        assert f"run.dir={run.path} cannot be written: [Errno 13] Permission denied: '{run.path}/{named}/" in said
+        assert (
+            f"run.dir={run.path} cannot be written: [Errno 13] Permission denied: "
+            f"'{run.path}/{named}/"
+        ) in said
         assert "make it writable, or use another run.dir" in said
         locked.chmod(0o755)
     assert files(run.checkpoints) == before
@@ -392,15 +473,25 @@ def test_a_rank_that_cannot_write_or_a_damaged_part_of_one_rank_is_every_ranks_n
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_call_of_a_save_leaves_the_run_as_it_was_or_one_save_further(tiny: Path, tmp_path: Path) -> None:
+def test_a_kill_at_any_call_of_a_save_leaves_the_run_as_it_was_or_one_save_further(
+    tiny: Path, tmp_path: Path
+) -> None:
     recipe = tmp_path / "short.yaml"
-    recipe.write_text(tiny.read_text().replace("steps: 20", "steps: 12").replace("images: 32", "images: 8"))
+    recipe.write_text(
+        tiny.read_text().replace("steps: 20", "steps: 12").replace("images: 32", "images: 8")
+    )
     ended = subprocess.run(
-        [sys.executable, str(PROGRAMS / "killed_saves.py"), str(recipe), str(tmp_path)], capture_output=True, text=True,
+        [sys.executable, str(PROGRAMS / "killed_saves.py"), str(recipe), str(tmp_path)],
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert ended.returncode == 0, ended.stderr
-    found = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith("RESULT ")).partition(" ")[2])
+    found = json.loads(
+        next(line for line in ended.stdout.splitlines() if line.startswith("RESULT ")).partition(
+            " "
+        )[2]
+    )
     assert len(found) >= 12
     for kill in found:
         assert kill["committed"] in ([4], [4, 8], [8, 12], [4, 8, 12]), kill
@@ -417,7 +508,7 @@ def test_what_killed_writers_left_is_removed(tiny: Path, folder: Folder) -> None
     assert folder.leftovers() == []
 
 
-# ------------------------------------------------------------------------------------------------ what is written
+# ---------------------------------------------------------------------------------- what is written
 
 
 def library_view(path: Path) -> dict[str, torch.Tensor]:
@@ -425,7 +516,9 @@ def library_view(path: Path) -> dict[str, torch.Tensor]:
     document = json.loads((path / "manifest.json").read_text())
     held = {name: load_file(path / name) for name in document["files"]}
     return {
-        key: torch.cat([held[file][f"{key}@{begin}"] for file, begin, _ in row["runs"]]).view(row["shape"])
+        key: torch.cat([held[file][f"{key}@{begin}"] for file, begin, _ in row["runs"]]).view(
+            row["shape"]
+        )
         for key, row in document["tensors"].items()
     }
 
@@ -434,11 +527,18 @@ def library_view(path: Path) -> dict[str, torch.Tensor]:
 def engine() -> LocalEngine:
     student, teacher = (
         MaskedAutoencoder(
-            image_size=(16, 16), patch_size=8, in_channels=3, embed_dim=24, depth=2, num_heads=2,
-            decoder_dim=20, decoder_depth=1, decoder_heads=2,
+            image_size=(16, 16),
+            patch_size=8,
+            in_channels=3,
+            embed_dim=24,
+            depth=2,
+            num_heads=2,
+            decoder_dim=20,
+            decoder_depth=1,
+            decoder_heads=2,
         )
         for _ in range(2)
-    )  # fmt: skip
+    )
     return LocalEngine(student, teacher, Settings())
 
 
@@ -459,7 +559,9 @@ def disturb(engine: LocalEngine) -> None:
             tensor.add_(torch.rand(tensor.shape, generator=generator))
 
 
-def test_the_files_open_with_the_library_and_are_the_state(tmp_path: Path, engine: LocalEngine) -> None:
+def test_the_files_open_with_the_library_and_are_the_state(
+    tmp_path: Path, engine: LocalEngine
+) -> None:
     disturb(engine)
     saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2, background=False)
     saved = saver.save(engine, step=7, images=224, meta={"recipe": {}})
@@ -467,7 +569,9 @@ def test_the_files_open_with_the_library_and_are_the_state(tmp_path: Path, engin
     assert equal(library_view(saved.path), live(engine))
     manifest = checkpoint.open_verified(saved.path)
     assert (manifest.step, manifest.images) == (7, 224)
-    assert equal({key: checkpoint.tensor_of(manifest, key) for key in manifest.tensors}, live(engine))
+    assert equal(
+        {key: checkpoint.tensor_of(manifest, key) for key in manifest.tensors}, live(engine)
+    )
     assert saved.bytes == sum(path.stat().st_size for path in saved.path.glob("*.safetensors"))
 
 
@@ -491,7 +595,9 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(
 def test_a_writer_that_was_passed_over_takes_nothing_from_the_one_that_came_after(
     tmp_path: Path, engine: LocalEngine
 ) -> None:
-    """It wakes before its save, and with a folder of its step in place: by an earlier look, that one was damaged."""
+    """It wakes before its save, and with a folder of its step in place: by an earlier look, that
+    one was damaged.
+    """
     root = tmp_path / "checkpoints"
     later = checkpoint.Saver(root, keep=2, generation=2, background=False)
     saved = later.save(engine, step=7, images=224, meta={"recipe": {}})
@@ -506,7 +612,9 @@ def test_a_writer_that_was_passed_over_takes_nothing_from_the_one_that_came_afte
     disturb(engine)
     for asked in (passed_over, lambda: None):  # lost for good, or paused right after it asked
         earlier = checkpoint.Saver(root, keep=2, generation=1, background=False, check_lease=asked)
-        with pytest.raises((LeaseLost, checkpoint.CheckpointError), match=r"took this run|another valid"):
+        with pytest.raises(
+            (LeaseLost, checkpoint.CheckpointError), match=r"took this run|another valid"
+        ):
             earlier.save(engine, step=7, images=224, meta={"recipe": {}})
         assert files(root) == before
         assert under_way.is_dir()
@@ -520,7 +628,10 @@ def test_what_damage_left_in_a_steps_place_is_replaced(tmp_path: Path, engine: L
     again = saver.save(engine, step=7, images=224, meta={"recipe": {}})
     assert again is not None
     assert equal(library_view(again.path), live(engine))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["LATEST", "step-00000007"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "LATEST",
+        "step-00000007",
+    ]
 
 
 def test_a_save_that_finds_another_under_way_waits_for_it_and_says_for_how_long(
@@ -540,14 +651,25 @@ def test_a_save_that_finds_another_under_way_waits_for_it_and_says_for_how_long(
     assert second.seconds < 2 * first.seconds + 0.5  # the wait is not its own
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path, engine: LocalEngine) -> None:
+def test_a_checkpoint_of_another_model_is_refused_by_name(
+    tmp_path: Path, engine: LocalEngine
+) -> None:
     saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2, background=False)
     saved = saver.save(engine, step=1, images=32, meta={"recipe": {}})
     assert saved is not None
     deeper = MaskedAutoencoder(
-        image_size=(16, 16), patch_size=8, in_channels=3, embed_dim=24, depth=3, num_heads=2,
-        decoder_dim=20, decoder_depth=1, decoder_heads=2,
-    )  # fmt: skip
+        image_size=(16, 16),
+        patch_size=8,
+        in_channels=3,
+        embed_dim=24,
+        depth=3,
+        num_heads=2,
+        decoder_dim=20,
+        decoder_depth=1,
+        decoder_heads=2,
+    )
     other = LocalEngine(deeper, None, Settings())
-    with pytest.raises(checkpoint.CheckpointError, match=r"does not fit the model: weight/blocks\.2"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"does not fit the model: weight/blocks\.2"
+    ):
         checkpoint.load(checkpoint.open_verified(saved.path), other)

@@ -1,4 +1,6 @@
-"""tools/checkpoint.py tells what lies in a run, finds every damage, compares, and keeps the last valid checkpoint."""
+"""tools/checkpoint.py tells what lies in a run, finds every damage, compares, and keeps the last
+valid checkpoint.
+"""
 
 import json
 import math
@@ -69,7 +71,7 @@ def tell(capsys: pytest.CaptureFixture[str]) -> Any:
     return lambda *args: Told(capsys, *args)
 
 
-# ------------------------------------------------------------------------------------------------------- list and show
+# ------------------------------------------------------------------------------------ list and show
 
 
 def test_list_tells_steps_world_and_state(run, tell):
@@ -82,24 +84,45 @@ def test_list_tells_steps_world_and_state(run, tell):
     assert told.json["others"] == [".writing-step-00000050-0badcafe"]
     rows = told.json["checkpoints"]
     assert [row["valid"] for row in rows] == [True, False, False, True]
-    assert (rows[0]["step"], rows[0]["images"], rows[0]["world"], rows[0]["engine"]) == (10, 320, 2, "local")
-    assert rows[0]["bytes"] == sum(path.stat().st_size for path in at(run, 10).glob("*.safetensors"))
+    assert (rows[0]["step"], rows[0]["images"], rows[0]["world"], rows[0]["engine"]) == (
+        10,
+        320,
+        2,
+        "local",
+    )
+    assert rows[0]["bytes"] == sum(
+        path.stat().st_size for path in at(run, 10).glob("*.safetensors")
+    )
     assert "rank-00001.safetensors has 5 bytes" in rows[1]["problems"][0]
     assert "never committed" in rows[2]["problems"][0]
     table = tell("list", run)
     assert table.status == 1
-    for text in ("1,280", "whole, LATEST", "has 5 bytes", "no checkpoints: .writing-step-00000050-0badcafe"):
+    for text in (
+        "1,280",
+        "whole, LATEST",
+        "has 5 bytes",
+        "no checkpoints: .writing-step-00000050-0badcafe",
+    ):
         assert text in table.out
     assert tell("list", at(run, 40)).status == 0
     for step in (10, 20, 30):
         shutil.rmtree(at(run, step))
-    assert tell("list", run, "--json").json["others"] == [".writing-step-00000050-0badcafe"]  # also beside a single one
+    # also beside a single one
+    assert tell("list", run, "--json").json["others"] == [".writing-step-00000050-0badcafe"]
 
 
 def test_what_a_lost_writer_committed_is_told(run, tell):
     """A take-over from step 20 makes what generation 1 wrote beyond it no checkpoint of the run."""
     (run / "leases").mkdir()
-    holder = {"generation": 2, "from_step": 20, "token": "t", "host": "h", "boot": "b", "pid": 1, "job": ""}
+    holder = {
+        "generation": 2,
+        "from_step": 20,
+        "token": "t",
+        "host": "h",
+        "boot": "b",
+        "pid": 1,
+        "job": "",
+    }
     (run / "leases" / "00000002.json").write_text(json.dumps(holder))
     rows = tell("list", run, "--json").json["checkpoints"]
     assert [row["valid"] for row in rows] == [True, True, False, False]
@@ -120,7 +143,13 @@ def test_show_tells_what_is_in_it(run, state, tell):
     assert shown["tensors"].keys() == state.keys()
     assert shown["meta"]["recipe"]["model"]["embed_dim"] == 48
     table = tell("show", at(run, 10), "--tensors")
-    for text in ("320", "local bf16, 2 ranks", "rank-00001.safetensors", "teacher/blocks.0.attn.qkv.weight", "144x48"):
+    for text in (
+        "320",
+        "local bf16, 2 ranks",
+        "rank-00001.safetensors",
+        "teacher/blocks.0.attn.qkv.weight",
+        "144x48",
+    ):
         assert text in table.out
     assert "teacher/blocks.0.attn.qkv.weight" not in tell("show", at(run, 10)).out
 
@@ -137,7 +166,7 @@ def test_show_passes_over_the_damaged_and_shows_it_when_named(run, tell):
     assert "update rcmae" in told.err
 
 
-# -------------------------------------------------------------------------------------------------------------- verify
+# ------------------------------------------------------------------------------------------- verify
 
 
 def test_verify_finds_every_damage_of_every_file(run, tell):
@@ -156,7 +185,7 @@ def test_verify_finds_every_damage_of_every_file(run, tell):
     assert tell("verify", at(run, 20)).status == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- diff
+# --------------------------------------------------------------------------------------------- diff
 
 
 def test_equal_checkpoints_are_equal_whatever_their_cut(run, state, tell):
@@ -176,7 +205,9 @@ def test_differences_are_measured_and_the_worst_come_first(run, state, tell):
     changed["teacher/norm.weight"][3] = math.nan
     changed["exp_avg/cls_token"] = torch.zeros(1, 1, 47)
     del changed["exp_avg/mask_token"]
-    other = write_checkpoint(run.parent / "other", 41, changed, model={"name": "vit_tiny_patch16", "embed_dim": 48})
+    other = write_checkpoint(
+        run.parent / "other", 41, changed, model={"name": "vit_tiny_patch16", "embed_dim": 48}
+    )
     told = tell("diff", at(run, 40), other, "--json")
     assert told.status == 1
     found = told.json
@@ -189,13 +220,18 @@ def test_differences_are_measured_and_the_worst_come_first(run, state, tell):
     nan, scaled, shifted = found["tensors"]
     assert nan["relative_l2"] is None
     assert scaled["relative_l2"] == pytest.approx(0.5)
-    assert scaled["max_abs"] == pytest.approx(float(state["weight/blocks.1.mlp.fc1.weight"].abs().max()) / 2)
+    assert scaled["max_abs"] == pytest.approx(
+        float(state["weight/blocks.1.mlp.fc1.weight"].abs().max()) / 2
+    )
     bias = state["weight/norm.bias"].double()
     gap = changed["weight/norm.bias"].double() - bias
     assert shifted["relative_l2"] == pytest.approx(float(gap.norm() / bias.norm()))
     assert shifted["max_abs"] == pytest.approx(float(gap.abs().max()))
     weights = found["kinds"]["weight"]
-    assert (weights["differing"], weights["tensors"]) == (2, sum(key.startswith("weight/") for key in state))
+    assert (weights["differing"], weights["tensors"]) == (
+        2,
+        sum(key.startswith("weight/") for key in state),
+    )
     whole, part = (
         torch.cat([each[key].double().flatten() for key in state if key.startswith("weight/")])
         for each in (changed, state)
@@ -227,7 +263,10 @@ def test_tolerance_forgives_rounding_and_nothing_more(run, state, tell):
 
 
 def test_what_grew_from_zeros_is_infinitely_far(run, state, tell):
-    zeros = {key: torch.zeros_like(value) if key == "exp_avg/norm.bias" else value for key, value in state.items()}
+    zeros = {
+        key: torch.zeros_like(value) if key == "exp_avg/norm.bias" else value
+        for key, value in state.items()
+    }
     zero = write_checkpoint(run.parent / "zero", 40, zeros)
     [row] = tell("diff", zero, run, "--json").json["tensors"]
     assert row["relative_l2"] is None
@@ -245,21 +284,27 @@ def test_damaged_checkpoints_are_not_compared(run, tell):
     assert "differs from its checksum" in told.err
 
 
-# --------------------------------------------------------------------------------------------------------------- prune
+# -------------------------------------------------------------------------------------------- prune
 
 
 def test_prune_keeps_the_newest(run, tell):
     told = tell("prune", run, "--keep", 2, "--dry-run", "--json")
     assert told.status == 0
     assert told.json["deleted"] == ["step-00000020", "step-00000010"]
-    freed = sum(path.stat().st_size for step in (10, 20) for path in at(run, step).glob("*.safetensors"))
+    freed = sum(
+        path.stat().st_size for step in (10, 20) for path in at(run, step).glob("*.safetensors")
+    )
     assert told.json["bytes"] == freed
     assert steps(run) == [10, 20, 30, 40]
     told = tell("prune", run, "--keep", 2)
     assert told.status == 0
     assert told.out.count("deleted") == 2
     assert steps(run) == [30, 40]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["LATEST", "step-00000030", "step-00000040"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "LATEST",
+        "step-00000030",
+        "step-00000040",
+    ]
     tell("prune", run, "--keep", 7)
     assert steps(run) == [30, 40]
 
@@ -268,7 +313,8 @@ def test_prune_never_deletes_the_only_valid_one(run, tell):
     for step in (20, 30, 40):
         flip(at(run, step) / "rank-00000.safetensors")  # sizes and manifests are as they were
     assert tell("prune", run, "--keep", 1).status == 0
-    assert steps(run) == [10, 20, 30, 40]  # damaged ones newer than what stays are left to be looked at
+    # damaged ones newer than what stays are left to be looked at
+    assert steps(run) == [10, 20, 30, 40]
     flip(at(run, 10) / "rank-00000.safetensors")
     told = tell("prune", run, "--keep", 1)
     assert told.status == 1
@@ -303,7 +349,7 @@ def test_prune_wants_a_run_and_a_number(run, tell, capsys):
     assert steps(run) == [10, 20, 30, 40]
 
 
-# ------------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 
 
 @pytest.mark.parametrize("command", [("list",), ("show",), ("verify",), ("prune", "--keep", "1")])
@@ -317,12 +363,17 @@ def test_a_folder_without_checkpoints_is_a_mistake(command, tell, tmp_path):
 def test_command_on_a_real_run(uninterrupted: Folder):
     def ran(*args: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "tools/checkpoint.py", *map(str, args)]
-        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "COLUMNS": "200"})
+        return subprocess.run(
+            command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "COLUMNS": "200"}
+        )
 
     newest = max(uninterrupted.checkpoints.glob("step-*"))
     shown = ran("show", newest, "--json")
     assert shown.returncode == 0, shown.stderr
-    assert json.loads(shown.stdout)["tensors"].keys() == checkpoint.read_manifest(newest).tensors.keys()
+    assert (
+        json.loads(shown.stdout)["tensors"].keys()
+        == checkpoint.read_manifest(newest).tensors.keys()
+    )
 
 
 def test_every_command_reads_a_real_run(uninterrupted: Folder, tell):
@@ -332,6 +383,10 @@ def test_every_command_reads_a_real_run(uninterrupted: Folder, tell):
     assert "local fp32, 1 ranks" in tell("show", uninterrupted.path).out
     told = tell("diff", uninterrupted.checkpoints / "step-00000010", uninterrupted.path, "--json")
     assert told.status == 1
-    assert told.json["kinds"]["weight"]["relative_l2"] > told.json["kinds"]["teacher"]["relative_l2"] > 0
+    assert (
+        told.json["kinds"]["weight"]["relative_l2"]
+        > told.json["kinds"]["teacher"]["relative_l2"]
+        > 0
+    )
     assert told.json["kinds"]["buffer"]["relative_l2"] == 0
     assert tell("prune", uninterrupted.path, "--keep", 1, "--dry-run").status == 0

@@ -1,4 +1,6 @@
-"""The classifier is timm's, takes weights of another grid and class count, and drops paths by sample."""
+"""The classifier is timm's, takes weights of another grid and class count, and drops paths by
+sample.
+"""
 
 import pytest
 import timm
@@ -15,7 +17,14 @@ from rcmae.classifier import (
 )
 from rcmae.vit import MaskedAutoencoder
 
-SIZES = {"image_size": (32, 32), "patch_size": 8, "in_channels": 3, "embed_dim": 48, "depth": 3, "num_heads": 4}
+SIZES = {
+    "image_size": (32, 32),
+    "patch_size": 8,
+    "in_channels": 3,
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 4,
+}
 
 
 def pretrained(**other: object) -> MaskedAutoencoder:
@@ -27,7 +36,15 @@ def pretrained(**other: object) -> MaskedAutoencoder:
 
 def batch_of(images: torch.Tensor, labels: torch.Tensor, first: int = 0) -> Batch:
     ids = torch.zeros(len(images), 0, dtype=torch.int64)
-    return Batch(images, ids, 0, labels, (), torch.arange(first, first + len(images)), torch.zeros(len(images), 5))
+    return Batch(
+        images,
+        ids,
+        0,
+        labels,
+        (),
+        torch.arange(first, first + len(images)),
+        torch.zeros(len(images), 5),
+    )
 
 
 def test_an_encoder_gives_its_own_features_in_the_classifier() -> None:
@@ -37,7 +54,9 @@ def test_an_encoder_gives_its_own_features_in_the_classifier() -> None:
     assert fit.fresh == ("head.weight", "head.bias")
     assert all(name.startswith(("decoder", "mask_token")) for name in fit.unused)
     assert fit.resampled is None
-    torch.testing.assert_close(model(images, what="features"), encoder(images, what="features"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model(images, what="features"), encoder(images, what="features"), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("pool", "theirs"), [("mean", "avg"), ("cls", "token")])
@@ -45,9 +64,15 @@ def test_timm_has_the_same_scores(pool: str, theirs: str) -> None:
     model = Classifier(**SIZES, num_classes=5, pool=pool).eval()  # type: ignore[arg-type]
     torch.nn.init.normal_(model.head.weight)
     other = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=5,
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=3,
+        num_heads=4,
+        num_classes=5,
         global_pool=theirs,
-    ).eval()  # fmt: skip
+    ).eval()
     other.load_state_dict(model.state_dict(), strict=True)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(images), other(images), rtol=1e-5, atol=1e-5)
@@ -81,7 +106,9 @@ def test_weights_of_an_oblong_grid_are_fitted_by_it() -> None:
         ({"depth": 2}, "lacks blocks.2.norm1.weight"),
     ],
 )
-def test_weights_of_another_architecture_are_refused_and_nothing_is_touched(other: dict, message: str) -> None:
+def test_weights_of_another_architecture_are_refused_and_nothing_is_touched(
+    other: dict, message: str
+) -> None:
     model = Classifier(**SIZES, num_classes=2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
@@ -110,15 +137,29 @@ def test_loss_of_a_batch_is_that_of_its_parts_with_paths_dropped() -> None:
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 5
     task = Classification(smoothing=0.1, seed=2)
     whole = task(model, None, batch_of(images, labels), 0.0)["classification"]
-    parts = [task(model, None, batch_of(images[i : i + 2], labels[i : i + 2], i), 0.0) for i in (0, 2, 4)]
+    parts = [
+        task(model, None, batch_of(images[i : i + 2], labels[i : i + 2], i), 0.0) for i in (0, 2, 4)
+    ]
     torch.testing.assert_close(whole, torch.stack([part["classification"] for part in parts]).sum())
-    other = Classification(smoothing=0.1, seed=3)(model, None, batch_of(images, labels), 0.0)["classification"]
+    other = Classification(smoothing=0.1, seed=3)(model, None, batch_of(images, labels), 0.0)[
+        "classification"
+    ]
     assert abs((whole - other).item()) > 1e-3  # something was dropped
     model.eval()
-    a, b = (t(model, None, batch_of(images, labels), 0.0)["classification"] for t in (task, Classification(0.1, 9)))
+    a, b = (
+        t(model, None, batch_of(images, labels), 0.0)["classification"]
+        for t in (task, Classification(0.1, 9))
+    )
     assert torch.equal(a, b)
 
 
 def test_flops_of_vit_b_are_the_known_ones() -> None:
-    sizes = {"image_size": (224, 224), "patch_size": 16, "in_channels": 3, "embed_dim": 768, "depth": 12}
-    assert classifier_flops(**sizes, num_heads=12) / 1e9 == pytest.approx(35.1, abs=0.2)  # 17.56 G multiply-adds
+    sizes = {
+        "image_size": (224, 224),
+        "patch_size": 16,
+        "in_channels": 3,
+        "embed_dim": 768,
+        "depth": 12,
+    }
+    # 17.56 G multiply-adds
+    assert classifier_flops(**sizes, num_heads=12) / 1e9 == pytest.approx(35.1, abs=0.2)

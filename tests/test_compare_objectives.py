@@ -1,4 +1,6 @@
-"""Objectives compared are trained alike, judged by the same probes, and taken as they are where they are finished."""
+"""Objectives compared are trained alike, judged by the same probes, and taken as they are where
+they are finished.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,18 @@ def test_runs_are_trained_judged_and_taken_as_they_are(
     told = json.loads((tmp_path / "told.json").read_text())
     networks = [(row["objective"], row["network"], row["seed"]) for row in told["rows"]]
     assert networks == [
-        ("supmae", "student", 4), ("random", "student", 4), ("bootmae", "student", 4), ("bootmae", "teacher", 4)
-    ]  # fmt: skip
+        ("supmae", "student", 4),
+        ("random", "student", 4),
+        ("bootmae", "student", 4),
+        ("bootmae", "teacher", 4),
+    ]
     runs = {name: Folder(tmp_path / f"{name}-s4") for name in ("supmae", "bootmae")}
     recipe = (runs["supmae"].path / "recipe.yaml").read_text()
     assert all(line in recipe for line in ("num_classes: 8", "class_hidden: 256", "seed: 4"))
     assert all(0 <= row[figure] <= 100 for row in told["rows"] for figure in ("knn", "logistic"))
-    assert told["costs"]["bootmae"]["step_bytes"] > told["costs"]["supmae"]["step_bytes"], "regressors and a teacher"
+    assert told["costs"]["bootmae"]["step_bytes"] > told["costs"]["supmae"]["step_bytes"], (
+        "regressors and a teacher"
+    )
     said = capsys.readouterr().out
     assert f"| {told['rows'][0]['knn']:.1f} |" in said
     before = {name: run.path.stat().st_mtime_ns for name, run in runs.items()}
@@ -64,14 +71,20 @@ ENCODERS = {
 
 @pytest.mark.parametrize("objective", ENCODERS)
 def test_an_encoder_is_that_of_the_run_whatever_it_learnt(
-    objective: str, tiny: Path, photo_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    objective: str,
+    tiny: Path,
+    photo_shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert start(tiny, tmp_path / "run", "run.stop_after_steps=2", *ENCODERS[objective]) == 75
     recipe = load(str(tiny), ENCODERS[objective])
     manifest = newest_unverified(tmp_path / "run" / "checkpoints")
     assert manifest is not None
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    networks = {"student": "weight"} | ({"teacher": "teacher"} if recipe.objective.teacher_parts else {})
+    networks = {"student": "weight"} | (
+        {"teacher": "teacher"} if recipe.objective.teacher_parts else {}
+    )
     for which, kind in networks.items():
         own = new_network(recipe)
         state = own.state_dict()
@@ -82,33 +95,67 @@ def test_an_encoder_is_that_of_the_run_whatever_it_learnt(
         own.load_state_dict(state)
         with torch.no_grad():
             wanted = own.eval()(images, what="features")[:, 1:].mean(1)
-            torch.testing.assert_close(load_encoder(tmp_path / "run", network=which)(images), wanted)
-            larger = load_encoder(tmp_path / "run", network=which, image_size=48)  # its positions are interpolated
-            assert larger.forward_features(torch.zeros(1, 3, 48, 48)).shape[1] == 36 + recipe.model.cls_token
-        out = tmp_path / f"{which}.safetensors"  # and timm's own model, by the line that is told, computes the same
-        assert export_tool.main([str(tmp_path / "run"), "--format=timm", f"--what={which}", f"--out={out}"]) == 0
-        (line,) = re.findall(r"^ +(timm\.create_model\(.*\))$", capsys.readouterr().out, re.MULTILINE)
+            torch.testing.assert_close(
+                load_encoder(tmp_path / "run", network=which)(images), wanted
+            )
+            # its positions are interpolated
+            larger = load_encoder(tmp_path / "run", network=which, image_size=48)
+            assert (
+                larger.forward_features(torch.zeros(1, 3, 48, 48)).shape[1]
+                == 36 + recipe.model.cls_token
+            )
+        # and timm's own model, by the line that is told, computes the same
+        out = tmp_path / f"{which}.safetensors"
+        assert (
+            export_tool.main(
+                [str(tmp_path / "run"), "--format=timm", f"--what={which}", f"--out={out}"]
+            )
+            == 0
+        )
+        (line,) = re.findall(
+            r"^ +(timm\.create_model\(.*\))$", capsys.readouterr().out, re.MULTILINE
+        )
         theirs, ours = eval(line, {"timm": timm}), load_encoder(tmp_path / "run", network=which)
         with torch.no_grad():
-            torch.testing.assert_close(theirs.eval().forward_features(images), ours.forward_features(images))
+            torch.testing.assert_close(
+                theirs.eval().forward_features(images), ours.forward_features(images)
+            )
         if any(name.endswith("q_bias") for name in manifest.tensors):  # keys have none
             assert not load_file(out)["blocks.0.attn.qkv.bias"].chunk(3)[1].any()
-        plain = convert(read_network(tmp_path / "run", which), "bootmae", tmp_path / f"{which}.pth")["out"]
+        plain = convert(
+            read_network(tmp_path / "run", which), "bootmae", tmp_path / f"{which}.pth"
+        )["out"]
         torch.testing.assert_close(load_encoder(plain, num_heads=4)(images), wanted)
     shard = photo_shards.replace("{000000..000005}", "000000")
-    drawn = visualize.main(["reconstruct", str(tmp_path / "run"), "--images", shard, "--count=2", f"--out={tmp_path}"])
+    drawn = visualize.main(
+        ["reconstruct", str(tmp_path / "run"), "--images", shard, "--count=2", f"--out={tmp_path}"]
+    )
     assert (drawn, (tmp_path / "reconstruction.png").is_file()) == (0, True)
     if not recipe.model.cls_token:
         with pytest.raises(ValueError, match="no class token to pool"):
             load_encoder(tmp_path / "run", pool="cls")
 
 
-def test_what_was_trained_without_a_class_token_is_fine_tuned_with_a_fresh_one(tiny: Path, tmp_path: Path) -> None:
-    options = ["objective.name=mae", "model.cls_token=false", "model.decoder_cls=false", "model.qkv_bias=qv"]
+def test_what_was_trained_without_a_class_token_is_fine_tuned_with_a_fresh_one(
+    tiny: Path, tmp_path: Path
+) -> None:
+    options = [
+        "objective.name=mae",
+        "model.cls_token=false",
+        "model.decoder_cls=false",
+        "model.qkv_bias=qv",
+    ]
     assert start(tiny, tmp_path / "run", "run.stop_after_steps=2", *options) == 75
     source = read_network(tmp_path / "run")
     model = Classifier(
-        image_size=(32, 32), patch_size=8, in_channels=3, embed_dim=64, depth=3, num_heads=4, num_classes=8, pool="mean"
+        image_size=(32, 32),
+        patch_size=8,
+        in_channels=3,
+        embed_dim=64,
+        depth=3,
+        num_heads=4,
+        num_classes=8,
+        pool="mean",
     )
     fit = fit_weights(model, source.weights, source.grid)
     assert "cls_token" in fit.fresh
@@ -118,7 +165,9 @@ def test_what_was_trained_without_a_class_token_is_fine_tuned_with_a_fresh_one(t
     assert not model.blocks[1].attn.qkv.bias[64:128].any(), "keys have none"
 
 
-def test_what_cannot_be_compared_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_compared_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tool.main([str(tiny), "--runs", str(tmp_path / "runs")]) == 2
     assert "give evaluate.train_shards and evaluate.test_shards" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,6 @@
-"""A recipe is checked whole, says every problem at once, and its derived numbers follow from the world and the data."""
+"""A recipe is checked whole, says every problem at once, and its derived numbers follow from the
+world and the data.
+"""
 
 import copy
 import math
@@ -40,17 +42,29 @@ def refused(path, *overrides):
     return [line.strip() for line in lines]
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
         ("modle.depth=2", "unknown key 'modle'; did you mean 'model'?"),
-        ("objective.mask_ration=0.5", "unknown key 'mask_ration' in objective; did you mean 'mask_ratio'?"),
-        ("schedule.warmup_epoch=5", "unknown key 'warmup_epoch' in schedule; did you mean 'warmup_epochs'?"),
-        ("data.shards=[{shards: a.tar, weight: 0}]", "data.shards: wants a pattern, a list of patterns, or, for a"),
-        ("data.shards=[{shards: a.tar, weight: 1}, b.tar]", "data.shards: wants a pattern, a list of patterns"),
+        (
+            "objective.mask_ration=0.5",
+            "unknown key 'mask_ration' in objective; did you mean 'mask_ratio'?",
+        ),
+        (
+            "schedule.warmup_epoch=5",
+            "unknown key 'warmup_epoch' in schedule; did you mean 'warmup_epochs'?",
+        ),
+        (
+            "data.shards=[{shards: a.tar, weight: 0}]",
+            "data.shards: wants a pattern, a list of patterns, or, for a",
+        ),
+        (
+            "data.shards=[{shards: a.tar, weight: 1}, b.tar]",
+            "data.shards: wants a pattern, a list of patterns",
+        ),
         ("log.zzzz=1", "unknown key 'zzzz' in log; known: every_steps, tensorboard"),
         ("batch.images=many", "batch.images: input should be a valid integer"),
         ("batch.images=32.5", "batch.images: input should be a valid integer"),
@@ -61,7 +75,8 @@ def refused(path, *overrides):
         ("objective.mask_ratio=1", "objective.mask_ratio: input should be less than 1, got 1"),
         (
             "objective.name=mea",
-            "objective.name: input should be 'mae', 'rcmae', 'supmae', 'bootmae', 'finetune' or 'probe', got 'mea'",
+            "objective.name: input should be 'mae', 'rcmae', 'supmae', 'bootmae', 'finetune' "
+            "or 'probe', got 'mea'",
         ),
         ("log.tensorboard=maybe", "log.tensorboard: input should be a valid boolean"),
         ("data.crop_scale=[0.2]", "data.crop_scale: field required, got [0.2]"),
@@ -77,21 +92,54 @@ def test_unknown_keys_and_wrong_types_are_named_with_the_way_out(recipe, wrong, 
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        ("schedule.epochs=3", "schedule: give exactly one of epochs and steps, got epochs and steps; schedule.epo"),
+        (
+            "schedule.epochs=3",
+            "schedule: give exactly one of epochs and steps, got epochs and steps; schedule.epo",
+        ),
         ("schedule.steps=null", "schedule: give exactly one of epochs and steps, got neither"),
-        ("schedule.base_lr=1.5e-4", "schedule: give exactly one of base_lr and lr, got base_lr and lr"),
+        (
+            "schedule.base_lr=1.5e-4",
+            "schedule: give exactly one of base_lr and lr, got base_lr and lr",
+        ),
         ("schedule.lr=null", "schedule: give exactly one of base_lr and lr, got neither"),
-        ("schedule={steps: 9, lr: 1, warmup_steps: 1, warmup_epochs: 1}", "schedule: give warmup_epochs or warmup_ste"),
+        (
+            "schedule={steps: 9, lr: 1, warmup_steps: 1, warmup_epochs: 1}",
+            "schedule: give warmup_epochs or warmup_ste",
+        ),
         ("data.shards=[]", "data.shards: names no shards"),
-        ("checkpoint.allow=[schedule.lrr]", "checkpoint.allow: unknown key 'schedule.lrr'; did you mean 'lr'?"),
-        ("checkpoint.allow=[shedule]", "checkpoint.allow: unknown section 'shedule'; did you mean 'schedule'?"),
-        ("checkpoint.allow=[model.depth]", "checkpoint.allow: model.depth cannot change within a run"),
-        ("model.in_channels=4", "data.mean and data.std have 3 and 3 values for model.in_channels=4"),
+        (
+            "checkpoint.allow=[schedule.lrr]",
+            "checkpoint.allow: unknown key 'schedule.lrr'; did you mean 'lr'?",
+        ),
+        (
+            "checkpoint.allow=[shedule]",
+            "checkpoint.allow: unknown section 'shedule'; did you mean 'schedule'?",
+        ),
+        (
+            "checkpoint.allow=[model.depth]",
+            "checkpoint.allow: model.depth cannot change within a run",
+        ),
+        (
+            "model.in_channels=4",
+            "data.mean and data.std have 3 and 3 values for model.in_channels=4",
+        ),
         ("data.std=[1.0, 0.0, 1.0]", "data.std: values must be above 0"),
-        ("data.crop_scale=[0.5, 0.2]", "data.crop_scale: wants 0 < low <= high <= 1, got [0.5, 0.2]"),
-        ("evaluate.every_steps=5", "evaluate.every_steps is set: give evaluate.train_shards and test_shards"),
-        ("engine.name=deepspeed", "engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json"),
-        ("engine.config=zero2.json", "engine.config=zero2.json is DeepSpeed's, but engine.name=local"),
+        (
+            "data.crop_scale=[0.5, 0.2]",
+            "data.crop_scale: wants 0 < low <= high <= 1, got [0.5, 0.2]",
+        ),
+        (
+            "evaluate.every_steps=5",
+            "evaluate.every_steps is set: give evaluate.train_shards and test_shards",
+        ),
+        (
+            "engine.name=deepspeed",
+            "engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json",
+        ),
+        (
+            "engine.config=zero2.json",
+            "engine.config=zero2.json is DeepSpeed's, but engine.name=local",
+        ),
         ("{engine}", "'{engine}' is no key=value"),
     ],
 )
@@ -105,22 +153,31 @@ def test_views_of_one_image_stay_in_one_micro_batch(recipe):
     loaded = config.load(recipe(), ["data.repeats=3", "batch.images=96", "batch.per_device=20"])
     sizes = config.resolve(loaded, world=2, samples_per_epoch=960)
     assert (sizes.per_device, sizes.accumulation, sizes.steps_per_epoch) == (12, 4, 10)
-    assert config.batch_problems(config.load(recipe(), ["data.repeats=3", "batch.images=32"]), 2)[-1].endswith("use 30")
+    assert config.batch_problems(config.load(recipe(), ["data.repeats=3", "batch.images=32"]), 2)[
+        -1
+    ].endswith("use 30")
     few = config.load(recipe(), ["data.repeats=3", "batch.images=96", "batch.per_device=2"])
     with pytest.raises(ValueError, match=r"batch\.per_device=2 is less than data\.repeats=3"):
         config.resolve(few, world=2, samples_per_epoch=960)
 
 
 def test_a_mixture_is_a_list_of_sets_with_weights(recipe):
-    loaded = config.load(recipe(), ["data.shards=[{shards: a.tar, weight: 2}, {shards: [b.tar, c.tar], weight: 1}]"])
-    assert [(one.shards, one.weight) for one in loaded.data.shards] == [("a.tar", 2.0), (["b.tar", "c.tar"], 1.0)]
+    loaded = config.load(
+        recipe(), ["data.shards=[{shards: a.tar, weight: 2}, {shards: [b.tar, c.tar], weight: 1}]"]
+    )
+    assert [(one.shards, one.weight) for one in loaded.data.shards] == [
+        ("a.tar", 2.0),
+        (["b.tar", "c.tar"], 1.0),
+    ]
     lines = refused(recipe(), "data.shards=[{shards: a.tar, wieght: 1}]")
     assert "unknown key 'wieght' in data.shards.0; did you mean 'weight'?" in lines
 
 
 def test_a_teacher_rounded_to_bf16_needs_bf16(recipe):
     lines = refused(recipe(), "teacher.accumulate=stochastic", "engine.precision=fp32")
-    assert lines == ["teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use fp32_shard"]
+    assert lines == [
+        "teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use fp32_shard"
+    ]
 
 
 def test_every_problem_is_in_the_one_message(recipe):
@@ -135,13 +192,19 @@ def test_every_problem_is_in_the_one_message(recipe):
         "unknown key 'mask_ration' in objective",
         "unknown key 'nothing'",
     ]
-    contradictions = refused(recipe(), "schedule.epochs=3", "schedule.base_lr=1", "data.shards=[]", "engine.config=x")
+    contradictions = refused(
+        recipe(), "schedule.epochs=3", "schedule.base_lr=1", "data.shards=[]", "engine.config=x"
+    )
     assert len(contradictions) == 4
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not YAML"), ("[1, 2]", "a recipe is a mapping of sections, got list"), (b"\xff\xfe", "is not YAML")],
+    [
+        ("a: [", "is not YAML"),
+        ("[1, 2]", "a recipe is a mapping of sections, got list"),
+        (b"\xff\xfe", "is not YAML"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
     path = tmp_path / "broken.yaml"
@@ -157,7 +220,7 @@ def test_a_recipe_that_is_not_there_is_answered_with_the_shipped_names():
     assert all(name in str(caught.value) for name in SHIPPED)
 
 
-# --------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------- what is read
 
 
 def test_overrides_are_yaml_and_go_over_the_file(recipe):
@@ -165,15 +228,23 @@ def test_overrides_are_yaml_and_go_over_the_file(recipe):
     loaded = config.load(
         path,
         [
-            "batch.images=128", "data.shards=[a.tar, 'b-{0..3}.tar']", "schedule={epochs: 2, base_lr: 1.5e-4}",
-            "engine.compile=yes", "batch.per_device=null", "schedule.min_lr=1e-6", "model.image_size=[64, 32]",
-            "run.dir=out=1", "batch.images=256",
+            "batch.images=128",
+            "data.shards=[a.tar, 'b-{0..3}.tar']",
+            "schedule={epochs: 2, base_lr: 1.5e-4}",
+            "engine.compile=yes",
+            "batch.per_device=null",
+            "schedule.min_lr=1e-6",
+            "model.image_size=[64, 32]",
+            "run.dir=out=1",
+            "batch.images=256",
         ],
-    )  # fmt: skip
+    )
     assert (loaded.batch.images, loaded.batch.per_device) == (256, None)  # the last one counts
     assert loaded.data.shards == ["a.tar", "b-{0..3}.tar"]
-    assert (loaded.schedule.epochs, loaded.schedule.steps, loaded.schedule.lr) == (2, None, None)  # a whole section
-    assert (loaded.schedule.base_lr, loaded.schedule.min_lr) == (1.5e-4, 1e-6)  # 1e-6 is a string to YAML 1.1
+    # a whole section
+    assert (loaded.schedule.epochs, loaded.schedule.steps, loaded.schedule.lr) == (2, None, None)
+    # 1e-6 is a string to YAML 1.1
+    assert (loaded.schedule.base_lr, loaded.schedule.min_lr) == (1.5e-4, 1e-6)
     assert loaded.engine.compile is True
     assert loaded.model.image_hw == (64, 32)
     assert (loaded.run.name, loaded.run_dir) == ("named", Path("out=1"))
@@ -189,7 +260,12 @@ def test_what_is_written_is_read_back_as_the_same_recipe(recipe, tmp_path):
     path = tmp_path / "resolved.yaml"
     path.write_text(yaml.safe_dump(loaded.model_dump(mode="json")))
     assert config.load(str(path)) == loaded
-    assert config.differences(config.load(str(path)).model_dump(mode="json"), loaded.model_dump(mode="json")) == []
+    assert (
+        config.differences(
+            config.load(str(path)).model_dump(mode="json"), loaded.model_dump(mode="json")
+        )
+        == []
+    )
 
 
 def test_what_launchers_add_is_taken():
@@ -197,18 +273,28 @@ def test_what_launchers_add_is_taken():
     for local_rank in ([], ["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "1"]):
         assert train.parse([*local_rank, "r.yaml", "batch.images=8", "log.every_steps=1"]) == plain
         assert train.parse(["r.yaml", "batch.images=8", *local_rank, "log.every_steps=1"]) == plain
-    name, overrides = train.parse(["r.yaml", "--deepspeed", "--deepspeed_config", "my.json", "batch.images=8"])
-    assert (name, overrides) == ("r.yaml", ["batch.images=8", "engine.name=deepspeed", "engine.config=my.json"])
-    assert train.parse(["r.yaml", "--deepspeed_config=a"])[1] == ["engine.name=deepspeed", "engine.config=a"]
+    name, overrides = train.parse(
+        ["r.yaml", "--deepspeed", "--deepspeed_config", "my.json", "batch.images=8"]
+    )
+    assert (name, overrides) == (
+        "r.yaml",
+        ["batch.images=8", "engine.name=deepspeed", "engine.config=my.json"],
+    )
+    assert train.parse(["r.yaml", "--deepspeed_config=a"])[1] == [
+        "engine.name=deepspeed",
+        "engine.config=a",
+    ]
     assert train.parse(["r.yaml", "--deepspeed"])[1] == ["engine.name=deepspeed"]
 
 
-# ------------------------------------------------------------------------------------------------- what is derived
+# ---------------------------------------------------------------------------------- what is derived
 
 
 def resolved(path, world=1, samples=10_000, *overrides):
     recipe = config.load(path, overrides)
-    return config.resolve(recipe, world=world, samples_per_epoch=samples // recipe.batch.images * recipe.batch.images)
+    return config.resolve(
+        recipe, world=world, samples_per_epoch=samples // recipe.batch.images * recipe.batch.images
+    )
 
 
 def test_the_learning_rate_follows_the_batch_and_not_the_ranks(recipe):
@@ -220,35 +306,54 @@ def test_the_learning_rate_follows_the_batch_and_not_the_ranks(recipe):
             assert found.steps_per_epoch == 10_000 // images
             assert found.total_steps == 4 * found.steps_per_epoch
             assert found.warmup_steps == 0.5 * found.steps_per_epoch
-    assert resolved(recipe(), 1, 10_000, "batch.images=512").lr == 1e-3  # lr itself is taken as it is
+    # lr itself is taken as it is
+    assert resolved(recipe(), 1, 10_000, "batch.images=512").lr == 1e-3
 
 
-@given(per_rank=st.integers(1, 300), world=st.integers(1, 64), per_device=st.none() | st.integers(1, 400))
+@given(
+    per_rank=st.integers(1, 300),
+    world=st.integers(1, 64),
+    per_device=st.none() | st.integers(1, 400),
+)
 def test_a_rank_takes_the_largest_divisor_that_fits_at_once(per_rank, world, per_device):
     recipe = config.Recipe(
         batch={"images": per_rank * world, "per_device": per_device}, schedule={"steps": 1, "lr": 1}
-    )  # fmt: skip
+    )
     found = config.resolve(recipe, world=world, samples_per_epoch=per_rank * world)
     assert found.per_device * found.accumulation == found.images_per_rank == per_rank
     limit = min(per_device or per_rank, per_rank)
     assert found.per_device == max(size for size in range(1, limit + 1) if per_rank % size == 0)
-    assert found.images_per_step == found.per_device * found.accumulation * world == per_rank * world
+    assert (
+        found.images_per_step == found.per_device * found.accumulation * world == per_rank * world
+    )
 
 
-@given(images=st.integers(1, 5000), world=st.integers(1, 64), per_device=st.none() | st.integers(1, 128))
-def test_batches_that_the_ranks_do_not_divide_are_answered_with_some_that_they_do(images, world, per_device):
-    recipe = config.Recipe(batch={"images": images, "per_device": per_device}, schedule={"steps": 1, "lr": 1})
+@given(
+    images=st.integers(1, 5000),
+    world=st.integers(1, 64),
+    per_device=st.none() | st.integers(1, 128),
+)
+def test_batches_that_the_ranks_do_not_divide_are_answered_with_some_that_they_do(
+    images, world, per_device
+):
+    recipe = config.Recipe(
+        batch={"images": images, "per_device": per_device}, schedule={"steps": 1, "lr": 1}
+    )
     problems = config.batch_problems(recipe, world)
     assert bool(problems) == bool(images % world)
     if problems:
         assert len(problems) == 1
         assert problems[0].startswith(f"batch.images={images} is not divisible by {world} ranks")
-        proposed = [int(number) for number in re.findall(r"\d+", problems[0].partition("; use ")[2])]
+        proposed = [
+            int(number) for number in re.findall(r"\d+", problems[0].partition("; use ")[2])
+        ]
         assert proposed
         for number in proposed:
             assert number % world == 0
         assert max(proposed) > images
-        assert min(proposed) < images or images < world * min(per_device or 1, max(1, images // world))
+        assert min(proposed) < images or images < world * min(
+            per_device or 1, max(1, images // world)
+        )
 
 
 def test_the_message_of_an_undivided_batch_is_the_one_promised():
@@ -267,7 +372,8 @@ def test_streams_are_raised_to_the_ranks_unless_they_were_chosen():
         assert config.streams_for(chosen, world) == 24
     assert config.batch_problems(chosen, 8) == []
     assert config.batch_problems(chosen, 16) == [
-        "data.canonical_streams=24 is not divisible by 16 ranks; use 16 or 32, or a number of ranks that divides it"
+        "data.canonical_streams=24 is not divisible by 16 ranks; use 16 or 32, or a number "
+        "of ranks that divides it"
     ]
 
 
@@ -280,27 +386,58 @@ def test_both_counts_that_the_ranks_do_not_divide_are_named(recipe):
 
 def test_a_warm_up_that_outlasts_the_run_is_refused(recipe):
     resolved(recipe(), 1, 10_000, "batch.images=32", "schedule.warmup_steps=9")
-    with pytest.raises(ValueError, match="warm-up of 10 steps does not end before the last of 10 steps"):
+    with pytest.raises(
+        ValueError, match="warm-up of 10 steps does not end before the last of 10 steps"
+    ):
         resolved(recipe(), 1, 10_000, "batch.images=32", "schedule.warmup_steps=10")
 
 
-# --------------------------------------------------------------------------------------- which run is the same run
+# ------------------------------------------------------------------------ which run is the same run
 
 
 CHANGES_THE_TRAINING = [
-    "objective.mask_ratio=0.5", "objective.name=mae", "model.depth=2", "model.image_size=64", "teacher.momentum=0.9",
-    "teacher.schedule=constant", "teacher.update=micro_step", "schedule.lr=1", "schedule.steps=11",
-    "schedule.weight_decay=0", "schedule.clip_grad=1", "batch.images=64", "run.seed=1", "data.seed=1",
-    "data.epoch_samples=9000", "data.canonical_streams=8", "data.shuffle_window=7", "data.crop_scale=[0.1, 1.0]",
-    "data.crop_ratio=[0.5, 2.0]", "data.flip=0", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]",
+    "objective.mask_ratio=0.5",
+    "objective.name=mae",
+    "model.depth=2",
+    "model.image_size=64",
+    "teacher.momentum=0.9",
+    "teacher.schedule=constant",
+    "teacher.update=micro_step",
+    "schedule.lr=1",
+    "schedule.steps=11",
+    "schedule.weight_decay=0",
+    "schedule.clip_grad=1",
+    "batch.images=64",
+    "run.seed=1",
+    "data.seed=1",
+    "data.epoch_samples=9000",
+    "data.canonical_streams=8",
+    "data.shuffle_window=7",
+    "data.crop_scale=[0.1, 1.0]",
+    "data.crop_ratio=[0.5, 2.0]",
+    "data.flip=0",
+    "data.mean=[0, 0, 0]",
+    "data.std=[1, 1, 1]",
     "data.decode_margin=3.0",
-]  # fmt: skip
+]
 MAY_CHANGE = [
-    "engine.name=fsdp2", "engine.precision=fp32", "engine.compile=true", "engine.activation_checkpointing=torch",
-    "data.workers=0", "data.shards=elsewhere/*.tar", "data.max_bad_fraction=0.1", "batch.per_device=4",
-    "checkpoint.every_steps=3", "checkpoint.keep=9", "checkpoint.resume=must", "log.every_steps=1",
-    "run.dir=other", "run.name=other", "run.stop_after_steps=5", "evaluate.k=[1]",
-]  # fmt: skip
+    "engine.name=fsdp2",
+    "engine.precision=fp32",
+    "engine.compile=true",
+    "engine.activation_checkpointing=torch",
+    "data.workers=0",
+    "data.shards=elsewhere/*.tar",
+    "data.max_bad_fraction=0.1",
+    "batch.per_device=4",
+    "checkpoint.every_steps=3",
+    "checkpoint.keep=9",
+    "checkpoint.resume=must",
+    "log.every_steps=1",
+    "run.dir=other",
+    "run.name=other",
+    "run.stop_after_steps=5",
+    "evaluate.k=[1]",
+]
 
 
 def test_a_key_that_changes_the_training_makes_another_run_and_no_other_key_does(recipe):
@@ -314,7 +451,9 @@ def test_a_key_that_changes_the_training_makes_another_run_and_no_other_key_does
         assert told is not None
         assert yaml.safe_load(told[2]) == yaml.safe_load(value)
     for change in MAY_CHANGE:
-        assert config.differences(config.load(path, [change]).model_dump(mode="json"), saved) == [], change
+        assert (
+            config.differences(config.load(path, [change]).model_dump(mode="json"), saved) == []
+        ), change
     every = config.load(path, CHANGES_THE_TRAINING).model_dump(mode="json")
     assert len(config.differences(every, saved)) == len(CHANGES_THE_TRAINING)
 
@@ -323,15 +462,19 @@ def test_streams_that_the_first_start_chose_need_not_be_said_again(recipe):
     path = recipe()
     chosen = config.load(path, ["data.canonical_streams=256"]).model_dump(mode="json")
     assert config.differences(config.load(path).model_dump(mode="json"), chosen) == []
-    assert config.differences(config.load(path, ["data.canonical_streams=8"]).model_dump(mode="json"), chosen)
+    assert config.differences(
+        config.load(path, ["data.canonical_streams=8"]).model_dump(mode="json"), chosen
+    )
 
 
-# ---------------------------------------------------------------------------------------------- the shipped recipes
+# ------------------------------------------------------------------------------ the shipped recipes
 
 
 def header(name):
     """The fields of a shipped recipe's header: Command, Hardware, Hours, Number."""
-    lines = re.findall(r"^# (\w+): +(.*)$", (config.RECIPES / f"{name}.yaml").read_text(), re.MULTILINE)
+    lines = re.findall(
+        r"^# (\w+): +(.*)$", (config.RECIPES / f"{name}.yaml").read_text(), re.MULTILINE
+    )
     return dict(lines)
 
 
@@ -371,22 +514,44 @@ def test_the_command_in_a_recipes_header_runs_that_recipe(name):
 def test_the_papers_run_is_what_the_recipes_say(size):
     recipe = config.load(f"rcmae_vit_{size}", ["data.shards=photos.tar"])
     found = config.resolve(recipe, world=8, samples_per_epoch=1_281_167 // 4096 * 4096)
-    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs, found.images_per_step) == (1600, 40, 4096)
+    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs, found.images_per_step) == (
+        1600,
+        40,
+        4096,
+    )
     assert found.lr == pytest.approx(2.4e-3)
     assert (recipe.schedule.betas, recipe.schedule.weight_decay) == ((0.9, 0.95), 0.05)
-    assert (recipe.objective.mask_ratio, recipe.objective.norm_pix_loss, recipe.objective.consistency_weight) == (
-        0.75, True, 1.0,
-    )  # fmt: skip
+    assert (
+        recipe.objective.mask_ratio,
+        recipe.objective.norm_pix_loss,
+        recipe.objective.consistency_weight,
+    ) == (
+        0.75,
+        True,
+        1.0,
+    )
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["objective.name=bootmae", "model.cls_token=false"], "model.cls_token: bootmae's network has its own"),
-        (["objective.name=bootmae", "objective.terms={class: 1}"], "bootmae's network has no class head"),
+        (
+            ["objective.name=bootmae", "model.cls_token=false"],
+            "model.cls_token: bootmae's network has its own",
+        ),
+        (
+            ["objective.name=bootmae", "objective.terms={class: 1}"],
+            "bootmae's network has no class head",
+        ),
         (["objective.name=bootmae", "objective.teacher_mask=different"], "objective.teacher_mask"),
-        (["objective.name=supmae", "model.cls_token=false", "model.class_pool=cls"], "there is no token to pool"),
-        (["objective.terms={clas: 1}"], "objective.terms: input should be 'consistency', 'class' or 'features'"),
+        (
+            ["objective.name=supmae", "model.cls_token=false", "model.class_pool=cls"],
+            "there is no token to pool",
+        ),
+        (
+            ["objective.terms={clas: 1}"],
+            "objective.terms: input should be 'consistency', 'class' or 'features'",
+        ),
     ],
 )
 def test_what_a_network_cannot_learn_is_refused(recipe, wrong, said):
@@ -398,4 +563,6 @@ def test_a_run_from_before_a_key_was_there_goes_on(recipe):
     old = copy.deepcopy(mine)
     del old["objective"]["teacher_mask"], old["model"]["qkv_bias"]
     assert config.differences(mine, old) == []
-    assert config.differences(config.load(recipe(), ["model.qkv_bias=qv"]).model_dump(mode="json"), old)
+    assert config.differences(
+        config.load(recipe(), ["model.qkv_bias=qv"]).model_dump(mode="json"), old
+    )

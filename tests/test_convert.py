@@ -1,4 +1,6 @@
-"""Weights go to every family and back without losing a bit, and other code computes the same with them."""
+"""Weights go to every family and back without losing a bit, and other code computes the same
+with them.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,16 @@ from runs import Folder, start
 from tools import convert as tool
 
 SIZES: dict[str, Any] = {
-    "image_size": (32, 32), "patch_size": 8, "in_channels": 3, "embed_dim": 48, "depth": 2, "num_heads": 4,
-    "decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 16,
-}  # fmt: skip
+    "image_size": (32, 32),
+    "patch_size": 8,
+    "in_channels": 3,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 4,
+    "decoder_dim": 16,
+    "decoder_depth": 2,
+    "decoder_heads": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +57,14 @@ def file(model: MaskedAutoencoder, tmp_path: Path) -> Path:
 
 
 TARGETS = [
-    ("mae", "w.pth", True), ("bootmae", "w.pth", False), ("maepriv", "w.pth", False), ("timm", "w.safetensors", False),
-    ("timm", "w.pth", False), ("huggingface", "folder", True), ("safetensors", "w.safetensors", True),
-]  # fmt: skip
+    ("mae", "w.pth", True),
+    ("bootmae", "w.pth", False),
+    ("maepriv", "w.pth", False),
+    ("timm", "w.safetensors", False),
+    ("timm", "w.pth", False),
+    ("huggingface", "folder", True),
+    ("safetensors", "w.safetensors", True),
+]
 
 
 @pytest.mark.parametrize(("target", "name", "whole"), TARGETS)
@@ -60,27 +74,44 @@ def test_there_and_back_is_equal_to_the_last_bit(
     out = tmp_path / name
     assert tool.main([str(file), "--to", target, "--out", str(out), "--num-heads", "4"]) == 0
     mode = (out / "model.safetensors" if out.is_dir() else out).stat().st_mode
-    assert mode & 0o777 == (file.stat().st_mode & 0o777)  # others may read it where the umask lets them
+    # others may read it where the umask lets them
+    assert mode & 0o777 == (file.stat().st_mode & 0o777)
     back = export.read_network(out).weights
     wanted = {k: v for k, v in model.state_dict().items() if whole or export.in_encoder(k)}
     assert back.keys() == wanted.keys()
     assert all(torch.equal(back[k], wanted[k]) for k in wanted)
 
 
-def test_supmaes_head_and_a_finetuned_one_are_left_out(model: MaskedAutoencoder, tmp_path: Path, capsys: Any) -> None:
+def test_supmaes_head_and_a_finetuned_one_are_left_out(
+    model: MaskedAutoencoder, tmp_path: Path, capsys: Any
+) -> None:
     extra = {"cls_head.0.weight": torch.zeros(3, 48), "head.weight": torch.zeros(3, 48)}
     torch.save({"model": {**model.state_dict(), **extra}}, tmp_path / "w.pth")
-    assert tool.main([str(tmp_path / "w.pth"), "--to", "safetensors", "--out", str(tmp_path / "o.safetensors")]) == 0
+    assert (
+        tool.main(
+            [
+                str(tmp_path / "w.pth"),
+                "--to",
+                "safetensors",
+                "--out",
+                str(tmp_path / "o.safetensors"),
+            ]
+        )
+        == 0
+    )
     assert "2 left out: cls_head, head" in capsys.readouterr().out
 
 
 def test_names_of_the_families_are_the_published_ones(model: MaskedAutoencoder) -> None:
     names = families.family_names(model.state_dict(), "huggingface")
     assert {
-        "vit.embeddings.position_embeddings", "vit.encoder.layer.1.attention.attention.value.bias",
-        "vit.encoder.layer.0.intermediate.dense.weight", "decoder.decoder_layers.1.attention.output.dense.weight",
-        "decoder.decoder_pred.bias", "vit.layernorm.weight",
-    } <= names.keys()  # fmt: skip
+        "vit.embeddings.position_embeddings",
+        "vit.encoder.layer.1.attention.attention.value.bias",
+        "vit.encoder.layer.0.intermediate.dense.weight",
+        "decoder.decoder_layers.1.attention.output.dense.weight",
+        "decoder.decoder_pred.bias",
+        "vit.layernorm.weight",
+    } <= names.keys()
     encoder = {name: value for name, value in model.state_dict().items() if export.in_encoder(name)}
     assert "encoder.blocks.0.attn.q_bias" in families.family_names(encoder, "maepriv")
     assert "blocks.0.attn.v_bias" in families.family_names(encoder, "bootmae")
@@ -88,13 +119,22 @@ def test_names_of_the_families_are_the_published_ones(model: MaskedAutoencoder) 
         families.family_names(encoder, "beit")
 
 
-def test_hugging_face_computes_the_same_loss(file: Path, model: MaskedAutoencoder, tmp_path: Path) -> None:
-    assert tool.main([str(file), "--to", "huggingface", "--out", str(tmp_path / "hf"), "--num-heads", "4"]) == 0
+def test_hugging_face_computes_the_same_loss(
+    file: Path, model: MaskedAutoencoder, tmp_path: Path
+) -> None:
+    assert (
+        tool.main(
+            [str(file), "--to", "huggingface", "--out", str(tmp_path / "hf"), "--num-heads", "4"]
+        )
+        == 0
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import ViTMAEForPreTraining
 
-        theirs, said = ViTMAEForPreTraining.from_pretrained(tmp_path / "hf", output_loading_info=True)
+        theirs, said = ViTMAEForPreTraining.from_pretrained(
+            tmp_path / "hf", output_loading_info=True
+        )
     assert not said["missing_keys"]
     assert not said["unexpected_keys"]
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
@@ -103,7 +143,9 @@ def test_hugging_face_computes_the_same_loss(file: Path, model: MaskedAutoencode
     batch = replace(batch, ids_shuffle=ids, num_visible=4)
     task = MAE(norm_pix_loss=True)
     with torch.no_grad():
-        mine = task(model, None, batch, 0.0)["reconstruction"] / task.counts(batch)["reconstruction"]
+        mine = (
+            task(model, None, batch, 0.0)["reconstruction"] / task.counts(batch)["reconstruction"]
+        )
         loss = theirs.eval()(pixel_values=images, noise=noise).loss
     assert mine.item() == pytest.approx(loss.item(), abs=1e-4)
     with warnings.catch_warnings():
@@ -118,8 +160,15 @@ def test_hugging_face_computes_the_same_loss(file: Path, model: MaskedAutoencode
 def test_onnxruntime_computes_the_same_features(file: Path, tmp_path: Path) -> None:
     import onnxruntime
 
-    assert tool.main([str(file), "--to", "onnx", "--out", str(tmp_path / "e.onnx"), "--num-heads", "4"]) == 0
-    session = onnxruntime.InferenceSession(str(tmp_path / "e.onnx"), providers=["CPUExecutionProvider"])
+    assert (
+        tool.main(
+            [str(file), "--to", "onnx", "--out", str(tmp_path / "e.onnx"), "--num-heads", "4"]
+        )
+        == 0
+    )
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "e.onnx"), providers=["CPUExecutionProvider"]
+    )
     encoder = rcmae.load_encoder(file, num_heads=4)
     told = session.get_modelmeta().custom_metadata_map
     assert json.loads(told["std"]) == list(encoder.pretrained_cfg["std"])
@@ -155,13 +204,19 @@ def test_an_encoder_in_ones_own_code(file: Path, model: MaskedAutoencoder) -> No
         ({"num_heads": 4, "network": "teacher"}, "has no teacher"),
     ],
 )
-def test_what_cannot_be_an_encoder_is_refused(options: dict[str, Any], message: str, file: Path) -> None:
+def test_what_cannot_be_an_encoder_is_refused(
+    options: dict[str, Any], message: str, file: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         rcmae.load_encoder(file, **options)
 
 
-def test_a_run_is_read_by_its_own_recipe_and_its_teacher_first(uninterrupted: Folder, tmp_path: Path) -> None:
-    teacher, student = (rcmae.load_encoder(uninterrupted.path, network=which) for which in (None, "student"))
+def test_a_run_is_read_by_its_own_recipe_and_its_teacher_first(
+    uninterrupted: Folder, tmp_path: Path
+) -> None:
+    teacher, student = (
+        rcmae.load_encoder(uninterrupted.path, network=which) for which in (None, "student")
+    )
     state = uninterrupted.state()
     assert teacher.blocks[0].attn.num_heads == 4
     assert timm.data.resolve_model_data_config(teacher)["std"] == (0.229, 0.224, 0.225)
@@ -178,16 +233,27 @@ def test_a_run_is_read_by_its_own_recipe_and_its_teacher_first(uninterrupted: Fo
         load_classifier(uninterrupted.path)
 
 
-def test_a_pretraining_starts_from_a_file(uninterrupted: Folder, tiny: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_pretraining_starts_from_a_file(
+    uninterrupted: Folder, tiny: Path, tmp_path: Path, capsys: Any
+) -> None:
     out, run = tmp_path / "w.safetensors", Folder(tmp_path / "run")
-    assert tool.main([str(uninterrupted.path), "--to", "safetensors", "--out", str(out), "--what", "student"]) == 0
-    assert start(tiny, run.path, f"checkpoint.init={out}", "schedule.steps=6", "schedule.lr=1e-6") == 0
+    assert (
+        tool.main(
+            [str(uninterrupted.path), "--to", "safetensors", "--out", str(out), "--what", "student"]
+        )
+        == 0
+    )
+    assert (
+        start(tiny, run.path, f"checkpoint.init={out}", "schedule.steps=6", "schedule.lr=1e-6") == 0
+    )
     assert run.losses()[0] < uninterrupted.losses()[0] - 0.05
     assert start(tiny, tmp_path / "other", f"checkpoint.init={out}", "model.depth=2") == 2
     assert "has unknown blocks.2." in capsys.readouterr().err
 
 
-def test_onnx_without_its_packages_is_a_clear_message(file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_onnx_without_its_packages_is_a_clear_message(
+    file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match="pip install onnx onnxscript"):
         to_onnx(rcmae.load_encoder(file, num_heads=4), tmp_path / "e.onnx")

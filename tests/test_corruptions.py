@@ -1,4 +1,6 @@
-"""Corruptions do what they are described to do: worse with severity, the same for a sample, alike at every size."""
+"""Corruptions do what they are described to do: worse with severity, the same for a sample,
+alike at every size.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,11 @@ def test_it_is_worse_with_severity_and_the_same_for_a_sample(name: str, photogra
         assert all(each.shape == image.shape and each.dtype == torch.uint8 for each in seen)
         away.append(float(np.mean([distance(each, image) for each in seen])))
     assert all(0.01 < each < 0.5 for each in away)
-    parts = [away[:2], away[2:]] if name == "elastic_transform" else [away]  # stretched first, then torn: two kinds
-    assert all(after > 0.94 * before for part in parts for before, after in itertools.pairwise(part)), away
+    # stretched first, then torn: two kinds
+    parts = [away[:2], away[2:]] if name == "elastic_transform" else [away]
+    assert all(
+        after > 0.94 * before for part in parts for before, after in itertools.pairwise(part)
+    ), away
     assert all(part[-1] > part[0] for part in parts) or name == "elastic_transform", away
     assert torch.equal(seen[2], Corruption(name, 5)(image, 2))
     if name not in FIXED:
@@ -48,16 +53,29 @@ def test_it_is_worse_with_severity_and_the_same_for_a_sample(name: str, photogra
         assert not torch.equal(seen[2], Corruption(name, 5, seed=1)(image, 2))
 
 
-FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")  # nothing is drawn
-BY_LENGTH = ("defocus_blur", "motion_blur", "zoom_blur", "elastic_transform", "fog", "frost", "snow")
+# nothing is drawn
+FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
+BY_LENGTH = (
+    "defocus_blur",
+    "motion_blur",
+    "zoom_blur",
+    "elastic_transform",
+    "fog",
+    "frost",
+    "snow",
+)
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_a_severity_looks_the_same_at_another_size(name: str, photograph: Tensor) -> None:
-    """Corrupted and then halved is halved and then corrupted, far nearer than corrupted is to the photograph."""
+    """Corrupted and then halved is halved and then corrupted, far nearer than corrupted is to
+    the photograph.
+    """
     half = resize(photograph.permute(1, 2, 0).numpy(), (112, 112))
     whole = Corruption(name, 4)(photograph, 3)
-    same = distance(resize(whole.permute(1, 2, 0).numpy(), (112, 112)), Corruption(name, 4)(half, 3))
+    same = distance(
+        resize(whole.permute(1, 2, 0).numpy(), (112, 112)), Corruption(name, 4)(half, 3)
+    )
     assert same < 0.25 * distance(Corruption(name, 4)(half, 3), half)
 
 
@@ -92,7 +110,10 @@ def test_pointwise_kinds_are_their_formulas(photograph: Tensor) -> None:
     value = pixels.amax(0)
     assert torch.allclose(brighter.amax(0), (value + 0.2).clamp(max=1), atol=3e-3)
     lit = value > 0.3
-    assert torch.allclose((brighter / brighter.amax(0))[:, lit], (pixels / value)[:, lit], atol=2e-2)  # hue, saturation
+    # hue, saturation
+    assert torch.allclose(
+        (brighter / brighter.amax(0))[:, lit], (pixels / value)[:, lit], atol=2e-2
+    )
     flat = Corruption("contrast", 4)(photograph, 0).double() / 255
     mean = pixels.mean((1, 2), keepdim=True)
     assert torch.allclose(flat, (pixels - mean) * 0.1 + mean, atol=3e-3)
@@ -107,13 +128,19 @@ def test_pointwise_kinds_are_their_formulas(photograph: Tensor) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_channels_other_than_three_and_small_images_are_taken(name: str) -> None:
     for shape in ((1, 32, 32), (5, 16, 24)):
-        image = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        image = torch.randint(
+            0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        )
         assert Corruption(name, 5)(image, 0).shape == shape
 
 
-def test_photographs_of_frost_take_the_place_of_the_drawn_one(photograph: Tensor, tmp_path: Path) -> None:
+def test_photographs_of_frost_take_the_place_of_the_drawn_one(
+    photograph: Tensor, tmp_path: Path
+) -> None:
     for number in range(2):
-        Image.new("RGB", (300, 100 + 200 * number), (200, 210, 220)).save(tmp_path / f"{number}.png")
+        Image.new("RGB", (300, 100 + 200 * number), (200, 210, 220)).save(
+            tmp_path / f"{number}.png"
+        )
     files = tuple(sorted(tmp_path.iterdir()))
     seen = Corruption("frost", 3, files)(photograph, 0)
     ice = torch.tensor([200.0, 210.0, 220.0])[:, None, None]
@@ -123,7 +150,9 @@ def test_photographs_of_frost_take_the_place_of_the_drawn_one(photograph: Tensor
         Corruption("frost", 3, (tmp_path / "no.png",))(photograph, 0)
 
 
-@pytest.mark.parametrize(("name", "severity", "message"), [("rain", 1, "no corruption 'rain'"), ("fog", 6, "1 to 5")])
+@pytest.mark.parametrize(
+    ("name", "severity", "message"), [("rain", 1, "no corruption 'rain'"), ("fog", 6, "1 to 5")]
+)
 def test_unknown_ones_are_refused(name: str, severity: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Corruption(name, severity)
@@ -134,7 +163,8 @@ def test_its_parts_agree_with_their_definitions() -> None:
     line[0, 4, 4] = 1.0
     shifted = convolved(line, torch.tensor([[1.0, -2.5]]), torch.tensor([1.0]))
     assert shifted[0, 3, 6:8].tolist() == [0.5, 0.5]  # read one down and two and a half to the left
-    assert smoothed(torch.ones(2, 7, 5), 3.0).sub(1).abs().max() < 1e-6  # mirrored ends lose nothing
+    # mirrored ends lose nothing
+    assert smoothed(torch.ones(2, 7, 5), 3.0).sub(1).abs().max() < 1e-6
     land = height_map(np.random.RandomState(0), (40, 56), 3.0)
     assert (land.shape, land.min() >= 0, land.max() <= 1) == ((40, 56), True, True)
     rough = height_map(np.random.RandomState(0), (40, 56), 1.5)
@@ -149,7 +179,13 @@ def test_ranks_and_workers_see_the_same_corrupted_images(photo_shards: str) -> N
             number: image
             for rank in range(world)
             for batch in labelled_batches(
-                index, image_size=(32, 32), batch=40, rank=rank, world=world, workers=workers, change=change
+                index,
+                image_size=(32, 32),
+                batch=40,
+                rank=rank,
+                world=world,
+                workers=workers,
+                change=change,
             )
             for number, image in zip(batch.positions.tolist(), batch.images, strict=True)
             if number >= 0

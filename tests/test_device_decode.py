@@ -1,4 +1,6 @@
-"""JPEGs that the device decodes: the same stream as the workers', here with libjpeg-turbo standing in for nvJPEG."""
+"""JPEGs that the device decodes: the same stream as the workers', here with libjpeg-turbo
+standing in for nvJPEG.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def libjpeg(files: list[Tensor]) -> list[Tensor]:
     """Decodes as nvJPEG's door does: all files or, with a RuntimeError, none."""
     try:
-        return [torch.from_numpy(simplejpeg.decode_jpeg(bytes(file.numpy()))).permute(2, 0, 1) for file in files]
+        return [
+            torch.from_numpy(simplejpeg.decode_jpeg(bytes(file.numpy()))).permute(2, 0, 1)
+            for file in files
+        ]
     except ValueError as error:
         raise RuntimeError(str(error)) from error
 
@@ -39,12 +44,20 @@ def libjpeg(files: list[Tensor]) -> list[Tensor]:
 def read(
     index: ShardIndex, decode: object, *, first_step: int = 0, steps: int = 6, **options: object
 ) -> tuple[list[Batch], list[BadSample]]:
-    plan = Plan(index.counts, seed=3, images=8 // int(options.get("repeats", 1)), streams=8, window=3)  # type: ignore[call-overload]
+    plan = Plan(
+        index.counts, seed=3, images=8 // int(options.get("repeats", 1)), streams=8, window=3
+    )  # type: ignore[call-overload]
     stream = Stream(
-        index=index, plan=plan, transform=TrainTransform((16, 24), margin=math.inf), mask=RandomMask(24, 6), seed=5,
-        micro=4, max_bad_fraction=0.5, device_decoder=decode and DeviceDecoder(decode, CPU),  # type: ignore[arg-type]
+        index=index,
+        plan=plan,
+        transform=TrainTransform((16, 24), margin=math.inf),
+        mask=RandomMask(24, 6),
+        seed=5,
+        micro=4,
+        max_bad_fraction=0.5,
+        device_decoder=decode and DeviceDecoder(decode, CPU),  # type: ignore[arg-type]
         **options,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     running = stream.steps(first_step)
     batches = [batch for _ in range(steps) for batch in next(running)]
     bad = stream.drain_bad()
@@ -54,13 +67,18 @@ def read(
 
 
 def assert_same(batches: list[Batch], expected: list[Batch], *, levels: float) -> None:
-    """All but the pixels are equal; those differ by at most so many levels in the mean of any image."""
+    """All but the pixels are equal.
+
+    Those differ by at most so many levels in the mean of any image.
+    """
     assert len(batches) == len(expected)
     for batch, other in zip(batches, expected, strict=True):
         assert batch.keys == other.keys
         for part in ("positions", "ids_shuffle", "labels", "crops"):
             assert torch.equal(getattr(batch, part), getattr(other, part)), part
-        assert (batch.images.float() - other.images.float()).abs().mean(dim=(1, 2, 3)).max() <= levels
+        assert (batch.images.float() - other.images.float()).abs().mean(
+            dim=(1, 2, 3)
+        ).max() <= levels
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +88,25 @@ def index(photo_shards: str) -> ShardIndex:
 
 @pytest.fixture(scope="module")
 def damaged(photo_shards: str, tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
-    """A shard with a PNG, a CMYK JPEG, one that ends too early, one with noise in the middle, and text."""
+    """A shard with a PNG, a CMYK JPEG, one that ends too early, one with noise in the middle,
+    and text.
+    """
     folder, draw = tmp_path_factory.mktemp("damaged"), np.random.default_rng(0)
     with tarfile.open(next(Path(photo_shards).parent.glob("photo-000000.tar"))) as source:
-        jpegs = [source.extractfile(m).read() for m in source.getmembers() if m.name.endswith("jpg")]  # type: ignore[union-attr]
+        jpegs = [
+            source.extractfile(m).read() for m in source.getmembers() if m.name.endswith("jpg")
+        ]  # type: ignore[union-attr]
     image = Image.open(io.BytesIO(jpegs[0]))
     png, cmyk = io.BytesIO(), io.BytesIO()
     image.save(png, "PNG")
     image.convert("CMYK").save(cmyk, "JPEG")
     jpegs[3], jpegs[5], jpegs[7] = png.getvalue(), cmyk.getvalue(), jpegs[7][:-400]
     middle = len(jpegs[9]) // 2
-    jpegs[9] = jpegs[9][:middle] + bytes(draw.integers(0, 255, 60, dtype=np.uint8)) + jpegs[9][middle + 60 :]
+    jpegs[9] = (
+        jpegs[9][:middle]
+        + bytes(draw.integers(0, 255, 60, dtype=np.uint8))
+        + jpegs[9][middle + 60 :]
+    )
     jpegs[11] = b"not an image"
     with tarfile.open(folder / "damaged-000000.tar", "w") as tar:
         for number, data in enumerate(jpegs):
@@ -96,9 +122,15 @@ def test_the_device_gives_the_workers_stream(index: ShardIndex, workers: int, re
     expected, _ = read(index, None, repeats=repeats)
     batches, bad = read(index, libjpeg, workers=workers, repeats=repeats)
     assert bad == []
-    assert_same(batches, expected, levels=0.6)  # the same resizing, rounded once instead of at each of its two passes
-    assert any(not torch.equal(mine.images, other.images) for mine, other in zip(batches, expected, strict=True))
-    assert_same(read(index, libjpeg, repeats=repeats, first_step=3, steps=3)[0], batches[-6:], levels=0)
+    # the same resizing, rounded once instead of at each of its two passes
+    assert_same(batches, expected, levels=0.6)
+    assert any(
+        not torch.equal(mine.images, other.images)
+        for mine, other in zip(batches, expected, strict=True)
+    )
+    assert_same(
+        read(index, libjpeg, repeats=repeats, first_step=3, steps=3)[0], batches[-6:], levels=0
+    )
 
 
 def test_what_the_device_refuses_is_read_as_the_workers_read_it(
@@ -118,14 +150,18 @@ def test_what_the_device_refuses_is_read_as_the_workers_read_it(
     assert {sample.key for sample in ledger} >= {"11"}
     assert bad == ledger
     assert_same(batches, expected, levels=0.6)
-    assert [record.getMessage().partition(":")[2] for record in caplog.records] == [" not those of odd length"]
+    assert [record.getMessage().partition(":")[2] for record in caplog.records] == [
+        " not those of odd length"
+    ]
     assert alone  # those beside a refused one were decoded all the same
     nothing, bad = read(damaged, lambda files: libjpeg([files[0][:0]]), steps=10)  # refuses all
     assert bad == ledger
     assert_same(nothing, expected, levels=0)
 
 
-def test_a_device_that_breaks_ends_the_run_with_its_message(index: ShardIndex, damaged: ShardIndex) -> None:
+def test_a_device_that_breaks_ends_the_run_with_its_message(
+    index: ShardIndex, damaged: ShardIndex
+) -> None:
     def breaking(files: list[Tensor]) -> list[Tensor]:
         raise OSError("the device is gone")
 
@@ -156,9 +192,17 @@ def test_without_a_gpu_the_workers_decode_and_gpu_says_so(
     tiny: Path, tmp_path: Path, choice: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = Folder(tmp_path / "run")
-    assert start(tiny, run.path, "schedule.steps=2", "schedule.warmup_steps=0", f"data.decode={choice}") == 0
+    assert (
+        start(
+            tiny, run.path, "schedule.steps=2", "schedule.warmup_steps=0", f"data.decode={choice}"
+        )
+        == 0
+    )
     said = capfd.readouterr().err
-    warning = "data.decode=gpu: the GPU decodes no JPEG here, the workers do (rank 0: it needs a CUDA device"
+    warning = (
+        "data.decode=gpu: the GPU decodes no JPEG here, the workers do (rank 0: it needs a "
+        "CUDA device"
+    )
     assert (warning in said) == (choice == "gpu")
     with pytest.raises(RuntimeError, match="it needs a CUDA device"):
         nvjpeg(CPU, 3)
@@ -174,4 +218,5 @@ def test_nvjpeg_gives_nearly_the_workers_pixels(index: ShardIndex) -> None:
     assert bad == []
     for batch, other in zip(batches, expected, strict=True):
         error = (batch.images.cpu().double() - other.images.double()).square().mean(dim=(1, 2, 3))
-        assert (20 * math.log10(255) - 10 * error.log10()).min() > 38  # dB; the chroma is interpolated otherwise
+        # dB; the chroma is interpolated otherwise
+        assert (20 * math.log10(255) - 10 * error.log10()).min() > 38

@@ -53,7 +53,7 @@ def gpu(folder: Path, *rows: str, status: int = 0) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-# ---------------------------------------------------------------------------------------------------------- sound nodes
+# -------------------------------------------------------------------------------------- sound nodes
 
 
 def test_a_sound_node_is_green_and_keeps_no_trace(
@@ -84,7 +84,12 @@ def test_two_sound_ranks_are_compared_and_their_links_measured(
     tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]
 ) -> None:
     out = ranks(
-        str(ROOT / "tools" / "doctor.py"), str(tiny), f"run.dir={tmp_path}/run", "engine.name=fsdp2", "--json", world=2
+        str(ROOT / "tools" / "doctor.py"),
+        str(tiny),
+        f"run.dir={tmp_path}/run",
+        "engine.name=fsdp2",
+        "--json",
+        world=2,
     ).succeed()
     report = json.loads(out[out.index("{\n") : out.rindex("}") + 1])
     findings = report["findings"]
@@ -100,7 +105,7 @@ def test_two_sound_ranks_are_compared_and_their_links_measured(
     assert not (tmp_path / "run").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 def test_the_wrong_apex(
@@ -127,7 +132,10 @@ def test_torch_for_cpu_beside_gpus(
     assert status == 1
     assert "is a CPU build beside 8 GPUs -> install the CUDA build" in of(findings, "red")
     monkeypatch.delenv("SLURM_GPUS_ON_NODE")
-    monkeypatch.setenv("PATH", gpu(tmp_path, "NVIDIA H100 80GB HBM3, 570.1, 81559, 4, 0, Not Active, 31, 9.0, Default"))
+    monkeypatch.setenv(
+        "PATH",
+        gpu(tmp_path, "NVIDIA H100 80GB HBM3, 570.1, 81559, 4, 0, Not Active, 31, 9.0, Default"),
+    )
     assert "is a CPU build beside 1 GPUs" in of(examined()[1], "red")
 
 
@@ -145,31 +153,58 @@ def test_packages_that_do_not_belong_together(
     assert "torchvision 0.20.0 belongs to torch 2.5.0, this is torch 2." in of(findings, "red")
 
 
-def test_a_package_that_does_not_import(monkeypatch: pytest.MonkeyPatch, examined: Callable[..., Any]) -> None:
-    monkeypatch.setitem(doctor.sys.modules, "simplejpeg", None)  # how Python marks what cannot be imported
+def test_a_package_that_does_not_import(
+    monkeypatch: pytest.MonkeyPatch, examined: Callable[..., Any]
+) -> None:
+    # how Python marks what cannot be imported
+    monkeypatch.setitem(doctor.sys.modules, "simplejpeg", None)
     status, findings = examined()
     assert status == 1
     assert "simplejpeg cannot be imported" in of(findings, "red")
 
 
 GPU_FAULTS = {
-    "no bf16": ("Tesla V100-SXM2-32GB, 570.1, 32768, 4, 0, Not Active, 31, 7.0, Default", "red", "has no bf16"),
-    "taken": ("NVIDIA H200, 570.1, 143771, 60000, 0, Not Active, 40, 9.0, Default", "red", "58.6 of 140 GiB are taken"),
+    "no bf16": (
+        "Tesla V100-SXM2-32GB, 570.1, 32768, 4, 0, Not Active, 31, 7.0, Default",
+        "red",
+        "has no bf16",
+    ),
+    "taken": (
+        "NVIDIA H200, 570.1, 143771, 60000, 0, Not Active, 40, 9.0, Default",
+        "red",
+        "58.6 of 140 GiB are taken",
+    ),
     "shared": (
         "NVIDIA H200, 570.1, 143771, 6000, 0, Not Active, 40, 9.0, Default",
         "yellow",
         "5.9 of 140 GiB are taken",
     ),
-    "ill": ("NVIDIA H200, 570.1, 143771, 4, 3, Not Active, 40, 9.0, Default", "red", "3 uncorrected memory errors"),
-    "slowed": ("NVIDIA H200, 570.1, 143771, 4, [N/A], Active, 91, 9.0, Default", "yellow", "slows it down, at 91 C"),
+    "ill": (
+        "NVIDIA H200, 570.1, 143771, 4, 3, Not Active, 40, 9.0, Default",
+        "red",
+        "3 uncorrected memory errors",
+    ),
+    "slowed": (
+        "NVIDIA H200, 570.1, 143771, 4, [N/A], Active, 91, 9.0, Default",
+        "yellow",
+        "slows it down, at 91 C",
+    ),
     "hot": ("NVIDIA H200, 570.1, 143771, 4, 0, Not Active, 91, 9.0, Default", "yellow", "91 C"),
-    "closed": ("NVIDIA H200, 570.1, 143771, 4, 0, Not Active, 40, 9.0, Prohibited", "red", "is Prohibited"),
+    "closed": (
+        "NVIDIA H200, 570.1, 143771, 4, 0, Not Active, 40, 9.0, Prohibited",
+        "red",
+        "is Prohibited",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", GPU_FAULTS)
 def test_gpus_that_are_not_well(
-    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path, examined: Callable[..., Any]
+    fault: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Path,
+    examined: Callable[..., Any],
 ) -> None:
     row, colour, text = GPU_FAULTS[fault]
     sound = "NVIDIA H200, 570.1, 143771, 4, 0, Not Active, 40, 9.0, Default"
@@ -180,8 +215,13 @@ def test_gpus_that_are_not_well(
     assert of(findings, "red", "GPU 0") == of(findings, "yellow", "GPU 0") == ""
 
 
-def test_a_driver_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examined: Callable[..., Any]) -> None:
-    monkeypatch.setenv("PATH", gpu(tmp_path, "Failed to initialize NVML: Driver/library version mismatch", status=18))
+def test_a_driver_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examined: Callable[..., Any]
+) -> None:
+    monkeypatch.setenv(
+        "PATH",
+        gpu(tmp_path, "Failed to initialize NVML: Driver/library version mismatch", status=18),
+    )
     status, findings = examined()
     assert status == 1
     assert "Driver/library version mismatch" in of(findings, "red", "driver")
@@ -201,7 +241,9 @@ def test_a_run_folder_that_cannot_be_written(
 def small_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder on a disk of 16 MiB; where none can be mounted, one of which the system says so."""
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", folder], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "none", folder], capture_output=True
+    )
     if mounted.returncode:
         real, usage = shutil.disk_usage, type(shutil.disk_usage(folder))
 
@@ -225,7 +267,9 @@ def test_a_full_disk_for_the_run_and_for_caches(
         engine = ["engine.name=deepspeed", "engine.config=zero1.json"]
         status, findings = examined(tiny, f"run.dir={tmp_path}/disk/run", *model, *engine)
     assert status == 1
-    assert "are needed for checkpoints -> free some, lower checkpoint.keep" in of(findings, "red", "run folder")
+    assert "are needed for checkpoints -> free some, lower checkpoint.keep" in of(
+        findings, "red", "run folder"
+    )
     assert f"{tmp_path}/disk/extensions: 0.0" in of(findings, "red", "caches")
     assert "export TORCH_EXTENSIONS_DIR elsewhere" in of(findings, "red", "caches")
 
@@ -236,7 +280,9 @@ def test_shards_that_are_missing_compressed_or_cut(
     source = Path(photo_shards).parent
     for number in range(3):
         shutil.copy(source / f"photo-{number:06d}.tar", tmp_path)
-    (tmp_path / "photo-000003.tar").write_bytes(gzip.compress((source / "photo-000003.tar").read_bytes()))
+    (tmp_path / "photo-000003.tar").write_bytes(
+        gzip.compress((source / "photo-000003.tar").read_bytes())
+    )
     (tmp_path / "photo-000004.tar").write_bytes((source / "photo-000004.tar").read_bytes()[:50_000])
     shards = f"data.shards={tmp_path}/photo-{{000000..000005}}.tar"
     status, findings = examined(tiny, f"run.dir={tmp_path}/run", shards)
@@ -246,7 +292,9 @@ def test_shards_that_are_missing_compressed_or_cut(
     assert "photo-000005.tar: No such file" in red
     (tmp_path / "photo-000003.tar").unlink()
     shards = f"data.shards=[{tmp_path}/photo-000000.tar,{tmp_path}/photo-000004.tar]"
-    assert "photo-000004.tar: is no complete tar" in of(examined(tiny, f"run.dir={tmp_path}/run", shards)[1], "red")
+    assert "photo-000004.tar: is no complete tar" in of(
+        examined(tiny, f"run.dir={tmp_path}/run", shards)[1], "red"
+    )
 
 
 def test_samples_that_do_not_decode(
@@ -261,7 +309,9 @@ def test_samples_that_do_not_decode(
     assert "of 40 tried: a/0_00 (" in of(findings, "yellow", "shards")
 
 
-def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch, examined: Callable[..., Any]) -> None:
+def test_a_port_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, examined: Callable[..., Any]
+) -> None:
     with socket.socket() as holder:
         holder.bind(("", free_port()))
         holder.listen()
@@ -277,7 +327,13 @@ def test_ranks_that_are_not_alike(tmp_path: Path, tiny: Path, ranks: Callable[..
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.0.1\n")
     started = ranks(
-        str(PROGRAM), "-40", str(info.parent), str(tmp_path / "theirs"), str(tiny), f"run.dir={tmp_path}/ours", world=2
+        str(PROGRAM),
+        "-40",
+        str(info.parent),
+        str(tmp_path / "theirs"),
+        str(tiny),
+        f"run.dir={tmp_path}/ours",
+        world=2,
     )
     assert started.wait() == [1, 1], started.said() + started.said(1)
     out = started.said()
@@ -292,13 +348,16 @@ def test_ranks_that_are_not_alike(tmp_path: Path, tiny: Path, ranks: Callable[..
 
 def test_links_are_held_to_what_they_should_give(tmp_path: Path) -> None:
     def colours(rate: float, hosts: list[str], name: str, network: float) -> list[str]:
-        return [each.colour for each in doctor.check_links({"all-reduce": rate}, hosts, name, network)]
+        return [
+            each.colour for each in doctor.check_links({"all-reduce": rate}, hosts, name, network)
+        ]
 
     one, two = ["a"] * 8, ["a"] * 8 + ["b"] * 8
     assert colours(300, one, "NVIDIA H100 80GB HBM3", 0) == ["green"]
     assert colours(200, one, "NVIDIA H100 80GB HBM3", 0) == ["yellow"]
     assert colours(30, one, "NVIDIA H100 80GB HBM3", 0) == ["red"]
-    assert colours(40, two, "NVIDIA H100 80GB HBM3", 400) == ["green"]  # 8 x 400 Gb/s: 50 GB/s a GPU
+    # 8 x 400 Gb/s: 50 GB/s a GPU
+    assert colours(40, two, "NVIDIA H100 80GB HBM3", 400) == ["green"]
     assert colours(4, two, "NVIDIA H100 80GB HBM3", 400) == ["red"]
     assert colours(1, two, "", 0) == ["green"]  # CPUs: nothing is promised
     ports = tmp_path / "mlx5_0" / "ports" / "1"

@@ -1,4 +1,6 @@
-"""The drills themselves: they hold here in short, and they would see it if a promise were broken."""
+"""The drills themselves: they hold here in short, and they would see it if a promise were
+broken.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ def test_a_training_killed_in_each_kind_of_moment_comes_out_bit_for_bit(
     assert drill.main(["kill", str(tiny), "--times=4", "--seed=3", f"--json={report}", *short]) == 0
     assert "as promised" in capsys.readouterr().out
     found = json.loads(report.read_text())
-    assert found["kills"] == sum(found["hits"].values()) == found["resumes"] + found["starts_before_a_first_checkpoint"]
+    assert (
+        found["kills"]
+        == sum(found["hits"].values())
+        == found["resumes"] + found["starts_before_a_first_checkpoint"]
+    )
     assert [check["bit_equal"] for check in found["trainings_finished_and_compared"]][-1]
 
 
@@ -32,16 +38,23 @@ def test_a_plan_of_kills_has_a_third_in_saves_each_phase_as_often() -> None:
 
 
 @pytest.mark.slow
-def test_engines_and_ranks_change_on_resume_and_samples_losses_and_teacher_do_not(tiny: Path, tmp_path: Path) -> None:
+def test_engines_and_ranks_change_on_resume_and_samples_losses_and_teacher_do_not(
+    tiny: Path, tmp_path: Path
+) -> None:
     report = tmp_path / "matrix.json"
     pairs = "fsdp2 x2 -> ds3 x2, fsdp2 x2 -> local x1"
     assert drill.main(["matrix", str(tiny), f"--pairs={pairs}", f"--json={report}"]) == 0
     found = json.loads(report.read_text())["pairs"]
     assert list(found) == ["fsdp2 x2 -> ds3 x2", "fsdp2 x2 -> local x1"]
-    assert all(0 <= pair["loss"] < 1e-5 and pair["teacher"] < 1e-5 and pair["same_samples"] for pair in found.values())
+    assert all(
+        0 <= pair["loss"] < 1e-5 and pair["teacher"] < 1e-5 and pair["same_samples"]
+        for pair in found.values()
+    )
 
 
-def test_another_training_is_not_taken_for_the_same(tiny: Path, tmp_path: Path, uninterrupted: Folder) -> None:
+def test_another_training_is_not_taken_for_the_same(
+    tiny: Path, tmp_path: Path, uninterrupted: Folder
+) -> None:
     other = Folder(tmp_path / "other")
     assert start(tiny, other.path, "schedule.lr=0.0015") == 0
     whole = Folder(shutil.copytree(uninterrupted.path, tmp_path / "whole"))
@@ -67,7 +80,9 @@ def test_another_training_is_not_taken_for_the_same(tiny: Path, tmp_path: Path, 
         drill.compare(torn.path, whole.path)
 
 
-def test_what_cannot_run_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_run_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert drill.main(["kill", str(tiny), "modle.depth=2"]) == 2
     assert "did you mean 'model'?" in capsys.readouterr().err
     assert drill.main(["matrix", str(tiny), "--layouts=local x1,ds9 x2"]) == 2

@@ -16,11 +16,16 @@ from tests.conftest import Ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
 STAGES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
-PUBLISHED = ("teacher.update=micro_step", "teacher.schedule=published", "teacher.momentum=0.9")  # the released weights'
+# the released weights'
+PUBLISHED = ("teacher.update=micro_step", "teacher.schedule=published", "teacher.momentum=0.9")
 
 
 def engine_of(stage: str) -> list[str]:
-    return ["engine.name=fsdp2"] if stage == "fsdp2" else ["engine.name=deepspeed", f"engine.config={stage}"]
+    return (
+        ["engine.name=fsdp2"]
+        if stage == "fsdp2"
+        else ["engine.name=deepspeed", f"engine.config={stage}"]
+    )
 
 
 def result(said: str) -> dict[str, Any]:
@@ -35,12 +40,14 @@ def losses(run: Path) -> list[float]:
 def tensors(run: Path, kind: str) -> torch.Tensor:
     """All parameters' tensors of a kind in the run's last checkpoint, concatenated.
 
-    Not the bias before a batch norm, nor the mean that follows it: its gradient is 0, and Adam makes steps of what
-    rounding leaves of it.
+    Not the bias before a batch norm, nor the mean that follows it: its gradient is 0, and Adam
+    makes steps of what rounding leaves of it.
     """
     noise = ("cls_head.0.bias", "cls_head.1.running_mean")
     manifest = checkpoint.read_manifest(max((run / "checkpoints").glob("step-*")))
-    keys = sorted(key for key in manifest.tensors if key.startswith(f"{kind}/") and not key.endswith(noise))
+    keys = sorted(
+        key for key in manifest.tensors if key.startswith(f"{kind}/") and not key.endswith(noise)
+    )
     return torch.cat([checkpoint.tensor_of(manifest, key).flatten() for key in keys]).double()
 
 
@@ -50,24 +57,43 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the same training run by every engine: fp32 and bf16, with accumulation and without."""
+    """A folder with the same training run by every engine: fp32 and bf16, with accumulation and
+    without.
+    """
     root = tmp_path_factory.mktemp("engines")
 
     def job(name: str, *overrides: str) -> list[str]:
         return [str(tiny), f"run.dir={root / name}", "log.every_steps=1", *overrides]
 
-    fp32, bf16 = ("engine.precision=fp32", "schedule.steps=20"), ("engine.precision=bf16", "schedule.steps=40")
+    fp32, bf16 = (
+        ("engine.precision=fp32", "schedule.steps=20"),
+        ("engine.precision=bf16", "schedule.steps=40"),
+    )
     two = [
-        *(job(f"{stage}-fp32-1", *engine_of(stage), *fp32, "batch.per_device=16") for stage in STAGES),
-        *(job(f"{stage}-fp32-2", *engine_of(stage), *fp32, "batch.per_device=8") for stage in STAGES),
-        *(job(f"{stage}-bf16-2", *engine_of(stage), *bf16, "batch.per_device=8") for stage in STAGES),
-        *(job(f"{stage}-micro", *engine_of(stage), *fp32, *PUBLISHED, "batch.per_device=8") for stage in STAGES),
+        *(
+            job(f"{stage}-fp32-1", *engine_of(stage), *fp32, "batch.per_device=16")
+            for stage in STAGES
+        ),
+        *(
+            job(f"{stage}-fp32-2", *engine_of(stage), *fp32, "batch.per_device=8")
+            for stage in STAGES
+        ),
+        *(
+            job(f"{stage}-bf16-2", *engine_of(stage), *bf16, "batch.per_device=8")
+            for stage in STAGES
+        ),
+        *(
+            job(f"{stage}-micro", *engine_of(stage), *fp32, *PUBLISHED, "batch.per_device=8")
+            for stage in STAGES
+        ),
     ]
     one = [
-        job("local-fp32", *fp32), job("local-fp32-2", *fp32, "batch.per_device=16"), job("local-bf16", *bf16),
+        job("local-fp32", *fp32),
+        job("local-fp32-2", *fp32, "batch.per_device=16"),
+        job("local-bf16", *bf16),
         job("local-fp32-long", "engine.precision=fp32", "schedule.steps=40"),
         job("local-micro", *fp32, *PUBLISHED, "batch.per_device=16"),
-    ]  # fmt: skip
+    ]
     started = [
         Ranks([sys.executable, str(PROGRAMS / "train_many.py"), json.dumps(jobs)], world, root)
         for jobs, world in ((two, 2), (one, 1))
@@ -93,7 +119,8 @@ def test_the_teacher_may_move_at_each_micro_batch(runs: Path, stage: str) -> Non
     run, oracle = runs / f"{stage}-micro", runs / "local-micro"
     assert losses(run) == pytest.approx(losses(oracle), rel=1e-5)
     assert relative(tensors(run, "teacher"), tensors(oracle, "teacher")) < 1e-5
-    assert relative(tensors(oracle, "teacher"), tensors(runs / "local-fp32", "teacher")) > 1e-3  # another teacher
+    # another teacher
+    assert relative(tensors(oracle, "teacher"), tensors(runs / "local-fp32", "teacher")) > 1e-3
 
 
 @pytest.mark.slow
@@ -109,12 +136,23 @@ def test_every_engine_in_bf16_stays_near_fp32(runs: Path, stage: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", ["encoder,decoder", "encoder"])
 def test_the_teacher_is_the_average_at_every_stage(ranks: Callable[..., Ranks], parts: str) -> None:
-    """1,000 updates against a float64 average; the copy is its accumulator rounded; bytes are the formula's."""
-    found = result(ranks(str(PROGRAMS / "teacher_stages.py"), ",".join(("local", *STAGES)), parts).succeed())
+    """1,000 updates against a float64 average; the copy is its accumulator rounded.
+
+    Bytes are the formula's.
+    """
+    found = result(
+        ranks(str(PROGRAMS / "teacher_stages.py"), ",".join(("local", *STAGES)), parts).succeed()
+    )
     print("\nbytes of the teacher on each of two ranks")
     for name, figures in found.items():
-        kinds = [" + ".join(f"{kind} {size:,}" for kind, size in each.items()) for each in figures["bytes"]]
-        print(f"{name:<20} {' | '.join(kinds)} | sum {sum(sum(each.values()) for each in figures['bytes']):,}")
+        kinds = [
+            " + ".join(f"{kind} {size:,}" for kind, size in each.items())
+            for each in figures["bytes"]
+        ]
+        print(
+            f"{name:<20} {' | '.join(kinds)} | sum "
+            f"{sum(sum(each.values()) for each in figures['bytes']):,}"
+        )
         assert figures["error"] < 1e-6, name
         assert figures["copy_is_rounding"], name
         assert figures.get("whole_copy_is_rounding", True), name
@@ -131,18 +169,31 @@ def test_a_nan_on_one_rank_stops_all_and_touches_nothing(ranks: Callable[..., Ra
 
 
 @pytest.mark.slow
-def test_savings_of_memory_and_time_change_no_loss(tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]) -> None:
+def test_savings_of_memory_and_time_change_no_loss(
+    tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]
+) -> None:
     def job(name: str, *overrides: str) -> list[str]:
-        run = [f"run.dir={tmp_path / name}", "log.every_steps=1", "schedule.steps=6", "schedule.warmup_steps=1"]
+        run = [
+            f"run.dir={tmp_path / name}",
+            "log.every_steps=1",
+            "schedule.steps=6",
+            "schedule.warmup_steps=1",
+        ]
         return [str(tiny), *run, *overrides]
 
     zero3 = ["engine.name=deepspeed", "engine.config=zero3.json"]
-    jobs = [  # compiled first: stage 3 leaves its own linear in torch, which torch 2.11 compiles wrongly for FSDP2
+    # compiled first: stage 3 leaves its own linear in torch, which torch 2.11 compiles wrongly for
+    # FSDP2
+    jobs = [
         job("compile", "engine.name=fsdp2", "engine.compile=true"),
         job("plain", *zero3),
         job("torch", *zero3, "engine.activation_checkpointing=torch"),
         job("fairscale", *zero3, "engine.activation_checkpointing=fairscale"),
-        job("fairscale_offload", "engine.name=fsdp2", "engine.activation_checkpointing=fairscale_offload"),
+        job(
+            "fairscale_offload",
+            "engine.name=fsdp2",
+            "engine.activation_checkpointing=fairscale_offload",
+        ),
         job("clipped", *zero3, "schedule.clip_grad=0.05"),
         job("clipped-fsdp2", "engine.name=fsdp2", "schedule.clip_grad=0.05"),
     ]
@@ -150,40 +201,72 @@ def test_savings_of_memory_and_time_change_no_loss(tiny: Path, tmp_path: Path, r
     assert f"STATUS {[0] * len(jobs)}" in said
     for name in ("torch", "fairscale", "fairscale_offload", "compile"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "plain"), rel=1e-5), name
-    assert losses(tmp_path / "clipped-fsdp2") == pytest.approx(losses(tmp_path / "clipped"), rel=1e-5)
+    assert losses(tmp_path / "clipped-fsdp2") == pytest.approx(
+        losses(tmp_path / "clipped"), rel=1e-5
+    )
 
 
 @pytest.mark.slow
-def test_the_optimizer_can_live_in_host_memory(tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]) -> None:
+def test_the_optimizer_can_live_in_host_memory(
+    tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]
+) -> None:
     """DeepSpeed compiles its CPU Adam at the first use: half a minute, then cached."""
     jobs = [
-        [str(tiny), f"run.dir={tmp_path / name}", "log.every_steps=1", "schedule.steps=6", "schedule.warmup_steps=1",
-         "engine.name=deepspeed", f"engine.config={name}", "engine.precision=bf16"]
+        [
+            str(tiny),
+            f"run.dir={tmp_path / name}",
+            "log.every_steps=1",
+            "schedule.steps=6",
+            "schedule.warmup_steps=1",
+            "engine.name=deepspeed",
+            f"engine.config={name}",
+            "engine.precision=bf16",
+        ]
         for name in ("zero3", "zero3_offload")
-    ]  # fmt: skip
+    ]
     assert "STATUS [0, 0]" in ranks(str(PROGRAMS / "train_many.py"), json.dumps(jobs)).succeed()
     assert losses(tmp_path / "zero3_offload") == pytest.approx(losses(tmp_path / "zero3"), rel=1e-3)
-    same = relative(tensors(tmp_path / "zero3_offload", "teacher"), tensors(tmp_path / "zero3", "teacher"))
+    same = relative(
+        tensors(tmp_path / "zero3_offload", "teacher"), tensors(tmp_path / "zero3", "teacher")
+    )
     assert same < 1e-4
 
 
 # What each objective adds to `tiny`, whose teacher is RC-MAE's.
 OBJECTIVES = {
     "mae": ["objective.name=mae"],
-    "supmae": ["objective.name=supmae", "model.num_classes=8", "model.class_hidden=16", "objective.class_weight=0.1"],
+    "supmae": [
+        "objective.name=supmae",
+        "model.num_classes=8",
+        "model.class_hidden=16",
+        "objective.class_weight=0.1",
+    ],
     "rcsupmae": ["objective.terms={class: 0.1}", "model.num_classes=8", "model.class_hidden=16"],
     "bootmae": [
-        "objective.name=bootmae", "objective.mask=boxes", "objective.box_smallest=2", "objective.box_largest=6",
-        "teacher.schedule=by_epoch", "teacher.momentum=0.9",
+        "objective.name=bootmae",
+        "objective.mask=boxes",
+        "objective.box_smallest=2",
+        "objective.box_largest=6",
+        "teacher.schedule=by_epoch",
+        "teacher.momentum=0.9",
     ],
     "mixed": [
-        "objective.name=mae", "objective.terms={consistency: 1, class: 0.1, features: 1}", "model.num_classes=8",
-        "objective.teacher_mask=different", "model.qkv_bias=qv", "model.cls_token=false",
+        "objective.name=mae",
+        "objective.terms={consistency: 1, class: 0.1, features: 1}",
+        "model.num_classes=8",
+        "objective.teacher_mask=different",
+        "model.qkv_bias=qv",
+        "model.cls_token=false",
     ],
-}  # fmt: skip
+}
+
+
 @pytest.mark.slow
 def test_every_objective_is_the_local_one_on_every_engine(tiny: Path, tmp_path: Path) -> None:
-    """Losses, the teacher and the batch norm's statistics; then again with a stop and a resume in the middle."""
+    """Losses, the teacher and the batch norm's statistics.
+
+    Then again with a stop and a resume in the middle.
+    """
 
     def job(name: str, *overrides: str) -> list[str]:
         return [str(tiny), f"run.dir={tmp_path / name}", "log.every_steps=1", *overrides]
@@ -200,7 +283,9 @@ def test_every_objective_is_the_local_one_on_every_engine(tiny: Path, tmp_path: 
         Ranks([sys.executable, str(PROGRAMS / "train_many.py"), json.dumps(jobs)], world, tmp_path)
         for jobs, world in ((two + stopped + again, 2), (one, 1))
     ]
-    assert f"STATUS {[0] * len(two) + [75] * len(stopped) + [0] * len(again)}" in started[0].succeed()
+    assert (
+        f"STATUS {[0] * len(two) + [75] * len(stopped) + [0] * len(again)}" in started[0].succeed()
+    )
     assert f"STATUS {[0] * len(one)}" in started[1].succeed()
     for objective in OBJECTIVES:
         oracle = tmp_path / f"{objective}-local"
@@ -210,12 +295,17 @@ def test_every_objective_is_the_local_one_on_every_engine(tiny: Path, tmp_path: 
             for kind in ("weight", "teacher", "buffer"):
                 if keys_of(oracle, kind):
                     assert keys_of(run, kind) == keys_of(oracle, kind)
-                    assert relative(tensors(run, kind), tensors(oracle, kind)) < 1e-5, f"{run.name} {kind}"
+                    assert relative(tensors(run, kind), tensors(oracle, kind)) < 1e-5, (
+                        f"{run.name} {kind}"
+                    )
         resumed, run = tmp_path / f"{objective}-again", tmp_path / f"{objective}-zero3"
-        assert losses(resumed) == pytest.approx(losses(run), rel=1e-6)  # two runs on ranks differ by rounding
+        # two runs on ranks differ by rounding
+        assert losses(resumed) == pytest.approx(losses(run), rel=1e-6)
         for kind in ("weight", "buffer"):
             if keys_of(run, kind):
-                assert relative(tensors(resumed, kind), tensors(run, kind)) < 1e-5, f"{resumed.name} {kind}"
+                assert relative(tensors(resumed, kind), tensors(run, kind)) < 1e-5, (
+                    f"{resumed.name} {kind}"
+                )
     taught = keys_of(tmp_path / "bootmae-zero2", "teacher")
     assert taught
     assert all(key.startswith(tuple(f"teacher/{part}" for part in ENCODER)) for key in taught)
@@ -240,14 +330,22 @@ def quadratic() -> tuple[torch.nn.Module, LocalEngine]:
 
 
 def test_the_local_engine_is_plain_adamw() -> None:
-    """Flat masters, gradients and moments take the very steps of torch's AdamW on the parameters themselves."""
+    """Flat masters, gradients and moments take the very steps of torch's AdamW on the parameters
+    themselves.
+    """
     model, engine = quadratic()
     twin = torch.nn.Linear(3, 2)
-    twin.load_state_dict({name.removeprefix("norm."): value for name, value in model.state_dict().items()})
+    twin.load_state_dict(
+        {name.removeprefix("norm."): value for name, value in model.state_dict().items()}
+    )
     optimizer = torch.optim.AdamW(
-        [{"params": [twin.weight], "weight_decay": 0.1}, {"params": [twin.bias], "weight_decay": 0.0}],
-        lr=1e-2, betas=(0.9, 0.95),
-    )  # fmt: skip
+        [
+            {"params": [twin.weight], "weight_decay": 0.1},
+            {"params": [twin.bias], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
     for step in range(5):
         x = torch.full((4, 3), float(step + 1))
         for micro in range(2):
@@ -258,5 +356,7 @@ def test_the_local_engine_is_plain_adamw() -> None:
         optimizer.step()
         optimizer.zero_grad()
     for name, value in model.named_parameters():
-        torch.testing.assert_close(value, twin.get_parameter(name.removeprefix("norm.")), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            value, twin.get_parameter(name.removeprefix("norm.")), rtol=1e-6, atol=1e-7
+        )
     assert engine.state().optimizer_step == 5

@@ -1,4 +1,7 @@
-"""k-NN is exact and the same on any number of ranks; the picture shows what the networks predicted, where they did."""
+"""k-NN is exact and the same on any number of ranks.
+
+The picture shows what the networks predicted, where they did.
+"""
 
 import json
 import math
@@ -35,7 +38,7 @@ from rcmae.evaluate import (
     reconstruction_picture,
     save_png,
     votes,
-)  # fmt: skip
+)
 from rcmae.transforms import Normalise
 from rcmae.vit import MaskedAutoencoder, patchify
 
@@ -63,7 +66,7 @@ def scores_by_hand(train, labels, test, k, classes, temperature=0.07):
     return torch.from_numpy(out)
 
 
-# ---------------------------------------------------------------------------------------------------------------- k-NN
+# --------------------------------------------------------------------------------------------- k-NN
 
 
 @pytest.mark.parametrize("n", [3, 40, 300])
@@ -73,14 +76,19 @@ def test_votes_are_those_of_one_row_at_a_time(n):
     ks = [1, 3, n]
     scores = votes(train, labels, test, k=ks, num_classes=7)
     for k in ks:
-        torch.testing.assert_close(scores[k], scores_by_hand(train, labels, test, k, 7), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            scores[k], scores_by_hand(train, labels, test, k, 7), rtol=1e-10, atol=1e-12
+        )
     assert scores[n][:, 5:].eq(0).all()  # classes that no training image has
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="the golden numbers lie outside the project")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_published_votes(dtype):
-    given, expected = load_file(GOLDEN / "inputs.safetensors"), load_file(GOLDEN / "expected.safetensors")
+    given, expected = (
+        load_file(GOLDEN / "inputs.safetensors"),
+        load_file(GOLDEN / "expected.safetensors"),
+    )
     fixture = json.loads((GOLDEN / "fixture.json").read_text())
     config, accuracy = fixture["config"], fixture["values"]["accuracy"]["value"]
     train, test = given["train_features"].to(dtype), given["test_features"].to(dtype)
@@ -124,12 +132,18 @@ def test_of_equally_near_images_the_first_ones_vote():
     torch.testing.assert_close(scores[5][0], torch.tensor([vote, vote, vote, vote, 1.0]))
     torch.testing.assert_close(scores[5][1], torch.tensor([0.0, 1.0, 1.0, 1.0, 2 * vote]))
     asked, own = torch.cat([one, far]), torch.tensor([0, 4])
-    assert knn(train, labels, asked, own, k=[1, 3, 5], num_classes=5) == {1: 50.0, 3: 50.0, 5: 100.0}
+    assert knn(train, labels, asked, own, k=[1, 3, 5], num_classes=5) == {
+        1: 50.0,
+        3: 50.0,
+        5: 100.0,
+    }
 
 
 def test_what_does_not_fit_is_said_all_at_once():
     train, labels = features(10, 4, 3, seed=5)
-    with pytest.raises(ValueError, match=r"k=\[0, 11\].*between 1 and 10.*9 labels for 10.*temperature=0"):
+    with pytest.raises(
+        ValueError, match=r"k=\[0, 11\].*between 1 and 10.*9 labels for 10.*temperature=0"
+    ):
         votes(train, labels[:9], train, k=[0, 11], num_classes=3, temperature=0.0)
     with pytest.raises(ValueError, match=r"labels from 0 to 2; wanted 0 to 1"):
         votes(train, labels, train, k=[1], num_classes=2)
@@ -137,23 +151,37 @@ def test_what_does_not_fit_is_said_all_at_once():
         votes(train, labels, train[:, :3], k=[1], num_classes=3)
 
 
-# ------------------------------------------------------------------------------------------------------------- features
+# ----------------------------------------------------------------------------------------- features
 
 
-def a_batch(images: torch.Tensor, labels, positions, *, patch: int = 4, num_visible: int = 4, seed: int = 0) -> Batch:
+def a_batch(
+    images: torch.Tensor, labels, positions, *, patch: int = 4, num_visible: int = 4, seed: int = 0
+) -> Batch:
     count = images.shape[2] // patch * (images.shape[3] // patch)
     order = torch.rand(len(images), count, generator=torch.Generator().manual_seed(seed)).argsort(1)
     return Batch(
-        images, order, num_visible, None if labels is None else torch.tensor(labels), ("x/y",) * len(images),
-        torch.tensor(positions), torch.zeros(len(images), 5, dtype=torch.int64),
-    )  # fmt: skip
+        images,
+        order,
+        num_visible,
+        None if labels is None else torch.tensor(labels),
+        ("x/y",) * len(images),
+        torch.tensor(positions),
+        torch.zeros(len(images), 5, dtype=torch.int64),
+    )
 
 
 def a_model(image_size=(16, 16), *, channels: int = 3, seed: int = 0) -> MaskedAutoencoder:
     model = MaskedAutoencoder(
-        image_size=image_size, patch_size=4, in_channels=channels, embed_dim=16, depth=2, num_heads=2,
-        decoder_dim=16, decoder_depth=2, decoder_heads=2,
-    )  # fmt: skip
+        image_size=image_size,
+        patch_size=4,
+        in_channels=channels,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        decoder_dim=16,
+        decoder_depth=2,
+        decoder_heads=2,
+    )
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
 
@@ -178,7 +206,9 @@ def test_features_are_pooled_tokens_of_the_whole_image_without_the_padding():
         tokens = model(normalise(images[[3, 4, 1, 2, 0]]), what="features")
     torch.testing.assert_close(found.vectors["cls"], tokens[:, 0])
     torch.testing.assert_close(found.vectors["mean"], tokens[:, 1:].mean(1))
-    torch.testing.assert_close(found.vectors["pixels"], normalise(images[[3, 4, 1, 2, 0]]).flatten(1))
+    torch.testing.assert_close(
+        found.vectors["pixels"], normalise(images[[3, 4, 1, 2, 0]]).flatten(1)
+    )
 
 
 def test_large_images_are_compared_as_small_pixels():
@@ -192,7 +222,10 @@ def test_images_without_labels_are_refused():
     for labels in (None, [0, -100]):
         with pytest.raises(ValueError, match="needs a label for every image"):
             extract_features(
-                {"pixels": pixels}, [a_batch(photographs(2), labels, [0, 1])], device=CPU, normalise=normalise
+                {"pixels": pixels},
+                [a_batch(photographs(2), labels, [0, 1])],
+                device=CPU,
+                normalise=normalise,
             )
     with pytest.raises(ValueError, match="use 'cls' or 'mean'"):
         pooled(a_model(), "max")
@@ -209,14 +242,19 @@ def test_evaluation_mode_and_gradients_come_back():
 
 def test_the_table_has_a_line_a_network():
     table = knn_table({"student": {20: 50.0, 1: 45.25}, "random": {20: 7.5, 1: 6.0}})
-    assert table.splitlines() == ["            k=1    k=20", "student   45.25   50.00", "random     6.00    7.50"]
+    assert table.splitlines() == [
+        "            k=1    k=20",
+        "student   45.25   50.00",
+        "random     6.00    7.50",
+    ]
 
 
 def share(count: int, seed: int) -> Iterator[Batch]:
     """This rank's part of some labelled images, four a forward, padded to the longest rank's."""
     images = photographs(count, seed=seed)
     labels = torch.randint(4, (count,), generator=torch.Generator().manual_seed(seed))
-    images[:, :, :12] = images[:, :, :12] // 4 + (labels * 48).byte()[:, None, None, None]  # something to find
+    # something to find
+    images[:, :, :12] = images[:, :, :12] // 4 + (labels * 48).byte()[:, None, None, None]
     images[:, 0, :12] = 255 - images[:, 0, :12]
     mine = list(range(dist.rank(), count, dist.world()))
     mine += [-1] * (-(-count // (dist.world() * 4)) * 4 - len(mine))
@@ -251,26 +289,39 @@ def test_rows_are_the_same_on_any_number_of_ranks():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "RANK", "WORLD"))}
-    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("SLURM", "RANK", "WORLD"))
+    }
+    env |= {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK], env=env | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE
+            [sys.executable, "-c", RANK],
+            env=env | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
         )
         for rank in ("0", "1")
     ]
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     rows, too_many, linear = rows_here()
-    assert [json.loads(output.splitlines()[-1]) for output in outputs] == [[rows, too_many, linear]] * 2
+    assert [json.loads(output.splitlines()[-1]) for output in outputs] == [
+        [rows, too_many, linear]
+    ] * 2
     assert linear.keys() == {"random", "pixels"}
     assert linear["pixels"] > 50
     assert rows["pixels"]["1"] > 50
     assert "k=[30] neighbours of 29 training images" in too_many
 
 
-# -------------------------------------------------------------------------------------------------------------- picture
+# ------------------------------------------------------------------------------------------ picture
 
 
 class Perfect(nn.Module):
@@ -285,15 +336,21 @@ class Perfect(nn.Module):
         patches = patchify(images, self.patch)
         if not self.norm_pix_loss:
             return patches
-        return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        return (patches - patches.mean(-1, keepdim=True)) / (
+            patches.var(-1, keepdim=True) + 1e-6
+        ).sqrt()
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_perfect_network_gives_the_photograph_back(norm_pix_loss, channels):
-    images = Normalise(MEAN[:channels], STD[:channels]).images(photographs(2, (8, 16), channels=channels))
+    images = Normalise(MEAN[:channels], STD[:channels]).images(
+        photographs(2, (8, 16), channels=channels)
+    )
     batch = a_batch(images, None, [0, 1])
-    torch.testing.assert_close(reconstruct(Perfect(norm_pix_loss), batch, norm_pix_loss=norm_pix_loss), images)
+    torch.testing.assert_close(
+        reconstruct(Perfect(norm_pix_loss), batch, norm_pix_loss=norm_pix_loss), images
+    )
 
 
 def test_visible_patches_are_pasted_and_hidden_ones_predicted():
@@ -316,7 +373,9 @@ def cells(sheet: np.ndarray, rows: int, columns: int, height: int, width: int) -
     top = 18 + 2 * GAP
     grid = [
         [
-            sheet[top + row * (height + GAP) :][:height, GAP + column * (width + GAP) :][:, :width][::factor, ::factor]
+            sheet[top + row * (height + GAP) :][:height, GAP + column * (width + GAP) :][:, :width][
+                ::factor, ::factor
+            ]
             for column in range(columns)
         ]
         for row in range(rows)
@@ -350,10 +409,16 @@ def test_the_picture_has_input_masked_student_teacher():
 def test_without_a_teacher_its_column_is_missing():
     batch = a_batch(Normalise(MEAN[:1], STD[:1]).images(photographs(1, channels=1)), None, [0])
     perfect = Perfect(False)
-    three = reconstruction_picture(perfect, None, batch, mean=MEAN[:1], std=STD[:1], norm_pix_loss=False)
-    four = reconstruction_picture(perfect, perfect, batch, mean=MEAN[:1], std=STD[:1], norm_pix_loss=False)
+    three = reconstruction_picture(
+        perfect, None, batch, mean=MEAN[:1], std=STD[:1], norm_pix_loss=False
+    )
+    four = reconstruction_picture(
+        perfect, perfect, batch, mean=MEAN[:1], std=STD[:1], norm_pix_loss=False
+    )
     assert four.shape[1] - three.shape[1] == GAP + CELL_SIDE
-    assert np.array_equal(three[18 + 2 * GAP : -18 - GAP], four[18 + 2 * GAP : -18 - GAP, : three.shape[1]])
+    assert np.array_equal(
+        three[18 + 2 * GAP : -18 - GAP], four[18 + 2 * GAP : -18 - GAP, : three.shape[1]]
+    )
 
 
 def test_a_png_is_there_whole(tmp_path):
@@ -371,6 +436,8 @@ def test_one_process_gives_rows_of_every_network():
     model = a_model().eval()
     networks = {"student": pooled(model, "mean"), "pixels": pixels}
     rows = knn_rows(
-        *features_of_both(networks, [batch], [batch], device=CPU, normalise=normalise), k=[1], device=CPU
-    )  # fmt: skip
+        *features_of_both(networks, [batch], [batch], device=CPU, normalise=normalise),
+        k=[1],
+        device=CPU,
+    )
     assert rows == {"student": {1: 100.0}, "pixels": {1: 100.0}}

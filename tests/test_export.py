@@ -1,4 +1,7 @@
-"""Weights leave a run in the files that others read, bit for bit; foreign files come in and nothing in them runs."""
+"""Weights leave a run in the files that others read, bit for bit.
+
+Foreign files come in and nothing in them runs.
+"""
 
 import argparse
 import contextlib
@@ -60,8 +63,14 @@ def command(*args: object) -> int:
 
 
 def same(state: dict[str, Tensor], model: MaskedAutoencoder, encoder: bool = False) -> bool:
-    wanted = {name: value for name, value in model.state_dict().items() if not encoder or name.startswith(ENCODER)}
-    return state.keys() == wanted.keys() and all(torch.equal(state[name], wanted[name]) for name in wanted)
+    wanted = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not encoder or name.startswith(ENCODER)
+    }
+    return state.keys() == wanted.keys() and all(
+        torch.equal(state[name], wanted[name]) for name in wanted
+    )
 
 
 def torch_load(path: Path) -> Any:
@@ -69,7 +78,7 @@ def torch_load(path: Path) -> Any:
         return torch.load(path, weights_only=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
@@ -85,24 +94,38 @@ def test_weights_come_back_bit_for_bit(run, networks, layout, which, tmp_path):
     assert same(state, networks[which], encoder=layout in ("mae", "timm"))
     assert done.tensors == len(state)
     assert read.sizes["depth"] == MODEL["depth"]
-    assert read.sizes.get("decoder_dim") == (MODEL["decoder_dim"] if layout in ("safetensors", "mae-full") else None)
+    assert read.sizes.get("decoder_dim") == (
+        MODEL["decoder_dim"] if layout in ("safetensors", "mae-full") else None
+    )
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 def test_what_rcmae_writes_is_what_is_written(run, networks, tmp_path):
-    """The keys and names that the published code's checkpoints have, for its own fine-tuning to find."""
+    """The keys and names that the published code's checkpoints have, for its own fine-tuning to
+    find.
+    """
     manifest, _ = export.find_checkpoint(run)
     out = tmp_path / "checkpoint-2.pth"
     assert export.export(manifest, out, layout="rcmae").networks == ("student", "teacher")
     document = torch_load(out)
-    assert list(document) == ["student", "teacher", "student_without_ddp", "teacher_without_ddp", "epoch", "args"]
+    assert list(document) == [
+        "student",
+        "teacher",
+        "student_without_ddp",
+        "teacher_without_ddp",
+        "epoch",
+        "args",
+    ]
     assert all(name.startswith("module.") for name in document["student"])
     for key in ("teacher", "student_without_ddp", "teacher_without_ddp"):
         assert same(document[key], networks[key.partition("_")[0]])
-    assert document["epoch"] == 1  # of 10 steps, 4 an epoch, the second is the last whole one, counted from 0
+    # of 10 steps, 4 an epoch, the second is the last whole one, counted from 0
+    assert document["epoch"] == 1
     assert type(document["args"]) is argparse.Namespace
     assert (document["args"].model, document["args"].mask_ratio) == ("vit_tiny_patch16", 0.75)
-    assert out.stat().st_size < 1.2 * 2 * sum(4 * value.numel() for value in networks["student"].state_dict().values())
+    assert out.stat().st_size < 1.2 * 2 * sum(
+        4 * value.numel() for value in networks["student"].state_dict().values()
+    )
     read = export.load_weights(out)
     assert all(same(read.networks[which], networks[which]) for which in ("student", "teacher"))
 
@@ -119,9 +142,13 @@ def test_torch_layouts_are_what_the_published_loaders_index(run, networks, tmp_p
 
 def test_teacher_is_the_default_and_the_student_where_there_is_none(run, plain, networks, tmp_path):
     manifest, _ = export.find_checkpoint(run)
-    assert export.export(manifest, tmp_path / "a.safetensors", layout="safetensors").networks == ("teacher",)
+    assert export.export(manifest, tmp_path / "a.safetensors", layout="safetensors").networks == (
+        "teacher",
+    )
     manifest, _ = export.find_checkpoint(plain)
-    assert export.export(manifest, tmp_path / "b.safetensors", layout="safetensors").networks == ("student",)
+    assert export.export(manifest, tmp_path / "b.safetensors", layout="safetensors").networks == (
+        "student",
+    )
 
 
 def test_metadata_says_what_made_the_weights(run, tmp_path):
@@ -137,11 +164,17 @@ def test_metadata_says_what_made_the_weights(run, tmp_path):
 def test_bf16_accumulators_are_exported_as_float32(tmp_path):
     student, teacher = network(1), network(2)
     state = state_of(student, teacher)
-    state = {key: value.bfloat16() if key.startswith("teacher/") else value for key, value in state.items()}
+    state = {
+        key: value.bfloat16() if key.startswith("teacher/") else value
+        for key, value in state.items()
+    }
     write_checkpoint(tmp_path, 10, state)
     manifest, _ = export.find_checkpoint(tmp_path)
     export.export(manifest, tmp_path / "w.safetensors", layout="safetensors")
-    assert same(export.load_weights(tmp_path / "w.safetensors").networks["teacher"], teacher.bfloat16().float())
+    assert same(
+        export.load_weights(tmp_path / "w.safetensors").networks["teacher"],
+        teacher.bfloat16().float(),
+    )
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -155,25 +188,40 @@ def test_timm_gives_the_same_features(run, networks, suffix, tmp_path):
         wanted = networks["teacher"](images, what="features")
         tokens = model.forward_features(images)
         torch.testing.assert_close(tokens, wanted, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(model(images), wanted[:, 0], rtol=1e-5, atol=1e-5)  # without a head, logits are cls
+        # without a head, logits are cls
+        torch.testing.assert_close(model(images), wanted[:, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_timm_line_of_a_published_architecture_is_short(run):
     manifest, _ = export.find_checkpoint(run)
-    keys = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_dim", "decoder_depth", "decoder_heads")
-    manifest.meta["recipe"]["model"].update({"name": "vit_base_patch16", "image_size": 224} | dict.fromkeys(keys))
+    keys = (
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "decoder_dim",
+        "decoder_depth",
+        "decoder_heads",
+    )
+    manifest.meta["recipe"]["model"].update(
+        {"name": "vit_base_patch16", "image_size": 224} | dict.fromkeys(keys)
+    )
     assert export._timm_arguments(manifest) == ["'vit_base_patch16_224'", "num_classes=0"]
     assert timm.is_model("vit_base_patch16_224")
 
 
-# ------------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 
 
 def test_command_exports_a_real_run(uninterrupted: Folder, tmp_path):
     out = tmp_path / "teacher.safetensors"
     args = [uninterrupted.path, "--format", "safetensors", "--out", out, "--json"]
     ran = subprocess.run(
-        [sys.executable, "tools/export.py", *args], cwd=ROOT, check=True, text=True, capture_output=True
+        [sys.executable, "tools/export.py", *args],
+        cwd=ROOT,
+        check=True,
+        text=True,
+        capture_output=True,
     )
     told = json.loads(ran.stdout)
     assert (told["step"], told["networks"], told["bytes"]) == (20, ["teacher"], out.stat().st_size)
@@ -185,7 +233,12 @@ def test_command_exports_a_real_run(uninterrupted: Folder, tmp_path):
 
 def test_user_hears_of_every_mistake_at_once(plain, tmp_path, capsys):
     (tmp_path / "there.pth").write_text("kept")
-    assert command(plain, "--format", "safetensors", "--what", "teacher", "--out", tmp_path / "there.pth") == 2
+    assert (
+        command(
+            plain, "--format", "safetensors", "--what", "teacher", "--out", tmp_path / "there.pth"
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     for text in ("has no teacher", "ends in .safetensors", "is there already"):
         assert text in said
@@ -224,14 +277,18 @@ def test_another_network_has_no_place_in_the_layouts(networks, tmp_path):
     del state["weight/blocks.1.norm1.bias"]
     write_checkpoint(tmp_path, 10, state)
     manifest, _ = export.find_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks blocks\.1\.norm1\.bias; student has unknown neck\.weight"):
+    with pytest.raises(
+        ValueError, match=r"lacks blocks\.1\.norm1\.bias; student has unknown neck\.weight"
+    ):
         export.export(manifest, tmp_path / "w.safetensors", layout="safetensors")
 
 
 def test_report_says_what_was_written_and_how_to_read_it(run, tmp_path, capsys):
     write_checkpoint(tmp_path, 20, {})  # of no network, but newer
     flip(tmp_path / "checkpoints" / "step-00000020" / "rank-00000.safetensors")
-    shutil.copytree(run / "checkpoints" / "step-00000010", tmp_path / "checkpoints" / "step-00000010")
+    shutil.copytree(
+        run / "checkpoints" / "step-00000010", tmp_path / "checkpoints" / "step-00000010"
+    )
     assert command(tmp_path, "--format", "timm", "--out", tmp_path / "encoder.pth") == 0
     said = capsys.readouterr()
     assert "teacher of step 10" in said.out
@@ -251,7 +308,8 @@ def no_file_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("limit", [0.5, 1.0])  # of the weights: fails while they are gathered, and when they are packed
+# of the weights: fails while they are gathered, and when they are packed
+@pytest.mark.parametrize("limit", [0.5, 1.0])
 @pytest.mark.parametrize("layout", ["safetensors", "mae-full"])
 def test_a_write_that_fails_leaves_what_was_there(run, networks, layout, limit, tmp_path, capsys):
     out = tmp_path / f"weights{SUFFIX[layout]}"
@@ -267,27 +325,44 @@ def test_a_write_that_fails_leaves_what_was_there(run, networks, layout, limit, 
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
-    """A network of 100 MB leaves in twice its largest tensor, 2 MB, and what the interpreter moves."""
+    """A network of 100 MB leaves in twice its largest tensor, 2 MB, and what the interpreter
+    moves.
+    """
     wide = {"embed_dim": 256, "depth": 32}
     write_checkpoint(tmp_path, 10, state_of(network(1, **wide), kinds=1), model={**MODEL, **wide})
-    program = [sys.executable, str(ROOT / "tests/programs/export_memory.py"), str(tmp_path), "safetensors", "mae-full"]
-    for figures in json.loads(subprocess.run(program, check=True, text=True, capture_output=True).stdout):
+    program = [
+        sys.executable,
+        str(ROOT / "tests/programs/export_memory.py"),
+        str(tmp_path),
+        "safetensors",
+        "mae-full",
+    ]
+    for figures in json.loads(
+        subprocess.run(program, check=True, text=True, capture_output=True).stdout
+    ):
         assert figures["written"] > 100e6
         assert figures["rise"] < 2 * figures["largest"] + 40e6, figures
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_a_published_training_checkpoint_is_read(networks, tmp_path):
-    """As the published code saves it: wrapped student, plain teacher, optimizer, loss scale, options."""
+    """As the published code saves it: wrapped student, plain teacher, optimizer, loss scale,
+    options.
+    """
     student, teacher = (networks[which].state_dict() for which in ("student", "teacher"))
     optimizer = torch.optim.AdamW(networks["student"].parameters()).state_dict()
     document = {
-        "student": {f"module.{name}": value for name, value in student.items()}, "teacher": teacher,
-        "student_without_ddp": student, "teacher_without_ddp": teacher, "optimizer": optimizer, "epoch": 7,
-        "scaler": {"scale": 65536.0}, "args": argparse.Namespace(model="rc_vit_tiny_patch16", betas=(0.9, 0.95)),
-    }  # fmt: skip
+        "student": {f"module.{name}": value for name, value in student.items()},
+        "teacher": teacher,
+        "student_without_ddp": student,
+        "teacher_without_ddp": teacher,
+        "optimizer": optimizer,
+        "epoch": 7,
+        "scaler": {"scale": 65536.0},
+        "args": argparse.Namespace(model="rc_vit_tiny_patch16", betas=(0.9, 0.95)),
+    }
     torch.save(document, tmp_path / "checkpoint-7.pth")
     read = export.load_weights(tmp_path / "checkpoint-7.pth")
     assert read.layout == "rcmae"
@@ -364,7 +439,10 @@ def flatten(state: dict[str, Any]) -> None:
         (claim, r"no dense tensors of floats, such as norm\.weight"),
         (count, r"no dense tensors of floats, such as norm\.weight"),
         (speak, r"no dense tensors of floats, such as norm\.weight"),
-        (empty, r"it has no patch_embed\.proj\.weight: no masked autoencoder, nor the encoder of one"),
+        (
+            empty,
+            r"it has no patch_embed\.proj\.weight: no masked autoencoder, nor the encoder of one",
+        ),
         (flatten, r"shapes of its first weights"),
     ],
 )
@@ -376,7 +454,9 @@ def test_weights_of_no_such_network_are_refused(networks, damage, message, tmp_p
         export.load_weights(tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize("value", [torch.zeros(3), [1, 2], {"model": torch.zeros(2)}, {"teacher": None}, 7])
+@pytest.mark.parametrize(
+    "value", [torch.zeros(3), [1, 2], {"model": torch.zeros(2)}, {"teacher": None}, 7]
+)
 def test_a_file_of_something_else_is_refused(value, tmp_path):
     torch.save(value, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="not weights by name"):

@@ -32,19 +32,28 @@ ENGINES = {
     "fsdp2": ["engine.name=fsdp2"],
 }
 EVERYTHING = {
-    "layer_decay": 0.7, "drop_path": 0.3, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "erase": 0.5,
-    "rand_augment": "rand-m9-mstd0.5-inc1", "average": True,
-}  # fmt: skip
+    "layer_decay": 0.7,
+    "drop_path": 0.3,
+    "smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "erase": 0.5,
+    "rand_augment": "rand-m9-mstd0.5-inc1",
+    "average": True,
+}
 
 
 def recipe_of(tiny: Path, folder: Path, init: Path, name: str, **classify: object) -> Path:
-    """The tiny recipe, fine-tuning (or probing) a run's encoder for 6 steps and judging it at the end."""
+    """The tiny recipe, fine-tuning (or probing) a run's encoder for 6 steps and judging it at
+    the end.
+    """
     tree = yaml.safe_load(tiny.read_text())
     tree["objective"] = {"name": name}
     tree["model"]["image_size"] = 40  # of another grid than the pretraining
     tree["schedule"] = {"steps": 6, "warmup_steps": 2, "lr": 1e-3, "clip_grad": 1.0}
     tree["classify"] = {"init": str(init), **classify}
-    one = tree["data"]["shards"].replace("{000000..000005}", "000000")  # 40 images: 20 a rank are padded to 24
+    # 40 images: 20 a rank are padded to 24
+    one = tree["data"]["shards"].replace("{000000..000005}", "000000")
     tree["evaluate"] = {"every_steps": 6, "test_shards": one, "batch": 8}
     tree["checkpoint"] = {"every_steps": 4}
     tree["teacher"] = {"momentum": 0.9, "schedule": "constant"}
@@ -54,7 +63,9 @@ def recipe_of(tiny: Path, folder: Path, init: Path, name: str, **classify: objec
 
 
 @pytest.fixture(scope="module")
-def recipes(tiny: Path, uninterrupted: Folder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def recipes(
+    tiny: Path, uninterrupted: Folder, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("downstream")
     tree = yaml.safe_load(tiny.read_text())
     shards = Path(tree["data"]["shards"]).parent
@@ -71,9 +82,15 @@ def recipes(tiny: Path, uninterrupted: Folder, tmp_path_factory: pytest.TempPath
 
 
 def start(recipe: Path, folder: Path, *overrides: str) -> int:
-    """`python -m rcmae.finetune` or `rcmae.probe`, as the recipe's name says, in this process; its exit status."""
+    """`python -m rcmae.finetune` or `rcmae.probe`, as the recipe's name says, in this process.
+
+    Its exit status.
+    """
     module = {"finetune": finetune, "probe": probe}[recipe.stem.split("-")[0]]
-    with keeping_handlers(), patch("os._exit", side_effect=AssertionError("the run ended its process")):
+    with (
+        keeping_handlers(),
+        patch("os._exit", side_effect=AssertionError("the run ended its process")),
+    ):
         return module.main([str(recipe), f"run.dir={folder}", *overrides])
 
 
@@ -127,7 +144,9 @@ def ranked(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_fine_tuning_on_two_ranks_is_the_local_one(engine: str, ranked: Path, whole: dict[str, Folder]) -> None:
+def test_fine_tuning_on_two_ranks_is_the_local_one(
+    engine: str, ranked: Path, whole: dict[str, Folder]
+) -> None:
     run, oracle = Folder(ranked / f"finetune-{engine}"), whole["finetune"]
     assert run.losses() == pytest.approx(oracle.losses(), rel=1e-5)
     for kind in ("weight", "teacher"):
@@ -138,7 +157,9 @@ def test_fine_tuning_on_two_ranks_is_the_local_one(engine: str, ranked: Path, wh
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_probe_on_two_ranks_learns_the_same(engine: str, ranked: Path, whole: dict[str, Folder]) -> None:
+def test_a_probe_on_two_ranks_learns_the_same(
+    engine: str, ranked: Path, whole: dict[str, Folder]
+) -> None:
     """To a percent: its norm sees a micro-batch of all ranks, here half a step."""
     run, oracle = Folder(ranked / f"probe-{engine}"), whole["probe"]
     others = [Folder(ranked / f"probe-{other}") for other in ENGINES if other != engine]
@@ -154,7 +175,9 @@ def test_a_bad_step_is_brought_back_by_its_bundle(
     name: str, recipes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    assert start(recipes[name], folder, "guard.drill_nan_position=69", "checkpoint.every_steps=2") == 1
+    assert (
+        start(recipes[name], folder, "guard.drill_nan_position=69", "checkpoint.every_steps=2") == 1
+    )
     capsys.readouterr()
     with keeping_handlers():
         assert replay.main([str(folder / "replay" / "step-00000002.json"), "--json"]) == 0
@@ -164,7 +187,7 @@ def test_a_bad_step_is_brought_back_by_its_bundle(
     assert len(found["samples"]) == 32
 
 
-# -------------------------------------------------------------------------------------------------------- what is wrong
+# ------------------------------------------------------------------------------------ what is wrong
 
 
 def bomb(path: Path) -> None:
@@ -251,7 +274,9 @@ def test_recipes_of_another_command_are_sent_there(
     assert "a probe's encoder is frozen" in said
 
 
-def test_a_probe_keeps_the_encoder_that_it_began_with(recipes: dict[str, Path], whole: dict[str, Folder]) -> None:
+def test_a_probe_keeps_the_encoder_that_it_began_with(
+    recipes: dict[str, Path], whole: dict[str, Folder]
+) -> None:
     manifest = checkpoint.read_manifest(max(whole["probe"].checkpoints.glob("step-*")))
     assert manifest.meta["recipe"]["classify"]["init"].endswith("checkpoints/step-00000020")
     assert manifest.meta["recipe"]["classify"]["num_classes"] == 8

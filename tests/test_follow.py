@@ -1,4 +1,6 @@
-"""A side-car gives each checkpoint the k-NN that the training itself would, once, whatever happens to it."""
+"""A side-car gives each checkpoint the k-NN that the training itself would, once, whatever
+happens to it.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,30 @@ from tests.conftest import Ranks
 @pytest.fixture(scope="module")
 def labelled(photo_shards: str) -> list[str]:
     """The keys that name the labelled images: four shards to know, two to ask about."""
-    known, asked = (photo_shards.replace("{000000..000005}", span) for span in ("{000000..000003}", "{000004..000005}"))
+    known, asked = (
+        photo_shards.replace("{000000..000005}", span)
+        for span in ("{000000..000003}", "{000004..000005}")
+    )
     return [f"evaluate.train_shards={known}", f"evaluate.test_shards={asked}", "evaluate.k=[3, 10]"]
 
 
 @pytest.fixture(scope="module")
 def trained(tiny: Path, labelled: list[str], tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A run of 12 steps with a checkpoint and an evaluation of its own every 4; do not write to it."""
+    """A run of 12 steps with a checkpoint and an evaluation of its own every 4.
+
+    Do not write to it.
+    """
     folder = Folder(tmp_path_factory.mktemp("trained") / "run")
-    every = ["checkpoint.every_steps=4", "checkpoint.keep=9", "evaluate.every_steps=4", "engine.precision=bf16"]
-    assert start(tiny, folder.path, *every, *labelled, "schedule.steps=12", "evaluate.logistic=true") == 0
+    every = [
+        "checkpoint.every_steps=4",
+        "checkpoint.keep=9",
+        "evaluate.every_steps=4",
+        "engine.precision=bf16",
+    ]
+    assert (
+        start(tiny, folder.path, *every, *labelled, "schedule.steps=12", "evaluate.logistic=true")
+        == 0
+    )
     return folder
 
 
@@ -58,24 +74,34 @@ def test_each_checkpoint_gets_what_the_training_said_of_that_step(run: Folder) -
     for step, rows in answers(run).items():
         assert rows == {name: told[step][name] for name in ("student", "teacher")}
         assert set(rows["teacher"]) == {"3", "10"}
-    linear = [{event["step"]: event["logistic"] for event in of.events("evaluate")} for of in (
-        run, Folder(run.path / follow.FOLDER)
-    )]  # fmt: skip
-    assert linear[1] == {step: {name: row[name] for name in ("student", "teacher")} for step, row in linear[0].items()}
+    linear = [
+        {event["step"]: event["logistic"] for event in of.events("evaluate")}
+        for of in (run, Folder(run.path / follow.FOLDER))
+    ]
+    assert linear[1] == {
+        step: {name: row[name] for name in ("student", "teacher")}
+        for step, row in linear[0].items()
+    }
     assert followed(run) == 0, "again: there is nothing left to do"
     assert len(answers(run)) == 3
 
 
 def test_keys_given_here_stand_over_the_runs(run: Folder) -> None:
     assert followed(run, "evaluate.k=[5]", "evaluate.pool=cls", "evaluate.logistic=false") == 0
-    assert not any("logistic" in event for event in Folder(run.path / follow.FOLDER).events("evaluate"))
+    assert not any(
+        "logistic" in event for event in Folder(run.path / follow.FOLDER).events("evaluate")
+    )
     assert [set(rows["student"]) for rows in answers(run).values()] == [{"5"}] * 3
 
 
-def test_two_ranks_say_the_same(run: Folder, trained: Folder, ranks: Callable[..., Ranks], tmp_path: Path) -> None:
+def test_two_ranks_say_the_same(
+    run: Folder, trained: Folder, ranks: Callable[..., Ranks], tmp_path: Path
+) -> None:
     ranks("-m", "rcmae.follow", str(run.path), world=2).succeed()
     told = {event["step"]: event["knn"] for event in run.events("evaluate")}
-    assert answers(run) == {step: {name: told[step][name] for name in ("student", "teacher")} for step in told}
+    assert answers(run) == {
+        step: {name: told[step][name] for name in ("student", "teacher")} for step in told
+    }
 
 
 def test_a_side_car_that_was_there_first_sees_a_training_from_its_first_checkpoint_to_its_end(
@@ -92,7 +118,9 @@ def test_a_side_car_that_was_there_first_sees_a_training_from_its_first_checkpoi
     assert not run.leftovers()
 
 
-def test_stopped_or_killed_it_goes_on_where_it_was(run: Folder, ranks: Callable[..., Ranks]) -> None:
+def test_stopped_or_killed_it_goes_on_where_it_was(
+    run: Folder, ranks: Callable[..., Ranks]
+) -> None:
     (run.path / "outcome.json").unlink()  # so that there is something to wait for
     for number, status in ((signal.SIGUSR1, preempt.STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
         late = run.checkpoints / "step-00000012"
@@ -102,14 +130,19 @@ def test_stopped_or_killed_it_goes_on_where_it_was(run: Folder, ranks: Callable[
             (run.path / "later").rename(late)
         beside = ranks("-m", "rcmae.follow", str(run.path), "--poll-s=0.1", world=1)
         steps = [4, 8] if number == signal.SIGUSR1 else [4, 8, 12]
-        wait_for(lambda steps=steps: list(answers(run)) == steps, lambda b=beside: b.processes[0].poll() is None)
+        wait_for(
+            lambda steps=steps: list(answers(run)) == steps,
+            lambda b=beside: b.processes[0].poll() is None,
+        )
         beside.processes[0].send_signal(number)
         assert beside.wait() == [status], beside.said()
     assert followed(run, "--patience-s=0.3") == preempt.STOPPED, "silent, and not finished"
     assert list(answers(run)) == [4, 8, 12]
 
 
-def test_an_evaluation_under_way_is_left_when_asked(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_under_way_is_left_when_asked(
+    run: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, seen = follow.labelled_batches, []
 
     def interrupted(*args: object, **kwargs: object) -> object:
@@ -137,7 +170,9 @@ def test_what_cannot_be_read_or_does_not_count_is_passed_over(run: Folder) -> No
     assert "differs from its checksum" in event["reason"]
 
 
-def test_one_side_car_at_a_time(run: Folder, ranks: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_side_car_at_a_time(
+    run: Folder, ranks: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]
+) -> None:
     (run.path / "outcome.json").unlink()
     first = ranks("-m", "rcmae.follow", str(run.path), "--poll-s=0.1", world=1)
     wait_for(lambda: len(answers(run)) == 3, lambda: first.processes[0].poll() is None)

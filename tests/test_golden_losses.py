@@ -1,7 +1,7 @@
 """Each objective's loss on the photographs, step by step, is the one that was written down.
 
-On purpose not derived from anything: whoever changes a number here has changed a training, and says why.
-"""
+On purpose not derived from anything: whoever changes a number here has changed a training, and says
+why."""
 
 from __future__ import annotations
 
@@ -14,18 +14,27 @@ from runs import Folder, start
 OBJECTIVES = {
     "mae": ["objective.name=mae"],
     "mae as MAE-priv has it": [
-        "objective.name=mae", "objective.pixel_norm=biased", "model.cls_token=false", "model.decoder_cls=false",
-        "model.qkv_bias=qv", "model.positions=row_first", "model.pixel_order=chw",
+        "objective.name=mae",
+        "objective.pixel_norm=biased",
+        "model.cls_token=false",
+        "model.decoder_cls=false",
+        "model.qkv_bias=qv",
+        "model.positions=row_first",
+        "model.pixel_order=chw",
     ],
     "rcmae": [],
     "rcmae, other masks": ["objective.teacher_mask=different"],
     "supmae": ["objective.name=supmae", "model.num_classes=8", "model.class_hidden=16"],
     "rcsupmae": ["objective.terms={class: 0.01}", "model.num_classes=8", "model.class_hidden=16"],
     "bootmae": [
-        "objective.name=bootmae", "objective.mask=boxes", "objective.box_smallest=2", "objective.box_largest=6",
-        "teacher.schedule=by_epoch", "teacher.momentum=0.9",
+        "objective.name=bootmae",
+        "objective.mask=boxes",
+        "objective.box_smallest=2",
+        "objective.box_largest=6",
+        "teacher.schedule=by_epoch",
+        "teacher.momentum=0.9",
     ],
-}  # fmt: skip
+}
 GOLDEN = {
     "mae": [1.288801, 1.298635, 1.233965, 1.090182, 1.050785, 1.014847],
     "mae as MAE-priv has it": [1.311255, 1.314596, 1.243207, 1.102709, 1.068555, 1.040651],
@@ -40,5 +49,10 @@ GOLDEN = {
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_are_those_written_down(objective: str, tiny: Path, tmp_path: Path) -> None:
     folder = Folder(tmp_path / "run")
-    assert start(tiny, folder.path, "schedule.steps=6", "schedule.warmup_steps=2", *OBJECTIVES[objective]) == 0
+    assert (
+        start(
+            tiny, folder.path, "schedule.steps=6", "schedule.warmup_steps=2", *OBJECTIVES[objective]
+        )
+        == 0
+    )
     assert folder.losses() == pytest.approx(GOLDEN[objective], rel=1e-4)

@@ -9,7 +9,10 @@ from rcmae.guard import Guard
 
 def seen(loss: float) -> list[dict[str, torch.Tensor]]:
     """A step of two micro-batches whose shares make up the loss."""
-    return [{"reconstruction": torch.tensor(loss * part), "consistency": torch.tensor(0.0)} for part in (0.25, 0.75)]
+    return [
+        {"reconstruction": torch.tensor(loss * part), "consistency": torch.tensor(0.0)}
+        for part in (0.25, 0.75)
+    ]
 
 
 def guard(**settings: object) -> Guard:
@@ -34,7 +37,8 @@ def test_scale_does_not_matter_and_a_flat_loss_has_room() -> None:
     for scale in (1e-4, 1.0, 1e4):
         judge = guard(spike_factor=8.0)
         assert all(judge.jumped(seen(scale)) is None for _ in range(30))
-        assert judge.jumped(seen(1.05 * scale)) is None  # within 8 hundredths of a median that never moved
+        # within 8 hundredths of a median that never moved
+        assert judge.jumped(seen(1.05 * scale)) is None
         assert judge.jumped(seen(1.2 * scale)) is not None
 
 

@@ -1,7 +1,8 @@
-"""Without a scheduler: two hosts with names and addresses of their own, the launchers started by hand on each.
+"""Without a scheduler: two hosts with names and addresses of their own, the launchers started by
+hand on each.
 
-The hosts are namespaces of this machine (tests/slurm/lab.sh), which reach each other over their network alone.
-"""
+The hosts are namespaces of this machine (tests/slurm/lab.sh), which reach each other over their
+network alone."""
 
 from __future__ import annotations
 
@@ -31,12 +32,22 @@ def on() -> Iterator[Start]:
     folder = Path(tempfile.mkdtemp(prefix="wire"))
     subprocess.run([LAB, "wire", folder, "2"], check=True)
     python = str(Path(sys.executable).parent)
-    own = {"PATH": f"{python}:{PATH}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    own = {
+        "PATH": f"{python}:{PATH}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
 
     def start(host: int, *arguments: object) -> subprocess.Popen[str]:
         words = [LAB, "on", folder, str(host), sys.executable, "-m", *map(str, arguments)]
         return subprocess.Popen(
-            words, cwd=ROOT, env={**os.environ, **own}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            words,
+            cwd=ROOT,
+            env={**os.environ, **own},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
 
     yield start
@@ -60,24 +71,54 @@ def trained_on_both(run: Folder, whole: Folder) -> None:
     assert equals(run, whole)
     (start,) = run.events("start")
     assert start["sizes"]["world"] == 2
-    assert '"host": "node1"' in (run.path / "leases" / "00000001.json").read_text()  # where rank 0 was
+    # where rank 0 was
+    assert '"host": "node1"' in (run.path / "leases" / "00000001.json").read_text()
 
 
-def test_torchrun_on_two_hosts(on: Start, tiny: Path, uninterrupted: Folder, tmp_path: Path) -> None:
+def test_torchrun_on_two_hosts(
+    on: Start, tiny: Path, uninterrupted: Folder, tmp_path: Path
+) -> None:
     run = Folder(tmp_path / "run")
-    both(on, lambda host: [
-        "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={host - 1}", "--master-addr=node1",
-        "--master-port=29500", "-m", "rcmae.train", tiny, *ENGINE, f"run.dir={run.path}",
-    ])  # fmt: skip
+    both(
+        on,
+        lambda host: [
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc-per-node=1",
+            f"--node-rank={host - 1}",
+            "--master-addr=node1",
+            "--master-port=29500",
+            "-m",
+            "rcmae.train",
+            tiny,
+            *ENGINE,
+            f"run.dir={run.path}",
+        ],
+    )
     trained_on_both(run, uninterrupted)
 
 
-def test_deepspeed_with_a_hostfile_on_two_hosts(on: Start, tiny: Path, uninterrupted: Folder, tmp_path: Path) -> None:
+def test_deepspeed_with_a_hostfile_on_two_hosts(
+    on: Start, tiny: Path, uninterrupted: Folder, tmp_path: Path
+) -> None:
     run, hostfile = Folder(tmp_path / "run"), tmp_path / "hosts"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
-    said = both(on, lambda host: [
-        "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={host - 1}",
-        "--master_addr=node1", "--master_port=29501", "--module", "rcmae.train", tiny, *ENGINE, f"run.dir={run.path}",
-    ])  # fmt: skip
+    said = both(
+        on,
+        lambda host: [
+            "deepspeed.launcher.runner",
+            f"--hostfile={hostfile}",
+            "--no_ssh",
+            f"--node_rank={host - 1}",
+            "--master_addr=node1",
+            "--master_port=29501",
+            "--module",
+            "rcmae.train",
+            tiny,
+            *ENGINE,
+            f"run.dir={run.path}",
+        ],
+    )
     trained_on_both(run, uninterrupted)
-    assert all("'node1'" in each and "'node2'" in each for each in said)  # both launchers had read the file
+    # both launchers had read the file
+    assert all("'node1'" in each and "'node2'" in each for each in said)

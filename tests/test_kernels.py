@@ -1,8 +1,8 @@
 """Fused choices compute the same function; the start-up print says what is used and why.
 
-NVIDIA apex is not on the package index, so its path runs on a stand-in with its documented signatures
-(data/apex_standin): what is shown is that it is found, called and fitted in, not that its kernels are right or fast.
-"""
+NVIDIA apex is not on the package index, so its path runs on a stand-in with its documented
+signatures (data/apex_standin): what is shown is that it is found, called and fitted in, not that
+its kernels are right or fast."""
 
 import copy
 import functools
@@ -37,10 +37,12 @@ def trained(model: MaskedAutoencoder) -> tuple[torch.Tensor, dict[str, torch.Ten
     loss = model(images, noise.argsort(dim=1), 6).square().mean()
     model.zero_grad()
     loss.backward()
-    return loss.detach(), {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+    return loss.detach(), {
+        name: param.grad for name, param in model.named_parameters() if param.grad is not None
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------- apex
+# --------------------------------------------------------------------------------------------- apex
 
 
 @pytest.fixture
@@ -56,19 +58,28 @@ def apex(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     forget()
 
 
-def test_apex_is_told_from_absence_and_from_its_namesake(apex: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_apex_is_told_from_absence_and_from_its_namesake(
+    apex: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with apex.context() as without:
         without.setattr(importlib.util, "find_spec", lambda name: None)
         assert kernels.apex_status() == (False, "NVIDIA apex is not installed")
 
     (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('a web toolkit was imported')")
+    (tmp_path / "apex" / "__init__.py").write_text(
+        "raise RuntimeError('a web toolkit was imported')"
+    )
     apex.syspath_prepend(tmp_path)
     status = kernels.apex_status()
     assert not status.usable
     assert "not NVIDIA's (the index has a web toolkit of that name)" in status.found
-    for ask in (lambda: kernels.layer_norm("apex"), lambda: kernels.adamw([], betas=(0.9, 0.95), kind="apex")):
-        with pytest.raises(ValueError, match=r"engine\.(layer_norm|optimizer)=apex: the apex in .* use engine"):
+    for ask in (
+        lambda: kernels.layer_norm("apex"),
+        lambda: kernels.adamw([], betas=(0.9, 0.95), kind="apex"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"engine\.(layer_norm|optimizer)=apex: the apex in .* use engine"
+        ):
             ask()
 
     apex.syspath_prepend(STANDIN)
@@ -79,7 +90,9 @@ def test_apex_layer_norm_takes_the_place_of_torchs(apex: pytest.MonkeyPatch) -> 
     apex.syspath_prepend(STANDIN)
     model = MaskedAutoencoder(**SIZES.model(), norm_layer=kernels.layer_norm("apex"))
     kinds = {
-        type(module).__name__ for name, module in model.named_modules() if "norm" in name and list(module.parameters())
+        type(module).__name__
+        for name, module in model.named_modules()
+        if "norm" in name and list(module.parameters())
     }
     assert kinds == {"FusedLayerNorm"}
     assert torch.all(model.norm.weight == 1)
@@ -94,7 +107,8 @@ def test_apex_adam_takes_the_place_of_torchs(apex: pytest.MonkeyPatch) -> None:
     apex.syspath_prepend(STANDIN)
     weights = []
     for kind in ("torch", "apex"):
-        model = small().double()  # in float32 Adam would blow up the rounding noise of the key biases
+        # in float32 Adam would blow up the rounding noise of the key biases
+        model = small().double()
         optimizer = kernels.adamw(param_groups(model, 0.05), betas=(0.9, 0.95), kind=kind)
         for _ in range(3):
             trained(model)
@@ -106,7 +120,7 @@ def test_apex_adam_takes_the_place_of_torchs(apex: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(weights[1], weights[0], atol=1e-12, rtol=1e-10)
 
 
-# -------------------------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 @pytest.fixture
@@ -142,12 +156,14 @@ def test_checkpointing_keeps_only_the_inputs_of_blocks(kind: kernels.Checkpointi
     assert len(inside) == (4 if kind == "none" else 8)  # a second time in the backward pass
 
 
-# torch's own warnings while it compiles: at the import of its back end, and where it looks at an activation's gradient
+# torch's own warnings while it compiles: at the import of its back end, and where it looks at an
+# activation's gradient
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
-    ("kind", "compile_first"), [("none", True), ("torch", False), ("torch", True), ("fairscale_offload", True)]
+    ("kind", "compile_first"),
+    [("none", True), ("torch", False), ("torch", True), ("fairscale_offload", True)],
 )
 def test_compiled_blocks_compute_the_same_with_any_checkpointing(
     kind: kernels.Checkpointing, compile_first: bool
@@ -161,7 +177,8 @@ def test_compiled_blocks_compute_the_same_with_any_checkpointing(
     assert list(model.state_dict()) == list(plain.state_dict())
     torch._dynamo.utils.counters.clear()
     loss, grads = trained(model)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # Block of two widths, and LastBlock
+    # Block of two widths, and LastBlock
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
     assert not torch._dynamo.utils.counters["graph_break"]
     want_loss, want = trained(plain)
     assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
@@ -174,7 +191,7 @@ def test_compiled_blocks_compute_the_same_with_any_checkpointing(
         assert trained(twin)[0].item() == loss.item() != 0.0
 
 
-# --------------------------------------------------------------------------------------------------------------- table
+# -------------------------------------------------------------------------------------------- table
 
 
 def test_the_start_up_table_says_what_is_used_and_why(apex: pytest.MonkeyPatch) -> None:
@@ -188,9 +205,12 @@ def test_the_start_up_table_says_what_is_used_and_why(apex: pytest.MonkeyPatch) 
     apex.undo()
     apex.syspath_prepend(STANDIN)
     chosen = kernels.table(
-        device=torch.device("cpu"), layer_norm="apex", optimizer="DeepSpeedCPUAdam", compile=True,
+        device=torch.device("cpu"),
+        layer_norm="apex",
+        optimizer="DeepSpeedCPUAdam",
+        compile=True,
         checkpointing="fairscale_offload",
-    )  # fmt: skip
+    )
     rows = {row.part: row for row in chosen}
     assert rows["layer norm"].used == "apex FusedLayerNorm"
     assert rows["optimizer"][1:] == ("DeepSpeedCPUAdam", "the engine's own")
@@ -200,12 +220,20 @@ def test_the_start_up_table_says_what_is_used_and_why(apex: pytest.MonkeyPatch) 
 
 
 def test_attention_is_the_same_function_either_way_and_chosen_by_device_and_type() -> None:
-    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind(0)
+    q, k, v = torch.randn(
+        3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).unbind(0)
     fused = kernels.attention(q[:, :, 3:], k, v, fused=True)
-    torch.testing.assert_close(kernels.attention(q[:, :, 3:], k, v, fused=False), fused, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        kernels.attention(q[:, :, 3:], k, v, fused=False), fused, rtol=1e-12, atol=1e-12
+    )
     model = small()
     blocks = [*model.blocks, *model.decoder_blocks]
-    for device, precision, wanted in (("cpu", "fp32", True), ("cpu", "bf16", False), ("cuda", "bf16", True)):
+    for device, precision, wanted in (
+        ("cpu", "fp32", True),
+        ("cpu", "bf16", False),
+        ("cuda", "bf16", True),
+    ):
         kernels.choose_attention(model, torch.device(device), precision)
         assert {block.attn.fused_attn for block in blocks} == {wanted}
     assert "softmax" in kernels.table(device=torch.device("cpu"), precision="bf16")[0].used
@@ -213,6 +241,8 @@ def test_attention_is_the_same_function_either_way_and_chosen_by_device_and_type
 
 def test_torchvision_imports_beside_any_torch() -> None:
     program = "import rcmae.kernels as kernels, torchvision; print(kernels.guard_torchvision())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in ("True", "False")

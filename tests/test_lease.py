@@ -51,7 +51,9 @@ def test_a_released_run_is_taken_at_once(tmp_path: Path) -> None:
 
 
 def test_a_holder_that_died_on_this_host_is_replaced_at_once(tmp_path: Path) -> None:
-    child = multiprocessing.get_context("fork").Process(target=lambda: take(tmp_path) and os._exit(0))
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: take(tmp_path) and os._exit(0)
+    )
     child.start()
     child.join()
     assert take(tmp_path, timeout_s=60).generation == 2
@@ -59,14 +61,17 @@ def test_a_holder_that_died_on_this_host_is_replaced_at_once(tmp_path: Path) -> 
 
 def test_a_holder_that_beats_is_respected_and_named(tmp_path: Path) -> None:
     held = take(tmp_path)
-    with pytest.raises(LeaseHeld, match=rf"process {os.getpid()} on {socket.gethostname()} .*another run.dir"):
+    with pytest.raises(
+        LeaseHeld, match=rf"process {os.getpid()} on {socket.gethostname()} .*another run.dir"
+    ):
         take(tmp_path, wait_s=0.0)
     held.release()
 
 
 def test_a_count_that_stands_still_on_my_clock_is_a_holder_gone(tmp_path: Path) -> None:
     beat = foreign(tmp_path)
-    os.utime(beat, (time.time() + 1e6, time.time() + 1e6))  # its host's clock is weeks ahead: no matter
+    # its host's clock is weeks ahead: no matter
+    os.utime(beat, (time.time() + 1e6, time.time() + 1e6))
     begin = time.monotonic()
     assert take(tmp_path, timeout_s=0.6).generation == 2
     assert time.monotonic() - begin > 0.6
@@ -76,7 +81,8 @@ def test_a_job_that_was_started_again_takes_the_run_from_its_earlier_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    earlier = take(tmp_path, timeout_s=0.9)  # alive and beating, as on a node that the scheduler cannot reach
+    # alive and beating, as on a node that the scheduler cannot reach
+    earlier = take(tmp_path, timeout_s=0.9)
     with pytest.raises(LeaseHeld):
         take(tmp_path, timeout_s=0.9, wait_s=0.0)  # a second training of the same start
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -87,7 +93,8 @@ def test_a_job_that_was_started_again_takes_the_run_from_its_earlier_start(
     with pytest.raises(LeaseLost, match=r"job 17, .* took this run over from step 40"):
         earlier.check()
     monkeypatch.delenv("SLURM_RESTART_COUNT")
-    assert (exit_status(tmp_path, 1), exit_status(tmp_path, 75)) == (0, 0)  # its srun would end the later start's step
+    # its srun would end the later start's step
+    assert (exit_status(tmp_path, 1), exit_status(tmp_path, 75)) == (0, 0)
     monkeypatch.setenv("SLURM_JOB_ID", "18")
     assert exit_status(tmp_path, 1) == 1
     with pytest.raises(LeaseHeld, match="job 17"):
@@ -100,14 +107,17 @@ def test_a_holder_that_was_passed_over_notices_and_stops(tmp_path: Path) -> None
     held = take(tmp_path, timeout_s=0.3)
     held.check()
     foreign(tmp_path, generation=2, from_step=40)
-    with pytest.raises(LeaseLost, match=r"job 17, process 1 on elsewhere \(generation 2\) took .* from step 40"):
+    with pytest.raises(
+        LeaseLost, match=r"job 17, process 1 on elsewhere \(generation 2\) took .* from step 40"
+    ):
         held.check()
     deadline = time.monotonic() + 10
     while held._thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert held.lost  # the beating thread sees it by itself
     held.release()
-    assert (tmp_path / "leases" / "00000002.beat").read_text() == "5"  # nothing of the other's was touched
+    # nothing of the other's was touched
+    assert (tmp_path / "leases" / "00000002.beat").read_text() == "5"
 
 
 def test_of_two_jobs_that_reach_for_a_generation_one_gets_it(tmp_path: Path) -> None:
@@ -172,7 +182,9 @@ def test_the_fence_counts_out_what_a_passed_over_writer_commits(tmp_path: Path) 
     assert fence(tmp_path / "nowhere") == Fence(())
 
 
-def test_a_folder_that_cannot_be_written_loses_the_run_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_loses_the_run_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = take(tmp_path, timeout_s=0.3)
 
     def refuse(path: Path, text: str) -> None:
@@ -188,7 +200,7 @@ def test_a_folder_that_cannot_be_written_loses_the_run_in_time(tmp_path: Path, m
         held.check()
 
 
-# ---------------------------------------------------------------------------------------- two trainings on one folder
+# ---------------------------------------------------------------------- two trainings on one folder
 
 
 @contextlib.contextmanager
@@ -196,7 +208,9 @@ def training(log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     """`python COMMAND...` in a process of its own, for as long as the block lasts."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=out
+        )
     try:
         yield process
     finally:
@@ -206,7 +220,14 @@ def training(log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_of_two_trainings_on_one_folder_exactly_one_commits(tiny: Path, tmp_path: Path) -> None:
     run = Folder(tmp_path / "run")
-    job = ["-m", "rcmae.train", str(tiny), f"run.dir={run.path}", "schedule.steps=100000", "run.lease_wait_s=0"]
+    job = [
+        "-m",
+        "rcmae.train",
+        str(tiny),
+        f"run.dir={run.path}",
+        "schedule.steps=100000",
+        "run.lease_wait_s=0",
+    ]
     logs = [tmp_path / "one", tmp_path / "other"]
     with training(logs[0], *job) as one, training(logs[1], *job) as other:
         wait_for(lambda: (one.poll() or other.poll()) is not None, lambda: True)
@@ -216,9 +237,13 @@ def test_of_two_trainings_on_one_folder_exactly_one_commits(tiny: Path, tmp_path
         went.terminate()
         assert [process.wait(timeout=120) for process in ((one, other)[refused], went)] == [2, 75]
     said = logs[refused].read_text()
-    assert re.search(rf"is being trained by process {went.pid} on \S+ \(generation 1\), which is alive", said), said
+    assert re.search(
+        rf"is being trained by process {went.pid} on \S+ \(generation 1\), which is alive", said
+    ), said
     assert "use another run.dir" in said
-    assert {checkpoint.read_manifest(path).generation for path in run.checkpoints.glob("step-*")} == {1}
+    assert {
+        checkpoint.read_manifest(path).generation for path in run.checkpoints.glob("step-*")
+    } == {1}
     assert run.committed()[-1] == run.outcome()["step"]
     assert len(run.events("start")) == 1
 
@@ -227,7 +252,13 @@ def test_a_holder_paused_between_its_last_check_and_its_rename_changes_nothing_t
     tiny: Path, tmp_path: Path, uninterrupted: Folder
 ) -> None:
     run = Folder(tmp_path / "run")
-    job = [str(tiny), f"run.dir={run.path}", "checkpoint.every_steps=5", "checkpoint.keep=9", "run.lease_timeout_s=1"]
+    job = [
+        str(tiny),
+        f"run.dir={run.path}",
+        "checkpoint.every_steps=5",
+        "checkpoint.keep=9",
+        "run.lease_timeout_s=1",
+    ]
     pausing = str(ROOT / "tests" / "programs" / "paused_commit.py")
     with training(tmp_path / "log", pausing, "10", *job) as paused:
         process = psutil.Process(paused.pid)

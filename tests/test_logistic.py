@@ -27,7 +27,10 @@ def test_it_predicts_as_scikit_learn(strength: float, count: int) -> None:
     oracle = LogisticRegression(C=strength, max_iter=2000, tol=1e-8)
     oracle.fit(((known - mean) / spread).numpy(), labels.numpy())
     wanted = 100 * (oracle.predict(((asked - mean) / spread).numpy()) == right.numpy()).mean()
-    assert logistic(known, labels, asked, right, strength=strength) == pytest.approx(wanted, abs=0.11)  # one of 1,000
+    # one of 1,000
+    assert logistic(known, labels, asked, right, strength=strength) == pytest.approx(
+        wanted, abs=0.11
+    )
     assert count == 12 or wanted > 60  # chance is 33
 
 

@@ -1,4 +1,7 @@
-"""Shards from an image folder: reproducible, whole or not there, labelled, indexed; and the index of anyone's tars."""
+"""Shards from an image folder: reproducible, whole or not there, labelled, indexed.
+
+And the index of anyone's tars.
+"""
 
 import importlib
 import io
@@ -33,7 +36,9 @@ make_shards = tool_make_shards.make_shards
 def photograph(number, kind="JPEG"):
     top, left = 13 * number % 300, 29 * number % 500
     file = io.BytesIO()
-    Image.fromarray(load_sample_images().images[number % 2][top : top + 80, left : left + 120]).save(file, kind)
+    Image.fromarray(
+        load_sample_images().images[number % 2][top : top + 80, left : left + 120]
+    ).save(file, kind)
     return file.getvalue()
 
 
@@ -68,7 +73,11 @@ def test_a_class_folder_becomes_labelled_indexed_shards(images, tmp_path):
             *(p.name for p in out.glob("*.bin")),
         ]
     )
-    assert (report.samples, report.other_files, report.classes) == (18, 1, ["ant", "bee", "cat dog"])
+    assert (report.samples, report.other_files, report.classes) == (
+        18,
+        1,
+        ["ant", "bee", "cat dog"],
+    )
     assert report.such_as == ["bee/notes.txt"]
     assert (out / "classes.txt").read_text() == "ant\nbee\ncat dog\n"
     assert [Path(reject.path).name for reject in report.rejected] == ["broken.jpg"]
@@ -94,7 +103,13 @@ def test_the_same_images_give_the_same_bytes_with_any_number_of_processes(images
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     with tarfile.open(tmp_path / "one" / "train-000000.tar") as tar:
         for member in tar:
-            assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (0, 0, 0, "", 0o644)
+            assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (
+                0,
+                0,
+                0,
+                "",
+                0o644,
+            )
     assert (tmp_path / "one" / "train-000000.tar").read_bytes()[257:263] == b"ustar\0"
 
 
@@ -149,7 +164,14 @@ def test_shards_are_overwritten_only_on_request_and_then_all(images, tmp_path):
 def test_colliding_and_long_names_get_keys_of_their_own(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    for name in ("a.b.jpg", "a_b.jpg", "a_b.jpeg", f"{'n' * 180}.jpg", f"{'n' * 181}.jpg", "käse.jpg"):
+    for name in (
+        "a.b.jpg",
+        "a_b.jpg",
+        "a_b.jpeg",
+        f"{'n' * 180}.jpg",
+        f"{'n' * 181}.jpg",
+        "käse.jpg",
+    ):
         (folder / name).write_bytes(photograph(len(name)))
     make_shards(folder, tmp_path / "shards")
     index = ShardIndex.load(tmp_path / "shards")
@@ -171,7 +193,9 @@ def test_a_folder_that_makes_no_sense_is_refused(images, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "a.jpg").write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"none of the 1 images of train-000000\.tar can be read, such as .*a\.jpg"):
+    with pytest.raises(
+        ValueError, match=r"none of the 1 images of train-000000\.tar can be read, such as .*a\.jpg"
+    ):
         make_shards(broken, tmp_path / "shards")
     assert contents(tmp_path / "shards") == {}
 
@@ -180,15 +204,23 @@ def contents_of(out):
     """(label, bytes) of every sample, in order."""
     index = ShardIndex.load(out)
     samples = [index[number] for number in range(len(index))]
-    return [(one.label, Path(one.path).read_bytes()[one.offset : one.offset + one.size]) for one in samples]
+    return [
+        (one.label, Path(one.path).read_bytes()[one.offset : one.offset + one.size])
+        for one in samples
+    ]
 
 
 def test_a_list_names_images_and_classes(images, tmp_path):
-    lines = [f"{path.relative_to(images)}\t{path.parent.name}" for path in sorted(images.glob("*/*.jpg"))]
+    lines = [
+        f"{path.relative_to(images)}\t{path.parent.name}" for path in sorted(images.glob("*/*.jpg"))
+    ]
     (images / "list.tsv").write_text("path\tlabel\n" + "\n".join(lines))
     report = make_shards(images / "list.tsv", tmp_path / "shards", samples=7)
     assert (report.samples, report.classes) == (17, ["ant", "bee", "cat dog"])
-    numbered = [f"{path.relative_to(images)},{number}" for number, path in enumerate(sorted(images.glob("ant/*.jpg")))]
+    numbered = [
+        f"{path.relative_to(images)},{number}"
+        for number, path in enumerate(sorted(images.glob("ant/*.jpg")))
+    ]
     (images / "list.csv").write_text("path,label\n" + "\n".join(numbered))
     report = make_shards(images / "list.csv", tmp_path / "numbered")
     assert report.classes == []
@@ -199,7 +231,7 @@ def test_a_list_names_images_and_classes(images, tmp_path):
         ("path,label\n,1\nant/ant.1.jpg,1\n,2", "has 2 lines with an empty path: line 2, 4"),
         ("path,label\nant/ant.0.jpg,1\nant/ant.1.jpg,", "1 of 2 lines have no label"),
         ("path\nant/ant.0.jpg\nant/ant.0.jpg", "more than once, such as ant/ant.0.jpg"),
-    ):  # fmt: skip
+    ):
         (images / "bad.csv").write_text(text)
         with pytest.raises(ValueError, match=reason):
             make_shards(images / "bad.csv", tmp_path / "none")
@@ -212,15 +244,23 @@ def test_parquet_with_image_bytes_becomes_shards(images, tmp_path):
     files = [path.read_bytes() for path in sorted(images.glob("ant/*"))]
     rows = {"image": [{"bytes": data, "path": None} for data in files], "label": list(range(9))}
     parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
-    parquet.write_table(pyarrow.table({"image": files[:3], "label": [0, 1, 2]}), tmp_path / "b.parquet")
-    report = make_shards([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "shards", samples=5)
+    parquet.write_table(
+        pyarrow.table({"image": files[:3], "label": [0, 1, 2]}), tmp_path / "b.parquet"
+    )
+    report = make_shards(
+        [tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "shards", samples=5
+    )
     assert (report.samples, len(report.shards)) == (12, 3)
-    assert sorted(contents_of(tmp_path / "shards")) == sorted([*enumerate(files), *enumerate(files[:3])])
+    assert sorted(contents_of(tmp_path / "shards")) == sorted(
+        [*enumerate(files), *enumerate(files[:3])]
+    )
     with tarfile.open(report.shards[0]) as tar:
         assert {name.rpartition(".")[2] for name in tar.getnames()} <= {"jpg", "png", "cls"}
     assert not list((tmp_path / "shards").glob(".*"))
     parquet.write_table(pyarrow.table({"picture": files[:1]}), tmp_path / "c.parquet")
-    with pytest.raises(ValueError, match=r"c\.parquet cannot be used \(no column image; it has picture\)"):
+    with pytest.raises(
+        ValueError, match=r"c\.parquet cannot be used \(no column image; it has picture\)"
+    ):
         make_shards(tmp_path / "c.parquet", tmp_path / "none")
 
 
@@ -260,16 +300,21 @@ def test_a_job_that_was_killed_goes_on_and_gives_the_same_bytes(images, tmp_path
         make_shards(images, out, samples=4, size=64)
     monkeypatch.undo()
     assert not (out / "index.json").exists()
-    with pytest.raises(ValueError, match=r"has 2 shards .* did not end, --size=64 instead of --size=32; the com"):
+    with pytest.raises(
+        ValueError, match=r"has 2 shards .* did not end, --size=64 instead of --size=32; the com"
+    ):
         make_shards(images, out, samples=4, size=32)
-    with pytest.raises(ValueError, match=r"did not end, with other images, with other classes, --size=64 instead"):
+    with pytest.raises(
+        ValueError, match=r"did not end, with other images, with other classes, --size=64 instead"
+    ):
         make_shards(images / "ant", out, samples=4)
     before = {path: os.stat(path).st_mtime_ns for path in written}
     report = make_shards(images, out, samples=4, size=64)
     assert report.kept == 2
     assert {path: os.stat(path).st_mtime_ns for path in written} == before
     assert contents(out) == contents(whole)
-    assert [Path(one.path).name for one in report.rejected] == ["broken.jpg"]  # also of the shards that were kept
+    # also of the shards that were kept
+    assert [Path(one.path).name for one in report.rejected] == ["broken.jpg"]
 
 
 @pytest.mark.parametrize("suffix", ["npy", "tif"])
@@ -281,14 +326,20 @@ def test_images_of_any_number_of_bands_are_packed_and_made_smaller(tmp_path, suf
         kind = np.uint16 if number % 2 else np.uint8
         values = rng.integers(0, np.iinfo(kind).max, (48, 60, bands), kind)
         path = folder / f"{number}.{suffix}"
-        np.save(path, values) if suffix == "npy" else tifffile.imwrite(path, values, planarconfig="contig")
+        np.save(path, values) if suffix == "npy" else tifffile.imwrite(
+            path, values, planarconfig="contig"
+        )
     report = make_shards(folder, tmp_path / "shards")
     assert (report.samples, report.rejected) == (4, [])
-    assert sorted(data for _, data in contents_of(tmp_path / "shards")) == sorted(contents(folder).values())
+    assert sorted(data for _, data in contents_of(tmp_path / "shards")) == sorted(
+        contents(folder).values()
+    )
     make_shards(f"{tmp_path}/shards/*.tar", tmp_path / "again", samples=2)
     assert sorted(contents_of(tmp_path / "again")) == sorted(contents_of(tmp_path / "shards"))
     make_shards(folder, tmp_path / "small", size=24)
-    assert {decode(data, bands).shape for _, data in contents_of(tmp_path / "small")} == {(24, 30, bands)}
+    assert {decode(data, bands).shape for _, data in contents_of(tmp_path / "small")} == {
+        (24, 30, bands)
+    }
     with tarfile.open(tmp_path / "small" / "train-000000.tar") as tar:
         assert {name.rpartition(".")[2] for name in tar.getnames()} == {suffix}
 
@@ -307,11 +358,26 @@ def many(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_job_that_is_killed_or_stopped_leaves_no_process_behind(many, tmp_path, how):
     out = tmp_path / "out"
-    command = [sys.executable, TOOLS / "make_shards.py", many, out, "--samples", "4", "--size", "64", "--jobs", "2"]
+    command = [
+        sys.executable,
+        TOOLS / "make_shards.py",
+        many,
+        out,
+        "--samples",
+        "4",
+        "--size",
+        "64",
+        "--jobs",
+        "2",
+    ]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         preexec_fn=hear_ctrl_c,
-    ) as job:  # fmt: skip
+    ) as job:
         until = time.monotonic() + 60
         while not list(out.glob("*.tar")):
             assert time.monotonic() < until
@@ -335,19 +401,24 @@ def test_the_commands_tell_what_they_made(images, tmp_path, capsys):
     out = tmp_path / "shards"
     done = subprocess.run(
         [sys.executable, TOOLS / "make_shards.py", images, out, "--samples", "7", "--jobs", "1"],
-        capture_output=True, text=True, check=True, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
     assert "18 images of 3 classes in 3 shards" in done.stdout
     assert "left out:" in done.stdout
     assert "1 other files were not looked at: bee/notes.txt" in done.stdout
     assert done.stderr == ""
     assert tool_make_shards.main([str(images), str(out)]) == 2
     assert "error: " in capsys.readouterr().err
-    assert tool_make_shards.main([str(images), str(out), "--overwrite", "--jobs", "1", "--json"]) == 0
+    assert (
+        tool_make_shards.main([str(images), str(out), "--overwrite", "--jobs", "1", "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["samples"] == 18
 
 
-# ---------------------------------------------------------------------------------------------------- index_shards
+# ------------------------------------------------------------------------------------- index_shards
 
 
 def test_anyones_tars_get_an_index_that_training_finds(images, tmp_path, capsys):
@@ -356,7 +427,10 @@ def test_anyones_tars_get_an_index_that_training_finds(images, tmp_path, capsys)
     for shard in range(3):
         with tarfile.open(folder / f"x-{shard}.tar", "w") as tar:
             for number in range(4):
-                for suffix, data in (("jpg", photograph(number)), ("cls", b"cat" if number == 0 else b"1")):
+                for suffix, data in (
+                    ("jpg", photograph(number)),
+                    ("cls", b"cat" if number == 0 else b"1"),
+                ):
                     info = tarfile.TarInfo(f"k{shard}{number}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))

@@ -47,7 +47,10 @@ def test_every_patch_is_hidden_equally_often():
 
 def test_draws_stay_what_they_were():
     """Changing these numbers changes every run that was started before: crops, masks and order."""
-    assert draws.raw(0, Purpose.MASK, 0, 0, count=2).tolist() == [9534690535958307366, 14082240658975047012]
+    assert draws.raw(0, Purpose.MASK, 0, 0, count=2).tolist() == [
+        9534690535958307366,
+        14082240658975047012,
+    ]
     last = draws.raw(2**64 - 1, Purpose.BLOCK, 1, 2, 2**40, count=2)
     assert last.tolist() == [2690961045422422474, 6064301550301159175]
     assert random_ids(7, 123_456_789_012, 8).tolist() == [5, 0, 4, 6, 1, 3, 2, 7]
@@ -77,7 +80,9 @@ def test_boxes_hide_their_count_and_single_patches_the_rest():
 
 def test_boxes_hang_together_more_than_chance():
     boxed = np.stack([BlockMask((14, 14), 49, 120).boxes(0, position) for position in range(100)])
-    single = np.stack([np.isin(np.arange(196), random_ids(0, p, 196)[76:]).reshape(14, 14) for p in range(100)])
+    single = np.stack(
+        [np.isin(np.arange(196), random_ids(0, p, 196)[76:]).reshape(14, 14) for p in range(100)]
+    )
 
     def together(hidden):  # pairs of adjacent patches
         return (hidden[:, 1:] & hidden[:, :-1]).sum() + (hidden[:, :, 1:] & hidden[:, :, :-1]).sum()
@@ -96,7 +101,10 @@ def test_boxes_hang_together_more_than_chance():
 )
 def test_boxes_that_cannot_be_are_refused(given, named):
     with pytest.raises(ValueError, match=named):
-        BlockMask(**{"grid": (8, 8), "num_visible": 16, "num_boxed": 30, "smallest": 4, "largest": 20} | given)
+        BlockMask(
+            **{"grid": (8, 8), "num_visible": 16, "num_boxed": 30, "smallest": 4, "largest": 20}
+            | given
+        )
 
 
 def test_a_shared_mask_is_one_for_each_step():

@@ -1,4 +1,6 @@
-"""metrics.jsonl has each step once whatever happened, and the meter and the progress tell the truth."""
+"""metrics.jsonl has each step once whatever happened, and the meter and the progress tell the
+truth.
+"""
 
 import io
 import json
@@ -26,7 +28,9 @@ def rows_of(path: Path) -> list[dict]:
 
 def a_log(run: Path, *, resume_step: int = 0, total_steps: int = 10, **more) -> MetricsLog:
     more.setdefault("console", Console(file=io.StringIO()))
-    return MetricsLog(run, resume_step=resume_step, total_steps=total_steps, bar=more.pop("bar", False), **more)
+    return MetricsLog(
+        run, resume_step=resume_step, total_steps=total_steps, bar=more.pop("bar", False), **more
+    )
 
 
 def test_each_step_is_there_once_after_resumes(tmp_path):
@@ -70,7 +74,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from rcmae.metrics import MetricsLog
-log = MetricsLog(Path(sys.argv[1]), resume_step=int(sys.argv[2]), total_steps=10**6, tensorboard=False)
+folder, step = Path(sys.argv[1]), int(sys.argv[2])
+log = MetricsLog(folder, resume_step=step, total_steps=10**6, tensorboard=False)
 log.event("start", step=int(sys.argv[2]))
 for step in range(int(sys.argv[2]) + 1, 10**6):
     log.step({"step": step, "loss": 0.5, "padding": "x" * 500})
@@ -82,12 +87,14 @@ def test_kill_9_leaves_whole_lines_and_the_resume_goes_on(tmp_path):
     for round_, resume in enumerate((0, 100)):
         child = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(tmp_path), str(resume)],
-            stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent,
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            cwd=Path(__file__).parent.parent,
+        )
         try:
             end = time.monotonic() + 120
             while child.poll() is None and time.monotonic() < end:
-                started = events.exists() and events.read_bytes().count(b"\n") > round_  # the file is cut back by now
+                # the file is cut back by now
+                started = events.exists() and events.read_bytes().count(b"\n") > round_
                 if started and path.read_bytes().count(b"\n") > resume + 200:
                     break
                 time.sleep(0.02)
@@ -114,10 +121,21 @@ def test_a_torn_event_is_dropped_and_earlier_ones_stay(tmp_path):
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
     with a_log(tmp_path) as log:
-        log.step({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "nested": {"list": [float("-inf"), 1.5]}})
+        log.step(
+            {
+                "step": 1,
+                "loss": float("nan"),
+                "grad_norm": float("inf"),
+                "nested": {"list": [float("-inf"), 1.5]},
+            }
+        )
         log.step({"step": 2, "loss": None})
     rows = rows_of(tmp_path / "metrics.jsonl")
-    assert (rows[0]["loss"], rows[0]["grad_norm"], rows[0]["nested"]) == (None, None, {"list": [None, 1.5]})
+    assert (rows[0]["loss"], rows[0]["grad_norm"], rows[0]["nested"]) == (
+        None,
+        None,
+        {"list": [None, 1.5]},
+    )
 
 
 def test_a_rank_that_does_not_write_leaves_nothing(tmp_path):
@@ -139,7 +157,11 @@ def test_tensorboard_has_the_same_numbers_and_forgets_the_steps_that_were_cut(tm
         log.step({"step": 3, "loss": 30.0})
         log.scalars("knn", {"teacher": 50.0}, 3)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
     assert board.Scalars("knn/teacher")[0].value == 50.0
     assert "train/name" not in board.Tags()["scalars"]
 
@@ -147,15 +169,26 @@ def test_tensorboard_has_the_same_numbers_and_forgets_the_steps_that_were_cut(tm
 def test_a_log_file_gets_one_plain_line_a_step(tmp_path):
     out = io.StringIO()
     with a_log(tmp_path, console=Console(file=out, width=20)) as log:
-        log.step({
-            "step": 3, "epoch": 0.25, "loss": 0.81234, "loss_reconstruction": 0.5, "loss_consistency": 0.31234,
-            "lr": 1.5e-4, "images_per_s": 512.3, "data_wait_s": 0.0123, "memory_peak_gib": 1.25, "mfu": 0.412,
-        })  # fmt: skip
+        log.step(
+            {
+                "step": 3,
+                "epoch": 0.25,
+                "loss": 0.81234,
+                "loss_reconstruction": 0.5,
+                "loss_consistency": 0.31234,
+                "lr": 1.5e-4,
+                "images_per_s": 512.3,
+                "data_wait_s": 0.0123,
+                "memory_peak_gib": 1.25,
+                "mfu": 0.412,
+            }
+        )
         log.step({"step": 10, "loss": float("nan")})
         log.say("[not markup] :x:")
     first, second, said = out.getvalue().splitlines()
     assert first.startswith(
-        "step 3/10  epoch 0.25  loss 0.8123 (reconstruction 0.5000, consistency 0.3123)  lr 1.50e-04  512 img/s  "
+        "step 3/10  epoch 0.25  loss 0.8123 (reconstruction 0.5000, consistency 0.3123)  lr "
+        "1.50e-04  512 img/s  "
         "wait 0.012 s  1.2 GiB  MFU 41.2%  0:00:0"
     )
     assert first.endswith("left")
@@ -165,7 +198,9 @@ def test_a_log_file_gets_one_plain_line_a_step(tmp_path):
 
 def test_a_terminal_gets_a_bar(tmp_path):
     out = io.StringIO()
-    with a_log(tmp_path, bar=True, console=Console(file=out, force_terminal=True, width=100)) as log:
+    with a_log(
+        tmp_path, bar=True, console=Console(file=out, force_terminal=True, width=100)
+    ) as log:
         log.step({"step": 4, "loss": 0.5})
         log.say("said above")
     text = out.getvalue()

@@ -38,7 +38,9 @@ def total(objective: Objective, sums: dict[str, Tensor], counts: dict[str, int])
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 @pytest.mark.parametrize(
-    "weight", [None, 0.0, 1.0, 2.5], ids=lambda weight: "mae" if weight is None else f"rcmae {weight}"
+    "weight",
+    [None, 0.0, 1.0, 2.5],
+    ids=lambda weight: "mae" if weight is None else f"rcmae {weight}",
 )
 def test_losses_and_gradients_are_the_papers(norm_pix: bool, weight: float | None) -> None:
     student, teacher = networks()
@@ -69,14 +71,19 @@ def test_training_path_and_full_prediction_give_the_same_loss_and_gradients() ->
         short = total(objective, objective(student, teacher, batch, 0.0), objective.counts(batch))
         grads = torch.autograd.grad(short, list(student.parameters()))
 
-        mask = torch.ones(noise.shape, dtype=dtype).scatter(1, batch.ids_shuffle[:, :KEPT], 0.0)  # [B, L], 1 = hidden
+        # [B, L], 1 = hidden
+        mask = torch.ones(noise.shape, dtype=dtype).scatter(1, batch.ids_shuffle[:, :KEPT], 0.0)
         pred = student(batch.images, batch.ids_shuffle, KEPT, "all")
         with torch.no_grad():
             teacher_pred = teacher(batch.images, batch.ids_shuffle, KEPT, "all")
         target = reference.normalised(patchify(batch.images, SIZES.patch))
-        full = sum(reference.hidden_mean((pred - other).square(), mask) for other in (target, teacher_pred))
+        full = sum(
+            reference.hidden_mean((pred - other).square(), mask) for other in (target, teacher_pred)
+        )
         assert short.item() == pytest.approx(full.item(), rel=tolerance)
-        for ours, theirs in zip(grads, torch.autograd.grad(full, list(student.parameters())), strict=True):
+        for ours, theirs in zip(
+            grads, torch.autograd.grad(full, list(student.parameters())), strict=True
+        ):
             torch.testing.assert_close(ours, theirs, atol=tolerance * 10, rtol=1e-4)
 
 
@@ -85,10 +92,15 @@ def test_sums_do_not_depend_on_how_the_batch_is_cut() -> None:
     images, noise = reference.inputs(SIZES, 6, seed=8)
     objective = RCMAE()
     whole = objective(student, teacher, batch_of(images.double(), noise), 0.0)
-    parts = [batch_of(images[cut].double(), noise[cut]) for cut in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    parts = [
+        batch_of(images[cut].double(), noise[cut])
+        for cut in (slice(0, 1), slice(1, 4), slice(4, 6))
+    ]
     sums = [objective(student, teacher, part, 0.0) for part in parts]
     for term in whole:
-        assert sum(part[term].item() for part in sums) == pytest.approx(whole[term].item(), rel=1e-13)
+        assert sum(part[term].item() for part in sums) == pytest.approx(
+            whole[term].item(), rel=1e-13
+        )
     assert sum(objective.counts(part)["consistency"] for part in parts) == 6 * 18
 
 
@@ -106,7 +118,9 @@ def test_losses_of_a_bf16_model_are_computed_in_float32() -> None:
     assert {value.dtype for value in sums.values()} == {torch.float32}
     pred = student(batch.images, batch.ids_shuffle, KEPT).double()
     hidden = batch.ids_shuffle[:, KEPT:, None]
-    target = reference.normalised(patchify(batch.images.double(), SIZES.patch)).take_along_dim(hidden, dim=1)
+    target = reference.normalised(patchify(batch.images.double(), SIZES.patch)).take_along_dim(
+        hidden, dim=1
+    )
     want = (pred - target).square().mean(dim=2).sum().item()
     assert sums["reconstruction"].item() == pytest.approx(want, rel=1e-5)
 
@@ -114,7 +128,10 @@ def test_losses_of_a_bf16_model_are_computed_in_float32() -> None:
 def test_objectives_are_made_from_values_and_say_what_they_need() -> None:
     asked = {name: make().teacher_outputs for name, make in OBJECTIVES.items()}
     assert asked == {"mae": (), "rcmae": ("pixels",), "supmae": (), "bootmae": ("tokens",)}
-    assert RCMAE(norm_pix_loss=False, consistency_weight=0.5).weights == {"reconstruction": 1.0, "consistency": 0.5}
+    assert RCMAE(norm_pix_loss=False, consistency_weight=0.5).weights == {
+        "reconstruction": 1.0,
+        "consistency": 0.5,
+    }
     with pytest.raises(dataclasses.FrozenInstanceError):
         MAE().terms = {}  # type: ignore[misc]
 
@@ -134,10 +151,14 @@ def test_unlabelled_images_count_in_the_reconstruction_alone() -> None:
     objective = SupMAE(class_temperature=3.0, class_smoothing=0.1)
     sums, counts = objective(model, None, batch, 0.0), objective.counts(batch)
     assert counts == {"reconstruction": 4 * 18, "class": 2}
-    shares = (model(batch.images, batch.ids_shuffle, KEPT, ("classes",))["classes"] / 3).log_softmax(dim=1)
+    shares = (
+        model(batch.images, batch.ids_shuffle, KEPT, ("classes",))["classes"] / 3
+    ).log_softmax(dim=1)
     want = sum(-0.9 * shares[row, labels[row]] - 0.1 * shares[row].mean() for row in (0, 2))
     assert sums["class"].item() == pytest.approx(want.item(), rel=1e-12)
-    assert sums["reconstruction"].item() == pytest.approx(MAE()(model, None, batch, 0.0)["reconstruction"].item())
+    assert sums["reconstruction"].item() == pytest.approx(
+        MAE()(model, None, batch, 0.0)["reconstruction"].item()
+    )
 
     for none in (torch.full((4,), -100), None):
         bare = dataclasses.replace(batch, labels=none)
@@ -146,17 +167,26 @@ def test_unlabelled_images_count_in_the_reconstruction_alone() -> None:
 
 
 def test_terms_share_the_forward_passes() -> None:
-    student = MaskedAutoencoder(**SIZES.model(), num_classes=5, class_hidden=0, predicts_features=True).double()
+    student = MaskedAutoencoder(
+        **SIZES.model(), num_classes=5, class_hidden=0, predicts_features=True
+    ).double()
     teacher = copy.deepcopy(student)
     images, noise = reference.inputs(SIZES, 3, seed=12)
     batch = dataclasses.replace(batch_of(images.double(), noise), labels=torch.tensor([0, 1, 2]))
-    objective = RCMAE().plus({"class": TERMS["class"](weight=0.01), "features": TERMS["features"](weight=2.0)})
+    objective = RCMAE().plus(
+        {"class": TERMS["class"](weight=0.01), "features": TERMS["features"](weight=2.0)}
+    )
     teacher.keep(objective.teacher_outputs)
     assert not hasattr(teacher, "cls_head")
     asked, taught = seen_forwards(student), seen_forwards(teacher)
     sums = objective(student, teacher, batch, 0.0)
     assert (asked, taught) == ([("classes", "features", "pixels")], [("pixels", "tokens")])
-    assert objective.weights == {"reconstruction": 1.0, "consistency": 1.0, "class": 0.01, "features": 2.0}
+    assert objective.weights == {
+        "reconstruction": 1.0,
+        "consistency": 1.0,
+        "class": 0.01,
+        "features": 2.0,
+    }
     total(objective, sums, objective.counts(batch)).backward()
     assert all(param.grad is not None for param in student.parameters())
     alone = RCMAE()(student, teacher, batch, 0.0)
@@ -192,7 +222,9 @@ def test_a_teacher_may_see_other_patches() -> None:
     images, noise = reference.inputs(SIZES, 3, seed=14)
     same = batch_of(images.double(), noise)
     other = dataclasses.replace(same, teacher_ids=noise.flip(1).argsort(dim=1))
-    pred = teacher(same.images, other.teacher_ids, KEPT, "all").take_along_dim(same.ids_shuffle[:, KEPT:, None], dim=1)
+    pred = teacher(same.images, other.teacher_ids, KEPT, "all").take_along_dim(
+        same.ids_shuffle[:, KEPT:, None], dim=1
+    )
     want = (student(same.images, same.ids_shuffle, KEPT) - pred).square().mean(dim=2).sum()
     found = RCMAE()(student, teacher, other, 0.0)["consistency"].item()
     assert found == pytest.approx(want.item(), rel=1e-12)

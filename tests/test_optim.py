@@ -1,4 +1,6 @@
-"""Groups decay what the published code decays, and the optimizer moves weights as the paper says."""
+"""Groups decay what the published code decays, and the optimizer moves weights as the paper
+says.
+"""
 
 import copy
 
@@ -24,21 +26,31 @@ def test_every_trainable_parameter_is_in_one_group_by_the_published_rule() -> No
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0, 0.05, 0.0]
     named = dict(model.named_parameters())
     for group in groups:
-        assert all(named[name] is param for name, param in zip(group["param_names"], group["params"], strict=True))
+        assert all(
+            named[name] is param
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        )
         for name in group["param_names"]:
-            assert reference.decays(name, named[name]) == group["name"].endswith("_decay") ^ ("_no_" in group["name"])
+            assert reference.decays(name, named[name]) == group["name"].endswith("_decay") ^ (
+                "_no_" in group["name"]
+            )
             decoder = name.startswith(("mask_token", "decoder_"))
             assert group["name"].startswith("decoder" if decoder else "encoder"), name
     names = [name for group in groups for name in group["param_names"]]
     assert sorted(names) == sorted(named)
-    assert {"cls_token", "mask_token"} <= set(groups[0]["param_names"]) | set(groups[2]["param_names"])
+    assert {"cls_token", "mask_token"} <= set(groups[0]["param_names"]) | set(
+        groups[2]["param_names"]
+    )
 
 
 def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
     model = MaskedAutoencoder(**SIZES.model())
     for name, param in model.named_parameters():
         param.requires_grad_(name.startswith("blocks.0."))
-    assert [group["name"] for group in param_groups(model, 0.05)] == ["encoder_decay", "encoder_no_decay"]
+    assert [group["name"] for group in param_groups(model, 0.05)] == [
+        "encoder_decay",
+        "encoder_no_decay",
+    ]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.05])
@@ -50,7 +62,10 @@ def test_optimizer_moves_weights_as_decoupled_adam_with_the_papers_betas(decay: 
     before = copy.deepcopy(state)
     generator = torch.Generator().manual_seed(0)
     for lr in (0.0, 1e-3, 2e-3):  # the first step of a warm-up: moments move, weights do not
-        grads = {name: torch.randn(param.shape, generator=generator).double() for name, param in state.items()}
+        grads = {
+            name: torch.randn(param.shape, generator=generator).double()
+            for name, param in state.items()
+        }
         for name, param in model.named_parameters():
             param.grad = grads[name]
         for group in optimizer.param_groups:
@@ -58,12 +73,16 @@ def test_optimizer_moves_weights_as_decoupled_adam_with_the_papers_betas(decay: 
         optimizer.step()
         plain.step(state, grads, lr)
         for name, param in model.named_parameters():
-            torch.testing.assert_close(param.detach(), state[name], atol=1e-14, rtol=1e-12, msg=name)
+            torch.testing.assert_close(
+                param.detach(), state[name], atol=1e-14, rtol=1e-12, msg=name
+            )
             assert torch.equal(state[name], before[name]) == (lr == 0.0)
 
 
 def test_heads_and_regressors_are_no_part_of_what_teachers_share() -> None:
-    model = MaskedAutoencoder(**SIZES.model(), num_classes=3, class_hidden=8, predicts_features=True)
+    model = MaskedAutoencoder(
+        **SIZES.model(), num_classes=3, class_hidden=8, predicts_features=True
+    )
     groups = {group["name"]: group["param_names"] for group in param_groups(model, 0.05)}
     assert tuple(groups) == GROUPS
     assert all(name.startswith(("cls_head.", "feature_head.")) for name in groups["head_decay"])
@@ -78,15 +97,31 @@ def test_heads_and_regressors_are_no_part_of_what_teachers_share() -> None:
 
 def test_layers_move_the_slower_the_lower_and_tokens_do_not_decay() -> None:
     model = Classifier(
-        image_size=(16, 16), patch_size=8, in_channels=3, embed_dim=16, depth=2, num_heads=2, num_classes=3
+        image_size=(16, 16),
+        patch_size=8,
+        in_channels=3,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
     )
     groups = {group["name"]: group for group in param_groups(model, 0.05, 0.5)}
     scales = {name: group["lr_scale"] for name, group in groups.items()}
     assert scales == {
-        "layer_0_no_decay": 0.125, "layer_0_decay": 0.125, "layer_1_no_decay": 0.25, "layer_1_decay": 0.25,
-        "layer_2_no_decay": 0.5, "layer_2_decay": 0.5, "layer_3_no_decay": 1.0, "layer_3_decay": 1.0,
-    }  # fmt: skip
-    assert groups["layer_0_no_decay"]["param_names"] == ["cls_token", "pos_embed", "patch_embed.proj.bias"]
+        "layer_0_no_decay": 0.125,
+        "layer_0_decay": 0.125,
+        "layer_1_no_decay": 0.25,
+        "layer_1_decay": 0.25,
+        "layer_2_no_decay": 0.5,
+        "layer_2_decay": 0.5,
+        "layer_3_no_decay": 1.0,
+        "layer_3_decay": 1.0,
+    }
+    assert groups["layer_0_no_decay"]["param_names"] == [
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.bias",
+    ]
     assert "head.weight" in groups["layer_3_decay"]["param_names"]
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
 
@@ -103,7 +138,9 @@ def test_lars_of_shards_is_lars_of_the_whole() -> None:
     for param, each in zip(params, (grad, grad[:2], grad[2:]), strict=True):
         param.grad = each
         shards = param is not one
-        optimizer = LARS([{"name": "decay", "params": [param]}], all_sum=lambda x, s=shards: total if s else x)
+        optimizer = LARS(
+            [{"name": "decay", "params": [param]}], all_sum=lambda x, s=shards: total if s else x
+        )
         set_rates(optimizer.param_groups, lr=0.5, weight_decay=0.1)
         optimizer.step()
     torch.testing.assert_close(torch.cat([param.data for param in params[1:]]), one.data)

@@ -1,4 +1,6 @@
-"""What holds of the package as a whole: imports point one way, recipes load, requirements and README are true."""
+"""What holds of the package as a whole: imports point one way, recipes load, requirements and
+README are true.
+"""
 
 import ast
 import json
@@ -16,10 +18,22 @@ from rcmae.parts import new_network
 
 ROOT = Path(__file__).parent.parent
 
-# Bottom first. A module imports only from rows below its own; train.py sees all but what works beside it.
+# Bottom first. A module imports only from rows below its own; train.py sees all but what works
+# beside it.
 LAYERS = (
     {"config", "dist", "draws", "preempt", "lease", "sources", "startup", "families", "workers"},
-    {"batch", "jpeg", "masking", "shards", "schedules", "optim", "kernels", "metrics", "batchnorm", "logistic"}
+    {
+        "batch",
+        "jpeg",
+        "masking",
+        "shards",
+        "schedules",
+        "optim",
+        "kernels",
+        "metrics",
+        "batchnorm",
+        "logistic",
+    }
     | {"presence"},
     {"transforms", "guard", "attention", "device_decode"},
     {"stream", "vit", "augment", "corruptions"},
@@ -37,7 +51,9 @@ LAYERS = (
     {"tasks"},
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-MODULES = sorted(path for path in (ROOT / "rcmae").rglob("*.py") if path != ROOT / "rcmae" / "__init__.py")
+MODULES = sorted(
+    path for path in (ROOT / "rcmae").rglob("*.py") if path != ROOT / "rcmae" / "__init__.py"
+)
 
 
 def module_of(path: Path) -> str:
@@ -51,7 +67,11 @@ def imported(path: Path) -> set[str]:
         names = []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide where they point"
-            names = [node.module] if node.module != "rcmae" else [f"rcmae.{alias.name}" for alias in node.names]
+            names = (
+                [node.module]
+                if node.module != "rcmae"
+                else [f"rcmae.{alias.name}" for alias in node.names]
+            )
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         found |= {name.split(".")[1] for name in names if name and name.startswith("rcmae.")}
@@ -67,7 +87,17 @@ def test_imports_point_one_way(path):
 
 
 def test_what_is_learnt_knows_no_engine_rank_or_recipe():
-    learnt = {"objectives", "vit", "classifier", "attention", "augment", "schedules", "optim", "masking", "transforms"}
+    learnt = {
+        "objectives",
+        "vit",
+        "classifier",
+        "attention",
+        "augment",
+        "schedules",
+        "optim",
+        "masking",
+        "transforms",
+    }
     learnt |= {"teacher", "corruptions"}
     for path in MODULES:
         if module_of(path) in learnt:
@@ -85,18 +115,29 @@ RECIPES = sorted((ROOT / "rcmae" / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_loads_and_says_what_to_expect(path):
-    overrides = [] if "shards" in yaml.safe_load(path.read_text()).get("data", {}) else ["data.shards=x.tar"]
+    overrides = (
+        []
+        if "shards" in yaml.safe_load(path.read_text()).get("data", {})
+        else ["data.shards=x.tar"]
+    )
     recipe = config.load(path.stem, overrides)  # by its name, as a user gives it
     with torch.device("meta"):
         new_network(recipe)
-    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    header = "".join(
+        line for line in path.read_text().splitlines(keepends=True) if line.startswith("#")
+    )
     for what in ("Command:", "Hardware:", "Hours:", "Number:"):
         assert what in header, f"the header of {path.name} lacks {what}"
     assert path.stem in header, "the command names the recipe"
 
 
 def test_shipped_deepspeed_files_leave_the_recipe_its_numbers():
-    owned = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
+    owned = {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    }
     owned |= {"bf16", "fp16", "torch_autocast", "optimizer", "scheduler"}
     for path in sorted((ROOT / "ds_configs").glob("*.json")):
         assert not owned & set(json.loads(path.read_text())), path.name
@@ -109,7 +150,9 @@ def test_requirements_are_pinned_and_say_why():
     pins = [line for line in REQUIREMENTS if line and not line.startswith("#")]
     assert pins
     for line in pins:
-        assert re.fullmatch(r"[A-Za-z0-9-]+==[0-9][^ ]* +# .+", line), f"not NAME==VERSION  # reason: {line}"
+        assert re.fullmatch(r"[A-Za-z0-9-]+==[0-9][^ ]* +# .+", line), (
+            f"not NAME==VERSION  # reason: {line}"
+        )
     names = {line.split("==")[0].lower() for line in pins}
     assert "apex" not in names, "the apex of the package index is another project"
 
@@ -125,7 +168,9 @@ def test_pins_lie_in_the_range_that_the_metadata_states():
     pins = dict(line.split("==") for line in lines if line)
     for name, least in declared().items():
         assert name in pins, f"pyproject.toml needs {name}, requirements.txt does not pin it"
-        assert numbers(pins[name]) >= numbers(least), f"{name}=={pins[name]} is below pyproject.toml's {least}"
+        assert numbers(pins[name]) >= numbers(least), (
+            f"{name}=={pins[name]} is below pyproject.toml's {least}"
+        )
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -134,14 +179,27 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def test_whatever_the_package_imports_is_declared():
     names = {"PIL": "pillow", "yaml": "pyyaml"}  # where a module is not called as its distribution
-    mine = {"rcmae", "apex", *sys.stdlib_module_names}  # apex is found at run time where a site has built it
+    # apex is found at run time where a site has built it
+    mine = {"rcmae", "apex", *sys.stdlib_module_names}
     for path in MODULES:
         trees = ast.walk(ast.parse(path.read_text()))
-        roots = {node.module.split(".")[0] for node in trees if isinstance(node, ast.ImportFrom) and node.module}
+        roots = {
+            node.module.split(".")[0]
+            for node in trees
+            if isinstance(node, ast.ImportFrom) and node.module
+        }
         trees = ast.walk(ast.parse(path.read_text()))
-        roots |= {alias.name.split(".")[0] for node in trees if isinstance(node, ast.Import) for alias in node.names}
+        roots |= {
+            alias.name.split(".")[0]
+            for node in trees
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
         missing = {names.get(root, root) for root in roots - mine} - set(declared())
-        assert not missing, f"{path.name} imports {', '.join(sorted(missing))}, not among pyproject.toml's dependencies"
+        assert not missing, (
+            f"{path.name} imports {', '.join(sorted(missing))}, not among pyproject.toml's "
+            "dependencies"
+        )
 
 
 def test_readme_opens_with_the_two_commands_and_stays_short():
@@ -170,9 +228,12 @@ def test_a_tool_finds_the_package_from_anywhere(tool):
     """`python tools/X.py` has only tools/ on its path."""
     nodes = list(ast.walk(ast.parse(tool.read_text())))
     imports = [
-        node.lineno for node in nodes if isinstance(node, ast.ImportFrom | ast.Import)
-        and (getattr(node, "module", None) or node.names[0].name).split(".")[0] in ("rcmae", "tools")
-    ]  # fmt: skip
+        node.lineno
+        for node in nodes
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        and (getattr(node, "module", None) or node.names[0].name).split(".")[0]
+        in ("rcmae", "tools")
+    ]
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     found = [node.lineno for node in calls if ast.unparse(node.func) == "sys.path.insert"]
     assert not imports or (found and found[0] < min(imports))

@@ -1,7 +1,8 @@
-"""tools/check_parity.py passes on numbers made another way, of sizes it never saw, and fails where one is off.
+"""tools/check_parity.py passes on numbers made another way, of sizes it never saw, and fails where
+one is off.
 
-The folders are written here from `reference` (plain float64 mathematics) in the format of the recorded ones. Where the
-recorded ones are at hand they are checked too.
+The folders are written here from `reference` (plain float64 mathematics) in the format of the
+recorded ones. Where the recorded ones are at hand they are checked too.
 """
 
 import functools
@@ -31,14 +32,21 @@ from tools import check_parity as tool
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
 FLOAT64 = "|difference| <= 1e-11 + 1e-9 * largest magnitude of that array (and so on)"
-FLOAT32 = "an independent one was off by at most 3e-7; suggested limits 1e-5, 1e-5, 1e-4 and 5e-4. leave a third out"
-TRAINED64 = (
-    "weights after all steps: |difference| <= 1e-10 + 1e-8 * largest magnitude of that array, losses relative 1e-9"
+FLOAT32 = (
+    "an independent one was off by at most 3e-7; suggested limits 1e-5, 1e-5, 1e-4 and "
+    "5e-4. leave a third out"
 )
-TRAINED32 = "off by at most 8e-7 without (1.3e-4 with); suggested limits 1e-5 (1e-3) and 1e-5. leave that third out"
+TRAINED64 = (
+    "weights after all steps: |difference| <= 1e-10 + 1e-8 * largest magnitude of that "
+    "array, losses relative 1e-9"
+)
+TRAINED32 = (
+    "off by at most 8e-7 without (1.3e-4 with); suggested limits 1e-5 (1e-3) and 1e-5. "
+    "leave that third out"
+)
 
 
-# ------------------------------------------------------------------------------------------------------- the generator
+# ------------------------------------------------------------------------------------ the generator
 
 
 def write(
@@ -54,14 +62,21 @@ def write(
     folder.mkdir(parents=True)
     listed = {}
     for file, (meaning, arrays) in (files or {}).items():
-        save_file({key: array.detach().contiguous() for key, array in arrays.items()}, folder / file)
-        listed[file] = {"meaning": meaning, "sha256": hashlib.sha256((folder / file).read_bytes()).hexdigest()}
+        save_file(
+            {key: array.detach().contiguous() for key, array in arrays.items()}, folder / file
+        )
+        listed[file] = {
+            "meaning": meaning,
+            "sha256": hashlib.sha256((folder / file).read_bytes()).hexdigest(),
+        }
     tree = {
         "fixture": name,
         "config": config or {},
         "tolerance": {"float64": tolerance[0], "float32": tolerance[1]},
         "files": listed,
-        "values": {key: {"value": value, "meaning": "as named"} for key, value in (values or {}).items()},
+        "values": {
+            key: {"value": value, "meaning": "as named"} for key, value in (values or {}).items()
+        },
     }
     (folder / "fixture.json").write_text(json.dumps(tree))
     return folder
@@ -70,11 +85,21 @@ def write(
 def model_config(sizes: Sizes, ratio: float, kept: int) -> dict[str, Any]:
     return {
         "img_size": list(sizes.image) if sizes.image[0] != sizes.image[1] else sizes.image[0],
-        "patch_size": sizes.patch, "embed_dim": sizes.width, "depth": sizes.depth, "num_heads": sizes.heads,
-        "decoder_embed_dim": sizes.decoder_width, "decoder_depth": sizes.decoder_depth,
-        "decoder_num_heads": sizes.decoder_heads, "mask_ratio": ratio, "mlp_ratio": 4, "in_chans": sizes.channels,
-        "qkv_bias": True, "layer_norm_eps": 1e-6, "num_patches": sizes.patches, "len_keep": kept,
-    }  # fmt: skip
+        "patch_size": sizes.patch,
+        "embed_dim": sizes.width,
+        "depth": sizes.depth,
+        "num_heads": sizes.heads,
+        "decoder_embed_dim": sizes.decoder_width,
+        "decoder_depth": sizes.decoder_depth,
+        "decoder_num_heads": sizes.decoder_heads,
+        "mask_ratio": ratio,
+        "mlp_ratio": 4,
+        "in_chans": sizes.channels,
+        "qkv_bias": True,
+        "layer_norm_eps": 1e-6,
+        "num_patches": sizes.patches,
+        "len_keep": kept,
+    }
 
 
 def norms(grads: reference.State) -> dict[str, Any]:
@@ -99,14 +124,23 @@ def mae_forward(folder: Path) -> Path:
         grads[norm_pix] = reference.gradients(state, loss)
         cases[f"norm_pix={norm_pix}"] = {"loss": loss.item(), **norms(grads[norm_pix])}
     config["train"] = {
-        "lr": 0.002, "min_lr": 1e-4, "warmup_epochs": 2, "epochs": 5, "weight_decay": 0.1, "start_epoch": 1,
-        "iters": 2, "accum_iter": 1, "norm_pix_loss": False,
-    }  # fmt: skip
+        "lr": 0.002,
+        "min_lr": 1e-4,
+        "warmup_epochs": 2,
+        "epochs": 5,
+        "weight_decay": 0.1,
+        "start_epoch": 1,
+        "iters": 2,
+        "accum_iter": 1,
+        "norm_pix_loss": False,
+    }
     batches = [reference.inputs(sizes, 2, seed=30 + step) for step in range(4)]
     optimizer, rows = reference.AdamW(0.1), []
     for step, (step_images, step_noise) in enumerate(batches):
         lr = reference.lr_at(1 + step / 2, warmup=2, epochs=5, lr=0.002, min_lr=1e-4)
-        loss, _ = reference.losses(state, None, sizes, step_images.double(), step_noise, kept, False)
+        loss, _ = reference.losses(
+            state, None, sizes, step_images.double(), step_noise, kept, False
+        )
         optimizer.step(state, reference.gradients(state, loss), lr)
         rows.append({"train_loss": loss.item(), "lr": lr, "epoch_1000x": 0})
     pixels = found["pred"].detach().unflatten(2, (5, 5, 3))
@@ -128,7 +162,13 @@ def mae_forward(folder: Path) -> Path:
         "grads.safetensors": ("gradient of the loss, norm_pix_loss=False", grads[False]),
         "after_4_steps.safetensors": ("weights after 4 steps", trainable(state)),
     }
-    return write(folder, "mae-forward", config=config, values={"losses": cases, "train_rows": rows}, files=files)
+    return write(
+        folder,
+        "mae-forward",
+        config=config,
+        values={"losses": cases, "train_rows": rows},
+        files=files,
+    )
 
 
 def rcmae_forward(folder: Path) -> Path:
@@ -140,26 +180,47 @@ def rcmae_forward(folder: Path) -> Path:
     target = reference.patchify(images.double(), sizes.patch)
     expected = {key: found[key] for key in ("latent", "ids_shuffle", "ids_restore")}
     expected |= {"mask": found["mask"].float(), "student_pred": found["pred"], "target": target}
-    expected["teacher_pred"] = reference.forward(teacher, sizes, images.double(), noise, kept)["pred"]
+    expected["teacher_pred"] = reference.forward(teacher, sizes, images.double(), noise, kept)[
+        "pred"
+    ]
     expected["target_norm_pix"] = reference.normalised(target)
     cases, grads = {}, {}
     for norm_pix, gamma in ((True, 0.0), (True, 0.3), (False, 0.3), (False, 4.0)):
         parts = reference.losses(state, teacher, sizes, images.double(), noise, kept, norm_pix)
         grads[norm_pix, gamma] = reference.gradients(state, parts[0] + gamma * parts[1])
         cases[f"norm_pix={norm_pix},gamma={gamma}"] = {
-            "norm_pix_loss": norm_pix, "gamma": gamma, "mae_loss": parts[0].item(), "consistency_loss": parts[1].item(),
-            "total_loss": (parts[0] + gamma * parts[1]).item(), **norms(grads[norm_pix, gamma]),
-        }  # fmt: skip
-    few = {name: grads[False, 0.3][name] for name in ("cls_token", "norm.weight", "blocks.1.attn.qkv.bias")}
+            "norm_pix_loss": norm_pix,
+            "gamma": gamma,
+            "mae_loss": parts[0].item(),
+            "consistency_loss": parts[1].item(),
+            "total_loss": (parts[0] + gamma * parts[1]).item(),
+            **norms(grads[norm_pix, gamma]),
+        }
+    few = {
+        name: grads[False, 0.3][name]
+        for name in ("cls_token", "norm.weight", "blocks.1.attn.qkv.bias")
+    }
     files = {
         "student.safetensors": ("student", starts[0]),
         "teacher.safetensors": ("teacher", starts[1]),
         "inputs.safetensors": ("inputs", {"images": images, "noise": noise}),
         "expected.safetensors": ("expected", expected),
-        "grads.safetensors": ("d total_loss for norm_pix_loss=True, gamma=0.3; every parameter", grads[True, 0.3]),
-        "grads_no_norm_pix.safetensors": ("the same for norm_pix_loss=False, gamma=0.3: a few", few),
+        "grads.safetensors": (
+            "d total_loss for norm_pix_loss=True, gamma=0.3; every parameter",
+            grads[True, 0.3],
+        ),
+        "grads_no_norm_pix.safetensors": (
+            "the same for norm_pix_loss=False, gamma=0.3: a few",
+            few,
+        ),
     }
-    return write(folder, "rcmae-forward", config=model_config(sizes, ratio, kept), values={"cases": cases}, files=files)
+    return write(
+        folder,
+        "rcmae-forward",
+        config=model_config(sizes, ratio, kept),
+        values={"cases": cases},
+        files=files,
+    )
 
 
 def training(
@@ -180,10 +241,21 @@ def training(
             schedule = {key: config[key] for key in ("epochs", "lr", "min_lr")}
             lr = reference.lr_at(micro / per_epoch, warmup=config["warmup_epochs"], **schedule)
         parts = reference.losses(
-            state, teacher, sizes, images.double(), noise, config["len_keep"], config["norm_pix_loss"]
+            state,
+            teacher,
+            sizes,
+            images.double(),
+            noise,
+            config["len_keep"],
+            config["norm_pix_loss"],
         )
         loss = parts[0] + config["gamma"] * parts[1]
-        row = {"train_loss": loss.item(), "s_loss": parts[0].item(), "rec_cons_loss": parts[1].item(), "lr": lr}
+        row = {
+            "train_loss": loss.item(),
+            "s_loss": parts[0].item(),
+            "rec_cons_loss": parts[1].item(),
+            "lr": lr,
+        }
         grads = reference.gradients(state, loss / accumulation)
         held = {name: held[name] + grad if held else grad for name, grad in grads.items()}
         if last := (micro + 1) % accumulation == 0:
@@ -192,16 +264,30 @@ def training(
         reference.move(teacher, state, momenta[micro])
         if last:
             for name, arrays in (("student_l2", state), ("teacher_l2", teacher)):
-                row[name] = torch.stack([array.detach().norm() for array in arrays.values()]).norm().item()
+                row[name] = (
+                    torch.stack([array.detach().norm() for array in arrays.values()]).norm().item()
+                )
             rows.append(row | {"momentum": momenta[micro]})
     return state, teacher, optimizer, rows
 
 
 def train_config(sizes: Sizes, **changed: Any) -> dict[str, Any]:
-    return model_config(sizes, 0.75, sizes.patches // 4) | {
-        "gamma": 0.7, "norm_pix_loss": True, "epochs": 5, "warmup_epochs": 1, "lr": 0.003, "min_lr": 1e-5,
-        "weight_decay": 0.05, "momentum_teacher": 0.8, "betas": [0.9, 0.95], "adam_eps": 1e-8,
-    } | changed  # fmt: skip
+    return (
+        model_config(sizes, 0.75, sizes.patches // 4)
+        | {
+            "gamma": 0.7,
+            "norm_pix_loss": True,
+            "epochs": 5,
+            "warmup_epochs": 1,
+            "lr": 0.003,
+            "min_lr": 1e-5,
+            "weight_decay": 0.05,
+            "momentum_teacher": 0.8,
+            "betas": [0.9, 0.95],
+            "adam_eps": 1e-8,
+        }
+        | changed
+    )
 
 
 def rcmae_train(folder: Path) -> Path:
@@ -210,21 +296,42 @@ def rcmae_train(folder: Path) -> Path:
     batches = [reference.inputs(sizes, 2, seed=50 + step) for step in range(6)]
     start = reference.weights(sizes, 51)
     schedule = [reference.momentum_at(place, 10, 0.8) for place in range(10)]
-    inputs = {"images": torch.stack([b[0] for b in batches]), "noise": torch.stack([b[1] for b in batches])}
-    files = {"init.safetensors": ("initial", start), "inputs.safetensors": ("one batch a step", inputs)}
+    inputs = {
+        "images": torch.stack([b[0] for b in batches]),
+        "noise": torch.stack([b[1] for b in batches]),
+    }
+    files = {
+        "init.safetensors": ("initial", start),
+        "inputs.safetensors": ("one batch a step", inputs),
+    }
     values: dict[str, Any] = {"momentum_schedule": schedule}
-    for case, momenta in (("official", [schedule[step % 2] for step in range(6)]), ("global_step", schedule[:6])):
-        state, teacher, optimizer, values[f"{case}_steps"] = training(sizes, config, batches, start, momenta)
+    for case, momenta in (
+        ("official", [schedule[step % 2] for step in range(6)]),
+        ("global_step", schedule[:6]),
+    ):
+        state, teacher, optimizer, values[f"{case}_steps"] = training(
+            sizes, config, batches, start, momenta
+        )
         files[f"{case}_student.safetensors"] = (f"student, case {case}", trainable(state))
         files[f"{case}_teacher.safetensors"] = (f"teacher, case {case}", trainable(teacher))
         if case == "official":
-            moments = {f"mask_token.{key}": kind["mask_token"] for key, kind in moments_of(optimizer).items()}
+            moments = {
+                f"mask_token.{key}": kind["mask_token"]
+                for key, kind in moments_of(optimizer).items()
+            }
             files["official_adamw_state.safetensors"] = ("moments", moments)
     names = {True: [], False: []}
     for name, array in trainable(start).items():
         names[reference.decays(name, array)].append(name)
     values |= {"decay": names[True], "no_decay": names[False]}
-    return write(folder, "rcmae-train", config=config, values=values, files=files, tolerance=(TRAINED64, TRAINED32))
+    return write(
+        folder,
+        "rcmae-train",
+        config=config,
+        values=values,
+        files=files,
+        tolerance=(TRAINED64, TRAINED32),
+    )
 
 
 def moments_of(optimizer: reference.AdamW) -> dict[str, reference.State]:
@@ -237,23 +344,45 @@ def rcmae_train_accum(folder: Path) -> Path:
     batches = [reference.inputs(sizes, 1, seed=60 + step) for step in range(12)]
     start = reference.weights(sizes, 61)
     published = [reference.momentum_at(micro % 6, 18, 0.8) for micro in range(12)]
-    meant = [reference.momentum_at(micro // 3, 6, 0.8) if micro % 3 == 2 else 1.0 for micro in range(12)]
-    inputs = {"images": torch.stack([b[0] for b in batches]), "noise": torch.stack([b[1] for b in batches])}
-    files = {"init.safetensors": ("initial", start), "inputs.safetensors": ("one micro-batch a row", inputs)}
+    meant = [
+        reference.momentum_at(micro // 3, 6, 0.8) if micro % 3 == 2 else 1.0 for micro in range(12)
+    ]
+    inputs = {
+        "images": torch.stack([b[0] for b in batches]),
+        "noise": torch.stack([b[1] for b in batches]),
+    }
+    files = {
+        "init.safetensors": ("initial", start),
+        "inputs.safetensors": ("one micro-batch a row", inputs),
+    }
     values: dict[str, Any] = {"official_momentum": published, "ema_on_update_momentum": meant}
     for case, momenta in (("official", published), ("ema_on_update", meant)):
         state, teacher, _, rows = training(sizes, config, batches, start, momenta)
-        values[f"{case}_rows"] = [{key: value for key, value in row.items() if key != "momentum"} for row in rows]
+        values[f"{case}_rows"] = [
+            {key: value for key, value in row.items() if key != "momentum"} for row in rows
+        ]
         prefix = "" if case == "official" else "ema_on_update_"
         files[f"{prefix}student.safetensors"] = (f"student, case {case}", trainable(state))
         files[f"{case}_teacher.safetensors"] = (f"teacher, case {case}", trainable(teacher))
     return write(
-        folder, "rcmae-train-accum", config=config, values=values, files=files, tolerance=(TRAINED64, TRAINED32)
+        folder,
+        "rcmae-train-accum",
+        config=config,
+        values=values,
+        files=files,
+        tolerance=(TRAINED64, TRAINED32),
     )
 
 
 def lr_schedule(folder: Path) -> Path:
-    case: dict[str, Any] = {"lr": 0.01, "min_lr": 1e-4, "warmup_epochs": 3, "epochs": 11, "iters": 7, "rows": []}
+    case: dict[str, Any] = {
+        "lr": 0.01,
+        "min_lr": 1e-4,
+        "warmup_epochs": 3,
+        "epochs": 11,
+        "iters": 7,
+        "rows": [],
+    }
     for epoch, step in ((0, 0), (0, 6), (2, 6), (3, 0), (10, 6)):
         lr = reference.lr_at(epoch + step / 7, warmup=3, epochs=11, lr=0.01, min_lr=1e-4)
         case["rows"].append([epoch, step, epoch + step / 7, lr, lr / 2])
@@ -264,11 +393,20 @@ def lr_schedule(folder: Path) -> Path:
 
 def momentum_schedule(folder: Path) -> Path:
     schedule = [reference.momentum_at(place, 21, 0.97) for place in range(21)]
-    rows = [[place // 3, place % 3, schedule[place % 3], schedule[place]] for place in range(0, 21, 2)]
+    rows = [
+        [place // 3, place % 3, schedule[place % 3], schedule[place]] for place in range(0, 21, 2)
+    ]
     case = {
-        "momentum_teacher": 0.97, "epochs": 7, "iters_per_epoch": 3, "accum_iter": 1, "schedule": None,
-        "head": schedule[:4], "tail": schedule[-2:], "length": 21, "rows": rows,
-    }  # fmt: skip
+        "momentum_teacher": 0.97,
+        "epochs": 7,
+        "iters_per_epoch": 3,
+        "accum_iter": 1,
+        "schedule": None,
+        "head": schedule[:4],
+        "tail": schedule[-2:],
+        "length": 21,
+        "rows": rows,
+    }
     values = {"cases": [case, case | {"schedule": schedule}]}
     return write(folder, "momentum-schedule", values=values, tolerance=("relative 1e-14", ""))
 
@@ -277,9 +415,17 @@ def pos_embed(folder: Path) -> Path:
     tables = {}
     for width, grid in ((16, 3), (40, 6)):
         table = reference.positions_exact(width, (grid, grid))
-        tables |= {f"mae.dim{width}.grid{grid}.cls1": table, f"mae.dim{width}.grid{grid}.cls0": table[1:].clone()}
+        tables |= {
+            f"mae.dim{width}.grid{grid}.cls1": table,
+            f"mae.dim{width}.grid{grid}.cls0": table[1:].clone(),
+        }
     files = {"expected.safetensors": ("[rows, dim]", tables)}
-    return write(folder, "pos-embed", files=files, tolerance=("1e-12 absolute", "stored rounded: 1e-7 absolute"))
+    return write(
+        folder,
+        "pos-embed",
+        files=files,
+        tolerance=("1e-12 absolute", "stored rounded: 1e-7 absolute"),
+    )
 
 
 def arch_names(folder: Path) -> Path:
@@ -295,36 +441,74 @@ def arch_names(folder: Path) -> Path:
         "state_dict": [[name, list(shape)] for name, shape in shapes.items()],
         "trainable": sum(counts[name] for name in trained),
         "all_parameters": sum(counts.values()),
-        "optimizer_order": [[name for name, decay in decays.items() if decay == wanted] for wanted in (False, True)],
+        "optimizer_order": [
+            [name for name, decay in decays.items() if decay == wanted] for wanted in (False, True)
+        ],
     }
-    values = {"architectures": {"rc_vit_tiny_patch16": architecture, "mae_vit_tiny_patch16_dec128d2b": architecture}}
-    return write(folder, "arch-names", config={"img_size": 64}, values=values, tolerance=("exact", "exact"))
+    values = {
+        "architectures": {
+            "rc_vit_tiny_patch16": architecture,
+            "mae_vit_tiny_patch16_dec128d2b": architecture,
+        }
+    }
+    return write(
+        folder, "arch-names", config={"img_size": 64}, values=values, tolerance=("exact", "exact")
+    )
 
 
 def published_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(array.shape) for name, array in model.state_dict().items() if "pos_embed" not in name}
+    return {
+        name: tuple(array.shape)
+        for name, array in model.state_dict().items()
+        if "pos_embed" not in name
+    }
 
 
 def supmae_forward(folder: Path) -> Path:
-    sizes, ratio, kept, classes, hidden, weight, temperature = Sizes(image=(16, 16)), 0.6, 6, 7, 12, 0.3, 2.5
+    sizes, ratio, kept, classes, hidden, weight, temperature = (
+        Sizes(image=(16, 16)),
+        0.6,
+        6,
+        7,
+        12,
+        0.3,
+        2.5,
+    )
     config = model_config(sizes, ratio, kept)
     config |= {
-        "cls_hidden_mlp": hidden, "nb_classes": classes, "global_pool": False, "norm_pix_loss": False,
-        "temperature": temperature, "cls_loss_ratio": weight, "bn_eps": 1e-5, "bn_momentum": 0.1,
-    }  # fmt: skip
+        "cls_hidden_mlp": hidden,
+        "nb_classes": classes,
+        "global_pool": False,
+        "norm_pix_loss": False,
+        "temperature": temperature,
+        "cls_loss_ratio": weight,
+        "bn_eps": 1e-5,
+        "bn_momentum": 0.1,
+    }
     with torch.device("meta"):
-        model = MaskedAutoencoder(**sizes.model(), num_classes=classes, class_hidden=hidden, class_pool="cls")
+        model = MaskedAutoencoder(
+            **sizes.model(), num_classes=classes, class_hidden=hidden, class_pool="cls"
+        )
     head = {name: shape for name, shape in published_shapes(model).items() if "cls_head" in name}
     start = reference.weights(sizes, 81) | relatives.drawn(head, 82)
     start["cls_head.1.num_batches_tracked"] = torch.tensor(4)
     images, noise = reference.inputs(sizes, 5, seed=83)
-    labels = {"labels": torch.tensor([3, 0, 6, 6, 2]), "labels_one_ignored": torch.tensor([3, 0, -100, 6, 2])}
+    labels = {
+        "labels": torch.tensor([3, 0, 6, 6, 2]),
+        "labels_one_ignored": torch.tensor([3, 0, -100, 6, 2]),
+    }
 
     def leaves() -> reference.State:
-        state = reference.double({name: array for name, array in start.items() if "tracked" not in name}, grad=True)
-        return {name: array.detach() if "running" in name else array for name, array in state.items()}
+        state = reference.double(
+            {name: array for name, array in start.items() if "tracked" not in name}, grad=True
+        )
+        return {
+            name: array.detach() if "running" in name else array for name, array in state.items()
+        }
 
-    def total(state: reference.State, images: Tensor, noise: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def total(
+        state: reference.State, images: Tensor, noise: Tensor, labels: Tensor
+    ) -> tuple[Tensor, ...]:
         found = reference.forward(state, sizes, images.double(), noise, kept)
         pixels, _ = reference.losses(state, None, sizes, images.double(), noise, kept, False)
         logits, mean, variance = relatives.class_logits(state, found["latent"][:, 0], True)
@@ -336,25 +520,42 @@ def supmae_forward(folder: Path) -> Path:
         loss, pixels, of_class, logits, mean, variance = total(state, images, noise, labels[key])
         grads = reference.gradients(state, loss)
         cases[case] = {
-            "labels": labels[key].tolist(), "rec_loss": pixels.item(), "cls_loss_unweighted": of_class.item(),
-            "cls_loss_weighted": weight * of_class.item(), "total_loss": loss.item(), **norms(grads),
-        }  # fmt: skip
+            "labels": labels[key].tolist(),
+            "rec_loss": pixels.item(),
+            "cls_loss_unweighted": of_class.item(),
+            "cls_loss_weighted": weight * of_class.item(),
+            "total_loss": loss.item(),
+            **norms(grads),
+        }
         if case == "all_labelled":
             all_grads = {name: grad.detach() for name, grad in grads.items()}
     found = reference.forward(state, sizes, images.double(), noise, kept)
-    linear = relatives.drawn({"cls_head.weight": (classes, sizes.width), "cls_head.bias": (classes,)}, 84)
+    linear = relatives.drawn(
+        {"cls_head.weight": (classes, sizes.width), "cls_head.bias": (classes,)}, 84
+    )
     feature = found["latent"][:, 0]
-    expected = {key: found[key] for key in ("latent", "pred", "ids_restore")} | {"mask": found["mask"].float()}
+    expected = {key: found[key] for key in ("latent", "pred", "ids_restore")} | {
+        "mask": found["mask"].float()
+    }
     expected |= {
-        "logits_train": logits, "logits_eval": relatives.class_logits(state, feature, False)[0],
+        "logits_train": logits,
+        "logits_eval": relatives.class_logits(state, feature, False)[0],
         "logits_linear_head": relatives.linear(reference.double(linear), "cls_head", feature),
-        "bn_after.cls_head.1.running_mean": mean, "bn_after.cls_head.1.running_var": variance,
+        "bn_after.cls_head.1.running_mean": mean,
+        "bn_after.cls_head.1.running_var": variance,
         "bn_after.cls_head.1.num_batches_tracked": torch.tensor(5),
-    }  # fmt: skip
+    }
     config["train"] = {
-        "lr": 0.002, "min_lr": 1e-4, "warmup_epochs": 1, "epochs": 4, "weight_decay": 0.1, "start_epoch": 1,
-        "accum_iter": 1, "iters": 2, "betas": [0.9, 0.95],
-    }  # fmt: skip
+        "lr": 0.002,
+        "min_lr": 1e-4,
+        "warmup_epochs": 1,
+        "epochs": 4,
+        "weight_decay": 0.1,
+        "start_epoch": 1,
+        "accum_iter": 1,
+        "iters": 2,
+        "betas": [0.9, 0.95],
+    }
     optimizer, rows, trained = reference.AdamW(0.1), [], leaves()
     batches = [reference.inputs(sizes, 5, seed=85 + step) for step in range(2)]
     train_labels = torch.tensor([[1, 2, 3, 4, 5], [0, 0, -100, 6, 1]])
@@ -364,7 +565,12 @@ def supmae_forward(folder: Path) -> Path:
         optimizer.step(trained, reference.gradients(trained, loss), lr)
         trained["cls_head.1.running_mean"], trained["cls_head.1.running_var"] = mean, variance
         rows.append({"train_loss": loss.item(), "lr": lr})
-    kept_names = ("cls_head.1.running_mean", "cls_head.1.running_var", "cls_head.3.weight", "blocks.1.mlp.fc1.weight")
+    kept_names = (
+        "cls_head.1.running_mean",
+        "cls_head.1.running_var",
+        "cls_head.3.weight",
+        "blocks.1.mlp.fc1.weight",
+    )
     inputs = {"images": images, "noise": noise, **labels, "train_labels": train_labels}
     inputs |= {"train_images": torch.stack([b[0] for b in batches])}
     inputs |= {"train_noise": torch.stack([b[1] for b in batches])}
@@ -376,7 +582,13 @@ def supmae_forward(folder: Path) -> Path:
         "grads.safetensors": ("gradient of the total loss, all labels valid", all_grads),
         "after_2_steps.safetensors": ("some weights", {name: trained[name] for name in kept_names}),
     }
-    return write(folder, "supmae-forward", config=config, values={"losses": cases, "train_rows": rows}, files=files)
+    return write(
+        folder,
+        "supmae-forward",
+        config=config,
+        values={"losses": cases, "train_rows": rows},
+        files=files,
+    )
 
 
 BOOT64 = "relative 1e-6 where weight_mask is on (and so on), else 1e-9"
@@ -387,23 +599,46 @@ def bootmae_forward(folder: Path) -> Path:
     side, patch, width, depth, heads, narrow, decoder_depth, layers = 20, 4, 24, 3, 2, 16, 2, (1, 2)
     patches, hidden_count = 25, 18
     config = {
-        "img_size": side, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads,
-        "decode_dim": narrow, "decoder_depth": decoder_depth, "fea_list": list(layers), "mask_num": hidden_count,
-        "feature_weight": 0.7, "epoch": 3, "epochs": 40, "model_ema_decay": 0.99, "model_ema_dynamic": False,
+        "img_size": side,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "decode_dim": narrow,
+        "decoder_depth": decoder_depth,
+        "fea_list": list(layers),
+        "mask_num": hidden_count,
+        "feature_weight": 0.7,
+        "epoch": 3,
+        "epochs": 40,
+        "model_ema_decay": 0.99,
+        "model_ema_dynamic": False,
         "mlp_ratio": 4,
-    }  # fmt: skip
+    }
     with torch.device("meta"):
         model = BootstrappedAutoencoder(
-            image_size=(side, side), patch_size=patch, in_channels=3, embed_dim=width, depth=depth, num_heads=heads,
-            decoder_dim=narrow, decoder_depth=decoder_depth, decoder_heads=heads, low_layer=1, high_layer=2,
-        )  # fmt: skip
+            image_size=(side, side),
+            patch_size=patch,
+            in_channels=3,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            decoder_dim=narrow,
+            decoder_depth=decoder_depth,
+            decoder_heads=heads,
+            low_layer=1,
+            high_layer=2,
+        )
     tables = {
         "pos_embed": relatives.row_first(width, (5, 5), cls_token=True),
         "de_pos_embed": relatives.row_first(narrow, (5, 5), cls_token=True),
     }
     start, theirs = (relatives.drawn(published_shapes(model), seed) | tables for seed in (91, 92))
     generator = torch.Generator().manual_seed(93)
-    images, noise = torch.randn(2, 3, side, side, generator=generator), torch.rand(2, 5, 5, generator=generator)
+    images, noise = (
+        torch.randn(2, 3, side, side, generator=generator),
+        torch.rand(2, 5, 5, generator=generator),
+    )
     boxes = torch.zeros(2, 5, 5)
     boxes[0, 1:4, 0:3], boxes[1, 0:2, 1:4] = 1, 1
     order = (boxes - noise).flatten(1).argsort(dim=1)
@@ -413,52 +648,100 @@ def bootmae_forward(folder: Path) -> Path:
     for case, weighted, roll in (("main", True, 0), ("plain", False, 0), ("rolled", True, 3)):
         ids = order.roll(roll, dims=1)
         found = relatives.boot_forward(
-            state, images.double(), ids, patches - hidden_count, patch, depth, heads, decoder_depth, layers
+            state,
+            images.double(),
+            ids,
+            patches - hidden_count,
+            patch,
+            depth,
+            heads,
+            decoder_depth,
+            layers,
         )
-        hidden = torch.zeros(2, patches, dtype=torch.float64).scatter(1, ids[:, patches - hidden_count :], 1.0)
+        hidden = torch.zeros(2, patches, dtype=torch.float64).scatter(
+            1, ids[:, patches - hidden_count :], 1.0
+        )
         pixels, features = relatives.boot_losses(
             *found, taught, images.double(), hidden.view(2, 5, 5), patch, weighted
         )
         grads = reference.gradients(state, pixels + used * features)
         cases[case] = {
-            "weight_mask": weighted, "roll": roll, "feature_weight_used": used, "Rloss": pixels.item(),
-            "Ploss": features.item(), "total_loss": (pixels + used * features).item(), **norms(grads),
+            "weight_mask": weighted,
+            "roll": roll,
+            "feature_weight_used": used,
+            "Rloss": pixels.item(),
+            "Ploss": features.item(),
+            "total_loss": (pixels + used * features).item(),
+            **norms(grads),
             "ema_decay": momentum,
-        }  # fmt: skip
+        }
         if case == "main":
             main, main_grads, main_hidden = found, grads, hidden.view(2, 5, 5)
     cases["no_feature"] = {"official_code_fails": "it does"}
     expected = {
-        "idx_shuffle": order, "idx_shuffle_rolled": order.roll(3, dims=1), "feature_pred": main[1],
-        "pixel_pred": main[0], "feature_target": taught, "loss_mask": main_hidden.float(),
+        "idx_shuffle": order,
+        "idx_shuffle_rolled": order.roll(3, dims=1),
+        "feature_pred": main[1],
+        "pixel_pred": main[0],
+        "feature_target": taught,
+        "loss_mask": main_hidden.float(),
         "pixel_target": relatives.boot_target(images.double(), patch),
         "weight_mask": relatives.boot_weights(main_hidden, True),
-    }  # fmt: skip
+    }
     some = ("norm.bias", "lm_head.proj.weight", "blocks.0.attn.q_bias")
-    after = {name: momentum * theirs[name].double() + (1 - momentum) * start[name].double() for name in some}
+    after = {
+        name: momentum * theirs[name].double() + (1 - momentum) * start[name].double()
+        for name in some
+    }
     files = {
-        "model.safetensors": ("state_dict", start), "ema.safetensors": ("state_dict of the average", theirs),
+        "model.safetensors": ("state_dict", start),
+        "ema.safetensors": ("state_dict of the average", theirs),
         "inputs.safetensors": ("inputs", {"images": images, "noise": noise, "block_mask": boxes}),
         "expected.safetensors": ("expected", expected),
-        "grads.safetensors": ("gradient of case main", {name: grad.detach() for name, grad in main_grads.items()}),
+        "grads.safetensors": (
+            "gradient of case main",
+            {name: grad.detach() for name, grad in main_grads.items()},
+        ),
         "ema_after_update_some.safetensors": ("after an update", after),
-    }  # fmt: skip
+    }
     return write(
-        folder, "bootmae-forward", config=config, values={"cases": cases}, files=files, tolerance=(BOOT64, BOOT32)
+        folder,
+        "bootmae-forward",
+        config=config,
+        values={"cases": cases},
+        files=files,
+        tolerance=(BOOT64, BOOT32),
     )
 
 
 def bootmae_schedules(folder: Path) -> Path:
-    rows = [[0, 0.9, True, 0.9], [50, 0.9, True, 0.94995], [100, 0.9, False, 0.9999], [250, 0.9, True, 0.999945]]
+    rows = [
+        [0, 0.9, True, 0.9],
+        [50, 0.9, True, 0.94995],
+        [100, 0.9, False, 0.9999],
+        [250, 0.9, True, 0.999945],
+    ]
     rows += [[300, 0.9, False, 0.9999], [1000, 0.9, True, 0.99999]]
     peak, end, each, warmup, total = 0.5, 0.1, 3, 6, 15
     heights = [peak * index / (warmup - 1) for index in range(warmup)]
-    falls = [end + 0.5 * (peak - end) * (1 + math.cos(math.pi * i / (total - warmup))) for i in range(total - warmup)]
-    args = {"base_value": peak, "final_value": end, "epochs": 5, "niter_per_ep": each, "warmup_epochs": 2}
+    falls = [
+        end + 0.5 * (peak - end) * (1 + math.cos(math.pi * i / (total - warmup)))
+        for i in range(total - warmup)
+    ]
+    args = {
+        "base_value": peak,
+        "final_value": end,
+        "epochs": 5,
+        "niter_per_ep": each,
+        "warmup_epochs": 2,
+    }
     chance, masks = random.Random(7), torch.zeros(40, 7, 7)
     for mask in masks:
         while (left := 18 - int(mask.sum())) > 0:
-            area, flat = chance.uniform(3, min(left, 8)), math.exp(chance.uniform(math.log(0.3), -math.log(0.3)))
+            area, flat = (
+                chance.uniform(3, min(left, 8)),
+                math.exp(chance.uniform(math.log(0.3), -math.log(0.3))),
+            )
             height, width = round(math.sqrt(area * flat)), round(math.sqrt(area / flat))
             if height >= 7 or width >= 7:
                 continue
@@ -467,31 +750,62 @@ def bootmae_schedules(folder: Path) -> Path:
             tried[top : top + height, start : start + width] = 1
             if 0 < int(tried.sum() - mask.sum()) <= min(left, 8):
                 mask.copy_(tried)
-    config = {"grid": 7, "num_mask_patches": 18, "max_mask_patches_per_block": 8, "min_mask_patches_per_block": 3}
+    config = {
+        "grid": 7,
+        "num_mask_patches": 18,
+        "max_mask_patches_per_block": 8,
+        "min_mask_patches_per_block": 3,
+    }
     return write(
-        folder, "bootmae-schedules", config=config,
+        folder,
+        "bootmae-schedules",
+        config=config,
         values={"ema_decay": rows, "cosine_scheduler": {"args": args, "values": heights + falls}},
-        files={"block_masks.safetensors": ("masks", {"masks": masks})}, tolerance=("1e-12", "1e-12"),
-    )  # fmt: skip
+        files={"block_masks.safetensors": ("masks", {"masks": masks})},
+        tolerance=("1e-12", "1e-12"),
+    )
 
 
 def maepriv_pretrain(folder: Path) -> Path:
     side, patch, grid, depths, heads, widths, visible = 15, 5, (3, 3), (2, 1), (3, 2), (24, 16), 4
     config = {
-        "img_size": side, "patch_size": patch, "encoder_embed_dim": widths[0], "encoder_depth": depths[0],
-        "encoder_num_heads": heads[0], "decoder_embed_dim": widths[1], "decoder_depth": depths[1],
-        "decoder_num_heads": heads[1], "mask_ratio": 0.6, "mlp_ratio": 4, "layer_norm_eps": 1e-6,
-    }  # fmt: skip
+        "img_size": side,
+        "patch_size": patch,
+        "encoder_embed_dim": widths[0],
+        "encoder_depth": depths[0],
+        "encoder_num_heads": heads[0],
+        "decoder_embed_dim": widths[1],
+        "decoder_depth": depths[1],
+        "decoder_num_heads": heads[1],
+        "mask_ratio": 0.6,
+        "mlp_ratio": 4,
+        "layer_norm_eps": 1e-6,
+    }
     generator = torch.Generator().manual_seed(95)
-    images, noise = torch.randn(3, 3, side, side, generator=generator), torch.rand(3, 9, generator=generator)
+    images, noise = (
+        torch.randn(3, 3, side, side, generator=generator),
+        torch.rand(3, 9, generator=generator),
+    )
     cases, expected, files = {}, {}, {}
-    for case, has_cls, shared, normalised in (("one", True, False, True), ("two", False, True, False)):
+    for case, has_cls, shared, normalised in (
+        ("one", True, False, True),
+        ("two", False, True, False),
+    ):
         with torch.device("meta"):
             model = MaskedAutoencoder(
-                image_size=(side, side), patch_size=patch, in_channels=3, embed_dim=widths[0], depth=depths[0],
-                num_heads=heads[0], decoder_dim=widths[1], decoder_depth=depths[1], decoder_heads=heads[1],
-                cls_token=has_cls, decoder_cls=False, qkv_bias="qv",
-            )  # fmt: skip
+                image_size=(side, side),
+                patch_size=patch,
+                in_channels=3,
+                embed_dim=widths[0],
+                depth=depths[0],
+                num_heads=heads[0],
+                decoder_dim=widths[1],
+                decoder_depth=depths[1],
+                decoder_heads=heads[1],
+                cls_token=has_cls,
+                decoder_cls=False,
+                qkv_bias="qv",
+            )
         shapes = {published_name(name): shape for name, shape in published_shapes(model).items()}
         start = relatives.drawn(shapes, 96) | {
             "encoder.pos_embed": relatives.row_first(widths[0], grid, cls_token=has_cls),
@@ -499,15 +813,26 @@ def maepriv_pretrain(folder: Path) -> Path:
         }
         state = reference.double(start, grad=True)
         ids = (noise[:1].expand_as(noise) if shared else noise).argsort(dim=1)
-        latent, pred = relatives.priv_forward(state, images.double(), ids, visible, patch, depths, heads)
+        latent, pred = relatives.priv_forward(
+            state, images.double(), ids, visible, patch, depths, heads
+        )
         target = relatives.priv_target(images.double(), patch, normalised)
         hidden = ids[:, visible:, None].expand(-1, -1, target.shape[2])
         loss = (pred.gather(1, hidden) - target.gather(1, hidden)).square().mean()
         cases[case] = {
-            "use_cls_token": has_cls, "batched_shuffle": shared, "normalized_pixel": normalised,
-            "visible_size": visible, "loss": loss.item(), **norms(reference.gradients(state, loss)),
-        }  # fmt: skip
-        outputs = {"shuffle": ids.contiguous(), "encoder_output": latent, "decoder_output": pred, "target": target}
+            "use_cls_token": has_cls,
+            "batched_shuffle": shared,
+            "normalized_pixel": normalised,
+            "visible_size": visible,
+            "loss": loss.item(),
+            **norms(reference.gradients(state, loss)),
+        }
+        outputs = {
+            "shuffle": ids.contiguous(),
+            "encoder_output": latent,
+            "decoder_output": pred,
+            "target": target,
+        }
         expected |= {f"{case}.{name}": array for name, array in outputs.items()}
         files[f"{case}.safetensors"] = ("state_dict", start)
     files |= {
@@ -540,15 +865,20 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "bootmae-forward": bootmae_forward,
     "bootmae-schedules": bootmae_schedules,
     "maepriv-pretrain": maepriv_pretrain,
-    **{name: functools.partial(make, write=write) for name, make in parity_downstream.MAKERS.items()},
+    **{
+        name: functools.partial(make, write=write)
+        for name, make in parity_downstream.MAKERS.items()
+    },
 }
 
 
-# ----------------------------------------------------------------------------------------------------------- the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_numbers_made_another_way_pass(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_made_another_way_pass(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = MAKERS[name](tmp_path / name)
     status = tool.main([str(folder)])
     assert status == 0, capsys.readouterr().out
@@ -568,13 +898,18 @@ def test_every_check_is_tried_here() -> None:
 
 
 def perturb(folder: Path, file: str, key: str) -> None:
-    """Move one number of an array by a thousandth of the largest, and say that the file is meant so."""
+    """Move one number of an array by a thousandth of the largest, and say that the file is meant
+    so.
+    """
     arrays = load_file(folder / file)
     flat = arrays[key].view(-1)
     flat[flat.numel() // 2] += 1 if flat.dtype == torch.int64 else 1e-3 * flat.abs().max() + 1e-6
     save_file(arrays, folder / file)
     edit(
-        folder, lambda tree: tree["files"][file].update(sha256=hashlib.sha256((folder / file).read_bytes()).hexdigest())
+        folder,
+        lambda tree: tree["files"][file].update(
+            sha256=hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        ),
     )
 
 
@@ -624,23 +959,41 @@ def test_one_number_off_in_an_array_fails_and_is_named(
     ("name", "change"),
     [
         ("mae-forward", lambda v: v["losses"]["value"]["norm_pix=True"].update(loss=1.0)),
-        ("rcmae-forward", lambda v: v["cases"]["value"]["norm_pix=False,gamma=4.0"]["grad_norm"].update(cls_token=0.1)),
+        (
+            "rcmae-forward",
+            lambda v: v["cases"]["value"]["norm_pix=False,gamma=4.0"]["grad_norm"].update(
+                cls_token=0.1
+            ),
+        ),
         ("rcmae-train", lambda v: v["official_steps"]["value"][4].update(lr=0.001)),
         ("rcmae-train", lambda v: v["decay"]["value"].remove("cls_token")),
         ("rcmae-train-accum", lambda v: v["ema_on_update_momentum"]["value"].__setitem__(5, 0.9)),
         ("lr-schedule", lambda v: v["schedules"]["value"][0]["rows"][2].__setitem__(3, 0.01)),
         ("lr-schedule", lambda v: v["len_keep"]["value"][0].__setitem__(2, 10)),
         ("momentum-schedule", lambda v: v["cases"]["value"][0]["rows"][3].__setitem__(2, 0.98)),
-        ("arch-names", lambda v: v["architectures"]["value"]["rc_vit_tiny_patch16"].update(trainable=1)),
-        ("arch-names", lambda v: v["architectures"]["value"]["rc_vit_tiny_patch16"]["optimizer_order"][1].reverse()),
+        (
+            "arch-names",
+            lambda v: v["architectures"]["value"]["rc_vit_tiny_patch16"].update(trainable=1),
+        ),
+        (
+            "arch-names",
+            lambda v: v["architectures"]["value"]["rc_vit_tiny_patch16"]["optimizer_order"][
+                1
+            ].reverse(),
+        ),
         ("pos-embed", lambda v: v.update(unheard_of={"value": 1})),
         ("vit-finetune", lambda v: v["gap"]["value"]["missing_keys"].remove("head.bias")),
         ("vit-finetune", lambda v: v["cls"]["value"]["param_groups"][0].update(lr_scale=0.5)),
-        ("knn", lambda v: v["accuracy"]["value"]["30"].update(top5_counting_only_positive_scores=1.0)),
+        (
+            "knn",
+            lambda v: v["accuracy"]["value"]["30"].update(top5_counting_only_positive_scores=1.0),
+        ),
         ("mixup-cutmix", lambda v: v["drawn"]["value"]["cutmix"].update(lam_used=0.5)),
     ],
 )
-def test_one_value_off_or_unknown_fails(name: str, change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+def test_one_value_off_or_unknown_fails(
+    name: str, change: Callable[[dict[str, Any]], Any], tmp_path: Path
+) -> None:
     folder = MAKERS[name](tmp_path / name)
     edit(folder, lambda tree: change(tree["values"]))
     assert tool.main([str(folder)]) == 1
@@ -648,11 +1001,18 @@ def test_one_value_off_or_unknown_fails(name: str, change: Callable[[dict[str, A
 
 def test_a_number_that_is_not_one_fails(tmp_path: Path) -> None:
     folder = rcmae_forward(tmp_path / "nan")
-    edit(folder, lambda tree: tree["values"]["cases"]["value"]["norm_pix=True,gamma=0.3"].update(mae_loss=float("nan")))
+    edit(
+        folder,
+        lambda tree: tree["values"]["cases"]["value"]["norm_pix=True,gamma=0.3"].update(
+            mae_loss=float("nan")
+        ),
+    )
     assert tool.main([str(folder)]) == 1
 
 
-def test_folders_without_a_check_or_of_another_file_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_without_a_check_or_of_another_file_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tool.main([str(write(tmp_path / "else", "something-else"))]) == 1
     assert "there is no check for 'something-else'" in capsys.readouterr().out
     folder = pos_embed(tmp_path / "tables")
@@ -668,9 +1028,17 @@ def test_unusable_folders_are_named_and_the_others_still_checked(
     incomplete = mae_forward(tmp_path / "incomplete")
     (incomplete / "grads.safetensors").unlink()
     vague = write(tmp_path / "vague", "mae-forward", tolerance=("close enough", "close enough"))
-    assert tool.main([str(good), str(tmp_path / "nowhere"), str(incomplete), str(vague), "--json"]) == 2
+    assert (
+        tool.main([str(good), str(tmp_path / "nowhere"), str(incomplete), str(vague), "--json"])
+        == 2
+    )
     document = json.loads(capsys.readouterr().out)
-    assert [folder["status"] for folder in document["folders"]] == ["passed", "unusable", "unusable", "unusable"]
+    assert [folder["status"] for folder in document["folders"]] == [
+        "passed",
+        "unusable",
+        "unusable",
+        "unusable",
+    ]
     assert not document["passed"]
     problems = [" ".join(folder["problems"]) for folder in document["folders"]]
     assert "no readable fixture.json" in problems[1]
@@ -686,5 +1054,8 @@ def test_the_command_gives_one_json_document_and_its_status(tmp_path: Path) -> N
     document = json.loads(done.stdout)
     assert document["passed"]
     (checked,) = document["folders"]
-    assert {row["what"]: row["compared"] for row in checked["rows"]} == {"learning rates": 10, "patches kept": 3}
+    assert {row["what"]: row["compared"] for row in checked["rows"]} == {
+        "learning rates": 10,
+        "patches kept": 3,
+    }
     assert all(row["passed"] and row["of_limit"] <= 1 for row in checked["rows"])

@@ -22,16 +22,24 @@ from tools.bench_step import made_up_batch
 
 @pytest.fixture(scope="module")
 def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe whose activations, states and buckets all weigh; with DeepSpeed files of small buckets beside it."""
+    """A recipe whose activations, states and buckets all weigh.
+
+    With DeepSpeed files of small buckets beside it.
+    """
     folder = tmp_path_factory.mktemp("middling")
     for stage in (1, 2, 3):
-        deepspeed = json.loads((Path(plan.__file__).parent.parent / "ds_configs" / f"zero{stage}.json").read_text())
+        deepspeed = json.loads(
+            (Path(plan.__file__).parent.parent / "ds_configs" / f"zero{stage}.json").read_text()
+        )
         zero = deepspeed["zero_optimization"] | {"reduce_bucket_size": 2_000_000}
-        (folder / f"zero{stage}.json").write_text(json.dumps(deepspeed | {"zero_optimization": zero}))
+        (folder / f"zero{stage}.json").write_text(
+            json.dumps(deepspeed | {"zero_optimization": zero})
+        )
     path = folder / "middling.yaml"
     path.write_text(
         """
-model: {name: vit_tiny_patch16, image_size: 64, patch_size: 8, embed_dim: 192, depth: 6, num_heads: 3,
+model: {name: vit_tiny_patch16, image_size: 64, patch_size: 8, embed_dim: 192, depth: 6,
+        num_heads: 3,
         decoder_dim: 128, decoder_depth: 2, decoder_heads: 4}
 engine: {name: fsdp2}
 data: {shards: unseen.tar, canonical_streams: 8}
@@ -47,7 +55,10 @@ CASES = {
     "zero1 bf16": ["engine.config={}/zero1.json"],
     "zero1 fp32": ["engine.config={}/zero1.json", "engine.precision=fp32", "batch.per_device=8"],
     "zero2 bf16": ["engine.config={}/zero2.json"],
-    "zero3 bf16, recomputed": ["engine.config={}/zero3.json", "engine.activation_checkpointing=torch"],
+    "zero3 bf16, recomputed": [
+        "engine.config={}/zero3.json",
+        "engine.activation_checkpointing=torch",
+    ],
     "zero3 fp32": ["engine.config={}/zero3.json", "engine.precision=fp32"],
     "fsdp2 bf16": ["engine.name=fsdp2"],
     "fsdp2 bf16, two micro-batches": ["engine.name=fsdp2", "batch.per_device=8"],
@@ -57,10 +68,15 @@ CASES = {
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_live_tensors_on_ranks(middling: Path, ranks: Callable[..., Ranks]) -> None:
+def test_memory_is_that_of_live_tensors_on_ranks(
+    middling: Path, ranks: Callable[..., Ranks]
+) -> None:
     """Model states to 1 %; the height of a step above them, on every rank, to 15 %."""
     cases = {
-        name: [each.format(middling.parent) for each in ([] if "fsdp2" in name else ["engine.name=deepspeed"]) + given]
+        name: [
+            each.format(middling.parent)
+            for each in ([] if "fsdp2" in name else ["engine.name=deepspeed"]) + given
+        ]
         for name, given in CASES.items()
     }
     given = ["--images=16", f"--cases={json.dumps(cases)}", "--json=-"]
@@ -68,7 +84,9 @@ def test_memory_is_that_of_live_tensors_on_ranks(middling: Path, ranks: Callable
     report = json.loads(said[said.index("{\n") : said.rindex("}") + 1])
     assert (report["beyond"], list(report["cases"])) == ([], list(CASES))
     for name, case in report["cases"].items():
-        assert case["told_ready_bytes"] == pytest.approx(max(case["measured_ready_bytes"]), rel=0.01), name
+        assert case["told_ready_bytes"] == pytest.approx(
+            max(case["measured_ready_bytes"]), rel=0.01
+        ), name
         for measured in case["measured_step_bytes"]:
             assert case["told_step_bytes"] == pytest.approx(measured, rel=0.15), name
 
@@ -88,16 +106,26 @@ def test_the_check_that_is_kept_is_within_its_tolerances() -> None:
 def test_saved_activations_are_those_that_autograd_saves(
     middling: Path, precision: str, objective: Any, checkpointing: Any
 ) -> None:
-    bootmae = ["objective.name=bootmae", f"objective.feature_weight={int('features' in objective.terms)}"]
-    recipe = config.load(str(middling), bootmae if objective.terms["reconstruction"].weight_mask else [])
+    bootmae = [
+        "objective.name=bootmae",
+        f"objective.feature_weight={int('features' in objective.terms)}",
+    ]
+    recipe = config.load(
+        str(middling), bootmae if objective.terms["reconstruction"].weight_mask else []
+    )
     model = new_student(recipe)
     if precision == "bf16":
         model = model.bfloat16()
     kernels.choose_attention(model, torch.device("cpu"), precision)
     kernels.checkpoint_blocks(model, checkpointing)
     batch = made_up_batch(model, 4, torch.device("cpu"))
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    known |= {batch.images.untyped_storage().data_ptr(), batch.ids_shuffle.untyped_storage().data_ptr()}
+    known = {
+        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
+    }
+    known |= {
+        batch.images.untyped_storage().data_ptr(),
+        batch.ids_shuffle.untyped_storage().data_ptr(),
+    }
     saved: dict[int, int] = {}
     alive = []
 
@@ -111,12 +139,19 @@ def test_saved_activations_are_those_that_autograd_saves(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         sums = objective(model, model, batch, 0.0)
     parts = activations(
-        model, num_visible=batch.num_visible, precision=precision, teacher="pixels" in objective.teacher_outputs,
-        checkpointing=checkpointing, fused_attention=kernels.attention_is_fused(torch.device("cpu"), precision),
-    )  # fmt: skip
-    # the head of BootMAE's pixels is a matrix with its weights in another order: once, however many images there are
+        model,
+        num_visible=batch.num_visible,
+        precision=precision,
+        teacher="pixels" in objective.teacher_outputs,
+        checkpointing=checkpointing,
+        fused_attention=kernels.attention_is_fused(torch.device("cpu"), precision),
+    )
+    # the head of BootMAE's pixels is a matrix with its weights in another order: once, however many
+    # images there are
     once = model.lm_head.proj.weight.nbytes if isinstance(model, BootstrappedAutoencoder) else 0
-    assert 4 * sum(part.saved for part in parts) + once == pytest.approx(sum(saved.values()), rel=0.01)
+    assert 4 * sum(part.saved for part in parts) + once == pytest.approx(
+        sum(saved.values()), rel=0.01
+    )
     assert sum(part.params for part in parts) == sum(param.numel() for param in model.parameters())
     assert sums
 
@@ -152,16 +187,25 @@ def test_more_ranks_never_need_more_memory(middling: Path, where: str) -> None:
 
 def test_offload_moves_states_to_the_host(middling: Path) -> None:
     model = plan.student(config.load(str(middling)))
-    kept = Settings("zero3", world=2, deepspeed={"zero_optimization": {}, "data_types": {"grad_accum_dtype": "fp32"}})
-    moved = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "data_types": {"grad_accum_dtype": "fp32"}}
-    there, here = (footprint(model, each) for each in (kept, Settings("zero3", world=2, deepspeed=moved)))
+    kept = Settings(
+        "zero3",
+        world=2,
+        deepspeed={"zero_optimization": {}, "data_types": {"grad_accum_dtype": "fp32"}},
+    )
+    moved = {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    there, here = (
+        footprint(model, each) for each in (kept, Settings("zero3", world=2, deepspeed=moved))
+    )
     shard = states(model, kept)["shard"]
     assert here.host == (4 + 8 + 4 + 4) * shard  # master, moments, gradients, teacher
     assert there.host == 0
     assert sum(there.resident.values()) - sum(here.resident.values()) == pytest.approx(here.host)
 
 
-# ----------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -170,12 +214,16 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[
 
 
 PRETRAINING = sorted(
-    path.stem for path in config.RECIPES.glob("*_vit_*.yaml") if not path.stem.startswith(("finetune", "probe"))
+    path.stem
+    for path in config.RECIPES.glob("*_vit_*.yaml")
+    if not path.stem.startswith(("finetune", "probe"))
 )
 
 
 @pytest.mark.parametrize("recipe", PRETRAINING)
-def test_every_shipped_pretraining_has_a_plan(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_shipped_pretraining_has_a_plan(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, report = run(capsys, recipe, "--nodes", "2")
     assert status == 0, report["problems"]
     with torch.device("meta"):
@@ -186,7 +234,7 @@ def test_every_shipped_pretraining_has_a_plan(recipe: str, capsys: pytest.Captur
 
 
 def test_bootmaes_step_is_its_regressors_too_and_a_teacher_of_the_whole_image(
-    capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, whole = run(capsys, "bootmae_vit_b_16")
     _, alone = run(capsys, "bootmae_vit_b_16", "objective.feature_weight=0")
@@ -195,8 +243,13 @@ def test_bootmaes_step_is_its_regressors_too_and_a_teacher_of_the_whole_image(
     width, seen, tokens, hidden = 768, 50, 197, 147
     regressor = 2 * width**2 * seen + 2 * width**2 * hidden  # from the encoder, to the features
     for queries in (tokens, hidden):
-        regressor += 2 * width**2 * (3 * tokens + queries) + 4 * queries * tokens * width + 16 * width**2 * queries
-        regressor += 4 * width**2 * queries + 4 * width**2 * seen + 4 * queries * seen * width  # across
+        regressor += (
+            2 * width**2 * (3 * tokens + queries)
+            + 4 * queries * tokens * width
+            + 16 * width**2 * queries
+        )
+        # across
+        regressor += 4 * width**2 * queries + 4 * width**2 * seen + 4 * queries * seen * width
     assert flops[0] - flops[1] == regressor
     assert whole["speed"]["step_flops_per_image"] == 3 * flops[0] + model.encoder_flops(196)
     assert alone["speed"]["step_flops_per_image"] == 3 * flops[1]
@@ -206,23 +259,41 @@ def test_bootmaes_step_is_its_regressors_too_and_a_teacher_of_the_whole_image(
 @pytest.mark.parametrize("recipe", ["rcmae_vit_l_16", "rcmae_vit_h_14"])
 @pytest.mark.parametrize("nodes", [1, 4, 8])
 @pytest.mark.parametrize("gpu", ["a100-40g", "h100-80g", "h200"])
-def test_shipped_recipes_can_run(recipe: str, nodes: int, gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shipped_recipes_can_run(
+    recipe: str, nodes: int, gpu: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, report = run(capsys, recipe, "--nodes", str(nodes), "--gpu", gpu)
     assert status == 0, report["problems"]
     assert report["verdict"] == "can run"
-    assert [row["engine"] for row in report["memory"]] == ["zero0", "zero1", "zero2", "zero3", "fsdp2"]
+    assert [row["engine"] for row in report["memory"]] == [
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero3",
+        "fsdp2",
+    ]
     assert [row["engine"] for row in report["memory"] if row["own"]] == [report["engine"]]
     speed = report["speed"]
-    assert speed["hours"] == pytest.approx(report["sizes"]["total_steps"] * 4096 / speed["images_per_s"] / 3600)
+    assert speed["hours"] == pytest.approx(
+        report["sizes"]["total_steps"] * 4096 / speed["images_per_s"] / 3600
+    )
     peak = plan.peak_flops(plan.GPUS[gpu].device_name, "bf16")
-    assert speed["images_per_s"] * speed["step_flops_per_image"] / (8 * nodes * peak) == pytest.approx(0.35)
+    assert speed["images_per_s"] * speed["step_flops_per_image"] / (
+        8 * nodes * peak
+    ) == pytest.approx(0.35)
 
 
 REFUSED = {
-    "ranks that do not divide the batch": (["--nodes", "3"], "batch.images=4096 is not divisible by 24 ranks"),
+    "ranks that do not divide the batch": (
+        ["--nodes", "3"],
+        "batch.images=4096 is not divisible by 24 ranks",
+    ),
     "streams": (["data.canonical_streams=100"], "data.canonical_streams=100 is not divisible by 8"),
     "too large": (["--gpu", "a10g", "batch.per_device=512"], "use batch.per_device=256"),
-    "local on many": (["engine.name=local", "engine.config=null"], "engine.name=local is one process, not 8"),
+    "local on many": (
+        ["engine.name=local", "engine.config=null"],
+        "engine.name=local is one process, not 8",
+    ),
     "no bf16": (["--gpu", "v100-32g"], "has no bf16; use engine.precision=fp32"),
     "DeepSpeed's JSON against the recipe": (["engine.config={}"], "delete it there"),
     "few samples": (["--samples", "100"], "batch.images=4096 is more than the 100 samples"),
@@ -233,9 +304,13 @@ REFUSED = {
 def test_a_run_that_cannot_work_is_refused_with_the_way_out(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}')
+    (tmp_path / "own.json").write_text(
+        '{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}'
+    )
     arguments, text = REFUSED[name]
-    status, report = run(capsys, "rcmae_vit_l_16", *(each.format(tmp_path / "own.json") for each in arguments))
+    status, report = run(
+        capsys, "rcmae_vit_l_16", *(each.format(tmp_path / "own.json") for each in arguments)
+    )
     assert status == 2
     assert report["verdict"] == "refused"
     assert text in "\n".join(report["problems"])
@@ -257,7 +332,11 @@ def test_what_people_read_has_the_same_verdict(capsys: pytest.CaptureFixture[str
 
 
 def test_shards_and_a_run_are_looked_at_where_they_are(
-    tiny: Path, uninterrupted: Folder, photo_shards: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    tiny: Path,
+    uninterrupted: Folder,
+    photo_shards: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     given = [str(tiny), f"run.dir={uninterrupted.path}", "--gpus", "1"]
     status, report = run(capsys, *given)
@@ -282,13 +361,23 @@ def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:
     recipe = config.load("rcmae_vit_l_16", ["data.shards=x.tar"])
     assert plan.measured_utilisation(recipe, "h200", tmp_path) is None
     peak = plan.peak_flops("NVIDIA H200", "bf16")
-    for name, gpu, share in (("a", "NVIDIA H200", 0.3), ("b", "NVIDIA H200", 0.4), ("c", "NVIDIA H100", 0.9)):
+    for name, gpu, share in (
+        ("a", "NVIDIA H200", 0.3),
+        ("b", "NVIDIA H200", 0.4),
+        ("c", "NVIDIA H100", 0.9),
+    ):
         row = {"variant": "rcmae-lean-bf16-eager", "model_flops_per_s": share * peak}
         other = {"variant": "rcmae-lean-bf16-compiled", "model_flops_per_s": 0.5 * peak}
-        (tmp_path / f"{name}.json").write_text(json.dumps({
-            "tool": "bench_step", "settings": {"model": "vit_large_patch16"}, "hardware": {"gpu": gpu},
-            "variants": [row, other],
-        }))  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(
+                {
+                    "tool": "bench_step",
+                    "settings": {"model": "vit_large_patch16"},
+                    "hardware": {"gpu": gpu},
+                    "variants": [row, other],
+                }
+            )
+        )
     assert plan.measured_utilisation(recipe, "h200", tmp_path) == (pytest.approx(0.4), "b.json")
     recipe.engine.compile = True
     assert plan.measured_utilisation(recipe, "h200", tmp_path) == (pytest.approx(0.5), "b.json")
@@ -298,12 +387,16 @@ def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["rcmae_vit_l_16", "rcmae_vit_h_14"])
-def test_the_table_in_the_readme_is_the_planners(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_in_the_readme_is_the_planners(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert plan.main([recipe, "--table", "a100-40g,h100-80g,h200"]) == 0
     table = capsys.readouterr().out
     assert len(table.splitlines()) == 2 + 3 * len(plan.TABLE_NODES)
     readme = (Path(plan.__file__).parent.parent / "slurm" / "README.md").read_text()
-    assert table in readme, f"python tools/plan.py {recipe} --table a100-40g,h100-80g,h200 gives another one"
+    assert table in readme, (
+        f"python tools/plan.py {recipe} --table a100-40g,h100-80g,h200 gives another one"
+    )
 
 
 def test_a_row_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,10 +409,15 @@ def test_a_row_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_command_runs(middling: Path, ranks: Callable[..., Ranks]) -> None:
-    assert "can run" in ranks(str(Path(plan.__file__)), str(middling), "--gpus", "2", world=1).succeed()
+    assert (
+        "can run"
+        in ranks(str(Path(plan.__file__)), str(middling), "--gpus", "2", world=1).succeed()
+    )
 
 
 def test_visible_patches_are_those_of_the_run(middling: Path) -> None:
     recipe = config.load(str(middling))
     model = plan.student(recipe)
-    assert plan.settings_of(recipe, model, "fsdp2", 2, 1).num_visible == visible_count(64, 0.75) == 16
+    assert (
+        plan.settings_of(recipe, model, "fsdp2", 2, 1).num_visible == visible_count(64, 0.75) == 16
+    )

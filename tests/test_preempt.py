@@ -1,4 +1,6 @@
-"""Asked to stop, or short of time: the step is committed, and a commit under way is never broken."""
+"""Asked to stop, or short of time: the step is committed, and a commit under way is never
+broken.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def at_step(step: int, action: Callable[[], object]) -> Callable[..., float]:
-    """The schedule of the rate, which every step asks once; in this step something happens first."""
+    """The schedule of the rate, which every step asks once.
+
+    In this step something happens first.
+    """
     rate = train.warmup_half_cosine
 
     def asked(now: int, **named: Any) -> float:
@@ -44,9 +49,16 @@ def test_a_signal_in_the_first_step_commits_it(
 
 
 def test_a_signal_during_an_evaluation_commits_its_step_after_it(
-    tiny: Path, photo_shards: str, folder: Folder, uninterrupted: Folder, monkeypatch: pytest.MonkeyPatch
+    tiny: Path,
+    photo_shards: str,
+    folder: Folder,
+    uninterrupted: Folder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evaluated = ["evaluate.every_steps=4", *(f"evaluate.{each}_shards={photo_shards}" for each in ("train", "test"))]
+    evaluated = [
+        "evaluate.every_steps=4",
+        *(f"evaluate.{each}_shards={photo_shards}" for each in ("train", "test")),
+    ]
     rows = train.knn_rows
 
     def interrupted(*args: Any, **named: Any) -> Any:
@@ -68,7 +80,10 @@ def test_a_signal_during_an_evaluation_commits_its_step_after_it(
 
 
 class Clock:
-    """Seconds since 1970 as the scheduler's deadline has them; they pass only where a test says so."""
+    """Seconds since 1970 as the scheduler's deadline has them.
+
+    They pass only where a test says so.
+    """
 
     def __init__(self) -> None:
         self.now = 1e9
@@ -108,7 +123,9 @@ def test_a_deadline_ends_a_job_in_time_with_its_step_committed(
     if told_by == "the scheduler":
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(deadline))
         overrides = ["run.deadline_s=5000"]  # the earlier one counts
-    monkeypatch.setattr(train, "warmup_half_cosine", at_step(6, clock.leap_to(deadline - preempt.MARGIN_S)))
+    monkeypatch.setattr(
+        train, "warmup_half_cosine", at_step(6, clock.leap_to(deadline - preempt.MARGIN_S))
+    )
     assert start(tiny, folder.path, *overrides) == 75
     assert folder.outcome()["reason"] == "stopped, asked by the deadline is near"
     assert (folder.outcome()["step"], folder.committed(), folder.steps()[-1]) == (7, [7], 7)
@@ -142,9 +159,15 @@ def test_the_next_job_knows_from_its_first_step_on_what_a_save_takes(
 
 
 def test_no_save_is_begun_that_would_not_end_in_time(
-    tiny: Path, folder: Folder, uninterrupted: Folder, monkeypatch: pytest.MonkeyPatch, clock: Clock, slow_disk: float
+    tiny: Path,
+    folder: Folder,
+    uninterrupted: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
+    slow_disk: float,
 ) -> None:
-    late = clock.leap_to(clock.now + 1000 - 0.9 * slow_disk)  # a step that took longer than any before
+    # a step that took longer than any before
+    late = clock.leap_to(clock.now + 1000 - 0.9 * slow_disk)
     monkeypatch.setattr(train, "warmup_half_cosine", at_step(7, late))
     often = "checkpoint.every_steps=3"
     assert start(tiny, folder.path, often, "run.deadline_s=1000") == 75
@@ -152,7 +175,9 @@ def test_no_save_is_begun_that_would_not_end_in_time(
     assert folder.committed() == [3, 6]
     outcome = folder.outcome()
     assert (outcome["status"], outcome["again"]) == ("stopped", True)
-    assert outcome["reason"].endswith("no time was left to save step 8, the run goes on from step 6")
+    assert outcome["reason"].endswith(
+        "no time was left to save step 8, the run goes on from step 6"
+    )
     monkeypatch.undo()
     assert start(tiny, folder.path, often) == 0
     assert folder.events("resume")[-1]["step"] == 6

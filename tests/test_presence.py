@@ -25,7 +25,10 @@ FSDP2, ZERO2 = ["engine.name=fsdp2"], ["engine.name=deepspeed", "engine.config=z
 
 def three(run: Path) -> list[Presence]:
     """Presences of three ranks, all beating ten times a second."""
-    return [Presence(run, generation=4, rank=rank, world=3, timeout_s=600.0, interval_s=0.1) for rank in range(3)]
+    return [
+        Presence(run, generation=4, rank=rank, world=3, timeout_s=600.0, interval_s=0.1)
+        for rank in range(3)
+    ]
 
 
 def test_a_silent_rank_is_named_with_its_place_and_those_that_beat_are_not(tmp_path: Path) -> None:
@@ -36,7 +39,9 @@ def test_a_silent_rank_is_named_with_its_place_and_those_that_beat_are_not(tmp_p
     loss = ranks[0].explain(RuntimeError("Connection closed by peer"))
     assert loss.of_a_peer
     assert loss.speaks
-    place = rf"rank 1 on \S+ \(process {os.getpid()}\) silent, last seen at step 17, reading samples"
+    place = (
+        rf"rank 1 on \S+ \(process {os.getpid()}\) silent, last seen at step 17, reading samples"
+    )
     assert re.search(place, loss.message), loss.message
     assert "rank 2" not in loss.message
     assert "Start the same command again" in loss.message
@@ -47,7 +52,9 @@ def test_a_silent_rank_is_named_with_its_place_and_those_that_beat_are_not(tmp_p
 def test_who_failed_first_is_told_by_the_others_and_its_failure_is_its_own(tmp_path: Path) -> None:
     ranks = three(tmp_path)
     told = {}
-    first = threading.Thread(target=lambda: told.update(first=ranks[2].explain(OSError(28, "No space left on device"))))
+    first = threading.Thread(
+        target=lambda: told.update(first=ranks[2].explain(OSError(28, "No space left on device")))
+    )
     first.start()
     time.sleep(ranks[2].interval_s)
     told["second"] = ranks[1].explain(RuntimeError("Connection closed by peer"))
@@ -56,11 +63,16 @@ def test_who_failed_first_is_told_by_the_others_and_its_failure_is_its_own(tmp_p
     assert "this rank's own" in told["first"].message
     assert told["second"].of_a_peer
     assert "rank 2 on" in told["second"].message
-    assert "ended with OSError: [Errno 28] No space left on device, at step 0, starting" in told["second"].message
+    assert (
+        "ended with OSError: [Errno 28] No space left on device, at step 0, starting"
+        in told["second"].message
+    )
     ranks[0].leave()
 
 
-def test_where_rank_0_is_gone_the_next_speaks_and_a_rank_that_never_began_is_said(tmp_path: Path) -> None:
+def test_where_rank_0_is_gone_the_next_speaks_and_a_rank_that_never_began_is_said(
+    tmp_path: Path,
+) -> None:
     only = Presence(tmp_path, generation=4, rank=1, world=2, timeout_s=600.0, interval_s=0.1)
     loss = only.explain(RuntimeError("Connection reset by peer"))
     assert loss.speaks
@@ -93,18 +105,27 @@ def test_a_process_alone_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------------------------------------------- real ranks
+# --------------------------------------------------------------------------------------- real ranks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "victim", "number", "limit_s"),
-    [(FSDP2, 1, signal.SIGKILL, 1800), (FSDP2, 0, signal.SIGKILL, 1800), (ZERO2, 1, signal.SIGSTOP, 40)],
+    [
+        (FSDP2, 1, signal.SIGKILL, 1800),
+        (FSDP2, 0, signal.SIGKILL, 1800),
+        (ZERO2, 1, signal.SIGSTOP, 40),
+    ],
 )
 def test_a_dead_or_hung_rank_ends_the_other_within_the_time_out_and_is_named(
-    tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks], engine: list[str], victim: int, number: signal.Signals,
+    tiny: Path,
+    tmp_path: Path,
+    ranks: Callable[..., Ranks],
+    engine: list[str],
+    victim: int,
+    number: signal.Signals,
     limit_s: int,
-) -> None:  # fmt: skip
+) -> None:
     run = Folder(tmp_path / "run")
     long = ["schedule.steps=2000", "checkpoint.every_steps=2", f"engine.timeout_s={limit_s}"]
     started = ranks("-m", "rcmae.train", tiny, f"run.dir={run.path}", *long, *engine)
@@ -120,20 +141,27 @@ def test_a_dead_or_hung_rank_ends_the_other_within_the_time_out_and_is_named(
     # a closed connection is seen at once; four beats, and a machine that others use too
     assert time.monotonic() - begin < (limit_s if number == signal.SIGSTOP else 0) + 30
     said = started.said(1 - victim)
-    found = re.search(rf"lost rank {victim} on \S+ \(process {gone.pid}\) silent, last seen at step (\d+), (\w+)", said)
+    found = re.search(
+        rf"lost rank {victim} on \S+ \(process {gone.pid}\) silent, last seen at step (\d+), (\w+)",
+        said,
+    )
     assert found, said
     assert 0 <= int(found[1]) <= run.steps()[-1] + 1  # it was said a beat ago
     if victim == 1 and number == signal.SIGKILL:  # its error came to an exception: it could say so
         assert run.events("stop")[-1]["reason"].startswith("lost rank 1")
     if number == signal.SIGKILL:
-        assert run.outcome() | {"status": "failed", "exit_status": 1, "again": True} == run.outcome()
+        assert (
+            run.outcome() | {"status": "failed", "exit_status": 1, "again": True} == run.outcome()
+        )
 
 
 def rank_of(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process:
     """The launcher's descendant that is this rank."""
     for process in psutil.Process(launcher.pid).children(recursive=True):
         try:
-            if "--multiprocessing-fork" not in process.cmdline() and process.environ().get("RANK") == str(rank):
+            if "--multiprocessing-fork" not in process.cmdline() and process.environ().get(
+                "RANK"
+            ) == str(rank):
                 return process
         except psutil.Error:
             continue
@@ -146,17 +174,30 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on_by_themselves(
 ) -> None:
     run = Folder(tmp_path / "run")
     command = [
-        str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--max-restarts", "2",
-        "--master_port", str(free_port()), "-m", "rcmae.train", str(tiny), f"run.dir={run.path}",
-        "checkpoint.every_steps=3", *FSDP2,
-    ]  # fmt: skip
+        str(Path(sys.executable).parent / "torchrun"),
+        "--nproc_per_node",
+        "2",
+        "--max-restarts",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "-m",
+        "rcmae.train",
+        str(tiny),
+        f"run.dir={run.path}",
+        "checkpoint.every_steps=3",
+        *FSDP2,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=log, stderr=log
-    ) as launcher:
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log) as launcher,
+    ):
         for victim in (1, 0):
             seen = len(run.events("checkpoint"))
-            wait_for(lambda n=seen: len(run.events("checkpoint")) > n, lambda: launcher.poll() is None)
+            wait_for(
+                lambda n=seen: len(run.events("checkpoint")) > n, lambda: launcher.poll() is None
+            )
             rank_of(launcher, victim).kill()
         assert launcher.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     assert [event["step"] >= 3 for event in run.events("resume")] == [True, True]

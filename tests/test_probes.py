@@ -1,4 +1,6 @@
-"""Cheap probes: features once, then figures that say what they should of data of known difficulty."""
+"""Cheap probes: features once, then figures that say what they should of data of known
+difficulty.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tools import probes as tool
 
 
 def blobs(count: int, seed: int) -> Any:
-    """Four classes along four axes, scales apart: logistic regression finds them from a handful of labels."""
+    """Four classes along four axes, scales apart: logistic regression finds them from a handful
+    of labels.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
     vectors = 0.2 * torch.randn(count, 6, generator=generator)
@@ -33,9 +37,15 @@ def test_every_figure_is_there_and_rises_with_the_labels() -> None:
     assert list(found["knn weighted"]) == [1, 10]
     assert found["10 per class"]["mean"] >= found["1 per class"]["mean"] > 40
     assert set(found) == {
-        "knn weighted", "knn plain", "logistic", "1 per class", "5 per class", "10 per class", "1% of labels",
+        "knn weighted",
+        "knn plain",
+        "logistic",
+        "1 per class",
+        "5 per class",
+        "10 per class",
+        "1% of labels",
         "10% of labels",
-    }  # fmt: skip
+    }
     assert "logistic" in tool.table({"trained": found})
 
 
@@ -44,7 +54,9 @@ def test_few_labels_are_as_many_of_each_class_and_another_draw_others() -> None:
     some = tool.few(train, per_class=5, share=None, draw=0)
     assert some.labels.bincount().tolist() == [5] * 4
     assert tool.few(train, per_class=None, share=0.1, draw=0).labels.bincount().tolist() == [5] * 4
-    assert tool.few(train, per_class=None, share=0.001, draw=0).labels.bincount().tolist() == [1] * 4
+    assert (
+        tool.few(train, per_class=None, share=0.001, draw=0).labels.bincount().tolist() == [1] * 4
+    )
     assert not torch.equal(some.vectors, tool.few(train, per_class=5, share=None, draw=1).vectors)
     assert torch.equal(some.vectors, tool.few(train, per_class=5, share=None, draw=0).vectors)
 
@@ -52,17 +64,37 @@ def test_few_labels_are_as_many_of_each_class_and_another_draw_others() -> None:
 def test_a_class_that_was_never_seen_is_named() -> None:
     test = blobs(20, 1)
     with pytest.raises(ValueError, match="classes 6, 7, 8, 9 that"):
-        tool.answers(blobs(40, 0), test._replace(labels=test.labels + 6), k=[1], draws=1, strength=1.0)
+        tool.answers(
+            blobs(40, 0), test._replace(labels=test.labels + 6), k=[1], draws=1, strength=1.0
+        )
 
 
 def test_the_command_extracts_once(
-    uninterrupted: Folder, photo_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    uninterrupted: Folder,
+    photo_shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Any,
 ) -> None:
-    train, test = (photo_shards.replace("{000000..000005}", each) for each in ("{000000..000003}", "{000004..000005}"))
+    train, test = (
+        photo_shards.replace("{000000..000005}", each)
+        for each in ("{000000..000003}", "{000004..000005}")
+    )
     command = [
-        str(uninterrupted.path), "--train", train, "--test", test, "--k", "5", "--draws", "1", "--random",
-        "--cache", str(tmp_path), "--json",
-    ]  # fmt: skip
+        str(uninterrupted.path),
+        "--train",
+        train,
+        "--test",
+        test,
+        "--k",
+        "5",
+        "--draws",
+        "1",
+        "--random",
+        "--cache",
+        str(tmp_path),
+        "--json",
+    ]
     assert tool.main(command) == 0
     first = json.loads(capsys.readouterr().out)
     assert set(first) == {"trained", "random"}
@@ -84,10 +116,17 @@ def elsewhere(photo_shards: str) -> Iterator[str]:
 
 
 def test_shards_from_elsewhere_give_the_features_of_those_here(
-    uninterrupted: Folder, photo_shards: str, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: Folder,
+    photo_shards: str,
+    elsewhere: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))  # where the node's cache is
-    model, here = load_encoder(uninterrupted.path), photo_shards.replace("{000000..000005}", "000001")
+    model, here = (
+        load_encoder(uninterrupted.path),
+        photo_shards.replace("{000000..000005}", "000001"),
+    )
     away = f"{elsewhere}/{Path(here).name}"
     one, other = (tool.extracted(model, [shards], None, "", 0) for shards in (here, away))
     assert torch.equal(one.vectors, other.vectors)

@@ -46,7 +46,10 @@ def test_each_photograph_is_a_class_with_about_as_many_tiles(made):
         assert counts.max() == most
         assert counts.min() >= 0.4 * most
         numbered = range(len(index))
-        named = {classes[index.labels[number]] == index[number].id.split("/")[1].split("_")[0] for number in numbered}
+        named = {
+            classes[index.labels[number]] == index[number].id.split("/")[1].split("_")[0]
+            for number in numbered
+        }
         assert named == {True}
 
 
@@ -63,7 +66,9 @@ def test_pixels_tell_some_of_the_photographs_apart(made):
     features = features_of_both(
         {"pixels": pixels},
         *(
-            labelled_batches(ShardIndex.open(str(made / f"{name}-*.tar")), image_size=(TILE, TILE), batch=200)
+            labelled_batches(
+                ShardIndex.open(str(made / f"{name}-*.tar")), image_size=(TILE, TILE), batch=200
+            )
             for name in ("train", "val")
         ),
         device=cpu,

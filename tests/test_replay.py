@@ -1,4 +1,6 @@
-"""A step that went bad: stop, skip and rewind end as said, and the bundle brings it back on one process."""
+"""A step that went bad: stop, skip and rewind end as said, and the bundle brings it back on one
+process.
+"""
 
 import json
 import sys
@@ -24,15 +26,31 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     zero2 = ["engine.name=deepspeed", "engine.config=zero2.json"]
 
     def job(name: str, *overrides: str) -> list[str]:
-        return [str(tiny), f"run.dir={root / name}", f"guard.drill_nan_position={POISONED}", *overrides]
+        return [
+            str(tiny),
+            f"run.dir={root / name}",
+            f"guard.drill_nan_position={POISONED}",
+            *overrides,
+        ]
 
     jobs = [
-        job("stop", *zero2), job("skip", *zero2, "guard.action=skip"), job("rewind", *zero2, "guard.action=rewind"),
+        job("stop", *zero2),
+        job("skip", *zero2, "guard.action=skip"),
+        job("rewind", *zero2, "guard.action=rewind"),
         job("rewind-fsdp2", "engine.name=fsdp2", "guard.action=rewind"),
         job("too-often", *zero2, "guard.action=skip", "guard.max_skips=0"),
-        [str(tiny), f"run.dir={root / 'jump'}", *zero2, "guard.spike_factor=4.0", "guard.action=skip",
-         "guard.max_skips=100", "schedule.steps=40", "schedule.lr=3", "schedule.warmup_steps=30"],
-    ]  # fmt: skip
+        [
+            str(tiny),
+            f"run.dir={root / 'jump'}",
+            *zero2,
+            "guard.spike_factor=4.0",
+            "guard.action=skip",
+            "guard.max_skips=100",
+            "schedule.steps=40",
+            "schedule.lr=3",
+            "schedule.warmup_steps=30",
+        ],
+    ]
     ranks = Ranks([sys.executable, str(PROGRAM), json.dumps(jobs)], 2, root)
     assert "STATUS [1, 0, 0, 0, 1, 0]" in ranks.succeed()
     (root / "said").write_text(ranks.said())
@@ -42,7 +60,11 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_stop_names_the_sample_and_the_last_checkpoint(runs: Path) -> None:
     said = (runs / "said").read_text()
-    line = next(line for line in said.splitlines() if line.startswith("rcmae: step 12: a loss is not finite"))
+    line = next(
+        line
+        for line in said.splitlines()
+        if line.startswith("rcmae: step 12: a loss is not finite")
+    )
     assert "all ranks stopped before the update" in line
     assert "step-00000010" in line
     assert "tools/replay.py" in line
@@ -56,9 +78,13 @@ def test_stop_names_the_sample_and_the_last_checkpoint(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_skip_leaves_out_one_update(runs: Path) -> None:
-    assert [row["step"] for row in rows(runs / "skip")] == [step for step in range(1, 21) if step != 13]
+    assert [row["step"] for row in rows(runs / "skip")] == [
+        step for step in range(1, 21) if step != 13
+    ]
     assert rows(runs / "skip")[-1]["images_seen"] == 20 * 32
-    manifest = json.loads((runs / "skip" / "checkpoints" / "step-00000020" / "manifest.json").read_text())
+    manifest = json.loads(
+        (runs / "skip" / "checkpoints" / "step-00000020" / "manifest.json").read_text()
+    )
     assert manifest["optimizer_step"] == 19
     assert manifest["meta"]["guard"]["skips"] == 1
 
@@ -69,8 +95,11 @@ def test_rewind_passes_over_exactly_the_samples_since_the_checkpoint(runs: Path,
     steps = rows(runs / name)
     assert [row["step"] for row in steps] == list(range(1, 21))
     assert steps[9]["images_seen"] == 10 * 32
-    assert steps[10]["images_seen"] == 14 * 32  # steps 10, 11 and 12 of the stream are not used again
-    manifest = json.loads((runs / name / "checkpoints" / "step-00000020" / "manifest.json").read_text())
+    # steps 10, 11 and 12 of the stream are not used again
+    assert steps[10]["images_seen"] == 14 * 32
+    manifest = json.loads(
+        (runs / name / "checkpoints" / "step-00000020" / "manifest.json").read_text()
+    )
     assert manifest["images"] == 23 * 32
     assert [row["loss"] for row in steps[:10]] == [row["loss"] for row in rows(runs / "stop")[:10]]
     assert steps[10]["loss"] == pytest.approx(rows(runs / "rewind")[10]["loss"], rel=1e-5)
@@ -84,7 +113,12 @@ def test_a_bundle_brings_the_step_back_on_one_process(
     bundle = runs / "stop" / "replay" / "step-00000012.json"
     assert replay.main([str(bundle), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (found["from_step"], found["step"], found["reproduced"], found["same_masks"]) == (10, 12, True, True)
+    assert (found["from_step"], found["step"], found["reproduced"], found["same_masks"]) == (
+        10,
+        12,
+        True,
+        True,
+    )
     assert found["samples"][0]["position"] == POISONED
     assert all(row["loss"] == row["loss"] for row in found["samples"][1:])  # the others are finite
 
@@ -98,7 +132,9 @@ def test_a_bundle_brings_the_step_back_on_one_process(
 
 @pytest.mark.slow
 def test_a_jump_of_the_loss_is_left_out(runs: Path) -> None:
-    """A learning rate that is far too high: some step's loss leaves what is usual, and that update is not made."""
+    """A learning rate that is far too high: some step's loss leaves what is usual, and that
+    update is not made.
+    """
     jumps = [row for row in rows(runs / "jump", "events.jsonl") if row["event"] == "spike"]
     assert jumps
     assert all(row["action"] == "skip" for row in jumps)

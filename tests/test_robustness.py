@@ -1,4 +1,6 @@
-"""tools/robustness.py: subsets of classes, corrupted sets and the mean corruption error are what they should be."""
+"""tools/robustness.py: subsets of classes, corrupted sets and the mean corruption error are what
+they should be.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of a classifier of 8 classes whose head is random."""
     path = tmp_path_factory.mktemp("classifier") / "w.safetensors"
     model = Classifier(
-        image_size=(32, 32), patch_size=8, in_channels=3, embed_dim=192, depth=1, num_heads=3, num_classes=8
+        image_size=(32, 32),
+        patch_size=8,
+        in_channels=3,
+        embed_dim=192,
+        depth=1,
+        num_heads=3,
+        num_classes=8,
     )
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     save_file(model.state_dict(), path)
@@ -32,25 +40,51 @@ def test_a_report_has_every_set_and_severity(
     shard = photo_shards.replace("{000000..000005}", "000000")
     (tmp_path / "names").write_text("\n".join("abcdefgh"))
     (tmp_path / "some").write_text("a\nc\nd\ne\nf\ng\nh\nb\n")
-    (tmp_path / "sets.yaml").write_text(f"listed: {{shards: '{shard}', classes: some, labels: listed}}\n")
-    (tmp_path / "base.json").write_text(json.dumps({
-        "clean": 10, "corruptions": {"contrast": [50, 60, 70, 80, 90], "brightness": [20, 20, 20, 20, 40]},
-    }))  # fmt: skip
+    (tmp_path / "sets.yaml").write_text(
+        f"listed: {{shards: '{shard}', classes: some, labels: listed}}\n"
+    )
+    (tmp_path / "base.json").write_text(
+        json.dumps(
+            {
+                "clean": 10,
+                "corruptions": {
+                    "contrast": [50, 60, 70, 80, 90],
+                    "brightness": [20, 20, 20, 20, 40],
+                },
+            }
+        )
+    )
     command = [
-        str(classifier), "--sets", f"val={shard}", str(tmp_path / "sets.yaml"),
-        "--class-names", str(tmp_path / "names"), "--corruptions", "contrast,brightness", "--severities", "1,5",
-        "--baselines", str(tmp_path / "base.json"), "--json", str(tmp_path / "report.json"),
-    ]  # fmt: skip
+        str(classifier),
+        "--sets",
+        f"val={shard}",
+        str(tmp_path / "sets.yaml"),
+        "--class-names",
+        str(tmp_path / "names"),
+        "--corruptions",
+        "contrast,brightness",
+        "--severities",
+        "1,5",
+        "--baselines",
+        str(tmp_path / "base.json"),
+        "--json",
+        str(tmp_path / "report.json"),
+    ]
     assert tool.main(command) == 0
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["sets"]["val"]["images"] == found["sets"]["listed"]["images"] == 40
-    assert found["sets"]["val"]["top1"] != found["sets"]["listed"]["top1"]  # other labels of the same images
+    # other labels of the same images
+    assert found["sets"]["val"]["top1"] != found["sets"]["listed"]["top1"]
     about = found["corrupted"]
     assert about["clean"] == 100 - found["sets"]["val"]["top1"]
-    contrast, brightness = (sum(about["corruptions"][name]) / 2 for name in ("contrast", "brightness"))
+    contrast, brightness = (
+        sum(about["corruptions"][name]) / 2 for name in ("contrast", "brightness")
+    )
     assert about["mce"] == pytest.approx(100 * (contrast / 70 + brightness / 30) / 2)
     clean = about["clean"]
-    assert about["relative_mce"] == pytest.approx(100 * ((contrast - clean) / 60 + (brightness - clean) / 20) / 2)
+    assert about["relative_mce"] == pytest.approx(
+        100 * ((contrast - clean) / 60 + (brightness - clean) / 20) / 2
+    )
     assert about["mean_error"] == pytest.approx((contrast + brightness) / 2)
     said = capsys.readouterr().out
     assert "normalised by" in said
@@ -63,11 +97,18 @@ def test_a_report_has_every_set_and_severity(
 
 
 def test_a_subset_alone_competes(classifier: Path, photo_shards: str) -> None:
-    """Of two classes no image is taken for a third; of a report one's own errors are 100 % of themselves."""
+    """Of two classes no image is taken for a third.
+
+    Of a report one's own errors are 100 % of themselves.
+    """
     model, index = load_classifier(classifier), tool.ShardIndex.open(photo_shards)
     whole = tool.judged(model, index, tool.LabelledSet("val", []), batch=64, workers=0)
     listed = tool.judged(
-        model, index, tool.LabelledSet("val", [], [7, 6, 5, 4, 3, 2, 1, 0], True), batch=64, workers=0
+        model,
+        index,
+        tool.LabelledSet("val", [], [7, 6, 5, 4, 3, 2, 1, 0], True),
+        batch=64,
+        workers=0,
     )
     assert whole.confusion.flip(0).equal(listed.confusion)
     with pytest.raises(ValueError, match="are none of the 2 classes"):
@@ -84,7 +125,10 @@ def test_a_subset_alone_competes(classifier: Path, photo_shards: str) -> None:
         (["--corruptions", "all", "--severities", "0-3"], "use some of 1 to 5"),
         (["--corrupt", "b"], "no set is called so"),
         (["--corruptions", "fog,snow", "--baselines", "one.yaml"], "fog: None; wanted is an error"),
-        (["--corruptions", "snow", "--severities", "2", "--baselines", "one.yaml"], "1 numbers; one severity"),
+        (
+            ["--corruptions", "snow", "--severities", "2", "--baselines", "one.yaml"],
+            "1 numbers; one severity",
+        ),
         (["--corruptions", "frost", "--frost", "."], "one.yaml"),
         (["--sets", "x"], "'x' is no set"),
         (["--sets", "a=x.tar", "a=y.tar"], "two sets are called a"),
@@ -92,9 +136,14 @@ def test_a_subset_alone_competes(classifier: Path, photo_shards: str) -> None:
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    more: list[str], message: str, classifier: Path, photo_shards: str, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    more: list[str],
+    message: str,
+    classifier: Path,
+    photo_shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.yaml").write_text("corruptions: {snow: 86.7}")
     (tmp_path / "sets.yaml").write_text("a: {shards: x.tar, classes: [shark]}\nb: {shard: x.tar}\n")

@@ -28,35 +28,85 @@ def write(path: Path, *rows: dict[str, Any]) -> None:
 
 
 def step(number: int, at: float, **more: float) -> dict[str, Any]:
-    return {"step": number, "time": at, "step_s": 1.0, "data_wait_s": 0.25, "loss": 0.5, "epoch": 0.1, **more}
+    return {
+        "step": number,
+        "time": at,
+        "step_s": 1.0,
+        "data_wait_s": 0.25,
+        "loss": 0.5,
+        "epoch": 0.1,
+        **more,
+    }
 
 
 def begin(at: float, number: int, **more: Any) -> dict[str, Any]:
     kind = "resume" if number else "start"
-    return {"event": kind, "time": at, "step": number, "sizes": SIZES, "process_started": at - 10, **more}
+    return {
+        "event": kind,
+        "time": at,
+        "step": number,
+        "sizes": SIZES,
+        "process_started": at - 10,
+        **more,
+    }
 
 
 @pytest.fixture
 def told_run(tmp_path: Path) -> Path:
-    """Two starts of one SLURM job and one of another; the first was killed at step 35 after a checkpoint of 20."""
+    """Two starts of one SLURM job and one of another.
+
+    The first was killed at step 35 after a checkpoint of 20.
+    """
     write(
         tmp_path / "events.jsonl",
         begin(1000, 0, job="7", restart=0, generation=1),
-        {"event": "checkpoint", "time": 1021, "step": 20, "stall_s": 0.5, "seconds": 3.0, "bytes": 10},
+        {
+            "event": "checkpoint",
+            "time": 1021,
+            "step": 20,
+            "stall_s": 0.5,
+            "seconds": 3.0,
+            "bytes": 10,
+        },
         begin(1100, 20, job="7", restart=1, generation=2, undone={"step": 35, "time": 1037}),
         {"event": "evaluate", "time": 1126, "step": 40, "seconds": 5.0, "knn": {}},
-        {"event": "stop", "time": 1130, "step": 40, "status": 75, "reason": "stopped, asked by SIGUSR1"},
+        {
+            "event": "stop",
+            "time": 1130,
+            "step": 40,
+            "status": 75,
+            "reason": "stopped, asked by SIGUSR1",
+        },
         begin(1200, 40, job="9", restart=0, generation=3),
-        {"event": "checkpoint", "time": 1261, "step": 100, "stall_s": 1.0, "seconds": 3.0, "bytes": 10},
+        {
+            "event": "checkpoint",
+            "time": 1261,
+            "step": 100,
+            "stall_s": 1.0,
+            "seconds": 3.0,
+            "bytes": 10,
+        },
         {"event": "stop", "time": 1262, "step": 100, "status": 0, "reason": "finished"},
     )
     first = [step(n, 1000 + n, teacher_update_s=0.125) for n in (5, 10, 15, 20)]
-    second = [step(n, 1100 + n - 20 + 5 * (n == 25), step_s=2.0 if n == 25 else 1.0) for n in (25, 30, 35, 40)]
+    second = [
+        step(n, 1100 + n - 20 + 5 * (n == 25), step_s=2.0 if n == 25 else 1.0)
+        for n in (25, 30, 35, 40)
+    ]
     third = [step(n, 1200 + n - 40) for n in range(45, 101, 5)]
     write(tmp_path / "metrics.jsonl", *first, *second, *third)
-    write(tmp_path / "jobs.jsonl", *({"job": job, "restart": restart, "time": at, "step": 0} for job, restart, at in (
-        ("7", 0, 980), ("7", 1, 1080), ("8", 0, 1140), ("9", 0, 1185),
-    )))  # fmt: skip
+    write(
+        tmp_path / "jobs.jsonl",
+        *(
+            {"job": job, "restart": restart, "time": at, "step": 0}
+            for job, restart, at in (
+                ("7", 0, 980),
+                ("7", 1, 1080),
+                ("8", 0, 1140),
+                ("9", 0, 1185),
+            )
+        ),
+    )
     return tmp_path
 
 
@@ -69,13 +119,17 @@ def test_every_second_is_of_one_kind(told_run: Path) -> None:
     assert first["step"] == pytest.approx(20 * (1 - 0.25 - 0.125))
     assert first["ema"] == pytest.approx(20 * 0.125)
     assert first["data wait"] == pytest.approx(5)
-    assert first["replayed"] == 17 - 0.5, "from the checkpoint's step to the last logged one, less its stall"
+    assert first["replayed"] == 17 - 0.5, (
+        "from the checkpoint's step to the last logged one, less its stall"
+    )
     assert second["queue"] == 1080 - 1037, "the same job came back"
     assert second["start-up"] == 20 + 5, "the first steps took a second longer than usual"
     assert second["evaluation"] == 5
     assert third["idle"] == 1185 - 1130, "another job"
     assert third["checkpoint"] == 1
-    assert told["goodput"] == pytest.approx(sum(job["step"] + job["ema"] for job in (first, second, third)) / 282)
+    assert told["goodput"] == pytest.approx(
+        sum(job["step"] + job["ema"] for job in (first, second, third)) / 282
+    )
 
 
 def test_where_a_run_stands(told_run: Path) -> None:
@@ -83,15 +137,33 @@ def test_where_a_run_stands(told_run: Path) -> None:
     assert (told["state"], told["step"], told["hours_to_go"]) == ("finished", 100, 0.0)
     assert told["undone_steps"] == 15
     assert told["starts_without_training"] == 1, "job 8 never came to a step"
-    assert [job["how"] for job in told["jobs"]] == ["ended without a word", "stopped, asked by SIGUSR1", "finished"]
-    assert [(job["first_step"], job["last_step"]) for job in told["jobs"]] == [(0, 20), (20, 40), (40, 100)]
+    assert [job["how"] for job in told["jobs"]] == [
+        "ended without a word",
+        "stopped, asked by SIGUSR1",
+        "finished",
+    ]
+    assert [(job["first_step"], job["last_step"]) for job in told["jobs"]] == [
+        (0, 20),
+        (20, 40),
+        (40, 100),
+    ]
     assert told["last_events"][-1]["reason"] == "finished"
 
 
 def test_a_rewind_counts_as_replayed(tmp_path: Path) -> None:
-    spike = {"event": "spike", "time": 1031, "step": 30, "action": "rewind", "checkpoint": "step-00000020"}
+    spike = {
+        "event": "spike",
+        "time": 1031,
+        "step": 30,
+        "action": "rewind",
+        "checkpoint": "step-00000020",
+    }
     write(tmp_path / "events.jsonl", begin(1000, 0), spike)
-    write(tmp_path / "metrics.jsonl", *(step(n, 1000 + n) for n in (10, 20)), *(step(n, 1012 + n) for n in (30, 40)))
+    write(
+        tmp_path / "metrics.jsonl",
+        *(step(n, 1000 + n) for n in (10, 20)),
+        *(step(n, 1012 + n) for n in (30, 40)),
+    )
     told = runs.status(tmp_path, now=1100.0)
     assert told["undone_steps"] == 10
     assert told["seconds"]["replayed"] == 11
@@ -130,14 +202,24 @@ def test_torn_lines_and_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_real_run_stopped_and_killed_is_told_right(
     tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One start stopped by a signal, one killed in its checkpoint's wake, one to the end: real files, real clocks."""
+    """One start stopped by a signal, one killed in its checkpoint's wake, one to the end: real
+    files, real clocks.
+    """
     before = time.time()
     folder = Folder(tmp_path / "run")
     common = ["checkpoint.every_steps=4", "run.lease_timeout_s=3"]
     with once(lambda: 6 in folder.steps(), send(signal.SIGTERM)):
         assert start(tiny, folder.path, *common) == 75
     stopped = folder.committed()[-1]
-    killed = ranks("-m", "rcmae.train", str(tiny), f"run.dir={folder.path}", *common, "schedule.steps=20", world=1)
+    killed = ranks(
+        "-m",
+        "rcmae.train",
+        str(tiny),
+        f"run.dir={folder.path}",
+        *common,
+        "schedule.steps=20",
+        world=1,
+    )
     wait_for(lambda: 14 in folder.steps(), lambda: killed.processes[0].poll() is None)
     killed.processes[0].kill()
     killed.wait()
@@ -155,7 +237,9 @@ def test_a_real_run_stopped_and_killed_is_told_right(
     assert told["jobs"][1]["seconds"]["start-up"] > 0.5, "a process that imports torch"
     assert told["jobs"][1]["began"] > before
     begun, first = folder.events("resume")[0], folder.events("first_step")[1]
-    assert sum(first["startup_s"].values()) == pytest.approx(first["time"] - begun["process_started"], abs=0.1)
+    assert sum(first["startup_s"].values()) == pytest.approx(
+        first["time"] - begun["process_started"], abs=0.1
+    )
     assert list(first["startup_s"])[:3] == ["imports", "recipe", "process group"]
     assert first["startup_s"]["imports"] > 0.5
     assert told["startup_s"] == folder.events("first_step")[-1]["startup_s"]
@@ -170,11 +254,23 @@ def test_watching_ends_with_the_run(tmp_path: Path) -> None:
 
     def finish() -> None:
         write(tmp_path / "metrics.jsonl", step(100, time.time()))
-        write(tmp_path / "events.jsonl", {"event": "stop", "time": time.time(), "step": 100, "reason": "finished"})
+        write(
+            tmp_path / "events.jsonl",
+            {"event": "stop", "time": time.time(), "step": 100, "reason": "finished"},
+        )
 
     timer = threading.Timer(3.0, finish)
     timer.start()
-    command = [sys.executable, runs.__file__, "status", str(tmp_path), "--watch", "--json", "--every-s", "0.2"]
+    command = [
+        sys.executable,
+        runs.__file__,
+        "status",
+        str(tmp_path),
+        "--watch",
+        "--json",
+        "--every-s",
+        "0.2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     timer.join()
     states = [json.loads(line)["state"] for line in done.stdout.splitlines()]

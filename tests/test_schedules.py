@@ -10,11 +10,19 @@ from rcmae.schedules import teacher_momentum, warmup_half_cosine
     ("settings", "rows"),
     [
         # (lr, min_lr, warm-up epochs, epochs, steps per epoch), (epoch, step, lr)
-        ((0.0024, 0.0, 40, 800, 5), [(0, 0, 0.0), (0, 1, 1.1999999999999999e-05), (1, 0, 5.9999999999999995e-05)]),
+        (
+            (0.0024, 0.0, 40, 800, 5),
+            [(0, 0, 0.0), (0, 1, 1.1999999999999999e-05), (1, 0, 5.9999999999999995e-05)],
+        ),
         ((0.001, 1e-06, 5, 100, 3), [(0, 1, 6.666666666666667e-05), (4, 2, 0.0009333333333333334)]),
         (
             (0.1, 0.0, 0, 90, 4),
-            [(0, 0, 0.1), (0, 3, 0.09998286624877786), (45, 2, 0.049127379678135824), (89, 3, 1.903846791434516e-06)],
+            [
+                (0, 0, 0.1),
+                (0, 3, 0.09998286624877786),
+                (45, 2, 0.049127379678135824),
+                (89, 3, 1.903846791434516e-06),
+            ],
         ),
     ],
 )
@@ -36,15 +44,26 @@ def test_learning_rate_by_steps_is_that_by_epochs() -> None:
         got = warmup_half_cosine(step, warmup_steps=12.5, total_steps=90, lr=0.3, min_lr=0.01)
         want = reference.lr_at(step / 5, warmup=2.5, epochs=18, lr=0.3, min_lr=0.01)
         assert got == pytest.approx(want, rel=1e-12)
-    assert warmup_half_cosine(90, warmup_steps=12.5, total_steps=90, lr=0.3, min_lr=0.01) == pytest.approx(0.01)
+    assert warmup_half_cosine(
+        90, warmup_steps=12.5, total_steps=90, lr=0.3, min_lr=0.01
+    ) == pytest.approx(0.01)
 
 
 # momentum 0.9, 4 epochs of 3 updates; then how the released code indexes it
-RECORDED = [0.9, 0.9017037086855466, 0.906698729810778, 0.9146446609406726, 0.925, 0.9370590477448739]
+RECORDED = [
+    0.9,
+    0.9017037086855466,
+    0.906698729810778,
+    0.9146446609406726,
+    0.925,
+    0.9370590477448739,
+]
 
 
 def momentum(update: int, kind: str, end: float = 1.0) -> float:
-    return teacher_momentum(update, kind=kind, base=0.9, end=end, total_updates=12, updates_per_epoch=3)
+    return teacher_momentum(
+        update, kind=kind, base=0.9, end=end, total_updates=12, updates_per_epoch=3
+    )
 
 
 def test_cosine_momentum_runs_over_the_whole_training() -> None:
@@ -67,12 +86,24 @@ def test_constant_momentum_is_constant() -> None:
 
 @pytest.mark.parametrize(
     ("epoch", "dynamic", "momentum"),
-    [(0, True, 0.999), (50, True, 0.99945), (100, False, 0.9999), (250, True, 0.999945), (900, True, 0.99999)],
+    [
+        (0, True, 0.999),
+        (50, True, 0.99945),
+        (100, False, 0.9999),
+        (250, True, 0.999945),
+        (900, True, 0.99999),
+    ],
 )
 def test_the_momentum_by_epochs_is_bootmaes(epoch: int, dynamic: bool, momentum: float) -> None:
     found = {
         teacher_momentum(
-            update, kind="by_epoch", base=0.999, end=1.0, total_updates=9999, updates_per_epoch=7, dynamic=dynamic
+            update,
+            kind="by_epoch",
+            base=0.999,
+            end=1.0,
+            total_updates=9999,
+            updates_per_epoch=7,
+            dynamic=dynamic,
         )
         for update in range(7 * epoch, 7 * (epoch + 1))
     }

@@ -1,4 +1,7 @@
-"""Index: what lies where in anyone's tars. Plan: who reads what, swept over worlds without processes."""
+"""Index: what lies where in anyone's tars.
+
+Plan: who reads what, swept over worlds without processes.
+"""
 
 import io
 import json
@@ -53,7 +56,7 @@ def read(sample):
         return os.pread(file.fileno(), sample.size, sample.offset)
 
 
-# ---------------------------------------------------------------------------------------------------- patterns
+# ----------------------------------------------------------------------------------------- patterns
 
 
 def test_patterns_expand_braces_globs_and_lists_in_order(folder):
@@ -67,17 +70,27 @@ def test_patterns_expand_braces_globs_and_lists_in_order(folder):
 def test_every_unusable_pattern_and_shard_is_named_at_once(folder):
     (folder / "empty.tar").touch()
     patterns = [
-        f"{folder}/none-*.tar", f"{folder}/train-{{000001..000004}}.tar", f"{folder}/empty.tar", str(folder),
-        f"{folder}/train-000001.tar", f"{folder}/{{a", "nosuch://bucket/x.tar",
-    ]  # fmt: skip
+        f"{folder}/none-*.tar",
+        f"{folder}/train-{{000001..000004}}.tar",
+        f"{folder}/empty.tar",
+        str(folder),
+        f"{folder}/train-000001.tar",
+        f"{folder}/{{a",
+        "nosuch://bucket/x.tar",
+    ]
     with pytest.raises(ValueError, match="cannot be used") as caught:
         ShardIndex.open(patterns)
     message = str(caught.value)
     for line in (
-        "none-*.tar: matches nothing", "train-000003.tar: No such file", "train-000004.tar: No such file",
-        "empty.tar: is empty", f"{folder}: is a folder", "train-000001.tar: is named 2 times", "braces do not pair",
+        "none-*.tar: matches nothing",
+        "train-000003.tar: No such file",
+        "train-000004.tar: No such file",
+        "empty.tar: is empty",
+        f"{folder}: is a folder",
+        "train-000001.tar: is named 2 times",
+        "braces do not pair",
         "nosuch://bucket/x.tar: no client for it",
-    ):  # fmt: skip
+    ):
         assert line in message
     with pytest.raises(ValueError, match="no shards are named"):
         expand([])
@@ -90,12 +103,22 @@ def test_every_file_that_is_no_whole_tar_of_images_is_named_at_once(folder):
     (folder / "zeros.tar").write_bytes(bytes(10240))
     with pytest.raises(ValueError, match="cannot be used") as caught:
         ShardIndex.open(f"{folder}/*.tar")
-    for line in ("text.tar: is not a tar", "packed.tar: is compressed", "zeros.tar: holds no files"):
+    for line in (
+        "text.tar: is not a tar",
+        "packed.tar: is compressed",
+        "zeros.tar: holds no files",
+    ):
         assert line in str(caught.value)
 
     for name in ("text", "packed", "zeros"):
         (folder / f"{name}.tar").unlink()
-    for place, cut in {"header": 2055, "data": 2563, "between": 2048, "padding": 10239, "end": 10240}.items():
+    for place, cut in {
+        "header": 2055,
+        "data": 2563,
+        "between": 2048,
+        "padding": 10239,
+        "end": 10240,
+    }.items():
         (folder / f"cut-{place}.tar").write_bytes(whole[:cut])
     write_tar(folder / "words.tar", [("a.txt", b"words")])
     with pytest.raises(ValueError, match="cannot be used") as caught:
@@ -105,7 +128,7 @@ def test_every_file_that_is_no_whole_tar_of_images_is_named_at_once(folder):
     assert "words.tar: holds no image (its first members: a.txt)" in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------- index
+# -------------------------------------------------------------------------------------------- index
 
 
 def test_each_sample_is_found_by_offset(folder):
@@ -113,8 +136,12 @@ def test_each_sample_is_found_by_offset(folder):
     assert len(index) == 12
     assert index.counts.tolist() == [5, 3, 4]
     assert [read(index[number]) for number in (0, 4, 5, 8, 11)] == [
-        b"image 0 0", b"image 0 4", b"image 1 0", b"image 2 0", b"image 2 3",
-    ]  # fmt: skip
+        b"image 0 0",
+        b"image 0 4",
+        b"image 1 0",
+        b"image 2 0",
+        b"image 2 3",
+    ]
     assert index[7].id == "train-000001/s1_2"
     assert index[7].label == 2
     assert index.labels.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]
@@ -125,21 +152,33 @@ def test_each_sample_is_found_by_offset(folder):
 def test_samples_are_those_of_webdataset(tmp_path, format):
     long = "deep/" * 12 + "n" * 60 if format == tarfile.USTAR_FORMAT else "deep/" * 60 + "n" * 120
     members = [
-        ("a/b.c/one.jpg", b"1"), ("a/b.c/one.cls", b"3"), ("a/b.c/one.json", b"{}"),
-        ("two.seg.png", b"mask"), ("two.PNG", b"2"), ("two.cls", b" 12\n"),
+        ("a/b.c/one.jpg", b"1"),
+        ("a/b.c/one.cls", b"3"),
+        ("a/b.c/one.json", b"{}"),
+        ("two.seg.png", b"mask"),
+        ("two.PNG", b"2"),
+        ("two.cls", b" 12\n"),
         ("only_text.txt", b"no image"),
-        (f"{long}.jpeg", b"3"), ("käse.jpg", b"4"), ("käse.cls", b"dog"),
-        ("__meta__", b"x"), (".hidden.jpg", b"x"),
+        (f"{long}.jpeg", b"3"),
+        ("käse.jpg", b"4"),
+        ("käse.cls", b"dog"),
+        ("__meta__", b"x"),
+        (".hidden.jpg", b"x"),
         ("five.webp", b"5" * 1500),
-    ]  # fmt: skip
+    ]
     path = write_tar(tmp_path / "x.tar", members, format)
     index = ShardIndex.build([path])
     mine = [(index[number].id, read(index[number])) for number in range(len(index))]
 
     theirs = []
     with open(path, "rb") as file:
-        for sample in group_by_keys({**entry, "__url__": path} for entry in tar_file_iterator(file)):
-            image = next((sample[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in sample), None)
+        for sample in group_by_keys(
+            {**entry, "__url__": path} for entry in tar_file_iterator(file)
+        ):
+            image = next(
+                (sample[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in sample),
+                None,
+            )
             if image is not None:
                 theirs.append((f"x/{sample['__key__']}", image))
     assert mine == theirs
@@ -151,7 +190,11 @@ def test_samples_are_those_of_webdataset(tmp_path, format):
 def test_links_folders_and_sparse_files_are_not_images(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
-        for name, kind in (("d.jpg", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE)):
+        for name, kind in (
+            ("d.jpg", tarfile.DIRTYPE),
+            ("l.jpg", tarfile.SYMTYPE),
+            ("h.jpg", tarfile.LNKTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "../../etc/passwd"
             tar.addfile(info)
@@ -173,7 +216,9 @@ def test_a_saved_index_is_the_built_one_and_moves_with_its_shards(folder, tmp_pa
     assert all(read(loaded[number]) == f"image 1 {number - 5}".encode() for number in range(5, 8))
 
 
-def test_an_index_may_cover_more_than_is_asked_and_part_of_it_has_the_fingerprint_of_that_part(folder):
+def test_an_index_may_cover_more_than_is_asked_and_part_of_it_has_the_fingerprint_of_that_part(
+    folder,
+):
     patterns = [str(folder / "train-000002.tar"), str(folder / "train-000000.tar")]
     built = ShardIndex.open(patterns)
     ShardIndex.open(f"{folder}/*.tar").save(folder)
@@ -203,7 +248,10 @@ def test_an_index_is_handed_to_another_process_by_the_name_of_its_table(folder):
     assert b"s0_3" not in sent
     received = pickle.loads(sent)
     assert received[3] == opened[3]
-    assert pickle.loads(pickle.dumps(ShardIndex.build([str(folder / "train-000001.tar")])))[2].id == "train-000001/s1_2"
+    assert (
+        pickle.loads(pickle.dumps(ShardIndex.build([str(folder / "train-000001.tar")])))[2].id
+        == "train-000001/s1_2"
+    )
 
 
 def test_a_cache_folder_holds_the_index_of_shards_that_lie_elsewhere(folder, tmp_path_factory):
@@ -212,7 +260,9 @@ def test_a_cache_folder_holds_the_index_of_shards_that_lie_elsewhere(folder, tmp
     built.save(cache)
     opened = ShardIndex.open(f"{folder}/*.tar", cache=cache)
     assert isinstance(opened.shards[0].table, str)
-    assert [opened[number][1:] for number in range(12)] == [built[number][1:] for number in range(12)]
+    assert [opened[number][1:] for number in range(12)] == [
+        built[number][1:] for number in range(12)
+    ]
 
 
 def test_a_damaged_or_newer_index_is_refused_and_another_programs_is_left_alone(folder):
@@ -264,16 +314,22 @@ def test_shards_are_indexed_by_several_processes_alike(folder, monkeypatch):
 def test_workers_end_with_their_owner_and_leave_ctrl_c_to_it(kind, how, after_s):
     program = (
         "import time, multiprocessing, rcmae.workers as w; "
-        f"context = w.fork_server() if {kind!r} == 'forkserver' else multiprocessing.get_context('spawn'); "
+        f"context = w.fork_server() if {kind!r} == 'forkserver' else "
+        "multiprocessing.get_context('spawn'); "
         "list(w.mapped(time.sleep, [0, 0, 60, 60], 2, context, print('started', flush=True)))"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=hear_ctrl_c,
-    ) as owner:  # fmt: skip
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_ctrl_c,
+    ) as owner:
         assert owner.stdout.readline() == "started\n"
         time.sleep(after_s)
-        os.kill(owner.pid, how) if how == signal.SIGKILL else os.killpg(owner.pid, how)  # as a terminal does
+        # as a terminal does
+        os.kill(owner.pid, how) if how == signal.SIGKILL else os.killpg(owner.pid, how)
         _, said = owner.communicate(timeout=20)  # the workers have its pipes
     if how == signal.SIGINT:
         assert said.count("Traceback") == said.count("KeyboardInterrupt") == 1
@@ -289,7 +345,7 @@ def test_index_files_are_the_same_bytes_each_time(folder):
     assert (folder / INDEX).exists()
 
 
-# ---------------------------------------------------------------------------------------------------- plan
+# --------------------------------------------------------------------------------------------- plan
 
 COUNTS = {
     "uneven": [7, 31, 1, 12, 50, 3],
@@ -300,7 +356,10 @@ COUNTS = {
 
 
 def plan(counts, **changes):
-    return Plan(np.array(counts, np.int64), **{"seed": 1, "images": 8, "streams": 16, "window": 4, **changes})
+    return Plan(
+        np.array(counts, np.int64),
+        **{"seed": 1, "images": 8, "streams": 16, "window": 4, **changes},
+    )
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -308,7 +367,9 @@ def test_an_epoch_has_no_repeat_and_drops_less_than_a_batch_another_part_each_ti
     total, made, dropped = sum(counts), plan(counts), []
     assert made.samples_per_epoch == total // 8 * 8
     for epoch in range(6):
-        seen = made.requests(epoch * made.samples_per_epoch, (epoch + 1) * made.samples_per_epoch).samples
+        seen = made.requests(
+            epoch * made.samples_per_epoch, (epoch + 1) * made.samples_per_epoch
+        ).samples
         assert len(set(seen.tolist())) == made.samples_per_epoch
         assert seen.min() >= 0
         assert seen.max() < total
@@ -349,7 +410,9 @@ def test_any_position_is_reached_without_those_before_it(epoch_samples):
     jumps = np.random.RandomState(0).randint(0, 4900, 40)
     made = plan(counts, epoch_samples=epoch_samples)
     for first in jumps.tolist():
-        np.testing.assert_array_equal(made.requests(first, first + 100).samples, whole[first : first + 100])
+        np.testing.assert_array_equal(
+            made.requests(first, first + 100).samples, whole[first : first + 100]
+        )
 
 
 def test_epochs_of_a_given_length_go_through_whole_passes():
@@ -359,7 +422,8 @@ def test_epochs_of_a_given_length_go_through_whole_passes():
         epochs = 104 * 3 // made.samples_per_epoch + 1
         seen = made.requests(0, epochs * made.samples_per_epoch).samples
         times = np.bincount(seen, minlength=104)
-        assert times.max() - times.min() <= 1  # passes are laid end to end: none is begun before the last is through
+        # passes are laid end to end: none is begun before the last is through
+        assert times.max() - times.min() <= 1
 
 
 def test_fewer_samples_than_streams_still_make_an_epoch():
@@ -377,10 +441,19 @@ def test_seeds_and_epochs_give_other_orders():
 def test_the_order_stays_what_it_was():
     """Changing these numbers changes the data of every run that was started before."""
     made = plan(COUNTS["uneven"])
-    assert made.requests(1_000_000_007, 1_000_000_015).samples.tolist() == [94, 101, 9, 15, 22, 28, 33, 1]
+    assert made.requests(1_000_000_007, 1_000_000_015).samples.tolist() == [
+        94,
+        101,
+        9,
+        15,
+        22,
+        28,
+        33,
+        1,
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------- mixtures
+# ----------------------------------------------------------------------------------------- mixtures
 
 MIXED = [*COUNTS["uneven"], 40, 9, 300]  # sets of 104, 49 and 300 samples
 WEIGHTS = ((6, 2.0), (2, 1.0), (1, 0.5))
@@ -397,7 +470,8 @@ def test_a_mixture_gives_each_set_its_part_of_every_epoch_and_no_sample_twice_in
     whole = made.requests(0, 40 * per_epoch).samples
     for epoch in range(40):
         parts = set_of(whole[epoch * per_epoch : (epoch + 1) * per_epoch])
-        assert np.bincount(parts).tolist() == [119, 59, 30]  # 208 x 4/7, 2/7, 1/7, rounded to their sum
+        # 208 x 4/7, 2/7, 1/7, rounded to their sum
+        assert np.bincount(parts).tolist() == [119, 59, 30]
     for number, size in enumerate((104, 49, 300)):
         times = np.bincount(whole[set_of(whole) == number])
         assert times.max() - times[times.nonzero()[0][0] :].min() <= 1, size
@@ -405,7 +479,8 @@ def test_a_mixture_gives_each_set_its_part_of_every_epoch_and_no_sample_twice_in
 
 def test_the_sets_of_a_mixture_are_mixed_in_every_block():
     made = plan(MIXED, weights=WEIGHTS, epoch_samples=2080, window=26)
-    stream = made.requests(0, made.samples_per_epoch).samples[5::16]  # 130 samples: five blocks of one stream
+    # 130 samples: five blocks of one stream
+    stream = made.requests(0, made.samples_per_epoch).samples[5::16]
     for block in stream.reshape(5, 26):
         drawn = np.bincount(set_of(block), minlength=3)
         assert np.abs(drawn - np.array([4, 2, 1]) * 26 / 7).max() <= 1.5
@@ -426,10 +501,14 @@ def test_a_set_with_all_the_weight_is_read_as_alone_and_substitutes_stay_in_thei
     for position in range(0, 400, 7):
         sample = int(made.requests(position, position + 1).samples[0])
         others = list(made.substitutes(position, sample))
-        assert sorted([*others, sample]) == np.flatnonzero(set_of(np.arange(453)) == set_of(sample)).tolist()
+        assert (
+            sorted([*others, sample])
+            == np.flatnonzero(set_of(np.arange(453)) == set_of(sample)).tolist()
+        )
     one = plan(COUNTS["uneven"], weights=((6, 3.0),), epoch_samples=104)
     np.testing.assert_array_equal(
-        one.requests(0, 500).samples, plan(COUNTS["uneven"], epoch_samples=104).requests(0, 500).samples
+        one.requests(0, 500).samples,
+        plan(COUNTS["uneven"], epoch_samples=104).requests(0, 500).samples,
     )
 
 
@@ -450,16 +529,24 @@ def test_an_epoch_of_a_mixture_is_exact_up_to_its_limit():
 def test_an_index_of_a_mixture_knows_its_sets(folder):
     def sets(*weights):
         named = (f"{folder}/train-00000{{0,2}}.tar", f"{folder}/train-000001.tar")
-        return [SimpleNamespace(shards=shards, weight=weight) for shards, weight in zip(named, weights, strict=True)]
+        return [
+            SimpleNamespace(shards=shards, weight=weight)
+            for shards, weight in zip(named, weights, strict=True)
+        ]
 
     index = ShardIndex.open(sets(1.0, 2.0))
     assert index.counts.tolist() == [5, 4, 3]
     assert index.weights == ((2, 1.0), (1, 2.0))
     assert index.fingerprint == ShardIndex.open(sets(1.0, 2.0)).fingerprint
     assert index.fingerprint != ShardIndex.open(sets(1.0, 3.0)).fingerprint
-    assert flat(sets(1.0, 2.0)) == [f"{folder}/train-00000{{0,2}}.tar", f"{folder}/train-000001.tar"]
+    assert flat(sets(1.0, 2.0)) == [
+        f"{folder}/train-00000{{0,2}}.tar",
+        f"{folder}/train-000001.tar",
+    ]
     with pytest.raises(ValueError, match=r"train-000001\.tar: is named 2 times"):
-        ShardIndex.open([*sets(1, 1), SimpleNamespace(shards=[f"{folder}/train-000001.tar"], weight=1)])
+        ShardIndex.open(
+            [*sets(1, 1), SimpleNamespace(shards=[f"{folder}/train-000001.tar"], weight=1)]
+        )
 
 
 def test_substitutes_are_the_rest_of_the_shard_then_each_other_sample_once():
@@ -476,13 +563,19 @@ def test_substitutes_are_the_rest_of_the_shard_then_each_other_sample_once():
 
 
 def test_a_plan_that_cannot_work_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"batch\.images=105.*data\.epoch_samples \(at least 105\)"):
+    with pytest.raises(
+        ValueError, match=r"batch\.images=105.*data\.epoch_samples \(at least 105\)"
+    ):
         plan(COUNTS["uneven"], images=105)
     with pytest.raises(ValueError, match=r"data\.epoch_samples=4 is less"):
         plan(COUNTS["uneven"], epoch_samples=4)
-    with pytest.raises(ValueError, match=r"(?s)batch\.images=0.*canonical_streams=0.*shuffle_window=0"):
+    with pytest.raises(
+        ValueError, match=r"(?s)batch\.images=0.*canonical_streams=0.*shuffle_window=0"
+    ):
         plan(COUNTS["uneven"], images=0, streams=0, window=0)
-    with pytest.raises(ValueError, match=r"3 ranks must divide batch\.images=8 and data\.canonical_streams=16"):
+    with pytest.raises(
+        ValueError, match=r"3 ranks must divide batch\.images=8 and data\.canonical_streams=16"
+    ):
         plan(COUNTS["uneven"]).requests(0, 8, 0, 3)
 
 
@@ -501,11 +594,14 @@ with open(f"{folder}/{table}", "wb") as file:  # a file with holes: only what is
         file.seek(777 * part + at)
         file.write(data)
 entries = [
-    {"name": f"train-{n:06d}.tar", "bytes": 2**30, "samples": samples, "table_bytes": part, "fingerprint": f"{n:064x}"}
+    {"name": f"train-{n:06d}.tar", "bytes": 2**30, "samples": samples, "table_bytes": part,
+     "fingerprint": f"{n:064x}"}
     for n in range(shards)
 ]
-whole = ShardIndex([Shard(e["name"], e["bytes"], e["samples"], e["fingerprint"], b"") for e in entries]).fingerprint
-head = {"format": FORMAT, "version": VERSION, "fingerprint": whole, "samples": shards * samples, "table": table}
+known = [Shard(e["name"], e["bytes"], e["samples"], e["fingerprint"], b"") for e in entries]
+whole = ShardIndex(known).fingerprint
+head = {"format": FORMAT, "version": VERSION, "fingerprint": whole, "samples": shards * samples,
+        "table": table}
 with open(f"{folder}/{INDEX}", "w") as file:
     json.dump({**head, "bytes": shards * part, "shards": entries}, file, indent=1)
 del entries
@@ -528,7 +624,8 @@ def resumed():
     return [index[number] for number in requests.samples.tolist()]
 assert len(timed("resume_s", resumed)) == 64
 sample = index[777 * samples + 100]
-assert (sample.id, sample.offset, sample.size, sample.label) == ("train-000777/000000100", 512, 1000, 7)
+assert sample.id == "train-000777/000000100"
+assert (sample.offset, sample.size, sample.label) == (512, 1000, 7)
 status = open("/proc/self/status").read()  # not getrusage: it counts what started this process, too
 told["peak_mb"] = int(status.partition("VmHWM:")[2].split()[0]) / 1e3
 print(json.dumps(told))
@@ -536,11 +633,13 @@ print(json.dumps(told))
 
 
 def test_a_rank_of_a_thousand_plans_its_epoch_of_a_billion_samples_within_a_second(tmp_path):
-    """100,000 shards of 12,800 samples. Seconds of a core: index.json (20 MB; the table of 40 GB is mapped, not read)
-    is loaded in 0.33; an epoch of one rank of 1,024 is planned in 0.44; from nothing to the offsets of a step in its
-    middle takes 0.02. All together peak at 272 MB, most of it while the JSON is parsed.
-    """
-    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    """100,000 shards of 12,800 samples. Seconds of a core: index.json (20 MB; the table of 40 GB is
+    mapped, not read) is loaded in 0.33; an epoch of one rank of 1,024 is planned in 0.44; from
+    nothing to the offsets of a step in its middle takes 0.02. All together peak at 272 MB, most of
+    it while the JSON is parsed."""
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["plan_s"] < 2

@@ -1,7 +1,7 @@
 """The templates on a real SLURM: whatever happens to the jobs, the run is the uninterrupted one.
 
-Two ranks on two nodes of a cluster on this machine (tests/slurm/lab.sh). Longer drills: tests/slurm/drills.py.
-"""
+Two ranks on two nodes of a cluster on this machine (tests/slurm/lab.sh). Longer drills:
+tests/slurm/drills.py."""
 
 from __future__ import annotations
 
@@ -28,15 +28,21 @@ def cluster() -> Iterator[Cluster]:
 def test_every_template_is_accepted_by_the_scheduler(cluster: Cluster) -> None:
     templates = sorted((ROOT / "slurm").glob("*.sbatch"))
     assert {path.name for path in templates} >= {
-        "pretrain.sbatch", "pretrain_vit_l.sbatch", "pretrain_vit_h.sbatch", "sweep.sbatch", "evaluate.sbatch",
-    }  # fmt: skip
+        "pretrain.sbatch",
+        "pretrain_vit_l.sbatch",
+        "pretrain_vit_h.sbatch",
+        "sweep.sbatch",
+        "evaluate.sbatch",
+    }
     nodes = {"pretrain_vit_l.sbatch": "node[1-4]", "pretrain_vit_h.sbatch": "node[1-8]"}
     for path in templates:
         told = cluster.run("sbatch", "--test-only", path)
         assert f"nodes {nodes.get(path.name, 'node1')} " in told
         lines = path.read_text().splitlines()
         options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
-        first_command = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+        first_command = next(
+            number for number, line in enumerate(lines) if not line.startswith("#")
+        )
         assert max(options) < first_command  # sbatch would pass over it without a word
 
 
@@ -47,11 +53,16 @@ def test_each_launcher_saves_when_warned_and_goes_on_after_the_requeue(
     engines = {"deepspeed": ["engine.name=deepspeed", "engine.config=zero2.json"]}
     jobs = {
         launcher: cluster.submit(
-            "pretrain.sbatch", tiny, *TWO, *engines.get(launcher, []), f"run.dir={run.path}", of="1-2",
+            "pretrain.sbatch",
+            tiny,
+            *TWO,
+            *engines.get(launcher, []),
+            f"run.dir={run.path}",
+            of="1-2",
             LAUNCHER=launcher,
         )
         for launcher, run in runs.items()
-    }  # fmt: skip
+    }
     for launcher, job in jobs.items():
         job.until(lambda run=runs[launcher]: len(run.steps()) >= 3)
         job.warn()
@@ -62,12 +73,19 @@ def test_each_launcher_saves_when_warned_and_goes_on_after_the_requeue(
         assert equals(run, uninterrupted)
         assert job.restarts == 1
         stop, finish = run.events("stop")
-        assert (stop["status"], stop["reason"], finish["status"]) == (75, "stopped, asked by SIGUSR1", 0)
-        assert [event["step"] for event in run.events("resume")] == [stop["step"]]  # the save was of that very step
+        assert (stop["status"], stop["reason"], finish["status"]) == (
+            75,
+            "stopped, asked by SIGUSR1",
+            0,
+        )
+        # the save was of that very step
+        assert [event["step"] for event in run.events("resume")] == [stop["step"]]
         logs = rank_logs(run, job)
         assert set(logs) == {0, 1}
         for rank, log in logs.items():
-            headers = re.findall(r"^== .* job (\d+), start (\d), rank (\d) on (\w+), GPU (\d),", log, re.MULTILINE)
+            headers = re.findall(
+                r"^== .* job (\d+), start (\d), rank (\d) on (\w+), GPU (\d),", log, re.MULTILINE
+            )
             assert [header[:4] for header in headers] == [
                 (str(job.id), start, str(rank), f"node{rank + 1}") for start in ("0", "1")
             ]
@@ -98,13 +116,20 @@ def test_a_preempted_job_goes_on_when_the_other_is_done(
     run = Folder(tmp_path / "run")
     job = cluster.submit("pretrain.sbatch", tiny, *TWO, f"run.dir={run.path}", of="1-2")
     job.until(lambda: len(run.steps()) >= 3)
-    whole = ("--partition=high", "--exclusive", "--nodes=2", "--exclude=node[3-8]", "--output=/dev/null")
+    whole = (
+        "--partition=high",
+        "--exclusive",
+        "--nodes=2",
+        "--exclude=node[3-8]",
+        "--output=/dev/null",
+    )
     urgent = Job(cluster, int(cluster.run("sbatch", "--parsable", *whole, "--wrap=sleep 1")))
     urgent.ends("COMPLETED")
     job.ends("COMPLETED")
     assert equals(run, uninterrupted)
     assert job.restarts == 1
-    assert run.events("stop")[0]["reason"] == "stopped, asked by SIGTERM"  # in the grace time: nothing is done twice
+    # in the grace time: nothing is done twice
+    assert run.events("stop")[0]["reason"] == "stopped, asked by SIGTERM"
     assert run.events("resume")[0]["step"] == run.events("stop")[0]["step"]
 
 
@@ -113,7 +138,9 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
 ) -> None:
     run = Folder(tmp_path / "run")
     cluster.idle("3-4")
-    job = cluster.submit("pretrain.sbatch", tiny, *TWO, f"run.dir={run.path}", nodes="1-2", of="3-4")
+    job = cluster.submit(
+        "pretrain.sbatch", tiny, *TWO, f"run.dir={run.path}", nodes="1-2", of="3-4"
+    )
     job.until(lambda: run.committed() == [10] and len(run.steps()) > 10)
     cluster.lab("kill", 4)
     try:
@@ -123,12 +150,15 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
     assert equals(run, uninterrupted)
     assert job.restarts == 1
     (started,), (resumed,) = run.events("start"), run.events("resume")
-    assert (started["sizes"]["world"], resumed["sizes"]["world"]) == (2, 1)  # on what is left, with the same batch
+    # on what is left, with the same batch
+    assert (started["sizes"]["world"], resumed["sizes"]["world"]) == (2, 1)
     assert resumed["step"] == 10
     assert resumed["sizes"]["images_per_step"] == started["sizes"]["images_per_step"] == 32
 
 
-def test_scancel_ends_a_run_cleanly_and_for_good(cluster: Cluster, tiny: Path, tmp_path: Path) -> None:
+def test_scancel_ends_a_run_cleanly_and_for_good(
+    cluster: Cluster, tiny: Path, tmp_path: Path
+) -> None:
     run = Folder(tmp_path / "run")
     job = cluster.submit("pretrain.sbatch", tiny, *TWO, f"run.dir={run.path}", of="5-6")
     job.until(lambda: len(run.steps()) >= 3)
@@ -142,10 +172,20 @@ def test_scancel_ends_a_run_cleanly_and_for_good(cluster: Cluster, tiny: Path, t
 
 def test_what_cannot_run_is_not_requeued(cluster: Cluster, tiny: Path, tmp_path: Path) -> None:
     run = Folder(tmp_path / "run")
-    wrong = cluster.submit("pretrain.sbatch", tiny, "model.nam=x", f"run.dir={tmp_path / 'wrong'}", of="5-6")
-    late = cluster.submit("pretrain.sbatch", tiny, "model.name=vit_x", f"run.dir={run.path}", nodes="1", of="5-6")
-    uneven = cluster.submit("pretrain.sbatch", tiny, f"run.dir={run.path}", nodes="1", ranks=3, of="5-6")
-    for job, words in ((wrong, "did you mean 'name'"), (late, "unknown architecture"), (uneven, "use 30 or 33")):
+    wrong = cluster.submit(
+        "pretrain.sbatch", tiny, "model.nam=x", f"run.dir={tmp_path / 'wrong'}", of="5-6"
+    )
+    late = cluster.submit(
+        "pretrain.sbatch", tiny, "model.name=vit_x", f"run.dir={run.path}", nodes="1", of="5-6"
+    )
+    uneven = cluster.submit(
+        "pretrain.sbatch", tiny, f"run.dir={run.path}", nodes="1", ranks=3, of="5-6"
+    )
+    for job, words in (
+        (wrong, "did you mean 'name'"),
+        (late, "unknown architecture"),
+        (uneven, "use 30 or 33"),
+    ):
         job.ends("FAILED")
         shown = job.show()
         assert (shown["ExitCode"], shown["Restarts"]) == ("2:0", "0")
@@ -158,13 +198,17 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tiny: Path, tmp_path: Pat
     sweep.write_text(
         f"recipe: {tiny}\ndir: {tmp_path / 'runs'}\n"
         "set: {schedule.steps: 6, schedule.warmup_steps: 1}\n"
-        "runs:\n  low: {schedule.lr: 1.0e-4}\n  high: {schedule.lr: 1.0e-3, run.stop_after_steps: 3}\n"
+        "runs:\n  low: {schedule.lr: 1.0e-4}\n  high: {schedule.lr: 1.0e-3, "
+        "run.stop_after_steps: 3}\n"
     )
-    tasks = cluster.run(cluster.python, ROOT / "tools" / "slurm_job.py", "sweep", sweep).splitlines()[0]
+    tasks = cluster.run(
+        cluster.python, ROOT / "tools" / "slurm_job.py", "sweep", sweep
+    ).splitlines()[0]
     job = cluster.submit("sweep.sbatch", sweep, nodes="1", of="7-8", options=(f"--array={tasks}",))
     runs = {name: Folder(tmp_path / "runs" / name) for name in ("low", "high")}
     job.until(lambda: [len(run.events("stop")) for run in runs.values()] == [1, 2])
-    for name, lr, statuses in (("low", 1e-4, [0]), ("high", 1e-3, [75, 0])):  # that task alone was requeued
+    for name, lr, statuses in (("low", 1e-4, [0]), ("high", 1e-3, [75, 0])):
+        # that task alone was requeued
         assert runs[name].steps() == list(range(1, 7))
         assert [stop["status"] for stop in runs[name].events("stop")] == statuses
         assert max(row["lr"] for row in runs[name].rows()) == lr
@@ -175,12 +219,24 @@ def test_a_side_car_sees_each_checkpoint_once_over_requeues_of_both(
 ) -> None:
     run, known = Folder(tmp_path / "run"), photo_shards.replace("000005}", "000003}")
     often = ["schedule.steps=60", "checkpoint.every_steps=4", "checkpoint.keep=99"]
-    job = cluster.submit("pretrain.sbatch", tiny, *often, f"run.dir={run.path}", nodes="1", of="5-6")
-    labelled = [f"evaluate.train_shards={known}", f"evaluate.test_shards={photo_shards}", "evaluate.k=[3]"]
+    job = cluster.submit(
+        "pretrain.sbatch", tiny, *often, f"run.dir={run.path}", nodes="1", of="5-6"
+    )
+    labelled = [
+        f"evaluate.train_shards={known}",
+        f"evaluate.test_shards={photo_shards}",
+        "evaluate.k=[3]",
+    ]
     beside = cluster.submit(
-        "evaluate.sbatch", run.path, *labelled, "--patience-s=3", "--poll-s=0.2", nodes="1", of="7-8",
+        "evaluate.sbatch",
+        run.path,
+        *labelled,
+        "--patience-s=3",
+        "--poll-s=0.2",
+        nodes="1",
+        of="7-8",
         options=(f"--dependency=after:{job.id}",),
-    )  # fmt: skip
+    )
     evaluations = Folder(run.path / "evaluations")
     job.until(lambda: len(evaluations.events("evaluate")) >= 2)
     beside.warn()

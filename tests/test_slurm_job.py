@@ -35,25 +35,33 @@ def begin(run_dir: Path, *overrides: str, shape: list[str] = SHAPE) -> int:
 
 
 def end(run_dir: Path, status: int) -> int:
-    return slurm_job.main(["end", str(run_dir), f"--status={status}", "--idle-starts=3", "--backoff-s=60"])
+    return slurm_job.main(
+        ["end", str(run_dir), f"--status={status}", "--idle-starts=3", "--backoff-s=60"]
+    )
 
 
 def answers(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    return dict(word.split("=", 1) for word in shlex.split(capsys.readouterr().out.splitlines()[-1]))
+    return dict(
+        word.split("=", 1) for word in shlex.split(capsys.readouterr().out.splitlines()[-1])
+    )
 
 
 def commit(run_dir: Path, step: int, streams: int = 256) -> None:
     """A checkpoint as far as the templates look at it."""
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"meta": {"sizes": {"canonical_streams": streams}}}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"meta": {"sizes": {"canonical_streams": streams}}})
+    )
     (run_dir / "checkpoints" / "LATEST").write_text(folder.name + "\n")
 
 
-# -------------------------------------------------------------------------------------------------------------- begin
+# -------------------------------------------------------------------------------------------- begin
 
 
-@pytest.mark.parametrize(("images", "streams"), [(4096, None), (4096, 256), (4608, 288), (960, 240)])
+@pytest.mark.parametrize(
+    ("images", "streams"), [(4096, None), (4096, 256), (4608, 288), (960, 240)]
+)
 def test_the_largest_number_of_nodes_that_divides_is_used(images: int, streams: int | None) -> None:
     recipe = load("rcmae_vit_l_16", ["data.shards=x.tar", f"batch.images={images}"])
     recipe.data.canonical_streams = streams
@@ -61,14 +69,18 @@ def test_the_largest_number_of_nodes_that_divides_is_used(images: int, streams: 
         worlds = [n * ranks for n in range(1, nodes + 1)]
         fit = [world for world in worlds if images % world == 0 and (streams or world) % world == 0]
         if fit:
-            assert slurm_job.nodes_that_fit(recipe, nodes=nodes, ranks_per_node=ranks) * ranks == max(fit)
+            assert slurm_job.nodes_that_fit(
+                recipe, nodes=nodes, ranks_per_node=ranks
+            ) * ranks == max(fit)
             assert not batch_problems(recipe, max(fit))
         else:
             with pytest.raises(ValueError, match=f"no number of nodes of {ranks} ranks fits"):
                 slurm_job.nodes_that_fit(recipe, nodes=nodes, ranks_per_node=ranks)
 
 
-def test_idle_nodes_are_said_and_the_start_is_noted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_idle_nodes_are_said_and_the_start_is_noted(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert begin(run_dir) == 0
     heard = capsys.readouterr()
     assert heard.out == f"run_dir={run_dir} nodes=4 module=rcmae.train\n"
@@ -88,12 +100,17 @@ def test_the_streams_that_a_run_chose_at_its_first_start_count(
     assert answers(capsys)["nodes"] == "8"
     assert begin(run_dir, "batch.images=4608", "checkpoint.resume=never", shape=nine) == 0
     assert answers(capsys)["nodes"] == "9"
-    other = [f"run.dir={run_dir.parent / 'other'}", f"checkpoint.resume={run_dir}/checkpoints/step-00000010"]
+    other = [
+        f"run.dir={run_dir.parent / 'other'}",
+        f"checkpoint.resume={run_dir}/checkpoints/step-00000010",
+    ]
     assert begin(run_dir, "batch.images=4608", *other, shape=nine) == 0
     assert answers(capsys)["nodes"] == "8"
 
 
-def test_a_recipe_that_fits_no_node_or_is_wrong_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_that_fits_no_node_or_is_wrong_is_refused(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for overrides, words in (
         (["batch.images=4100"], "use 4096 or 5120"),
         (["batch.imagse=4096", "data.shrads=x"], "did you mean 'images'"),
@@ -109,7 +126,10 @@ def test_a_recipe_that_classifies_is_started_by_its_own_module(
     name: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = f"{name}_rcmae_vit_b_16"
-    assert slurm_job.main(["begin", *SHAPE, "--", recipe, "data.shards=x.tar", f"run.dir={run_dir}"]) == 0
+    assert (
+        slurm_job.main(["begin", *SHAPE, "--", recipe, "data.shards=x.tar", f"run.dir={run_dir}"])
+        == 0
+    )
     assert answers(capsys)["module"] == f"rcmae.{name}"
 
 
@@ -122,7 +142,7 @@ def test_outside_a_job_nothing_is_written(
     assert not run_dir.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------- end
+# ---------------------------------------------------------------------------------------------- end
 
 
 @pytest.mark.parametrize(
@@ -140,7 +160,12 @@ def test_outside_a_job_nothing_is_written(
     ],
 )
 def test_a_training_is_started_again_if_and_only_if_it_stopped_on_request(
-    run_dir: Path, capsys: pytest.CaptureFixture[str], launcher: int, told: int | None, status: int, again: str
+    run_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    launcher: int,
+    told: int | None,
+    status: int,
+    again: str,
 ) -> None:
     run_dir.mkdir()
     preempt.write_outcome(run_dir, status=preempt.STOPPED, step=4, reason="of an earlier job")
@@ -161,7 +186,9 @@ def test_a_training_that_lost_a_rank_is_started_again_while_it_makes_progress(
         assert begin(run_dir) == 0
         if restart == 0:
             commit(run_dir, 8)
-        preempt.write_outcome(run_dir, status=preempt.FAILED, step=9, reason="lost rank 3 on n2", again=True)
+        preempt.write_outcome(
+            run_dir, status=preempt.FAILED, step=9, reason="lost rank 3 on n2", again=True
+        )
         capsys.readouterr()
         assert end(run_dir, 1) == 0
         heard = capsys.readouterr()
@@ -178,7 +205,12 @@ def test_starts_without_progress_wait_longer_each_time_and_then_end(
     for restart, delay in enumerate((60, 120)):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         assert begin(run_dir) == end(run_dir, preempt.STOPPED) == 0
-        assert answers(capsys) == {"status": "75", "again": "yes", "delay_s": str(delay), "step": "8"}
+        assert answers(capsys) == {
+            "status": "75",
+            "again": "yes",
+            "delay_s": str(delay),
+            "step": "8",
+        }
     assert begin(run_dir) == end(run_dir, preempt.STOPPED) == 0
     assert answers(capsys)["again"] == "no"
     assert begin(run_dir) == 1  # and where SLURM starts it again itself, after lost nodes
@@ -198,7 +230,8 @@ def test_a_start_that_another_of_its_job_has_replaced_asks_for_nothing(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert begin(run_dir) == 0
     commit(run_dir, 8)
-    monkeypatch.delenv("SLURM_RESTART_COUNT")  # the first start's shell is back from where nobody could reach it
+    # the first start's shell is back from where nobody could reach it
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
     capsys.readouterr()
     assert end(run_dir, preempt.STOPPED) == 0
     heard = capsys.readouterr()
@@ -206,14 +239,18 @@ def test_a_start_that_another_of_its_job_has_replaced_asks_for_nothing(
     assert "start 1 of this job goes on with the run: start 0 asks for nothing" in heard.err
 
 
-def test_steps_of_each_start_and_how_to_submit_are_told(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_of_each_start_and_how_to_submit_are_told(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert slurm_job.main(["submit", "--help"]) == 0
     assert "GPU=h200" in capsys.readouterr().out
     assert begin(run_dir, "run.stop_after_steps=7") == 0
     assert "run.stop_after_steps=7: so many steps a start" in capsys.readouterr().err
 
 
-def test_torn_lines_and_files_are_no_history(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torn_lines_and_files_are_no_history(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert begin(run_dir) == 0
     with (run_dir / "jobs.jsonl").open("a") as file:
         file.write('{"job": "17", "res')
@@ -232,15 +269,18 @@ def test_the_answer_comes_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT).returncode == 0
 
 
-# -------------------------------------------------------------------------------------------------------------- sweep
+# -------------------------------------------------------------------------------------------- sweep
 
 
-def test_a_sweep_gives_each_task_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_gives_each_task_its_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep = tmp_path / "rates.yaml"
     sweep.write_text(
         "recipe: rcmae_vit_s_16\n"
         "set: {data.shards: '/x/{000..003}.tar', schedule.epochs: 10, schedule.warmup_epochs: 1}\n"
-        "runs: {low: {schedule.base_lr: 1e-5}, wide: {model.image_size: [32, 64], schedule.epochs: 20}, same: }\n"
+        "runs: {low: {schedule.base_lr: 1e-5}, wide: {model.image_size: [32, 64], "
+        "schedule.epochs: 20}, same: }\n"
     )
     assert slurm_job.main(["sweep", str(sweep)]) == 0
     assert capsys.readouterr().out == "0-2\n"
@@ -250,8 +290,16 @@ def test_a_sweep_gives_each_task_its_run(tmp_path: Path, capsys: pytest.CaptureF
         name, *overrides = shlex.split(capsys.readouterr().out)
         recipes.append(load(name, overrides))
     low, wide, same = recipes
-    assert [recipe.run.dir for recipe in recipes] == ["runs/rates/low", "runs/rates/wide", "runs/rates/same"]
-    assert (low.schedule.base_lr, low.schedule.epochs, low.data.shards) == (1e-5, 10, "/x/{000..003}.tar")
+    assert [recipe.run.dir for recipe in recipes] == [
+        "runs/rates/low",
+        "runs/rates/wide",
+        "runs/rates/same",
+    ]
+    assert (low.schedule.base_lr, low.schedule.epochs, low.data.shards) == (
+        1e-5,
+        10,
+        "/x/{000..003}.tar",
+    )
     assert (wide.model.image_hw, wide.schedule.epochs) == ((32, 64), 20)
     assert same.schedule.base_lr == 1.5e-4
     assert slurm_job.main(["sweep", str(sweep), "--task=3"]) == 2
@@ -276,7 +324,7 @@ def test_a_wrong_sweep_is_refused_before_it_is_queued(
     assert words in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------- side-car
+# ----------------------------------------------------------------------------------------- side-car
 
 
 def test_a_side_car_is_started_again_until_its_starts_come_to_nothing(
@@ -306,7 +354,7 @@ def test_a_side_car_is_started_again_until_its_starts_come_to_nothing(
     assert answers(capsys)["again"] == "no"
 
 
-# ------------------------------------------------------------------------------------------------------------- submit
+# ------------------------------------------------------------------------------------------- submit
 
 
 @pytest.fixture
@@ -321,7 +369,9 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return called
 
 
-def test_what_the_planner_refuses_is_not_submitted(sbatch: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_the_planner_refuses_is_not_submitted(
+    sbatch: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     template = str(ROOT / "slurm" / "pretrain_vit_l.sbatch")
     words = ["submit", "--nodes=1", template, "data.shards=x.tar"]
     assert slurm_job.main([*words, "batch.per_device=512"]) == 2
@@ -331,38 +381,63 @@ def test_what_the_planner_refuses_is_not_submitted(sbatch: Path, capfd: pytest.C
     assert slurm_job.main(["submit", "--nodes=1"]) == 2
     assert not sbatch.exists()
     assert slurm_job.main([*words, "batch.per_device=64"]) == 0
-    assert sbatch.read_text().splitlines() == ["--nodes=1", template, "data.shards=x.tar", "batch.per_device=64"]
+    assert sbatch.read_text().splitlines() == [
+        "--nodes=1",
+        template,
+        "data.shards=x.tar",
+        "batch.per_device=64",
+    ]
     assert "on 1 x 8 a10g" in capfd.readouterr().out
-    assert slurm_job.main(["submit", "--nodes=3", template, "data.shards=x.tar", "batch.per_device=64"]) == 0
-    assert "1 of 3 nodes would stay idle: the batch and the streams divide over 2" in capfd.readouterr().err
+    assert (
+        slurm_job.main(
+            ["submit", "--nodes=3", template, "data.shards=x.tar", "batch.per_device=64"]
+        )
+        == 0
+    )
+    assert (
+        "1 of 3 nodes would stay idle: the batch and the streams divide over 2"
+        in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("asked", "shape"),
     [
-        ([], (4, 8)), (["--nodes=2-6"], (6, 8)), (["-N", "3"], (3, 8)), (["-N2", "--gpus-per-node=h100:4"], (2, 4)),
+        ([], (4, 8)),
+        (["--nodes=2-6"], (6, 8)),
+        (["-N", "3"], (3, 8)),
+        (["-N2", "--gpus-per-node=h100:4"], (2, 4)),
         (["--nodes", "2", "--gpus-per-node", "6", "--time=1:00"], (2, 6)),
     ],
-)  # fmt: skip
-def test_the_shape_of_a_job_is_sbatchs_or_the_templates(asked: list[str], shape: tuple[int, int]) -> None:
+)
+def test_the_shape_of_a_job_is_sbatchs_or_the_templates(
+    asked: list[str], shape: tuple[int, int]
+) -> None:
     assert slurm_job.shape(asked, (ROOT / "slurm" / "pretrain_vit_l.sbatch").read_text()) == shape
 
 
 def test_a_sweep_is_submitted_as_the_array_of_its_runs(sbatch: Path, tmp_path: Path) -> None:
     sweep, template = tmp_path / "s.yaml", str(ROOT / "slurm" / "sweep.sbatch")
-    sweep.write_text("recipe: rcmae_vit_s_16\nset: {data.shards: x.tar}\nruns: {low: {schedule.base_lr: 1e-5}, same: }")
+    sweep.write_text(
+        "recipe: rcmae_vit_s_16\nset: {data.shards: x.tar}\nruns: {low: {schedule.base_lr: "
+        "1e-5}, same: }"
+    )
     assert slurm_job.main(["submit", template, str(sweep)]) == 0
     assert sbatch.read_text().splitlines() == ["--array=0-1", template, str(sweep)]
-    sweep.write_text("recipe: rcmae_vit_s_16\nset: {data.shards: x.tar}\nruns: {low: {batch.images: 4100}}")
+    sweep.write_text(
+        "recipe: rcmae_vit_s_16\nset: {data.shards: x.tar}\nruns: {low: {batch.images: 4100}}"
+    )
     assert slurm_job.main(["submit", "--array=0-0%4", template, str(sweep)]) == 2
 
 
-# -------------------------------------------------------------------------------------------------------------- shell
+# -------------------------------------------------------------------------------------------- shell
 
 
 def scripts() -> list[str]:
     found = [path for folder in ("slurm", "tests/slurm") for path in (ROOT / folder).iterdir()]
-    return sorted(str(path.relative_to(ROOT)) for path in found if path.suffix in (".sh", ".sbatch"))
+    return sorted(
+        str(path.relative_to(ROOT)) for path in found if path.suffix in (".sh", ".sbatch")
+    )
 
 
 @pytest.mark.parametrize("script", scripts())
@@ -370,5 +445,7 @@ def test_shell_is_clean(script: str) -> None:
     assert subprocess.run(["bash", "-n", script], cwd=ROOT).returncode == 0
     assert max(map(len, (ROOT / script).read_text().splitlines())) <= 120
     if shutil.which("shellcheck"):  # tests/slurm/install.sh puts it there
-        done = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout

@@ -1,4 +1,6 @@
-"""Shards from elsewhere: the same stream as from disk through whatever a server does, a cache that keeps its limit."""
+"""Shards from elsewhere: the same stream as from disk through whatever a server does, a cache
+that keeps its limit.
+"""
 
 import contextlib
 import hashlib
@@ -47,11 +49,15 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     photographs, noise = load_sample_images().images, np.random.RandomState(0)
     for shard in range(SHARDS):
-        with tarfile.open(folder / f"photo-{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(
+            folder / f"photo-{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT
+        ) as tar:
             for number in range(SAMPLES):
                 top, left = noise.randint(0, 360), noise.randint(0, 540)
                 file = io.BytesIO()
-                Image.fromarray(photographs[number % 2][top : top + 60, left : left + 90]).save(file, "JPEG")
+                Image.fromarray(photographs[number % 2][top : top + 60, left : left + 90]).save(
+                    file, "JPEG"
+                )
                 for suffix, data in (("jpg", file.getvalue()), ("cls", str(number).encode())):
                     info = tarfile.TarInfo(f"p{shard}_{number}.{suffix}")
                     info.size = len(data)
@@ -60,7 +66,9 @@ def folder(tmp_path_factory):
 
 
 class Server:
-    """Serves a folder by HTTP with ranges, and does to a request what `fault(method, path)` says."""
+    """Serves a folder by HTTP with ranges, and does to a request what `fault(method, path)`
+    says.
+    """
 
     def __init__(self, folder):
         self.folder, self.fault, self.requests = Path(folder), lambda method, path: None, []
@@ -157,15 +165,27 @@ def record(index, steps=10, world=1, first=0, **changes):
     seen = {}
     for rank in range(world):
         stream = Stream(
-            index=index, plan=plan, transform=TrainTransform((16, 24)), mask=RandomMask(24, 6), seed=5, micro=2,
-            rank=rank, world=world, ranks_of_node=world, **changes,
-        )  # fmt: skip
+            index=index,
+            plan=plan,
+            transform=TrainTransform((16, 24)),
+            mask=RandomMask(24, 6),
+            seed=5,
+            micro=2,
+            rank=rank,
+            world=world,
+            ranks_of_node=world,
+            **changes,
+        )
         for _, batches in zip(range(steps), stream.steps(first), strict=False):
             for batch in batches:
                 for row, position in enumerate(batch.positions.tolist()):
                     assert position not in seen
                     pixels = hashlib.sha256(batch.images[row].numpy()).hexdigest()
-                    seen[position] = (batch.keys[row], pixels, tuple(batch.ids_shuffle[row].tolist()))
+                    seen[position] = (
+                        batch.keys[row],
+                        pixels,
+                        tuple(batch.ids_shuffle[row].tolist()),
+                    )
         assert stream.drain_bad() == []
         stream.close()
     return seen
@@ -187,11 +207,13 @@ def faults(share, kinds=("drop", "500", "429", "truncate", "short", "stall", "no
     return fault
 
 
-# --------------------------------------------------------------------------------------------------------------- HTTP
+# --------------------------------------------------------------------------------------------- HTTP
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (2, 2)])
-def test_through_a_faulty_server_the_stream_is_that_from_disk(folder, server, from_disk, tmp_path, world, workers):
+def test_through_a_faulty_server_the_stream_is_that_from_disk(
+    folder, server, from_disk, tmp_path, world, workers
+):
     server.fault = faults(0.4)
     index = opened(f"{server.url}/photo-{{000000..00000{SHARDS - 1}}}.tar")
     assert index.fingerprint == ShardIndex.open(f"{folder}/*.tar").fingerprint
@@ -213,18 +235,24 @@ def test_a_drop_costs_a_piece_not_the_shard(folder, server, monkeypatch):
     assert asked - failed <= -(-len(data) // 4096)  # what came was not asked for again
 
 
-def test_training_through_a_faulty_server_gives_the_losses_from_disk(tiny, uninterrupted, photo_shards, tmp_path):
+def test_training_through_a_faulty_server_gives_the_losses_from_disk(
+    tiny, uninterrupted, photo_shards, tmp_path
+):
     server = Server(Path(photo_shards).parent)
     server.fault = faults(0.15, ("drop", "500", "truncate"))
     shards = f"{server.url}/{Path(photo_shards).name}"
-    status = start(tiny, tmp_path / "run", f"data.shards={shards}", f"data.cache_dir={tmp_path / 'cache'}")
+    status = start(
+        tiny, tmp_path / "run", f"data.shards={shards}", f"data.cache_dir={tmp_path / 'cache'}"
+    )
     server.close()
     assert status == 0
     assert Folder(tmp_path / "run").losses() == uninterrupted.losses()
     assert any(fault for _, _, fault in server.requests)
 
 
-def test_a_server_that_dies_ends_the_training_with_one_message(tiny, photo_shards, tmp_path, capsys):
+def test_a_server_that_dies_ends_the_training_with_one_message(
+    tiny, photo_shards, tmp_path, capsys
+):
     server = Server(Path(photo_shards).parent)
     shards = f"{server.url}/{Path(photo_shards).name}"
     index = ShardIndex.build([f"{server.url}/photo-{shard:06d}.tar" for shard in range(6)])
@@ -238,9 +266,13 @@ def test_a_server_that_dies_ends_the_training_with_one_message(tiny, photo_shard
 
     server.fault = only_two
     status = start(
-        tiny, tmp_path / "run", f"data.shards={shards}", f"data.index={tmp_path / 'index'}", "data.source_attempts=2",
+        tiny,
+        tmp_path / "run",
+        f"data.shards={shards}",
+        f"data.index={tmp_path / 'index'}",
+        "data.source_attempts=2",
         f"data.cache_dir={tmp_path / 'cache'}",
-    )  # fmt: skip
+    )
     server.close()
     assert status == 1
     said = [line for line in capsys.readouterr().err.splitlines() if "stays away" in line]
@@ -252,9 +284,12 @@ def test_a_server_that_dies_ends_the_training_with_one_message(tiny, photo_shard
 def test_a_server_that_is_not_there_is_told_before_the_training(tiny, tmp_path, capsys):
     began = time.monotonic()
     status = start(
-        tiny, tmp_path / "run", "data.shards=http://127.0.0.1:9/x-{0..50}.tar", "data.source_attempts=2",
+        tiny,
+        tmp_path / "run",
+        "data.shards=http://127.0.0.1:9/x-{0..50}.tar",
+        "data.source_attempts=2",
         f"data.cache_dir={tmp_path / 'cache'}",
-    )  # fmt: skip
+    )
     assert status == 2
     assert time.monotonic() - began < 15  # not 51 shards one after the other
     assert "http://127.0.0.1:9/index.json: stays away: 2 attempts" in capsys.readouterr().err
@@ -269,7 +304,8 @@ def test_missing_and_refused_shards_are_named_at_once(server):
         assert f"{server.url}/photo-00000{number}.tar: there is no such file" in str(caught.value)
     with pytest.raises(SourceGone, match=r"photo-000003\.tar: is refused \(403"):
         sources.part(f"{server.url}/photo-000003.tar", 0, 10, PATIENT)
-    assert [fault for _, path, fault in server.requests if "3" in path].count("403") <= 2  # not tried again and again
+    # not tried again and again
+    assert [fault for _, path, fault in server.requests if "3" in path].count("403") <= 2
 
 
 def test_who_waits_for_a_server_is_told_why_once(caplog):
@@ -283,17 +319,28 @@ def test_who_waits_for_a_server_is_told_why_once(caplog):
     ]
 
 
-def test_an_index_beside_remote_shards_saves_reading_them_and_tells_when_they_changed(folder, server, tmp_path):
+def test_an_index_beside_remote_shards_saves_reading_them_and_tells_when_they_changed(
+    folder, server, tmp_path
+):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    built = ShardIndex.build([f"{server.url}/photo-{shard:06d}.tar" for shard in range(SHARDS)], patience=PATIENT)
-    assert all(shard.sha256 == hashlib.sha256((folder / shard.name).with_suffix(".tar").read_bytes()).hexdigest()
-               for shard in built.shards)  # fmt: skip
+    built = ShardIndex.build(
+        [f"{server.url}/photo-{shard:06d}.tar" for shard in range(SHARDS)], patience=PATIENT
+    )
+    assert all(
+        shard.sha256
+        == hashlib.sha256((folder / shard.name).with_suffix(".tar").read_bytes()).hexdigest()
+        for shard in built.shards
+    )
     local = ShardIndex.open(f"{copy}/*.tar")
     local.save(copy)
     server.folder = copy
     index = opened(f"{server.url}/photo-{{000000..000004}}.tar")
     assert index.fingerprint == local.fingerprint == built.fingerprint
-    assert not [path for method, path, _ in server.requests[SHARDS * 2 :] if method == "GET" and path.endswith(".tar")]
+    assert not [
+        path
+        for method, path, _ in server.requests[SHARDS * 2 :]
+        if method == "GET" and path.endswith(".tar")
+    ]
     (copy / "photo-000002.tar").write_bytes((copy / "photo-000002.tar").read_bytes() + bytes(512))
     with pytest.raises(ValueError, match=r"photo-000002\.tar: is not the file that the index"):
         opened(f"{server.url}/photo-{{000000..000004}}.tar")
@@ -313,7 +360,7 @@ def test_bytes_that_are_not_those_of_the_index_are_never_used(folder, server, tm
     assert cache.shards() == []
 
 
-# ------------------------------------------------------------------------------------------------- other clients
+# ------------------------------------------------------------------------------------ other clients
 
 
 def test_s3_gives_the_stream_from_disk(folder, from_disk, tmp_path, monkeypatch):
@@ -322,9 +369,11 @@ def test_s3_gives_the_stream_from_disk(folder, from_disk, tmp_path, monkeypatch)
     try:
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
         for key, value in (
-            ("AWS_ENDPOINT_URL", endpoint), ("AWS_ACCESS_KEY_ID", "user"), ("AWS_SECRET_ACCESS_KEY", "hidden-key"),
+            ("AWS_ENDPOINT_URL", endpoint),
+            ("AWS_ACCESS_KEY_ID", "user"),
+            ("AWS_SECRET_ACCESS_KEY", "hidden-key"),
             ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):  # fmt: skip
+        ):
             monkeypatch.setenv(key, value)
         store = boto3.client("s3")
         store.create_bucket(Bucket="photographs")
@@ -332,12 +381,16 @@ def test_s3_gives_the_stream_from_disk(folder, from_disk, tmp_path, monkeypatch)
             store.upload_file(str(path), "photographs", f"train/{path.name}")
         index = opened("s3://photographs/train/*.tar")
         assert record(index, cache=cache_in(tmp_path / "cache")) == from_disk
-        with pytest.raises(ValueError, match=r"s3://photographs/train/none\.tar: there is no such file"):
+        with pytest.raises(
+            ValueError, match=r"s3://photographs/train/none\.tar: there is no such file"
+        ):
             opened("s3://photographs/train/none.tar")
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         fsspec.filesystem("s3").clear_instance_cache()
         with pytest.raises(ValueError, match="stays away: 2 attempts") as caught:
-            ShardIndex.open("s3://photographs/train/photo-000000.tar", patience=Patience(2.0, 2, 0.01))
+            ShardIndex.open(
+                "s3://photographs/train/photo-000000.tar", patience=Patience(2.0, 2, 0.01)
+            )
         assert "hidden-key" not in str(caught.value)
     finally:
         server.stop()
@@ -395,7 +448,7 @@ def test_a_command_that_gives_more_or_less_than_indexed_is_not_used(folder, tmp_
     assert cache.place(index.shards[0]).read_bytes() == whole
 
 
-# ------------------------------------------------------------------------------------------------- names and secrets
+# -------------------------------------------------------------------------------- names and secrets
 
 
 def test_no_message_shows_a_password_or_a_query(server, caplog, capsys):
@@ -411,7 +464,10 @@ def test_no_message_shows_a_password_or_a_query(server, caplog, capsys):
         ShardIndex.open("https://user:hush@host/x.tar")
     messages += [str(caught.value), caplog.text, *capsys.readouterr()]
     assert not [text for text in messages if "hush" in text]
-    assert redacted("a https://u:hush@h/p?hush=1, b s3://bucket/key") == "a https://***@h/p?... b s3://bucket/key"
+    assert (
+        redacted("a https://u:hush@h/p?hush=1, b s3://bucket/key")
+        == "a https://***@h/p?... b s3://bucket/key"
+    )
     assert redacted("pipe:curl -H 'Auth: hush' https://h/x.tar") == "pipe:curl ... (x.tar)"
 
 
@@ -438,7 +494,7 @@ def test_no_name_leads_out_of_the_cache(folder, tmp_path, name):
     assert ".." not in Cache(tmp_path, 1).place(shard).name
 
 
-# --------------------------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 def read_all(folder, limit, path, originals):
@@ -462,7 +518,8 @@ def test_two_processes_share_a_cache_smaller_than_the_data(folder, server, tmp_p
     cache = cache_in(tmp_path / "cache", limit)
     context = multiprocessing.get_context("spawn")
     readers = [
-        context.Process(target=read_all, args=(cache.folder, limit, tmp_path / "index", folder)) for _ in range(2)
+        context.Process(target=read_all, args=(cache.folder, limit, tmp_path / "index", folder))
+        for _ in range(2)
     ]
     for reader in readers:
         reader.start()
@@ -490,7 +547,9 @@ def test_a_process_killed_in_a_copy_leaves_nothing_that_is_read(folder, server, 
     cache = cache_in(tmp_path / "cache")
     server.fault = lambda method, path: "stall" if method == "GET" else None
     server.stalling.clear()
-    process = multiprocessing.get_context("spawn").Process(target=fetch_one, args=(cache.folder, tmp_path / "index"))
+    process = multiprocessing.get_context("spawn").Process(
+        target=fetch_one, args=(cache.folder, tmp_path / "index")
+    )
     process.start()
     assert server.stalling.wait(60)
     os.kill(process.pid, signal.SIGKILL)
@@ -505,7 +564,9 @@ def test_a_process_killed_in_a_copy_leaves_nothing_that_is_read(folder, server, 
             assert os.pread(file, shard.size, 0) == (folder / f"{shard.name}.tar").read_bytes()
 
 
-def test_the_least_recently_used_goes_first_and_a_torn_file_is_copied_again(folder, server, tmp_path):
+def test_the_least_recently_used_goes_first_and_a_torn_file_is_copied_again(
+    folder, server, tmp_path
+):
     index = opened(f"{server.url}/photo-{{000000..000003}}.tar")
     cache = cache_in(tmp_path / "cache", limit=int(3.2 * max(shard.size for shard in index.shards)))
     for number in (0, 1, 2):
@@ -517,15 +578,23 @@ def test_the_least_recently_used_goes_first_and_a_torn_file_is_copied_again(fold
     assert held == {cache.place(index.shards[number]) for number in (0, 2, 3)}
     torn = cache.place(index.shards[2])
     torn.write_bytes(b"half")
-    assert Reader(cache).read(index.shards[2], 0, 100) == (folder / "photo-000002.tar").read_bytes()[:100]
+    assert (
+        Reader(cache).read(index.shards[2], 0, 100)
+        == (folder / "photo-000002.tar").read_bytes()[:100]
+    )
 
 
-def test_a_cache_that_cannot_hold_what_is_read_at_once_is_refused_with_settings_that_fit(server, tmp_path):
+def test_a_cache_that_cannot_hold_what_is_read_at_once_is_refused_with_settings_that_fit(
+    server, tmp_path
+):
     index = opened(f"{server.url}/photo-{{000000..000004}}.tar")
     with pytest.raises(CacheTooSmall, match=r"raise data\.cache_gb"):
         cache_in(tmp_path / "small", limit=100).fetch(index.shards[0])
 
-    big = [shard.__class__(f"s3://bucket/{n}.tar", 10**9, 8000, "p", b"") for n, shard in enumerate(index.shards * 40)]
+    big = [
+        shard.__class__(f"s3://bucket/{n}.tar", 10**9, 8000, "p", b"")
+        for n, shard in enumerate(index.shards * 40)
+    ]
     index = ShardIndex(big)
     settings = {"streams": 256, "window": 4096, "nodes": 8}
     # 32 streams of a node x (a window of half a shard + a shard)
@@ -533,9 +602,14 @@ def test_a_cache_that_cannot_hold_what_is_read_at_once_is_refused_with_settings_
     assert cache_problem(index, **settings, world=64, limit=50 * 10**9) is None
     problem = cache_problem(index, **settings, world=64, limit=40 * 10**9)
     assert "data.cache_gb=40 is less than the 48.4 GB" in problem
-    assert "use data.cache_gb=48.4 or data.shuffle_window=1024 or data.canonical_streams=128" in problem
+    assert (
+        "use data.cache_gb=48.4 or data.shuffle_window=1024 or data.canonical_streams=128"
+        in problem
+    )
     assert open_bytes(index, streams=256, window=1024, nodes=8) <= 40 * 10**9
-    here = ShardIndex([shard.__class__(f"/data/{n}.tar", 10**9, 8000, "p", b"") for n, shard in enumerate(big)])
+    here = ShardIndex(
+        [shard.__class__(f"/data/{n}.tar", 10**9, 8000, "p", b"") for n, shard in enumerate(big)]
+    )
     assert cache_problem(here, **settings, world=64, limit=1) is None
 
 
@@ -547,11 +621,20 @@ def test_the_cache_is_refused_where_it_cannot_be_written(tmp_path):
 
 
 def test_shards_are_copied_ahead_of_the_reader(folder, server, tmp_path):
-    """While the first steps are read, what comes later arrives; never more than the rank's part of the cache."""
+    """While the first steps are read, what comes later arrives.
+
+    Never more than the rank's part of the cache.
+    """
     index = opened(f"{server.url}/photo-{{000000..000004}}.tar")
     plan = Plan(index.counts, seed=3, images=4, streams=1, window=4)
     make = partial(
-        Stream, index=index, plan=plan, transform=TrainTransform((16, 16)), mask=RandomMask(16, 4), seed=0, micro=4
+        Stream,
+        index=index,
+        plan=plan,
+        transform=TrainTransform((16, 16)),
+        mask=RandomMask(16, 4),
+        seed=0,
+        micro=4,
     )
     total = sum(shard.size for shard in index.shards)
     for limit, least, most in ((2 * total, SHARDS, SHARDS), (int(0.7 * total), 2, 3)):

@@ -1,4 +1,7 @@
-"""The batches of a run are the same on any ranks and workers; bad samples are replaced; workers come and go cleanly."""
+"""The batches of a run are the same on any ranks and workers; bad samples are replaced.
+
+Workers come and go cleanly.
+"""
 
 import contextlib
 import hashlib
@@ -42,7 +45,9 @@ def write_shards(folder, counts=COUNTS, labels=True):
     """Shards of small photographs: pieces of scikit-learn's two."""
     photographs, noise = load_sample_images().images, np.random.RandomState(0)
     for shard, count in enumerate(counts):
-        with tarfile.open(folder / f"photo-{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(
+            folder / f"photo-{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT
+        ) as tar:
             for number in range(count):
                 top, left = noise.randint(0, 360), noise.randint(0, 540)
                 height, width = noise.randint(30, 64), noise.randint(30, 90)
@@ -66,15 +71,20 @@ def index(tmp_path_factory):
 
 def stream_of(index, *, images=8, **changes):
     plan = Plan(index.counts, seed=3, images=images, streams=8, window=3)
-    settings = {"transform": TrainTransform((16, 24)), "mask": RandomMask(24, 6), "seed": 5, "micro": 2}
+    settings = {
+        "transform": TrainTransform((16, 24)),
+        "mask": RandomMask(24, 6),
+        "seed": 5,
+        "micro": 2,
+    }
     return Stream(index=index, plan=plan, **{**settings, **changes})
 
 
 def record(index, first_step, steps, *, world=1, killed_in=0, **changes):
     """What stands at each position: everything that a batch tells of it, over all ranks.
 
-    With `killed_in`, ranks of at least as many have seen one step more than the others, and are dropped there.
-    """
+    With `killed_in`, ranks of at least as many have seen one step more than the others, and are
+    dropped there."""
     seen = {}
     for rank in range(world):
         stream = stream_of(index, rank=rank, world=world, **changes)
@@ -84,14 +94,17 @@ def record(index, first_step, steps, *, world=1, killed_in=0, **changes):
                 for row, position in enumerate(batch.positions.tolist()):
                     assert position not in seen
                     seen[position] = (
-                        batch.keys[row], int(batch.labels[row]), tuple(batch.crops[row].tolist()),
-                        tuple(batch.ids_shuffle[row].tolist()), hashlib.sha256(batch.images[row].numpy()).hexdigest(),
-                    )  # fmt: skip
+                        batch.keys[row],
+                        int(batch.labels[row]),
+                        tuple(batch.crops[row].tolist()),
+                        tuple(batch.ids_shuffle[row].tolist()),
+                        hashlib.sha256(batch.images[row].numpy()).hexdigest(),
+                    )
         stream.close()
     return seen
 
 
-# ---------------------------------------------------------------------------------------------------- one order
+# ---------------------------------------------------------------------------------------- one order
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
@@ -103,7 +116,10 @@ def test_ids_crops_masks_and_pixels_are_the_same_on_any_ranks_and_workers(index,
 
 
 def test_fifty_random_schedules_of_kills_and_resumes_give_one_stream(index):
-    """1, 2, 4 or 8 ranks with 0, 2 or 5 workers; killed at any micro-batch, back to any step since, over epoch ends."""
+    """1, 2, 4 or 8 ranks with 0, 2 or 5 workers.
+
+    Killed at any micro-batch, back to any step since, over epoch ends.
+    """
     last, draw, met = 14, np.random.RandomState(7), set()
     expected = record(index, 0, last + 1)
     assert len(index) // 8 == 4  # steps of an epoch: the schedules go over three ends
@@ -113,7 +129,15 @@ def test_fifty_random_schedules_of_kills_and_resumes_give_one_stream(index):
             world, workers = int(draw.choice([1, 2, 4, 8])), int(draw.choice([0, 2, 5]))
             workers = 0 if (world, workers) in met else workers  # processes take most of the time
             reached = min(last, step + draw.randint(1, 8))
-            got = record(index, step, reached - step, world=world, workers=workers, micro=1, killed_in=draw.randint(4))
+            got = record(
+                index,
+                step,
+                reached - step,
+                world=world,
+                workers=workers,
+                micro=1,
+                killed_in=draw.randint(4),
+            )
             assert got == {position: expected[position] for position in got}
             assert set(range(8 * step, 8 * reached)) <= got.keys()
             met.add((world, workers))
@@ -163,7 +187,10 @@ def test_a_batch_is_what_the_plan_the_index_and_the_transform_say(index):
             view = TrainTransform((16, 24))(data, 5, int(positions[row]))
             assert torch.equal(batch.images[row], view.image)
             assert tuple(batch.crops[row].tolist()) == view.crop
-            assert batch.ids_shuffle[row].tolist() == RandomMask(24, 6).ids(5, int(positions[row])).tolist()
+            assert (
+                batch.ids_shuffle[row].tolist()
+                == RandomMask(24, 6).ids(5, int(positions[row])).tolist()
+            )
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (4, 2)])
@@ -173,9 +200,17 @@ def test_repeats_give_several_views_of_each_sample_each_with_its_own_key(index, 
     seen = {}
     for rank in range(world):
         stream = Stream(
-            index=index, plan=plan, transform=TrainTransform((16, 24)), mask=RandomMask(24, 6), seed=5, micro=2,
-            repeats=2, rank=rank, world=world, workers=workers,
-        )  # fmt: skip
+            index=index,
+            plan=plan,
+            transform=TrainTransform((16, 24)),
+            mask=RandomMask(24, 6),
+            seed=5,
+            micro=2,
+            repeats=2,
+            rank=rank,
+            world=world,
+            workers=workers,
+        )
         for _, batches in zip(range(6), stream.steps(0), strict=False):
             assert sum(map(len, batches)) == 8 // world
             for batch in batches:
@@ -215,22 +250,28 @@ def test_reading_leaves_the_generators_of_the_run_alone(index):
 def test_ranks_and_micro_batches_that_do_not_divide_are_refused(index):
     with pytest.raises(ValueError, match=r"3 ranks must divide batch\.images=8"):
         stream_of(index, world=3)
-    with pytest.raises(ValueError, match=r"4 images a step and rank \(batch\.images=8\) are no multiple of 3"):
+    with pytest.raises(
+        ValueError, match=r"4 images a step and rank \(batch\.images=8\) are no multiple of 3"
+    ):
         stream_of(index, world=2, micro=3)
 
 
 def test_only_what_the_model_needs_moves_to_the_device(index):
     batch = next(stream_of(index).steps(0))[0].to("meta")
-    assert {batch.images.device.type, batch.ids_shuffle.device.type, batch.labels.device.type} == {"meta"}
+    assert {batch.images.device.type, batch.ids_shuffle.device.type, batch.labels.device.type} == {
+        "meta"
+    }
     assert batch.positions.device.type == "cpu"
 
 
-# ---------------------------------------------------------------------------------------------------- bad samples
+# -------------------------------------------------------------------------------------- bad samples
 
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Indexed shards of which some samples were damaged afterwards: (index, numbers of the bad samples)."""
+    """Indexed shards of which some samples were damaged afterwards: (index, numbers of the bad
+    samples).
+    """
     pattern = write_shards(tmp_path)
     index = ShardIndex.open(pattern)
     index.save(tmp_path)
@@ -253,7 +294,8 @@ def test_bad_samples_are_replaced_by_the_next_of_their_shard_and_the_others_stay
     names = {index[number].id: number for number in range(len(index))}
     changed = {position for position in good if good[position] != got[position]}
     assert changed == {position for position in good if names[good[position][0]] in bad}
-    successor = {2: 4, 3: 4, 10: 0, 30: 11}  # 10 and 30 are the last of their shards: round to the first
+    # 10 and 30 are the last of their shards: round to the first
+    successor = {2: 4, 3: 4, 10: 0, 30: 11}
     for position in changed:
         assert names[got[position][0]] == successor[names[good[position][0]]]
         assert got[position][3] == good[position][3]  # the mask is the position's own
@@ -278,13 +320,18 @@ def test_the_ledger_names_each_bad_sample(damaged, workers):
     assert len(named) >= 3  # in two epochs of 32 of the 37 samples
     for entry in ledger:
         assert entry.replaced_by == expected[entry.position][0]
-        assert entry.reason.startswith("only 5 of its" if entry.shard == "photo-000001" else "no image of a format")
+        assert entry.reason.startswith(
+            "only 5 of its" if entry.shard == "photo-000001" else "no image of a format"
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_by_default_so_many_bad_samples_stop_the_run_with_the_list(damaged, workers):
     stream = stream_of(damaged[0], workers=workers)
-    with pytest.raises(TooManyBadSamples, match=r"(?s)max_bad_fraction=0\.001:\n  photo-00000\d/p\d_\d+ at byte \d+"):
+    with pytest.raises(
+        TooManyBadSamples,
+        match=r"(?s)max_bad_fraction=0\.001:\n  photo-00000\d/p\d_\d+ at byte \d+",
+    ):
         for _ in zip(range(8), stream.steps(0), strict=False):
             pass
     stream.close()
@@ -296,37 +343,59 @@ def test_a_dead_source_stops_the_run(tmp_path):
         size = os.path.getsize(shard.path)
         Path(shard.path).write_bytes(bytes(size))
     with pytest.raises(
-        TooManyBadSamples, match=r"^nothing can be read in place of photo-00000\d/p\d_\d+.*max_bad_in_a_row=7"
+        TooManyBadSamples,
+        match=r"^nothing can be read in place of photo-00000\d/p\d_\d+.*max_bad_in_a_row=7",
     ):
         next(stream_of(index, max_bad_fraction=1.0, max_bad_in_a_row=7).steps(0))
 
 
 def bomb():
     """A small PNG that says it is 30,000 pixels square."""
-    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(10_000))]
-    parts = [struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks]
+    chunks = [
+        b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0),
+        b"IDAT" + zlib.compress(bytes(10_000)),
+    ]
+    parts = [
+        struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each))
+        for each in chunks
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 @pytest.fixture(scope="module", params=[0, 1])
 def hit_at_random(request, tmp_path_factory):
-    """Six shards of 100 photographs, and the same with damage at random: (clean index, damaged pattern, names of bad).
+    """Six shards of 100 photographs, and the same with damage at random: (clean index, damaged
+    pattern, names of bad).
 
-    A hundredth of the samples, each in another way; and of one shard the end is missing, from a random place on.
-    """
+    A hundredth of the samples, each in another way; and of one shard the end is missing, from a
+    random place on."""
     clean, hit = tmp_path_factory.mktemp("clean"), tmp_path_factory.mktemp("hit")
     index = ShardIndex.open(write_shards(clean, (100,) * 6))
     draw = np.random.default_rng(request.param)
     ways = [
-        lambda data: b"", lambda data: b"text in place of a photograph", lambda data: data[: len(data) // 3],
-        lambda data: bomb(), lambda data: bytes(len(data)), lambda data: data[:2] + data[30:][::-1],
-    ]  # fmt: skip
+        lambda data: b"",
+        lambda data: b"text in place of a photograph",
+        lambda data: data[: len(data) // 3],
+        lambda data: bomb(),
+        lambda data: bytes(len(data)),
+        lambda data: data[:2] + data[30:][::-1],
+    ]
     damage = dict(zip(draw.choice(600, 6, replace=False).tolist(), ways, strict=True))
     for shard in index.shards:
-        with tarfile.open(shard.path) as source, tarfile.open(hit / Path(shard.path).name, "w") as tar:
+        with (
+            tarfile.open(shard.path) as source,
+            tarfile.open(hit / Path(shard.path).name, "w") as tar,
+        ):
             for member in source.getmembers():
                 data = source.extractfile(member).read()
-                number = next((n for n in damage if index[n].id == f"{shard.name}/{member.name.split('.')[0]}"), None)
+                number = next(
+                    (
+                        n
+                        for n in damage
+                        if index[n].id == f"{shard.name}/{member.name.split('.')[0]}"
+                    ),
+                    None,
+                )
                 if number is not None and not member.name.endswith("cls"):
                     data = damage[number](data)
                 member.size = len(data)
@@ -336,7 +405,9 @@ def hit_at_random(request, tmp_path_factory):
     indexed.save(hit)
     cut = indexed[int(draw.integers(600))]
     os.truncate(cut.path, cut.offset + cut.size // 2)
-    lost = [n for n in range(600) if indexed[n].path == cut.path and indexed[n].offset >= cut.offset]
+    lost = [
+        n for n in range(600) if indexed[n].path == cut.path and indexed[n].offset >= cut.offset
+    ]
     return index, pattern, {index[n].id for n in {*damage, *lost}}
 
 
@@ -345,7 +416,8 @@ def test_whatever_hits_a_hundredth_of_the_samples_and_a_shard_moves_no_other(hit
     index = ShardIndex.open(pattern)
     assert len(index.short) == 1
     wanted = record(clean, 0, 75)
-    assert {entry[0] for entry in wanted.values()} == {clean[number].id for number in range(600)}  # an epoch
+    # an epoch
+    assert {entry[0] for entry in wanted.values()} == {clean[number].id for number in range(600)}
     for world, workers in ((1, 0), (4, 2)):
         got = record(index, 0, 75, world=world, workers=workers, max_bad_fraction=0.3)
         assert {position for position in wanted if wanted[position] != got[position]} == {
@@ -353,9 +425,16 @@ def test_whatever_hits_a_hundredth_of_the_samples_and_a_shard_moves_no_other(hit
         }
 
 
-def test_a_training_on_damaged_shards_ends_as_on_whole_ones_or_says_why_not(hit_at_random, tiny, tmp_path, capsys):
+def test_a_training_on_damaged_shards_ends_as_on_whole_ones_or_says_why_not(
+    hit_at_random, tiny, tmp_path, capsys
+):
     _, pattern, bad = hit_at_random
-    epoch = [f"data.shards={pattern}", "batch.images=24", "schedule.steps=25", "run.lease_timeout_s=5"]
+    epoch = [
+        f"data.shards={pattern}",
+        "batch.images=24",
+        "schedule.steps=25",
+        "run.lease_timeout_s=5",
+    ]
     run, stopped = Folder(tmp_path / "run"), Folder(tmp_path / "stopped")
     assert start(tiny, run.path, *epoch, f"data.max_bad_fraction={len(bad) / 600 + 0.01}") == 0
     assert run.steps() == list(range(1, 26))
@@ -400,7 +479,8 @@ def test_limits_count_samples_in_a_row_and_a_share_of_at_least_an_epoch(damaged)
         check(limits, [5], [5])
     limits = Limits(0.1, 100, 50)
     for position in range(0, 200, 10):
-        check(limits, [position], list(range(position, position + 10)))  # exactly a tenth, beyond an epoch
+        # exactly a tenth, beyond an epoch
+        check(limits, [position], list(range(position, position + 10)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -408,7 +488,9 @@ def test_a_shard_that_vanishes_is_an_error_that_names_the_sample(tmp_path, worke
     index = ShardIndex.open(write_shards(tmp_path, (16,)))
     Path(index.shards[0].path).unlink()
     stream = stream_of(index, workers=workers)
-    with pytest.raises(OSError, match=r"^photo-000000/p0_\d+ at position 0 cannot be read: .*photo-000000\.tar'$"):
+    with pytest.raises(
+        OSError, match=r"^photo-000000/p0_\d+ at position 0 cannot be read: .*photo-000000\.tar'$"
+    ):
         next(stream.steps(0))
     stream.close()
 
@@ -430,21 +512,29 @@ class FailingTransform:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bug_in_a_worker_surfaces_with_the_sample_named(index, workers):
     stream = stream_of(index, workers=workers, transform=FailingTransform())
-    with pytest.raises(RuntimeError, match=r"photo-00000\d/p\d_\d+ at position 0: KeyError\('a bug'\)"):
+    with pytest.raises(
+        RuntimeError, match=r"photo-00000\d/p\d_\d+ at position 0: KeyError\('a bug'\)"
+    ):
         next(stream.steps(0))
     stream.close()
     assert not multiprocessing.active_children()
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize(("world", "batch", "workers"), [(1, 8, 0), (2, 8, 2), (4, 3, 0), (5, 64, 0), (40, 4, 0)])
-def test_every_labelled_sample_is_seen_once_with_equal_batches_on_all_ranks(index, world, batch, workers):
+@pytest.mark.parametrize(
+    ("world", "batch", "workers"), [(1, 8, 0), (2, 8, 2), (4, 3, 0), (5, 64, 0), (40, 4, 0)]
+)
+def test_every_labelled_sample_is_seen_once_with_equal_batches_on_all_ranks(
+    index, world, batch, workers
+):
     seen, shapes = {}, set()
     for rank in range(world):
         batches = list(
-            labelled_batches(index, image_size=(16, 24), batch=batch, rank=rank, world=world, workers=workers)
+            labelled_batches(
+                index, image_size=(16, 24), batch=batch, rank=rank, world=world, workers=workers
+            )
         )
         shapes.add(tuple(tuple(batch.images.shape) for batch in batches))
         for got in batches:
@@ -470,11 +560,13 @@ def test_an_unreadable_labelled_sample_is_left_out_and_told(damaged, caplog):
 
 def test_samples_without_labels_cannot_be_evaluated(tmp_path):
     index = ShardIndex.open(write_shards(tmp_path, (4,), labels=False))
-    with pytest.raises(ValueError, match=r"4 of 4 samples have no label \(\.cls\): photo-000000/p0_0"):
+    with pytest.raises(
+        ValueError, match=r"4 of 4 samples have no label \(\.cls\): photo-000000/p0_0"
+    ):
         next(labelled_batches(index, image_size=(16, 16), batch=2))
 
 
-# ---------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 SCRIPT = """
 import multiprocessing, sys, time
@@ -486,8 +578,9 @@ from rcmae.transforms import TrainTransform
 if __name__ == "__main__":
     index = ShardIndex.open(sys.argv[1])
     plan = Plan(index.counts, 0, 8, 8, 4)
-    stream = Stream(index=index, plan=plan, transform=TrainTransform((16, 16)), mask=RandomMask(16, 4), seed=0, micro=8,
-                    workers=2)
+    transform = TrainTransform((16, 16))
+    stream = Stream(index=index, plan=plan, transform=transform, mask=RandomMask(16, 4),
+                    seed=0, micro=8, workers=2)
     steps = stream.steps(0)
     next(steps)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
@@ -510,9 +603,13 @@ def reader(tmp_path):
 
     def start(how):
         process = subprocess.Popen(
-            [sys.executable, str(tmp_path / "reader.py"), pattern, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
+            [sys.executable, str(tmp_path / "reader.py"), pattern, how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
         started.append(process)
         workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
         assert len(workers) == 2
@@ -530,7 +627,10 @@ def reader(tmp_path):
 def gone(processes, within_s=10):
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        if not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        if not any(
+            process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+            for process in processes
+        ):
             return True
         time.sleep(0.1)
     return False
@@ -557,7 +657,9 @@ def test_workers_outlive_a_signal_to_all_and_end_with_the_stream_or_the_process(
     assert gone(others)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real photographs do not lie beside the repository")
+@pytest.mark.skipif(
+    not REAL.is_dir(), reason="the real photographs do not lie beside the repository"
+)
 def test_real_photographs_make_an_epoch():
     index = ShardIndex.open(f"{REAL}/imagenet-sample-{{000000..000001}}.tar")
     plan = Plan(index.counts, seed=0, images=50, streams=8, window=16)
@@ -570,7 +672,9 @@ def test_real_photographs_make_an_epoch():
         micro=50,
         workers=2,
     )
-    keys = [key for _, (batch,) in zip(range(4), stream.steps(0), strict=False) for key in batch.keys]
+    keys = [
+        key for _, (batch,) in zip(range(4), stream.steps(0), strict=False) for key in batch.keys
+    ]
     stream.close()
     assert len(set(keys)) == 200
     assert stream.drain_bad() == []

@@ -25,7 +25,9 @@ from runs import Folder, distance, equal, finite, keeping_handlers, once, send, 
 from tests.conftest import ROOT, Ranks, free_port
 
 MANY = str(Path(__file__).parent / "programs" / "train_many.py")
-ZERO1, ZERO2, ZERO3 = ([f"engine.config=zero{stage}.json", "engine.name=deepspeed"] for stage in (1, 2, 3))
+ZERO1, ZERO2, ZERO3 = (
+    [f"engine.config=zero{stage}.json", "engine.name=deepspeed"] for stage in (1, 2, 3)
+)
 FSDP2 = ["engine.name=fsdp2"]
 
 
@@ -34,32 +36,56 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "run")
 
 
-# ------------------------------------------------------------------------------------------------- a run to its end
+# --------------------------------------------------------------------------------- a run to its end
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted: Folder) -> None:
     rows = uninterrupted.rows()
     assert [row["step"] for row in rows] == list(range(1, 21))
     promised = {
-        "step", "images_seen", "epoch", "loss", "loss_reconstruction", "loss_consistency", "lr", "momentum",
-        "grad_norm", "images_per_s", "data_wait_s", "time",
-    }  # fmt: skip
+        "step",
+        "images_seen",
+        "epoch",
+        "loss",
+        "loss_reconstruction",
+        "loss_consistency",
+        "lr",
+        "momentum",
+        "grad_norm",
+        "images_per_s",
+        "data_wait_s",
+        "time",
+    }
     assert all(promised <= row.keys() and finite(row) for row in rows)
-    assert all(row["loss"] == pytest.approx(row["loss_reconstruction"] + row["loss_consistency"]) for row in rows)
+    assert all(
+        row["loss"] == pytest.approx(row["loss_reconstruction"] + row["loss_consistency"])
+        for row in rows
+    )
     assert [row["images_seen"] for row in rows] == [32 * step for step in range(1, 21)]
     assert [row["epoch"] for row in rows] == [pytest.approx(step / 7) for step in range(1, 21)]
     assert rows[-1]["loss_reconstruction"] < 0.8 * rows[0]["loss_reconstruction"]  # it learns
     assert max(row["lr"] for row in rows) == 1e-3
-    assert uninterrupted.outcome() | {"status": "finished", "exit_status": 0, "step": 20} == uninterrupted.outcome()
+    assert (
+        uninterrupted.outcome() | {"status": "finished", "exit_status": 0, "step": 20}
+        == uninterrupted.outcome()
+    )
     assert uninterrupted.committed() == [10, 20]
     assert (uninterrupted.checkpoints / "LATEST").read_text().strip() == "step-00000020"
-    assert [uninterrupted.events(kind)[0]["step"] for kind in ("start", "checkpoint", "stop")] == [0, 10, 20]
+    assert [uninterrupted.events(kind)[0]["step"] for kind in ("start", "checkpoint", "stop")] == [
+        0,
+        10,
+        20,
+    ]
 
 
-def test_the_recipe_in_the_folder_goes_on_with_the_run(tiny: Path, folder: Folder, uninterrupted: Folder) -> None:
+def test_the_recipe_in_the_folder_goes_on_with_the_run(
+    tiny: Path, folder: Folder, uninterrupted: Folder
+) -> None:
     assert start(tiny, folder.path, "run.stop_after_steps=3") == 75
     written = folder.path / "recipe.yaml"
-    assert load(str(written)) == load(str(tiny), [f"run.dir={folder.path}", "run.stop_after_steps=3"])
+    assert load(str(written)) == load(
+        str(tiny), [f"run.dir={folder.path}", "run.stop_after_steps=3"]
+    )
     with keeping_handlers():
         assert train.main([str(written), "run.stop_after_steps=null"]) == 0
     assert folder.losses() == uninterrupted.losses()
@@ -71,10 +97,16 @@ def test_evaluation_and_picture_are_written(
     train_shards = photo_shards.replace("000005", "000003")
     test_shards = photo_shards.replace("000000..", "000004..")
     evaluated = [
-        "schedule.steps=7", "schedule.warmup_steps=1", "log.tensorboard=true", "evaluate.every_steps=4",
-        "evaluate.picture_every_steps=4", "evaluate.picture_images=3", "evaluate.k=[1, 5]",
-        f"evaluate.train_shards={train_shards}", f"evaluate.test_shards={test_shards}",
-    ]  # fmt: skip
+        "schedule.steps=7",
+        "schedule.warmup_steps=1",
+        "log.tensorboard=true",
+        "evaluate.every_steps=4",
+        "evaluate.picture_every_steps=4",
+        "evaluate.picture_images=3",
+        "evaluate.k=[1, 5]",
+        f"evaluate.train_shards={train_shards}",
+        f"evaluate.test_shards={test_shards}",
+    ]
     assert start(tiny, folder.path, *evaluated) == 0
     found = folder.events("evaluate")
     assert [event["step"] for event in found] == [4, 7]  # every fourth, and the last
@@ -92,7 +124,12 @@ def test_evaluation_and_picture_are_written(
         assert sheet.height >= 3 * 32
     assert list((folder.path / "tensorboard").glob("events.out.*"))
     said = capsys.readouterr().out
-    for text in ("finished at step 7 of 7", "k-NN, top-1 in %", str(folder.checkpoints), "tensorboard --logdir"):
+    for text in (
+        "finished at step 7 of 7",
+        "k-NN, top-1 in %",
+        str(folder.checkpoints),
+        "tensorboard --logdir",
+    ):
         assert text in said
 
 
@@ -100,13 +137,18 @@ def test_evaluating_and_logging_change_nothing_in_the_training(
     tiny: Path, photo_shards: str, folder: Folder, uninterrupted: Folder
 ) -> None:
     shards = [f"evaluate.{which}_shards={photo_shards}" for which in ("train", "test")]
-    seen = ["evaluate.every_steps=6", "evaluate.picture_every_steps=5", "log.every_steps=3", "checkpoint.every_steps=7"]
+    seen = [
+        "evaluate.every_steps=6",
+        "evaluate.picture_every_steps=5",
+        "log.every_steps=3",
+        "checkpoint.every_steps=7",
+    ]
     assert start(tiny, folder.path, *shards, *seen) == 0
     assert folder.steps() == [3, 6, 9, 12, 15, 18, 20]  # the last is always logged
     assert equal(folder.state(), uninterrupted.state())
 
 
-# ---------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def make_shard(path: Path, jpegs: int, broken: Sequence[int] = ()) -> str:
@@ -123,7 +165,11 @@ def make_shard(path: Path, jpegs: int, broken: Sequence[int] = ()) -> str:
 
 def contradicting_json(folder: Path) -> Path:
     path = folder / "contradicts.json"
-    path.write_text(json.dumps({"train_batch_size": 64, "gradient_clipping": 3.0, "zero_optimization": {"stage": 2}}))
+    path.write_text(
+        json.dumps(
+            {"train_batch_size": 64, "gradient_clipping": 3.0, "zero_optimization": {"stage": 2}}
+        )
+    )
     return path
 
 
@@ -133,19 +179,55 @@ def test_bad_input_is_refused_with_every_problem_and_nothing_written(
     (tmp_path / "empty.tar").touch()
     (tmp_path / "text.tar").write_text("no tar\n" * 200)
     cases: list[tuple[list[str], list[str]]] = [
-        (["modle.depth=2", "batch.images=many", "log.zzz=1"],
-         ["unknown key 'modle'; did you mean 'model'?", "batch.images: ", "unknown key 'zzz' in log"]),
-        (["data.shards=[nowhere/*.tar, 'a-{0..1}.tar']", "model.image_size=33", "model.embed_dim=65"],
-         ["nowhere/*.tar: matches nothing", "a-0.tar: No such file", "a-1.tar: No such file", "image", "65"]),
-        ([f"data.shards=[{tmp_path}/empty.tar, {tmp_path}/text.tar]", "model.name=vit_smal_patch16"],
-         ["empty.tar: is empty", "text.tar: is not a tar file", "did you mean 'vit_small_patch16'?"]),
+        (
+            ["modle.depth=2", "batch.images=many", "log.zzz=1"],
+            [
+                "unknown key 'modle'; did you mean 'model'?",
+                "batch.images: ",
+                "unknown key 'zzz' in log",
+            ],
+        ),
+        (
+            [
+                "data.shards=[nowhere/*.tar, 'a-{0..1}.tar']",
+                "model.image_size=33",
+                "model.embed_dim=65",
+            ],
+            [
+                "nowhere/*.tar: matches nothing",
+                "a-0.tar: No such file",
+                "a-1.tar: No such file",
+                "image",
+                "65",
+            ],
+        ),
+        (
+            [
+                f"data.shards=[{tmp_path}/empty.tar, {tmp_path}/text.tar]",
+                "model.name=vit_smal_patch16",
+            ],
+            [
+                "empty.tar: is empty",
+                "text.tar: is not a tar file",
+                "did you mean 'vit_small_patch16'?",
+            ],
+        ),
         (["batch.images=4096"], ["batch.images=4096 is more than the 240 samples"]),
-        (["schedule.warmup_steps=20"], ["the warm-up of 20 steps does not end before the last of 20 steps"]),
-        (["schedule.epochs=1", "schedule.base_lr=1"], ["one of epochs and steps", "one of base_lr and lr"]),
+        (
+            ["schedule.warmup_steps=20"],
+            ["the warm-up of 20 steps does not end before the last of 20 steps"],
+        ),
+        (
+            ["schedule.epochs=1", "schedule.base_lr=1"],
+            ["one of epochs and steps", "one of base_lr and lr"],
+        ),
         (["checkpoint.resume=must"], ["has no valid checkpoint; use auto to start anew"]),
         (["checkpoint.resume=elsewhere"], ["checkpoint.resume=elsewhere: "]),
-        (["data.index=typo"], ["data.index=typo: no index is there; tools/index_shards.py SHARDS --out typo"]),
-    ]  # fmt: skip
+        (
+            ["data.index=typo"],
+            ["data.index=typo: no index is there; tools/index_shards.py SHARDS --out typo"],
+        ),
+    ]
     for overrides, wanted in cases:
         assert start(tiny, folder.path, *overrides) == 2, overrides
         said = capsys.readouterr().err
@@ -159,13 +241,21 @@ def test_bad_input_under_a_launcher_ends_every_rank_with_2_and_one_message(
     tiny: Path, tmp_path: Path, folder: Folder, ranks: Callable[..., Ranks]
 ) -> None:
     wrong = [
-        f"run.dir={folder.path}", "batch.images=31", "engine.name=deepspeed", "model.patch_size=7",
-        f"engine.config={contradicting_json(tmp_path)}", "data.shards=nowhere.tar",
-    ]  # fmt: skip
+        f"run.dir={folder.path}",
+        "batch.images=31",
+        "engine.name=deepspeed",
+        "model.patch_size=7",
+        f"engine.config={contradicting_json(tmp_path)}",
+        "data.shards=nowhere.tar",
+    ]
     started = ranks("-m", "rcmae.train", tiny, *wrong, world=2)
     assert started.wait() == [2, 2]
     said = started.said(0)
-    for text in ("batch.images=31 is not divisible by 2 ranks; use 30 or 32", "nowhere.tar: No such file", "patch"):
+    for text in (
+        "batch.images=31 is not divisible by 2 ranks; use 30 or 32",
+        "nowhere.tar: No such file",
+        "patch",
+    ):
         assert text in said
     assert said.count("rcmae:") == 1
     assert "rcmae:" not in started.said(1)
@@ -179,7 +269,10 @@ def test_launcher_variables_that_are_incomplete_are_named(
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("RANK", "0")
     assert start(tiny, folder.path) == 2
-    assert "RANK or WORLD_SIZE is set but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err
+    assert (
+        "RANK or WORLD_SIZE is set but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+        in capsys.readouterr().err
+    )
     assert not folder.path.exists()
 
 
@@ -190,26 +283,40 @@ def test_a_folder_of_another_recipe_or_other_data_is_refused_with_the_difference
     before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     fewer = photo_shards.replace("000005", "000004")
     cases = [
-        (["model.depth=2", "schedule.lr=5e-4", "data.seed=3"],
-         ["model.depth: 3 in the run, 2 asked for", "schedule.lr: 0.001 in the run, 0.0005", "data.seed: 0 in the"]),
+        (
+            ["model.depth=2", "schedule.lr=5e-4", "data.seed=3"],
+            [
+                "model.depth: 3 in the run, 2 asked for",
+                "schedule.lr: 0.001 in the run, 0.0005",
+                "data.seed: 0 in the",
+            ],
+        ),
         ([f"data.shards={fewer}"], ["data.shards are not those of", "give the same shards"]),
         (["checkpoint.resume=must", "run.seed=1"], ["run.seed: 0 in the run, 1 asked for"]),
-    ]  # fmt: skip
+    ]
     for overrides, wanted in cases:
         capsys.readouterr()
         assert start(tiny, folder.path, *overrides) == 2, overrides
         said = capsys.readouterr().err
         assert [text for text in wanted if text not in said] == [], said
         assert "allow=[model" not in said, "other weights cannot be allowed"
-        assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+        assert {
+            path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()
+        } == before
 
 
 def test_what_a_resume_may_not_change_it_may_when_it_is_allowed_by_name(
     tiny: Path, photo_shards: str, folder: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(tiny, folder.path, "run.stop_after_steps=2") == 75
-    fewer, changed = photo_shards.replace("000005", "000004"), ["schedule.lr=5e-4", "teacher.momentum=0.9"]
-    assert start(tiny, folder.path, *changed, f"data.shards={fewer}", "checkpoint.allow=[schedule.lr]") == 2
+    fewer, changed = (
+        photo_shards.replace("000005", "000004"),
+        ["schedule.lr=5e-4", "teacher.momentum=0.9"],
+    )
+    assert (
+        start(tiny, folder.path, *changed, f"data.shards={fewer}", "checkpoint.allow=[schedule.lr]")
+        == 2
+    )
     said = capsys.readouterr().err
     assert "teacher.momentum: 0.996 in the run, 0.9 asked for" in said
     assert "knowingly, checkpoint.allow=[teacher.momentum]" in said
@@ -233,7 +340,12 @@ def test_a_teacher_updated_with_every_micro_batch_wants_as_many_of_them(
     assert start(tiny, folder.path, *micro, "batch.per_device=8") == 75
 
 
-BATCH_NORM = ["objective.name=supmae", "model.num_classes=8", "model.class_hidden=16", "run.stop_after_steps=2"]
+BATCH_NORM = [
+    "objective.name=supmae",
+    "model.num_classes=8",
+    "model.class_hidden=16",
+    "run.stop_after_steps=2",
+]
 
 
 def test_a_batch_norm_wants_as_many_images_at_once(
@@ -258,7 +370,14 @@ def test_a_batch_norm_counts_the_images_of_all_ranks(
     tiny: Path, folder: Folder, ranks: Callable[..., Ranks]
 ) -> None:
     assert start(tiny, folder.path, *BATCH_NORM, "batch.per_device=16") == 75
-    job = ["-m", "rcmae.train", str(tiny), f"run.dir={folder.path}", *BATCH_NORM, "engine.name=fsdp2"]
+    job = [
+        "-m",
+        "rcmae.train",
+        str(tiny),
+        f"run.dir={folder.path}",
+        *BATCH_NORM,
+        "engine.name=fsdp2",
+    ]
     wrong = ranks(*job, "batch.per_device=16")
     assert wrong.wait() == [2, 2]
     assert "normalised 16 images at once, here they are 32" in wrong.said()
@@ -267,7 +386,7 @@ def test_a_batch_norm_counts_the_images_of_all_ranks(
     assert folder.committed()[-1] == 4
 
 
-# ------------------------------------------------------------------------------------------------- asked to stop
+# ------------------------------------------------------------------------------------ asked to stop
 
 
 def test_a_run_asked_to_stop_after_steps_is_finished_by_the_same_command(
@@ -275,11 +394,16 @@ def test_a_run_asked_to_stop_after_steps_is_finished_by_the_same_command(
 ) -> None:
     for step in (8, 16):
         assert start(tiny, folder.path, "run.stop_after_steps=8") == 75
-        assert folder.outcome() | {"status": "stopped", "exit_status": 75, "step": step} == folder.outcome()
+        assert (
+            folder.outcome() | {"status": "stopped", "exit_status": 75, "step": step}
+            == folder.outcome()
+        )
         assert "run.stop_after_steps=8" in folder.outcome()["reason"]
         assert folder.committed()[-1] == step
     assert start(tiny, folder.path, "run.stop_after_steps=8") == 0
-    assert folder.outcome() | {"status": "finished", "exit_status": 0, "step": 20} == folder.outcome()
+    assert (
+        folder.outcome() | {"status": "finished", "exit_status": 0, "step": 20} == folder.outcome()
+    )
     assert [event["step"] for event in folder.events("resume")] == [8, 16]
     assert folder.steps() == list(range(1, 21))
     assert folder.losses() == uninterrupted.losses()
@@ -288,21 +412,41 @@ def test_a_run_asked_to_stop_after_steps_is_finished_by_the_same_command(
     assert folder.losses() == uninterrupted.losses()
 
 
-def test_a_shipped_recipe_with_every_default_left_alone_goes_on(photo_shards: str, folder: Folder) -> None:
+def test_a_shipped_recipe_with_every_default_left_alone_goes_on(
+    photo_shards: str, folder: Folder
+) -> None:
     """What a recipe leaves open the first start decides; the same command finds it as it was."""
     small = [
-        f"data.shards={photo_shards}", "data.workers=0", "model.image_size=32", "model.patch_size=8",
-        "model.embed_dim=64", "model.depth=1", "model.num_heads=4", "model.decoder_dim=32", "model.decoder_depth=1",
-        "model.decoder_heads=4", "engine.name=local", "engine.config=null", "batch.images=16", "schedule.epochs=1",
-        "schedule.warmup_epochs=0.1", "log.every_steps=1", "log.tensorboard=false",
-    ]  # fmt: skip
+        f"data.shards={photo_shards}",
+        "data.workers=0",
+        "model.image_size=32",
+        "model.patch_size=8",
+        "model.embed_dim=64",
+        "model.depth=1",
+        "model.num_heads=4",
+        "model.decoder_dim=32",
+        "model.decoder_depth=1",
+        "model.decoder_heads=4",
+        "engine.name=local",
+        "engine.config=null",
+        "batch.images=16",
+        "schedule.epochs=1",
+        "schedule.warmup_epochs=0.1",
+        "log.every_steps=1",
+        "log.tensorboard=false",
+    ]
     assert start(Path("rcmae_vit_s_16"), folder.path, *small, "run.stop_after_steps=3") == 75
     assert start(Path("rcmae_vit_s_16"), folder.path, *small, "run.stop_after_steps=3") == 75
-    assert start(folder.path / "recipe.yaml", folder.path, "run.stop_after_steps=3") == 75  # as the summary says
+    # as the summary says
+    assert start(folder.path / "recipe.yaml", folder.path, "run.stop_after_steps=3") == 75
     assert start(Path("rcmae_vit_s_16"), folder.path, *small, "data.canonical_streams=8") == 2
     assert folder.steps() == list(range(1, 10))
     manifest = read_manifest(folder.path / "checkpoints" / "step-00000009")
-    assert manifest.meta["recipe"]["data"]["canonical_streams"] == manifest.meta["sizes"]["canonical_streams"] == 256
+    assert (
+        manifest.meta["recipe"]["data"]["canonical_streams"]
+        == manifest.meta["sizes"]["canonical_streams"]
+        == 256
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
@@ -321,7 +465,9 @@ def test_a_signal_commits_the_step_and_asks_to_be_run_again(
     assert equal(folder.state(), uninterrupted.state())
 
 
-def test_a_signal_before_the_first_step_loses_nothing(tiny: Path, folder: Folder, uninterrupted: Folder) -> None:
+def test_a_signal_before_the_first_step_loses_nothing(
+    tiny: Path, folder: Folder, uninterrupted: Folder
+) -> None:
     with keeping_handlers():
         stop = preempt.StopRequest()
         send(signal.SIGUSR1)()
@@ -337,7 +483,8 @@ def test_signals_during_a_save_do_not_break_it(
     fsync, sent = os.fsync, []
 
     def signalled(file: int) -> None:
-        if "/checkpoints/" in os.readlink(f"/proc/self/fd/{file}") and len(sent) < 3:  # a first and two impatient ones
+        if "/checkpoints/" in os.readlink(f"/proc/self/fd/{file}") and len(sent) < 3:
+            # a first and two impatient ones
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
         fsync(file)
 
@@ -350,7 +497,7 @@ def test_signals_during_a_save_do_not_break_it(
     assert equal(folder.state(), uninterrupted.state())
 
 
-# -------------------------------------------------------------------------------------------- where it goes on from
+# ---------------------------------------------------------------------------- where it goes on from
 
 
 def test_never_starts_anew_and_keeps_the_old_checkpoints_aside(
@@ -360,17 +507,22 @@ def test_never_starts_anew_and_keeps_the_old_checkpoints_aside(
     assert start(tiny, folder.path, "checkpoint.resume=never") == 0
     assert folder.steps() == list(range(1, 21))
     assert equal(folder.state(), uninterrupted.state())
-    aside = [path.parent for path in folder.path.rglob("manifest.json") if "step-00000012" in str(path)]
+    aside = [
+        path.parent for path in folder.path.rglob("manifest.json") if "step-00000012" in str(path)
+    ]
     assert len(aside) == 1
     assert read_manifest(aside[0]).meta["recipe"]["run"]["seed"] == 5
 
 
-def test_must_goes_on_and_a_path_begins_a_new_run_there(tiny: Path, folder: Folder, uninterrupted: Folder) -> None:
+def test_must_goes_on_and_a_path_begins_a_new_run_there(
+    tiny: Path, folder: Folder, uninterrupted: Folder
+) -> None:
     first = uninterrupted.checkpoints / "step-00000010"
     assert start(tiny, folder.path, f"checkpoint.resume={first}", "run.stop_after_steps=2") == 75
     assert folder.events("resume")[0]["step"] == 10
     assert start(tiny, folder.path, "checkpoint.resume=must", "run.stop_after_steps=3") == 75
-    # a requeued job repeats its command: it must go on from its own checkpoint, not begin again at the path
+    # a requeued job repeats its command: it must go on from its own checkpoint, not begin again at
+    # the path
     assert start(tiny, folder.path, f"checkpoint.resume={first}") == 0
     assert [event["step"] for event in folder.events("resume")] == [10, 12, 15]
     assert folder.steps() == list(range(11, 21))
@@ -378,7 +530,11 @@ def test_must_goes_on_and_a_path_begins_a_new_run_there(tiny: Path, folder: Fold
 
 
 def test_a_path_to_a_damaged_checkpoint_is_an_error_that_names_the_file(
-    tiny: Path, tmp_path: Path, folder: Folder, uninterrupted: Folder, capsys: pytest.CaptureFixture[str]
+    tiny: Path,
+    tmp_path: Path,
+    folder: Folder,
+    uninterrupted: Folder,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     broken = shutil.copytree(uninterrupted.checkpoints / "step-00000010", tmp_path / "broken")
     (broken / "rank-00000.safetensors").write_bytes(b"")
@@ -387,7 +543,7 @@ def test_a_path_to_a_damaged_checkpoint_is_an_error_that_names_the_file(
     assert folder.steps() == []
 
 
-# ---------------------------------------------------------------------------------------------------- killed
+# ------------------------------------------------------------------------------------------- killed
 
 
 def test_a_run_killed_and_started_again_is_the_uninterrupted_one_bit_for_bit(
@@ -397,8 +553,10 @@ def test_a_run_killed_and_started_again_is_the_uninterrupted_one_bit_for_bit(
     assert start(tiny, folder.path, often, "run.stop_after_steps=1") == 75
     with subprocess.Popen(
         [sys.executable, "-m", "rcmae.train", str(tiny), f"run.dir={folder.path}", often],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-    ) as killed:  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    ) as killed:
         latest = folder.checkpoints / "LATEST"
         wait_for(lambda: latest.read_text() > "step-00000001\n", lambda: killed.poll() is None)
         killed.kill()
@@ -429,7 +587,9 @@ def rank_processes(launcher: subprocess.Popen[str], world: int) -> dict[int, psu
 def test_a_run_goes_on_over_launchers_engines_kills_and_a_signal_to_one_rank(
     tiny: Path, folder: Folder, tmp_path: Path
 ) -> None:
-    """deepspeed, killed -> deepspeed, asked to stop -> torchrun, one rank signalled -> one process, to the end."""
+    """deepspeed, killed -> deepspeed, asked to stop -> torchrun, one rank signalled -> one
+    process, to the end.
+    """
     recipe = yaml.safe_load(tiny.read_text())
     recipe["schedule"]["steps"] = 60
     long = tmp_path / "long.yaml"
@@ -439,7 +599,12 @@ def test_a_run_goes_on_over_launchers_engines_kills_and_a_signal_to_one_rank(
 
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     bin_dir = Path(sys.executable).parent
-    job = [str(long), f"run.dir={folder.path}", "checkpoint.every_steps=4", "run.stop_after_steps=16"]
+    job = [
+        str(long),
+        f"run.dir={folder.path}",
+        "checkpoint.every_steps=4",
+        "run.stop_after_steps=16",
+    ]
 
     def launch(*command: str) -> subprocess.Popen[str]:
         log = (tmp_path / f"{Path(command[0]).name}.log").open("a")
@@ -448,9 +613,17 @@ def test_a_run_goes_on_over_launchers_engines_kills_and_a_signal_to_one_rank(
 
     def deepspeed() -> subprocess.Popen[str]:
         return launch(
-            str(bin_dir / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "--module",
-            "rcmae.train", *job, "--deepspeed_config", "ds_configs/zero2.json",
-        )  # fmt: skip
+            str(bin_dir / "deepspeed"),
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(free_port()),
+            "--module",
+            "rcmae.train",
+            *job,
+            "--deepspeed_config",
+            "ds_configs/zero2.json",
+        )
 
     with deepspeed() as launcher:
         wait_for(lambda: (folder.checkpoints / "LATEST").exists(), lambda: launcher.poll() is None)
@@ -467,9 +640,16 @@ def test_a_run_goes_on_over_launchers_engines_kills_and_a_signal_to_one_rank(
 
     job[-1] = "run.stop_after_steps=null"
     with launch(
-        str(bin_dir / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()),
-        "-m", "rcmae.train", *job, *FSDP2,
-    ) as launcher:  # fmt: skip
+        str(bin_dir / "torchrun"),
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "-m",
+        "rcmae.train",
+        *job,
+        *FSDP2,
+    ) as launcher:
         wait_for(lambda: folder.steps()[-1] > resumed + 16, lambda: launcher.poll() is None)
         rank_processes(launcher, 2)[1].send_signal(signal.SIGUSR1)
         assert launcher.wait() == 1  # torchrun turns 75 into 1 ...
@@ -485,7 +665,7 @@ def test_a_run_goes_on_over_launchers_engines_kills_and_a_signal_to_one_rank(
         assert distance(folder.state(), oracle.state(), kind) < 1e-5
 
 
-# --------------------------------------------------------------------------------------- any engine opens any other's
+# --------------------------------------------------------------------- any engine opens any other's
 
 
 @pytest.mark.slow
@@ -500,7 +680,12 @@ def test_any_engine_goes_on_from_any_others_checkpoint(
         for name, engine in engines.items()
     ]
     jobs += [
-        [str(tiny), f"run.dir={tmp_path / f'{saver}-{loader}'}", f"checkpoint.resume={path}", *engine]
+        [
+            str(tiny),
+            f"run.dir={tmp_path / f'{saver}-{loader}'}",
+            f"checkpoint.resume={path}",
+            *engine,
+        ]
         for loader, engine in engines.items()
         for saver, path in saved.items()
     ]
@@ -509,33 +694,43 @@ def test_any_engine_goes_on_from_any_others_checkpoint(
     for saver in engines:
         assert start(tiny, tmp_path / f"{saver}-local", f"checkpoint.resume={saved[saver]}") == 0
 
-    oracle, state = dict(zip(uninterrupted.steps(), uninterrupted.losses(), strict=True)), uninterrupted.state()
+    oracle, state = (
+        dict(zip(uninterrupted.steps(), uninterrupted.losses(), strict=True)),
+        uninterrupted.state(),
+    )
     pairs = [f"{saver}-{loader}" for saver in saved for loader in (*engines, "local")]
     pairs.remove("local-local")
     assert len(pairs) == 15
     for pair in pairs:
         went_on = Folder(tmp_path / pair)
         assert went_on.steps() == list(range(11, 21)), pair
-        assert went_on.losses() == pytest.approx([oracle[step] for step in went_on.steps()], rel=1e-5), pair
+        assert went_on.losses() == pytest.approx(
+            [oracle[step] for step in went_on.steps()], rel=1e-5
+        ), pair
         for kind in ("weight", "teacher"):
             assert distance(went_on.state(), state, kind) < 1e-5, (pair, kind)
 
 
-# ------------------------------------------------------------------------------------------------- bad samples
+# -------------------------------------------------------------------------------------- bad samples
 
 
 @pytest.mark.slow
 def test_unreadable_samples_are_reported_whichever_rank_meets_them_and_too_many_stop_all(
     tiny: Path, photo_shards: str, tmp_path: Path, ranks: Callable[..., Ranks]
 ) -> None:
-    shards = f"data.shards=['{photo_shards}', {make_shard(tmp_path / 'bad.tar', 40, broken=range(0, 40, 2))}]"
+    shards = (
+        f"data.shards=['{photo_shards}', "
+        f"{make_shard(tmp_path / 'bad.tar', 40, broken=range(0, 40, 2))}]"
+    )
     evaluated = [
-        "evaluate.every_steps=7", "evaluate.picture_every_steps=7", *[
-            f"evaluate.{which}_shards={photo_shards}" for which in ("train", "test")
-        ],
-    ]  # fmt: skip
+        "evaluate.every_steps=7",
+        "evaluate.picture_every_steps=7",
+        *[f"evaluate.{which}_shards={photo_shards}" for which in ("train", "test")],
+    ]
     short = [str(tiny), "schedule.steps=7", "schedule.warmup_steps=1", "checkpoint.every_steps=5"]
-    bearable, stopped, after = (Folder(tmp_path / name) for name in ("bearable", "stopped", "after"))
+    bearable, stopped, after = (
+        Folder(tmp_path / name) for name in ("bearable", "stopped", "after")
+    )
     jobs = [
         [*short, shards, f"run.dir={bearable.path}", "data.max_bad_fraction=0.5", *ZERO1],
         [*short, shards, f"run.dir={stopped.path}", "data.max_bad_fraction=0.01", *ZERO1],
@@ -551,7 +746,9 @@ def test_unreadable_samples_are_reported_whichever_rank_meets_them_and_too_many_
     assert {line["position"] % 2 for line in reported} == {0, 1}  # ranks 0 and 1 both met some
     one = Folder(tmp_path / "one")
     assert start(short[0], one.path, *short[1:], shards, "data.max_bad_fraction=0.5") == 0
-    assert sorted(line["position"] for line in reported) == sorted(e["position"] for e in one.events("bad_sample"))
+    assert sorted(line["position"] for line in reported) == sorted(
+        e["position"] for e in one.events("bad_sample")
+    )
     assert bearable.losses() == pytest.approx(one.losses(), rel=1e-5)
 
     assert stopped.outcome()["status"] == "failed"
@@ -560,22 +757,36 @@ def test_unreadable_samples_are_reported_whichever_rank_meets_them_and_too_many_
     assert re.search(r"bad/bad_\d+ at byte \d+, position \d+", message)
 
     for name in ("after", "after-fsdp2"):  # evaluation and pictures are collective
-        assert Folder(tmp_path / name).events("evaluate")[0]["knn"].keys() == {"student", "teacher", "random", "pixels"}
+        assert Folder(tmp_path / name).events("evaluate")[0]["knn"].keys() == {
+            "student",
+            "teacher",
+            "random",
+            "pixels",
+        }
         assert (tmp_path / name / "pictures" / "step-00000007.png").is_file()
 
 
-# ----------------------------------------------------------------------------------------------------- its last words
+# ----------------------------------------------------------------------------------- its last words
 
 
-def test_what_it_says_to_run_next_runs(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, words = Folder(tmp_path / "run"), ["schedule.steps=2", "schedule.warmup_steps=0", "run.stop_after_steps=1"]
+def test_what_it_says_to_run_next_runs(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = (
+        Folder(tmp_path / "run"),
+        ["schedule.steps=2", "schedule.warmup_steps=0", "run.stop_after_steps=1"],
+    )
     assert start(tiny, run.path, *words) == 75
     (command,) = re.findall(r"python -m rcmae.train (.*?)    # go on", capsys.readouterr().out)
     recipe, *overrides = command.split()
     assert start(recipe, run.path, *overrides) == 0  # it does not stop after another step
-    (command,) = re.findall(r"python tools/(export.py .*?)    # the encoder", capsys.readouterr().out)
+    (command,) = re.findall(
+        r"python tools/(export.py .*?)    # the encoder", capsys.readouterr().out
+    )
     done = subprocess.run(
-        [sys.executable, *f"{ROOT}/tools/{command}".split()], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}
+        [sys.executable, *f"{ROOT}/tools/{command}".split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
     )
     assert done.returncode == 0
     assert (tmp_path / "run.safetensors").is_file()

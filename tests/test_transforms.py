@@ -1,4 +1,6 @@
-"""Decoding every kind of image, crops with torchvision's statistics, resizing as PIL's, all keyed by position."""
+"""Decoding every kind of image, crops with torchvision's statistics, resizing as PIL's, all
+keyed by position.
+"""
 
 import contextlib
 import io
@@ -47,7 +49,9 @@ def psnr(a, b):
 
 
 def photographs():
-    """Encoded JPEG photographs: real ones where they lie beside the repository, else those of scikit-learn."""
+    """Encoded JPEG photographs: real ones where they lie beside the repository, else those of
+    scikit-learn.
+    """
     if REAL.is_dir():
         index = ShardIndex.open(str(REAL / "imagenet-sample-000000.tar"))
         for number in range(20):
@@ -59,24 +63,39 @@ def photographs():
         yield encoded(pixels, "JPEG", quality=90)
 
 
-# ---------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
 def test_jpeg_is_decoded_to_the_pixels_of_pil():
     for data in photographs():
-        np.testing.assert_array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        np.testing.assert_array_equal(
+            decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        )
 
 
 @pytest.mark.parametrize(
     ("kind", "mode", "options"),
     [
-        ("JPEG", "L", {}), ("JPEG", "CMYK", {}), ("JPEG", "RGB", {"progressive": True}),
-        ("JPEG", "RGB", {"subsampling": 0}), ("PNG", "RGB", {}), ("PNG", "L", {}), ("PNG", "P", {}),
-        ("PNG", "RGBA", {}), ("PNG", "LA", {}), ("PNG", "1", {}), ("PNG", "P", {"transparency": 3}),
-        ("PNG", "P", {"transparency": bytes(range(256))}), ("WEBP", "RGB", {"lossless": True}), ("BMP", "RGB", {}),
-        ("TIFF", "RGB", {}), ("TIFF", "CMYK", {}), ("GIF", "P", {}), ("PPM", "RGB", {}),
+        ("JPEG", "L", {}),
+        ("JPEG", "CMYK", {}),
+        ("JPEG", "RGB", {"progressive": True}),
+        ("JPEG", "RGB", {"subsampling": 0}),
+        ("PNG", "RGB", {}),
+        ("PNG", "L", {}),
+        ("PNG", "P", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "LA", {}),
+        ("PNG", "1", {}),
+        ("PNG", "P", {"transparency": 3}),
+        ("PNG", "P", {"transparency": bytes(range(256))}),
+        ("WEBP", "RGB", {"lossless": True}),
+        ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {}),
+        ("TIFF", "CMYK", {}),
+        ("GIF", "P", {}),
+        ("PPM", "RGB", {}),
     ],
-)  # fmt: skip
+)
 def test_every_mode_becomes_rgb_as_pil_makes_it(kind, mode, options):
     data = encoded(PHOTOGRAPHS[0][:60, :80], kind, mode, **options)
     image = Image.open(io.BytesIO(data))
@@ -103,7 +122,11 @@ def test_an_exif_rotation_is_left_alone_as_published():
 
 
 def test_grey_models_get_one_channel():
-    for data in (encoded(PHOTOGRAPHS[0], "JPEG"), encoded(PHOTOGRAPHS[0]), encoded(PHOTOGRAPHS[0], "JPEG", "L")):
+    for data in (
+        encoded(PHOTOGRAPHS[0], "JPEG"),
+        encoded(PHOTOGRAPHS[0]),
+        encoded(PHOTOGRAPHS[0], "JPEG", "L"),
+    ):
         got = decode(data, 1)
         assert got.shape == (427, 640, 1)
         assert psnr(got[:, :, 0], np.asarray(Image.open(io.BytesIO(data)).convert("L"))) > 45
@@ -125,7 +148,9 @@ def test_arrays_and_multi_band_tiff_feed_models_of_other_channels():
     for planar in ("contig", "separate"):
         file = io.BytesIO()
         image = bands if planar == "contig" else bands.transpose(2, 0, 1)
-        tifffile.imwrite(file, image, photometric="minisblack", planarconfig=planar, compression="zlib")
+        tifffile.imwrite(
+            file, image, photometric="minisblack", planarconfig=planar, compression="zlib"
+        )
         files.append(file.getvalue())
     for data in files:
         np.testing.assert_array_equal(decode(data, 5), bands)
@@ -142,16 +167,33 @@ def test_arrays_and_multi_band_tiff_feed_models_of_other_channels():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (saved(np.zeros((4, 6, 4), np.uint8)), r"an array of 4 x 6 x 4, wanted are height x width x 5"),
-        (saved(np.zeros((4, 6, 5), np.float32)), "float32, of unknown range; store uint8 or uint16"),
+        (
+            saved(np.zeros((4, 6, 4), np.uint8)),
+            r"an array of 4 x 6 x 4, wanted are height x width x 5",
+        ),
+        (
+            saved(np.zeros((4, 6, 5), np.float32)),
+            "float32, of unknown range; store uint8 or uint16",
+        ),
         (saved(np.zeros((4, 6, 5), np.uint8))[:-9], "ValueError: buffer is smaller"),
-        (saved(np.zeros((4, 6, 5), np.uint8)).replace(b"(4, 6, 5), ", b"(9**9,5,5),"), "ValueError"),
-        (saved(np.zeros((1, 1, 5), np.uint8)).replace(b"(1, 1, 5), }     ", b"(30000, 30000,5)}"), "are too many"),
+        (
+            saved(np.zeros((4, 6, 5), np.uint8)).replace(b"(4, 6, 5), ", b"(9**9,5,5),"),
+            "ValueError",
+        ),
+        (
+            saved(np.zeros((1, 1, 5), np.uint8)).replace(
+                b"(1, 1, 5), }     ", b"(30000, 30000,5)}"
+            ),
+            "are too many",
+        ),
         (np.lib.format.MAGIC_PREFIX + b"\x01\x00", "Error"),
-        (encoded(PHOTOGRAPHS[0], "JPEG"), "an array of 427 x 640 x 3, wanted are height x width x 5"),
+        (
+            encoded(PHOTOGRAPHS[0], "JPEG"),
+            "an array of 427 x 640 x 3, wanted are height x width x 5",
+        ),
         (b"II*\0" + bytes(100), "Error"),
     ],
-)  # fmt: skip
+)
 def test_other_arrays_are_bad_images(data, reason):
     with pytest.raises(BadImage, match=reason):
         decode(data, 5)
@@ -170,11 +212,16 @@ def bomb(side):
     """A PNG header that promises side x side pixels."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -219,7 +266,7 @@ def test_flipped_bytes_either_decode_or_are_a_bad_image():
             assert decode(bytes(data)).ndim == 3
 
 
-# ---------------------------------------------------------------------------------------------------- crops
+# -------------------------------------------------------------------------------------------- crops
 
 
 def test_a_view_depends_on_seed_position_and_draw_alone():
@@ -244,15 +291,28 @@ def test_a_view_is_the_crop_it_names():
         assert torch.equal(view.image, box.flip(-1) if flipped else box)
         flips += flipped
     assert 0 < flips < 10
-    assert not any(TrainTransform((64, 64), flip=0.0)(JPEG, 0, position).crop[4] for position in range(10))
+    assert not any(
+        TrainTransform((64, 64), flip=0.0)(JPEG, 0, position).crop[4] for position in range(10)
+    )
 
 
 def test_a_part_of_a_jpeg_has_the_pixels_of_the_whole():
-    """At every size, subsampling and place; also where the library that decodes parts is not there."""
+    """At every size, subsampling and place.
+
+    Also where the library that decodes parts is not there.
+    """
     noise = np.random.RandomState(0)
-    kinds = [{"subsampling": kind, "progressive": progressive} for kind in (0, 1, 2) for progressive in (False, True)]
+    kinds = [
+        {"subsampling": kind, "progressive": progressive}
+        for kind in (0, 1, 2)
+        for progressive in (False, True)
+    ]
     files = [(encoded(PHOTOGRAPHS[0][:203, :301], "JPEG", quality=90, **kind), 3) for kind in kinds]
-    files += [(encoded(PHOTOGRAPHS[1], "JPEG", "L"), 1), (encoded(PHOTOGRAPHS[1], "JPEG", "L"), 3), (JPEG, 1)]
+    files += [
+        (encoded(PHOTOGRAPHS[1], "JPEG", "L"), 1),
+        (encoded(PHOTOGRAPHS[1], "JPEG", "L"), 3),
+        (JPEG, 1),
+    ]
     for data, channels in files:
         height, width, _ = plain_jpeg(data)
         for shrink in (1, 2, 4, 8):
@@ -267,12 +327,14 @@ def test_a_part_of_a_jpeg_has_the_pixels_of_the_whole():
                     noise.randint(1, width // shrink - left + 1),
                 )
                 box = Box(*(number * shrink for number in small))
-                np.testing.assert_array_equal(decode_box(data, box, shrink, channels), small.of(whole))
+                np.testing.assert_array_equal(
+                    decode_box(data, box, shrink, channels), small.of(whole)
+                )
 
 
 def test_a_shrunken_decode_keeps_the_likeness_and_the_place():
-    """Against the full-size decode of the same box: mean at least 50 dB, none under 45; a box off by half a pixel of
-    the shrunken image would be under 40."""
+    """Against the full-size decode of the same box: mean at least 50 dB, none under 45; a box off
+    by half a pixel of the shrunken image would be under 40."""
     likeness, shrunk = [], 0
     transform = TrainTransform((48, 48), flip=0.0)
     for number, data in enumerate(photographs()):
@@ -282,7 +344,9 @@ def test_a_shrunken_decode_keeps_the_likeness_and_the_place():
             box = Box(*view.crop[:4])
             if shrunken(box, (48, 48), transform.margin)[1] > 1:
                 shrunk += 1
-                likeness.append(psnr(view.image, resize(np.ascontiguousarray(box.of(pixels)), (48, 48))))
+                likeness.append(
+                    psnr(view.image, resize(np.ascontiguousarray(box.of(pixels)), (48, 48)))
+                )
     assert shrunk > 4
     assert np.mean(likeness) > 50
     assert min(likeness) > 45
@@ -305,7 +369,9 @@ def test_a_jpeg_that_ends_too_early_is_bad_wherever_the_crop_lies():
 
 
 def test_crops_have_torchvisions_statistics():
-    """Two-sample Kolmogorov-Smirnov distances of area, aspect, top and left to RandomResizedCrop's own boxes."""
+    """Two-sample Kolmogorov-Smirnov distances of area, aspect, top and left to
+    RandomResizedCrop's own boxes.
+    """
     from rcmae.kernels import guard_torchvision
 
     guard_torchvision()
@@ -314,20 +380,31 @@ def test_crops_have_torchvisions_statistics():
     count, scale, ratio = 4000, (0.2, 1.0), (3 / 4, 4 / 3)
     for rows, columns in ((375, 500), (500, 375), (100, 400), (32, 32)):
         generator = np.random.RandomState(rows)
-        mine = np.array([random_box(rows, columns, scale, ratio, generator.rand(40)) for _ in range(count)])
+        mine = np.array(
+            [random_box(rows, columns, scale, ratio, generator.rand(40)) for _ in range(count)]
+        )
         with torch.random.fork_rng():
             torch.manual_seed(columns)
             image = torch.empty(1, rows, columns)
-            theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)])
+            theirs = np.array(
+                [RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)]
+            )
         for what in ("area", "aspect", "top", "left"):
             a, b = (
                 np.sort({"area": h * w, "aspect": w / h, "top": top, "left": left}[what])
                 for top, left, h, w in (mine.T, theirs.T)
             )
             at = np.union1d(a, b)
-            distance = np.abs(np.searchsorted(a, at, "right") - np.searchsorted(b, at, "right")).max() / count
+            distance = (
+                np.abs(np.searchsorted(a, at, "right") - np.searchsorted(b, at, "right")).max()
+                / count
+            )
             assert distance < 1.95 * math.sqrt(2 / count)  # exceeded by chance once in a thousand
-        inside = (mine[:, 0] + mine[:, 2] <= rows) & (mine[:, 1] + mine[:, 3] <= columns) & (mine >= 0).all(1)
+        inside = (
+            (mine[:, 0] + mine[:, 2] <= rows)
+            & (mine[:, 1] + mine[:, 3] <= columns)
+            & (mine >= 0).all(1)
+        )
         assert inside.all()
 
 
@@ -351,12 +428,16 @@ def test_resizing_is_pils_to_rounding():
 
 
 def test_a_photograph_of_one_pixel_makes_a_view():
-    for data in (encoded(PHOTOGRAPHS[0][:1, :1]), encoded(PHOTOGRAPHS[0][:1, :50]), encoded(PHOTOGRAPHS[0][:50, :1])):
+    for data in (
+        encoded(PHOTOGRAPHS[0][:1, :1]),
+        encoded(PHOTOGRAPHS[0][:1, :50]),
+        encoded(PHOTOGRAPHS[0][:50, :1]),
+    ):
         assert TrainTransform((8, 8))(data, 0, 0).image.shape == (3, 8, 8)
         assert CentreTransform((8, 8))(data, 0, 0).image.shape == (3, 8, 8)
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 def test_the_centre_view_is_that_of_torchvision():
@@ -397,7 +478,9 @@ def test_non_square_targets_are_covered():
 def test_normalisation_is_that_of_to_tensor_then_normalize():
     images = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
     normalise = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    batch = normalise(Batch(images, torch.zeros(1, 1).long(), 1, None, ("a",), torch.zeros(1), torch.zeros(1, 5)))
+    batch = normalise(
+        Batch(images, torch.zeros(1, 1).long(), 1, None, ("a",), torch.zeros(1), torch.zeros(1, 5))
+    )
     for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
         expected = (torch.arange(256.0) / 255 - mean) / std
         torch.testing.assert_close(batch.images[0, channel].flatten(), expected, rtol=0, atol=1e-6)

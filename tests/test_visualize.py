@@ -1,4 +1,6 @@
-"""Pictures show what they say: the right patches hidden, pasted ones untouched, nothing of hidden ones leaked."""
+"""Pictures show what they say: the right patches hidden, pasted ones untouched, nothing of
+hidden ones leaked.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,17 @@ def batch() -> Batch:
 
 
 def blocks(images: torch.Tensor) -> torch.Tensor:
-    return images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # [B, L, C, p, p]
+    # [B, L, C, p, p]
+    return images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
 
 @pytest.mark.parametrize("norm", tool.NORMS.values())
 @pytest.mark.parametrize("statistics", ["visible", "true", "none"])
 def test_visible_patches_are_untouched_and_hidden_ones_are_predicted(
-    statistics: str, norm: Any, batch: Batch, model: MaskedAutoencoder  # noqa: F811
+    statistics: str,
+    norm: Any,
+    batch: Batch,
+    model: MaskedAutoencoder,  # noqa: F811
 ) -> None:
     filled = tool.pasted(model, batch, norm=norm, statistics=statistics)
     for image, ids in enumerate(batch.ids_shuffle):
@@ -48,12 +54,16 @@ def test_visible_patches_are_untouched_and_hidden_ones_are_predicted(
     raw = tool.pasted(model, batch, norm=norm, statistics=statistics, raw=True)
     hidden = batch.ids_shuffle[0, 4:]
     assert torch.equal(blocks(raw)[0, hidden], blocks(filled)[0, hidden])
-    assert not torch.equal(blocks(raw)[0, batch.ids_shuffle[0, :4]], blocks(batch.images)[0, batch.ids_shuffle[0, :4]])
+    assert not torch.equal(
+        blocks(raw)[0, batch.ids_shuffle[0, :4]], blocks(batch.images)[0, batch.ids_shuffle[0, :4]]
+    )
 
 
 @pytest.mark.parametrize("norm", ["unbiased", "biased", "channel"])
 def test_what_is_hidden_does_not_leak_unless_asked(
-    norm: Any, batch: Batch, model: MaskedAutoencoder  # noqa: F811
+    norm: Any,
+    batch: Batch,
+    model: MaskedAutoencoder,  # noqa: F811
 ) -> None:
     other = batch.images.clone()
     for image, ids in enumerate(batch.ids_shuffle):
@@ -62,14 +72,20 @@ def test_what_is_hidden_does_not_leak_unless_asked(
             other[image, :, top : top + 8, left : left + 8] += 2.0
     changed = replace(batch, images=other)
     for statistics, leaks in (("visible", False), ("none", False), ("true", True)):
-        one, two = (tool.pasted(model, each, norm=norm, statistics=statistics) for each in (batch, changed))
+        one, two = (
+            tool.pasted(model, each, norm=norm, statistics=statistics) for each in (batch, changed)
+        )
         assert torch.equal(one, two) != leaks
 
 
 @pytest.mark.parametrize("norm", ["unbiased", "biased", "channel"])
 def test_what_training_took_out_is_put_back(norm: Any, batch: Batch) -> None:
-    """A network that predicts its targets exactly gives the image back, by whichever mean and deviation they are."""
-    targets = pixel_targets(batch.images, torch.arange(16).expand(2, 16), 16, norm_pix=True, kind=norm)
+    """A network that predicts its targets exactly gives the image back, by whichever mean and
+    deviation they are.
+    """
+    targets = pixel_targets(
+        batch.images, torch.arange(16).expand(2, 16), 16, norm_pix=True, kind=norm
+    )
 
     class Perfect:
         patch_size, image_size, in_channels = 8, (32, 32), 3
@@ -123,7 +139,9 @@ def test_attention_without_a_class_token_is_that_of_the_patches(
 
 def test_files_and_folders_are_images_too(tmp_path: Path) -> None:
     for name in ("b.png", "a.jpg"):
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)).save(tmp_path / name)
+        Image.fromarray(
+            np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)
+        ).save(tmp_path / name)
     shown = tool.load_images([tmp_path], (32, 32), HALF, 9)
     assert shown.names == ["a.jpg", "b.png"]
     assert shown.pixels.shape == (2, 3, 32, 32)
@@ -132,7 +150,11 @@ def test_files_and_folders_are_images_too(tmp_path: Path) -> None:
         tool.load_images([tmp_path / "empty"], (32, 32), HALF, 9)
 
 
-def test_mistakes_are_answered(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_mistakes_are_answered(
+    file: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert tool.main(["attention", str(file), "--out", str(tmp_path)]) == 2
     assert "needs --images" in capsys.readouterr().err
     assert tool.main(["page", str(tmp_path)]) == 2
@@ -150,5 +172,7 @@ def test_umap_without_its_package_is_a_clear_message(monkeypatch: pytest.MonkeyP
 def test_colours_of_tokens_follow_their_largest_differences() -> None:
     tokens = torch.zeros(1, 30, 8)
     tokens[0, :15, 2] = 10.0
-    colours = tool.principal_colours(tokens + 0.01 * torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(0)))
+    colours = tool.principal_colours(
+        tokens + 0.01 * torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(0))
+    )
     assert abs(colours[0, :15, 0].mean() - colours[0, 15:, 0].mean()) > 0.8

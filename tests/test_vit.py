@@ -1,4 +1,6 @@
-"""The model computes what the papers say, touches only what it must, and carries the published names."""
+"""The model computes what the papers say, touches only what it must, and carries the published
+names.
+"""
 
 import copy
 
@@ -38,11 +40,15 @@ def small(sizes: Sizes = SHAPES["tall"], seed: int = 3) -> MaskedAutoencoder:
 def test_agrees_with_the_published_mathematics(sizes: Sizes) -> None:
     kept = max(1, sizes.patches // 4)
     images, noise = reference.inputs(sizes, 3, seed=5)
-    want = reference.forward(reference.double(reference.weights(sizes, 3)), sizes, images.double(), noise, kept)
+    want = reference.forward(
+        reference.double(reference.weights(sizes, 3)), sizes, images.double(), noise, kept
+    )
     for model, tolerance in ((small(sizes).double(), 1e-12), (small(sizes), 1e-5)):
         given, ids = images.to(model.norm.weight.dtype), noise.argsort(dim=1)
         everything = model(given, ids, kept, "all")
-        torch.testing.assert_close(everything.double(), want["pred"], atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(
+            everything.double(), want["pred"], atol=tolerance, rtol=tolerance
+        )
         latent = model.encode(given, ids[:, :kept])
         torch.testing.assert_close(latent.double(), want["latent"], atol=tolerance, rtol=tolerance)
         hidden = model(given, ids, kept)
@@ -64,7 +70,9 @@ def test_hidden_pixels_never_reach_the_prediction() -> None:
 def test_each_block_is_called_once_and_the_last_one_for_hidden_tokens_alone() -> None:
     model, calls = small(), []
     for block in [*model.blocks, *model.decoder_blocks]:  # what an engine wraps must see every call
-        block.register_forward_hook(lambda module, args, out: calls.append((type(module).__name__, out.shape[1])))
+        block.register_forward_hook(
+            lambda module, args, out: calls.append((type(module).__name__, out.shape[1]))
+        )
     images, noise = reference.inputs(SHAPES["tall"], 2, seed=1)
     model(images, noise.argsort(dim=1), 6)
     assert calls == [("Block", 7), ("Block", 7), ("Block", 25), ("LastBlock", 18)]
@@ -76,7 +84,9 @@ def test_last_block_is_a_block_for_the_tail() -> None:
     plain.load_state_dict(last.state_dict())
     tokens = torch.randn(2, 9, 16, dtype=torch.float64)
     for first in (0, 4, 8):
-        torch.testing.assert_close(last(tokens, first), plain(tokens)[:, first:], atol=1e-13, rtol=0)
+        torch.testing.assert_close(
+            last(tokens, first), plain(tokens)[:, first:], atol=1e-13, rtol=0
+        )
 
 
 def test_features_are_those_of_the_whole_image_in_raster_order() -> None:
@@ -84,7 +94,9 @@ def test_features_are_those_of_the_whole_image_in_raster_order() -> None:
     images, _ = reference.inputs(SHAPES["tall"], 2, seed=1)
     features = model(images, what="features")
     assert features.shape == (2, 25, 24)
-    torch.testing.assert_close(features, model.encode(images, torch.arange(24).expand(2, -1)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        features, model.encode(images, torch.arange(24).expand(2, -1)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_patchify_goes_row_by_row_channels_last_and_back() -> None:
@@ -98,13 +110,21 @@ def test_patchify_goes_row_by_row_channels_last_and_back() -> None:
 
 
 def test_position_table_encodes_column_then_row() -> None:
-    assert torch.equal(sincos_positions(24, (3, 5), cls_token=True).float()[None], reference.positions(24, (3, 5)))
+    assert torch.equal(
+        sincos_positions(24, (3, 5), cls_token=True).float()[None], reference.positions(24, (3, 5))
+    )
     without = sincos_positions(64, (5, 5), cls_token=False)
     assert without.shape == (25, 64)
     recorded = {  # row 1, column 2 of the released code's table
-        0: 0.9092974268256817, 1: 0.9021307149638974, 15: 0.00035565587450990023, 16: -0.4161468365471424,
-        17: 0.4314628293592941, 32: 0.8414709848078965, 33: 0.5331684399140229, 49: 0.8460091102817079,
-    }  # fmt: skip
+        0: 0.9092974268256817,
+        1: 0.9021307149638974,
+        15: 0.00035565587450990023,
+        16: -0.4161468365471424,
+        17: 0.4314628293592941,
+        32: 0.8414709848078965,
+        33: 0.5331684399140229,
+        49: 0.8460091102817079,
+    }
     assert without[7, list(recorded)].tolist() == pytest.approx(list(recorded.values()), abs=1e-12)
 
 
@@ -112,12 +132,19 @@ def test_names_and_shapes_are_the_published_ones() -> None:
     sizes = SHAPES["tall"]
     state = MaskedAutoencoder(**sizes.model()).state_dict()
     tables = {"pos_embed": (1, 25, 24), "decoder_pos_embed": (1, 25, 16)}
-    assert {name: tuple(array.shape) for name, array in state.items()} == reference.shapes(sizes) | tables
-    assert list(reference.shapes(sizes)) == [name for name, _ in MaskedAutoencoder(**sizes.model()).named_parameters()]
+    assert {name: tuple(array.shape) for name, array in state.items()} == reference.shapes(
+        sizes
+    ) | tables
+    assert list(reference.shapes(sizes)) == [
+        name for name, _ in MaskedAutoencoder(**sizes.model()).named_parameters()
+    ]
 
 
 # counted from the released architectures: (trainable, with position tables)
-PUBLISHED = {"vit_tiny_patch16": (6_007_296, 6_070_336), "vit_base_patch16": (111_655_680, 111_907_840)}
+PUBLISHED = {
+    "vit_tiny_patch16": (6_007_296, 6_070_336),
+    "vit_base_patch16": (111_655_680, 111_907_840),
+}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -129,8 +156,14 @@ def test_architectures_build_and_count_as_published(name: str) -> None:
     assert (trainable, everything) == PUBLISHED.get(name, (trainable, everything))
 
 
-# forward, 224 px, 75 % hidden, in G: with every patch embedded and predicted, as the published code does
-FIGURES = {"vit_small_patch16": 3.8, "vit_base_patch16": 19.6, "vit_large_patch16": 41.5, "vit_huge_patch14": 97.1}
+# forward, 224 px, 75 % hidden, in G: with every patch embedded and predicted, as the published code
+# does
+FIGURES = {
+    "vit_small_patch16": 3.8,
+    "vit_base_patch16": 19.6,
+    "vit_large_patch16": 41.5,
+    "vit_huge_patch14": 97.1,
+}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -146,7 +179,8 @@ def test_flops_are_those_that_the_model_runs() -> None:
     model = small()
     images, noise = reference.inputs(SHAPES["tall"], 3, seed=1)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # it does not know the fused kernel of CPUs
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        # it does not know the fused kernel of CPUs
         model(images, noise.argsort(dim=1), 6)
     assert counter.get_total_flops() == 3 * flops_per_image(**model.sizes, num_visible=6)
 
@@ -193,7 +227,9 @@ def test_initial_weights_are_distributed_as_published() -> None:
         if name in ("cls_token", "mask_token"):
             assert param.std().item() == pytest.approx(0.02, rel=0.2)
         elif param.ndim == 1:
-            assert torch.all(param == (1.0 if "norm" in name and name.endswith("weight") else 0.0)), name
+            assert torch.all(
+                param == (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            ), name
 
 
 def test_every_problem_of_sizes_is_named_at_once() -> None:

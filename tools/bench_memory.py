@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Hold the planner's memory against what ranks take: tensors alive through a training step of each engine.
+"""Hold the planner's memory against what ranks take: tensors alive through a training step of each
+engine.
 
     torchrun --nproc-per-node 2 tools/bench_memory.py [RECIPE] [key=value ...] [--json FILE]
 
-Each case is the recipe under one engine, with activations kept or recomputed. On the CPU every storage that an
-operation gives is counted after each operation: exact, and the same every time, unlike resident memory; it does not
-see the inside of an operation. On GPUs it is the allocator's own peak. Told and measured are compared twice: what lies
-there when everything is built, and the height of a step above that.
-Exit status: 0 all within the tolerances; 1 not; 2 the input is wrong.
+Each case is the recipe under one engine, with activations kept or recomputed. On the CPU every
+storage that an operation gives is counted after each operation: exact, and the same every time,
+unlike resident memory; it does not see the inside of an operation. On GPUs it is the allocator's
+own peak. Told and measured are compared twice: what lies there when everything is built, and the
+height of a step above that. Exit status: 0 all within the tolerances; 1 not; 2 the input is wrong.
 """
 
 from __future__ import annotations
@@ -39,9 +40,15 @@ from tools import plan
 from tools.bench_step import commit, hardware, made_up_batch
 
 RESIDENT, STEP = 0.01, {"cpu": 0.15, "cuda": 0.10}  # relative tolerances
-KEPT, RECOMPUTED = ("engine.activation_checkpointing=none",), ("engine.activation_checkpointing=torch",)
+KEPT, RECOMPUTED = (
+    ("engine.activation_checkpointing=none",),
+    ("engine.activation_checkpointing=torch",),
+)
 ENGINES = {
-    **{f"zero{stage}": ("engine.name=deepspeed", f"engine.config=zero{stage}.json") for stage in (1, 2, 3)},
+    **{
+        f"zero{stage}": ("engine.name=deepspeed", f"engine.config=zero{stage}.json")
+        for stage in (1, 2, 3)
+    },
     "fsdp2": ("engine.name=fsdp2", "engine.config=null"),
 }
 CASES = {
@@ -52,7 +59,9 @@ CASES = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operations gave and that are alive, looked at after each operation."""
+    """Bytes of all storages that operations gave and that are alive, looked at after each
+    operation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,14 +69,22 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Do the operation and look."""
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own dispatch comes back here with the local tensors
         out = func(*args, **(kwargs or {}))
         for item in tree_leaves(out):
-            if isinstance(item, torch.Tensor) and not isinstance(item, DTensor) and item.device.type != "meta":
+            if (
+                isinstance(item, torch.Tensor)
+                and not isinstance(item, DTensor)
+                and item.device.type != "meta"
+            ):
                 storage = item.untyped_storage()
                 self._storages[storage._cdata] = weakref.ref(storage)
         self.peak = max(self.peak, self.now())
@@ -114,7 +131,10 @@ class Allocated:
 
 
 def measure(recipe: Recipe) -> dict[str, int]:
-    """This rank's bytes when everything is built, and the most in the second step. Collective: every rank calls."""
+    """This rank's bytes when everything is built, and the most in the second step.
+
+    Collective: every rank calls.
+    """
     sizes = config.resolve(recipe, world=dist.world(), samples_per_epoch=recipe.batch.images)
     objective, engine_config = make_objective(recipe, sizes), {}
     if recipe.engine.name == "deepspeed":
@@ -135,7 +155,10 @@ def measure(recipe: Recipe) -> dict[str, int]:
             for micro in range(sizes.accumulation):
                 batch = made_up_batch(plain, sizes.per_device, dist.device())
                 sums = objective(engine.student, engine.teacher, batch, 0.0)
-                engine.backward(torch.stack(list(sums.values())).sum() / 1000, last=micro == sizes.accumulation - 1)
+                engine.backward(
+                    torch.stack(list(sums.values())).sum() / 1000,
+                    last=micro == sizes.accumulation - 1,
+                )
                 del sums, batch
             engine.step(lr=1e-4, weight_decay=0.05)
             engine.update_teacher(0.99)
@@ -151,32 +174,55 @@ def compare(recipe: Recipe, measured: Sequence[dict[str, int]]) -> dict[str, Any
     sizes = config.resolve(recipe, world=world, samples_per_epoch=recipe.batch.images)
     model = plan.student(recipe)
     settings = plan.settings_of(recipe, model, plan.placement(recipe), world, sizes.per_device)
-    fused = kernels.attention_is_fused(dist.device(), settings.precision)  # the planner's own is a GPU's
+    # the planner's own is a GPU's
+    fused = kernels.attention_is_fused(dist.device(), settings.precision)
     settings = dataclasses.replace(settings, fused_attention=fused)
     told = footprint(model, settings)
     resident = sum(told.resident.values())
-    # the teacher's first publication, which has left by the second step: half of what its update takes
+    # the teacher's first publication, which has left by the second step: half of what its update
+    # takes
     update = told.moments["teacher's update"]["teacher"] - told.resident["teacher"]
-    on_its_way = round(update / 2) if settings.placement in ("zero1", "zero2") and settings.teacher else 0
+    on_its_way = (
+        round(update / 2) if settings.placement in ("zero1", "zero2") and settings.teacher else 0
+    )
     ready = [each["ready"] - on_its_way for each in measured]
     above = [each["peak"] - base for each, base in zip(measured, ready, strict=True)]
     return {
-        "placement": settings.placement, "checkpointing": settings.checkpointing, "precision": settings.precision,
-        "per_device": settings.per_device, "accumulation": settings.accumulation, "when": told.when,
-        "told_ready_bytes": round(resident), "measured_ready_bytes": ready,
-        "told_step_bytes": round(told.peak - resident), "measured_step_bytes": above,
+        "placement": settings.placement,
+        "checkpointing": settings.checkpointing,
+        "precision": settings.precision,
+        "per_device": settings.per_device,
+        "accumulation": settings.accumulation,
+        "when": told.when,
+        "told_ready_bytes": round(resident),
+        "measured_ready_bytes": ready,
+        "told_step_bytes": round(told.peak - resident),
+        "measured_step_bytes": above,
         "ready_off": max((resident / base - 1 for base in ready), key=abs),
         "step_off": max(((told.peak - resident) / each - 1 for each in above), key=abs),
-    }  # fmt: skip
+    }
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="tools/bench_memory.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("recipe", nargs="?", default="rcmae_vit_b_16", help="a YAML file, or a shipped recipe's name")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them")
-    parser.add_argument("--images", type=int, default=8, help="of a micro-batch, and of a step on each rank (8)")
-    parser.add_argument("--cases", type=json.loads, default=CASES, help="others: a JSON object, name -> overrides")
+    parser = argparse.ArgumentParser(
+        prog="tools/bench_memory.py", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        default="rcmae_vit_b_16",
+        help="a YAML file, or a shipped recipe's name",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them"
+    )
+    parser.add_argument(
+        "--images", type=int, default=8, help="of a micro-batch, and of a step on each rank (8)"
+    )
+    parser.add_argument(
+        "--cases", type=json.loads, default=CASES, help="others: a JSON object, name -> overrides"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report; - prints it")
     return parser.parse_intermixed_args(argv)
 
@@ -191,7 +237,11 @@ def print_report(report: dict[str, Any]) -> None:
             f"  {name:<20} built {told[0]:9.1f} / {ready:9.1f} {case['ready_off']:+7.2%}   "
             f"in a step {told[1]:8.1f} / {step:8.1f} {case['step_off']:+7.1%}  {case['when']}"
         )
-    print("all within the tolerances" if not report["beyond"] else f"beyond: {', '.join(report['beyond'])}")
+    print(
+        "all within the tolerances"
+        if not report["beyond"]
+        else f"beyond: {', '.join(report['beyond'])}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -209,15 +259,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     limit = STEP[dist.device().type]
     beyond = [
-        name for name, case in cases.items() if abs(case["ready_off"]) > RESIDENT or abs(case["step_off"]) > limit
+        name
+        for name, case in cases.items()
+        if abs(case["ready_off"]) > RESIDENT or abs(case["step_off"]) > limit
     ]
     report = {
-        "tool": "bench_memory", "command": "torchrun --nproc-per-node N tools/bench_memory.py " + " ".join(
-            sys.argv[1:] if argv is None else argv
-        ), "commit": commit(), "versions": versions() | {"platform": platform.system()},
-        "hardware": hardware(dist.device()), "recipe": asked.recipe, "world": dist.world(),
-        "tolerance": {"ready": RESIDENT, "step": limit}, "cases": cases, "beyond": beyond,
-    }  # fmt: skip
+        "tool": "bench_memory",
+        "command": "torchrun --nproc-per-node N tools/bench_memory.py "
+        + " ".join(sys.argv[1:] if argv is None else argv),
+        "commit": commit(),
+        "versions": versions() | {"platform": platform.system()},
+        "hardware": hardware(dist.device()),
+        "recipe": asked.recipe,
+        "world": dist.world(),
+        "tolerance": {"ready": RESIDENT, "step": limit},
+        "cases": cases,
+        "beyond": beyond,
+    }
     if dist.rank() == 0:
         if asked.json == "-":
             print(json.dumps(report, indent=1))

@@ -1,22 +1,25 @@
 #!/usr/bin/env python3
-"""How well an epoch is mixed: this package's order beside webdataset's shuffle buffer and a full permutation.
+"""How well an epoch is mixed: this package's order beside webdataset's shuffle buffer and a full
+permutation.
 
-    python tools/bench_shuffle.py [--shards 1281] [--samples 1000] [--classes 1000] [--batch 4096] [--streams 256]
+    python tools/bench_shuffle.py [--shards 1281] [--samples 1000] \\
+        [--classes 1000] [--batch 4096] [--streams 256]
                                   [--window 4096] [--buffer 1000] [--seed 0] [--json]
 
-No data is read: shards of so many samples are imagined, once in an order that mixes the classes, once sorted by class,
-the hardest case. Of one epoch are told: how far the next sample of the same shard ends up (median, and the nearest
-hundredth, in batches), how many pairs of one batch come from one shard, in multiples of chance, and how far the
-classes of a batch are from those of the set (total variation, 0 to 1; of the permutation this is chance alone).
-`webdataset` is its default: shards in random order through a buffer (its own code), here of one reader.
+No data is read: shards of so many samples are imagined, once in an order that mixes the classes,
+once sorted by class, the hardest case. Of one epoch are told: how far the next sample of the same
+shard ends up (median, and the nearest hundredth, in batches), how many pairs of one batch come from
+one shard, in multiples of chance, and how far the classes of a batch are from those of the set
+(total variation, 0 to 1; of the permutation this is chance alone). `webdataset` is its default:
+shards in random order through a buffer (its own code), here of one reader.
 
 At ImageNet's size with the defaults (E = 1,281,000 samples, batches of 4,096):
 
-    order                     next in shard  nearest 1 %  pairs of a shard  classes, mixed  classes, sorted
-    permutation                        91.4         1.53              1.00           0.195            0.194
-    this package                       56.2         0.81              1.45           0.195            0.269
-    this package, 16,384               91.4         1.62              0.94           0.194            0.182
-    webdataset                         0.17        0.002               233           0.195            0.983
+    order             next in shard  nearest 1 %  pairs of a shard  classes, mixed  classes, sorted
+    permutation                91.4         1.53              1.00           0.195            0.194
+    this package               56.2         0.81              1.45           0.195            0.269
+    this package, 16,384       91.4         1.62              0.94           0.194            0.182
+    webdataset                 0.17        0.002               233           0.195            0.983
 
 (the third with --window 16384: each stream is one block then).
 """
@@ -108,14 +111,25 @@ def _imbalance(labels: NDArray[np.int64], classes: int) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    for name, value in (("shards", 1281), ("samples", 1000), ("classes", 1000), ("batch", 4096), ("streams", 256),
-                        ("window", 4096), ("buffer", 1000), ("seed", 0)):  # fmt: skip
+    for name, value in (
+        ("shards", 1281),
+        ("samples", 1000),
+        ("classes", 1000),
+        ("batch", 4096),
+        ("streams", 256),
+        ("window", 4096),
+        ("buffer", 1000),
+        ("seed", 0),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
     epoch = Epoch(options.shards, options.samples, options.classes, options.batch)
     if epoch.length < 1:
-        print(f"error: {epoch.shards} shards of {epoch.samples} samples hold no batch", file=sys.stderr)
+        print(
+            f"error: {epoch.shards} shards of {epoch.samples} samples hold no batch",
+            file=sys.stderr,
+        )
         return 2
     told = {
         "permutation": quality(permutation(epoch, options.seed), epoch),
@@ -125,7 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"settings": vars(options), "orders": told}, indent=1))
         return 0
-    heads = ("next in shard", "nearest 1 %", "pairs of a shard", "classes, mixed", "classes, sorted")
+    heads = (
+        "next in shard",
+        "nearest 1 %",
+        "pairs of a shard",
+        "classes, mixed",
+        "classes, sorted",
+    )
     print(f"{'order':14}" + "".join(f"{head:>18}" for head in heads))
     for name, row in told.items():
         print(f"{name:14}" + "".join(f"{value:18.3g}" for value in row.values()))

@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""Where the time and the memory of one training step go, for several ways to compute the same step, side by side.
+"""Where the time and the memory of one training step go, for several ways to compute the same step,
+side by side.
 
     python tools/bench_step.py [--model NAME] [--batch N] [--variants V ...] [--json [FILE]]
 
-A variant is OBJECTIVE-PATH-PRECISION-MODE: mae or rcmae; lean (this package's path: only visible patches embedded,
-only hidden ones predicted) or plain (the same mathematics as the paper writes it: every patch embedded and predicted,
-tokens put back in place, attention as matrix products and a softmax); fp32 or bf16; eager or compiled (lean only).
+A variant is OBJECTIVE-PATH-PRECISION-MODE: mae or rcmae; lean (this package's path: only visible
+patches embedded, only hidden ones predicted) or plain (the same mathematics as the paper writes it:
+every patch embedded and predicted, tokens put back in place, attention as matrix products and a
+softmax); fp32 or bf16; eager or compiled (lean only).
 
-Times: one process, one step of each variant in turn, round after round, so that whatever else the machine does meets
-all of them; medians with quartiles, comparisons paired by round. Variants of one precision share the weights, the
-optimizer and the teacher of one `LocalEngine`. Each round also times a large matrix product of the same type: the
-fastest one is the ceiling that FLOP/s are held against. Memory: a process for each variant, before the times.
+Times: one process, one step of each variant in turn, round after round, so that whatever else the
+machine does meets all of them; medians with quartiles, comparisons paired by round. Variants of one
+precision share the weights, the optimizer and the teacher of one `LocalEngine`. Each round also
+times a large matrix product of the same type: the fastest one is the ceiling that FLOP/s are held
+against. Memory: a process for each variant, before the times.
 
 Exit status: 0 done; 2 unusable input.
 """
@@ -52,7 +55,7 @@ from rcmae.objectives.mae import pixel_targets
 from rcmae.objectives.terms import widen
 from rcmae.vit import ARCHITECTURES, Encoder, MaskedAutoencoder, flops_per_image
 
-from timm.models.vision_transformer import Block  # isort: skip  # after kernels, which makes it importable
+from timm.models.vision_transformer import Block  # isort: skip  # needs kernels first
 
 PHASES = ("teacher_forward", "student_forward", "backward", "optimizer", "ema")
 MASK_RATIO, MOMENTUM, LR, WEIGHT_DECAY = 0.75, 0.996, 1e-4, 0.05
@@ -79,13 +82,22 @@ class Variant(NamedTuple):
             ValueError: there is none of that name.
         """
         parts = name.split("-")
-        known = (("mae", "rcmae", "bootmae"), ("lean", "plain"), ("fp32", "bf16"), ("eager", "compiled"))
-        if len(parts) != 4 or any(part not in choices for part, choices in zip(parts, known, strict=True)):
+        known = (
+            ("mae", "rcmae", "bootmae"),
+            ("lean", "plain"),
+            ("fp32", "bf16"),
+            ("eager", "compiled"),
+        )
+        if len(parts) != 4 or any(
+            part not in choices for part, choices in zip(parts, known, strict=True)
+        ):
             ways = "-".join(f"{{{','.join(choices)}}}" for choices in known)
             raise ValueError(f"unknown variant {name!r}: it is {ways}")
         variant = cls(*parts)
         if variant.path == "plain" and variant.mode == "compiled":
-            raise ValueError(f"variant {name!r}: the plain path is the eager reference and is not compiled")
+            raise ValueError(
+                f"variant {name!r}: the plain path is the eager reference and is not compiled"
+            )
         if variant.path == "plain" and variant.objective == "bootmae":
             raise ValueError(f"variant {name!r}: bootmae has no plain path; use bootmae-lean")
         return variant
@@ -93,24 +105,33 @@ class Variant(NamedTuple):
 
 PUBLISHED: dict[str, Callable[..., Objective]] = {"mae": MAE, "rcmae": RCMAE, "bootmae": BootMAE}
 DEFAULT_VARIANTS = (
-    "mae-lean-bf16-eager", "rcmae-lean-bf16-eager", "rcmae-lean-bf16-compiled",
-    "rcmae-lean-fp32-eager", "rcmae-plain-bf16-eager", "rcmae-plain-fp32-eager",
-)  # fmt: skip
+    "mae-lean-bf16-eager",
+    "rcmae-lean-bf16-eager",
+    "rcmae-lean-bf16-compiled",
+    "rcmae-lean-fp32-eager",
+    "rcmae-plain-bf16-eager",
+    "rcmae-plain-fp32-eager",
+)
 
 
-# ------------------------------------------------------------------------------------------------------ the plain path
+# ----------------------------------------------------------------------------------- the plain path
 
 
-def plain_predictions(model: MaskedAutoencoder, images: Tensor, ids_shuffle: Tensor, num_visible: int) -> Tensor:
-    """Predictions [B, L, p*p*C] in raster order, computed as MAE describes it (section 3 and figure 1), step by step.
+def plain_predictions(
+    model: MaskedAutoencoder, images: Tensor, ids_shuffle: Tensor, num_visible: int
+) -> Tensor:
+    """Predictions [B, L, p*p*C] in raster order, computed as MAE describes it (section 3 and figure
+    1), step by step.
 
-    The weights are those of `model`. Every patch is embedded by a convolution, then the visible ones are picked; mask
-    tokens fill up the sequence, which is put back in raster order for the decoder; every token goes through every
-    block and is predicted.
+    The weights are those of `model`. Every patch is embedded by a convolution, then the visible
+    ones are picked; mask tokens fill up the sequence, which is put back in raster order for the
+    decoder; every token goes through every block and is predicted.
     """
     projection = cast(nn.Conv2d, model.patch_embed.proj)
     dtype = projection.weight.dtype
-    x = nn.functional.conv2d(images.to(dtype), projection.weight, projection.bias, stride=model.patch_size)
+    x = nn.functional.conv2d(
+        images.to(dtype), projection.weight, projection.bias, stride=model.patch_size
+    )
     x = (x.flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]).to(dtype)  # [B, L, D]
     x = x.gather(1, ids_shuffle[:, :num_visible, None].expand(-1, -1, x.shape[2]))
     cls_token = (model.cls_token + model.pos_embed[:, :1]).to(dtype)
@@ -120,7 +141,9 @@ def plain_predictions(model: MaskedAutoencoder, images: Tensor, ids_shuffle: Ten
     x = model.decoder_embed(model.norm(x))
     num_hidden = ids_shuffle.shape[1] - num_visible
     tokens = torch.cat([x[:, 1:], model.mask_token.to(dtype).expand(len(x), num_hidden, -1)], dim=1)
-    tokens = tokens.gather(1, ids_shuffle.argsort(dim=1)[:, :, None].expand(-1, -1, tokens.shape[2]))
+    tokens = tokens.gather(
+        1, ids_shuffle.argsort(dim=1)[:, :, None].expand(-1, -1, tokens.shape[2])
+    )
     x = (torch.cat([x[:, :1], tokens], dim=1) + model.decoder_pos_embed).to(dtype)
     for block in model.decoder_blocks:
         x = Block.forward(block, x)
@@ -129,7 +152,10 @@ def plain_predictions(model: MaskedAutoencoder, images: Tensor, ids_shuffle: Ten
 
 @dataclass(frozen=True)
 class PlainObjective:
-    """Errors of every patch, then a mean over the hidden ones by a mask. Networks are called as `plain_predictions`."""
+    """Errors of every patch, then a mean over the hidden ones by a mask.
+
+    Networks are called as `plain_predictions`.
+    """
 
     needs_teacher: bool
 
@@ -147,7 +173,8 @@ class PlainObjective:
     ) -> dict[str, Tensor]:
         """Sums over hidden patches."""
         num_patches = batch.ids_shuffle.shape[1]
-        mask = torch.ones_like(batch.ids_shuffle, dtype=torch.float32)  # [B, L], 1 = hidden from the encoder
+        # [B, L], 1 = hidden from the encoder
+        mask = torch.ones_like(batch.ids_shuffle, dtype=torch.float32)
         mask.scatter_(1, batch.ids_shuffle[:, : batch.num_visible], 0.0)
         teacher_pred = None
         if teacher is not None:
@@ -158,11 +185,13 @@ class PlainObjective:
         target = pixel_targets(batch.images, every, num_patches, norm_pix=True)  # [B, L, p*p*C]
         terms = {"reconstruction": ((widen(pred) - target).square().mean(dim=2) * mask).sum()}
         if teacher_pred is not None:
-            terms["consistency"] = ((widen(pred) - widen(teacher_pred)).square().mean(dim=2) * mask).sum()
+            terms["consistency"] = (
+                (widen(pred) - widen(teacher_pred)).square().mean(dim=2) * mask
+            ).sum()
         return terms
 
 
-# ------------------------------------------------------------------------------------------------------------ one step
+# ----------------------------------------------------------------------------------------- one step
 
 
 class Watch(Protocol):
@@ -176,15 +205,23 @@ class Bench:
     """The networks and the engine of one precision, and a step of any variant of that precision."""
 
     def __init__(
-        self, sizes: dict[str, Any], precision: str, device: torch.device, *, batch: int, teacher: bool,
+        self,
+        sizes: dict[str, Any],
+        precision: str,
+        device: torch.device,
+        *,
+        batch: int,
+        teacher: bool,
         bootmae: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.student = BootstrappedAutoencoder(**sizes) if bootmae else MaskedAutoencoder(**sizes)
         self.teacher = copy.deepcopy(self.student) if teacher else None
         if bootmae and self.teacher is not None:
             self.teacher.keep(BootMAE().teacher_outputs)
         self.engine = LocalEngine(
-            self.student, self.teacher, Settings(precision=precision, weight_decay=WEIGHT_DECAY, device=device)
+            self.student,
+            self.teacher,
+            Settings(precision=precision, weight_decay=WEIGHT_DECAY, device=device),
         )
         self.batch = made_up_batch(self.student, batch, device)
         self._fused = kernels.attention_is_fused(device, precision)
@@ -194,12 +231,17 @@ class Bench:
         """One whole step: losses, gradients, update, teacher."""
         with self._mode(variant):
             plain, has_teacher = variant.path == "plain", variant.objective != "mae"
-            objective: Objective = PlainObjective(has_teacher) if plain else PUBLISHED[variant.objective]()
+            objective: Objective = (
+                PlainObjective(has_teacher) if plain else PUBLISHED[variant.objective]()
+            )
             sums = objective(
                 watched(self.student, "student_forward", watch, plain=plain),
-                watched(self.teacher, "teacher_forward", watch, plain=plain) if has_teacher and self.teacher else None,
-                self.batch, 0.0,
-            )  # fmt: skip
+                watched(self.teacher, "teacher_forward", watch, plain=plain)
+                if has_teacher and self.teacher
+                else None,
+                self.batch,
+                0.0,
+            )
             counts = objective.counts(self.batch)
             terms = [objective.weights[term] * total / counts[term] for term, total in sums.items()]
             loss = torch.stack(terms).sum()
@@ -212,7 +254,9 @@ class Bench:
                     self.engine.update_teacher(MOMENTUM)
 
     def encode(self, variant: Variant, watch: Watch) -> None:
-        """The student's encoder on whole images, without gradients: what bootmae's teacher should cost."""
+        """The student's encoder on whole images, without gradients: what bootmae's teacher
+        should cost.
+        """
         with self._mode(variant), torch.no_grad(), watch.phase("encoder_forward"):
             self.student.whole(self.batch.images)
 
@@ -253,14 +297,21 @@ def made_up_batch(model: Encoder, size: int, device: torch.device) -> Batch:
     num_patches = model.num_patches
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, model.in_channels, *model.image_size, generator=generator)
-    ids = torch.stack([torch.from_numpy(random_ids(0, position, num_patches)) for position in range(size)])
+    ids = torch.stack(
+        [torch.from_numpy(random_ids(0, position, num_patches)) for position in range(size)]
+    )
     return Batch(
-        images=images.to(device), ids_shuffle=ids.to(device), num_visible=visible_count(num_patches, MASK_RATIO),
-        labels=None, keys=(), positions=torch.arange(size), crops=torch.zeros(size, 5, dtype=torch.int64),
-    )  # fmt: skip
+        images=images.to(device),
+        ids_shuffle=ids.to(device),
+        num_visible=visible_count(num_patches, MASK_RATIO),
+        labels=None,
+        keys=(),
+        positions=torch.arange(size),
+        crops=torch.zeros(size, 5, dtype=torch.int64),
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- time
+# --------------------------------------------------------------------------------------------- time
 
 
 class Stopwatch:
@@ -307,22 +358,39 @@ def matrix_product_rate(precision: str, device: torch.device, size: int, watch: 
 
 
 def measure_times(
-    variants: Sequence[Variant], sizes: dict[str, Any], device: torch.device, *, batch: int, steps: int, warmup: int,
-    ceiling_size: int, clock: Clock, progress: Callable[[str], None],
-) -> tuple[dict[Variant, list[dict[str, float]]], dict[str, list[float]]]:  # fmt: skip
-    """Each variant's rounds (phase -> seconds, "step" the whole), and each precision's products in FLOP/s."""
+    variants: Sequence[Variant],
+    sizes: dict[str, Any],
+    device: torch.device,
+    *,
+    batch: int,
+    steps: int,
+    warmup: int,
+    ceiling_size: int,
+    clock: Clock,
+    progress: Callable[[str], None],
+) -> tuple[dict[Variant, list[dict[str, float]]], dict[str, list[float]]]:
+    """Each variant's rounds (phase -> seconds, "step" the whole), and each precision's products
+    in FLOP/s.
+    """
     benches, precisions = {}, sorted({variant.precision for variant in variants})
     for precision, bootmae in sorted({(v.precision, v.objective == "bootmae") for v in variants}):
-        alike = [v for v in variants if v.precision == precision and (v.objective == "bootmae") == bootmae]
+        alike = [
+            v
+            for v in variants
+            if v.precision == precision and (v.objective == "bootmae") == bootmae
+        ]
         teacher = any(v.objective != "mae" for v in alike)
-        benches[precision, bootmae] = Bench(sizes, precision, device, batch=batch, teacher=teacher, bootmae=bootmae)
+        benches[precision, bootmae] = Bench(
+            sizes, precision, device, batch=batch, teacher=teacher, bootmae=bootmae
+        )
     rounds: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in variants}
     rates: dict[str, list[float]] = {precision: [] for precision in precisions}
     watch = Stopwatch(device, clock)
     for number in range(-warmup, steps):
         for precision in precisions:
             rates[precision].append(matrix_product_rate(precision, device, ceiling_size, watch))
-        first = number % len(variants)  # no variant always comes after the same other one's end of a round
+        # no variant always comes after the same other one's end of a round
+        first = number % len(variants)
         for variant in (*variants[first:], *variants[:first]):
             bench = benches[variant.precision, variant.objective == "bootmae"]
             with watch.phase("step"):
@@ -332,19 +400,23 @@ def measure_times(
             seconds = watch.read()
             if number >= 0:
                 rounds[variant].append(seconds)
-        progress(f"round {number + 1} of {steps}" if number >= 0 else f"warm-up {number + warmup + 1} of {warmup}")
+        progress(
+            f"round {number + 1} of {steps}"
+            if number >= 0
+            else f"warm-up {number + warmup + 1} of {warmup}"
+        )
     return rounds, rates
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 class PeakMemory:
     """Bytes of tensors at the height of each phase of a step.
 
-    On a GPU what the allocator counts. On a CPU the tensors that outlive the step plus the growth of resident memory
-    above its start, from Linux's own high-water mark: the interpreter, libraries and compilers are not in it.
-    """
+    On a GPU what the allocator counts. On a CPU the tensors that outlive the step plus the growth
+    of resident memory above its start, from Linux's own high-water mark: the interpreter, libraries
+    and compilers are not in it."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -374,7 +446,8 @@ class NoWatch:
 
 
 def _held_bytes() -> int:
-    plain = (item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter))  # not a compiler's stand-ins
+    # not a compiler's stand-ins
+    plain = (item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter))
     storages = [tensor.untyped_storage() for tensor in plain]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -387,7 +460,12 @@ def _status_bytes(key: str) -> int:
 
 
 def peak_memory(
-    variant: Variant, sizes: dict[str, Any], device: torch.device, *, batch: int, threads: int | None
+    variant: Variant,
+    sizes: dict[str, Any],
+    device: torch.device,
+    *,
+    batch: int,
+    threads: int | None,
 ) -> dict[str, int]:
     """Phase -> bytes at its height, "step" the highest, in a process with nothing but this variant.
 
@@ -397,43 +475,70 @@ def peak_memory(
     if threads is not None:
         torch.set_num_threads(threads)
     bench = Bench(
-        sizes, variant.precision, device, batch=batch, teacher=variant.objective != "mae",
+        sizes,
+        variant.precision,
+        device,
+        batch=batch,
+        teacher=variant.objective != "mae",
         bootmae=variant.objective == "bootmae",
-    )  # fmt: skip
+    )
     bench.step(variant, NoWatch())  # moments are touched, blocks compiled
     memory = PeakMemory(device)
     bench.step(variant, memory)
     return {**memory.peaks, "step": max(memory.peaks.values())}
 
 
-# -------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and extremes."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else [values[0]] * 3
+    )
     return {"median": middle, "q1": low, "q3": high, "min": min(values), "max": max(values)}
 
 
 def comparisons(rounds: dict[Variant, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """Ratios of whole steps of two variants that differ in one way, and plain fp32 to lean bf16; paired by round."""
+    """Ratios of whole steps of two variants that differ in one way, and plain fp32 to lean bf16.
+
+    Paired by round.
+    """
     rows = []
     for slow in rounds:
         for fast in rounds:
             differs = tuple(a for a, b in zip(slow, fast, strict=True) if a != b)
             one_way = differs in {("rcmae",), ("plain",), ("fp32",), ("eager",)}
-            if one_way or (slow[1:] == ("plain", "fp32", "eager") and fast[:3] == (slow.objective, "lean", "bf16")):
-                ratios = [a["step"] / b["step"] for a, b in zip(rounds[slow], rounds[fast], strict=True)]
-                rows.append({"step_of": str(slow), "over_step_of": str(fast), "ratio": spread(ratios)})
+            if one_way or (
+                slow[1:] == ("plain", "fp32", "eager")
+                and fast[:3] == (slow.objective, "lean", "bf16")
+            ):
+                ratios = [
+                    a["step"] / b["step"] for a, b in zip(rounds[slow], rounds[fast], strict=True)
+                ]
+                rows.append(
+                    {"step_of": str(slow), "over_step_of": str(fast), "ratio": spread(ratios)}
+                )
     return rows
 
 
 def describe(
-    variant: Variant, rounds: Sequence[dict[str, float]], memory: dict[str, int] | None, *, sizes: dict[str, Any],
-    batch: int, ceiling: float,
-) -> dict[str, Any]:  # fmt: skip
+    variant: Variant,
+    rounds: Sequence[dict[str, float]],
+    memory: dict[str, int] | None,
+    *,
+    sizes: dict[str, Any],
+    batch: int,
+    ceiling: float,
+) -> dict[str, Any]:
     """One variant's figures."""
-    patches = sizes["image_size"][0] // sizes["patch_size"] * (sizes["image_size"][1] // sizes["patch_size"])
+    patches = (
+        sizes["image_size"][0]
+        // sizes["patch_size"]
+        * (sizes["image_size"][1] // sizes["patch_size"])
+    )
     visible = visible_count(patches, MASK_RATIO)
     forward = flops_per_image(**sizes, num_visible=visible, hidden_only=variant.path == "lean")
     flops = forward * (4 if variant.objective == "rcmae" else 3)
@@ -443,7 +548,8 @@ def describe(
         flops = 3 * network.flops(visible) + network.encoder_flops(patches)
     phases = [name for name in PHASES if name in rounds[0]]
     parts = {name: [seconds[name] for seconds in rounds] for name in phases}
-    parts["rest"] = [seconds["step"] - sum(seconds[name] for name in phases) for seconds in rounds]  # losses, targets
+    # losses, targets
+    parts["rest"] = [seconds["step"] - sum(seconds[name] for name in phases) for seconds in rounds]
     step = spread([seconds["step"] for seconds in rounds])
     rate = flops * batch / step["median"]
     if "encoder_forward" in rounds[0]:  # beside the step, not in it
@@ -453,7 +559,9 @@ def describe(
         "step_s": step,
         "phases_s": {name: spread(values) for name, values in parts.items()},
         "share_of_step": {
-            name: statistics.median(part / s["step"] for part, s in zip(values, rounds, strict=True))
+            name: statistics.median(
+                part / s["step"] for part, s in zip(values, rounds, strict=True)
+            )
             for name, values in parts.items()
         },
         "images_per_s": batch / step["median"],
@@ -467,7 +575,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """What it was measured on, without the machine's name."""
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        names = [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if "model name" in line
+        ]
         cpu = names[0] if names else cpu
     found: dict[str, Any] = {
         "device": device.type,
@@ -478,7 +590,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        found |= {
+            "gpu": properties.name,
+            "gpu_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
         found["fp32_products"] = torch.get_float32_matmul_precision()
     return found
 
@@ -487,8 +603,12 @@ def commit() -> str | None:
     """The commit of this file's repository, with a + where the tree differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        name = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return name + "+" * bool(changed.stdout.strip())
@@ -498,32 +618,44 @@ def print_report(report: dict[str, Any]) -> None:
     """The figures as tables."""
     settings, machine = report["settings"], report["hardware"]
     print(
-        f"{settings['model']}, {settings['image_size']} px, batch {settings['batch']}, medians of {settings['steps']} "
+        f"{settings['model']}, {settings['image_size']} px, batch {settings['batch']}, "
+        f"medians of {settings['steps']} "
         f"rounds; {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, "
-        f"torch {report['versions']['torch']}" + ", seconds of CPU time" * (settings["clock"] == "cpu")
+        f"torch {report['versions']['torch']}"
+        + ", seconds of CPU time"
+        * (settings["clock"] == "cpu")
     )
     for precision, ceiling in report["ceilings"].items():
-        print(f"ceiling {precision}: {ceiling['best'] / 1e12:.3f} TFLOP/s in a product of side {ceiling['side']}")
+        print(
+            f"ceiling {precision}: {ceiling['best'] / 1e12:.3f} TFLOP/s in a product of side "
+            f"{ceiling['side']}"
+        )
     has_encoder = any("encoder_forward" in row["phases_s"] for row in report["variants"])
-    names = [*PHASES, "rest", *(["encoder_forward"] if has_encoder else [])]  # the last is beside the step
+    # the last is beside the step
+    names = [*PHASES, "rest", *(["encoder_forward"] if has_encoder else [])]
     titles = [name.replace("_", " ") for name in names]
     rows = [["variant", "step s", "q1..q3", *titles, "img/s", "TFLOP/s", "of ceiling"]]
     for row in report["variants"]:
         step = row["step_s"]
         parts = [
             f"{row['phases_s'][name]['median']:.4f} {100 * row['share_of_step'][name]:.1f}%"
-            if name in row["phases_s"] else "-"
+            if name in row["phases_s"]
+            else "-"
             for name in names
-        ]  # fmt: skip
+        ]
         rates = [f"{row['images_per_s']:.2f}", f"{row['model_flops_per_s'] / 1e12:.3f}"]
         spreads = [f"{step['median']:.4f}", f"{step['q1']:.4f}..{step['q3']:.4f}"]
-        rows.append([row["variant"], *spreads, *parts, *rates, f"{100 * row['share_of_ceiling']:.1f}%"])
+        rows.append(
+            [row["variant"], *spreads, *parts, *rates, f"{100 * row['share_of_ceiling']:.1f}%"]
+        )
     _print_columns(rows)
     if any(row["peak_bytes"] for row in report["variants"]):
         rows = [["peak memory, MiB", "step", *titles[: len(PHASES)]]]
         for row in report["variants"]:
             peaks = row["peak_bytes"] or {}
-            cells = [f"{peaks[name] / MIB:,.0f}" if name in peaks else "-" for name in ("step", *PHASES)]
+            cells = [
+                f"{peaks[name] / MIB:,.0f}" if name in peaks else "-" for name in ("step", *PHASES)
+            ]
             rows.append([row["variant"], *cells])
         _print_columns(rows)
     else:
@@ -545,7 +677,7 @@ def _print_columns(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join([first.ljust(widths[0]), *cells]))
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -555,20 +687,34 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224, help="pixels, both sides (224)")
     parser.add_argument("--batch", type=int, default=32, help="images of a step (32)")
     parser.add_argument(
-        "--variants", nargs="+", default=list(DEFAULT_VARIANTS), metavar="V",
+        "--variants",
+        nargs="+",
+        default=list(DEFAULT_VARIANTS),
+        metavar="V",
         help=f"OBJECTIVE-PATH-PRECISION-MODE, by default {' '.join(DEFAULT_VARIANTS)}",
-    )  # fmt: skip
+    )
     parser.add_argument("--steps", type=int, default=10, help="rounds that are counted (10)")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them (2)")
     parser.add_argument("--threads", type=int, help="of the CPU; torch's choice by default")
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall",
-        help="cpu: seconds that one thread computed (--threads 1), where others use the machine too",
-    )  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-memory", action="store_true", help="leave it out: it takes a process a variant")
-    parser.add_argument("--quick", action="store_true", help="two tiny blocks, two rounds: does it run?")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="to FILE, or instead of the tables")
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: seconds that one thread computed (--threads 1), where others use the machine "
+        "too",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave it out: it takes a process a variant"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two tiny blocks, two rounds: does it run?"
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="to FILE, or instead of the tables"
+    )
     asked = parser.parse_args(argv)
     try:
         asked.variants = [Variant.parse(name) for name in dict.fromkeys(asked.variants)]
@@ -579,9 +725,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("image_size", "batch", "steps", "warmup", "threads"):
         value = getattr(asked, name)
         if value is not None and value < (0 if name == "warmup" else 1):
-            parser.error(f"--{name.replace('_', '-')}={value} must be at least {0 if name == 'warmup' else 1}")
+            parser.error(
+                f"--{name.replace('_', '-')}={value} must be at least "
+                f"{0 if name == 'warmup' else 1}"
+            )
     if asked.clock == "cpu" and (asked.device != "cpu" or asked.threads != 1):
-        parser.error("--clock cpu adds up the seconds of all threads: it goes with --device cpu --threads 1")
+        parser.error(
+            "--clock cpu adds up the seconds of all threads: it goes with --device cpu --threads 1"
+        )
     bf16 = any(variant.precision == "bf16" for variant in asked.variants)
     if asked.device == "cuda" and bf16 and not torch.cuda.is_bf16_supported(False):
         parser.error(f"{torch.cuda.get_device_name()} has no bf16; ask for fp32 variants")
@@ -591,7 +742,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
     asked = arguments(argv)
-    sizes: dict[str, Any] = {**ARCHITECTURES[asked.model], "image_size": (asked.image_size,) * 2, "in_channels": 3}
+    sizes: dict[str, Any] = {
+        **ARCHITECTURES[asked.model],
+        "image_size": (asked.image_size,) * 2,
+        "in_channels": 3,
+    }
     if asked.quick:
         sizes |= {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
         sizes |= {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
@@ -605,45 +760,73 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory: dict[Variant, dict[str, int]] = {}
     note = "not asked for"
     if not asked.no_memory:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # so that what the child frees leaves its resident memory
+        # so that what the child frees leaves its resident memory
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
         for variant in asked.variants:
             progress(f"memory of {variant}")
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-                job = child.submit(peak_memory, variant, sizes, device, batch=asked.batch, threads=asked.threads)
+                job = child.submit(
+                    peak_memory, variant, sizes, device, batch=asked.batch, threads=asked.threads
+                )
                 try:
                     memory[variant] = job.result()
                 except OSError as error:
                     note = f"not measured: {error}"
     side = 256 if asked.quick else 8192 if device.type == "cuda" else 2048
     rounds, rates = measure_times(
-        asked.variants, sizes, device, batch=asked.batch, steps=asked.steps, warmup=asked.warmup,
-        ceiling_size=side, clock=asked.clock, progress=progress,
-    )  # fmt: skip
-    ceilings = {name: {"best": max(values), **spread(values), "side": side} for name, values in rates.items()}
+        asked.variants,
+        sizes,
+        device,
+        batch=asked.batch,
+        steps=asked.steps,
+        warmup=asked.warmup,
+        ceiling_size=side,
+        clock=asked.clock,
+        progress=progress,
+    )
+    ceilings = {
+        name: {"best": max(values), **spread(values), "side": side}
+        for name, values in rates.items()
+    }
     report = {
         "tool": "bench_step",
         "command": "python tools/bench_step.py " + " ".join(sys.argv[1:] if argv is None else argv),
         "commit": commit(),
         "versions": {
-            "rcmae": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "rcmae": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
             "timm": importlib.metadata.version("timm"),
         },
         "hardware": hardware(device),
         "settings": {
-            "model": asked.model, **sizes, "image_size": asked.image_size, "batch": asked.batch, "steps": asked.steps,
-            "warmup": asked.warmup, "clock": asked.clock, "mask_ratio": MASK_RATIO, "quick": asked.quick,
+            "model": asked.model,
+            **sizes,
+            "image_size": asked.image_size,
+            "batch": asked.batch,
+            "steps": asked.steps,
+            "warmup": asked.warmup,
+            "clock": asked.clock,
+            "mask_ratio": MASK_RATIO,
+            "quick": asked.quick,
         },
         "ceilings": ceilings,
         "variants": [
             describe(
-                variant, rounds[variant], memory.get(variant), sizes=sizes, batch=asked.batch,
+                variant,
+                rounds[variant],
+                memory.get(variant),
+                sizes=sizes,
+                batch=asked.batch,
                 ceiling=ceilings[variant.precision]["best"],
             )
             for variant in asked.variants
         ],
         "comparisons": comparisons(rounds),
-        "memory_note": note if not memory else "tensors at the height of each phase, each variant in its own process",
-    }  # fmt: skip
+        "memory_note": note
+        if not memory
+        else "tensors at the height of each phase, each variant in its own process",
+    }
     document = json.dumps(report, indent=1)
     if asked.json == "-":
         print(document)

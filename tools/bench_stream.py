@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""How many photographs a second become training views: this package's stream beside torchvision and webdataset.
+"""How many photographs a second become training views: this package's stream beside torchvision and
+webdataset.
 
-    python tools/bench_stream.py SHARDS [--image-size N] [--longer-side N] [--samples N] [--rounds N] [--workers N]
+    python tools/bench_stream.py SHARDS [--image-size N] [--longer-side N] [--samples N] \\
+        [--rounds N] [--workers N]
                                  [--json FILE]
 
-The samples are copied to a temporary folder, as one tar and as an image folder, so that all sides read the same bytes
-from the page cache; with --longer-side they are resized to that many pixels and encoded anew (JPEG, quality 90).
-`torchvision` is ImageFolder with the published pipeline: PIL decode, RandomResizedCrop (0.2 to 1, bicubic), flip, to
-tensor, normalise. `webdataset` is its tar reader and PIL decode with the same transforms. The stream normalises on the
-device, which is not in its time.
+The samples are copied to a temporary folder, as one tar and as an image folder, so that all sides
+read the same bytes from the page cache; with --longer-side they are resized to that many pixels and
+encoded anew (JPEG, quality 90). `torchvision` is ImageFolder with the published pipeline: PIL
+decode, RandomResizedCrop (0.2 to 1, bicubic), flip, to tensor, normalise. `webdataset` is its tar
+reader and PIL decode with the same transforms. The stream normalises on the device, which is not in
+its time.
 
-Rates of one core are images per CPU second of one process with one thread, the sides in turn, round after round: the
-median, and the ratio to torchvision as the median of the rounds' ratios with its range. Others are wall-clock, once.
-Likeness is the PSNR of views to PIL's of the same boxes. Exit status: 0 done; 2 unusable input.
-"""
+Rates of one core are images per CPU second of one process with one thread, the sides in turn, round
+after round: the median, and the ratio to torchvision as the median of the rounds' ratios with its
+range. Others are wall-clock, once. Likeness is the PSNR of views to PIL's of the same boxes. Exit
+status: 0 done; 2 unusable input."""
 
 from __future__ import annotations
 
@@ -61,13 +64,19 @@ PACKAGES = ("torch", "torchvision", "pillow", "simplejpeg", "webdataset")
 QUALITY = 90
 
 
-def copy_samples(index: ShardIndex, samples: int, longer_side: int | None, folder: Path) -> list[bytes]:
-    """Lay samples, spread over the index, into folder/set.tar and folder/images/one/*; gives their bytes."""
+def copy_samples(
+    index: ShardIndex, samples: int, longer_side: int | None, folder: Path
+) -> list[bytes]:
+    """Lay samples, spread over the index, into folder/set.tar and folder/images/one/*.
+
+    Gives their bytes.
+    """
     (folder / "images" / "one").mkdir(parents=True)
     count = min(samples, len(index)) // BATCH * BATCH
     if not count:
         raise ValueError(
-            f"the shards hold {len(index)} samples, --samples asks for {samples}; at least {BATCH} are needed"
+            f"the shards hold {len(index)} samples, --samples asks for {samples}; at least "
+            f"{BATCH} are needed"
         )
     files: list[bytes] = []
     reader = Reader()
@@ -92,7 +101,9 @@ def copy_samples(index: ShardIndex, samples: int, longer_side: int | None, folde
 
 
 def likeness(files: list[bytes], transform: TrainTransform) -> dict[str, float]:
-    """PSNR in dB of views to PIL's resize of the same boxes, and the share of views decoded at less than full size."""
+    """PSNR in dB of views to PIL's resize of the same boxes, and the share of views decoded at
+    less than full size.
+    """
     height, width = transform.image_size
     found, shrunk = [], 0
     for position, data in enumerate(files):
@@ -105,14 +116,20 @@ def likeness(files: list[bytes], transform: TrainTransform) -> dict[str, float]:
         error = float(((pixels.astype(float) - mine) ** 2).mean())
         found.append(10 * math.log10(255**2 / error) if error else 100.0)
         shrunk += min(rows / height, columns / width) >= 2 * transform.margin
-    return {"mean_db": statistics.fmean(found), "min_db": min(found), "shrunken_share": shrunk / len(files)}
+    return {
+        "mean_db": statistics.fmean(found),
+        "min_db": min(found),
+        "shrunken_share": shrunk / len(files),
+    }
 
 
 def theirs_of(size: int) -> Callable[[Image.Image], torch.Tensor]:
     """The published pipeline after the decode."""
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomResizedCrop(
+                size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+            ),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),
@@ -125,16 +142,24 @@ def stream_of(index: ShardIndex, transform: TrainTransform, workers: int) -> Str
     patches = (transform.image_size[0] // 16) ** 2
     plan = Plan(index.counts, seed=0, images=BATCH, streams=8, window=4096)
     mask = RandomMask(patches, visible_count(patches, 0.75))
-    return Stream(index=index, plan=plan, transform=transform, mask=mask, seed=0, micro=BATCH, workers=workers)
+    return Stream(
+        index=index, plan=plan, transform=transform, mask=mask, seed=0, micro=BATCH, workers=workers
+    )
 
 
-def one_core(files: list[bytes], folder: Path, index: ShardIndex, size: int, rounds: int) -> dict[str, dict[str, Any]]:
+def one_core(
+    files: list[bytes], folder: Path, index: ShardIndex, size: int, rounds: int
+) -> dict[str, dict[str, Any]]:
     """Images per CPU second of each side, and its ratio to torchvision's."""
     transform, theirs = TrainTransform((size, size)), theirs_of(size)
     images = ImageFolder(str(folder / "images"), theirs)
     steps = len(files) // BATCH
     stream = stream_of(index, transform, 0)
-    tar = webdataset.WebDataset(str(folder / "set.tar"), shardshuffle=False).decode("pil").to_tuple("jpg")
+    tar = (
+        webdataset.WebDataset(str(folder / "set.tar"), shardshuffle=False)
+        .decode("pil")
+        .to_tuple("jpg")
+    )
     tar = tar.map_tuple(theirs).batched(BATCH)
 
     def consume(items: Iterator[Any]) -> None:
@@ -144,7 +169,9 @@ def one_core(files: list[bytes], folder: Path, index: ShardIndex, size: int, rou
     sides: dict[str, Callable[[int], None]] = {
         "torchvision": lambda turn: consume(iter(DataLoader(images, BATCH, shuffle=True))),
         "webdataset": lambda turn: consume(iter(tar)),
-        "PIL decode alone": lambda turn: consume(np.asarray(Image.open(io.BytesIO(d)).convert("RGB")) for d in files),
+        "PIL decode alone": lambda turn: consume(
+            np.asarray(Image.open(io.BytesIO(d)).convert("RGB")) for d in files
+        ),
         "decode alone": lambda turn: consume(decode(data) for data in files),
         "decode and crop": lambda turn: consume(transform(d, turn, i) for i, d in enumerate(files)),
         "stream": lambda turn: consume(islice(stream.steps(turn * steps), steps)),
@@ -162,13 +189,20 @@ def one_core(files: list[bytes], folder: Path, index: ShardIndex, size: int, rou
         ratios = [base / own for base, own in zip(seconds["torchvision"], mine, strict=True)]
         out[name] = {
             "images_per_cpu_s": len(files) / statistics.median(mine),
-            "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-        }  # fmt: skip
+            "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        }
     return out
 
 
-def all_cores(files: list[bytes], folder: Path, index: ShardIndex, size: int, workers: int) -> dict[str, float]:
-    """Wall-clock images/s with worker processes, after the first batch; and how long first batches take."""
+def all_cores(
+    files: list[bytes], folder: Path, index: ShardIndex, size: int, workers: int
+) -> dict[str, float]:
+    """Wall-clock images/s with worker processes, after the first batch.
+
+    And how long first batches take.
+    """
     steps = len(files) // BATCH
     stream = stream_of(index, TrainTransform((size, size)), workers)
     start = time.perf_counter()
@@ -199,10 +233,19 @@ def all_cores(files: list[bytes], folder: Path, index: ShardIndex, size: int, wo
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shards", nargs="+", help="paths, brace patterns or globs")
-    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="pixels of a view's side")
-    parser.add_argument("--longer-side", type=int, metavar="N", help="resize the photographs to this many pixels first")
+    parser.add_argument(
+        "--image-size", type=int, default=224, metavar="N", help="pixels of a view's side"
+    )
+    parser.add_argument(
+        "--longer-side",
+        type=int,
+        metavar="N",
+        help="resize the photographs to this many pixels first",
+    )
     parser.add_argument("--samples", type=int, default=200, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
@@ -218,20 +261,26 @@ def main() -> int:
             index = ShardIndex.open(str(folder / "set.tar"))
             transform = TrainTransform((args.image_size, args.image_size))
             report: dict[str, Any] = {
-                "images": len(files), "mean_bytes": statistics.fmean(map(len, files)),
-                "image_size": args.image_size, "longer_side": args.longer_side,
-                "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                "images": len(files),
+                "mean_bytes": statistics.fmean(map(len, files)),
+                "image_size": args.image_size,
+                "longer_side": args.longer_side,
+                "machine": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
                 "parts_of_jpegs": jpeg.decodes_parts(),
                 "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
                 "likeness": likeness(files, transform),
                 "one_core": one_core(files, folder, index, args.image_size, args.rounds),
                 "workers": args.workers,
                 "all_cores": all_cores(files, folder, index, args.image_size, args.workers),
-            }  # fmt: skip
+            }
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{report['images']} photographs of {report['mean_bytes'] / 1000:.0f} kB to {args.image_size} px")
+    print(
+        f"{report['images']} photographs of {report['mean_bytes'] / 1000:.0f} kB to "
+        f"{args.image_size} px"
+    )
     print(f"{'one core':20}{'images/CPU s':>14}{'x torchvision':>15}   range")
     for side, row in report["one_core"].items():
         print(
@@ -242,7 +291,10 @@ def main() -> int:
         print(f"{key:30}{value:14.2f}   ({args.workers} workers)")
     like = report["likeness"]
     print(f"likeness to PIL: mean {like['mean_db']:.1f} dB, least {like['min_db']:.1f} dB")
-    print(f"decoded at half size or less: {like['shrunken_share']:.0%}; parts alone: {report['parts_of_jpegs']}")
+    print(
+        f"decoded at half size or less: {like['shrunken_share']:.0%}; parts alone: "
+        f"{report['parts_of_jpegs']}"
+    )
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

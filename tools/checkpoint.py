@@ -7,9 +7,9 @@
     python tools/checkpoint.py diff A B                   differences by parameter
     python tools/checkpoint.py prune RUN --keep 2         delete all valid ones but the newest
 
-Where one checkpoint is wanted, RUN stands for its newest valid one. `list` and `show` look at manifests and sizes
-alone; the others read every byte. Exit status: 0 fine, or equal; 1 something is damaged, or two differ; 2 wrong
-arguments.
+Where one checkpoint is wanted, RUN stands for its newest valid one. `list` and `show` look at
+manifests and sizes alone; the others read every byte. Exit status: 0 fine, or equal; 1 something is
+damaged, or two differ; 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ class Found:
     @property
     def facts(self) -> dict[str, Any]:
         """Plain values, for JSON and for tables."""
-        facts: dict[str, Any] = {"path": str(self.path), "valid": not self.problems, "problems": self.problems}
+        facts: dict[str, Any] = {
+            "path": str(self.path),
+            "valid": not self.problems,
+            "problems": self.problems,
+        }
         if self.manifest is None:
             return facts
         recipe, meta = self.manifest.meta["recipe"], self.manifest.meta
@@ -76,14 +80,20 @@ class Found:
 
 
 def look_at(path: Path, *, every_byte: bool) -> Found:
-    """Judge a checkpoint as a reader of its run would: by manifest, lease and its files' sizes or checksums."""
+    """Judge a checkpoint as a reader of its run would: by manifest, lease and its files' sizes
+    or checksums.
+    """
     try:
         manifest = checkpoint.read_manifest(path)
     except CheckpointError as error:
         return Found(path, None, [str(error)])
     if every_byte:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            judged = list(pool.map(lambda name: checkpoint.file_problem(manifest, name), sorted(manifest.files)))
+            judged = list(
+                pool.map(
+                    lambda name: checkpoint.file_problem(manifest, name), sorted(manifest.files)
+                )
+            )
     else:
         judged = [size_problem(manifest, name) for name in sorted(manifest.files)]
     problems = [problem for problem in judged if problem]
@@ -108,7 +118,7 @@ def size_problem(manifest: Manifest, name: str) -> str | None:
     return None if size == wanted else f"{path} has {size} bytes, the manifest says {wanted}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- list
+# --------------------------------------------------------------------------------------------- list
 
 
 def list_run(options: argparse.Namespace, out: Console) -> int:
@@ -121,21 +131,42 @@ def list_run(options: argparse.Namespace, out: Console) -> int:
     beside = root.iterdir() if folders != [options.source] else ()
     others = sorted(path.name for path in beside if path.name not in known)
     if options.json:
-        print(json.dumps({"latest": latest, "checkpoints": [row.facts for row in rows], "others": others}, indent=1))
+        print(
+            json.dumps(
+                {"latest": latest, "checkpoints": [row.facts for row in rows], "others": others},
+                indent=1,
+            )
+        )
     else:
         table = Table(
-            "step", "images", "saved", "engine", "ranks", "generation", "size", "state", title=escape(str(root))
+            "step",
+            "images",
+            "saved",
+            "engine",
+            "ranks",
+            "generation",
+            "size",
+            "state",
+            title=escape(str(root)),
         )
         for row in rows:
             facts = row.facts
-            state = ("not valid" if row.problems else "whole") + (", LATEST" if row.path.name == latest else "")
+            state = ("not valid" if row.problems else "whole") + (
+                ", LATEST" if row.path.name == latest else ""
+            )
             if row.manifest is None:
                 table.add_row(row.path.name, *[""] * 6, state)
                 continue
             table.add_row(
-                f"{facts['step']:,}", f"{facts['images']:,}", when(facts["saved"]), engine(facts), str(facts["world"]),
-                str(facts["generation"]), size(facts["bytes"]), state,
-            )  # fmt: skip
+                f"{facts['step']:,}",
+                f"{facts['images']:,}",
+                when(facts["saved"]),
+                engine(facts),
+                str(facts["world"]),
+                str(facts["generation"]),
+                size(facts["bytes"]),
+                state,
+            )
         out.print(table)
         print_problems(out, rows)
         if others:
@@ -143,12 +174,14 @@ def list_run(options: argparse.Namespace, out: Console) -> int:
     return int(any(row.problems for row in rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------- show
+# --------------------------------------------------------------------------------------------- show
 
 
 def show(options: argparse.Namespace, out: Console) -> int:
     """`show`."""
-    rows = [look_at(path, every_byte=False) for path in reversed(checkpoint_folders(options.source))]
+    rows = [
+        look_at(path, every_byte=False) for path in reversed(checkpoint_folders(options.source))
+    ]
     found = next((row for row in rows if not row.problems), rows[0])
     if found.manifest is None:
         raise CheckpointError("; ".join(found.problems))
@@ -175,7 +208,11 @@ def show(options: argparse.Namespace, out: Console) -> int:
     by_kind = Table("kind", "tensors", "elements", "type", "size")
     for kind, row in kinds(manifest).items():
         by_kind.add_row(
-            kind, f"{row['tensors']:,}", f"{row['elements']:,}", ", ".join(row["dtypes"]), size(row["bytes"])
+            kind,
+            f"{row['tensors']:,}",
+            f"{row['elements']:,}",
+            ", ".join(row["dtypes"]),
+            size(row["bytes"]),
         )
     out.print(by_kind)
     files = Table("file", "size", "sha256")
@@ -185,7 +222,9 @@ def show(options: argparse.Namespace, out: Console) -> int:
     if options.tensors:
         tensors = Table("tensor", "shape", "type", "pieces")
         for key, row in manifest.tensors.items():
-            tensors.add_row(key, "x".join(map(str, row["shape"])), row["dtype"], str(len(row["runs"])))
+            tensors.add_row(
+                key, "x".join(map(str, row["shape"])), row["dtype"], str(len(row["runs"]))
+            )
         out.print(tensors)
     return int(bool(found.problems))
 
@@ -194,7 +233,9 @@ def kinds(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """How many tensors, elements and bytes of each kind."""
     table: dict[str, dict[str, Any]] = {}
     for key, row in manifest.tensors.items():
-        about = table.setdefault(key.partition("/")[0], {"tensors": 0, "elements": 0, "dtypes": [], "bytes": 0})
+        about = table.setdefault(
+            key.partition("/")[0], {"tensors": 0, "elements": 0, "dtypes": [], "bytes": 0}
+        )
         elements = math.prod(row["shape"])
         about["tensors"] += 1
         about["elements"] += elements
@@ -203,29 +244,34 @@ def kinds(manifest: Manifest) -> dict[str, dict[str, Any]]:
     return table
 
 
-# -------------------------------------------------------------------------------------------------------------- verify
+# ------------------------------------------------------------------------------------------- verify
 
 
 def verify(options: argparse.Namespace, out: Console) -> int:
     """`verify`."""
     rows = [look_at(path, every_byte=True) for path in checkpoint_folders(options.source)]
     if options.json:
-        verdict = {"valid": not any(row.problems for row in rows), "checkpoints": [row.facts for row in rows]}
+        verdict = {
+            "valid": not any(row.problems for row in rows),
+            "checkpoints": [row.facts for row in rows],
+        }
         print(json.dumps(verdict, indent=1))
     else:
         table = Table("checkpoint", "files", "size", "verdict")
         for row in rows:
             files = row.manifest.files.values() if row.manifest else []
             table.add_row(
-                row.path.name, str(len(files)), size(sum(file["bytes"] for file in files)),
+                row.path.name,
+                str(len(files)),
+                size(sum(file["bytes"] for file in files)),
                 "not valid" if row.problems else "valid",
-            )  # fmt: skip
+            )
         out.print(table)
         print_problems(out, rows)
     return int(any(row.problems for row in rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------- diff
+# --------------------------------------------------------------------------------------------- diff
 
 
 @dataclass
@@ -249,7 +295,9 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """L2 norm of the difference over that of the first: inf where that is 0, nan where a number is not finite."""
+        """L2 norm of the difference over that of the first: inf where that is 0, nan where a
+        number is not finite.
+        """
         if self.squares == 0 or math.isnan(self.squares):
             return self.squares
         return math.sqrt(self.squares / self.of_squares) if self.of_squares else math.inf
@@ -273,7 +321,9 @@ def difference(one: torch.Tensor, other: torch.Tensor, name: str) -> Difference:
     squares, largest = float(gap.square().sum()), float(gap.abs().max())
     if not math.isfinite(squares):
         squares = largest = math.nan
-    return Difference(name, squares, float(one.square().sum()), largest, 1, int(bool(gap.count_nonzero())))
+    return Difference(
+        name, squares, float(one.square().sum()), largest, 1, int(bool(gap.count_nonzero()))
+    )
 
 
 @dataclass
@@ -284,20 +334,28 @@ class Comparison:
     recipe: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # leaves that differ
     only_in_a: list[str] = field(default_factory=list)
     only_in_b: list[str] = field(default_factory=list)
-    shapes: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)  # those that differ
+    # those that differ
+    shapes: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
     tensors: list[Difference] = field(default_factory=list)  # that differ, the worst first
     kinds: dict[str, Difference] = field(default_factory=dict)
 
 
 def compare(a: Manifest, b: Manifest, kind: str | None) -> Comparison:
     """Every tensor of both, one at a time."""
-    names = [{key for key in manifest.tensors if kind is None or key.partition("/")[0] == kind} for manifest in (a, b)]
+    names = [
+        {key for key in manifest.tensors if kind is None or key.partition("/")[0] == kind}
+        for manifest in (a, b)
+    ]
     if not any(names):
         known = sorted({key.partition("/")[0] for manifest in (a, b) for key in manifest.tensors})
         raise ValueError(f"--kind {kind}: neither has such tensors; there are {', '.join(known)}")
     leaves = [dict(_leaves(manifest.meta["recipe"])) for manifest in (a, b)]
     result = Comparison(
-        counters={key: (getattr(a, key), getattr(b, key)) for key in COUNTERS if getattr(a, key) != getattr(b, key)},
+        counters={
+            key: (getattr(a, key), getattr(b, key))
+            for key in COUNTERS
+            if getattr(a, key) != getattr(b, key)
+        },
         recipe={
             key: (leaves[0].get(key), leaves[1].get(key))
             for key in sorted(leaves[0].keys() | leaves[1].keys())
@@ -313,13 +371,17 @@ def compare(a: Manifest, b: Manifest, kind: str | None) -> Comparison:
             alike.append(key)
         else:
             result.shapes[key] = shapes
-    pairs = zip(alike, *(whole_tensors(manifest, alike, torch.float64) for manifest in (a, b)), strict=True)
+    pairs = zip(
+        alike, *(whole_tensors(manifest, alike, torch.float64) for manifest in (a, b)), strict=True
+    )
     for key, one, other in pairs:
         found = difference(one, other, key)
         result.kinds.setdefault(key.partition("/")[0], Difference(key.partition("/")[0])).add(found)
         if found.differing:
             result.tensors.append(found)
-    result.tensors.sort(key=lambda found: (_order(found.relative), _order(found.max_abs)), reverse=True)
+    result.tensors.sort(
+        key=lambda found: (_order(found.relative), _order(found.max_abs)), reverse=True
+    )
     return result
 
 
@@ -344,11 +406,24 @@ def diff(options: argparse.Namespace, out: Console) -> int:
             "tensors": [row.facts for row in shown],
         }
         print(
-            json.dumps({"a": str(a.path), "b": str(b.path), "equal": not apart, **asdict(found), **measured}, indent=1)
+            json.dumps(
+                {
+                    "a": str(a.path),
+                    "b": str(b.path),
+                    "equal": not apart,
+                    **asdict(found),
+                    **measured,
+                },
+                indent=1,
+            )
         )
         return int(apart)
     out.print(f"A {a.path}\nB {b.path}", markup=False)
-    for title, pairs in (("counter", found.counters), ("recipe", found.recipe), ("shape", found.shapes)):
+    for title, pairs in (
+        ("counter", found.counters),
+        ("recipe", found.recipe),
+        ("shape", found.shapes),
+    ):
         if pairs:
             table = Table(title, "A", "B")
             for name, (left, right) in pairs.items():
@@ -359,14 +434,28 @@ def diff(options: argparse.Namespace, out: Console) -> int:
             out.print(f"only in {which}: {', '.join(names)}", markup=False)
     by_kind = Table("kind", "tensors", "differing", "relative L2", "max abs")
     for row in found.kinds.values():
-        by_kind.add_row(row.name, str(row.tensors), str(row.differing), f"{row.relative:.3g}", f"{row.max_abs:.3g}")
+        by_kind.add_row(
+            row.name,
+            str(row.tensors),
+            str(row.differing),
+            f"{row.relative:.3g}",
+            f"{row.max_abs:.3g}",
+        )
     out.print(by_kind)
     if shown:
-        worst = Table(f"worst {len(shown)} of {len(found.tensors)} tensors that differ", "relative L2", "max abs")
+        worst = Table(
+            f"worst {len(shown)} of {len(found.tensors)} tensors that differ",
+            "relative L2",
+            "max abs",
+        )
         for row in shown:
             worst.add_row(row.name, f"{row.relative:.3g}", f"{row.max_abs:.3g}")
         out.print(worst)
-    out.print("they differ" if apart else "they are equal" + (" within the tolerance" if found.tensors else ""))
+    out.print(
+        "they differ"
+        if apart
+        else "they are equal" + (" within the tolerance" if found.tensors else "")
+    )
     return int(apart)
 
 
@@ -377,7 +466,7 @@ def _verified(path: Path) -> Manifest:
     return manifest
 
 
-# --------------------------------------------------------------------------------------------------------------- prune
+# -------------------------------------------------------------------------------------------- prune
 
 
 def prune(options: argparse.Namespace, out: Console) -> int:
@@ -389,13 +478,18 @@ def prune(options: argparse.Namespace, out: Console) -> int:
     valid = [row for row in rows if not row.problems]
     if not valid:
         raise CheckpointError(
-            f"{folders[0].parent} has no valid checkpoint, so nothing is deleted: {rows[0].problems[0]}"
+            f"{folders[0].parent} has no valid checkpoint, so nothing is deleted: "
+            f"{rows[0].problems[0]}"
         )
     every = options.keep_every
     if every is None and valid[0].manifest is not None:
         every = valid[0].manifest.meta["recipe"]["checkpoint"]["keep_every"]
     stay = valid[: options.keep]
-    stay += [row for row in valid[options.keep :] if every and row.manifest and row.manifest.step % every == 0]
+    stay += [
+        row
+        for row in valid[options.keep :]
+        if every and row.manifest and row.manifest.step % every == 0
+    ]
     oldest = min(row.path.name for row in stay)
     gone = [row for row in rows if row not in stay and (not row.problems or row.path.name < oldest)]
     sizes = {row.path: row.facts.get("bytes", 0) for row in rows}
@@ -405,21 +499,26 @@ def prune(options: argparse.Namespace, out: Console) -> int:
         with contextlib.suppress(FileNotFoundError):  # the run itself was faster
             row.path.rename(doomed)  # first the name, so that a kill leaves no half of a checkpoint
             shutil.rmtree(doomed)
-    names = {"deleted": [row.path.name for row in gone], "kept": [row.path.name for row in rows if row not in gone]}
+    names = {
+        "deleted": [row.path.name for row in gone],
+        "kept": [row.path.name for row in rows if row not in gone],
+    }
     if options.json:
         print(json.dumps({"dry_run": options.dry_run, **names, "bytes": freed}, indent=1))
         return 0
     table = Table("checkpoint", "size", "state", "")
     for row in rows:
         fate = ("would go" if options.dry_run else "deleted") if row in gone else "stays"
-        table.add_row(row.path.name, size(sizes[row.path]), "not valid" if row.problems else "valid", fate)
+        table.add_row(
+            row.path.name, size(sizes[row.path]), "not valid" if row.problems else "valid", fate
+        )
     out.print(table)
     print_problems(out, rows)
     out.print(f"{size(freed)} {'would be' if options.dry_run else 'are'} free")
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 
 
 def when(time: float) -> str:
@@ -440,31 +539,52 @@ def engine(facts: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str, *sources: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, allow_abbrev=False)
         for source in sources:
-            added.add_argument(source.lower() if len(sources) > 1 else "source", type=Path, metavar=source)
+            added.add_argument(
+                source.lower() if len(sources) > 1 else "source", type=Path, metavar=source
+            )
         added.add_argument("--json", action="store_true", help="print one JSON document")
         added.set_defaults(run=run)
         return added
 
     command("list", list_run, "what there is", "RUN")
     shows = command("show", show, "what is in one", "RUN_OR_CHECKPOINT")
-    shows.add_argument("--tensors", action="store_true", help="every tensor too (with --json: always)")
-    command("verify", verify, "every file against its checksum", "RUN_OR_CHECKPOINT")
-    differs = command("diff", diff, "differences by parameter; each is a checkpoint or a run", "A", "B")
-    differs.add_argument("--top", type=_natural, default=20, help="tensors shown, 0 for all (default: %(default)s)")
-    differs.add_argument("--kind", help="one kind of tensors: weight, exp_avg, exp_avg_sq, teacher or buffer")
-    differs.add_argument(
-        "--tolerance", type=float, default=0.0, help="relative L2 up to which a tensor is equal (default: exactly)"
+    shows.add_argument(
+        "--tensors", action="store_true", help="every tensor too (with --json: always)"
     )
-    prunes = command("prune", prune, "delete old checkpoints, after reading every byte of all", "RUN")
-    prunes.add_argument("--keep", type=_positive, required=True, help="how many of the newest valid ones stay")
-    prunes.add_argument("--keep-every", type=_positive, help="steps; multiples stay too (default: as the run does)")
+    command("verify", verify, "every file against its checksum", "RUN_OR_CHECKPOINT")
+    differs = command(
+        "diff", diff, "differences by parameter; each is a checkpoint or a run", "A", "B"
+    )
+    differs.add_argument(
+        "--top", type=_natural, default=20, help="tensors shown, 0 for all (default: %(default)s)"
+    )
+    differs.add_argument(
+        "--kind", help="one kind of tensors: weight, exp_avg, exp_avg_sq, teacher or buffer"
+    )
+    differs.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="relative L2 up to which a tensor is equal (default: exactly)",
+    )
+    prunes = command(
+        "prune", prune, "delete old checkpoints, after reading every byte of all", "RUN"
+    )
+    prunes.add_argument(
+        "--keep", type=_positive, required=True, help="how many of the newest valid ones stay"
+    )
+    prunes.add_argument(
+        "--keep-every", type=_positive, help="steps; multiples stay too (default: as the run does)"
+    )
     prunes.add_argument("--dry-run", action="store_true", help="say what would go, delete nothing")
     options = parser.parse_args(arguments)
     out = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)

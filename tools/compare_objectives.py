@@ -1,19 +1,23 @@
 #!/usr/bin/env python3
-"""MAE, RC-MAE and their relatives trained by one recipe for as many steps, judged side by side: how good, how costly.
+"""MAE, RC-MAE and their relatives trained by one recipe for as many steps, judged side by side: how
+good, how costly.
 
-    python tools/compare_objectives.py rcmae_cifar10_demo data.shards=... evaluate.train_shards=... \\
-        evaluate.test_shards=... --seeds 0 1 2 --runs runs/compared --json tools/results/objectives_cifar10.json
+    python tools/compare_objectives.py rcmae_cifar10_demo data.shards=... \\
+        evaluate.train_shards=... evaluate.test_shards=... --seeds 0 1 2 \\
+        --runs runs/compared --json tools/results/objectives_cifar10.json
 
-Trains each objective in turn, seed by seed, in RUNS/OBJECTIVE-sSEED; a run that is finished is taken as it is, one that
-was stopped goes on. --no-training judges what is there. What a recipe says beside objective and class head is the same
-for all: network, masks, schedule, momentum. The class head is four times as wide as the encoder, as published for
-ViT-B. SupMAE and RC-SupMAE are told the labels of the training images while they pretrain; the others are not.
+Trains each objective in turn, seed by seed, in RUNS/OBJECTIVE-sSEED; a run that is finished is
+taken as it is, one that was stopped goes on. --no-training judges what is there. What a recipe says
+beside objective and class head is the same for all: network, masks, schedule, momentum. The class
+head is four times as wide as the encoder, as published for ViT-B. SupMAE and RC-SupMAE are told the
+labels of the training images while they pretrain; the others are not.
 
-Features: the mean of the patches of the whole image, of the student and, where there is one, of the teacher; k-NN (20
-neighbours) and logistic regression (L-BFGS on standardised features, tools/probes.py) on the recipe's labelled shards.
-"random" is the network as it was drawn. Costs: in this process, a step of each objective in turn, round after round,
-seconds of the processor (not of the clock: other work on the machine does not count); bytes of live tensors.
-Exit status: 0 done; 1 a training failed; 2 the input is wrong.
+Features: the mean of the patches of the whole image, of the student and, where there is one, of the
+teacher; k-NN (20 neighbours) and logistic regression (L-BFGS on standardised features,
+tools/probes.py) on the recipe's labelled shards. "random" is the network as it was drawn. Costs: in
+this process, a step of each objective in turn, round after round, seconds of the processor (not of
+the clock: other work on the machine does not count); bytes of live tensors. Exit status: 0 done; 1
+a training failed; 2 the input is wrong.
 """
 
 from __future__ import annotations
@@ -95,7 +99,12 @@ def train_all(asked: argparse.Namespace) -> None:
                 continue
             log = run.with_suffix(".log")
             print(f"training {run}, which says so in {log}", file=sys.stderr, flush=True)
-            given = [*overrides_of(name, asked), f"run.seed={seed}", f"data.seed={seed}", f"run.dir={run}"]
+            given = [
+                *overrides_of(name, asked),
+                f"run.seed={seed}",
+                f"data.seed={seed}",
+                f"run.dir={run}",
+            ]
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a") as out:
                 command = [sys.executable, "-m", "rcmae.train", asked.recipe, *given]
@@ -104,12 +113,14 @@ def train_all(asked: argparse.Namespace) -> None:
                 raise RuntimeError(f"{run} ended with {done.returncode}; see {log}")
 
 
-# --------------------------------------------------------------------------------------------------------------- judged
+# ------------------------------------------------------------------------------------------- judged
 
 
 def judged(model: Classifier, recipe: Recipe, cache: Path) -> dict[str, float]:
     """Top-1 in percent of an encoder's features."""
-    key = hashlib.sha256(b"".join(part.detach().numpy().tobytes() for part in model.parameters())).hexdigest()
+    key = hashlib.sha256(
+        b"".join(part.detach().numpy().tobytes() for part in model.parameters())
+    ).hexdigest()
     shards = (flat(recipe.evaluate.train_shards), flat(recipe.evaluate.test_shards))
     known, asked = (extracted(model, each, cache, key, 0) for each in shards)
     classes = 1 + int(max(known.labels.max(), asked.labels.max()))
@@ -139,18 +150,25 @@ def rows_of(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield row | judged(model, recipe, Path(asked.runs) / "features")
 
 
-# ---------------------------------------------------------------------------------------------------------------- costs
+# -------------------------------------------------------------------------------------------- costs
 
 
 def costs(asked: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Of each objective: processor seconds of a step, and bytes of its state and, at the most, of a step above that."""
-    recipes = {name: config.load(asked.recipe, overrides_of(name, asked)) for name in asked.objectives}
+    """Of each objective: processor seconds of a step, and bytes of its state and, at the most,
+    of a step above that.
+    """
+    recipes = {
+        name: config.load(asked.recipe, overrides_of(name, asked)) for name in asked.objectives
+    }
     found: dict[str, dict[str, float]] = {}
     steps = {}
     for name, recipe in recipes.items():
         recipe.engine.name, recipe.engine.config = "local", None
         bytes_ = measure(recipe)
-        found[name] = {"state_bytes": bytes_["ready"], "step_bytes": bytes_["peak"] - bytes_["ready"]}
+        found[name] = {
+            "state_bytes": bytes_["ready"],
+            "step_bytes": bytes_["peak"] - bytes_["ready"],
+        }
         steps[name] = step_of(recipe)
     seconds: dict[str, list[float]] = {name: [] for name in recipes}
     for _ in range(asked.rounds + 1):  # the first warms up
@@ -159,7 +177,9 @@ def costs(asked: argparse.Namespace) -> dict[str, dict[str, float]]:
             next(step)
             seconds[name].append(time.process_time() - begin)
     for name, all_ in seconds.items():
-        low, middle, high = statistics.quantiles(all_[1:], n=4) if asked.rounds > 1 else [all_[1]] * 3
+        low, middle, high = (
+            statistics.quantiles(all_[1:], n=4) if asked.rounds > 1 else [all_[1]] * 3
+        )
         found[name] |= {"cpu_s": middle, "cpu_s_q1": low, "cpu_s_q3": high}
     return found
 
@@ -174,14 +194,17 @@ def step_of(recipe: Recipe) -> Iterator[None]:
     while True:
         for micro in range(sizes.accumulation):
             sums = objective(engine.student, engine.teacher, batch, 0.5)
-            shares = [weight * sums[term] / max(counts[term], 1) for term, weight in objective.weights.items()]
+            shares = [
+                weight * sums[term] / max(counts[term], 1)
+                for term, weight in objective.weights.items()
+            ]
             engine.backward(torch.stack(shares).sum(), last=micro == sizes.accumulation - 1)
         engine.step(lr=1e-4, weight_decay=0.05)
         engine.update_teacher(0.99)
         yield
 
 
-# ----------------------------------------------------------------------------------------------------------------- told
+# --------------------------------------------------------------------------------------------- told
 
 
 def spread(values: Sequence[float]) -> str:
@@ -193,19 +216,38 @@ def spread(values: Sequence[float]) -> str:
 
 def table(told: dict[str, Any]) -> str:
     """The figures as Markdown: a row an objective, seeds in parentheses."""
-    titles = ("objective", "labels", "k-NN, student", "k-NN, teacher", "linear, student", "linear, teacher",
-              "s a step", "MiB a step")  # fmt: skip
+    titles = (
+        "objective",
+        "labels",
+        "k-NN, student",
+        "k-NN, teacher",
+        "linear, student",
+        "linear, teacher",
+        "s a step",
+        "MiB a step",
+    )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in dict.fromkeys([*told["costs"], *(row["objective"] for row in told["rows"])]):
         cells = [
-            spread([
-                row[figure] for row in told["rows"] if (row["objective"], row["network"]) == (name, network)
-            ]) for figure in ("knn", "logistic") for network in ("student", "teacher")
-        ]  # fmt: skip
+            spread(
+                [
+                    row[figure]
+                    for row in told["rows"]
+                    if (row["objective"], row["network"]) == (name, network)
+                ]
+            )
+            for figure in ("knn", "logistic")
+            for network in ("student", "teacher")
+        ]
         paid = ["-", "-"]
         if cost := told["costs"].get(name):
-            paid = [f"{cost['cpu_s']:.3f}", f"{(cost['state_bytes'] + cost['step_bytes']) / 2**20:.0f}"]
-        lines.append(f"| {name} | {'yes' if name in LABELLED else 'no'} | {' | '.join([*cells, *paid])} |")
+            paid = [
+                f"{cost['cpu_s']:.3f}",
+                f"{(cost['state_bytes'] + cost['step_bytes']) / 2**20:.0f}",
+            ]
+        lines.append(
+            f"| {name} | {'yes' if name in LABELLED else 'no'} | {' | '.join([*cells, *paid])} |"
+        )
     return "\n".join(lines)
 
 
@@ -214,15 +256,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; with labelled evaluate.*_shards")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them, for all"
+        "recipe",
+        help="a YAML file, or the name of a shipped recipe; with labelled evaluate.*_shards",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="as rcmae.train takes them, for all",
     )
     parser.add_argument("--runs", default="runs/compared", metavar="FOLDER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the timing ({ROUNDS})")
-    parser.add_argument("--no-training", action="store_true", help="judge the runs that are finished")
+    parser.add_argument(
+        "--no-training", action="store_true", help="judge the runs that are finished"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     asked = parser.parse_intermixed_args(arguments)
     try:
@@ -236,11 +287,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train_all(asked)
         words = sys.argv[1:] if arguments is None else arguments
         told = {
-            "tool": "compare_objectives", "commit": commit(), "versions": versions(),
+            "tool": "compare_objectives",
+            "commit": commit(),
+            "versions": versions(),
             "command": " ".join(["python tools/compare_objectives.py", *words]),
-            "hardware": hardware(torch.device("cpu")), "neighbours": NEIGHBOURS, "strength": STRENGTH,
-            "rows": list(rows_of(asked)), "costs": costs(asked),
-        }  # fmt: skip
+            "hardware": hardware(torch.device("cpu")),
+            "neighbours": NEIGHBOURS,
+            "strength": STRENGTH,
+            "rows": list(rows_of(asked)),
+            "costs": costs(asked),
+        }
     except (ValueError, RuntimeError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""On the node: whether what a run needs is there and sound. Green, yellow or red, each with the way out.
+"""On the node: whether what a run needs is there and sound. Green, yellow or red, each with the way
+out.
 
-    python tools/doctor.py [RECIPE [key=value ...]] [--gpus N] [--json]        this node
-    srun python tools/doctor.py ...                or torchrun tools/doctor.py: all nodes, compared, links measured
+    python tools/doctor.py [RECIPE [key=value ...]] [--gpus N] [--json]
+        this node
+    srun python tools/doctor.py ...
+        or torchrun tools/doctor.py: all nodes, compared, links measured
 
-Without a recipe what depends on one (its folder, shards, precision) is left out. Nothing is trained, and what is
-written is taken away again. Exit status: 0 no red; 1 something is red; 2 the input is wrong.
-"""
+Without a recipe what depends on one (its folder, shards, precision) is left out. Nothing is
+trained, and what is written is taken away again. Exit status: 0 no red; 1 something is red; 2 the
+input is wrong."""
 
 from __future__ import annotations
 
@@ -43,8 +46,29 @@ from rcmae.shards import ShardIndex
 from rcmae.sources import Reader
 
 GIB = 2**30
-NEEDED = ("timm", "torchvision", "deepspeed", "pydantic", "simplejpeg", "safetensors", "tensorboard", "webdataset")
-COMPARED = ("rcmae", "python", "torch", "timm", "torchvision", "deepspeed", "numpy", "cuda", "nccl", "driver", "gpus")
+NEEDED = (
+    "timm",
+    "torchvision",
+    "deepspeed",
+    "pydantic",
+    "simplejpeg",
+    "safetensors",
+    "tensorboard",
+    "webdataset",
+)
+COMPARED = (
+    "rcmae",
+    "python",
+    "torch",
+    "timm",
+    "torchvision",
+    "deepspeed",
+    "numpy",
+    "cuda",
+    "nccl",
+    "driver",
+    "gpus",
+)
 COLOURS = ("green", "yellow", "red")  # from good to bad
 SKEW_S = (1.0, 30.0)  # seconds between clocks that are yellow, red
 CACHE_BYTES = (GIB, 0.1 * GIB)  # free bytes below which a cache folder is yellow, red
@@ -70,12 +94,16 @@ class Seen(NamedTuple):
     ranks: list[int]
 
 
-# ------------------------------------------------------------------------------------------------------------- software
+# ----------------------------------------------------------------------------------------- software
 
 
 def versions() -> dict[str, str]:
     """Of what a run stands on; "absent" where it is not there."""
-    found = {"rcmae": __version__, "python": sys.version.split()[0], "cuda": torch.version.cuda or "none"}
+    found = {
+        "rcmae": __version__,
+        "python": sys.version.split()[0],
+        "cuda": torch.version.cuda or "none",
+    }
     for name in ("torch", "timm", "torchvision", "deepspeed", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
@@ -95,26 +123,44 @@ def check_software(found: dict[str, str]) -> Iterator[Finding]:
         except Exception as error:  # whatever a broken package raises
             broken[name] = f"{type(error).__name__}: {error}"
     for name, why in broken.items():
-        yield Finding("packages", "red", f"{name} cannot be imported ({why})", "pip install -r requirements.txt")
+        yield Finding(
+            "packages",
+            "red",
+            f"{name} cannot be imported ({why})",
+            "pip install -r requirements.txt",
+        )
     wanted = torch_of("torchvision")
     if wanted and wanted != torch.__version__.split("+")[0]:
         yield Finding(
-            "torchvision", "red",
-            f"torchvision {found['torchvision']} belongs to torch {wanted}, this is torch {torch.__version__}",
+            "torchvision",
+            "red",
+            f"torchvision {found['torchvision']} belongs to torch {wanted}, this is torch "
+            f"{torch.__version__}",
             "install the pair that requirements.txt names",
-        )  # fmt: skip
+        )
     elif not broken:
-        shown = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "torchvision", "timm", "deepspeed"))
+        shown = ", ".join(
+            f"{name} {found[name]}"
+            for name in ("python", "torch", "torchvision", "timm", "deepspeed")
+        )
         yield Finding("packages", "green", shown)
     apex = kernels.apex_status()
     if not apex.usable and "not NVIDIA" in apex.found:
-        yield Finding("apex", "yellow", apex.found, "pip uninstall apex; build github.com/NVIDIA/apex, or do without")
+        yield Finding(
+            "apex",
+            "yellow",
+            apex.found,
+            "pip uninstall apex; build github.com/NVIDIA/apex, or do without",
+        )
     elif apex.usable:
         yield Finding("apex", "green", apex.found)
 
 
 def torch_of(package: str) -> str | None:
-    """The version of torch that a package was built for, by its metadata; None where it says none."""
+    """The version of torch that a package was built for, by its metadata.
+
+    None where it says none.
+    """
     try:
         lines = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -128,11 +174,17 @@ def check_kernels(recipe: Recipe) -> Iterator[Finding]:
     engine, usable = recipe.engine, kernels.apex_status()
     for key in ("layer_norm", "optimizer"):
         if getattr(engine, key) == "apex" and not usable.usable:
-            yield Finding("kernels", "red", f"engine.{key}=apex: {usable.found}", f"engine.{key}=torch")
+            yield Finding(
+                "kernels", "red", f"engine.{key}=apex: {usable.found}", f"engine.{key}=torch"
+            )
     for row in kernels.table(
-        device=dist.device(), precision=engine.precision, layer_norm=engine.layer_norm, optimizer=engine.optimizer,
-        compile=engine.compile, checkpointing=engine.activation_checkpointing,
-    ):  # fmt: skip
+        device=dist.device(),
+        precision=engine.precision,
+        layer_norm=engine.layer_norm,
+        optimizer=engine.optimizer,
+        compile=engine.compile,
+        checkpointing=engine.activation_checkpointing,
+    ):
         yield Finding("kernels", "green", f"{row.part}: {row.used} ({row.why})")
     offload = False
     if engine.name == "deepspeed":
@@ -145,23 +197,41 @@ def check_kernels(recipe: Recipe) -> Iterator[Finding]:
         missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
         if missing:
             yield Finding(
-                "compiler", "red", f"{engine.config} offloads to a DeepSpeed optimizer that is compiled at first use; "
-                f"{' and '.join(missing)} not found", "load a compiler module, pip install ninja",
-            )  # fmt: skip
+                "compiler",
+                "red",
+                f"{engine.config} offloads to a DeepSpeed optimizer that is compiled at "
+                "first use; "
+                f"{' and '.join(missing)} not found",
+                "load a compiler module, pip install ninja",
+            )
         else:
-            yield Finding("compiler", "green", "g++ and ninja for DeepSpeed's CPU optimizer (half a minute, once)")
+            yield Finding(
+                "compiler",
+                "green",
+                "g++ and ninja for DeepSpeed's CPU optimizer (half a minute, once)",
+            )
 
 
-# ----------------------------------------------------------------------------------------------------------------- GPUs
+# --------------------------------------------------------------------------------------------- GPUs
 
 _QUERY = (
-    "name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total",
-    "clocks_throttle_reasons.hw_slowdown", "temperature.gpu", "compute_cap", "compute_mode",
-)  # fmt: skip
+    "name",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "ecc.errors.uncorrected.volatile.total",
+    "clocks_throttle_reasons.hw_slowdown",
+    "temperature.gpu",
+    "compute_cap",
+    "compute_mode",
+)
 
 
 def read_gpus() -> list[dict[str, str]] | str:
-    """This node's GPUs as the driver tells them, or why it does not. To be called before CUDA is in use here."""
+    """This node's GPUs as the driver tells them, or why it does not.
+
+    To be called before CUDA is in use here.
+    """
     command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -171,7 +241,10 @@ def read_gpus() -> list[dict[str, str]] | str:
         return f"nvidia-smi failed: {(error.stdout or error.stderr).strip()[:200]}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"nvidia-smi did not answer: {error}"
-    return [dict(zip(_QUERY, map(str.strip, line.split(",")), strict=False)) for line in done.stdout.splitlines()]
+    return [
+        dict(zip(_QUERY, map(str.strip, line.split(",")), strict=False))
+        for line in done.stdout.splitlines()
+    ]
 
 
 def gpus_asked_for(given: int | None) -> int:
@@ -187,7 +260,9 @@ def gpus_asked_for(given: int | None) -> int:
     return 0
 
 
-def check_gpus(rows: list[dict[str, str]] | str, asked: int, recipe: Recipe | None) -> Iterator[Finding]:
+def check_gpus(
+    rows: list[dict[str, str]] | str, asked: int, recipe: Recipe | None
+) -> Iterator[Finding]:
     """That torch can use the GPUs that are there, and that they are well and free."""
     if isinstance(rows, str):
         yield Finding("driver", "red", rows, "drain the node, or restart its driver")
@@ -195,24 +270,33 @@ def check_gpus(rows: list[dict[str, str]] | str, asked: int, recipe: Recipe | No
     there = max(asked, len(rows))
     if torch.version.cuda is None and there:
         yield Finding(
-            "GPUs", "red", f"torch {torch.__version__} is a CPU build beside {there} GPUs",
+            "GPUs",
+            "red",
+            f"torch {torch.__version__} is a CPU build beside {there} GPUs",
             "install the CUDA build of the same version of torch",
-        )  # fmt: skip
+        )
     elif not there:
         yield Finding("GPUs", "green", "none here and none asked for: CPU")
     elif not torch.cuda.is_available():
         driver = rows[0]["driver_version"] if rows else "none found"
         yield Finding(
-            "GPUs", "red", f"torch cannot use the GPUs (its CUDA {torch.version.cuda}, driver {driver})",
-            "a newer driver, or a torch of an older CUDA; in a container: pass the GPUs in (--nv, --gpus)",
-        )  # fmt: skip
+            "GPUs",
+            "red",
+            f"torch cannot use the GPUs (its CUDA {torch.version.cuda}, driver {driver})",
+            "a newer driver, or a torch of an older CUDA; in a container: pass the GPUs in "
+            "(--nv, --gpus)",
+        )
     elif torch.cuda.device_count() < asked:
         yield Finding(
-            "GPUs", "red", f"{torch.cuda.device_count()} of {asked} GPUs can be seen",
+            "GPUs",
+            "red",
+            f"{torch.cuda.device_count()} of {asked} GPUs can be seen",
             "ask the scheduler for them (--gres, --gpus-per-node); look at CUDA_VISIBLE_DEVICES",
-        )  # fmt: skip
+        )
     else:
-        yield Finding("GPUs", "green", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+        yield Finding(
+            "GPUs", "green", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        )
     for number, row in enumerate(rows):
         yield from check_gpu(f"GPU {number}", row, recipe)
 
@@ -230,34 +314,59 @@ def check_gpu(name: str, row: dict[str, str], recipe: Recipe | None) -> Iterator
     used, total = number("memory.used") / 1024, number("memory.total") / 1024  # GiB
     if used > max(1.0, 0.02 * total):
         colour = "red" if used > 0.1 * total else "yellow"
-        problems.append(Finding(
-            name, colour, f"{used:.1f} of {total:.0f} GiB are taken by others", "end their processes (nvidia-smi)",
-        ))  # fmt: skip
+        problems.append(
+            Finding(
+                name,
+                colour,
+                f"{used:.1f} of {total:.0f} GiB are taken by others",
+                "end their processes (nvidia-smi)",
+            )
+        )
     if errors := number("ecc.errors.uncorrected.volatile.total"):
-        problems.append(Finding(
-            name, "red", f"{errors:.0f} uncorrected memory errors", "drain the node, reset the GPU",
-        ))  # fmt: skip
+        problems.append(
+            Finding(
+                name,
+                "red",
+                f"{errors:.0f} uncorrected memory errors",
+                "drain the node, reset the GPU",
+            )
+        )
     if row.get("clocks_throttle_reasons.hw_slowdown") == "Active":
-        problems.append(Finding(
-            name, "yellow", f"the hardware slows it down, at {row['temperature.gpu']} C", "look at cooling and power",
-        ))  # fmt: skip
+        problems.append(
+            Finding(
+                name,
+                "yellow",
+                f"the hardware slows it down, at {row['temperature.gpu']} C",
+                "look at cooling and power",
+            )
+        )
     elif number("temperature.gpu") >= 88:
         problems.append(Finding(name, "yellow", f"{row['temperature.gpu']} C", "look at cooling"))
     if row.get("compute_mode") == "Prohibited":
-        problems.append(Finding(name, "red", "its compute mode is Prohibited", "nvidia-smi -c DEFAULT, as root"))
+        problems.append(
+            Finding(name, "red", "its compute mode is Prohibited", "nvidia-smi -c DEFAULT, as root")
+        )
     if 0 < number("compute_cap") < 8.0:
         asked = recipe is not None and recipe.engine.precision == "bf16"
-        problems.append(Finding(
-            name, "red" if asked else "yellow", f"{row['name']} has no bf16", "engine.precision=fp32, or other GPUs",
-        ))  # fmt: skip
-    yield from problems or [Finding(name, "green", f"{row.get('name')}, {used:.1f} of {total:.0f} GiB in use")]
+        problems.append(
+            Finding(
+                name,
+                "red" if asked else "yellow",
+                f"{row['name']} has no bf16",
+                "engine.precision=fp32, or other GPUs",
+            )
+        )
+    yield from problems or [
+        Finding(name, "green", f"{row.get('name')}, {used:.1f} of {total:.0f} GiB in use")
+    ]
 
 
-# --------------------------------------------------------------------------------------------------------- file systems
+# ------------------------------------------------------------------------------------- file systems
 
 
 def check_folder(name: str, folder: Path, needed: float) -> Iterator[Finding]:
-    """That files in a folder can be written, flushed, replaced and linked as checkpoints and leases do, and fit.
+    """That files in a folder can be written, flushed, replaced and linked as checkpoints and leases
+    do, and fit.
 
     Args:
         name: of the folder, for people.
@@ -272,25 +381,36 @@ def check_folder(name: str, folder: Path, needed: float) -> Iterator[Finding]:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         yield Finding(
-            name, "red", f"{folder}: {error.strerror or error}", "mend its permissions or quota, or use another folder"
+            name,
+            "red",
+            f"{folder}: {error.strerror or error}",
+            "mend its permissions or quota, or use another folder",
         )
         return
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     if free < needed:
         yield Finding(
-            name, "red", f"{folder}: {free / GIB:.1f} GiB are free, {needed / GIB:.1f} are needed for checkpoints",
+            name,
+            "red",
+            f"{folder}: {free / GIB:.1f} GiB are free, {needed / GIB:.1f} are needed for "
+            "checkpoints",
             "free some, lower checkpoint.keep, or use another folder",
-        )  # fmt: skip
+        )
         return
     yield Finding(
-        name, "green",
-        f"{folder}: writes, renames, links and flushes as it should; {rate:.0f} MB/s, {free / GIB:.0f} GiB free",
-    )  # fmt: skip
+        name,
+        "green",
+        f"{folder}: writes, renames, links and flushes as it should; {rate:.0f} MB/s, "
+        f"{free / GIB:.0f} GiB free",
+    )
 
 
 def _exercise(folder: Path) -> float:
-    """Do what checkpoints and leases do; MB/s of a flushed write. Raises OSError where it does not work."""
+    """Do what checkpoints and leases do; MB/s of a flushed write.
+
+    Raises OSError where it does not work.
+    """
     block = secrets.token_bytes(2**20)
     begin = time.perf_counter()
     with (folder / "data").open("wb") as file:
@@ -326,21 +446,34 @@ def caches(recipe: Recipe | None) -> dict[str, Path]:
     home, temporary = Path.home() / ".cache", Path(tempfile.gettempdir())
     folders = {"TMPDIR": temporary}
     if recipe is None or recipe.engine.name == "deepspeed":
-        folders["TORCH_EXTENSIONS_DIR"] = Path(os.environ.get("TORCH_EXTENSIONS_DIR", home / "torch_extensions"))
+        folders["TORCH_EXTENSIONS_DIR"] = Path(
+            os.environ.get("TORCH_EXTENSIONS_DIR", home / "torch_extensions")
+        )
     if recipe is not None and recipe.engine.compile:
-        folders["TORCHINDUCTOR_CACHE_DIR"] = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary))
-        folders["TRITON_CACHE_DIR"] = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton"))
+        folders["TORCHINDUCTOR_CACHE_DIR"] = Path(
+            os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary)
+        )
+        folders["TRITON_CACHE_DIR"] = Path(
+            os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton")
+        )
     return folders
 
 
-def check_caches(folders: dict[str, Path], recipe: Recipe | None, local_world: int) -> Iterator[Finding]:
+def check_caches(
+    folders: dict[str, Path], recipe: Recipe | None, local_world: int
+) -> Iterator[Finding]:
     """Room for what libraries cache, for batches on their way from workers, and for open files."""
     for variable, folder in folders.items():
         there = next(each for each in (folder, *folder.parents) if each.exists())
         free = shutil.disk_usage(there).free
         colour = COLOURS[sum(free < least for least in CACHE_BYTES)]
         if not os.access(there, os.W_OK):
-            yield Finding("caches", "red", f"{folder} cannot be written", f"export {variable}=a folder of this node")
+            yield Finding(
+                "caches",
+                "red",
+                f"{folder} cannot be written",
+                f"export {variable}=a folder of this node",
+            )
         elif colour != "green":
             ways = f"free some, or export {variable} elsewhere"
             yield Finding("caches", colour, f"{folder}: {free / GIB:.2f} GiB are free", ways)
@@ -355,10 +488,12 @@ def check_caches(folders: dict[str, Path], recipe: Recipe | None, local_world: i
         free = shutil.disk_usage(shared).free
         if free < needed:
             yield Finding(
-                "shared memory", "red",
+                "shared memory",
+                "red",
                 f"/dev/shm has {free / GIB:.1f} GiB free, workers need {needed / GIB:.1f}",
-                "start the container with more (--shm-size, --ipc=host), or lower data.workers or batch.per_device",
-            )  # fmt: skip
+                "start the container with more (--shm-size, --ipc=host), or lower "
+                "data.workers or batch.per_device",
+            )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < OPEN_FILES:
         ways = f"ulimit -n {min(hard, 65536)} in the job"
@@ -372,18 +507,33 @@ def checkpoints_bytes(recipe: Recipe) -> float:
 
     with torch.device("meta"):
         model = new_network(recipe, norm="torch")
-    return checkpoint_bytes(model, teacher=recipe.objective.teacher_parts) * (max(2, recipe.checkpoint.keep) + 1)
+    return checkpoint_bytes(model, teacher=recipe.objective.teacher_parts) * (
+        max(2, recipe.checkpoint.keep) + 1
+    )
 
 
 def check_shards(recipe: Recipe) -> tuple[list[Finding], str]:
-    """That every shard can be read from here and samples decode; and the fingerprint of all of them."""
+    """That every shard can be read from here and samples decode.
+
+    And the fingerprint of all of them.
+    """
     from rcmae.transforms import BadImage, CentreTransform
 
     try:
-        folders = [str(recipe.run_dir / "index"), *([recipe.data.index] if recipe.data.index else [])]
+        folders = [
+            str(recipe.run_dir / "index"),
+            *([recipe.data.index] if recipe.data.index else []),
+        ]
         index = ShardIndex.open(recipe.data.shards, cache=folders)
     except ValueError as error:
-        return [Finding("shards", "red", str(error), "mend or leave out these shards, or correct data.shards")], ""
+        return [
+            Finding(
+                "shards",
+                "red",
+                str(error),
+                "mend or leave out these shards, or correct data.shards",
+            )
+        ], ""
     transform, bad, size = CentreTransform(recipe.model.image_hw, recipe.model.in_channels), [], 0
     reader, begin = Reader(), time.perf_counter()
     numbers = range(0, len(index), max(1, len(index) // 32))
@@ -409,11 +559,14 @@ def check_shards(recipe: Recipe) -> tuple[list[Finding], str]:
     return [finding], index.fingerprint
 
 
-# ----------------------------------------------------------------------------------------------------------- all ranks
+# ---------------------------------------------------------------------------------------- all ranks
 
 
 def check_port() -> Finding | None:
-    """That rank 0 can listen where the others will look for it. To be called before the ranks meet."""
+    """That rank 0 can listen where the others will look for it.
+
+    To be called before the ranks meet.
+    """
     env = os.environ
     if env.get("RANK", env.get("SLURM_PROCID", "0")) != "0" or "MASTER_PORT" not in env:
         return None
@@ -425,9 +578,11 @@ def check_port() -> Finding | None:
             probe.bind(("", int(env["MASTER_PORT"])))
         except OSError as error:
             return Finding(
-                "port", "red", f"MASTER_PORT={env['MASTER_PORT']} on {socket.gethostname()}: {error.strerror}",
+                "port",
+                "red",
+                f"MASTER_PORT={env['MASTER_PORT']} on {socket.gethostname()}: {error.strerror}",
                 "export another MASTER_PORT, or end the process that listens there",
-            )  # fmt: skip
+            )
     return None
 
 
@@ -438,9 +593,16 @@ def check_same(facts: Sequence[dict[str, str]], hosts: Sequence[str]) -> Iterato
         for host, each in zip(hosts, facts, strict=True):
             values.setdefault(each[key], []).append(host)
         if len(values) > 1:
-            shown = "; ".join(f"{value or 'none'} on {', '.join(sorted(set(at)))}" for value, at in values.items())
+            shown = "; ".join(
+                f"{value or 'none'} on {', '.join(sorted(set(at)))}" for value, at in values.items()
+            )
             colour = "yellow" if key == "gpus" else "red"
-            yield Finding("nodes differ", colour, f"{key}: {shown}", "give all nodes the same environment and files")
+            yield Finding(
+                "nodes differ",
+                colour,
+                f"{key}: {shown}",
+                "give all nodes the same environment and files",
+            )
 
 
 def clock_skew(now: Callable[[], float], rounds: int = 5) -> list[float]:
@@ -475,7 +637,8 @@ def check_shared(folder: Path, wait_s: float = 5.0) -> Finding:
             mark.write_text(token)
     dist.barrier()
     end = time.monotonic() + wait_s
-    while not (seen := mark.exists()) and time.monotonic() < end:  # network file systems can be late
+    while not (seen := mark.exists()) and time.monotonic() < end:
+        # network file systems can be late
         time.sleep(0.2)
     blind = [rank for rank, sees in enumerate(dist.gather(seen)) if not sees]
     if dist.rank() == 0:
@@ -483,15 +646,20 @@ def check_shared(folder: Path, wait_s: float = 5.0) -> Finding:
             mark.unlink()
     if blind:
         return Finding(
-            "run folder", "red", f"{folder} of rank 0 is not that of ranks {', '.join(map(str, blind))}",
+            "run folder",
+            "red",
+            f"{folder} of rank 0 is not that of ranks {', '.join(map(str, blind))}",
             "use a folder on a file system that all nodes mount, by an absolute path",
-        )  # fmt: skip
+        )
     return Finding("run folder", "green", f"{folder} is one folder on all ranks")
 
 
 @contextlib.contextmanager
 def left_as_it_was(folder: Path | None) -> Iterator[None]:
-    """Take the folder and those above it away at the end, if they were not there. Collective: every rank calls."""
+    """Take the folder and those above it away at the end, if they were not there.
+
+    Collective: every rank calls.
+    """
     missing = [each for each in (folder, *folder.parents) if not each.exists()] if folder else []
     dist.barrier()  # all have looked before any makes it
     yield
@@ -502,15 +670,17 @@ def left_as_it_was(folder: Path | None) -> Iterator[None]:
 
 
 def measure_links(size: int, rounds: int = 5) -> dict[str, float]:
-    """GB/s of each GPU's or process's link in an all-reduce and an all-gather of `size` bytes. Collective.
+    """GB/s of each GPU's or process's link in an all-reduce and an all-gather of `size` bytes.
+    Collective.
 
-    By NCCL's convention: what a link has to carry for it, whatever the number of ranks ("bus bandwidth").
-    """
+    By NCCL's convention: what a link has to carry for it, whatever the number of ranks ("bus
+    bandwidth")."""
     device, world = dist.device(), dist.world()
     whole = torch.ones(size // 4 // world * world, device=device)
     part = whole[: len(whole) // world].clone()
     share = {"all-reduce": 2 * (world - 1) / world, "all-gather": (world - 1) / world}
-    gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)  # its name since torch 2.13
+    # its name since torch 2.13
+    gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
     work: dict[str, Callable[[], object]] = {
         "all-reduce": lambda: torch_dist.all_reduce(whole, torch_dist.ReduceOp.MAX),
         "all-gather": lambda: gather(whole, part),
@@ -537,7 +707,9 @@ def network_gbps(folder: Path = Path("/sys/class/infiniband")) -> float:
     return sum(float(rate) for rate in rates) / 8
 
 
-def check_links(rates: dict[str, float], hosts: Sequence[str], name: str, network: float) -> Iterator[Finding]:
+def check_links(
+    rates: dict[str, float], hosts: Sequence[str], name: str, network: float
+) -> Iterator[Finding]:
     """Measured bandwidths against what the link should give: half of it is yellow, a tenth red.
 
     Args:
@@ -561,7 +733,7 @@ def check_links(rates: dict[str, float], hosts: Sequence[str], name: str, networ
         yield Finding("links", colour, text, "" if colour == "green" else ways)
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def examine(recipe: Recipe | None, gpus: int | None, now: Callable[[], float]) -> list[Seen]:
@@ -578,7 +750,7 @@ def examine(recipe: Recipe | None, gpus: int | None, now: Callable[[], float]) -
 
 def look(
     recipe: Recipe | None, rows: list[dict[str, str]] | str, gpus: int, now: Callable[[], float]
-) -> list[Seen]:  # fmt: skip
+) -> list[Seen]:
     """Findings of each rank, then those of all together. Collective: every rank calls."""
     facts = versions()
     facts["driver"] = rows[0]["driver_version"] if isinstance(rows, list) and rows else "none"
@@ -601,7 +773,9 @@ def look(
         together.append(check_shared(recipe.run_dir))
     on_gpu = dist.device().type == "cuda"
     rates = measure_links(256 * 2**20 if on_gpu else 4 * 2**20)
-    together += check_links(rates, hosts, torch.cuda.get_device_name() if on_gpu else "", network_gbps())
+    together += check_links(
+        rates, hosts, torch.cuda.get_device_name() if on_gpu else "", network_gbps()
+    )
     return seen + [Seen(finding, list(range(len(hosts)))) for finding in dist.from_first(together)]
 
 
@@ -610,7 +784,11 @@ def merged(found: Sequence[Sequence[Finding]]) -> list[Seen]:
     rows: dict[tuple[str, ...], Seen] = {}
     for rank, findings in enumerate(found):
         for finding in findings:
-            key: tuple[str, ...] = (finding.check, finding.colour, re.sub(r"[\d.,]+", "#", finding.found))
+            key: tuple[str, ...] = (
+                finding.check,
+                finding.colour,
+                re.sub(r"[\d.,]+", "#", finding.found),
+            )
             if key in rows and rows[key].ranks[-1] == rank:  # two GPUs, two folders of one rank
                 key = (*key, finding.found)
             rows.setdefault(key, Seen(finding, [])).ranks.append(rank)
@@ -623,16 +801,24 @@ def print_report(seen: Sequence[Seen], world: int, console: Console) -> None:
     for finding, ranks in seen:
         at = "" if len(ranks) == world else f" [dim](rank {', '.join(map(str, ranks))})[/]"
         way = f"\n[bold]{finding.way_out}[/]" if finding.way_out else ""
-        table.add_row(f"[{finding.colour}]{finding.colour}[/]", finding.check, f"{finding.found}{at}{way}")
+        table.add_row(
+            f"[{finding.colour}]{finding.colour}[/]", finding.check, f"{finding.found}{at}{way}"
+        )
     console.print(table)
 
 
 def main(argv: Sequence[str] | None = None, *, now: Callable[[], float] = time.time) -> int:
     """Examine and report; the exit status. Collective: every rank calls."""
-    parser = argparse.ArgumentParser(prog="tools/doctor.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="tools/doctor.py", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them")
-    parser.add_argument("--gpus", type=int, help="that a process should see (what the scheduler says)")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them"
+    )
+    parser.add_argument(
+        "--gpus", type=int, help="that a process should see (what the scheduler says)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     asked = parser.parse_intermixed_args(argv)
     try:
@@ -645,7 +831,9 @@ def main(argv: Sequence[str] | None = None, *, now: Callable[[], float] = time.t
     if dist.launched()["rank"] == 0:
         if asked.json:
             rows = [{**each.finding._asdict(), "ranks": each.ranks} for each in seen]
-            print(json.dumps({"verdict": COLOURS[worst], "world": world, "findings": rows}, indent=1))
+            print(
+                json.dumps({"verdict": COLOURS[worst], "world": world, "findings": rows}, indent=1)
+            )
         else:
             print_report(seen, world, Console(width=max(Console().width, 100)))
         sys.stdout.flush()

@@ -1,15 +1,17 @@
-"""Try the promises that cannot be seen in a quiet run: kill a training again and again, and resume it under any engine.
+"""Try the promises that cannot be seen in a quiet run: kill a training again and again, and resume
+it under any engine.
 
     python tools/drill.py kill RECIPE --times 100 [--layout "ds2 x2"] [--json FILE] [key=value ...]
-    python tools/drill.py matrix RECIPE [--layouts "local x1,ds3 x2"] [--pairs "ds1 x2 -> fsdp2 x4"] [--json FILE] ...
+    python tools/drill.py matrix RECIPE [--layouts "local x1,ds3 x2"] \\
+        [--pairs "ds1 x2 -> fsdp2 x4"] [--json FILE] ...
     python tools/drill.py cost RECIPE [--layout "ds2 x2"] [--json FILE] [key=value ...]
 
-`kill` SIGKILLs one rank or all at random moments, a third of them inside a save, starts the same command again each
-time and compares what comes out with a run that nobody touched. `matrix` saves under each engine and world size, goes
-on under each, and compares samples, losses and teacher with an uninterrupted run on one process; of engine.precision
-bf16, with one of fp32. `cost` tells for how long saves hold the training up, in the background and not, and what they
-write. Exit status: 0 all as promised, 1 not, 2 the recipe cannot run.
-"""
+`kill` SIGKILLs one rank or all at random moments, a third of them inside a save, starts the same
+command again each time and compares what comes out with a run that nobody touched. `matrix` saves
+under each engine and world size, goes on under each, and compares samples, losses and teacher with
+an uninterrupted run on one process; of engine.precision bf16, with one of fp32. `cost` tells for
+how long saves hold the training up, in the background and not, and what they write. Exit status: 0
+all as promised, 1 not, 2 the recipe cannot run."""
 
 from __future__ import annotations
 
@@ -56,16 +58,25 @@ LAYOUTS = {  # name -> ranks, overrides
     "fsdp2 x2": (2, ["engine.name=fsdp2", "engine.config=null"]),
     "fsdp2 x4": (4, ["engine.name=fsdp2", "engine.config=null"]),
 }
-PHASES = ("copied", "half a file", "file written", "manifest written", "renamed", "LATEST not moved", "pruning")
+PHASES = (
+    "copied",
+    "half a file",
+    "file written",
+    "manifest written",
+    "renamed",
+    "LATEST not moved",
+    "pruning",
+)
 BY_ANY_RANK = ("copied", "half a file", "file written")  # the others are rank 0's alone
-BOUNDS = {"fp32": {"loss": 1e-5, "teacher": 1e-5}, "bf16": {"loss": 1e-2, "teacher": 1e-3}}  # relative; L2 for tensors
+# relative; L2 for tensors
+BOUNDS = {"fp32": {"loss": 1e-5, "teacher": 1e-5}, "bf16": {"loss": 1e-2, "teacher": 1e-3}}
 
 
 class Failed(RuntimeError):
     """A training did not do what the drill needs; says what it printed."""
 
 
-# ------------------------------------------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------------------- ranks
 
 
 class Fork:
@@ -121,17 +132,35 @@ class Ranks:
     """
 
     def __init__(
-        self, world: int, jobs: Sequence[Sequence[str]], log: Path, *, die: str = "", record: bool = False,
+        self,
+        world: int,
+        jobs: Sequence[Sequence[str]],
+        log: Path,
+        *,
+        die: str = "",
+        record: bool = False,
         fork: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-        }  # fmt: skip
-        command = [sys.executable, __file__, "ranks", json.dumps(jobs), die, "record" if record else ""]
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+        }
+        command = [
+            sys.executable,
+            __file__,
+            "ranks",
+            json.dumps(jobs),
+            die,
+            "record" if record else "",
+        ]
         self.log = log
         self.processes: list[subprocess.Popen[bytes] | Fork] = []
         with log.open("a") as out:
@@ -140,7 +169,9 @@ class Ranks:
                 self.processes.append(
                     Fork(env, out, lambda: run_ranks(jobs, die, record))
                     if fork
-                    else subprocess.Popen(command, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+                    else subprocess.Popen(
+                        command, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL
+                    )
                 )
 
     def running(self) -> bool:
@@ -156,7 +187,9 @@ class Ranks:
             if time.monotonic() > give_up:
                 for process in self.processes:
                     process.kill()
-                raise Failed(f"ranks outlived a failed one by a minute, or {timeout_s:.0f} s:\n{self.said()}")
+                raise Failed(
+                    f"ranks outlived a failed one by a minute, or {timeout_s:.0f} s:\n{self.said()}"
+                )
             time.sleep(0.02)
         return [process.wait() for process in self.processes]
 
@@ -189,15 +222,23 @@ def run_ranks(jobs: Sequence[Sequence[str]], die: str, record: bool) -> int:
     dist.start(required=True, timeout_s=120)
     statuses = [train.train(recipe, preempt.StopRequest(), task_of(recipe)) for recipe in recipes]
     dist.finish()
-    return next((status for status in statuses if status not in (preempt.FINISHED, preempt.STOPPED)), 0)
+    return next(
+        (status for status in statuses if status not in (preempt.FINISHED, preempt.STOPPED)), 0
+    )
 
 
 def record_samples() -> None:
-    """Have each rank write the position and key of every sample it trains on to `samples-RANK.jsonl` of the run."""
+    """Have each rank write the position and key of every sample it trains on to
+    `samples-RANK.jsonl` of the run.
+    """
     agree = train.Run.agree
 
     def recorded(self: train.Run, micros: Sequence[Any]) -> Any:
-        found = [pair for batch in micros for pair in zip(batch.positions.tolist(), batch.keys, strict=True)]
+        found = [
+            pair
+            for batch in micros
+            for pair in zip(batch.positions.tolist(), batch.keys, strict=True)
+        ]
         with (self.recipe.run_dir / f"samples-{dist.rank()}.jsonl").open("a") as file:
             file.write(json.dumps([self.step, found]) + "\n")
         return agree(self, micros)
@@ -215,14 +256,18 @@ def samples(run: Path) -> dict[int, set[tuple[int, str]]]:
 
 
 def arm(phase: str) -> None:
-    """Make this process kill itself in a phase of its second save: the first has committed by then."""
+    """Make this process kill itself in a phase of its second save: the first has committed by
+    then.
+    """
     saves = 0
 
     def now(*_: object) -> None:
         if saves >= 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def wrapped(before: bool, original: Callable[..., Any], applies: Callable[..., bool] = lambda *_: True) -> Any:
+    def wrapped(
+        before: bool, original: Callable[..., Any], applies: Callable[..., bool] = lambda *_: True
+    ) -> Any:
         def call(*args: Any, **named: Any) -> Any:
             if before and applies(*args):
                 now()
@@ -269,11 +314,16 @@ def arm(phase: str) -> None:
         checkpoint.prune = wrapped(True, checkpoint.prune)
 
 
-# ------------------------------------------------------------------------------------------------------------- kill
+# --------------------------------------------------------------------------------------------- kill
 
 
-def kill(recipe: str, times: int, layout: str, overrides: Sequence[str], seed: int) -> dict[str, Any]:
-    """Kill a training so many times and resume it each time; what was hit, and whether it ends as an untouched one."""
+def kill(
+    recipe: str, times: int, layout: str, overrides: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Kill a training so many times and resume it each time.
+
+    What was hit, and whether it ends as an untouched one.
+    """
     draw, (world, engine) = random.Random(seed), LAYOUTS[layout]
     plan = draw.sample(moments(times), times)
     hits: Counter[str] = Counter()
@@ -285,12 +335,19 @@ def kill(recipe: str, times: int, layout: str, overrides: Sequence[str], seed: i
         log, run, oracle = root / "log", root / "run", root / "untouched"
 
         def job(where: Path) -> list[list[str]]:
-            fixed = ["run.lease_timeout_s=3", "log.every_steps=1", "engine.timeout_s=120", "log.tensorboard=false"]
+            fixed = [
+                "run.lease_timeout_s=3",
+                "log.every_steps=1",
+                "engine.timeout_s=120",
+                "log.tensorboard=false",
+            ]
             return [[recipe, f"run.dir={where}", *fixed, *engine, *overrides]]
 
         begin = time.monotonic()
         Ranks(world, job(oracle), log).succeed()
-        first, last = (json.loads(line)["time"] for line in ends_of((oracle / "metrics.jsonl").read_text()))
+        first, last = (
+            json.loads(line)["time"] for line in ends_of((oracle / "metrics.jsonl").read_text())
+        )
         step_s = (last - first) / max(1, last_step(oracle) - 1)
         for phase in plan:
             while True:  # until the kill came before the end of the training
@@ -298,7 +355,11 @@ def kill(recipe: str, times: int, layout: str, overrides: Sequence[str], seed: i
                     checks.append(compare(run, oracle))
                     shutil.rmtree(run)
                 begun, committed = len(starts_of(run)), last_step(run)
-                die = f"{phase}@{draw.randrange(world) if phase in BY_ANY_RANK else 0}" if phase else ""
+                die = (
+                    f"{phase}@{draw.randrange(world) if phase in BY_ANY_RANK else 0}"
+                    if phase
+                    else ""
+                )
                 ranks = Ranks(world, job(run), log, die=die)
                 what = f"in a save: {phase}" if phase else strike(draw, ranks, run, begun, step_s)
                 at = time.monotonic()
@@ -312,24 +373,37 @@ def kill(recipe: str, times: int, layout: str, overrides: Sequence[str], seed: i
                     raise Failed(f"it ended by itself with {statuses}:\n{ranks.said()}")
             for event in starts_of(run)[begun:]:
                 if event["step"] < committed or (committed and event["event"] != "resume"):
-                    raise Failed(f"step {committed} was committed, but it went on from {event}:\n{ranks.said()}")
+                    raise Failed(
+                        f"step {committed} was committed, but it went on from "
+                        f"{event}:\n{ranks.said()}"
+                    )
             resumed, anew = resumed + (committed > 0), anew + (committed == 0)
         begun = len(starts_of(run))
         if not finished(run):
             Ranks(world, job(run), log).succeed()
         checks.append(compare(run, oracle))
-    fine = all(check["steps_once"] and check["bit_equal" if world == 1 else "close"] for check in checks)
+    fine = all(
+        check["steps_once"] and check["bit_equal" if world == 1 else "close"] for check in checks
+    )
     saves = [hits[f"in a save: {phase}"] for phase in dict.fromkeys(filter(None, plan))]
     return {
-        "layout": layout, "kills": hits.total(), "hits": dict(sorted(hits.items())), "resumes": resumed,
-        "starts_before_a_first_checkpoint": anew, "ended_before_the_kill": finished_before,
-        "slowest_end_after_a_kill_s": slowest_s, "trainings_finished_and_compared": checks,
-        "seconds": time.monotonic() - begin, "ok": fine and hits.total() == len(plan) and min(saves, default=1) > 0,
-    }  # fmt: skip
+        "layout": layout,
+        "kills": hits.total(),
+        "hits": dict(sorted(hits.items())),
+        "resumes": resumed,
+        "starts_before_a_first_checkpoint": anew,
+        "ended_before_the_kill": finished_before,
+        "slowest_end_after_a_kill_s": slowest_s,
+        "trainings_finished_and_compared": checks,
+        "seconds": time.monotonic() - begin,
+        "ok": fine and hits.total() == len(plan) and min(saves, default=1) > 0,
+    }
 
 
 def moments(times: int) -> list[str]:
-    """So many moments to kill at: a third in saves, each phase as often as the others, and "" for a random one."""
+    """So many moments to kill at: a third in saves, each phase as often as the others, and ""
+    for a random one.
+    """
     each = -(-times // (3 * len(PHASES)))
     aimed = [phase for _ in range(each) for phase in PHASES][: max(1, times // 2)]
     return [*aimed, *[""] * (times - len(aimed))]
@@ -397,36 +471,51 @@ def compare(run: Path, oracle: Path) -> dict[str, Any]:
         raise Failed(f"no valid checkpoint in {run if mine is None else oracle}")
     distances = {"weight": 0.0, "teacher": 0.0}  # of a task without one, too
     equal = mine.step == theirs.step and mine.tensors.keys() == theirs.tensors.keys()
-    for kind in dict.fromkeys(key.partition("/")[0] for key in theirs.tensors):  # and moments, and running statistics
+    for kind in dict.fromkeys(key.partition("/")[0] for key in theirs.tensors):
+        # and moments, and running statistics
         keys = [key for key in theirs.tensors if key.partition("/")[0] == kind]
         difference = norm = 0.0
         for key in keys:
             a, b = (checkpoint.tensor_of(each, key).double() for each in (mine, theirs))
             equal = equal and torch.equal(a, b)
-            difference, norm = difference + float((a - b).square().sum()), norm + float(b.square().sum())
+            difference, norm = (
+                difference + float((a - b).square().sum()),
+                norm + float(b.square().sum()),
+            )
         distances[kind] = (difference / norm) ** 0.5 if norm else 0.0
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
-        "step": mine.step, "bit_equal": equal, "relative_l2": distances,
+        "step": mine.step,
+        "bit_equal": equal,
+        "relative_l2": distances,
         "close": mine.step == theirs.step and max(distances["weight"], distances["teacher"]) < 1e-5,
         "steps_once": steps == list(range(1, theirs.step + 1)),
-    }  # fmt: skip
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------ matrix
+# ------------------------------------------------------------------------------------------- matrix
 
 
-def matrix(recipe: str, pairs: Sequence[tuple[str, str]], precision: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Save under each layout, go on under each: the largest error of the next losses and of the teacher, by pair.
+def matrix(
+    recipe: str, pairs: Sequence[tuple[str, str]], precision: str, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Save under each layout, go on under each: the largest error of the next losses and of the
+    teacher, by pair.
 
     Args:
         recipe: of 20 steps; saved is the tenth.
         pairs: (saver, loader) layouts.
-        precision: of both; the losses are compared with an uninterrupted `local` run in fp32 in any case, the teacher
-            with one in this precision.
+        precision: of both; the losses are compared with an uninterrupted `local` run in fp32 in any
+            case, the teacher with one in this precision.
         overrides: of the recipe.
     """
-    fixed = ["log.every_steps=1", "checkpoint.every_steps=5", "log.tensorboard=false", "schedule.steps=20", *overrides]
+    fixed = [
+        "log.every_steps=1",
+        "checkpoint.every_steps=5",
+        "log.tensorboard=false",
+        "schedule.steps=20",
+        *overrides,
+    ]
     begin, bounds = time.monotonic(), BOUNDS[precision]
     savers, loaders = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
     with tempfile.TemporaryDirectory() as folder:
@@ -439,7 +528,8 @@ def matrix(recipe: str, pairs: Sequence[tuple[str, str]], precision: str, overri
             told = [[recipe, f"run.dir={where}", *fixed, *engine, *more] for where, more in jobs]
             Ranks(world, told, log, record=True, fork=True).succeed()
 
-        importlib.import_module("rcmae.engine_deepspeed")  # before the forks; this process itself trains nothing
+        # before the forks; this process itself trains nothing
+        importlib.import_module("rcmae.engine_deepspeed")
         importlib.import_module("rcmae.engine_fsdp2")
         for each, where in oracles.items():
             launch("local x1", [(where, [f"engine.precision={each}"])])
@@ -457,9 +547,12 @@ def matrix(recipe: str, pairs: Sequence[tuple[str, str]], precision: str, overri
                 found[pair] = judge(root / pair, oracles["fp32"], oracles[precision], bounds)
                 shutil.rmtree(root / pair)
     return {
-        "precision": precision, "bounds": bounds, "pairs": found, "seconds": time.monotonic() - begin,
+        "precision": precision,
+        "bounds": bounds,
+        "pairs": found,
+        "seconds": time.monotonic() - begin,
         "ok": all(pair["ok"] for pair in found.values()),
-    }  # fmt: skip
+    }
 
 
 def judge(run: Path, fp32: Path, same: Path, bounds: dict[str, float]) -> dict[str, Any]:
@@ -467,7 +560,12 @@ def judge(run: Path, fp32: Path, same: Path, bounds: dict[str, float]) -> dict[s
     wanted, got, after = losses(fp32), losses(run), compare(run, same)
     worst = max(abs(got[step] - wanted[step]) / abs(wanted[step]) for step in range(11, 21))
     same_samples, teacher = samples(run) == samples(fp32), after["relative_l2"]["teacher"]
-    fine = worst < bounds["loss"] and teacher < bounds["teacher"] and same_samples and after["steps_once"]
+    fine = (
+        worst < bounds["loss"]
+        and teacher < bounds["teacher"]
+        and same_samples
+        and after["steps_once"]
+    )
     return {"loss": worst, "teacher": teacher, "same_samples": same_samples, "ok": fine}
 
 
@@ -477,11 +575,13 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
-# -------------------------------------------------------------------------------------------------------------- cost
+# --------------------------------------------------------------------------------------------- cost
 
 
 def cost(recipe: str, layout: str, overrides: Sequence[str], rounds: int = 2) -> dict[str, Any]:
-    """Seconds that saves hold a training up, written in the background and not, and their bytes beside the formula."""
+    """Seconds that saves hold a training up, written in the background and not, and their bytes
+    beside the formula.
+    """
     world, engine = LAYOUTS[layout]
     every, saves = 3, 3
     seen: dict[str, list[dict[str, Any]]] = {"background": [], "waiting": []}
@@ -491,20 +591,35 @@ def cost(recipe: str, layout: str, overrides: Sequence[str], rounds: int = 2) ->
             for kind in seen:
                 run = root / f"{kind}-{turn}"
                 job = [
-                    recipe, f"run.dir={run}", *engine, "log.every_steps=1", "log.tensorboard=false",
-                    f"checkpoint.background={json.dumps(kind == 'background')}", f"schedule.steps={every * saves + 1}",
-                    "schedule.warmup_steps=1", "schedule.epochs=null", "schedule.warmup_epochs=null",
-                    f"checkpoint.every_steps={every}", *overrides,
-                ]  # fmt: skip
+                    recipe,
+                    f"run.dir={run}",
+                    *engine,
+                    "log.every_steps=1",
+                    "log.tensorboard=false",
+                    f"checkpoint.background={json.dumps(kind == 'background')}",
+                    f"schedule.steps={every * saves + 1}",
+                    "schedule.warmup_steps=1",
+                    "schedule.epochs=null",
+                    "schedule.warmup_epochs=null",
+                    f"checkpoint.every_steps={every}",
+                    *overrides,
+                ]
                 Ranks(world, [job], root / "log").succeed()
-                events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+                events = [
+                    json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()
+                ]
                 saved = [event for event in events if event["event"] == "checkpoint"][:saves]
-                rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-                seen[kind].append({
-                    "stall_s": [event["stall_s"] for event in saved],
-                    "waited_for_the_one_before_s": [event["waited_s"] for event in saved],
-                    "commit_s": [event["seconds"] for event in saved], "step_s": [row["step_s"] for row in rows[1:]],
-                })  # fmt: skip
+                rows = [
+                    json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+                ]
+                seen[kind].append(
+                    {
+                        "stall_s": [event["stall_s"] for event in saved],
+                        "waited_for_the_one_before_s": [event["waited_s"] for event in saved],
+                        "commit_s": [event["seconds"] for event in saved],
+                        "step_s": [row["step_s"] for row in rows[1:]],
+                    }
+                )
                 last, _ = checkpoint.newest(run / "checkpoints")
                 assert last is not None
                 files = [last.files[name]["bytes"] for name in sorted(last.files)]
@@ -521,30 +636,44 @@ def cost(recipe: str, layout: str, overrides: Sequence[str], rounds: int = 2) ->
         for kind, turns in seen.items()
     }
     return {
-        "layout": layout, "median_seconds_held_up": held, "rounds": seen, "bytes_of_each_rank": files,
-        "formula_bytes": formula, "formula_bytes_a_rank": formula / world,
-        "ok": held["background"] < held["waiting"] and all(abs(size * world / formula - 1) < 0.01 for size in files),
-    }  # fmt: skip
+        "layout": layout,
+        "median_seconds_held_up": held,
+        "rounds": seen,
+        "bytes_of_each_rank": files,
+        "formula_bytes": formula,
+        "formula_bytes_a_rank": formula / world,
+        "ok": held["background"] < held["waiting"]
+        and all(abs(size * world / formula - 1) < 0.01 for size in files),
+    }
 
 
-# -------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def about(arguments: Sequence[str], recipe: config.Recipe) -> dict[str, Any]:
     """What a report was made with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    command = " ".join(["tools/drill.py", *(f"'{word}'" if " " in word else word for word in arguments)])
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    command = " ".join(
+        ["tools/drill.py", *(f"'{word}'" if " " in word else word for word in arguments)]
+    )
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
-        "command": command, "recipe": recipe.model_dump(mode="json"), "commit": commit, "versions": versions(),
+        "command": command,
+        "recipe": recipe.model_dump(mode="json"),
+        "commit": commit,
+        "versions": versions(),
         "machine": machine,
-    }  # fmt: skip
+    }
 
 
 def show(found: dict[str, Any], console: Console) -> None:
     """A report for people."""
     if "pairs" in found:
-        table = Table("saved by -> gone on by", "worst loss, relative", "teacher, relative L2", "samples")
+        table = Table(
+            "saved by -> gone on by", "worst loss, relative", "teacher, relative L2", "samples"
+        )
         for name, pair in found["pairs"].items():
             same = "the same" if pair["same_samples"] else "[red]others[/red]"
             table.add_row(name, f"{pair['loss']:.1e}", f"{pair['teacher']:.1e}", same)
@@ -566,10 +695,15 @@ def pairs_of(layouts: str, pairs: str | None) -> list[tuple[str, str]]:
     names = [name.strip() for name in layouts.split(",")]
     found = [(saver, loader) for saver in names for loader in names]
     if pairs:
-        found = [(one.strip(), other.strip()) for one, _, other in (pair.partition("->") for pair in pairs.split(","))]
+        found = [
+            (one.strip(), other.strip())
+            for one, _, other in (pair.partition("->") for pair in pairs.split(","))
+        ]
     unknown = {name for pair in found for name in pair} - set(LAYOUTS)
     if unknown:
-        raise ValueError(f"unknown layouts {', '.join(sorted(unknown))}; known: {', '.join(LAYOUTS)}")
+        raise ValueError(
+            f"unknown layouts {', '.join(sorted(unknown))}; known: {', '.join(LAYOUTS)}"
+        )
     return found
 
 
@@ -578,14 +712,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["ranks"]:
         return run_ranks(json.loads(arguments[1]), arguments[2], bool(arguments[3]))
-    parser = argparse.ArgumentParser(description="Kill and resume a training, and see that nothing is lost.")
+    parser = argparse.ArgumentParser(
+        description="Kill and resume a training, and see that nothing is lost."
+    )
     parser.add_argument("drill", choices=("kill", "matrix", "cost"))
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--times", type=int, default=100, help="kills")
-    parser.add_argument("--layout", default="local x1", choices=tuple(LAYOUTS), help="what is killed, or measured")
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of the matrix, separated by commas")
-    parser.add_argument("--pairs", help="of the matrix, SAVER -> LOADER, separated by commas; default: all of layouts")
+    parser.add_argument(
+        "--layout", default="local x1", choices=tuple(LAYOUTS), help="what is killed, or measured"
+    )
+    parser.add_argument(
+        "--layouts", default=",".join(LAYOUTS), help="of the matrix, separated by commas"
+    )
+    parser.add_argument(
+        "--pairs",
+        help="of the matrix, SAVER -> LOADER, separated by commas; default: all of layouts",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to keep the report")
     args = parser.parse_intermixed_args(arguments)
@@ -593,7 +736,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = config.load(args.recipe, args.overrides)
         pairs = pairs_of(args.layouts, args.pairs)
         if args.drill == "cost" and config.module_of(recipe) != "rcmae.train":
-            raise ValueError(f"cost is of a pretraining's checkpoints; {args.recipe} is trained by another module")
+            raise ValueError(
+                f"cost is of a pretraining's checkpoints; {args.recipe} is trained by another "
+                "module"
+            )
     except ValueError as error:
         print(f"drill: {error}", file=sys.stderr)
         return 2

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Write a run's student or teacher to a file that others read: safetensors, MAE's and RC-MAE's .pth, timm's names.
+"""Write a run's student or teacher to a file that others read: safetensors, MAE's and RC-MAE's
+.pth, timm's names.
 
     python tools/export.py RUN --format timm --out encoder.safetensors
-    python tools/export.py RUN/checkpoints/step-00001000 --what student --format mae --out encoder.pth
+    python tools/export.py RUN/checkpoints/step-00001000 --what student --format mae \\
+        --out encoder.pth
 
-RUN stands for its newest valid checkpoint. Checksums are verified first; weights pass tensor by tensor, so a network of
-any size fits into memory. Exit status: 0 written; 2 these arguments do not go together; 1 the checkpoint is damaged or
-the file could not be written, and what was there before still is.
-"""
+RUN stands for its newest valid checkpoint. Checksums are verified first; weights pass tensor by
+tensor, so a network of any size fits into memory. Exit status: 0 written; 2 these arguments do not
+go together; 1 the checkpoint is damaged or the file could not be written, and what was there before
+still is."""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument(
-        "--what", choices=export.KIND, help="default: the teacher where there is one, which RC-MAE fine-tunes"
+        "--what",
+        choices=export.KIND,
+        help="default: the teacher where there is one, which RC-MAE fine-tunes",
     )
     parser.add_argument("--format", choices=export.LAYOUTS, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
@@ -45,13 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in passed_over:
             print(f"passed over: {problem}", file=sys.stderr)
         done = export.export(
-            manifest, options.out, layout=options.format, network=options.what, overwrite=options.overwrite
+            manifest,
+            options.out,
+            layout=options.format,
+            network=options.what,
+            overwrite=options.overwrite,
         )
     except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     if options.json:
-        print(json.dumps(done._asdict() | {"path": str(done.path), "checkpoint": str(manifest.path)}, indent=1))
+        print(
+            json.dumps(
+                done._asdict() | {"path": str(done.path), "checkpoint": str(manifest.path)},
+                indent=1,
+            )
+        )
         return 0
     print(
         f"{done.path}: {' and '.join(done.networks)} of step {done.step:,} ({manifest.path}), "

@@ -1,24 +1,28 @@
 #!/usr/bin/env python3
-"""Make WebDataset shards, with their index, from images in a folder, a list, Parquet files or other tars.
+"""Make WebDataset shards, with their index, from images in a folder, a list, Parquet files or other
+tars.
 
-    python tools/make_shards.py IMAGES [IMAGES ...] OUT [--name train] [--samples 1000] [--size 256] [--quality 90]
+    python tools/make_shards.py IMAGES [IMAGES ...] OUT [--name train] [--samples 1000] \\
+        [--size 256] [--quality 90]
                                 [--min-size N] [--classes FILE] [--jobs N] [--overwrite] [--json]
 
-IMAGES is a folder with a sub-folder for each class, or with images alone (no labels then); or a .csv or .tsv file with
-the columns `path` (from the file's folder) and, if wanted, `label`; or .parquet files with a column `image` (bytes, or
-a struct with `bytes`) and, if wanted, `label`; or .tar files, whose images and labels are laid out anew. OUT gets
-NAME-000000.tar, ..., `index.json` and, with class names, `classes.txt`: line i, counted from 0, is the class of label i
-(--classes takes such a file, so that a validation set gets the training set's labels). ImageNet-1k in one command:
+IMAGES is a folder with a sub-folder for each class, or with images alone (no labels then); or a
+.csv or .tsv file with the columns `path` (from the file's folder) and, if wanted, `label`; or
+.parquet files with a column `image` (bytes, or a struct with `bytes`) and, if wanted, `label`; or
+.tar files, whose images and labels are laid out anew. OUT gets NAME-000000.tar, ..., `index.json`
+and, with class names, `classes.txt`: line i, counted from 0, is the class of label i (--classes
+takes such a file, so that a validation set gets the training set's labels). ImageNet-1k in one
+command:
 
     python tools/make_shards.py ILSVRC2012/train shards --name train --size 256
 
-Every image is decoded once; what cannot be is left out and listed, as are those whose shorter side has fewer pixels
-than --min-size. The order is that of a hash of the name, so each shard mixes the classes. The same images and options
-give the same bytes. --size makes images whose shorter side has more pixels than that smaller, as JPEG; all others go in
-as they are. Images of any number of channels are taken, as .npy or TIFF (which stay .npy or TIFF when made smaller).
-A job that was killed or stopped goes on where it was when the same command is started again.
-Exit status: 0 written; 2 the input cannot be used; 130 stopped with Ctrl-C.
-"""
+Every image is decoded once; what cannot be is left out and listed, as are those whose shorter side
+has fewer pixels than --min-size. The order is that of a hash of the name, so each shard mixes the
+classes. The same images and options give the same bytes. --size makes images whose shorter side has
+more pixels than that smaller, as JPEG; all others go in as they are. Images of any number of
+channels are taken, as .npy or TIFF (which stay .npy or TIFF when made smaller). A job that was
+killed or stopped goes on where it was when the same command is started again. Exit status: 0
+written; 2 the input cannot be used; 130 stopped with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -133,21 +137,24 @@ def make_shards(
     """Write images as shards with their index and classes.
 
     Args:
-        images: a folder of class folders, or of images; a list; Parquet files; tars. Or several of one kind.
+        images: a folder of class folders, or of images; a list; Parquet files; tars. Or several of
+            one kind.
         out: folder of the shards; made where it is not there.
         name: what their names begin with.
         samples: at most so many in a shard; all have equally many, to one.
         size: make images smaller whose shorter side has more pixels than this.
         quality: of the JPEG that these become.
         min_size: leave out images whose shorter side has fewer pixels.
-        classes: names in the order of the labels; by default the class folders' in alphabetical order.
+        classes: names in the order of the labels; by default the class folders' in alphabetical
+            order.
         jobs: processes.
         overwrite: replace shards of this name.
         progress: show a bar on standard error.
 
     Raises:
-        ValueError: the folder holds no images, or images beside class folders, or folders of no known class; OUT has
-            shards of this name or other classes; all images of a shard are unreadable.
+        ValueError: the folder holds no images, or images beside class folders, or folders of no
+            known class; OUT has shards of this name or other classes; all images of a shard are
+            unreadable.
     """
     inputs = [str(images)] if isinstance(images, str | Path) else [str(one) for one in images]
     out = Path(out)
@@ -158,20 +165,36 @@ def make_shards(
     count = -(-len(sources) // samples)
     cuts = [len(sources) * shard // count for shard in range(count + 1)]
     paths = [str(out / f"{name}-{shard:06d}.tar") for shard in range(count)]
-    tasks = [(path, sources[first:stop]) for path, first, stop in zip(paths, cuts, cuts[1:], strict=False)]
+    tasks = [
+        (path, sources[first:stop])
+        for path, first, stop in zip(paths, cuts, cuts[1:], strict=False)
+    ]
     job = Job(
         out / f".{name}.progress",
-        {"images": _digest(sources), "classes": _digest(labels), "samples": samples, "size": size, "quality": quality,
-         "min-size": min_size},
-    )  # fmt: skip
+        {
+            "images": _digest(sources),
+            "classes": _digest(labels),
+            "samples": samples,
+            "size": size,
+            "quality": quality,
+            "min-size": min_size,
+        },
+    )
     if old and not overwrite and job.done is None:
-        unfinished = f" of a job that did not end, {job.unlike}; the command of that job goes on" if job.unlike else ""
+        unfinished = (
+            f" of a job that did not end, {job.unlike}; the command of that job goes on"
+            if job.unlike
+            else ""
+        )
         raise ValueError(
-            f"{out} has {len(old)} shards named {name}-*.tar{unfinished}; take another --name, or --overwrite them"
+            f"{out} has {len(old)} shards named {name}-*.tar{unfinished}; take another "
+            "--name, or --overwrite them"
         )
     class_file, text = out / "classes.txt", "".join(f"{label}\n" for label in labels).encode()
     if labels and not overwrite and class_file.exists() and class_file.read_bytes() != text:
-        raise ValueError(f"{class_file} names other classes; pass it as --classes, or --overwrite it")
+        raise ValueError(
+            f"{class_file} names other classes; pass it as --classes, or --overwrite it"
+        )
 
     out.mkdir(parents=True, exist_ok=True)
     for torn in out.glob(f".{name}-*.tar.*"):
@@ -180,9 +203,12 @@ def make_shards(
     missing = [task for task in tasks if task[0] not in done]
     write = partial(write_shard, size=size, quality=quality, min_size=min_size)
     shown = track(
-        _each(write, missing, jobs), "writing shards", total=len(missing), console=Console(stderr=True),
+        _each(write, missing, jobs),
+        "writing shards",
+        total=len(missing),
+        console=Console(stderr=True),
         disable=not progress,
-    )  # fmt: skip
+    )
     job.begin(done.values())
     try:
         for each in shown:
@@ -214,11 +240,14 @@ def make_shards(
 
 
 class Job:
-    """What a job has written so far, in a file beside the shards: started again with the same input, it goes on."""
+    """What a job has written so far, in a file beside the shards: started again with the same
+    input, it goes on.
+    """
 
     def __init__(self, path: Path, what: dict[str, Any]) -> None:
         self._path, self._what = path, what
-        self.done: dict[str, Written] | None = None  # of a job before that was to do the same; None: there was none
+        # of a job before that was to do the same; None: there was none
+        self.done: dict[str, Written] | None = None
         self.unlike = ""  # how a job before that did not end differs from this one
         try:
             head, *lines = path.read_text().splitlines(keepends=True)
@@ -227,10 +256,16 @@ class Job:
         except (OSError, ValueError):
             return
         if before == what:
-            self.done = {row[0]: Written(row[0], row[1], [Rejected(*reject) for reject in row[2]]) for row in rows}
+            self.done = {
+                row[0]: Written(row[0], row[1], [Rejected(*reject) for reject in row[2]])
+                for row in rows
+            }
         elif isinstance(before, dict):
-            self.unlike = ", ".join(_unlike(key, before.get(key), value) for key, value in what.items()
-                                    if before.get(key) != value)  # fmt: skip
+            self.unlike = ", ".join(
+                _unlike(key, before.get(key), value)
+                for key, value in what.items()
+                if before.get(key) != value
+            )
 
     def begin(self, done: Iterable[Written]) -> None:
         """Say what the job is, and what is done of it."""
@@ -250,7 +285,9 @@ class Job:
 def _unlike(key: str, before: Any, now: Any) -> str:
     if key in ("images", "classes"):
         return f"with other {key}"
-    return " instead of ".join(f"--{key}={value}" if value is not None else f"no --{key}" for value in (before, now))
+    return " instead of ".join(
+        f"--{key}={value}" if value is not None else f"no --{key}" for value in (before, now)
+    )
 
 
 def _digest(what: object) -> str:
@@ -258,7 +295,8 @@ def _digest(what: object) -> str:
 
 
 def find_images(inputs: Sequence[str], spool: Path) -> Found:
-    """The images of some inputs of one kind; those of Parquet files are put into `spool` to be read by offset.
+    """The images of some inputs of one kind; those of Parquet files are put into `spool` to be read
+    by offset.
 
     Raises:
         ValueError: there are none, or the input is not of the form that it should have.
@@ -269,7 +307,10 @@ def find_images(inputs: Sequence[str], spool: Path) -> Found:
     if len(kinds) == 1 and kinds <= {".parquet"}:
         return _in_parquet(inputs, spool)
     if len(inputs) > 1:
-        raise ValueError(f"several inputs are .tar or .parquet files, all of one kind; got {', '.join(inputs[:5])}")
+        raise ValueError(
+            "several inputs are .tar or .parquet files, all of one kind; got "
+            f"{', '.join(inputs[:5])}"
+        )
     if kinds <= {".csv", ".tsv"}:
         return _in_list(Path(inputs[0]))
     return _in_folder(Path(inputs[0]))
@@ -277,20 +318,29 @@ def find_images(inputs: Sequence[str], spool: Path) -> Found:
 
 def _in_folder(folder: Path) -> Found:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of images, nor a .csv, .tsv, .parquet or .tar file")
+        raise ValueError(
+            f"{folder} is not a folder of images, nor a .csv, .tsv, .parquet or .tar file"
+        )
     found: list[str] = []
     others: list[str] = []
     for top, _, names in os.walk(folder, followlinks=True):
         for file in names:
             path = os.path.relpath(os.path.join(top, file), folder)
-            is_image = file.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not file.startswith(".")
+            is_image = file.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not file.startswith(
+                "."
+            )
             (found if is_image else others).append(path)
     in_class = [path for path in found if os.sep in path]
     if not found:
-        raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}) among {len(others)} files")
+        raise ValueError(
+            f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}) among {len(others)} files"
+        )
     if in_class and len(in_class) < len(found):
         alone = len(found) - len(in_class)
-        raise ValueError(f"{folder} holds {alone} images beside class folders; move them into one, or the folders away")
+        raise ValueError(
+            f"{folder} holds {alone} images beside class folders; move them into one, or the "
+            "folders away"
+        )
     label = (lambda path: path.split(os.sep, 1)[0]) if in_class else (lambda path: None)
     return Found([Named(path, label(path), str(folder / path)) for path in found], others)
 
@@ -308,25 +358,36 @@ def _in_list(path: Path) -> Found:
         raise ValueError(f"{path} cannot be read as a list ({error})") from error
     if not rows or "path" not in columns:
         raise ValueError(
-            f"{path}: wants a first line with the columns path and, if wanted, label; then an image a line"
+            f"{path}: wants a first line with the columns path and, if wanted, label; then "
+            "an image a line"
         )
     if empty := [str(line) for line, row in zip(at, rows, strict=True) if not row["path"]]:
-        raise ValueError(f"{path} has {len(empty)} lines with an empty path: line {_some(empty, len(empty))}")
+        raise ValueError(
+            f"{path} has {len(empty)} lines with an empty path: line {_some(empty, len(empty))}"
+        )
     if gone := [
         f"{row['path']} (line {line})"
         for line, row in zip(at, rows, strict=True)
         if not (path.parent / row["path"]).is_file()
     ]:
-        raise ValueError(f"{path} names {len(gone)} files that are not there: {_some(gone, len(gone))}")
+        raise ValueError(
+            f"{path} names {len(gone)} files that are not there: {_some(gone, len(gone))}"
+        )
     labels = [row.get("label") for row in rows]
     if any(label in (None, "") for label in labels):
         if any(labels):
-            raise ValueError(f"{path}: {sum(not label for label in labels)} of {len(rows)} lines have no label")
+            raise ValueError(
+                f"{path}: {sum(not label for label in labels)} of {len(rows)} lines have no label"
+            )
         labels = [None] * len(rows)
     numbers = all(label is not None and label.isdecimal() for label in labels)
     return Found(
         [
-            Named(row["path"], int(label) if numbers and label else label, str(path.parent / row["path"]))
+            Named(
+                row["path"],
+                int(label) if numbers and label else label,
+                str(path.parent / row["path"]),
+            )
             for row, label in zip(rows, labels, strict=True)
         ]
     )
@@ -355,15 +416,29 @@ def _in_parquet(paths: Sequence[str], spool: Path) -> Found:
                 table = parquet.ParquetFile(path)
                 columns = [name for name in ("image", "label") if name in table.schema_arrow.names]
                 if "image" not in columns:
-                    raise ValueError(f"no column image; it has {', '.join(table.schema_arrow.names)}")
+                    raise ValueError(
+                        f"no column image; it has {', '.join(table.schema_arrow.names)}"
+                    )
                 row = 0
                 for batch in table.iter_batches(batch_size=256, columns=columns):
-                    labels = batch.column("label").to_pylist() if "label" in columns else [None] * batch.num_rows
+                    labels = (
+                        batch.column("label").to_pylist()
+                        if "label" in columns
+                        else [None] * batch.num_rows
+                    )
                     for image, label in zip(batch.column("image").to_pylist(), labels, strict=True):
                         data = image.get("bytes") if isinstance(image, dict) else image
                         if not isinstance(data, bytes):
                             raise ValueError(f"row {row} of the column image holds no bytes")
-                        found.append(Named(f"{Path(path).stem}/{row:09d}", label, str(spool), out.tell(), len(data)))
+                        found.append(
+                            Named(
+                                f"{Path(path).stem}/{row:09d}",
+                                label,
+                                str(spool),
+                                out.tell(),
+                                len(data),
+                            )
+                        )
                         out.write(data)
                         row += 1
             except (OSError, ArrowException, ValueError) as error:
@@ -371,19 +446,26 @@ def _in_parquet(paths: Sequence[str], spool: Path) -> Found:
     return Found(found)
 
 
-def keyed(images: Sequence[Named], classes: Sequence[str] | None, what: str) -> tuple[list[Source], list[str]]:
-    """(the images in the order of their names' hashes, the names of the classes if they have names)."""
+def keyed(
+    images: Sequence[Named], classes: Sequence[str] | None, what: str
+) -> tuple[list[Source], list[str]]:
+    """(the images in the order of their names' hashes, the names of the classes if they have
+    names).
+    """
     names = sorted({image.label for image in images if isinstance(image.label, str)})
     labels = list(classes) if classes is not None and names else names
     if unknown := sorted(set(names) - set(labels)):
         raise ValueError(
-            f"folders of {what} that are no known class: {', '.join(unknown[:10])} ({len(unknown)} in all)"
+            f"folders of {what} that are no known class: {', '.join(unknown[:10])} "
+            f"({len(unknown)} in all)"
         )
     number: dict[str | int | None, int] = {label: index for index, label in enumerate(labels)}
     hashes = {image.name: hashlib.sha256(os.fsencode(image.name)).hexdigest() for image in images}
     if len(hashes) < len(images):
         twice = Counter(image.name for image in images).most_common(1)[0][0]
-        raise ValueError(f"{what} names {len(images) - len(hashes)} images more than once, such as {twice}")
+        raise ValueError(
+            f"{what} names {len(images) - len(hashes)} images more than once, such as {twice}"
+        )
     plain = {image.name: _plain(image) for image in images}
     times = Counter(plain.values())
     sources = []
@@ -393,7 +475,9 @@ def keyed(images: Sequence[Named], classes: Sequence[str] | None, what: str) -> 
             key = os.fsdecode(os.fsencode(key)[: _KEY_BYTES - 17]) + "-" + hashes[image.name][:16]
         label = number.get(image.label, image.label if isinstance(image.label, int) else None)
         whole = image.size < 0
-        sources.append(Source(image.path, key, label, image.offset, image.size, "" if whole else image.name))
+        sources.append(
+            Source(image.path, key, label, image.offset, image.size, "" if whole else image.name)
+        )
     return sources, labels
 
 
@@ -405,12 +489,18 @@ def _plain(image: Named) -> str:
 
 
 def write_shard(
-    task: tuple[str, Sequence[Source]], size: int | None = None, quality: int = 90, min_size: int = 1
+    task: tuple[str, Sequence[Source]],
+    size: int | None = None,
+    quality: int = 90,
+    min_size: int = 1,
 ) -> Written:
     """Write a tar of the images that can be decoded. It is there whole or not at all."""
     path, sources = task
     count, rejected = 0, []
-    with written_aside(Path(path)) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        written_aside(Path(path)) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for source in sources:
             try:
                 suffix, data = encoded(source, size, quality, min_size)
@@ -439,14 +529,24 @@ def encoded(source: Source, size: int | None, quality: int, min_size: int) -> tu
     if size is None or min(rows, columns) <= size:
         return Path(source.path).suffix[1:].lower() if source.size < 0 else kind_of(data), data
     factor = size / min(rows, columns)
-    smaller = resize(pixels, (round(rows * factor), round(columns * factor))).permute(1, 2, 0).contiguous().numpy()
+    smaller = (
+        resize(pixels, (round(rows * factor), round(columns * factor)))
+        .permute(1, 2, 0)
+        .contiguous()
+        .numpy()
+    )
     if data.startswith(NPY):
         file = io.BytesIO()
         np.save(file, smaller)
         return "npy", file.getvalue()
     if channels != 3:
         file = io.BytesIO()
-        tifffile.imwrite(file, smaller, photometric="rgb" if channels == 4 else "minisblack", planarconfig="contig")
+        tifffile.imwrite(
+            file,
+            smaller,
+            photometric="rgb" if channels == 4 else "minisblack",
+            planarconfig="contig",
+        )
         return "tif", file.getvalue()
     return "jpg", simplejpeg.encode_jpeg(smaller, quality, "RGB", "420")
 
@@ -468,7 +568,9 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _each(write: partial[Written], tasks: Iterable[tuple[str, Sequence[Source]]], jobs: int) -> Iterator[Written]:
+def _each(
+    write: partial[Written], tasks: Iterable[tuple[str, Sequence[Source]]], jobs: int
+) -> Iterator[Written]:
     if jobs <= 1:
         yield from map(write, tasks)
         return
@@ -479,35 +581,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="Images are left as they are, but for --size; those that cannot be decoded are left out and listed. "
-        "A job that was killed or stopped goes on where it was when the same command is started again.",
+        epilog="Images are left as they are, but for --size; those that cannot be decoded are left "
+        "out and listed. "
+        "A job that was killed or stopped goes on where it was when the same command is "
+        "started again.",
     )
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGES",
-        help="a folder with a sub-folder for each class, or with images alone; or a .csv or .tsv file with the columns"
-        " path (from that file's folder) and, if wanted, label; or .parquet files with the columns image and, if"
+        "images",
+        nargs="+",
+        metavar="IMAGES",
+        help="a folder with a sub-folder for each class, or with images alone; or a .csv or .tsv "
+        "file with the columns"
+        " path (from that file's folder) and, if wanted, label; or .parquet files with the "
+        "columns image and, if"
         " wanted, label; or .tar files, to be merged and laid out anew",
-    )  # fmt: skip
-    parser.add_argument(
-        "out", type=Path, metavar="OUT", help="folder of the shards, their index.json and classes.txt; made if need be"
     )
-    parser.add_argument("--name", default="train", help="what the shards' names begin with (default: %(default)s)")
-    parser.add_argument("--samples", type=_positive, default=1000, help="most in a shard (default: %(default)s)")
-    parser.add_argument("--size", type=_positive, help="shorter side, in pixels, of images that have more")
-    parser.add_argument("--quality", type=_positive, default=90, help="of the JPEG they become (default: %(default)s)")
-    parser.add_argument("--min-size", type=_positive, default=1, help="leave out images with fewer pixels a side")
-    parser.add_argument("--classes", type=Path, help="file with a class on each line, in the order of the labels")
-    parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: the cores)")
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="folder of the shards, their index.json and classes.txt; made if need be",
+    )
+    parser.add_argument(
+        "--name", default="train", help="what the shards' names begin with (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=_positive, default=1000, help="most in a shard (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=_positive, help="shorter side, in pixels, of images that have more"
+    )
+    parser.add_argument(
+        "--quality",
+        type=_positive,
+        default=90,
+        help="of the JPEG they become (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-size", type=_positive, default=1, help="leave out images with fewer pixels a side"
+    )
+    parser.add_argument(
+        "--classes", type=Path, help="file with a class on each line, in the order of the labels"
+    )
+    parser.add_argument(
+        "--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: the cores)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this name")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
     try:
         report = make_shards(
-            options.images, options.out, name=options.name, samples=options.samples, size=options.size,
-            quality=options.quality, min_size=options.min_size,
+            options.images,
+            options.out,
+            name=options.name,
+            samples=options.samples,
+            size=options.size,
+            quality=options.quality,
+            min_size=options.min_size,
             classes=options.classes and options.classes.read_text("utf-8").splitlines(),
-            jobs=options.jobs, overwrite=options.overwrite, progress=sys.stderr.isatty(),
-        )  # fmt: skip
+            jobs=options.jobs,
+            overwrite=options.overwrite,
+            progress=sys.stderr.isatty(),
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -515,7 +650,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     if options.json:
-        print(json.dumps(report._asdict() | {"rejected": [reject._asdict() for reject in report.rejected]}, indent=1))
+        print(
+            json.dumps(
+                report._asdict() | {"rejected": [reject._asdict() for reject in report.rejected]},
+                indent=1,
+            )
+        )
         return 0
     print(
         f"{options.out}: {report.samples:,} images of {len(report.classes) or 'no'} classes"
@@ -524,7 +664,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if report.kept:
         print(f"  {report.kept:,} shards were there from a job that did not end")
     if report.other_files:
-        print(f"  {report.other_files:,} other files were not looked at: {_some(report.such_as, report.other_files)}")
+        print(
+            f"  {report.other_files:,} other files were not looked at: "
+            f"{_some(report.such_as, report.other_files)}"
+        )
     for reject in report.rejected:
         print(f"  left out: {reject.path} ({reject.reason})")
     return 0

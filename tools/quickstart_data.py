@@ -3,12 +3,13 @@
 
     python tools/quickstart_data.py OUT [--json]
 
-OUT gets train-*.tar and val-*.tar of 32-pixel tiles with their index; the label of a tile is the photograph that it was
-cut from (OUT/classes.txt). Each photograph is divided into squares of 64 pixels. A quarter of them, spread evenly, give
-the val tiles and the others the train tiles, so no pixel is in both; the question is whether other places of the same
-thing are recognised, say the moon by craters that were not seen. Nothing is downloaded or drawn at random: every call
-writes the same bytes. Photographs, not digits: 8x8 digits are told apart by their pixels alone (96 % by nearest
-neighbour), so a first run on them would show nothing.
+OUT gets train-*.tar and val-*.tar of 32-pixel tiles with their index; the label of a tile is the
+photograph that it was cut from (OUT/classes.txt). Each photograph is divided into squares of 64
+pixels. A quarter of them, spread evenly, give the val tiles and the others the train tiles, so no
+pixel is in both; the question is whether other places of the same thing are recognised, say the
+moon by craters that were not seen. Nothing is downloaded or drawn at random: every call writes the
+same bytes. Photographs, not digits: 8x8 digits are told apart by their pixels alone (96 % by
+nearest neighbour), so a first run on them would show nothing.
 Exit status: 0 written; 2 OUT cannot be used.
 """
 
@@ -33,11 +34,15 @@ from tools.make_shards import make_shards
 
 TILE, SQUARE, STEP = 32, 64, 16  # pixels; the tiles of a square stand STEP apart
 TRAIN_TILES, VAL_TILES = 150, 50  # of each photograph, at most
-CONTRAST = 8.0  # standard deviation of a tile's brightness, of 255: less is empty sky or shadow, and is left out
+# standard deviation of a tile's brightness, of 255: less is empty sky or shadow, and is left out
+CONTRAST = 8.0
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """The photographs, uint8 [H, W, 3], grey ones too. Their owners gave them to all: see the packages' notes."""
+    """The photographs, uint8 [H, W, 3], grey ones too.
+
+    Their owners gave them to all: see the packages' notes.
+    """
     found = {
         "astronaut": skimage.data.astronaut(),
         "bricks": skimage.data.brick(),
@@ -56,7 +61,10 @@ def photographs() -> dict[str, np.ndarray]:
         "temple": sklearn.datasets.load_sample_image("china.jpg"),
         "tissue": skimage.data.immunohistochemistry(),
     }
-    return {name: pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=2) for name, pixels in found.items()}
+    return {
+        name: pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=2)
+        for name, pixels in found.items()
+    }
 
 
 def corners(height: int, width: int, *, val: bool) -> Iterator[tuple[int, int]]:
@@ -94,9 +102,16 @@ def quickstart_data(out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)  # before the work of cutting
     photos, class_file = photographs(), out / "classes.txt"
     ours = class_file.exists() and class_file.read_text().split() == sorted(photos)
-    others = [] if ours else sorted(path.name for name in ("train", "val") for path in out.glob(f"{name}-*.tar"))
+    others = (
+        []
+        if ours
+        else sorted(path.name for name in ("train", "val") for path in out.glob(f"{name}-*.tar"))
+    )
     if others:
-        raise ValueError(f"{out} has shards of something else ({others[0]}, {len(others)} in all); take another folder")
+        raise ValueError(
+            f"{out} has shards of something else ({others[0]}, {len(others)} in all); take "
+            "another folder"
+        )
     made: dict[str, Any] = {}
     for name in ("train", "val"):
         with tempfile.TemporaryDirectory() as folder:
@@ -121,10 +136,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(made, indent=1))
         return 0
-    print(f"{options.out}: tiles of {len(made['classes'])} photographs ({', '.join(made['classes'])})")
+    print(
+        f"{options.out}: tiles of {len(made['classes'])} photographs ({', '.join(made['classes'])})"
+    )
     for name in ("train", "val"):
         part = made[name]
-        print(f"  {name}: {part['samples']:,} in {len(part['shards'])} shards, {part['bytes'] / 1e6:.1f} MB")
+        print(
+            f"  {name}: {part['samples']:,} in {len(part['shards'])} shards, "
+            f"{part['bytes'] / 1e6:.1f} MB"
+        )
     return 0
 
 

@@ -1,9 +1,10 @@
-"""Run a step that went bad again, on one process: from the checkpoint before it, with the very samples and masks.
+"""Run a step that went bad again, on one process: from the checkpoint before it, with the very
+samples and masks.
 
     python tools/replay.py RUN/replay/step-00001234.json [--checkpoint FOLDER] [--json]
 
-Exit status: 0 the step goes bad here too, 1 it does not, 2 the bundle or its checkpoint cannot be used.
-"""
+Exit status: 0 the step goes bad here too, 1 it does not, 2 the bundle or its checkpoint cannot be
+used."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def replay(document: dict[str, Any], checkpoint_path: str | None, folder: Path) 
 
     Args:
         document: the bundle.
-        checkpoint_path: where its checkpoint lies now; None for where it was, or for the run's beginning.
+        checkpoint_path: where its checkpoint lies now; None for where it was, or for the run's
+            beginning.
         folder: for the files of this run.
 
     Raises:
@@ -57,13 +59,19 @@ def replay(document: dict[str, Any], checkpoint_path: str | None, folder: Path) 
     if run.lease:
         run.lease.release()
     return {
-        "step": run.step, "from_step": begin, "reproduced": reproduced, "said": said, "same_masks": same,
+        "step": run.step,
+        "from_step": begin,
+        "reproduced": reproduced,
+        "said": said,
+        "same_masks": same,
         "samples": samples,
-    }  # fmt: skip
+    }
 
 
 def look_at(run: train.Run, document: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
-    """Each sample's own loss at the step, worst first, and whether its masks are those of the bundle."""
+    """Each sample's own loss at the step, worst first, and whether its masks are those of the
+    bundle.
+    """
     masks = {
         position: mask
         for rank in document["ranks"]
@@ -76,11 +84,16 @@ def look_at(run: train.Run, document: dict[str, Any]) -> tuple[list[dict[str, An
             one = micro.part(slice(index, index + 1))
             position = int(one.positions[0])
             same &= one.ids_shuffle[0, : one.num_visible].tolist() == masks.get(position)
-            with evaluating(run.engine.student, run.engine.teacher):  # a batch norm has no statistics of one image
-                sums = run.objective(run.engine.student, run.engine.teacher, run.on_device(one), 0.0)
+            with evaluating(run.engine.student, run.engine.teacher):
+                # a batch norm has no statistics of one image
+                sums = run.objective(
+                    run.engine.student, run.engine.teacher, run.on_device(one), 0.0
+                )
             counts = run.objective.counts(one)
             weights = run.objective.weights.items()
-            loss = sum(weight * sums[term].item() / max(counts[term], 1) for term, weight in weights)
+            loss = sum(
+                weight * sums[term].item() / max(counts[term], 1) for term, weight in weights
+            )
             rows.append({"position": position, "sample": one.keys[0], "loss": loss})
     return sorted(rows, key=lambda row: (math.isfinite(row["loss"]), -row["loss"])), same
 
@@ -95,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     dist.start(required=False)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            found = replay(json.loads(args.bundle.read_text()), args.checkpoint, Path(folder) / "replay")
+            found = replay(
+                json.loads(args.bundle.read_text()), args.checkpoint, Path(folder) / "replay"
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         print(f"replay: {args.bundle}: {error}", file=sys.stderr)
         return 2
@@ -103,8 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(found))
     else:
         verdict = "goes bad here too" if found["reproduced"] else "does not go bad here"
-        masks = "the same" if found["same_masks"] else "NOT the same: the shards or the package have changed"
-        print(f"step {found['step']}, replayed from step {found['from_step']}: {verdict} ({found['said']})")
+        masks = (
+            "the same"
+            if found["same_masks"]
+            else "NOT the same: the shards or the package have changed"
+        )
+        print(
+            f"step {found['step']}, replayed from step {found['from_step']}: {verdict} "
+            f"({found['said']})"
+        )
         print(f"samples and masks are {masks}; the worst samples by their own loss:")
         for row in found["samples"][:10]:
             print(f"  {row['loss']:12.4g}  position {row['position']}  {row['sample']}")

@@ -2,24 +2,28 @@
 """How a fine-tuned classifier does on other labelled sets and on corrupted images.
 
     python tools/robustness.py RUN --sets val='val-*.tar' [sets.yaml ...]
-    python tools/robustness.py RUN --sets val='val-*.tar' --corruptions all [--severities 1-5] [--baselines FILE]
-    torchrun --nproc-per-node 8 tools/robustness.py RUN --sets ...          the same figures, shared out among GPUs
+    python tools/robustness.py RUN --sets val='val-*.tar' --corruptions all \\
+        [--severities 1-5] [--baselines FILE]
+    torchrun --nproc-per-node 8 tools/robustness.py RUN --sets ...
+        the same figures, shared out among GPUs
 
-RUN is a run of rcmae.finetune, a checkpoint or a file with a head. A set is NAME=SHARDS, or comes from a YAML file of
-sets, where it may have some of the classes only (ImageNet-A, ImageNet-R), which alone compete then:
+RUN is a run of rcmae.finetune, a checkpoint or a file with a head. A set is NAME=SHARDS, or comes
+from a YAML file of sets, where it may have some of the classes only (ImageNet-A, ImageNet-R), which
+alone compete then:
 
     imagenet-sketch: {shards: "sketch-*.tar"}
     imagenet-a: {shards: "a-*.tar", classes: imagenet_a.txt, labels: listed}
 
-`classes` is a list, or a file, of class numbers or names (names as in --class-names, a name a line, by default the
-run's classify.class_names). Labels are the classifier's numbers; `labels: listed` says that they are places in that
-list instead, as they are where a folder of the subset was made into shards.
+`classes` is a list, or a file, of class numbers or names (names as in --class-names, a name a line,
+by default the run's classify.class_names). Labels are the classifier's numbers; `labels: listed`
+says that they are places in that list instead, as they are where a folder of the subset was made
+into shards.
 
-Corruptions are those of ImageNet-C, made on the fly of the first set (or --corrupt NAME). The mean corruption error is
-normalised by --baselines, JSON or YAML: {clean: 43.5, corruptions: {gaussian_noise: 88.6, ...}}, errors in percent over
-severities 1 to 5, or five numbers each, or a report of this tool; without, it is the plain mean, and is called so.
-Exit status: 0 done; 2 these do not go together; 1 the checkpoint is damaged or a file cannot be read.
-"""
+Corruptions are those of ImageNet-C, made on the fly of the first set (or --corrupt NAME). The mean
+corruption error is normalised by --baselines, JSON or YAML: {clean: 43.5, corruptions:
+{gaussian_noise: 88.6, ...}}, errors in percent over severities 1 to 5, or five numbers each, or a
+report of this tool; without, it is the plain mean, and is called so. Exit status: 0 done; 2 these
+do not go together; 1 the checkpoint is damaged or a file cannot be read."""
 
 from __future__ import annotations
 
@@ -52,7 +56,7 @@ from rcmae.shards import ShardIndex, node_cache
 from rcmae.stream import labelled_batches
 from rcmae.transforms import Normalise
 
-# ----------------------------------------------------------------------------------------------------------------- sets
+# --------------------------------------------------------------------------------------------- sets
 
 
 class LabelledSet(NamedTuple):
@@ -97,7 +101,11 @@ def sets_of(given: Sequence[str], names: Sequence[str]) -> list[LabelledSet]:
 
 def set_of(name: str, about: Any, folder: Path, names: Sequence[str]) -> LabelledSet:
     """A set of a file in `folder`. Raises ValueError."""
-    if not isinstance(about, dict) or "shards" not in about or set(about) - {"shards", "classes", "labels"}:
+    if (
+        not isinstance(about, dict)
+        or "shards" not in about
+        or set(about) - {"shards", "classes", "labels"}
+    ):
         raise ValueError(f"wants shards, and may have classes and labels; got {about!r}")
     labels, classes = about.get("labels", "own"), about.get("classes")
     if labels not in ("own", "listed"):
@@ -127,7 +135,11 @@ def classes_of(given: Any, folder: Path, names: Sequence[str]) -> list[int]:
     found = [int(item) if str(item).isdigit() else places.get(str(item), -1) for item in given]
     unknown = [str(item) for item, number in zip(given, found, strict=True) if number < 0]
     if unknown:
-        known = f"none of the {len(names)} class names" if names else "no numbers, and there are no class names"
+        known = (
+            f"none of the {len(names)} class names"
+            if names
+            else "no numbers, and there are no class names"
+        )
         raise ValueError(f"classes {', '.join(unknown[:5])} are {known}; give --class-names")
     if len(set(found)) < len(found):
         raise ValueError("classes has one of them twice")
@@ -141,15 +153,23 @@ def document_of(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is neither JSON nor YAML: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} should hold names and what they stand for, got {type(found).__name__}")
+        raise ValueError(
+            f"{path} should hold names and what they stand for, got {type(found).__name__}"
+        )
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------ judging
 
 
 def judged(
-    model: Classifier, index: ShardIndex, of: LabelledSet, *, batch: int, workers: int, change: Corruption | None = None
+    model: Classifier,
+    index: ShardIndex,
+    of: LabelledSet,
+    *,
+    batch: int,
+    workers: int,
+    change: Corruption | None = None,
 ) -> Scores:
     """How good the model is on a set, whole or corrupted. Collective: every rank calls.
 
@@ -159,18 +179,31 @@ def judged(
     height, width = (side * model.patch_embed.patch_size[0] for side in model.grid)
     config = model.pretrained_cfg
     batches = labelled_batches(
-        index, image_size=(height, width), in_channels=model.in_chans, batch=batch, rank=dist.rank(),
-        world=dist.world(), workers=workers, cache=node_cache([index]), change=change,
-    )  # fmt: skip
+        index,
+        image_size=(height, width),
+        in_channels=model.in_chans,
+        batch=batch,
+        rank=dist.rank(),
+        world=dist.world(),
+        workers=workers,
+        cache=node_cache([index]),
+        change=change,
+    )
     return classify(
-        model, relabelled(batches, of.classes) if of.listed else batches, num_classes=model.num_classes,
-        device=dist.device(), normalise=Normalise(config["mean"], config["std"], dist.device()).images,
+        model,
+        relabelled(batches, of.classes) if of.listed else batches,
+        num_classes=model.num_classes,
+        device=dist.device(),
+        normalise=Normalise(config["mean"], config["std"], dist.device()).images,
         among=of.classes,
-    )  # fmt: skip
+    )
 
 
 def relabelled(batches: Iterator[Batch], classes: Sequence[int] | None) -> Iterator[Batch]:
-    """The batches with the classifier's numbers for places in a list; a place beyond it stays, to be refused."""
+    """The batches with the classifier's numbers for places in a list.
+
+    A place beyond it stays, to be refused.
+    """
     table = torch.tensor(classes)
     for batch in batches:
         assert batch.labels is not None
@@ -182,7 +215,8 @@ def relabelled(batches: Iterator[Batch], classes: Sequence[int] | None) -> Itera
 class Baselines(NamedTuple):
     """Errors of another classifier, in percent."""
 
-    errors: dict[str, list[float]]  # corruption -> of each severity asked for, or one number for their mean
+    # corruption -> of each severity asked for, or one number for their mean
+    errors: dict[str, list[float]]
     clean: float | None
 
 
@@ -198,14 +232,19 @@ def baselines_of(path: Path, corruptions: Sequence[str], severities: Sequence[in
     for name in corruptions:
         value: Any = given.get(name) if isinstance(given, dict) else None
         values = value if isinstance(value, list) else [value]
-        if any(isinstance(each, bool) or not isinstance(each, int | float) or not 0 < each <= 100 for each in values):
+        if any(
+            isinstance(each, bool) or not isinstance(each, int | float) or not 0 < each <= 100
+            for each in values
+        ):
             problems.append(f"{name}: {value!r}; wanted is an error in percent, above 0")
         elif len(values) == len(SEVERITIES):
             found[name] = [float(values[severity - 1]) for severity in severities]
         elif len(values) == 1 and tuple(severities) == SEVERITIES:
             found[name] = [float(values[0])]
         else:
-            problems.append(f"{name}: {len(values)} numbers; one severity or another needs the five of 1 to 5")
+            problems.append(
+                f"{name}: {len(values)} numbers; one severity or another needs the five of 1 to 5"
+            )
     clean = document.get("clean")
     if problems:
         raise ValueError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -228,11 +267,15 @@ def corruption_errors(
         baselines: another classifier's.
 
     Returns:
-        mean_error; and with baselines mce, each corruption's error over theirs, and relative_mce, the same of what the
-        corruption adds to the clean error, where theirs is known.
+        mean_error; and with baselines mce, each corruption's error over theirs, and relative_mce,
+        the same of what the corruption adds to the clean error, where theirs is known.
     """
     plain = {name: mean(each) for name, each in errors.items()}
-    found: dict[str, float | None] = {"mean_error": mean(list(plain.values())), "mce": None, "relative_mce": None}
+    found: dict[str, float | None] = {
+        "mean_error": mean(list(plain.values())),
+        "mce": None,
+        "relative_mce": None,
+    }
     if baselines is not None:
         theirs = {name: mean(each) for name, each in baselines.errors.items()}
         found["mce"] = mean([100 * plain[name] / theirs[name] for name in plain])
@@ -243,32 +286,41 @@ def corruption_errors(
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def numbers(text: str) -> list[int]:
     """Severities of "1-5", "3" or "1,3,5". Raises ValueError."""
     parts = [re.fullmatch(r"(\d)(?:-(\d))?", part) for part in text.split(",")]
-    found = {each for part in parts if part for each in range(int(part[1]), int(part[2] or part[1]) + 1)}
+    found = {
+        each for part in parts if part for each in range(int(part[1]), int(part[2] or part[1]) + 1)
+    }
     if None in parts or not found or not found <= set(SEVERITIES):
         raise ValueError(f"--severities {text}: use some of 1 to 5, as 1-5 or 1,3,5")
     return sorted(found)
 
 
 def kinds(text: str) -> list[str]:
-    """Corruptions of "all", or of names and groups (noise, blur, weather, digital). Raises ValueError."""
+    """Corruptions of "all", or of names and groups (noise, blur, weather, digital).
+
+    Raises ValueError.
+    """
     asked = text.split(",")
     unknown = set(asked) - {"all", *KINDS, *(kind.group for kind in KINDS.values())}
     if unknown:
         raise ValueError(
-            f"--corruptions: unknown {', '.join(sorted(unknown))}; known: all, noise, blur, weather, digital, "
+            f"--corruptions: unknown {', '.join(sorted(unknown))}; known: all, noise, blur, "
+            "weather, digital, "
             f"{', '.join(KINDS)}"
         )
     return [name for name, kind in KINDS.items() if {"all", name, kind.group} & set(asked)]
 
 
 def names_of(options: argparse.Namespace, model: Classifier) -> list[str]:
-    """Names of the classes, from --class-names or the file that the run's recipe names. Raises OSError."""
+    """Names of the classes, from --class-names or the file that the run's recipe names.
+
+    Raises OSError.
+    """
     path = options.class_names or model.pretrained_cfg.get("class_names")
     return Path(path).read_text().splitlines() if path else []
 
@@ -287,32 +339,46 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     chosen = next((each for each in sets if each.name == (options.corrupt or sets[0].name)), None)
     if chosen is None:
         raise ValueError(f"--corrupt {options.corrupt}: no set is called so")
-    frost = tuple(sorted(path for path in options.frost.iterdir() if path.is_file())) if options.frost else ()
+    frost = (
+        tuple(sorted(path for path in options.frost.iterdir() if path.is_file()))
+        if options.frost
+        else ()
+    )
     for path in frost:
         opened(path)  # now, and not in a worker half-way
-    baselines = baselines_of(options.baselines, corruptions, severities) if options.baselines else None
+    baselines = (
+        baselines_of(options.baselines, corruptions, severities) if options.baselines else None
+    )
     indexes = {each.name: ShardIndex.open(each.shards) for each in sets}
     model.to(dist.device())
     judge = functools.partial(judged, model, batch=options.batch, workers=options.workers)
     begin, rows = time.monotonic(), {}
     for each in sets:
         scores = judge(indexes[each.name], each)
-        rows[each.name] = {**scores.figures(), "classes": len(each.classes) if each.classes else model.num_classes}
+        rows[each.name] = {
+            **scores.figures(),
+            "classes": len(each.classes) if each.classes else model.num_classes,
+        }
     found: dict[str, Any] = {"classifier": str(options.source), "sets": rows}
     if corruptions:
         errors: dict[str, list[float]] = {}
         for name in corruptions:
             for severity in severities:
                 change = Corruption(name, severity, frost)
-                errors.setdefault(name, []).append(100 - judge(indexes[chosen.name], chosen, change=change).top1)
+                errors.setdefault(name, []).append(
+                    100 - judge(indexes[chosen.name], chosen, change=change).top1
+                )
             tell(f"{name}: error {mean(errors[name]):.2f} % ({time.monotonic() - begin:.0f} s)")
         clean = 100 - rows[chosen.name]["top1"]
         found["corrupted"] = {
-            "set": chosen.name, "severities": severities, "clean": clean, "corruptions": errors,
+            "set": chosen.name,
+            "severities": severities,
+            "clean": clean,
+            "corruptions": errors,
             "frost": f"{len(frost)} photographs" if frost else "drawn",
             "baselines": str(options.baselines) if baselines else None,
             **corruption_errors(errors, clean, baselines),
-        }  # fmt: skip
+        }
     return found
 
 
@@ -327,22 +393,33 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     table = Table("set", "images", "classes", "top-1", "top-5", "loss", "calibration error")
     for name, row in found["sets"].items():
         table.add_row(
-            name, f"{row['images']:,}", str(row["classes"]), f"{row['top1']:.2f}", f"{row['top5']:.2f}",
-            f"{row['loss']:.3f}", f"{row['calibration_error']:.4f}",
-        )  # fmt: skip
+            name,
+            f"{row['images']:,}",
+            str(row["classes"]),
+            f"{row['top1']:.2f}",
+            f"{row['top5']:.2f}",
+            f"{row['loss']:.3f}",
+            f"{row['calibration_error']:.4f}",
+        )
     console.print(table)
     if "corrupted" not in found:
         return
     about = found["corrupted"]
-    table = Table("corruption", *(f"severity {severity}" for severity in about["severities"]), "mean", "group")
+    table = Table(
+        "corruption", *(f"severity {severity}" for severity in about["severities"]), "mean", "group"
+    )
     for name, errors in about["corruptions"].items():
-        table.add_row(name, *(f"{error:.1f}" for error in errors), f"{mean(errors):.1f}", KINDS[name].group)
+        table.add_row(
+            name, *(f"{error:.1f}" for error in errors), f"{mean(errors):.1f}", KINDS[name].group
+        )
     console.print(table)
     console.print(f"errors in percent on {about['set']}; frost: {about['frost']}")
     console.print(f"error without corruption: {about['clean']:.2f} %")
     console.print(f"mean error over corruptions, not normalised: {about['mean_error']:.2f} %")
     if about["mce"] is not None:
-        console.print(f"mean corruption error (mCE), normalised by {about['baselines']}: {about['mce']:.2f} %")
+        console.print(
+            f"mean corruption error (mCE), normalised by {about['baselines']}: {about['mce']:.2f} %"
+        )
     if about["relative_mce"] is not None:
         console.print(f"relative mCE: {about['relative_mce']:.2f} %")
 
@@ -354,13 +431,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, metavar="RUN_OR_FILE")
     parser.add_argument("--sets", nargs="+", required=True, metavar="NAME=SHARDS")
-    parser.add_argument("--what", choices=("student", "teacher"), help="default: the average where the run kept one")
+    parser.add_argument(
+        "--what", choices=("student", "teacher"), help="default: the average where the run kept one"
+    )
     parser.add_argument("--class-names", type=Path, metavar="FILE", help="a name a line")
-    parser.add_argument("--corruptions", metavar="NAMES", help="all, groups or names, separated by commas")
+    parser.add_argument(
+        "--corruptions", metavar="NAMES", help="all, groups or names, separated by commas"
+    )
     parser.add_argument("--severities", default="1-5")
-    parser.add_argument("--corrupt", metavar="NAME", help="the set that is corrupted; default: the first")
+    parser.add_argument(
+        "--corrupt", metavar="NAME", help="the set that is corrupted; default: the first"
+    )
     parser.add_argument("--baselines", type=Path, metavar="FILE", help="errors to normalise by")
-    parser.add_argument("--frost", type=Path, metavar="FOLDER", help="photographs of frost; default: it is drawn")
+    parser.add_argument(
+        "--frost", type=Path, metavar="FOLDER", help="photographs of frost; default: it is drawn"
+    )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0, help="decoding processes of each rank")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Where the time of a run went over all its jobs, where it stands, and how long it still takes. Reads, writes nothing.
+"""Where the time of a run went over all its jobs, where it stands, and how long it still takes.
+Reads, writes nothing.
 
     python tools/runs.py status RUN_DIR [--watch] [--json]
 
-Goodput is the time of steps that count (their updates are in the run as it stands) over the time since the first job
-began. What is known: each logged step's mean times (metrics.jsonl), events with their seconds (events.jsonl), the
-starts that SLURM made (jobs.jsonl), and the last beat of a job that ended without a word (leases/). A gap before a
-restart of the same SLURM job is its queue, any other gap is idle. The teacher's update is timed on logged steps alone
-and taken to be as long on the others. Exit status: 0 told; 2 there is no run.
-"""
+Goodput is the time of steps that count (their updates are in the run as it stands) over the time
+since the first job began. What is known: each logged step's mean times (metrics.jsonl), events with
+their seconds (events.jsonl), the starts that SLURM made (jobs.jsonl), and the last beat of a job
+that ended without a word (leases/). A gap before a restart of the same SLURM job is its queue, any
+other gap is idle. The teacher's update is timed on logged steps alone and taken to be as long on
+the others. Exit status: 0 told; 2 there is no run."""
 
 from __future__ import annotations
 
@@ -31,8 +32,17 @@ from rich.table import Table
 from rich.text import Text
 
 KINDS = (
-    "step", "ema", "data wait", "checkpoint", "evaluation", "start-up", "replayed", "other", "queue", "idle",
-)  # fmt: skip
+    "step",
+    "ema",
+    "data wait",
+    "checkpoint",
+    "evaluation",
+    "start-up",
+    "replayed",
+    "other",
+    "queue",
+    "idle",
+)
 PRODUCTIVE = ("step", "ema")
 BEATS_MISSED = 3.0  # a job whose beat is older than this many lease time-outs is not alive
 RECENT = 20  # logged steps that the pace is taken from
@@ -74,7 +84,7 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------------- jobs
+# --------------------------------------------------------------------------------------------- jobs
 
 
 def jobs_of(folder: Path, now: float) -> list[Job]:
@@ -87,13 +97,19 @@ def jobs_of(folder: Path, now: float) -> list[Job]:
     starts = [event for event in events if event["event"] in ("start", "resume")]
     if not starts:
         raise ValueError(f"{folder} is no run: its events.jsonl tells of no start; give a run.dir")
-    scheduled = {(row.get("job"), row.get("restart")): row["time"] for row in read(folder / "jobs.jsonl")}
+    scheduled = {
+        (row.get("job"), row.get("restart")): row["time"] for row in read(folder / "jobs.jsonl")
+    }
     found: list[Job] = []
     for number, start in enumerate(starts):
         later = starts[number + 1] if number + 1 < len(starts) else None
         until = later["time"] if later else float("inf")
         mine = [row for row in rows if start["time"] <= row["time"] < until]
-        happened = [event for event in events if start["time"] <= event["time"] < until and event is not start]
+        happened = [
+            event
+            for event in events
+            if start["time"] <= event["time"] < until and event is not start
+        ]
         process: float = start.get("process_started") or start["time"]
         began: float = scheduled.get((start.get("job"), start.get("restart"))) or process
         if found:  # it may have waited for the one before to end
@@ -106,7 +122,13 @@ def jobs_of(folder: Path, now: float) -> list[Job]:
 
 
 def job_of(
-    folder: Path, start: Row, rows: Sequence[Row], events: Sequence[Row], later: Row | None, began: float, now: float
+    folder: Path,
+    start: Row,
+    rows: Sequence[Row],
+    events: Sequence[Row],
+    later: Row | None,
+    began: float,
+    now: float,
 ) -> Job:
     """One start, from what it wrote that still stands and what the next start said of the rest.
 
@@ -121,19 +143,33 @@ def job_of(
     """
     undone = (later or {}).get("undone")  # the last of the logged steps that were cut back
     ended, how = ending(folder, start, [*rows, *events, *([undone] if undone else [])], later, now)
-    told = [start, *rows[-1:], *(event for event in events if event["event"] in ("checkpoint", "stop"))]  # not all log
+    # not all log
+    told = [
+        start,
+        *rows[-1:],
+        *(event for event in events if event["event"] in ("checkpoint", "stop")),
+    ]
     job = Job(
-        began=began, ended=ended, first_step=start["step"], last_step=max(row["step"] for row in told), how=how,
-        ranks=start["sizes"]["world"], job=start.get("job"),
-    )  # fmt: skip
+        began=began,
+        ended=ended,
+        first_step=start["step"],
+        last_step=max(row["step"] for row in told),
+        how=how,
+        ranks=start["sizes"]["world"],
+        job=start.get("job"),
+    )
     job.seconds |= split(start, rows, events)
     job.seconds["start-up"] += start["time"] - began
     lost = [(event["step"], event["time"]) for event in events if event.get("action") == "rewind"]
     if undone and later:
         lost.append((undone["step"], undone["time"]))
     for step, at in lost:  # from what stands to there, all was done for nothing
-        stands = max((row for row in rows if row["time"] < at), key=lambda row: row["time"], default=start)
-        interrupted = split(start, [], [event for event in events if stands["time"] < event["time"] <= at])
+        stands = max(
+            (row for row in rows if row["time"] < at), key=lambda row: row["time"], default=start
+        )
+        interrupted = split(
+            start, [], [event for event in events if stands["time"] < event["time"] <= at]
+        )
         job.undone_steps += max(0, step - stands["step"])
         job.seconds["replayed"] += max(0.0, at - stands["time"] - sum(interrupted.values()))
     job.seconds["other"] = max(0.0, ended - began - sum(job.seconds.values()))
@@ -142,8 +178,11 @@ def job_of(
 
 def ending(
     folder: Path, start: Row, signs: Sequence[Row], later: Row | None, now: float
-) -> tuple[float, str]:  # fmt: skip
-    """When a start ended, by its last sign of life, and how; `now` and "alive" for one that goes on."""
+) -> tuple[float, str]:
+    """When a start ended, by its last sign of life, and how.
+
+    `now` and "alive" for one that goes on.
+    """
     stop = next((event for event in signs if event.get("event") == "stop"), None)
     if stop is not None:
         return stop["time"], stop["reason"]
@@ -163,19 +202,34 @@ def split(start: Row, rows: Sequence[Row], events: Sequence[Row]) -> dict[str, f
         wait, ema = row["data_wait_s"], row.get("teacher_update_s", 0.0)
         work = max(0.0, row["step_s"] - wait - ema)
         slow = 0.0
-        if row is rows[0] and len(rows) > 2:  # kernels compiled, caches filled: more than a usual step
+        if row is rows[0] and len(rows) > 2:
+            # kernels compiled, caches filled: more than a usual step
             slow = min(work, max(0.0, row["step_s"] - usual))
-        for kind, seconds in (("step", work - slow), ("ema", ema), ("data wait", wait), ("start-up", slow)):
+        for kind, seconds in (
+            ("step", work - slow),
+            ("ema", ema),
+            ("data wait", wait),
+            ("start-up", slow),
+        ):
             spent[kind] += steps * seconds
-    spent["checkpoint"] = sum(event["stall_s"] for event in events if event["event"] == "checkpoint")
+    spent["checkpoint"] = sum(
+        event["stall_s"] for event in events if event["event"] == "checkpoint"
+    )
     spent["evaluation"] = sum(event["seconds"] for event in events if event["event"] == "evaluate")
     return spent
 
 
 def last_beat(folder: Path, generation: int | None) -> float | None:
-    """When the holder of a generation of the lease gave its last sign; by the file system's clock."""
+    """When the holder of a generation of the lease gave its last sign.
+
+    By the file system's clock.
+    """
     try:
-        return (folder / "leases" / f"{generation:08d}.beat").stat().st_mtime if generation is not None else None
+        return (
+            (folder / "leases" / f"{generation:08d}.beat").stat().st_mtime
+            if generation is not None
+            else None
+        )
     except OSError:
         return None
 
@@ -188,7 +242,7 @@ def lease_timeout(folder: Path) -> float:
         return 60.0
 
 
-# -------------------------------------------------------------------------------------------------------------- status
+# ------------------------------------------------------------------------------------------- status
 
 
 def status(folder: Path, now: float | None = None) -> dict[str, Any]:
@@ -198,7 +252,11 @@ def status(folder: Path, now: float | None = None) -> dict[str, Any]:
         ValueError: there is no run in this folder.
     """
     now = time.time() if now is None else now
-    jobs, events, rows = jobs_of(folder, now), read(folder / "events.jsonl"), read(folder / "metrics.jsonl")
+    jobs, events, rows = (
+        jobs_of(folder, now),
+        read(folder / "events.jsonl"),
+        read(folder / "metrics.jsonl"),
+    )
     last = jobs[-1]
     sizes = [event for event in events if event["event"] in ("start", "resume")][-1]["sizes"]
     total, step = sizes["total_steps"], last.last_step
@@ -222,7 +280,9 @@ def status(folder: Path, now: float | None = None) -> dict[str, Any]:
         "undone_steps": sum(job.undone_steps for job in jobs),
         "seconds_per_step": pace,
         "hours_to_go": left / 3600 if left is not None else None,
-        "startup_s": next((event["startup_s"] for event in reversed(events) if event["event"] == "first_step"), {}),
+        "startup_s": next(
+            (event["startup_s"] for event in reversed(events) if event["event"] == "first_step"), {}
+        ),
         "jobs": [asdict(job) for job in jobs],
         "starts_without_training": starts_without_training(folder, events),
         "last_events": events[-EVENTS_SHOWN:],
@@ -240,7 +300,10 @@ def state(last: Job, step: int, total: int) -> str:
 
 
 def seconds_per_step(rows: Sequence[Row], jobs: Sequence[Job]) -> float | None:
-    """Wall seconds of a step lately, everything in it, within the last start that logged twice; None without one."""
+    """Wall seconds of a step lately, everything in it, within the last start that logged twice.
+
+    None without one.
+    """
     for job in reversed(jobs):
         mine = [row for row in rows if job.began <= row["time"] <= job.ended][-RECENT:]
         if len(mine) > 1 and mine[-1]["step"] > mine[0]["step"]:
@@ -250,11 +313,17 @@ def seconds_per_step(rows: Sequence[Row], jobs: Sequence[Job]) -> float | None:
 
 def starts_without_training(folder: Path, events: Sequence[Row]) -> int:
     """Starts of the scheduler that never came to a step: refused, or broken before they began."""
-    begun = {(event.get("job"), event.get("restart")) for event in events if event["event"] in ("start", "resume")}
-    return sum((row.get("job"), row.get("restart")) not in begun for row in read(folder / "jobs.jsonl"))
+    begun = {
+        (event.get("job"), event.get("restart"))
+        for event in events
+        if event["event"] in ("start", "resume")
+    }
+    return sum(
+        (row.get("job"), row.get("restart")) not in begun for row in read(folder / "jobs.jsonl")
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 def duration(seconds: float) -> str:
@@ -266,17 +335,26 @@ def duration(seconds: float) -> str:
 
 def report(told: Mapping[str, Any]) -> Group:
     """The status for people."""
-    left = f", {duration(3600 * told['hours_to_go'])} to go" if told["hours_to_go"] is not None else ""
+    left = (
+        f", {duration(3600 * told['hours_to_go'])} to go" if told["hours_to_go"] is not None else ""
+    )
     loss = f", loss {told['loss']:.4f}" if told["loss"] is not None else ""
     head = (
         f"{told['run']}: {told['state']}\n"
-        f"step {told['step']} of {told['total_steps']} ({told['step'] / told['total_steps']:.1%}){loss}{left}\n"
+        f"step {told['step']} of {told['total_steps']} "
+        f"({told['step'] / told['total_steps']:.1%}){loss}{left}\n"
         f"goodput {told['goodput']:.1%} of {duration(told['wall_s'])} since the first start; "
-        f"{told['undone_steps']} steps done twice, {told['starts_without_training']} starts without training"
+        f"{told['undone_steps']} steps done twice, {told['starts_without_training']} starts "
+        "without training"
     )
     if told["startup_s"]:
-        parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in told["startup_s"].items())
-        head += f"\nlast start-up of rank 0, {duration(sum(told['startup_s'].values()))} to the first step: {parts}"
+        parts = ", ".join(
+            f"{name} {duration(seconds)}" for name, seconds in told["startup_s"].items()
+        )
+        head += (
+            f"\nlast start-up of rank 0, {duration(sum(told['startup_s'].values()))} to the "
+            f"first step: {parts}"
+        )
     split = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("where the time went", "", "%"):
         split.add_column(name, justify="left" if name.startswith("where") else "right")
@@ -289,16 +367,23 @@ def report(told: Mapping[str, Any]) -> Group:
         lasted = job["ended"] - job["began"]
         good = sum(job["seconds"][kind] for kind in PRODUCTIVE) / max(lasted, 1e-9)
         jobs.add_row(
-            f"{number + 1}" + (f" (job {job['job']})" if job["job"] else ""), clock(job["began"]), str(job["ranks"]),
-            f"{job['first_step']} to {job['last_step']}", duration(lasted), f"{good:.1%}", job["how"],
-        )  # fmt: skip
+            f"{number + 1}" + (f" (job {job['job']})" if job["job"] else ""),
+            clock(job["began"]),
+            str(job["ranks"]),
+            f"{job['first_step']} to {job['last_step']}",
+            duration(lasted),
+            f"{good:.1%}",
+            job["how"],
+        )
     happened = [
         f"{clock(event['time'])}  {event['event']}"
         + (f" at step {event['step']}" if "step" in event else "")
         + (f": {event['reason']}" if "reason" in event else "")
         for event in told["last_events"]
     ]
-    return Group(Text(head), Text(), split, Text(), jobs, Text(), Text("\n".join(["last events", *happened])))
+    return Group(
+        Text(head), Text(), split, Text(), jobs, Text(), Text("\n".join(["last events", *happened]))
+    )
 
 
 def clock(seconds: float) -> str:
@@ -308,13 +393,19 @@ def clock(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Tell a run's status; the exit status."""
-    parser = argparse.ArgumentParser(prog="tools/runs.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="tools/runs.py", description=(__doc__ or "").split("\n")[0]
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verb = verbs.add_parser("status", help="where a run stands and where its time went")
     verb.add_argument("run", type=Path, help="its run.dir")
-    verb.add_argument("--watch", action="store_true", help="again every few seconds, until the run is not running")
+    verb.add_argument(
+        "--watch", action="store_true", help="again every few seconds, until the run is not running"
+    )
     verb.add_argument("--every-s", type=float, default=5.0, help="seconds between two looks (5)")
-    verb.add_argument("--json", action="store_true", help="print one JSON document, with --watch one a line")
+    verb.add_argument(
+        "--json", action="store_true", help="print one JSON document, with --watch one a line"
+    )
     options = parser.parse_args(argv)
     console = Console(width=max(Console().width, 100))
     try:

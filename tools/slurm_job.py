@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""What the templates in slurm/ ask around a training: where it runs, whether to run it again, which run of a sweep.
+"""What the templates in slurm/ ask around a training: where it runs, whether to run it again, which
+run of a sweep.
 
     python tools/slurm_job.py begin RECIPE [key=value ...] --nodes 8 --ranks-per-node 8
     python tools/slurm_job.py end RUN_DIR --status 75
     python tools/slurm_job.py follow RUN_DIR [--status 75]
     python tools/slurm_job.py sweep SWEEP.yaml [--task 3]
-    python tools/slurm_job.py submit [sbatch's options] TEMPLATE [arguments]      what slurm/submit.sh does
+    python tools/slurm_job.py submit [sbatch's options] TEMPLATE [arguments]
+        what slurm/submit.sh does
 
-Answers are shell assignments or words on standard output, for `eval`; what people should know goes to standard error.
-`begin` says which module trains the recipe, on how many of the nodes the run can go on (the largest number whose ranks
-divide the batch and the canonical streams), and notes the start in `run.dir/jobs.jsonl`; outside a job it only
-answers. `end` asks for another start where the training stopped on request with a checkpoint committed or lost a rank,
-and for none after several starts without a step of progress. `follow` does both for a side-car that evaluates the run,
-whose progress is the last step evaluated. Imports no torch: the answer comes at once. Exit status: 0 answered; 1 no
-progress; 2 refused.
+Answers are shell assignments or words on standard output, for `eval`; what people should know goes
+to standard error. `begin` says which module trains the recipe, on how many of the nodes the run can
+go on (the largest number whose ranks divide the batch and the canonical streams), and notes the
+start in `run.dir/jobs.jsonl`; outside a job it only answers. `end` asks for another start where the
+training stopped on request with a checkpoint committed or lost a rank, and for none after several
+starts without a step of progress. `follow` does both for a side-car that evaluates the run, whose
+progress is the last step evaluated. Imports no torch: the answer comes at once. Exit status: 0
+answered; 1 no progress; 2 refused.
 """
 
 from __future__ import annotations
@@ -42,19 +45,23 @@ STOPPED = 75  # the exit status of "run me again"
 EVALUATIONS = "evaluations"  # the side-car's folder in the run's
 
 
-# ------------------------------------------------------------------------------------------------------------- placing
+# ------------------------------------------------------------------------------------------ placing
 
 
 def streams_of(folder: Path) -> int | None:
     """The canonical streams that a checkpoint's folder has frozen, None if it is no checkpoint."""
     try:
-        return int(json.loads((folder / "manifest.json").read_text())["meta"]["sizes"]["canonical_streams"])
+        return int(
+            json.loads((folder / "manifest.json").read_text())["meta"]["sizes"]["canonical_streams"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def freeze_streams(recipe: Recipe) -> None:
-    """Put the number of streams into the recipe that the run it goes on with has chosen for good."""
+    """Put the number of streams into the recipe that the run it goes on with has chosen for
+    good.
+    """
     asked = recipe.checkpoint.resume
     if recipe.data.canonical_streams is None and asked != "never":
         own = sorted((recipe.run_dir / "checkpoints").glob("step-*"), reverse=True)
@@ -72,11 +79,15 @@ def nodes_that_fit(recipe: Recipe, *, nodes: int, ranks_per_node: int) -> int:
     for count in range(nodes, 0, -1):
         if not config.batch_problems(recipe, count * ranks_per_node):
             return count
-    problems = "\n".join(f"  {problem}" for problem in config.batch_problems(recipe, ranks_per_node))
-    raise ValueError(f"no number of nodes of {ranks_per_node} ranks fits this run; on one node:\n{problems}")
+    problems = "\n".join(
+        f"  {problem}" for problem in config.batch_problems(recipe, ranks_per_node)
+    )
+    raise ValueError(
+        f"no number of nodes of {ranks_per_node} ranks fits this run; on one node:\n{problems}"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- history
+# ------------------------------------------------------------------------------------------ history
 
 
 class Started(NamedTuple):
@@ -89,7 +100,8 @@ class Started(NamedTuple):
     used: int  # of them, by the training
     ranks: int
     step: int  # committed by then
-    outcome: float | None  # the `time` in outcome.json by then: another one after the training is its own
+    # the `time` in outcome.json by then: another one after the training is its own
+    outcome: float | None
 
 
 def committed_step(run_dir: Path) -> int:
@@ -135,7 +147,9 @@ def evaluated_step(run_dir: Path) -> int:
 
 
 def idle_starts(folder: Path, job: str, step: int) -> int:
-    """How many of the job's last starts, in a row, found the step where it stands now: they made no progress."""
+    """How many of the job's last starts, in a row, found the step where it stands now: they made
+    no progress.
+    """
     count = 0
     for start in reversed(starts(folder, job)):
         if start.step != step:
@@ -150,13 +164,18 @@ def this_restart() -> int:
 
 
 def note_start(folder: Path, limit: int, **about: Any) -> bool:
-    """Note in a folder's jobs.jsonl that this job starts, if it is one; False: too many starts came to nothing."""
+    """Note in a folder's jobs.jsonl that this job starts, if it is one.
+
+    False: too many starts came to nothing.
+    """
     job, step = os.environ.get("SLURM_JOB_ID", ""), about["step"]
     if not job:
         return True
     idle = idle_starts(folder, job, step)
     if idle >= limit:
-        tell(f"{idle} starts of this job in a row did not get beyond step {step}: not started again")
+        tell(
+            f"{idle} starts of this job in a row did not get beyond step {step}: not started again"
+        )
         return False
     folder.mkdir(parents=True, exist_ok=True)
     start = Started(job=job, restart=this_restart(), time=time.time(), **about)
@@ -165,25 +184,38 @@ def note_start(folder: Path, limit: int, **about: Any) -> bool:
     return True
 
 
-def start_again(folder: Path, step: int, status: int, options: argparse.Namespace, *, lost: bool = False) -> str:
-    """The answer to how a start ended: the status that counts, whether to start again, and after how many seconds."""
+def start_again(
+    folder: Path, step: int, status: int, options: argparse.Namespace, *, lost: bool = False
+) -> str:
+    """The answer to how a start ended: the status that counts, whether to start again, and after
+    how many seconds.
+    """
     again, delay = status == STOPPED or lost, 0
     last = max((start.restart for start in starts(folder, options.job)), default=0)
     if last > this_restart():  # this shell was cut off, and is back: a requeue would be the other's
-        tell(f"start {last} of this job goes on with the run: start {this_restart()} asks for nothing")
+        tell(
+            f"start {last} of this job goes on with the run: start {this_restart()} asks for "
+            "nothing"
+        )
         again = False
     if again:
         idle = idle_starts(folder, options.job, step)
         if idle >= options.idle_starts:
-            tell(f"{idle} starts of this job in a row did not get beyond step {step}: not started again")
+            tell(
+                f"{idle} starts of this job in a row did not get beyond step {step}: not started "
+                "again"
+            )
             again = False
         elif idle:
             delay = options.backoff_s * 2 ** (idle - 1)
-            tell(f"no step was done beyond {step}; another start in {delay} s, {options.idle_starts - idle} are left")
+            tell(
+                f"no step was done beyond {step}; another start in {delay} s, "
+                f"{options.idle_starts - idle} are left"
+            )
     return f"status={status} again={'yes' if again else 'no'} delay_s={delay} step={step}"
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def begin(options: argparse.Namespace) -> int:
@@ -193,18 +225,30 @@ def begin(options: argparse.Namespace) -> int:
     used = nodes_that_fit(recipe, nodes=options.nodes, ranks_per_node=options.ranks_per_node)
     if used < options.nodes:
         tell(
-            f"{options.nodes - used} of {options.nodes} nodes stay idle: {options.nodes} x {options.ranks_per_node} "
+            f"{options.nodes - used} of {options.nodes} nodes stay idle: {options.nodes} x "
+            f"{options.ranks_per_node} "
             f"ranks do not divide batch.images={recipe.batch.images} and the "
-            f"{recipe.data.canonical_streams or 'future'} canonical streams, {used} x {options.ranks_per_node} do"
+            f"{recipe.data.canonical_streams or 'future'} canonical streams, {used} x "
+            f"{options.ranks_per_node} do"
         )
     if (limit := recipe.run.stop_after_steps) is not None:
-        tell(f"run.stop_after_steps={limit}: so many steps a start, until the run is finished; schedule.steps ends it")
+        tell(
+            f"run.stop_after_steps={limit}: so many steps a start, until the run is finished; "
+            "schedule.steps ends it"
+        )
     if not note_start(
-        recipe.run_dir, options.idle_starts, nodes=options.nodes, used=used, ranks=used * options.ranks_per_node,
-        step=committed_step(recipe.run_dir), outcome=outcome(recipe.run_dir).get("time"),
-    ):  # fmt: skip
+        recipe.run_dir,
+        options.idle_starts,
+        nodes=options.nodes,
+        used=used,
+        ranks=used * options.ranks_per_node,
+        step=committed_step(recipe.run_dir),
+        outcome=outcome(recipe.run_dir).get("time"),
+    ):
         return 1
-    print(f"run_dir={shlex.quote(str(recipe.run_dir))} nodes={used} module={config.module_of(recipe)}")
+    print(
+        f"run_dir={shlex.quote(str(recipe.run_dir))} nodes={used} module={config.module_of(recipe)}"
+    )
     return 0
 
 
@@ -212,7 +256,8 @@ def end(options: argparse.Namespace) -> int:
     """Answer the status that counts, whether to start again, and after how many seconds."""
     mine = starts(options.run_dir, options.job)
     told, status, lost = outcome(options.run_dir), options.status, False
-    if mine and told and told.get("time") != mine[-1].outcome:  # written since: torchrun's status is 1 whatever it was
+    if mine and told and told.get("time") != mine[-1].outcome:
+        # written since: torchrun's status is 1 whatever it was
         status = int(told.get("exit_status", status))
         lost = bool(told.get("again")) and status != STOPPED
     if lost:
@@ -222,17 +267,32 @@ def end(options: argparse.Namespace) -> int:
 
 
 def follow(options: argparse.Namespace) -> int:
-    """Note the start of a side-car; with a status, answer as `end`, and which job trains the run."""
+    """Note the start of a side-car.
+
+    With a status, answer as `end`, and which job trains the run.
+    """
     folder, step = options.run_dir / EVALUATIONS, evaluated_step(options.run_dir)
     if options.status is None:
-        return 0 if note_start(folder, options.idle_starts, nodes=1, used=1, ranks=1, step=step, outcome=None) else 1
+        return (
+            0
+            if note_start(
+                folder, options.idle_starts, nodes=1, used=1, ranks=1, step=step, outcome=None
+            )
+            else 1
+        )
     jobs = starts(options.run_dir)
-    print(start_again(folder, step, options.status, options), f"followed={jobs[-1].job if jobs else ''}")
+    print(
+        start_again(folder, step, options.status, options),
+        f"followed={jobs[-1].job if jobs else ''}",
+    )
     return 0
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """Answer the arguments of one run of a sweep; without a task check all of them and answer the array's range."""
+    """Answer the arguments of one run of a sweep.
+
+    Without a task check all of them and answer the array's range.
+    """
     runs = read_sweep(options.file)
     if options.task is None:
         for name, arguments in runs.items():
@@ -245,7 +305,9 @@ def sweep(options: argparse.Namespace) -> int:
         print(f"0-{len(runs) - 1}")
         return 0
     if not 0 <= options.task < len(runs):
-        raise ValueError(f"{options.file} has runs 0 to {len(runs) - 1}, not {options.task}; submit that array")
+        raise ValueError(
+            f"{options.file} has runs 0 to {len(runs) - 1}, not {options.task}; submit that array"
+        )
     print(shlex.join(list(runs.values())[options.task]))
     return 0
 
@@ -261,17 +323,27 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     known = {"recipe", "dir", "set", "runs"}
-    if not isinstance(tree, dict) or not {"recipe", "runs"} <= tree.keys() <= known or not tree["runs"]:
+    if (
+        not isinstance(tree, dict)
+        or not {"recipe", "runs"} <= tree.keys() <= known
+        or not tree["runs"]
+    ):
         raise ValueError(
-            f"{path}: a sweep has 'recipe' (a name or path), 'runs' (a mapping of each run's name to its keys), and "
+            f"{path}: a sweep has 'recipe' (a name or path), 'runs' (a mapping of each run's "
+            "name to its keys), and "
             "may have 'set' (keys of all runs) and 'dir' (the folder of their folders)"
         )
     folder, runs = tree.get("dir") or f"runs/{path.stem}", {}
     for name, keys in tree["runs"].items():
         if not re.fullmatch(r"[\w.=+-]+", str(name)):
-            raise ValueError(f"{path}: the run {name!r} names a folder; use letters, digits and . _ = + -")
+            raise ValueError(
+                f"{path}: the run {name!r} names a folder; use letters, digits and . _ = + -"
+            )
         keys = {**(tree.get("set") or {}), **(keys or {}), "run.dir": f"{folder}/{name}"}
-        runs[str(name)] = [str(tree["recipe"]), *(f"{key}={json.dumps(value)}" for key, value in keys.items())]
+        runs[str(name)] = [
+            str(tree["recipe"]),
+            *(f"{key}={json.dumps(value)}" for key, value in keys.items()),
+        ]
     return runs
 
 
@@ -280,7 +352,10 @@ def submit(options: argparse.Namespace) -> int:
     words = options.words
     at = next((number for number, word in enumerate(words) if word.endswith(".sbatch")), None)
     if at is None:
-        raise ValueError("no template given: submit [sbatch's options] slurm/pretrain.sbatch RECIPE [key=value ...]")
+        raise ValueError(
+            "no template given: submit [sbatch's options] slurm/pretrain.sbatch RECIPE "
+            "[key=value ...]"
+        )
     asked, template, arguments = words[:at], Path(words[at]), words[at + 1 :]
     text = template.read_text()
     if template.name == "sweep.sbatch":
@@ -289,7 +364,11 @@ def submit(options: argparse.Namespace) -> int:
             asked = [*asked, f"--array=0-{len(runs) - 1}"]
     else:
         fixed = re.search(r'pretrain\.sbatch" (\w+) "\$@"', text)
-        runs = [] if template.name == "evaluate.sbatch" else [[fixed[1], *arguments] if fixed else arguments]
+        runs = (
+            []
+            if template.name == "evaluate.sbatch"
+            else [[fixed[1], *arguments] if fixed else arguments]
+        )
     nodes, gpus = shape(asked, text)
     for run in runs:
         if not run:
@@ -298,12 +377,26 @@ def submit(options: argparse.Namespace) -> int:
         freeze_streams(recipe)
         used = nodes_that_fit(recipe, nodes=nodes, ranks_per_node=gpus)
         if used < nodes:
-            tell(f"{nodes - used} of {nodes} nodes would stay idle: the batch and the streams divide over {used}")
+            tell(
+                f"{nodes - used} of {nodes} nodes would stay idle: the batch and the streams "
+                f"divide over {used}"
+            )
         if config.module_of(recipe) != "rcmae.train":
-            tell(f"{recipe.run.name}: tools/plan.py knows pretraining only; the batch divides, the rest is unchecked")
+            tell(
+                f"{recipe.run.name}: tools/plan.py knows pretraining only; the batch divides, "
+                "the rest is unchecked"
+            )
             continue
-        plan = [sys.executable, str(Path(__file__).with_name("plan.py")), *run, f"--nodes={used}", f"--gpus={gpus}"]
-        if subprocess.run([*plan, *([f"--gpu={os.environ['GPU']}"] if "GPU" in os.environ else [])]).returncode:
+        plan = [
+            sys.executable,
+            str(Path(__file__).with_name("plan.py")),
+            *run,
+            f"--nodes={used}",
+            f"--gpus={gpus}",
+        ]
+        if subprocess.run(
+            [*plan, *([f"--gpu={os.environ['GPU']}"] if "GPU" in os.environ else [])]
+        ).returncode:
             tell("not submitted")
             return 2
     return subprocess.run(["sbatch", *asked, str(template), *arguments]).returncode
@@ -323,7 +416,9 @@ def shape(asked: Sequence[str], template: str) -> tuple[int, int]:
         if equals and name in found:
             found[name] = value
     try:
-        return int(re.split("[-,:]", found["nodes"])[-1]), int(found["gpus-per-node"].rpartition(":")[2])
+        return int(re.split("[-,:]", found["nodes"])[-1]), int(
+            found["gpus-per-node"].rpartition(":")[2]
+        )
     except ValueError as error:
         raise ValueError(f"cannot tell the shape of the job from {found}: {error}") from error
 
@@ -335,11 +430,17 @@ def tell(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer one question of a template; the exit status."""
-    parser = argparse.ArgumentParser(prog="tools/slurm_job.py", description="What the templates in slurm/ ask.")
+    parser = argparse.ArgumentParser(
+        prog="tools/slurm_job.py", description="What the templates in slurm/ ask."
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    parser_begin = verbs.add_parser("begin", help="on how many nodes a run goes on; notes the start")
+    parser_begin = verbs.add_parser(
+        "begin", help="on how many nodes a run goes on; notes the start"
+    )
     parser_begin.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser_begin.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them")
+    parser_begin.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="as rcmae.train takes them"
+    )
     parser_begin.add_argument("--nodes", type=int, required=True, help="that the job has")
     parser_begin.add_argument("--ranks-per-node", type=int, required=True, help="one a GPU")
     parser_begin.set_defaults(answer=begin)
@@ -347,24 +448,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser_end.add_argument("run_dir", type=Path)
     parser_end.add_argument("--status", type=int, required=True, help="the launcher's exit status")
     parser_end.set_defaults(answer=end)
-    parser_follow = verbs.add_parser("follow", help="notes the start of a side-car, or whether to start it again")
+    parser_follow = verbs.add_parser(
+        "follow", help="notes the start of a side-car, or whether to start it again"
+    )
     parser_follow.add_argument("run_dir", type=Path)
     parser_follow.add_argument("--status", type=int, help="its exit status; without it, it starts")
     parser_follow.set_defaults(answer=follow)
     for each in (parser_end, parser_follow):
-        each.add_argument("--backoff-s", type=int, default=60, help="wait after a start without progress; doubles")
-        each.add_argument("--job", default=os.environ.get("SLURM_JOB_ID", ""), help="default: this one")
+        each.add_argument(
+            "--backoff-s", type=int, default=60, help="wait after a start without progress; doubles"
+        )
+        each.add_argument(
+            "--job", default=os.environ.get("SLURM_JOB_ID", ""), help="default: this one"
+        )
     for each in (parser_begin, parser_end, parser_follow):
-        each.add_argument("--idle-starts", type=int, default=5, help="so many in a row without progress end the job")
+        each.add_argument(
+            "--idle-starts",
+            type=int,
+            default=5,
+            help="so many in a row without progress end the job",
+        )
     parser_sweep = verbs.add_parser("sweep", help="the runs of a sweep")
-    parser_sweep.add_argument("file", type=Path, help="YAML: recipe, runs, and set and dir if wanted")
-    parser_sweep.add_argument("--task", type=int, help="the array's task; without it all runs are checked")
+    parser_sweep.add_argument(
+        "file", type=Path, help="YAML: recipe, runs, and set and dir if wanted"
+    )
+    parser_sweep.add_argument(
+        "--task", type=int, help="the array's task; without it all runs are checked"
+    )
     parser_sweep.set_defaults(answer=sweep)
-    verbs.add_parser("submit", help="submits a job that can run; arguments as for sbatch, the GPUs' kind in GPU")
+    verbs.add_parser(
+        "submit", help="submits a job that can run; arguments as for sbatch, the GPUs' kind in GPU"
+    )
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["submit"] and words[1:] in (["--help"], ["-h"]):
-        print("slurm/submit.sh [sbatch's options] slurm/TEMPLATE.sbatch [arguments]: sbatch where tools/plan.py does")
-        print("not refuse. The GPUs' kind, as its --gpu has them, in GPU: GPU=h200 slurm/submit.sh --nodes=2-8 ...")
+        print(
+            "slurm/submit.sh [sbatch's options] slurm/TEMPLATE.sbatch [arguments]: sbatch where "
+            "tools/plan.py does"
+        )
+        print(
+            "not refuse. The GPUs' kind, as its --gpu has them, in GPU: GPU=h200 slurm/submit.sh "
+            "--nodes=2-8 ..."
+        )
         return 0
     if words[:1] == ["submit"]:  # what follows is sbatch's
         options = argparse.Namespace(answer=submit, words=words[1:])

@@ -6,8 +6,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-say "ruff"
+say "ruff: lint and format"
 ruff check .
+ruff format --check .
 say "mypy"
 mypy
 

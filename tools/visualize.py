@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
 """Pictures of what a network sees and does, of a run, a checkpoint or a file of any family.
 
-    python tools/visualize.py reconstruct RUN --images photos/ --out pictures/      input, masked, student, teacher
-    python tools/visualize.py attention RUN --images photo.jpg --out pictures/      heads of the last block, rollout
-    python tools/visualize.py features RUN --images shard.tar --out pictures/       tokens by PCA, images by t-SNE, UMAP
-    python tools/visualize.py filters RUN --out pictures/                           patch embedding, positions
-    python tools/visualize.py page RUN                                              RUN/pictures as one HTML file
+    python tools/visualize.py reconstruct RUN --images photos/ --out pictures/
+        input, masked, student, teacher
+    python tools/visualize.py attention RUN --images photo.jpg --out pictures/
+        heads of the last block, rollout
+    python tools/visualize.py features RUN --images shard.tar --out pictures/
+        tokens by PCA, images by t-SNE, UMAP
+    python tools/visualize.py filters RUN --out pictures/
+        patch embedding, positions
+    python tools/visualize.py page RUN
+        RUN/pictures as one HTML file
 
-Images are files, folders of them, or shards. Exit status: 0 written; 2 these do not go together; 1 anything else.
-"""
+Images are files, folders of them, or shards. Exit status: 0 written; 2 these do not go together; 1
+anything else."""
 
 from __future__ import annotations
 
@@ -50,7 +55,12 @@ STATISTICS = {
     "true": "mean and deviation: the true ones of each hidden patch, which the network never saw",
     "none": "pixels as predicted",
 }
-NORMS: dict[str, PixelNorm | None] = {"unbiased": "unbiased", "biased": "biased", "channel": "channel", "none": None}
+NORMS: dict[str, PixelNorm | None] = {
+    "unbiased": "unbiased",
+    "biased": "biased",
+    "channel": "channel",
+    "none": None,
+}
 TRAINED = {  # what the network learnt to predict
     "unbiased": "trained on patches less their mean, over their deviation",
     "biased": "trained on patches less their mean, over their biased deviation",
@@ -70,14 +80,20 @@ class Shown(NamedTuple):
     labels: list[int]  # -1 where there is none
 
 
-# --------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def encoded(paths: Sequence[Path]) -> Iterator[tuple[str, bytes, int]]:
-    """(name, bytes, label or -1) of every image under these files, folders and shards, in the order of their names."""
+    """(name, bytes, label or -1) of every image under these files, folders and shards, in the
+    order of their names.
+    """
     for path in paths:
         if path.is_dir():
-            yield from encoded(sorted(each for each in path.iterdir() if each.suffix.lower() in (*SUFFIXES, ".tar")))
+            yield from encoded(
+                sorted(
+                    each for each in path.iterdir() if each.suffix.lower() in (*SUFFIXES, ".tar")
+                )
+            )
         elif path.suffix == ".tar":
             yield from in_shard(path)
         else:
@@ -107,8 +123,11 @@ def of_sample(found: dict[str, dict[str, bytes]]) -> Iterator[tuple[str, bytes, 
                 yield key, data, int(parts["cls"]) if "cls" in parts else -1
 
 
-def load_images(paths: Sequence[Path], size: tuple[int, int], statistics: Statistics, count: int) -> Shown:
-    """The first `count` images, cut at the centre to `size`, normalised by mean and deviation of each channel.
+def load_images(
+    paths: Sequence[Path], size: tuple[int, int], statistics: Statistics, count: int
+) -> Shown:
+    """The first `count` images, cut at the centre to `size`, normalised by mean and deviation of
+    each channel.
 
     Raises:
         ValueError: there is none, or one is no image.
@@ -121,22 +140,25 @@ def load_images(paths: Sequence[Path], size: tuple[int, int], statistics: Statis
         if len(names) == count:
             break
     if not names:
-        raise ValueError(f"no image in {', '.join(map(str, paths))}; give files ending in {', '.join(SUFFIXES)}")
+        raise ValueError(
+            f"no image in {', '.join(map(str, paths))}; give files ending in {', '.join(SUFFIXES)}"
+        )
     return Shown(Normalise(*statistics).images(torch.stack(pixels)), names, labels)
 
 
-# ---------------------------------------------------------------------------------------------------------- reconstruct
+# -------------------------------------------------------------------------------------- reconstruct
 
 
 def pasted(
     model: Any, batch: Batch, *, norm: PixelNorm | None, statistics: str, raw: bool = False
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The images [B, C, H, W] as the model fills them in.
 
     Args:
         model: a whole network in evaluation mode.
         batch: normalised images and their masks.
-        norm: by which mean and deviation the patches that it predicts are normalised; None: by none.
+        norm: by which mean and deviation the patches that it predicts are normalised; None: by
+            none.
         statistics: one of STATISTICS: what puts mean and deviation back.
         raw: show the prediction of every patch; otherwise the visible ones are pasted in.
     """
@@ -149,15 +171,20 @@ def pasted(
         mean, variance = pixel_statistics(true, model.in_channels, norm)
         if statistics == "visible":
             share = (~hidden).float()
-            mean, variance = ((part * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
-                              for part in (mean, variance))  # fmt: skip
+            mean, variance = (
+                (part * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
+                for part in (mean, variance)
+            )
         predicted = predicted * variance.sqrt() + mean
     filled = predicted if raw else torch.where(hidden, predicted, true)
     return unpatchify(filled, model.patch_size, model.image_size, model.in_channels)
 
 
 def norm_of(source: Source) -> PixelNorm | None:
-    """By which mean and deviation the patches that a network predicts are normalised; MAE's where no recipe tells."""
+    """By which mean and deviation the patches that a network predicts are normalised.
+
+    MAE's where no recipe tells.
+    """
     if "recipe" not in source.told:
         return NORMS["unbiased"]
     objective = Recipe.model_validate_json(source.told["recipe"]).objective
@@ -177,12 +204,19 @@ def reconstruct(options: argparse.Namespace) -> dict[str, np.ndarray]:
     norm = NORMS[options.pixel_norm] if options.pixel_norm else norm_of(source)
     statistics = statistics_of(source, model.in_channels)
     shown = load_images(options.images, model.image_size, statistics, options.count)
-    ids = np.stack([random_ids(options.seed, index, model.num_patches) for index in range(len(shown.names))])
+    ids = np.stack(
+        [random_ids(options.seed, index, model.num_patches) for index in range(len(shown.names))]
+    )
     nothing = torch.empty(0)
     batch = Batch(
-        shown.pixels, torch.from_numpy(ids), visible_count(model.num_patches, options.mask_ratio), None,
-        tuple(shown.names), nothing, nothing,
-    )  # fmt: skip
+        shown.pixels,
+        torch.from_numpy(ids),
+        visible_count(model.num_patches, options.mask_ratio),
+        None,
+        tuple(shown.names),
+        nothing,
+        nothing,
+    )
     columns = [("input", to_uint8(shown.pixels, *statistics))]
     cover = hidden_patches(batch).view(len(ids), -1, model.image_size[1] // model.patch_size)
     cover = cover.repeat_interleave(model.patch_size, 1).repeat_interleave(model.patch_size, 2)
@@ -193,24 +227,34 @@ def reconstruct(options: argparse.Namespace) -> dict[str, np.ndarray]:
             filled = pasted(network, batch, norm=norm, statistics=options.statistics, raw=raw)
             columns.append((what, to_uint8(filled, *statistics)))
     note = f"{TRAINED[norm]}; {STATISTICS[options.statistics if norm else 'none']}"
-    return {"reconstruction": sheet(columns, f"{source.about}. {note}. Images: {', '.join(shown.names)}")}
+    return {
+        "reconstruction": sheet(
+            columns, f"{source.about}. {note}. Images: {', '.join(shown.names)}"
+        )
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def heat(values: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """A map [rows, columns] of numbers, the largest brightest, as pixels uint8 [*size, 3], each number a square."""
+    """A map [rows, columns] of numbers, the largest brightest, as pixels uint8 [*size, 3], each
+    number a square.
+    """
     low, high = values.min(), values.max()
     scaled = ((values - low) / (high - low).clamp(min=1e-12)).numpy()
-    red, green, blue = np.clip(3 * scaled, 0, 1), np.clip(3 * scaled - 1, 0, 1), np.clip(3 * scaled - 2, 0, 1)
+    red, green, blue = (
+        np.clip(3 * scaled, 0, 1),
+        np.clip(3 * scaled - 1, 0, 1),
+        np.clip(3 * scaled - 2, 0, 1),
+    )
     pixels = (255 * np.stack([red, green, blue], axis=-1)).round().astype(np.uint8)
     return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def attention(options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """What the class token reads, or the patches in the mean where there is none: each head of the last block, and
-    rollouts; per class where there is a head."""
+    """What the class token reads, or the patches in the mean where there is none: each head of the
+    last block, and rollouts; per class where there is a head."""
     load = load_classifier if options.classes else load_encoder
     model: Any = load(options.source)
     token = model.has_class_token
@@ -234,18 +278,24 @@ def attention(options: argparse.Namespace) -> dict[str, np.ndarray]:
         columns.append((f"rollout, {fusion}", drawn(rolled)))
     for label in options.classes or []:
         weighted = class_attention(model, shown.pixels, torch.full((len(shown.names),), label))
-        rolled = [rollout(weighted[:, image], class_token=token) for image in range(len(shown.names))]
+        rolled = [
+            rollout(weighted[:, image], class_token=token) for image in range(len(shown.names))
+        ]
         columns.append((f"class {label}", drawn(rolled)))
     reader = "the class token reads" if token else "the patches read, in the mean"
     note = f"what {reader}; rollout with {options.discard:.0%} of the weakest entries left out"
-    return {"attention": sheet(columns, f"{options.source}: {note}. Images: {', '.join(shown.names)}")}
+    return {
+        "attention": sheet(columns, f"{options.source}: {note}. Images: {', '.join(shown.names)}")
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------- features
+# ----------------------------------------------------------------------------------------- features
 
 
 def principal_colours(tokens: Tensor) -> Tensor:
-    """[B, L, D] as colours [B, L, 3] in 0 to 1: the first three principal components over all tokens together."""
+    """[B, L, D] as colours [B, L, 3] in 0 to 1: the first three principal components over all
+    tokens together.
+    """
     flat = tokens.flatten(0, 1).double()
     centred = flat - flat.mean(0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
@@ -254,8 +304,18 @@ def principal_colours(tokens: Tensor) -> Tensor:
     return ((three - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).view(*tokens.shape[:2], 3)
 
 
-PALETTE = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
-           (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207))  # fmt: skip
+PALETTE = (
+    (31, 119, 180),
+    (255, 127, 14),
+    (44, 160, 44),
+    (214, 39, 40),
+    (148, 103, 189),
+    (140, 86, 75),
+    (227, 119, 194),
+    (127, 127, 127),
+    (188, 189, 34),
+    (23, 190, 207),
+)
 
 
 def scatter(points: np.ndarray, labels: Sequence[int], side: int = 640) -> np.ndarray:
@@ -267,7 +327,9 @@ def scatter(points: np.ndarray, labels: Sequence[int], side: int = 640) -> np.nd
     for (x, y), label in zip(at, labels, strict=True):
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), PALETTE[label % len(PALETTE)])
     for row, label in enumerate(sorted(set(labels))[: (side - 20) // 16]):
-        draw.rectangle((side + 8, 12 + 16 * row, side + 18, 22 + 16 * row), PALETTE[label % len(PALETTE)])
+        draw.rectangle(
+            (side + 8, 12 + 16 * row, side + 18, 22 + 16 * row), PALETTE[label % len(PALETTE)]
+        )
         draw.text((side + 24, 10 + 16 * row), str(label), (0, 0, 0))
     return np.asarray(picture)
 
@@ -275,18 +337,31 @@ def scatter(points: np.ndarray, labels: Sequence[int], side: int = 640) -> np.nd
 def features(options: argparse.Namespace) -> dict[str, np.ndarray]:
     """Patch tokens of the first images as colours; of labelled ones the vectors in the plane."""
     model = load_encoder(options.source)
-    size = (model.grid[0] * model.patch_embed.patch_size[0], model.grid[1] * model.patch_embed.patch_size[1])
+    size = (
+        model.grid[0] * model.patch_embed.patch_size[0],
+        model.grid[1] * model.patch_embed.patch_size[1],
+    )
     statistics = (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     shown = load_images(options.images, size, statistics, options.count)
     with torch.no_grad():
         tokens = torch.cat([model.forward_features(part) for part in shown.pixels.split(64)])
     first = min(len(shown.names), 12)
     patches = tokens[:, model.num_prefix_tokens :]
-    colours = (255 * principal_colours(patches[:first])).round().byte().view(first, *model.grid, 3).numpy()
+    colours = (
+        (255 * principal_colours(patches[:first]))
+        .round()
+        .byte()
+        .view(first, *model.grid, 3)
+        .numpy()
+    )
     enlarged = [
-        np.asarray(Image.fromarray(each).resize((size[1], size[0]), Image.Resampling.NEAREST)) for each in colours
+        np.asarray(Image.fromarray(each).resize((size[1], size[0]), Image.Resampling.NEAREST))
+        for each in colours
     ]
-    columns = [("input", to_uint8(shown.pixels[:first], *statistics)), ("patch tokens, PCA", np.stack(enlarged))]
+    columns = [
+        ("input", to_uint8(shown.pixels[:first], *statistics)),
+        ("patch tokens, PCA", np.stack(enlarged)),
+    ]
     note = "the first three principal components over all these images as red, green, blue"
     found = {"features": sheet(columns, f"{options.source}: {note}")}
     if len(shown.names) >= 30 and min(shown.labels) >= 0:
@@ -300,24 +375,33 @@ def tsne(vectors: np.ndarray, seed: int) -> np.ndarray:
     """Vectors [n, D] as points [n, 2] by t-SNE (van der Maaten and Hinton, 2008)."""
     from sklearn.manifold import TSNE  # for this picture alone
 
-    return TSNE(perplexity=min(30, len(vectors) // 4), init="pca", random_state=seed).fit_transform(vectors)
+    return TSNE(perplexity=min(30, len(vectors) // 4), init="pca", random_state=seed).fit_transform(
+        vectors
+    )
 
 
 def umap(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """Vectors [n, D] as points [n, 2] by UMAP (McInnes et al., 2018). Raises ValueError where it is not installed."""
+    """Vectors [n, D] as points [n, 2] by UMAP (McInnes et al., 2018).
+
+    Raises ValueError where it is not installed.
+    """
     if importlib.util.find_spec("umap") is None:
-        raise ValueError("--plane umap needs a package more: pip install umap-learn; or --plane tsne")
+        raise ValueError(
+            "--plane umap needs a package more: pip install umap-learn; or --plane tsne"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its packages about themselves
         from umap import UMAP  # seconds, and a compiler: for this picture alone
 
-        return UMAP(n_neighbors=min(15, len(vectors) - 1), random_state=seed, n_jobs=1).fit_transform(vectors)
+        return UMAP(
+            n_neighbors=min(15, len(vectors) - 1), random_state=seed, n_jobs=1
+        ).fit_transform(vectors)
 
 
 PLANES = {"tsne": tsne, "umap": umap}
 
 
-# -------------------------------------------------------------------------------------------------------------- filters
+# ------------------------------------------------------------------------------------------ filters
 
 
 def filters(options: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -336,29 +420,44 @@ def filters(options: argparse.Namespace) -> dict[str, np.ndarray]:
         picture[top : top + patch, left : left + patch] = tile
     factor = max(1, 640 // len(picture))
     picture = np.repeat(np.repeat(picture, factor, 0), factor, 1)
-    table = torch.nn.functional.normalize(model.pos_embed.detach()[0, model.num_prefix_tokens :], dim=1)
+    table = torch.nn.functional.normalize(
+        model.pos_embed.detach()[0, model.num_prefix_tokens :], dim=1
+    )
     rows, columns = model.grid
-    places = [(r, c) for r in np.linspace(0, rows - 1, min(rows, 5)).astype(int)
-              for c in np.linspace(0, columns - 1, min(columns, 5)).astype(int)]  # fmt: skip
-    alike = [heat((table @ table[r * columns + c]).view(rows, columns), (8 * rows, 8 * columns)) for r, c in places]
+    places = [
+        (r, c)
+        for r in np.linspace(0, rows - 1, min(rows, 5)).astype(int)
+        for c in np.linspace(0, columns - 1, min(columns, 5)).astype(int)
+    ]
+    alike = [
+        heat((table @ table[r * columns + c]).view(rows, columns), (8 * rows, 8 * columns))
+        for r, c in places
+    ]
     wide = min(columns, 5)
-    grid = np.concatenate([np.concatenate(alike[i : i + wide], 1) for i in range(0, len(alike), wide)], 0)
+    grid = np.concatenate(
+        [np.concatenate(alike[i : i + wide], 1) for i in range(0, len(alike), wide)], 0
+    )
     return {"filters": picture, "positions": grid}
 
 
-# ----------------------------------------------------------------------------------------------------------------- page
+# --------------------------------------------------------------------------------------------- page
 
 
 def page(run: Path) -> str:
     """One HTML document with every picture of a run in it, the newest of a kind first."""
     pictures = sorted((run / "pictures").glob("*.png"), reverse=True)
     if not pictures:
-        raise ValueError(f"{run / 'pictures'} has no pictures; draw some, such as: tools/visualize.py filters {run}")
+        raise ValueError(
+            f"{run / 'pictures'} has no pictures; draw some, such as: tools/visualize.py filters "
+            f"{run}"
+        )
     parts = [
         "<!doctype html><meta charset=utf-8>",
-        f"<title>{html.escape(run.name)}</title><style>body{{font:14px sans-serif;margin:2em}}img{{max-width:100%}}"
-        "</style>", f"<h1>{html.escape(str(run))}</h1>",
-    ]  # fmt: skip
+        f"<title>{html.escape(run.name)}</title><style>body{{font:14px "
+        f"sans-serif;margin:2em}}img{{max-width:100%}}"
+        "</style>",
+        f"<h1>{html.escape(str(run))}</h1>",
+    ]
     for path in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.stem)
@@ -366,7 +465,12 @@ def page(run: Path) -> str:
     return "\n".join(parts) + "\n"
 
 
-KINDS = {"reconstruct": reconstruct, "attention": attention, "features": features, "filters": filters}
+KINDS = {
+    "reconstruct": reconstruct,
+    "attention": attention,
+    "features": features,
+    "filters": filters,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -376,18 +480,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("kind", choices=[*KINDS, "page"])
     parser.add_argument("source", type=Path, metavar="RUN_OR_FILE")
-    parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="files, folders, shards")
+    parser.add_argument(
+        "--images", type=Path, nargs="+", metavar="PATH", help="files, folders, shards"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/pictures")
     parser.add_argument("--count", type=int, help="images; default 4, of features 200")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     parser.add_argument("--mask-ratio", type=float, default=0.75)
-    parser.add_argument("--pixel-norm", choices=NORMS, help="of what it predicts; default: as its recipe has it")
     parser.add_argument(
-        "--plane", choices=PLANES, nargs="+", default=["tsne"], help="how features puts labelled images in the plane"
+        "--pixel-norm", choices=NORMS, help="of what it predicts; default: as its recipe has it"
     )
-    parser.add_argument("--statistics", choices=STATISTICS, default="visible", help="what un-normalises the pixels")
-    parser.add_argument("--discard", type=float, default=0.0, help="share of the weakest attention left out")
-    parser.add_argument("--classes", type=int, nargs="+", help="gradient rollout for these classes of a classifier")
+    parser.add_argument(
+        "--plane",
+        choices=PLANES,
+        nargs="+",
+        default=["tsne"],
+        help="how features puts labelled images in the plane",
+    )
+    parser.add_argument(
+        "--statistics", choices=STATISTICS, default="visible", help="what un-normalises the pixels"
+    )
+    parser.add_argument(
+        "--discard", type=float, default=0.0, help="share of the weakest attention left out"
+    )
+    parser.add_argument(
+        "--classes", type=int, nargs="+", help="gradient rollout for these classes of a classifier"
+    )
     options = parser.parse_args(arguments)
     options.count = options.count or (200 if options.kind == "features" else 4)
     try:

@@ -1,9 +1,10 @@
-"""What the student is asked to do: a callable over (student, teacher, batch, progress) that knows no engine or rank.
+"""What the student is asked to do: a callable over (student, teacher, batch, progress) that knows
+no engine or rank.
 
-An objective gives *sums* over a micro-batch, one a term, and tells from the data alone what they count; the loop
-divides by the count of the whole step over all ranks, so a loss never depends on how the step was cut. Not done: a mean
-per micro-batch, which would. Each published objective is a file; `TERMS` can be added to any of them (`Sum.plus`).
-"""
+An objective gives *sums* over a micro-batch, one a term, and tells from the data alone what they
+count; the loop divides by the count of the whole step over all ranks, so a loss never depends on
+how the step was cut. Not done: a mean per micro-batch, which would. Each published objective is a
+file; `TERMS` can be added to any of them (`Sum.plus`)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ __all__ = ["MAE", "OBJECTIVES", "RCMAE", "TERMS", "BootMAE", "Objective", "Sum",
 
 
 class Objective(Protocol):
-    """One task. total = sum over terms of weights[term] * sum[term] / count[term], both over the whole step."""
+    """One task.
+
+    total = sum over terms of weights[term] * sum[term] / count[term], both over the whole step.
+    """
 
     @property
     def needs_teacher(self) -> bool:
@@ -34,7 +38,10 @@ class Objective(Protocol):
         """Each term's weight in the total loss."""
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """What each term's sum over this micro-batch counts. Known from the data alone: add it up over the step."""
+        """What each term's sum over this micro-batch counts.
+
+        Known from the data alone: add it up over the step.
+        """
 
     def __call__(
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float
@@ -49,7 +56,15 @@ class Objective(Protocol):
         """
 
 
-OBJECTIVES: dict[str, Callable[..., Sum]] = {"mae": MAE, "rcmae": RCMAE, "supmae": SupMAE, "bootmae": BootMAE}
+OBJECTIVES: dict[str, Callable[..., Sum]] = {
+    "mae": MAE,
+    "rcmae": RCMAE,
+    "supmae": SupMAE,
+    "bootmae": BootMAE,
+}
 TERMS: dict[str, Callable[..., Term]] = {
-    "reconstruction": Reconstruction, "consistency": Consistency, "class": Classification, "features": Features,
-}  # fmt: skip
+    "reconstruction": Reconstruction,
+    "consistency": Consistency,
+    "class": Classification,
+    "features": Features,
+}

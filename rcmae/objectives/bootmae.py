@@ -1,11 +1,13 @@
-"""Bootstrapped masked autoencoding (Dong et al., ECCV 2022): predict a moving average's features of the image, too.
+"""Bootstrapped masked autoencoding (Dong et al., ECCV 2022): predict a moving average's features of
+the image, too.
 
-The teacher is the encoder alone and sees the whole image; the tokens of its last block, layer-normalised, are the
-second target (section 3.2). The student has a regressor for each target (`bootmae_vit`). Patches whose surroundings are
-hidden count more (`weight_mask`), and the weight of the features grows over the run's first quarter, as published.
+The teacher is the encoder alone and sees the whole image; the tokens of its last block,
+layer-normalised, are the second target (section 3.2). The student has a regressor for each target
+(`bootmae_vit`). Patches whose surroundings are hidden count more (`weight_mask`), and the weight of
+the features grows over the run's first quarter, as published.
 
-Not done: the published code rolls each order of patches by up to three, which moves that many across the masks' edge.
-"""
+Not done: the published code rolls each order of patches by up to three, which moves that many
+across the masks' edge."""
 
 from __future__ import annotations
 
@@ -28,22 +30,26 @@ def BootMAE(
     epochs: float | None = None,
     pixel_norm: PixelNorm = "channel",
 ) -> Sum:
-    """Error to the pixels plus `feature_weight` times the error to the teacher's tokens, both on the hidden patches.
+    """Error to the pixels plus `feature_weight` times the error to the teacher's tokens, both on
+    the hidden patches.
 
     With a weight of 0 there is no teacher.
     """
     pixels = Reconstruction(norm_pix_loss, pixel_norm, weight_mask)
     if feature_weight == 0:
         return Sum({"reconstruction": pixels})
-    return Sum({"reconstruction": pixels, "features": Features(feature_weight, weight_mask, epochs)})
+    return Sum(
+        {"reconstruction": pixels, "features": Features(feature_weight, weight_mask, epochs)}
+    )
 
 
 @dataclass(frozen=True)
 class Features:
-    """Squared error between the layer norms of predicted and of the teacher's tokens of the hidden patches.
+    """Squared error between the layer norms of predicted and of the teacher's tokens of the hidden
+    patches.
 
-    Where `epochs` says how many the run has, the sum is scaled by min(1, 4 x (1 + epoch) / epochs): the published
-    weight grows at each epoch.
+    Where `epochs` says how many the run has, the sum is scaled by min(1, 4 x (1 + epoch) / epochs):
+    the published weight grows at each epoch.
     """
 
     weight: float = 1.0
@@ -57,14 +63,19 @@ class Features:
         return hidden_patches(batch)
 
     def total(self, seen: Tensor, taught: Tensor | None, batch: Batch, progress: float) -> Tensor:
-        """Sum over hidden patches of the mean over their numbers; seen: [B, hidden, D], taught: [B, L, D]."""
+        """Sum over hidden patches of the mean over their numbers.
+
+        Seen: [B, hidden, D], taught: [B, L, D].
+        """
         assert taught is not None
         hidden = batch.ids_shuffle[:, batch.num_visible :, None]
         target, pred = (
             F.layer_norm(widen(tokens), tokens.shape[2:], eps=FEATURE_EPS)
             for tokens in (taught.take_along_dim(hidden, dim=1), seen)
         )
-        return self.ramp(progress) * squared_error(pred, target, crowding(batch) if self.weight_mask else None)
+        return self.ramp(progress) * squared_error(
+            pred, target, crowding(batch) if self.weight_mask else None
+        )
 
     def ramp(self, progress: float) -> float:
         """The share of the weight that counts yet."""

@@ -14,13 +14,16 @@ from rcmae.batch import Batch
 from rcmae.objectives.terms import Sum, hidden_patches, widen
 from rcmae.vit import patches_at
 
-# By what a patch's pixels are normalised. MAE: the patch's mean and unbiased variance; MAE-priv: the biased one;
-# BootMAE: each channel's own mean and biased variance.
+# By what a patch's pixels are normalised. MAE: the patch's mean and unbiased variance; MAE-priv:
+# the biased one; BootMAE: each channel's own mean and biased variance.
 PixelNorm = Literal["unbiased", "biased", "channel"]
-NORM_EPS: dict[PixelNorm, float] = {"unbiased": 1e-6, "biased": 1e-6, "channel": 1e-5}  # added to the variance
+# added to the variance
+NORM_EPS: dict[PixelNorm, float] = {"unbiased": 1e-6, "biased": 1e-6, "channel": 1e-5}
 
 
-def MAE(norm_pix_loss: bool = True, pixel_norm: PixelNorm = "unbiased", weight_mask: bool = False) -> Sum:
+def MAE(
+    norm_pix_loss: bool = True, pixel_norm: PixelNorm = "unbiased", weight_mask: bool = False
+) -> Sum:
     """Mean squared error on the hidden patches."""
     return Sum({"reconstruction": Reconstruction(norm_pix_loss, pixel_norm, weight_mask)})
 
@@ -49,7 +52,8 @@ class Reconstruction:
 def pixel_targets(
     images: Tensor, ids: Tensor, num_patches: int, *, norm_pix: bool, kind: PixelNorm = "unbiased"
 ) -> Tensor:
-    """What is to be predicted for the patches `ids` [B, n]: their pixels [B, n, p*p*C], in the order of `patchify`.
+    """What is to be predicted for the patches `ids` [B, n]: their pixels [B, n, p*p*C], in the
+    order of `patchify`.
 
     Args:
         images: [B, C, H, W] normalised.
@@ -67,23 +71,33 @@ def pixel_targets(
 
 
 def pixel_statistics(pixels: Tensor, channels: int, kind: PixelNorm) -> tuple[Tensor, Tensor]:
-    """Mean and variance that patches [B, n, p*p*C] are normalised by: [B, n, 1], or [B, n, p*p*C] by channel."""
+    """Mean and variance that patches [B, n, p*p*C] are normalised by: [B, n, 1], or [B, n,
+    p*p*C] by channel.
+    """
     if kind != "channel":
-        variance, mean = torch.var_mean(pixels, dim=2, correction=int(kind == "unbiased"), keepdim=True)
+        variance, mean = torch.var_mean(
+            pixels, dim=2, correction=int(kind == "unbiased"), keepdim=True
+        )
         return mean, variance + NORM_EPS[kind]
-    variance, mean = torch.var_mean(pixels.unflatten(2, (-1, channels)), dim=2, correction=0)  # [B, n, C]
+    # [B, n, C]
+    variance, mean = torch.var_mean(pixels.unflatten(2, (-1, channels)), dim=2, correction=0)
     each = pixels.shape[2] // channels
     return mean.repeat(1, 1, each), variance.repeat(1, 1, each) + NORM_EPS[kind]
 
 
 def hidden_targets(batch: Batch, *, norm_pix: bool, kind: PixelNorm = "unbiased") -> Tensor:
-    """`pixel_targets` of the patches that the encoder did not see, in the order of the predictions."""
+    """`pixel_targets` of the patches that the encoder did not see, in the order of the
+    predictions.
+    """
     hidden = batch.ids_shuffle[:, batch.num_visible :]
-    return pixel_targets(batch.images, hidden, batch.ids_shuffle.shape[1], norm_pix=norm_pix, kind=kind)
+    return pixel_targets(
+        batch.images, hidden, batch.ids_shuffle.shape[1], norm_pix=norm_pix, kind=kind
+    )
 
 
 def squared_error(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum over patches of the mean over a patch's numbers of the squared difference; both [B, n, d].
+    """Sum over patches of the mean over a patch's numbers of the squared difference; both [B, n,
+    d].
 
     `weights` [B, n]: how much each patch counts; None: 1.
     """
@@ -93,12 +107,16 @@ def squared_error(pred: Tensor, target: Tensor, weights: Tensor | None = None) -
 
 
 def crowding(batch: Batch) -> Tensor:
-    """1 + the share of a hidden patch's 3 x 3 surroundings that is hidden (BootMAE's code); [B, hidden] float32.
+    """1 + the share of a hidden patch's 3 x 3 surroundings that is hidden (BootMAE's code); [B,
+    hidden] float32.
 
-    What lies beyond the image's edge counts as seen. Images have as many patches across as their shape says.
-    """
+    What lies beyond the image's edge counts as seen. Images have as many patches across as their
+    shape says."""
     ids, (height, width) = batch.ids_shuffle, batch.images.shape[2:]
     side = math.isqrt(height * width // ids.shape[1])
-    hidden = torch.ones(ids.shape, device=ids.device).scatter(1, ids[:, : batch.num_visible], 0.0)  # 1 = hidden
-    near = F.avg_pool2d(hidden.view(len(ids), 1, height // side, width // side), 3, stride=1, padding=1)
+    # 1 = hidden
+    hidden = torch.ones(ids.shape, device=ids.device).scatter(1, ids[:, : batch.num_visible], 0.0)
+    near = F.avg_pool2d(
+        hidden.view(len(ids), 1, height // side, width // side), 3, stride=1, padding=1
+    )
     return 1.0 + near.flatten(1).gather(1, ids[:, batch.num_visible :])

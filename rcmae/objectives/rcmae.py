@@ -1,8 +1,9 @@
-"""Reconstruction-consistent masked autoencoding (Lee et al., ICLR 2023): agree with a moving average of oneself, too.
+"""Reconstruction-consistent masked autoencoding (Lee et al., ICLR 2023): agree with a moving
+average of oneself, too.
 
-The teacher sees the same patches; its prediction of the hidden ones is a second target, unnormalised as it comes
-(section 3). Not done: the consistency on visible patches, which neither the paper's loss nor the published one has.
-"""
+The teacher sees the same patches; its prediction of the hidden ones is a second target,
+unnormalised as it comes (section 3). Not done: the consistency on visible patches, which neither
+the paper's loss nor the published one has."""
 
 from __future__ import annotations
 
@@ -15,10 +16,17 @@ from rcmae.objectives.mae import PixelNorm, Reconstruction, squared_error
 from rcmae.objectives.terms import Sum, hidden_patches, widen
 
 
-def RCMAE(norm_pix_loss: bool = True, consistency_weight: float = 1.0, pixel_norm: PixelNorm = "unbiased") -> Sum:
-    """Error to the pixels plus `consistency_weight` times the error to the teacher, both on the hidden patches."""
+def RCMAE(
+    norm_pix_loss: bool = True, consistency_weight: float = 1.0, pixel_norm: PixelNorm = "unbiased"
+) -> Sum:
+    """Error to the pixels plus `consistency_weight` times the error to the teacher, both on the
+    hidden patches.
+    """
     return Sum(
-        {"reconstruction": Reconstruction(norm_pix_loss, pixel_norm), "consistency": Consistency(consistency_weight)}
+        {
+            "reconstruction": Reconstruction(norm_pix_loss, pixel_norm),
+            "consistency": Consistency(consistency_weight),
+        }
     )
 
 

@@ -1,8 +1,9 @@
-"""Supervised masked autoencoding (Liang et al., 2022): tell the image's class from its visible patches, too.
+"""Supervised masked autoencoding (Liang et al., 2022): tell the image's class from its visible
+patches, too.
 
-The class is read from the encoder's visible tokens alone (section 3), so it costs next to nothing. Images without a
-label (-100) are reconstructed like the others; they count in the head's batch norm, which is a matter of images, and
-not in the class loss.
+The class is read from the encoder's visible tokens alone (section 3), so it costs next to nothing.
+Images without a label (-100) are reconstructed like the others; they count in the head's batch
+norm, which is a matter of images, and not in the class loss.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def SupMAE(
     class_smoothing: float = 0.0,
     pixel_norm: PixelNorm = "unbiased",
 ) -> Sum:
-    """Error to the pixels of the hidden patches plus `class_weight` times the error of the class."""
+    """Error to the pixels of the hidden patches plus `class_weight` times the error of the
+    class.
+    """
     return Sum(
         {
             "reconstruction": Reconstruction(norm_pix_loss, pixel_norm),
@@ -53,5 +56,9 @@ class Classification:
         if batch.labels is None:
             return logits.sum() * 0.0  # every rank's backward pass goes the same way
         return F.cross_entropy(
-            logits, batch.labels, ignore_index=NO_LABEL, label_smoothing=self.smoothing, reduction="sum"
+            logits,
+            batch.labels,
+            ignore_index=NO_LABEL,
+            label_smoothing=self.smoothing,
+            reduction="sum",
         )

@@ -1,8 +1,9 @@
-"""An objective is a sum of named terms over what student and teacher give: pixels, features, classes, tokens.
+"""An objective is a sum of named terms over what student and teacher give: pixels, features,
+classes, tokens.
 
-A term names the one output of each that it compares and gives a sum over the micro-batch with what it counts. `Sum`
-calls each network once for all its terms, so `rcmae` and a class loss, or `mae` and features of a teacher, share their
-forward passes and need no file of their own.
+A term names the one output of each that it compares and gives a sum over the micro-batch with what
+it counts. `Sum` calls each network once for all its terms, so `rcmae` and a class loss, or `mae`
+and features of a teacher, share their forward passes and need no file of their own.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Sum:
 
     @property
     def teacher_outputs(self) -> tuple[str, ...]:
-        """What the teacher is asked for: it consists of the parts that give this, and of no others."""
+        """What the teacher is asked for: it consists of the parts that give this, and of no
+        others.
+        """
         return tuple(sorted({term.teacher for term in self.terms.values() if term.teacher}))
 
     @property
@@ -84,7 +87,9 @@ class Sum:
         asked = tuple(sorted({term.student for term in self.terms.values()}))
         seen: Outputs = student(batch.images, batch.ids_shuffle, batch.num_visible, asked)
         return {
-            name: term.total(seen[term.student], taught[term.teacher] if term.teacher else None, batch, progress)
+            name: term.total(
+                seen[term.student], taught[term.teacher] if term.teacher else None, batch, progress
+            )
             for name, term in self.terms.items()
         }
 
@@ -94,14 +99,16 @@ class Sum:
 
 
 def taught_outputs(teacher: nn.Module, batch: Batch, outputs: tuple[str, ...]) -> Outputs:
-    """The teacher's outputs, pixels for the patches hidden from the student: under its mask, or under one of its own.
+    """The teacher's outputs, pixels for the patches hidden from the student: under its mask, or
+    under one of its own.
 
-    Under its own it may have seen some of them; what it predicts there, too, is what is compared (RC-MAE, section 5).
-    """
+    Under its own it may have seen some of them; what it predicts there, too, is what is compared
+    (RC-MAE, section 5)."""
     if batch.teacher_ids is None or "pixels" not in outputs:
         found: Outputs = teacher(batch.images, batch.ids_shuffle, batch.num_visible, outputs)
         return found
-    pred = teacher(batch.images, batch.teacher_ids, batch.num_visible, "all")  # [B, L, p*p*C] in raster order
+    # [B, L, p*p*C] in raster order
+    pred = teacher(batch.images, batch.teacher_ids, batch.num_visible, "all")
     hidden = batch.ids_shuffle[:, batch.num_visible :, None]
     found = {"pixels": pred.take_along_dim(hidden, dim=1)}
     if "tokens" in outputs:

@@ -16,5 +16,8 @@ if __name__ == "__main__":
         sys.path.insert(0, standins)
         overrides.append(f"run.dir={folder}")
     raise SystemExit(
-        doctor.main([recipe, "--json", *overrides], now=lambda: time.time() + (float(seconds) if apart else 0.0))
+        doctor.main(
+            [recipe, "--json", *overrides],
+            now=lambda: time.time() + (float(seconds) if apart else 0.0),
+        )
     )

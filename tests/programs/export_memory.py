@@ -1,4 +1,5 @@
-"""Exports a run into its own folder, and prints by how many bytes anonymous memory rose above that before.
+"""Exports a run into its own folder, and prints by how many bytes anonymous memory rose above that
+before.
 
 python tests/programs/export_memory.py RUN LAYOUT [LAYOUT ...]
 """
@@ -42,9 +43,13 @@ def measured(run: Path, layout: str) -> dict[str, float]:
     watcher.join()
     largest = max(4 * math.prod(row["shape"]) for row in manifest.tensors.values())
     return {
-        "baseline": baseline, "rise": max(seen) - baseline, "largest": largest, "written": written,
-        "verify_s": verified - begin, "write_s": end - verified,
-    }  # fmt: skip
+        "baseline": baseline,
+        "rise": max(seen) - baseline,
+        "largest": largest,
+        "written": written,
+        "verify_s": verified - begin,
+        "write_s": end - verified,
+    }
 
 
 print(json.dumps([measured(Path(sys.argv[1]), layout) for layout in sys.argv[2:]]))

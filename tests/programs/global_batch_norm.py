@@ -30,7 +30,8 @@ if __name__ == "__main__":
         differences = {
             "output": got - want.chunk(2)[dist.rank()],
             "gradient": mine.grad - whole.grad.chunk(2)[dist.rank()],
-            "gradient of the weight, summed": dist.all_sum(ours.weight.grad.clone()) - theirs.weight.grad,
+            "gradient of the weight, summed": dist.all_sum(ours.weight.grad.clone())
+            - theirs.weight.grad,
             "running mean": ours.running_mean - theirs.running_mean,
             "running variance": ours.running_var - theirs.running_var,
         }

@@ -1,10 +1,11 @@
-"""Kill a training at each call by which its second save reaches the disk, and let the same command go on each time.
+"""Kill a training at each call by which its second save reaches the disk, and let the same command
+go on each time.
 
-Arguments: a recipe of 12 steps, a folder. Prints `RESULT <JSON list>`: for each kill the call, the steps that were
-committed then, the exit status of the same command started again, and whether it ended as if nothing had happened.
-Trainings are forks of this process, which imports once and trains nothing itself. A file that was not yet flushed when
-its writer died loses its second half, as in a power cut.
-"""
+Arguments: a recipe of 12 steps, a folder. Prints `RESULT <JSON list>`: for each kill the call, the
+steps that were committed then, the exit status of the same command started again, and whether it
+ended as if nothing had happened. Trainings are forks of this process, which imports once and trains
+nothing itself. A file that was not yet flushed when its writer died loses its second half, as in a
+power cut."""
 
 import json
 import os
@@ -39,7 +40,9 @@ def watch(on_call: Callable[[str, str], None]) -> None:
         setattr(module, name, wrap(name, getattr(module, name)))
 
 
-def trained(recipe: str, run_dir: Path, on_call: Callable[[str, str], None] = lambda name, path: None) -> int:
+def trained(
+    recipe: str, run_dir: Path, on_call: Callable[[str, str], None] = lambda name, path: None
+) -> int:
     """Exit status of a process that trains, negative if a signal ended it."""
     sys.stdout.flush()
     child = os.fork()
@@ -76,13 +79,18 @@ def main(recipe: str, root: Path) -> None:
     made = calls.read_text().splitlines()
     commits = [number for number, call in enumerate(made, 1) if call == "replace LATEST.new"]
     found = []
-    for at in range(commits[0] + 1, commits[2]):  # the end of the first save, the second, and the third to its LATEST
+    for at in range(commits[0] + 1, commits[2]):
+        # the end of the first save, the second, and the third to its LATEST
         run = Folder(root / f"killed-{at}")
         killed = trained(recipe, run.path, killer(at))
         assert killed == -signal.SIGKILL, f"it ended with {killed} before call {at}"
         committed = run.committed()
         again = trained(recipe, run.path)
-        as_if = run.steps() == whole.steps() and run.losses() == whole.losses() and equal(run.state(), whole.state())
+        as_if = (
+            run.steps() == whole.steps()
+            and run.losses() == whole.losses()
+            and equal(run.state(), whole.state())
+        )
         kill = {"call": made[at - 1], "committed": committed, "again": again}
         found.append({**kill, "as if nothing": as_if, "tidy": run.leftovers() == []})
         shutil.rmtree(run.path)

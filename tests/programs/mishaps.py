@@ -1,8 +1,9 @@
-"""Run on any number of ranks: train recipes one after the other in one process group, with mishaps between.
+"""Run on any number of ranks: train recipes one after the other in one process group, with mishaps
+between.
 
-Arguments: a JSON list of ["train", recipe, override, ...], ["limit", rank, bytes or null] (from then on that rank can
-write no file of more bytes) and ["flip", glob] (the middle byte of the last file that matches). Prints `STATUS <list>`
-on rank 0: the exit status of each training.
+Arguments: a JSON list of ["train", recipe, override, ...], ["limit", rank, bytes or null] (from
+then on that rank can write no file of more bytes) and ["flip", glob] (the middle byte of the last
+file that matches). Prints `STATUS <list>` on rank 0: the exit status of each training.
 """
 
 import glob

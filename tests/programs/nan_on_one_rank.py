@@ -18,9 +18,16 @@ from rcmae.objectives import RCMAE
 from rcmae.vit import MaskedAutoencoder
 
 SIZES = {
-    "image_size": (16, 16), "patch_size": 4, "in_channels": 3, "embed_dim": 24, "depth": 2, "num_heads": 2,
-    "decoder_dim": 20, "decoder_depth": 1, "decoder_heads": 2,
-}  # fmt: skip
+    "image_size": (16, 16),
+    "patch_size": 4,
+    "in_channels": 3,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "decoder_dim": 20,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+}
 
 
 def snapshot(engine):
@@ -34,7 +41,9 @@ def train(engine, poisoned):
         if poisoned and dist.rank() == 1 and last:
             images[0, 0, 0, 0] = math.nan
         ids = torch.rand(2, 16, generator=generator).argsort(1)
-        batch = Batch(images, ids, 4, None, ("a", "b"), torch.arange(2), torch.zeros(2, 5, dtype=torch.int64))
+        batch = Batch(
+            images, ids, 4, None, ("a", "b"), torch.arange(2), torch.zeros(2, 5, dtype=torch.int64)
+        )
         sums = RCMAE()(engine.student, engine.teacher, batch, 0.0)
         engine.backward(sum(sums.values()) / (8 * 12), last=last)
     return engine.step(lr=1e-2, weight_decay=0.05)
@@ -46,7 +55,9 @@ def check(kind, precision):
     if kind == "fsdp2":
         engine = FSDP2Engine(student, copy.deepcopy(student), settings)
     else:
-        engine = DeepSpeedEngine(student, copy.deepcopy(student), settings, config=read_config(kind))
+        engine = DeepSpeedEngine(
+            student, copy.deepcopy(student), settings, config=read_config(kind)
+        )
     assert train(engine, poisoned=False).finite
     engine.update_teacher(0.9)
     before, steps = snapshot(engine), engine.state().optimizer_step
@@ -57,9 +68,10 @@ def check(kind, precision):
     moved = any(not torch.equal(a, b) for a, b in zip(before, snapshot(engine), strict=True))
     finite = all(bool(t.isfinite().all()) for t in snapshot(engine))
     return {
-        "stopped": not stats.finite, "untouched": untouched and same_step,
+        "stopped": not stats.finite,
+        "untouched": untouched and same_step,
         "goes on": after.finite and moved and finite and engine.state().optimizer_step == steps + 1,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

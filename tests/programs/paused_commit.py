@@ -1,4 +1,5 @@
-"""Train, and be paused in the last moment: SIGSTOP between the last look at the lease and the commit of a step.
+"""Train, and be paused in the last moment: SIGSTOP between the last look at the lease and the
+commit of a step.
 
 paused_commit.py STEP RECIPE [key=value ...]
 """
@@ -16,7 +17,8 @@ if __name__ == "__main__":
 
     def paused(source, target, *args, **named):
         if Path(target).name == name:
-            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # by this thread: it goes no step further
+            # by this thread: it goes no step further
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         rename(source, target, *args, **named)
 
     os.rename = paused

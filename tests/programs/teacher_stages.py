@@ -1,7 +1,8 @@
-"""Run on two ranks: 1,000 EMA updates at each stage against a float64 average of the same student weights.
+"""Run on two ranks: 1,000 EMA updates at each stage against a float64 average of the same student
+weights.
 
-Arguments: engines, and the teacher's parts: "encoder,decoder" or "encoder". Prints one JSON document on rank 0: engine
--> figures.
+Arguments: engines, and the teacher's parts: "encoder,decoder" or "encoder". Prints one JSON
+document on rank 0: engine -> figures.
 """
 
 import copy
@@ -19,9 +20,16 @@ from rcmae.teacher import teacher_bytes
 from rcmae.vit import MaskedAutoencoder
 
 SIZES = {
-    "image_size": (16, 16), "patch_size": 8, "in_channels": 3, "embed_dim": 24, "depth": 2, "num_heads": 2,
-    "decoder_dim": 20, "decoder_depth": 1, "decoder_heads": 2,
-}  # fmt: skip
+    "image_size": (16, 16),
+    "patch_size": 8,
+    "in_channels": 3,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "decoder_dim": 20,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+}
 
 
 PARTS = tuple(sys.argv[2].split(","))
@@ -53,7 +61,9 @@ def whole(state, kind):
         flat = torch.zeros(torch.Size(shape).numel())
         for piece in state.pieces:
             if piece.name == name:
-                flat[piece.start : piece.start + len(piece.tensors[kind])] = piece.tensors[kind].float()
+                flat[piece.start : piece.start + len(piece.tensors[kind])] = piece.tensors[
+                    kind
+                ].float()
         out[name] = flat if state.replicated else dist.all_sum(flat)
     return out
 
@@ -64,7 +74,9 @@ def relative(got, wanted):
 
 
 def held_bytes(tensors):
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()
+    }
     return sum(storages.values())
 
 
@@ -72,12 +84,18 @@ def check(kind, precision, momentum):
     engine = make(kind, precision)
     state = engine.state()
     pieces = [piece for piece in state.pieces if piece.name in teacher_names()]
-    assert all("teacher" not in piece.tensors for piece in state.pieces if piece.name not in teacher_names())
+    assert all(
+        "teacher" not in piece.tensors
+        for piece in state.pieces
+        if piece.name not in teacher_names()
+    )
     average = [piece.tensors["teacher"].double().clone() for piece in pieces]
     index = {name: number for number, name in enumerate(state.shapes)}
     most = max(torch.Size(shape).numel() for shape in state.shapes.values())
     for update in range(1000):  # the student walks at random, the same on every cut
-        steps = torch.randn(most + len(index), generator=torch.Generator().manual_seed(update)) * 1e-3
+        steps = (
+            torch.randn(most + len(index), generator=torch.Generator().manual_seed(update)) * 1e-3
+        )
         for piece in pieces:
             begin = piece.start + index[piece.name]
             piece.tensors["weight"].data.add_(steps[begin : begin + len(piece.tensors["weight"])])
@@ -86,14 +104,16 @@ def check(kind, precision, momentum):
             mean.mul_(momentum).add_(piece.tensors["weight"].double(), alpha=1 - momentum)
     wanted = whole(state, "teacher")
     for mean, piece in zip(average, pieces, strict=True):
-        piece.tensors["weight"].data.copy_(mean)  # borrow the student's place to bring the reference together
+        # borrow the student's place to bring the reference together
+        piece.tensors["weight"].data.copy_(mean)
     figures = {"error": relative(wanted, whole(state, "weight"))}
     ema, dtype = engine._ema, next(engine.teacher.parameters()).dtype
     figures["copy_is_rounding"] = all(
         torch.equal(c, a.to(dtype)) for c, a in zip(ema.copies, ema.accumulators, strict=True)
     )
     if kind in ("local", "zero0", "zero1", "zero2"):  # every rank computes with the whole copy
-        engine.teacher(torch.zeros(1, 3, 16, 16), what="features")  # waits for a gather that is under way
+        # waits for a gather that is under way
+        engine.teacher(torch.zeros(1, 3, 16, 16), what="features")
         named = dict(engine.teacher.named_parameters())
         figures["whole_copy_is_rounding"] = all(
             torch.equal(named[name].detach().flatten(), wanted[name].to(dtype)) for name in wanted
@@ -104,7 +124,9 @@ def check(kind, precision, momentum):
         copies = sum(c.numel() * c.element_size() for c in ema.copies)
     else:
         copies = held_bytes(list(engine.teacher.parameters()))
-    accumulators = 0 if ema.accumulators is ema.copies else sum(a.numel() * 4 for a in ema.accumulators)
+    accumulators = (
+        0 if ema.accumulators is ema.copies else sum(a.numel() * 4 for a in ema.accumulators)
+    )
     figures["bytes"] = dist.gather({"copy": copies, "accumulator": accumulators})
     figures["formula"] = dist.gather({"copy": formula.copy, "accumulator": formula.accumulator})
     return figures

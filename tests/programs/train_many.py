@@ -1,7 +1,7 @@
 """Run on any number of ranks: train several recipes one after the other in one process group.
 
-Arguments: a JSON list of [recipe, override, ...]. Prints `STATUS <list>` on rank 0: the exit status of each.
-"""
+Arguments: a JSON list of [recipe, override, ...]. Prints `STATUS <list>` on rank 0: the exit status
+of each."""
 
 import json
 import signal

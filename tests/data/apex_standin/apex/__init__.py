@@ -1,1 +1,3 @@
-"""A stand-in for NVIDIA apex with its documented signatures, for machines without it: plain torch, no fused kernel."""
+"""A stand-in for NVIDIA apex with its documented signatures, for machines without it: plain
+torch, no fused kernel.
+"""

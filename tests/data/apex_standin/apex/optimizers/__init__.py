@@ -17,7 +17,9 @@ class FusedAdam(torch.optim.Optimizer):
         set_grad_none=True,
     ):
         assert (adam_w_mode, bias_correction, amsgrad) == (True, True, False)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -32,4 +34,6 @@ class FusedAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"].mul_(two).addcmul_(param.grad, param.grad, value=1 - two)
                 mean = state["exp_avg"] / (1 - one ** group["step"])
                 scale = (state["exp_avg_sq"] / (1 - two ** group["step"])).sqrt() + group["eps"]
-                param.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(mean, scale, value=-group["lr"])
+                param.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(
+                    mean, scale, value=-group["lr"]
+                )
