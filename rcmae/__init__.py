@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rcmae.encoder import load_encoder
+    from rcmae.weights.encoder import load_encoder
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_encoder"]
@@ -16,7 +16,7 @@ __all__ = ["__version__", "load_encoder"]
 
 def __getattr__(name: str) -> Any:
     if name == "load_encoder":  # torch and timm cost seconds: only where it is used
-        from rcmae.encoder import load_encoder
+        from rcmae.weights.encoder import load_encoder
 
         return load_encoder
     raise AttributeError(f"module 'rcmae' has no attribute {name!r}")

@@ -22,20 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rcmae import augment, checkpoint, dist, export, kernels, train
-from rcmae.augment import AugmentTransform, Mixing
-from rcmae.batch import Batch
+from rcmae import checkpoint, dist, train
 from rcmae.checkpoint import Manifest
-from rcmae.classifier import Classification, Classifier, classifier_flops, fit_weights
 from rcmae.config import Recipe, Resolved
-from rcmae.evaluate import evaluating, save_png
-from rcmae.masking import Mask, NoMask
+from rcmae.data import augment
+from rcmae.data.augment import AugmentTransform, Mixing
+from rcmae.data.batch import Batch
+from rcmae.data.masking import Mask, NoMask
+from rcmae.data.shards import ShardIndex
+from rcmae.data.stream import labelled_batches, refuse_unlabelled
+from rcmae.data.transforms import Transform
+from rcmae.evaluation.evaluate import evaluating, save_png
+from rcmae.evaluation.scores import Scores, classify, confusion_picture, scores_table
+from rcmae.models import kernels
+from rcmae.models.classifier import Classification, Classifier, classifier_flops, fit_weights
 from rcmae.objectives import Objective
 from rcmae.parts import student_sizes, train_transform
-from rcmae.scores import Scores, classify, confusion_picture, scores_table
-from rcmae.shards import ShardIndex
-from rcmae.stream import labelled_batches, refuse_unlabelled
-from rcmae.transforms import Transform
+from rcmae.weights import export
 
 ENCODER_SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 

@@ -26,12 +26,16 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from rcmae import checkpoint, config, dist, kernels, preempt
-from rcmae.batch import Batch
-from rcmae.bootmae_vit import Network
+from rcmae import checkpoint, config, dist
+from rcmae.checkpoint.lease import Lease, LeaseHeld, LeaseLost, exit_status, fence
 from rcmae.config import Recipe
-from rcmae.engine import DTYPES, cast_params
-from rcmae.evaluate import (
+from rcmae.data.batch import Batch
+from rcmae.data.shards import ShardIndex, node_cache
+from rcmae.data.sources import Cache
+from rcmae.data.stream import labelled_batches
+from rcmae.data.transforms import Normalise
+from rcmae.engines.engine import DTYPES, cast_params
+from rcmae.evaluation.evaluate import (
     Rows,
     evaluating,
     features_of_both,
@@ -40,15 +44,13 @@ from rcmae.evaluate import (
     logistic_rows,
     pooled,
 )
-from rcmae.export import KIND
-from rcmae.lease import Lease, LeaseHeld, LeaseLost, exit_status, fence
-from rcmae.metrics import MetricsLog
+from rcmae.models import kernels
+from rcmae.models.bootmae import Network
 from rcmae.parts import new_student, patience
-from rcmae.shards import ShardIndex, node_cache
-from rcmae.sources import Cache
-from rcmae.stream import labelled_batches
+from rcmae.run import preempt
+from rcmae.run.metrics import MetricsLog
 from rcmae.train import open_index, say_error
-from rcmae.transforms import Normalise
+from rcmae.weights.export import KIND
 
 FOLDER = "evaluations"  # in the run's folder
 

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from rcmae import config, dist, kernels
-from rcmae.bootmae_vit import BootstrappedAutoencoder, Network
+from rcmae import config, dist
 from rcmae.config import Recipe, Resolved
-from rcmae.device_decode import DeviceDecoder, nvjpeg
-from rcmae.engine import Engine, LocalEngine, Settings
-from rcmae.masking import BlockMask, Mask, RandomMask, SharedMask, visible_count
+from rcmae.data.device_decode import DeviceDecoder, nvjpeg
+from rcmae.data.masking import BlockMask, Mask, RandomMask, SharedMask, visible_count
+from rcmae.data.sources import Patience
+from rcmae.data.transforms import TrainTransform
+from rcmae.engines.engine import Engine, LocalEngine, Settings
+from rcmae.models import kernels
+from rcmae.models.bootmae import BootstrappedAutoencoder, Network
+from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder, size_problems
 from rcmae.objectives import OBJECTIVES, TERMS, Sum
 from rcmae.objectives.mae import PixelNorm
-from rcmae.sources import Patience
-from rcmae.transforms import TrainTransform
-from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, size_problems
 
 
 def patience(recipe: Recipe) -> Patience:
@@ -247,11 +248,11 @@ def make_engine(
     kernels.checkpoint_blocks(student, recipe.engine.activation_checkpointing)
     settings = engine_settings(recipe, sizes)
     if recipe.engine.name == "deepspeed":
-        from rcmae.engine_deepspeed import DeepSpeedEngine
+        from rcmae.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(student, teacher, settings, config=engine_config)
     if recipe.engine.name == "fsdp2":
-        from rcmae.engine_fsdp2 import FSDP2Engine
+        from rcmae.engines.fsdp2 import FSDP2Engine
 
         return FSDP2Engine(student, teacher, settings)
     return LocalEngine(student, teacher, settings)

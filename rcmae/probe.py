@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from rcmae import dist, train
-from rcmae.batch import Batch
 from rcmae.checkpoint import Manifest
-from rcmae.classifier import Classifier, Probing, classifier_flops, probe_head
 from rcmae.config import Recipe, Resolved
-from rcmae.engine import DTYPES, cast_params
+from rcmae.data.batch import Batch
+from rcmae.data.masking import Mask, NoMask
+from rcmae.data.shards import ShardIndex
+from rcmae.data.transforms import Transform
+from rcmae.engines.engine import DTYPES, cast_params
 from rcmae.finetune import (
     encoder_sizes,
     judge,
@@ -29,11 +31,9 @@ from rcmae.finetune import (
     start_weights,
     test_set,
 )
-from rcmae.masking import Mask, NoMask
+from rcmae.models.classifier import Classifier, Probing, classifier_flops, probe_head
 from rcmae.objectives import Objective
 from rcmae.parts import student_sizes, train_transform
-from rcmae.shards import ShardIndex
-from rcmae.transforms import Transform
 
 
 class Probe:

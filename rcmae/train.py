@@ -28,13 +28,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rcmae import checkpoint, config, dist, kernels, preempt, startup
-from rcmae.batch import NO_LABEL, Batch
-from rcmae.bootmae_vit import Network
+from rcmae import checkpoint, config, dist
 from rcmae.checkpoint import Manifest
+from rcmae.checkpoint.lease import Lease, LeaseHeld, LeaseLost, exit_status, newest_generation
 from rcmae.config import Recipe, Resolved
-from rcmae.engine import Engine
-from rcmae.evaluate import (
+from rcmae.data.batch import NO_LABEL, Batch
+from rcmae.data.masking import Mask
+from rcmae.data.shards import Patterns, Plan, ShardIndex, cache_problem, node_cache
+from rcmae.data.sources import Cache
+from rcmae.data.stream import (
+    BadSample,
+    Stream,
+    TooManyBadSamples,
+    labelled_batches,
+    refuse_unlabelled,
+)
+from rcmae.data.transforms import Normalise, Transform
+from rcmae.engines.engine import Engine
+from rcmae.engines.schedules import teacher_momentum, warmup_half_cosine
+from rcmae.evaluation.evaluate import (
     evaluating,
     features_of_both,
     knn_rows,
@@ -45,11 +57,8 @@ from rcmae.evaluate import (
     reconstruction_picture,
     save_png,
 )
-from rcmae.export import read_network, whole_network
-from rcmae.guard import Guard, NumbersGoneBad, bundle
-from rcmae.lease import Lease, LeaseHeld, LeaseLost, exit_status, newest_generation
-from rcmae.masking import Mask
-from rcmae.metrics import Meter, MetricsLog, closing_summary, events_of
+from rcmae.models import kernels
+from rcmae.models.bootmae import Network
 from rcmae.objectives import OBJECTIVES, Objective, Sum
 from rcmae.parts import (
     device_decoder,
@@ -65,8 +74,8 @@ from rcmae.parts import (
     step_flops,
     train_transform,
 )
-from rcmae.presence import Presence
-from rcmae.rundir import (
+from rcmae.run import preempt, startup
+from rcmae.run.folder import (
     choose_checkpoint,
     mismatches,
     own,
@@ -75,11 +84,10 @@ from rcmae.rundir import (
     unwritable,
     versions,
 )
-from rcmae.schedules import teacher_momentum, warmup_half_cosine
-from rcmae.shards import Patterns, Plan, ShardIndex, cache_problem, node_cache
-from rcmae.sources import Cache
-from rcmae.stream import BadSample, Stream, TooManyBadSamples, labelled_batches, refuse_unlabelled
-from rcmae.transforms import Normalise, Transform
+from rcmae.run.guard import Guard, NumbersGoneBad, bundle
+from rcmae.run.metrics import Meter, MetricsLog, closing_summary, events_of
+from rcmae.run.presence import Presence
+from rcmae.weights.export import read_network, whole_network
 
 # --------------------------------------------------------------------------------------- the method
 
@@ -904,7 +912,7 @@ def check(recipe: Recipe, task: Task) -> Checked:
         with problems:
             startup.mark("checks")
             # costs seconds: only where it is used
-            from rcmae.engine_deepspeed import config_problems, read_config
+            from rcmae.engines.deepspeed import config_problems, read_config
 
             startup.mark("imports")
             engine_config = read_config(recipe.engine.config or "")

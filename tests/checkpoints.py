@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rcmae import checkpoint
 from rcmae.config import Recipe
-from rcmae.vit import MaskedAutoencoder
+from rcmae.models.vit import MaskedAutoencoder
 
 # A network whose every size differs from every other, on a grid that is not square.
 MODEL = {

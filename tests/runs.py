@@ -17,7 +17,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from rcmae import checkpoint, preempt, train
+from rcmae import checkpoint, train
+from rcmae.run import preempt
 
 
 class Folder:

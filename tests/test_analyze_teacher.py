@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from rcmae.batch import Batch
+from rcmae.data.batch import Batch
+from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import RCMAE, Sum
-from rcmae.vit import MaskedAutoencoder
 from runs import Folder
 from tools import analyze_teacher as tool
 from tools.bench_step import made_up_batch

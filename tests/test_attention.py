@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_classifier import SIZES
 
-from rcmae.attention import attention_maps, class_attention, rollout
-from rcmae.classifier import Classifier
+from rcmae.evaluation.attention import attention_maps, class_attention, rollout
+from rcmae.models.classifier import Classifier
 
 
 def test_maps_are_distributions_and_the_model_is_left_as_it_was() -> None:

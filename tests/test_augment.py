@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from test_classifier import batch_of
 
-from rcmae.augment import AugmentTransform, Mix, Mixing, erase, mates_of, mixed, mixed_targets
-from rcmae.transforms import TrainTransform
+from rcmae.data.augment import AugmentTransform, Mix, Mixing, erase, mates_of, mixed, mixed_targets
+from rcmae.data.transforms import TrainTransform
 
 
 def jpeg() -> bytes:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rcmae.batchnorm import GlobalBatchNorm
+from rcmae.models.batchnorm import GlobalBatchNorm
 from tests.conftest import Ranks
 
 PROGRAM = Path(__file__).parent / "programs" / "global_batch_norm.py"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import MAE, RCMAE
-from rcmae.vit import MaskedAutoencoder
 from tools import bench_step
 from tools.bench_step import Bench, NoWatch, PlainObjective, Variant, made_up_batch, watched
 

@@ -17,7 +17,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from rcmae.shards import Plan, ShardIndex
+from rcmae.data.shards import Plan, ShardIndex
 from runs import Folder, start
 
 # worker processes find it there, too
@@ -105,9 +105,9 @@ def test_by_default_it_stops_and_says_why(tiny, damaged, tmp_path, capsys):
 
 
 def test_a_sample_of_no_bytes_is_replaced_too(tmp_path):
-    from rcmae.masking import RandomMask
-    from rcmae.stream import Stream
-    from rcmae.transforms import TrainTransform
+    from rcmae.data.masking import RandomMask
+    from rcmae.data.stream import Stream
+    from rcmae.data.transforms import TrainTransform
 
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "PNG")

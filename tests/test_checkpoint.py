@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file
 
 from rcmae import checkpoint
-from rcmae.engine import LocalEngine, Settings
-from rcmae.lease import LeaseLost
-from rcmae.vit import MaskedAutoencoder
+from rcmae.checkpoint.lease import LeaseLost
+from rcmae.engines.engine import LocalEngine, Settings
+from rcmae.models.vit import MaskedAutoencoder
 from runs import Folder, distance, equal, start
 from tests.conftest import ROOT, Ranks
 

@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 
-from rcmae.batch import Batch
-from rcmae.classifier import (
+from rcmae.data.batch import Batch
+from rcmae.models.classifier import (
     Classification,
     Classifier,
     classifier_flops,
@@ -15,7 +15,7 @@ from rcmae.classifier import (
     fit_weights,
     resample_positions,
 )
-from rcmae.vit import MaskedAutoencoder
+from rcmae.models.vit import MaskedAutoencoder
 
 SIZES = {
     "image_size": (32, 32),

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from rcmae.checkpoint import newest_unverified, tensor_of
-from rcmae.classifier import Classifier, fit_weights
 from rcmae.config import load
-from rcmae.encoder import load_encoder
-from rcmae.export import read_network
+from rcmae.models.classifier import Classifier, fit_weights
 from rcmae.parts import new_network
+from rcmae.weights.encoder import load_encoder
+from rcmae.weights.export import read_network
 from runs import Folder, start
 from tools import compare_objectives as tool
 from tools import export as export_tool

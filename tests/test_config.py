@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcmae import config, train
+from rcmae.models.vit import ARCHITECTURES
 from rcmae.tasks import task_of
-from rcmae.vit import ARCHITECTURES
 
 SHIPPED = sorted(path.stem for path in config.RECIPES.glob("*.yaml"))
 ENOUGH = {"data": {"shards": "photos.tar"}, "schedule": {"steps": 10, "lr": 1e-3}}

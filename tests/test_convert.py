@@ -19,10 +19,10 @@ from safetensors import safe_open
 from test_classifier import batch_of
 
 import rcmae
-from rcmae import export, families
-from rcmae.encoder import load_classifier, to_onnx
+from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import MAE
-from rcmae.vit import MaskedAutoencoder
+from rcmae.weights import export, families
+from rcmae.weights.encoder import load_classifier, to_onnx
 from runs import Folder, start
 from tools import convert as tool
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rcmae.corruptions import KINDS, Corruption, convolved, height_map, smoothed
-from rcmae.shards import ShardIndex
-from rcmae.stream import labelled_batches
-from rcmae.transforms import resize
+from rcmae.data.shards import ShardIndex
+from rcmae.data.stream import labelled_batches
+from rcmae.data.transforms import resize
+from rcmae.evaluation.corruptions import KINDS, Corruption, convolved, height_map, smoothed
 
 
 @pytest.fixture(scope="module")

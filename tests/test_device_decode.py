@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rcmae.batch import Batch
-from rcmae.device_decode import DeviceDecoder, OnDevice, nvjpeg
-from rcmae.masking import RandomMask
-from rcmae.shards import Plan, ShardIndex
-from rcmae.stream import BadSample, Stream, TooManyBadSamples
-from rcmae.transforms import TrainTransform
+from rcmae.data.batch import Batch
+from rcmae.data.device_decode import DeviceDecoder, OnDevice, nvjpeg
+from rcmae.data.masking import RandomMask
+from rcmae.data.shards import Plan, ShardIndex
+from rcmae.data.stream import BadSample, Stream, TooManyBadSamples
+from rcmae.data.transforms import TrainTransform
 from runs import Folder, start
 
 CPU = torch.device("cpu")

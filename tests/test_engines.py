@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rcmae import checkpoint
-from rcmae.engine import LocalEngine, Settings
-from rcmae.optim import ENCODER
+from rcmae.engines.engine import LocalEngine, Settings
+from rcmae.engines.optim import ENCODER
 from tests.conftest import Ranks
 
 PROGRAMS = Path(__file__).parent / "programs"

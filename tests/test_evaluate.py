@@ -19,9 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from rcmae import dist, evaluate
-from rcmae.batch import Batch
-from rcmae.evaluate import (
+from rcmae import dist
+from rcmae.data.batch import Batch
+from rcmae.data.transforms import Normalise
+from rcmae.evaluation import evaluate
+from rcmae.evaluation.evaluate import (
     CELL_SIDE,
     GAP,
     GREY,
@@ -39,8 +41,7 @@ from rcmae.evaluate import (
     save_png,
     votes,
 )
-from rcmae.transforms import Normalise
-from rcmae.vit import MaskedAutoencoder, patchify
+from rcmae.models.vit import MaskedAutoencoder, patchify
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT.parent / "shared" / "golden" / "knn"

@@ -21,8 +21,9 @@ import timm
 import torch
 from torch import Tensor
 
-from rcmae import checkpoint, export
-from rcmae.vit import MaskedAutoencoder
+from rcmae import checkpoint
+from rcmae.models.vit import MaskedAutoencoder
+from rcmae.weights import export
 from tests.checkpoints import MODEL, network, state_of, write_checkpoint
 from tests.runs import Folder
 from tools import export as tool

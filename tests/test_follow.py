@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rcmae import follow, preempt
+from rcmae import follow
+from rcmae.run import preempt
 from runs import Folder, keeping_handlers, start, wait_for
 from tests.conftest import Ranks
 

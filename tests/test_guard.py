@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from rcmae.guard import Guard
+from rcmae.run.guard import Guard
 
 
 def seen(loss: float) -> list[dict[str, torch.Tensor]]:

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import reference
-from rcmae import kernels
-from rcmae.optim import param_groups
-from rcmae.vit import MaskedAutoencoder
+from rcmae.engines.optim import param_groups
+from rcmae.models import kernels
+from rcmae.models.vit import MaskedAutoencoder
 from reference import Sizes
 
 SIZES = Sizes()
@@ -240,7 +240,7 @@ def test_attention_is_the_same_function_either_way_and_chosen_by_device_and_type
 
 
 def test_torchvision_imports_beside_any_torch() -> None:
-    program = "import rcmae.kernels as kernels, torchvision; print(kernels.guard_torchvision())"
+    program = "from rcmae.models import kernels; print(kernels.guard_torchvision())"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
     )

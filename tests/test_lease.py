@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from rcmae import checkpoint
-from rcmae import lease as lease_module
-from rcmae.lease import Fence, Lease, LeaseHeld, LeaseLost, exit_status, fence
+from rcmae.checkpoint import lease as lease_module
+from rcmae.checkpoint.lease import Fence, Lease, LeaseHeld, LeaseLost, exit_status, fence
 from runs import Folder, equal, start, wait_for
 from tests.conftest import ROOT
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from rcmae.logistic import logistic
+from rcmae.evaluation.logistic import logistic
 
 
 def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

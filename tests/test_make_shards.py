@@ -21,8 +21,8 @@ import tifffile
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from rcmae.shards import ShardIndex
-from rcmae.transforms import decode
+from rcmae.data.shards import ShardIndex
+from rcmae.data.transforms import decode
 from runs import hear_ctrl_c
 
 TOOLS = Path(__file__).parent.parent / "tools"

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from rcmae import draws
-from rcmae.draws import Purpose
-from rcmae.masking import BlockMask, RandomMask, SharedMask, random_ids, visible_count
+from rcmae.data import draws
+from rcmae.data.draws import Purpose
+from rcmae.data.masking import BlockMask, RandomMask, SharedMask, random_ids, visible_count
 
 
 def test_the_number_of_visible_patches_is_the_truncated_product():

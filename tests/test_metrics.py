@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rcmae.metrics import Meter, MetricsLog, closing_summary, cut_back, peak_flops
+from rcmae.run.metrics import Meter, MetricsLog, closing_summary, cut_back, peak_flops
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -73,7 +73,7 @@ def test_the_cut_leaves_a_late_writer_of_the_old_file_behind(tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from rcmae.metrics import MetricsLog
+from rcmae.run.metrics import MetricsLog
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 log = MetricsLog(folder, resume_step=step, total_steps=10**6, tensorboard=False)
 log.event("start", step=int(sys.argv[2]))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import reference
-from rcmae.batch import Batch
-from rcmae.bootmae_vit import BootstrappedAutoencoder
+from rcmae.data.batch import Batch
+from rcmae.models.bootmae import BootstrappedAutoencoder
+from rcmae.models.vit import MaskedAutoencoder, patchify
 from rcmae.objectives import MAE, OBJECTIVES, RCMAE, TERMS, BootMAE, Objective, SupMAE
-from rcmae.vit import MaskedAutoencoder, patchify
 from reference import Sizes
 
 SIZES = Sizes()

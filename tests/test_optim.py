@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import reference
-from rcmae import kernels
-from rcmae.bootmae_vit import BootstrappedAutoencoder
-from rcmae.classifier import Classifier
-from rcmae.engine import set_rates
-from rcmae.optim import GROUPS, LARS, param_groups
-from rcmae.vit import MaskedAutoencoder
+from rcmae.engines.engine import set_rates
+from rcmae.engines.optim import GROUPS, LARS, param_groups
+from rcmae.models import kernels
+from rcmae.models.bootmae import BootstrappedAutoencoder
+from rcmae.models.classifier import Classifier
+from rcmae.models.vit import MaskedAutoencoder
 from reference import Sizes
 
 SIZES = Sizes()

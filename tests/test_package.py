@@ -37,12 +37,12 @@ LAYERS = (
     | {"presence"},
     {"transforms", "guard", "attention", "device_decode"},
     {"stream", "vit", "augment", "corruptions"},
-    {"bootmae_vit"},
+    {"bootmae"},
     {"objectives", "classifier"},
     {"teacher"},
     {"engine", "memory"},
-    {"engine_deepspeed", "engine_fsdp2", "checkpoint"},
-    {"evaluate", "export", "scores", "parts", "rundir"},
+    {"deepspeed", "fsdp2", "checkpoint"},
+    {"evaluate", "export", "scores", "parts", "folder"},
     {"encoder"},
     {"train"},
     {"follow"},
@@ -52,12 +52,24 @@ LAYERS = (
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 MODULES = sorted(
-    path for path in (ROOT / "rcmae").rglob("*.py") if path != ROOT / "rcmae" / "__init__.py"
+    path
+    for path in (ROOT / "rcmae").rglob("*.py")
+    if path.name != "__init__.py" or path.parent.name in ("checkpoint", "objectives")
 )
 
 
+PACKAGES = {"run", "data", "models", "engines", "evaluation", "weights", "planning"}
+
+
+def named(parts: list[str]) -> str:
+    """The module's row in LAYERS, of its path within the package."""
+    if parts[0] == "checkpoint" and parts[1:2] == ["lease"]:
+        return "lease"
+    return parts[1] if parts[0] in PACKAGES and len(parts) > 1 else parts[0]
+
+
 def module_of(path: Path) -> str:
-    return path.relative_to(ROOT / "rcmae").parts[0].removesuffix(".py")
+    return named(list(path.relative_to(ROOT / "rcmae").with_suffix("").parts))
 
 
 def imported(path: Path) -> set[str]:
@@ -67,14 +79,12 @@ def imported(path: Path) -> set[str]:
         names = []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide where they point"
-            names = (
-                [node.module]
-                if node.module != "rcmae"
-                else [f"rcmae.{alias.name}" for alias in node.names]
-            )
+            inside = node.module in {"rcmae", *(f"rcmae.{package}" for package in PACKAGES)}
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = names if inside else [str(node.module)]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name and name.startswith("rcmae.")}
+        found |= {named(name.split(".")[1:]) for name in names if name.startswith("rcmae.")}
     return found - {"__version__"}
 
 
@@ -107,7 +117,7 @@ def test_what_is_learnt_knows_no_engine_rank_or_recipe():
 def test_heavy_engines_are_imported_only_where_they_are_used():
     tree = ast.parse((ROOT / "rcmae" / "train.py").read_text())
     top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert not top & {"rcmae.engine_deepspeed", "rcmae.engine_fsdp2"}
+    assert not top & {"rcmae.engines.deepspeed", "rcmae.engines.fsdp2"}
 
 
 RECIPES = sorted((ROOT / "rcmae" / "recipes").glob("*.yaml"))

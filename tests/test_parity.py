@@ -24,8 +24,8 @@ from torch import Tensor
 
 import reference
 import relatives
-from rcmae.bootmae_vit import BootstrappedAutoencoder
-from rcmae.vit import MaskedAutoencoder
+from rcmae.models.bootmae import BootstrappedAutoencoder
+from rcmae.models.vit import MaskedAutoencoder
 from reference import Sizes
 from tools import check_parity as tool
 

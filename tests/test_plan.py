@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from rcmae import config, kernels, memory
-from rcmae.bootmae_vit import BootstrappedAutoencoder
-from rcmae.masking import visible_count
-from rcmae.memory import Settings, activations, footprint, states
+from rcmae import config
+from rcmae.data.masking import visible_count
+from rcmae.models import kernels
+from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.objectives import MAE, RCMAE, BootMAE
 from rcmae.parts import new_network, new_student
+from rcmae.planning import memory
+from rcmae.planning.memory import Settings, activations, footprint, states
 from runs import Folder
 from tests.conftest import Ranks
 from tools import bench_memory, plan

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from rcmae import preempt, train
+from rcmae import train
+from rcmae.run import preempt
 from runs import Folder, equal, keeping_handlers, send, start
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rcmae import presence as presence_module
-from rcmae.presence import Presence
+from rcmae.run import presence as presence_module
+from rcmae.run.presence import Presence
 from runs import Folder, wait_for
 from tests.conftest import ROOT, Ranks, free_port
 

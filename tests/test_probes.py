@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from rcmae.encoder import load_encoder
+from rcmae.weights.encoder import load_encoder
 from runs import Folder
 from tools import probes as tool
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from rcmae.evaluate import features_of_both, knn_rows, pixels
-from rcmae.shards import ShardIndex
-from rcmae.stream import labelled_batches
-from rcmae.transforms import Normalise
+from rcmae.data.shards import ShardIndex
+from rcmae.data.stream import labelled_batches
+from rcmae.data.transforms import Normalise
+from rcmae.evaluation.evaluate import features_of_both, knn_rows, pixels
 from tools import quickstart_data
 from tools.quickstart_data import SQUARE, TILE, TRAIN_TILES, VAL_TILES, corners
 

@@ -109,7 +109,8 @@ def test_rewind_passes_over_exactly_the_samples_since_the_checkpoint(runs: Path,
 def test_a_bundle_brings_the_step_back_on_one_process(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rcmae.preempt.SIGNALS", ())  # the handlers of this process stay pytest's
+    # the handlers of this process stay pytest's
+    monkeypatch.setattr("rcmae.run.preempt.SIGNALS", ())
     bundle = runs / "stop" / "replay" / "step-00000012.json"
     assert replay.main([str(bundle), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

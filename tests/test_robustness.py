@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rcmae.classifier import Classifier
-from rcmae.encoder import load_classifier
+from rcmae.models.classifier import Classifier
+from rcmae.weights.encoder import load_classifier
 from tools import robustness as tool
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import reference
-from rcmae.schedules import teacher_momentum, warmup_half_cosine
+from rcmae.engines.schedules import teacher_momentum, warmup_half_cosine
 
 
 @pytest.mark.parametrize(

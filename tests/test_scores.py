@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
-from rcmae.batch import Batch
-from rcmae.scores import classify, confusion_picture, scores_table
+from rcmae.data.batch import Batch
+from rcmae.evaluation.scores import classify, confusion_picture, scores_table
 
 CLASSES = 7
 

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from rcmae import shards, workers
-from rcmae.shards import INDEX, NO_LABEL, Plan, ShardIndex, expand, flat, scan
+from rcmae.data import shards, workers
+from rcmae.data.shards import INDEX, NO_LABEL, Plan, ShardIndex, expand, flat, scan
 from runs import hear_ctrl_c
 
 ROOT = Path(__file__).parent.parent
@@ -313,7 +313,7 @@ def test_shards_are_indexed_by_several_processes_alike(folder, monkeypatch):
 @pytest.mark.parametrize("after_s", [0.05, 0.1])  # while the workers are being born
 def test_workers_end_with_their_owner_and_leave_ctrl_c_to_it(kind, how, after_s):
     program = (
-        "import time, multiprocessing, rcmae.workers as w; "
+        "import time, multiprocessing, rcmae.data.workers as w; "
         f"context = w.fork_server() if {kind!r} == 'forkserver' else "
         "multiprocessing.get_context('spawn'); "
         "list(w.mapped(time.sleep, [0, 0, 60, 60], 2, context, print('started', flush=True)))"
@@ -582,7 +582,7 @@ def test_a_plan_that_cannot_work_is_refused_with_the_way_out():
 LARGE = """
 import json, os, sys, time
 import numpy as np
-from rcmae.shards import FORMAT, INDEX, ROW, VERSION, Plan, Shard, ShardIndex
+from rcmae.data.shards import FORMAT, INDEX, ROW, VERSION, Plan, Shard, ShardIndex
 folder, shards, samples = sys.argv[1], 100_000, 12_800
 keys = 9  # bytes of one
 part = samples * (ROW.itemsize + keys)

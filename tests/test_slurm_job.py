@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rcmae import preempt
 from rcmae.config import batch_problems, load
+from rcmae.run import preempt
 from tests.conftest import ROOT
 from tools import slurm_job
 

@@ -31,12 +31,20 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from rcmae import sources
-from rcmae.masking import RandomMask
-from rcmae.shards import Plan, ShardIndex, cache_problem, open_bytes
-from rcmae.sources import Cache, CacheTooSmall, Patience, Reader, SourceGone, identity, redacted
-from rcmae.stream import Stream
-from rcmae.transforms import TrainTransform
+from rcmae.data import sources
+from rcmae.data.masking import RandomMask
+from rcmae.data.shards import Plan, ShardIndex, cache_problem, open_bytes
+from rcmae.data.sources import (
+    Cache,
+    CacheTooSmall,
+    Patience,
+    Reader,
+    SourceGone,
+    identity,
+    redacted,
+)
+from rcmae.data.stream import Stream
+from rcmae.data.transforms import TrainTransform
 from runs import Folder, start
 
 PATIENT = Patience(timeout_s=0.5, attempts=12, pause_s=0.01)

@@ -26,10 +26,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from rcmae.masking import RandomMask
-from rcmae.shards import Plan, ShardIndex
-from rcmae.stream import Limits, Stream, TooManyBadSamples, labelled_batches
-from rcmae.transforms import TrainTransform, View
+from rcmae.data.masking import RandomMask
+from rcmae.data.shards import Plan, ShardIndex
+from rcmae.data.stream import Limits, Stream, TooManyBadSamples, labelled_batches
+from rcmae.data.transforms import TrainTransform, View
 from runs import Folder, start
 
 pytestmark = pytest.mark.filterwarnings(
@@ -570,10 +570,10 @@ def test_samples_without_labels_cannot_be_evaluated(tmp_path):
 
 SCRIPT = """
 import multiprocessing, sys, time
-from rcmae.masking import RandomMask
-from rcmae.shards import Plan, ShardIndex
-from rcmae.stream import Stream
-from rcmae.transforms import TrainTransform
+from rcmae.data.masking import RandomMask
+from rcmae.data.shards import Plan, ShardIndex
+from rcmae.data.stream import Stream
+from rcmae.data.transforms import TrainTransform
 
 if __name__ == "__main__":
     index = ShardIndex.open(sys.argv[1])

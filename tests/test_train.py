@@ -18,9 +18,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from rcmae import preempt, train
+from rcmae import train
 from rcmae.checkpoint import read_manifest
 from rcmae.config import load
+from rcmae.run import preempt
 from runs import Folder, distance, equal, finite, keeping_handlers, once, send, start, wait_for
 from tests.conftest import ROOT, Ranks, free_port
 

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from rcmae import jpeg
-from rcmae.batch import Batch
-from rcmae.jpeg import Box, decode_box
-from rcmae.shards import ShardIndex
-from rcmae.transforms import (
+from rcmae.data import jpeg
+from rcmae.data.batch import Batch
+from rcmae.data.jpeg import Box, decode_box
+from rcmae.data.shards import ShardIndex
+from rcmae.data.transforms import (
     BadImage,
     CentreTransform,
     Normalise,
@@ -372,7 +372,7 @@ def test_crops_have_torchvisions_statistics():
     """Two-sample Kolmogorov-Smirnov distances of area, aspect, top and left to
     RandomResizedCrop's own boxes.
     """
-    from rcmae.kernels import guard_torchvision
+    from rcmae.models.kernels import guard_torchvision
 
     guard_torchvision()
     from torchvision.transforms import RandomResizedCrop
@@ -441,7 +441,7 @@ def test_a_photograph_of_one_pixel_makes_a_view():
 
 
 def test_the_centre_view_is_that_of_torchvision():
-    from rcmae.kernels import guard_torchvision
+    from rcmae.models.kernels import guard_torchvision
 
     guard_torchvision()
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize

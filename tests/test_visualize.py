@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from test_convert import file, model  # noqa: F401, fixtures
 
-from rcmae.batch import Batch
-from rcmae.export import Source
-from rcmae.masking import random_ids
+from rcmae.data.batch import Batch
+from rcmae.data.masking import random_ids
+from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives.mae import pixel_targets
-from rcmae.vit import MaskedAutoencoder
+from rcmae.weights.export import Source
 from runs import Folder, start
 from tools import visualize as tool
 

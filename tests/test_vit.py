@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
-from rcmae.vit import (
+from rcmae.models.vit import (
     ARCHITECTURES,
     Block,
     LastBlock,

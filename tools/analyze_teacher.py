@@ -54,16 +54,16 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from rcmae import checkpoint, train
-from rcmae.batch import Batch
 from rcmae.checkpoint import CheckpointError, Manifest
 from rcmae.config import Recipe
-from rcmae.export import read_network
-from rcmae.masking import Mask
+from rcmae.data.batch import Batch
+from rcmae.data.masking import Mask
+from rcmae.data.stream import Stream
+from rcmae.data.transforms import Normalise
+from rcmae.models.vit import MaskedAutoencoder, patchify
 from rcmae.objectives import Sum
 from rcmae.parts import has_regressors, make_objective, new_network, student_sizes, train_transform
-from rcmae.stream import Stream
-from rcmae.transforms import Normalise
-from rcmae.vit import MaskedAutoencoder, patchify
+from rcmae.weights.export import read_network
 
 SAME, REMASKED, OTHER = "same image and mask", "same image, other mask", "other image"
 KINDS = (SAME, REMASKED, OTHER)

@@ -31,11 +31,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rcmae import config, dist, kernels, train
+from rcmae import config, dist, train
 from rcmae.config import Recipe
-from rcmae.memory import footprint
+from rcmae.models import kernels
 from rcmae.parts import make_engine, make_objective, new_student, new_teacher
-from rcmae.rundir import versions
+from rcmae.planning.memory import footprint
+from rcmae.run.folder import versions
 from tools import plan
 from tools.bench_step import commit, hardware, made_up_batch
 
@@ -138,7 +139,7 @@ def measure(recipe: Recipe) -> dict[str, int]:
     sizes = config.resolve(recipe, world=dist.world(), samples_per_epoch=recipe.batch.images)
     objective, engine_config = make_objective(recipe, sizes), {}
     if recipe.engine.name == "deepspeed":
-        from rcmae.engine_deepspeed import read_config
+        from rcmae.engines.deepspeed import read_config
 
         engine_config = read_config(recipe.engine.config or "")
     gc.collect()

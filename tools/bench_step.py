@@ -45,15 +45,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from rcmae import __version__, kernels
-from rcmae.batch import Batch
-from rcmae.bootmae_vit import BootstrappedAutoencoder
-from rcmae.engine import DTYPES, LocalEngine, Settings
-from rcmae.masking import random_ids, visible_count
+from rcmae import __version__
+from rcmae.data.batch import Batch
+from rcmae.data.masking import random_ids, visible_count
+from rcmae.engines.engine import DTYPES, LocalEngine, Settings
+from rcmae.models import kernels
+from rcmae.models.bootmae import BootstrappedAutoencoder
+from rcmae.models.vit import ARCHITECTURES, Encoder, MaskedAutoencoder, flops_per_image
 from rcmae.objectives import MAE, RCMAE, BootMAE, Objective
 from rcmae.objectives.mae import pixel_targets
 from rcmae.objectives.terms import widen
-from rcmae.vit import ARCHITECTURES, Encoder, MaskedAutoencoder, flops_per_image
 
 from timm.models.vision_transformer import Block  # isort: skip  # needs kernels first
 

@@ -45,13 +45,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from rcmae import jpeg
-from rcmae.kernels import guard_torchvision
-from rcmae.masking import RandomMask, visible_count
-from rcmae.shards import Plan, ShardIndex
-from rcmae.sources import Reader
-from rcmae.stream import Stream
-from rcmae.transforms import TrainTransform, decode
+from rcmae.data import jpeg
+from rcmae.data.masking import RandomMask, visible_count
+from rcmae.data.shards import Plan, ShardIndex
+from rcmae.data.sources import Reader
+from rcmae.data.stream import Stream
+from rcmae.data.transforms import TrainTransform, decode
+from rcmae.models.kernels import guard_torchvision
 
 guard_torchvision()
 import webdataset  # noqa: E402

@@ -32,11 +32,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rcmae import attention, evaluate, families, kernels
-from rcmae.augment import Mix, mixed, mixed_targets
-from rcmae.batch import Batch
-from rcmae.bootmae_vit import BootstrappedAutoencoder
-from rcmae.classifier import (
+from rcmae.data.augment import Mix, mixed, mixed_targets
+from rcmae.data.batch import Batch
+from rcmae.data.masking import BlockMask, visible_count
+from rcmae.engines.engine import clip, set_rates
+from rcmae.engines.optim import LARS, param_groups
+from rcmae.engines.schedules import epoch_momentum, teacher_momentum, warmup_half_cosine
+from rcmae.engines.teacher import Teacher
+from rcmae.evaluation import attention, evaluate
+from rcmae.models import kernels
+from rcmae.models.bootmae import BootstrappedAutoencoder
+from rcmae.models.classifier import (
     Classification,
     Classifier,
     Fit,
@@ -46,14 +52,16 @@ from rcmae.classifier import (
     fit_weights,
     probe_head,
 )
-from rcmae.engine import clip, set_rates
-from rcmae.masking import BlockMask, visible_count
+from rcmae.models.vit import (
+    ARCHITECTURES,
+    MaskedAutoencoder,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
 from rcmae.objectives import MAE, RCMAE, BootMAE, Objective, SupMAE
 from rcmae.objectives.mae import crowding, pixel_targets
-from rcmae.optim import LARS, param_groups
-from rcmae.schedules import epoch_momentum, teacher_momentum, warmup_half_cosine
-from rcmae.teacher import Teacher
-from rcmae.vit import ARCHITECTURES, MaskedAutoencoder, patchify, sincos_positions, unpatchify
+from rcmae.weights import families
 
 Kind = Literal["cosine", "constant", "published"]
 

@@ -43,10 +43,18 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
 
-from rcmae import sources
-from rcmae.shards import NO_LABEL, Shard, ShardIndex, expand, groups, image_suffix, written_aside
-from rcmae.transforms import BadImage, channels_of, decode
-from rcmae.workers import fork_server, mapped
+from rcmae.data import sources
+from rcmae.data.shards import (
+    NO_LABEL,
+    Shard,
+    ShardIndex,
+    expand,
+    groups,
+    image_suffix,
+    written_aside,
+)
+from rcmae.data.transforms import BadImage, channels_of, decode
+from rcmae.data.workers import fork_server, mapped
 
 # pixels: classes of sizes
 SIDES = (32, 64, 96, 128, 160, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)

@@ -38,8 +38,8 @@ from rich.table import Table
 
 from rcmae import checkpoint
 from rcmae.checkpoint import CheckpointError, Manifest
-from rcmae.export import checkpoint_folders, find_checkpoint, whole_tensors
-from rcmae.lease import fence
+from rcmae.checkpoint.lease import fence
+from rcmae.weights.export import checkpoint_folders, find_checkpoint, whole_tensors
 
 COUNTERS = ("step", "images", "optimizer_step", "teacher_updates")
 

@@ -40,14 +40,14 @@ import yaml
 
 from rcmae import config
 from rcmae.checkpoint import CheckpointError
-from rcmae.classifier import Classifier
 from rcmae.config import Recipe
-from rcmae.encoder import load_encoder
-from rcmae.evaluate import knn, logistic
-from rcmae.export import Which
+from rcmae.data.shards import ShardIndex, flat
+from rcmae.evaluation.evaluate import knn, logistic
+from rcmae.models.classifier import Classifier
 from rcmae.parts import make_engine, make_objective, new_student, new_teacher, student_sizes
-from rcmae.rundir import versions
-from rcmae.shards import ShardIndex, flat
+from rcmae.run.folder import versions
+from rcmae.weights.encoder import load_encoder
+from rcmae.weights.export import Which
 from tools.bench_memory import measure
 from tools.bench_step import commit, hardware, made_up_batch
 from tools.probes import extracted

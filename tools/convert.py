@@ -26,12 +26,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rcmae import __version__, export, families
+from rcmae import __version__
 from rcmae.checkpoint import CheckpointError
-from rcmae.encoder import HEADS, heads_of, model_of, to_onnx
-from rcmae.export import Source
-from rcmae.kernels import LAYER_NORM_EPS
-from rcmae.vit import ARCHITECTURES
+from rcmae.models.kernels import LAYER_NORM_EPS
+from rcmae.models.vit import ARCHITECTURES
+from rcmae.weights import export, families
+from rcmae.weights.encoder import HEADS, heads_of, model_of, to_onnx
+from rcmae.weights.export import Source
 
 TARGETS = {
     **{name: about.text for name, about in families.FAMILIES.items()},

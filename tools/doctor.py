@@ -40,10 +40,11 @@ import torch.distributed as torch_dist
 from rich.console import Console
 from rich.table import Table
 
-from rcmae import __version__, config, dist, kernels
+from rcmae import __version__, config, dist
 from rcmae.config import Recipe
-from rcmae.shards import ShardIndex
-from rcmae.sources import Reader
+from rcmae.data.shards import ShardIndex
+from rcmae.data.sources import Reader
+from rcmae.models import kernels
 
 GIB = 2**30
 NEEDED = (
@@ -189,7 +190,7 @@ def check_kernels(recipe: Recipe) -> Iterator[Finding]:
     offload = False
     if engine.name == "deepspeed":
         with contextlib.suppress(ImportError, ValueError), contextlib.redirect_stdout(sys.stderr):
-            from rcmae.engine_deepspeed import read_config
+            from rcmae.engines.deepspeed import read_config
 
             zero = read_config(engine.config or "").get("zero_optimization", {})
             offload = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
@@ -502,8 +503,8 @@ def check_caches(
 
 def checkpoints_bytes(recipe: Recipe) -> float:
     """Bytes that a run's checkpoints take at most: those it keeps, and one in the making."""
-    from rcmae.memory import checkpoint_bytes  # these two cost seconds
     from rcmae.parts import new_network
+    from rcmae.planning.memory import checkpoint_bytes  # these two cost seconds
 
     with torch.device("meta"):
         model = new_network(recipe, norm="torch")
@@ -517,7 +518,7 @@ def check_shards(recipe: Recipe) -> tuple[list[Finding], str]:
 
     And the fingerprint of all of them.
     """
-    from rcmae.transforms import BadImage, CentreTransform
+    from rcmae.data.transforms import BadImage, CentreTransform
 
     try:
         folders = [

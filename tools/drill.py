@@ -42,9 +42,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rcmae import checkpoint, config, dist, memory, preempt, train
+from rcmae import checkpoint, config, dist, train
 from rcmae.parts import new_student
-from rcmae.rundir import versions
+from rcmae.planning import memory
+from rcmae.run import preempt
+from rcmae.run.folder import versions
 from rcmae.tasks import task_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -529,8 +531,8 @@ def matrix(
             Ranks(world, told, log, record=True, fork=True).succeed()
 
         # before the forks; this process itself trains nothing
-        importlib.import_module("rcmae.engine_deepspeed")
-        importlib.import_module("rcmae.engine_fsdp2")
+        importlib.import_module("rcmae.engines.deepspeed")
+        importlib.import_module("rcmae.engines.fsdp2")
         for each, where in oracles.items():
             launch("local x1", [(where, [f"engine.precision={each}"])])
         exact = [f"engine.precision={precision}"]

@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rcmae import export
 from rcmae.checkpoint import CheckpointError
+from rcmae.weights import export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.progress import track
 
-from rcmae.shards import NO_LABEL, Scan, ShardIndex, expand
-from rcmae.sources import is_remote, redacted
+from rcmae.data.shards import NO_LABEL, Scan, ShardIndex, expand
+from rcmae.data.sources import is_remote, redacted
 
 
 def index_folder(

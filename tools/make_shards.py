@@ -50,9 +50,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from rcmae.shards import IMAGE_SUFFIXES, NO_LABEL, ShardIndex, expand, written_aside
-from rcmae.transforms import NPY, TIFF, BadImage, channels_of, decode, resize
-from rcmae.workers import fork_server, mapped
+from rcmae.data.shards import IMAGE_SUFFIXES, NO_LABEL, ShardIndex, expand, written_aside
+from rcmae.data.transforms import NPY, TIFF, BadImage, channels_of, decode, resize
+from rcmae.data.workers import fork_server, mapped
 
 _KEY_BYTES = 90  # USTAR has 100 for a name
 _NAMED = 5  # of many files that a message is about

@@ -6,9 +6,9 @@ is trained.
     python tools/plan.py RECIPE --table a100-40g,h100-80g,h200
         kinds and sizes side by side, as Markdown
 
-Memory is that of one GPU for every ZeRO stage and FSDP2 (`rcmae.memory`: it agrees with live
-tensors of CPU ranks), and what the driver, NCCL and a fragmented allocator take is left free. Hours
-follow from the model's FLOPs and a
+Memory is that of one GPU for every ZeRO stage and FSDP2 (`rcmae.planning.memory`: it agrees
+with live tensors of CPU ranks), and what the driver, NCCL and a fragmented allocator take is left
+free. Hours follow from the model's FLOPs and a
 utilisation: measured by tools/bench_step.py on that kind of GPU where a result lies in
 tools/results, else stated. Exit status: 0 it can run; 2 it cannot, or the input is wrong.
 """
@@ -39,18 +39,18 @@ from rich.console import Console
 from rich.table import Table
 
 from rcmae import config
-from rcmae.bootmae_vit import Network
 from rcmae.config import Recipe, Resolved
-from rcmae.masking import visible_count
-from rcmae.memory import Footprint, Settings, checkpoint_bytes, footprint
-from rcmae.metrics import peak_flops
+from rcmae.data.masking import visible_count
+from rcmae.data.shards import INDEX, Plan, ShardIndex, cache_problem, flat, open_bytes
+from rcmae.data.sources import Reader, is_remote
+from rcmae.data.transforms import BadImage, TrainTransform
+from rcmae.models.bootmae import Network
 from rcmae.parts import engine_settings, new_network
-from rcmae.shards import INDEX, Plan, ShardIndex, cache_problem, flat, open_bytes
-from rcmae.sources import Reader, is_remote
-from rcmae.transforms import BadImage, TrainTransform
+from rcmae.planning.memory import Footprint, Settings, checkpoint_bytes, footprint
+from rcmae.run.metrics import peak_flops
 
 with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
-    from rcmae.engine_deepspeed import config_problems, read_config
+    from rcmae.engines.deepspeed import config_problems, read_config
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results"

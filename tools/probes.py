@@ -29,14 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rcmae.checkpoint import CheckpointError
-from rcmae.classifier import Classifier
-from rcmae.draws import Purpose, permutation
-from rcmae.encoder import load_encoder
-from rcmae.evaluate import extract_features, knn
-from rcmae.logistic import logistic
-from rcmae.shards import ShardIndex, node_cache
-from rcmae.stream import labelled_batches
-from rcmae.transforms import Normalise
+from rcmae.data.draws import Purpose, permutation
+from rcmae.data.shards import ShardIndex, node_cache
+from rcmae.data.stream import labelled_batches
+from rcmae.data.transforms import Normalise
+from rcmae.evaluation.evaluate import extract_features, knn
+from rcmae.evaluation.logistic import logistic
+from rcmae.models.classifier import Classifier
+from rcmae.weights.encoder import load_encoder
 
 
 class Set(NamedTuple):

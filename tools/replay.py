@@ -19,9 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rcmae import config, dist, preempt, train
-from rcmae.evaluate import evaluating
-from rcmae.guard import NumbersGoneBad
+from rcmae import config, dist, train
+from rcmae.evaluation.evaluate import evaluating
+from rcmae.run import preempt
+from rcmae.run.guard import NumbersGoneBad
 from rcmae.tasks import task_of
 
 

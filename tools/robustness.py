@@ -46,15 +46,15 @@ from rich.console import Console
 from rich.table import Table
 
 from rcmae import dist
-from rcmae.batch import Batch
 from rcmae.checkpoint import CheckpointError
-from rcmae.classifier import Classifier
-from rcmae.corruptions import KINDS, SEVERITIES, Corruption, opened
-from rcmae.encoder import load_classifier
-from rcmae.scores import Scores, classify
-from rcmae.shards import ShardIndex, node_cache
-from rcmae.stream import labelled_batches
-from rcmae.transforms import Normalise
+from rcmae.data.batch import Batch
+from rcmae.data.shards import ShardIndex, node_cache
+from rcmae.data.stream import labelled_batches
+from rcmae.data.transforms import Normalise
+from rcmae.evaluation.corruptions import KINDS, SEVERITIES, Corruption, opened
+from rcmae.evaluation.scores import Scores, classify
+from rcmae.models.classifier import Classifier
+from rcmae.weights.encoder import load_classifier
 
 # --------------------------------------------------------------------------------------------- sets
 

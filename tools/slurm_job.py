@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rcmae import config
 from rcmae.config import Recipe
 
-# As rcmae.preempt and rcmae.follow have them; not imported, so as not to import torch.
+# As rcmae.run.preempt and rcmae.follow have them; not imported, so as not to import torch.
 STOPPED = 75  # the exit status of "run me again"
 EVALUATIONS = "evaluations"  # the side-car's folder in the run's
 

@@ -36,18 +36,18 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from rcmae.attention import attention_maps, class_attention, rollout
-from rcmae.batch import Batch
 from rcmae.checkpoint import CheckpointError
 from rcmae.config import Recipe
-from rcmae.encoder import load_autoencoder, load_classifier, load_encoder, statistics_of
-from rcmae.evaluate import GREY, hidden_patches, save_png, sheet, to_uint8
-from rcmae.export import Source
-from rcmae.masking import random_ids, visible_count
+from rcmae.data.batch import Batch
+from rcmae.data.masking import random_ids, visible_count
+from rcmae.data.transforms import CentreTransform, Normalise
+from rcmae.evaluation.attention import attention_maps, class_attention, rollout
+from rcmae.evaluation.evaluate import GREY, hidden_patches, save_png, sheet, to_uint8
+from rcmae.models.vit import patchify, unpatchify
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
 from rcmae.parts import pixel_norm
-from rcmae.transforms import CentreTransform, Normalise
-from rcmae.vit import patchify, unpatchify
+from rcmae.weights.encoder import load_autoencoder, load_classifier, load_encoder, statistics_of
+from rcmae.weights.export import Source
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 STATISTICS = {

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from rcmae.batch import Batch
+from rcmae.data.batch import Batch
 from rcmae.objectives.bootmae import BootMAE, Features
 from rcmae.objectives.mae import MAE, Reconstruction
 from rcmae.objectives.rcmae import RCMAE, Consistency

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import functional as F
 
-from rcmae.batch import Batch
+from rcmae.data.batch import Batch
 from rcmae.objectives.mae import PixelNorm, Reconstruction, crowding, squared_error
 from rcmae.objectives.terms import Sum, hidden_patches, widen
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rcmae.batch import Batch
+from rcmae.data.batch import Batch
+from rcmae.models.vit import patches_at
 from rcmae.objectives.terms import Sum, hidden_patches, widen
-from rcmae.vit import patches_at
 
 # By what a patch's pixels are normalised. MAE: the patch's mean and unbiased variance; MAE-priv:
 # the biased one; BootMAE: each channel's own mean and biased variance.

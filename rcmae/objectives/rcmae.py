@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from rcmae.batch import Batch
+from rcmae.data.batch import Batch
 from rcmae.objectives.mae import PixelNorm, Reconstruction, squared_error
 from rcmae.objectives.terms import Sum, hidden_patches, widen
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import functional as F
 
-from rcmae.batch import NO_LABEL, Batch
+from rcmae.data.batch import NO_LABEL, Batch
 from rcmae.objectives.mae import PixelNorm, Reconstruction
 from rcmae.objectives.terms import Sum, widen
 

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rcmae.batch import Batch
-from rcmae.vit import Outputs
+from rcmae.data.batch import Batch
+from rcmae.models.vit import Outputs
 
 
 class Term(Protocol):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import rcmae.vit  # noqa: F401, what export imports late belongs to the baseline
-from rcmae import export
+import rcmae.models.vit  # noqa: F401, what export imports late belongs to the baseline
+from rcmae.weights import export
 
 
 def anonymous() -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rcmae import dist
-from rcmae.batchnorm import GlobalBatchNorm
+from rcmae.models.batchnorm import GlobalBatchNorm
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

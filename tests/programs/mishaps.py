@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from rcmae import config, dist, preempt, train
+from rcmae import config, dist, train
+from rcmae.run import preempt
 
 
 def limit(rank: int, size: int | None) -> None:

@@ -10,12 +10,12 @@ import math
 import torch
 
 from rcmae import dist
-from rcmae.batch import Batch
-from rcmae.engine import Settings
-from rcmae.engine_deepspeed import DeepSpeedEngine, read_config
-from rcmae.engine_fsdp2 import FSDP2Engine
+from rcmae.data.batch import Batch
+from rcmae.engines.deepspeed import DeepSpeedEngine, read_config
+from rcmae.engines.engine import Settings
+from rcmae.engines.fsdp2 import FSDP2Engine
+from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import RCMAE
-from rcmae.vit import MaskedAutoencoder
 
 SIZES = {
     "image_size": (16, 16),

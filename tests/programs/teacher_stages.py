@@ -12,12 +12,12 @@ import sys
 import torch
 
 from rcmae import dist
-from rcmae.engine import LocalEngine, Settings
-from rcmae.engine_deepspeed import DeepSpeedEngine, read_config
-from rcmae.engine_fsdp2 import FSDP2Engine
-from rcmae.memory import teacher_groups
-from rcmae.teacher import teacher_bytes
-from rcmae.vit import MaskedAutoencoder
+from rcmae.engines.deepspeed import DeepSpeedEngine, read_config
+from rcmae.engines.engine import LocalEngine, Settings
+from rcmae.engines.fsdp2 import FSDP2Engine
+from rcmae.engines.teacher import teacher_bytes
+from rcmae.models.vit import MaskedAutoencoder
+from rcmae.planning.memory import teacher_groups
 
 SIZES = {
     "image_size": (16, 16),

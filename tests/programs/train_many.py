@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from rcmae import config, dist, preempt, train
+from rcmae import config, dist, train
+from rcmae.run import preempt
 from rcmae.tasks import task_of
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rcmae.draws import Purpose, permutation, uniform
+from rcmae.data.draws import Purpose, permutation, uniform
 
 
 class Mask(Protocol):

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from rcmae import dist, kernels  # noqa: F401, kernels first: it makes torchvision importable beside a CPU torch
-from rcmae.batch import Batch
+from rcmae import dist
+from rcmae.data.batch import Batch
+from rcmae.models import kernels  # noqa: F401, kernels first: it makes torchvision importable beside a CPU torch
 
 from torchmetrics.classification import (  # isort: skip
     MulticlassAccuracy,

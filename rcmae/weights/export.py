@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from rcmae import __version__, checkpoint
 from rcmae.checkpoint import CheckpointError, Manifest
-from rcmae.families import of_autoencoder, published_names
-from rcmae.optim import ENCODER
+from rcmae.engines.optim import ENCODER
+from rcmae.weights.families import of_autoencoder, published_names
 
 Which = Literal["student", "teacher"]
 Shape = tuple[int, ...]
@@ -152,7 +152,7 @@ def shapes_of(sizes: Mapping[str, Any]) -> dict[str, Shape]:
     Raises:
         ValueError: no network has such sizes.
     """
-    from rcmae.vit import MaskedAutoencoder  # timm costs seconds: only where it is used
+    from rcmae.models.vit import MaskedAutoencoder  # timm costs seconds: only where it is used
 
     width, patch, whole = sizes["embed_dim"], sizes["patch_size"], "decoder_dim" in sizes
     with torch.device("meta"):
@@ -548,7 +548,7 @@ def _use(manifest: Manifest, layout: str, out: Path) -> str:
         )
     if layout == "safetensors":
         return f"safetensors.torch.load_file({str(out)!r})"
-    return f"rcmae.export.load_weights(Path({str(out)!r}))"
+    return f"rcmae.weights.export.load_weights(Path({str(out)!r}))"
 
 
 def _timm_arguments(manifest: Manifest) -> list[str]:

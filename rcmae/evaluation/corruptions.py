@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from rcmae.draws import Purpose, raw
-from rcmae.transforms import decode, resize
+from rcmae.data.draws import Purpose, raw
+from rcmae.data.transforms import decode, resize
 
 SIDE = 224  # pixels of the shorter side that lengths are given for
 SEVERITIES = (1, 2, 3, 4, 5)

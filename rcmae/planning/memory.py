@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rcmae.bootmae_vit import BootstrappedAutoencoder, Network
-from rcmae.optim import param_groups
-from rcmae.teacher import TeacherBytes, teacher_bytes
-from rcmae.vit import MaskedAutoencoder
+from rcmae.engines.optim import param_groups
+from rcmae.engines.teacher import TeacherBytes, teacher_bytes
+from rcmae.models.bootmae import BootstrappedAutoencoder, Network
+from rcmae.models.vit import MaskedAutoencoder
 
 PLACEMENTS = ("local", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 _FLUSH = 500_000_000  # elements of DeepSpeed's all-reduce at stage 0, and of its default buckets

@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rcmae.lease import exit_status
-from rcmae.preempt import FAILED
+from rcmae.checkpoint.lease import exit_status
+from rcmae.run.preempt import FAILED
 
 NAMED = 8  # ranks that a message names at most
 WAY_OUT = "Start the same command again: it goes on from the last committed checkpoint"

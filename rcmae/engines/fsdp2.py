@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rcmae import dist
-from rcmae.engine import (
+from rcmae.engines.engine import (
     DTYPES,
     EngineState,
     Piece,
@@ -35,9 +35,9 @@ from rcmae.engine import (
     updates_of,
     verdict,
 )
-from rcmae.kernels import blocks_of
-from rcmae.optim import moments, param_groups
-from rcmae.teacher import Teacher
+from rcmae.engines.optim import moments, param_groups
+from rcmae.engines.teacher import Teacher
+from rcmae.models.kernels import blocks_of
 
 
 class FSDP2Engine:

@@ -6,7 +6,7 @@ needs no tar library. It is a file beside the shards (`index.json`, and a binary
 mapped, not read), written by
 tools/make_shards.py and tools/index_shards.py; for shards without one it is built in memory
 by reading their headers.
-Shards from elsewhere (rcmae/sources.py) are indexed alike, and their index may lie beside them
+Shards from elsewhere (rcmae/data/sources.py) are indexed alike, and their index may lie beside them
 there. The plan is a pure function of (sample counts, seed, batch, streams, window): any position is
 reached without replaying those before it. We do not shuffle through a buffer, whose state would
 have to be saved and would depend on the ranks."""
@@ -34,10 +34,10 @@ import numpy as np
 from braceexpand import braceexpand
 from numpy.typing import NDArray
 
-from rcmae import sources
-from rcmae.draws import Purpose, permutation, uniform
-from rcmae.sources import USUAL, Cache, Patience
-from rcmae.workers import mapped
+from rcmae.data import sources
+from rcmae.data.draws import Purpose, permutation, uniform
+from rcmae.data.sources import USUAL, Cache, Patience
+from rcmae.data.workers import mapped
 
 INDEX = "index.json"
 FORMAT, VERSION = "rcmae shard index", 1

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcmae import kernels  # first: it makes timm importable beside a CPU torch
-from rcmae.batch import Batch
-from rcmae.batchnorm import GlobalBatchNorm
-from rcmae.draws import Purpose, uniform
-from rcmae.families import published_names
-from rcmae.vit import sincos_positions
+from rcmae.data.batch import Batch
+from rcmae.data.draws import Purpose, uniform
+from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
+from rcmae.models.batchnorm import GlobalBatchNorm
+from rcmae.models.vit import sincos_positions
+from rcmae.weights.families import published_names
 
 from timm.models.vision_transformer import VisionTransformer  # isort: skip
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rcmae import dist
-from rcmae.batch import Batch
+from rcmae.data.batch import Batch
 
 Action = Literal["stop", "skip", "rewind"]
 FLOOR = 0.01  # of the median: a smaller deviation is no scale to judge by

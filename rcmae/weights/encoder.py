@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from rcmae.bootmae_vit import Network
-from rcmae.classifier import Classifier, Fit, fit_weights
 from rcmae.config import Recipe
-from rcmae.export import Source, Which, read_network, sizes_of, whole_network
-from rcmae.families import family_names, of_autoencoder
+from rcmae.models.bootmae import Network
+from rcmae.models.classifier import Classifier, Fit, fit_weights
+from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder
 from rcmae.parts import new_network
-from rcmae.vit import ARCHITECTURES, MaskedAutoencoder
+from rcmae.weights.export import Source, Which, read_network, sizes_of, whole_network
+from rcmae.weights.families import family_names, of_autoencoder
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # of the architectures that the field shares, by width

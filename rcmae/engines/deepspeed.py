@@ -27,7 +27,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from rcmae import dist
-from rcmae.engine import (
+from rcmae.engines.engine import (
     DTYPES,
     EngineState,
     Piece,
@@ -46,12 +46,12 @@ from rcmae.engine import (
     updates_of,
     verdict,
 )
-from rcmae.optim import moments, param_groups
-from rcmae.teacher import Teacher
+from rcmae.engines.optim import moments, param_groups
+from rcmae.engines.teacher import Teacher
 
 # its name since torch 2.13
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
-CONFIGS = Path(__file__).parent.parent / "ds_configs"
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
 def read_config(name: str) -> dict[str, Any]:

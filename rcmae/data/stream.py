@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from rcmae.batch import NO_LABEL, Batch
-from rcmae.device_decode import DeviceDecoder, Encoded, OnDevice, pack
-from rcmae.masking import Mask
-from rcmae.shards import Plan, Requests, Sample, Shard, ShardIndex
-from rcmae.sources import Cache, Reader, is_remote, redacted
-from rcmae.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
-from rcmae.workers import end_with_owner, fork_server
+from rcmae.data.batch import NO_LABEL, Batch
+from rcmae.data.device_decode import DeviceDecoder, Encoded, OnDevice, pack
+from rcmae.data.masking import Mask
+from rcmae.data.shards import Plan, Requests, Sample, Shard, ShardIndex
+from rcmae.data.sources import Cache, Reader, is_remote, redacted
+from rcmae.data.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
+from rcmae.data.workers import end_with_owner, fork_server
 
 _STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
 _NAMED = 20  # bad samples that a message lists before it counts the rest

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcmae import kernels  # first: it makes timm importable beside a CPU torch
-from rcmae.batchnorm import GlobalBatchNorm
+from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
+from rcmae.models.batchnorm import GlobalBatchNorm
 
 from timm.models.vision_transformer import Block  # isort: skip
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcmae import kernels  # first: it makes timm importable beside a CPU torch
-from rcmae.vit import (
+from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
+from rcmae.models.vit import (
     Encoder,
     MaskedAutoencoder,
     Outputs,

@@ -27,9 +27,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rcmae.batch import Batch
-from rcmae.draws import Purpose, uniform
-from rcmae.jpeg import Box, Header, decode_box, decode_cmyk, header, is_whole
+from rcmae.data.batch import Batch
+from rcmae.data.draws import Purpose, uniform
+from rcmae.data.jpeg import Box, Header, decode_box, decode_cmyk, header, is_whole
 
 MAX_PIXELS = 178_956_970  # of an encoded image; PIL's limit against decompression bombs
 CENTRE_SHARE = 0.875  # of the shorter side that a centre crop keeps, as the field evaluates

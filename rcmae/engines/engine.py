@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from rcmae import dist
-from rcmae.kernels import Source, adamw
-from rcmae.optim import LARS, moments, param_groups
-from rcmae.teacher import Teacher, Telemetry
+from rcmae.engines.optim import LARS, moments, param_groups
+from rcmae.engines.teacher import Teacher, Telemetry
+from rcmae.models.kernels import Source, adamw
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "teacher")  # the tensors that move, one set a parameter
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -20,10 +20,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from rcmae import kernels  # noqa: F401, it makes timm importable beside a CPU torch
-from rcmae.batch import Batch
-from rcmae.draws import Purpose, raw
-from rcmae.transforms import TrainTransform, View
+from rcmae.data.batch import Batch
+from rcmae.data.draws import Purpose, raw
+from rcmae.data.transforms import TrainTransform, View
+from rcmae.models import kernels  # noqa: F401, it makes timm importable beside a CPU torch
 
 from timm.data.auto_augment import rand_augment_transform  # isort: skip
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target  # isort: skip

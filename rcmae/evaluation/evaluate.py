@@ -24,10 +24,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from rcmae import dist
-from rcmae.batch import Batch
-from rcmae.logistic import logistic
+from rcmae.data.batch import Batch
+from rcmae.evaluation.logistic import logistic
+from rcmae.models.vit import patchify, unpatchify
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
-from rcmae.vit import patchify, unpatchify
 
 Network = Callable[[Tensor], Tensor]  # normalised images [B, C, H, W] -> one vector each [B, D]
 

@@ -34,8 +34,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rcmae import dist
-from rcmae.engine import Engine, EngineState
-from rcmae.lease import LeaseLost, fence
+from rcmae.checkpoint.lease import LeaseLost, fence
+from rcmae.engines.engine import Engine, EngineState
 
 FORMAT = 1
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}

@@ -1,0 +1,1 @@
+"""From tars to batches: which samples, in which order, with which crops and masks."""

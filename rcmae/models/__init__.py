@@ -1,0 +1,1 @@
+"""Networks and the kernels that they compute with."""

@@ -1,0 +1,1 @@
+"""Weights in files: of runs and of every published family."""
