@@ -20,6 +20,8 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
+from rcmae.errors import Refused
+
 RECIPES = Path(__file__).parent / "recipes"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -419,7 +421,7 @@ def recipe_path(name: str) -> Path:
         if candidate.is_file():
             return candidate
     shipped = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise ValueError(
+    raise Refused(
         f"no recipe {name!r}: it is no file, and the shipped ones are {', '.join(shipped)}"
     )
 
@@ -438,9 +440,9 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise Refused(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
+        raise Refused(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
     problems = _override(tree, overrides)
     recipe, more = _parse(tree)
     problems += more
@@ -449,7 +451,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe.run.dir = recipe.run.dir or f"runs/{recipe.run.name}"
         problems += _contradictions(recipe)
     if problems or recipe is None:
-        raise ValueError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise Refused(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
     return recipe
 
 
@@ -739,7 +741,7 @@ def per_device(recipe: Recipe, world: int) -> int:
     per_rank, repeats = recipe.batch.images // world, recipe.data.repeats
     limit = min(recipe.batch.per_device or per_rank, per_rank)
     if limit < repeats:
-        raise ValueError(
+        raise Refused(
             f"batch.per_device={limit} is less than data.repeats={repeats}, which belong "
             "together; raise it"
         )
@@ -762,7 +764,7 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     """
     problems = batch_problems(recipe, world)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise Refused("\n".join(problems))
     schedule, images = recipe.schedule, recipe.batch.images
     steps_per_epoch = samples_per_epoch // images
     total = (
@@ -774,7 +776,7 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     if schedule.warmup_epochs is not None:
         warmup = schedule.warmup_epochs * steps_per_epoch
     if warmup >= total:
-        raise ValueError(
+        raise Refused(
             f"schedule: the warm-up of {warmup:g} steps does not end before the last of {total} "
             "steps"
         )

@@ -21,6 +21,8 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from rcmae.errors import Refused
+
 _control: torch_dist.ProcessGroup | None = None
 _timeout = datetime.timedelta(minutes=30)
 
@@ -48,7 +50,7 @@ def launched() -> dict[str, int]:
             key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in env
         ]
         if missing:
-            raise ValueError(
+            raise Refused(
                 f"RANK or WORLD_SIZE is set but not {', '.join(missing)}; use a launcher, or "
                 "unset them"
             )
@@ -160,7 +162,7 @@ def _slurm_master() -> str:
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(
+        raise Refused(
             f"cannot tell the first host of {nodes!r} ({error}); export MASTER_ADDR in the job"
         ) from error
     return listed.stdout.split()[0]
@@ -247,11 +249,9 @@ def together(problem: str | None) -> None:
     """
     told = gather(problem)
     if len(set(told)) == 1 and problem:  # the same everywhere
-        raise ValueError(problem)
+        raise Refused(problem)
     if any(told):
-        raise ValueError(
-            "\n".join(f"rank {index}: {text}" for index, text in enumerate(told) if text)
-        )
+        raise Refused("\n".join(f"rank {index}: {text}" for index, text in enumerate(told) if text))
 
 
 def finish() -> None:

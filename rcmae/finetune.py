@@ -32,6 +32,7 @@ from rcmae.data.masking import Mask, NoMask
 from rcmae.data.shards import ShardIndex
 from rcmae.data.stream import labelled_batches, refuse_unlabelled
 from rcmae.data.transforms import Transform
+from rcmae.errors import Refused
 from rcmae.evaluation.evaluate import evaluating, save_png
 from rcmae.evaluation.scores import Scores, classify, confusion_picture, scores_table
 from rcmae.models import kernels
@@ -239,7 +240,7 @@ def start_weights(model: Classifier, recipe: Recipe) -> str:
         source = export.read_network(Path(init), recipe.classify.network)
         fit = fit_weights(model, source.weights, source.grid)
     except (ValueError, checkpoint.CheckpointError) as error:
-        raise ValueError(
+        raise Refused(
             f"classify.init={init} with model.name={recipe.model.name}: {error}"
         ) from error
     return f"{source.about}\n{fit.table()}"

@@ -35,6 +35,7 @@ from rcmae.data.sources import Cache
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
 from rcmae.engines.engine import DTYPES, cast_params
+from rcmae.errors import Refused
 from rcmae.evaluation.evaluate import (
     Rows,
     evaluating,
@@ -141,7 +142,7 @@ def open_sets(recipe: Recipe) -> Sets:
         "test_shards": recipe.evaluate.test_shards,
     }
     if missing := [f"evaluate.{key}" for key, shards in given.items() if not shards]:
-        raise ValueError(
+        raise Refused(
             f"k-NN needs labelled shards: the run's recipe has no {' and '.join(missing)}; give "
             "them here"
         )

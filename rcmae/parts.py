@@ -20,6 +20,7 @@ from rcmae.data.masking import BlockMask, Mask, RandomMask, SharedMask, visible_
 from rcmae.data.sources import Patience
 from rcmae.data.transforms import TrainTransform
 from rcmae.engines.engine import Engine, LocalEngine, Settings
+from rcmae.errors import Refused
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder, Network
 from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder, size_problems
@@ -43,7 +44,7 @@ def student_sizes(model: config.Model, *, regressors: bool = False) -> dict[str,
     if model.name not in ARCHITECTURES:
         close = difflib.get_close_matches(model.name, ARCHITECTURES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(ARCHITECTURES)}"
-        raise ValueError(f"model.name: unknown architecture {model.name!r}; {hint}")
+        raise Refused(f"model.name: unknown architecture {model.name!r}; {hint}")
     sizes = {key: getattr(model, key) or value for key, value in ARCHITECTURES[model.name].items()}
     problems = size_problems(
         **sizes,
@@ -52,7 +53,7 @@ def student_sizes(model: config.Model, *, regressors: bool = False) -> dict[str,
         heads_divide=not regressors,
     )
     if problems:
-        raise ValueError("\n".join(f"model: {problem}" for problem in problems))
+        raise Refused("\n".join(f"model: {problem}" for problem in problems))
     return sizes
 
 

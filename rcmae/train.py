@@ -46,6 +46,7 @@ from rcmae.data.stream import (
 from rcmae.data.transforms import Normalise, Transform
 from rcmae.engines.engine import Engine
 from rcmae.engines.schedules import teacher_momentum, warmup_half_cosine
+from rcmae.errors import Refused
 from rcmae.evaluation.evaluate import (
     evaluating,
     features_of_both,
@@ -844,7 +845,7 @@ def check(recipe: Recipe, task: Task) -> Checked:
     """
     problems, world, data = Problems(), dist.world(), recipe.data
     if recipe.objective.name not in task.objectives:  # nothing else would be said of what was meant
-        raise ValueError(
+        raise Refused(
             f"objective.name={recipe.objective.name} is none of python -m {task.command}, "
             "which trains "
             f"{', '.join(task.objectives)}; pretraining is rcmae.train, then come "
@@ -946,7 +947,7 @@ def open_index(recipe: Recipe, shards: Patterns) -> ShardIndex:
         try:
             folders = [str(recipe.run_dir / "index"), *([given] if given else [])]
             if given and not ShardIndex.lies_in(given, patience(recipe)):
-                raise ValueError(
+                raise Refused(
                     f"data.index={given}: no index is there; tools/index_shards.py SHARDS --out "
                     f"{given}"
                 )
@@ -956,7 +957,7 @@ def open_index(recipe: Recipe, shards: Patterns) -> ShardIndex:
             problem = str(error)
     index, problem = dist.from_first((index, problem))
     if problem:
-        raise ValueError(problem)
+        raise Refused(problem)
     return index
 
 
@@ -1020,7 +1021,7 @@ def hold(recipe: Recipe) -> Lease | None:
             problem = unwritable(recipe, error)
     problem = dist.from_first(problem)
     if problem:
-        raise ValueError(problem)
+        raise Refused(problem)
     return lease
 
 

@@ -3,7 +3,6 @@ sample.
 """
 
 import pytest
-import timm
 import torch
 
 from rcmae.data.batch import Batch
@@ -16,6 +15,8 @@ from rcmae.models.classifier import (
     resample_positions,
 )
 from rcmae.models.vit import MaskedAutoencoder
+
+import timm
 
 SIZES = {
     "image_size": (32, 32),

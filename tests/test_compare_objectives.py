@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 
@@ -24,6 +23,8 @@ from tools import compare_objectives as tool
 from tools import export as export_tool
 from tools import visualize
 from tools.convert import convert
+
+import timm
 
 
 def test_runs_are_trained_judged_and_taken_as_they_are(

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from safetensors import safe_open
 from test_classifier import batch_of
@@ -25,6 +24,8 @@ from rcmae.weights import export, families
 from rcmae.weights.encoder import load_classifier, to_onnx
 from runs import Folder, start
 from tools import convert as tool
+
+import timm
 
 SIZES: dict[str, Any] = {
     "image_size": (32, 32),

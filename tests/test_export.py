@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor
 
@@ -27,6 +26,8 @@ from rcmae.weights import export
 from tests.checkpoints import MODEL, network, state_of, write_checkpoint
 from tests.runs import Folder
 from tools import export as tool
+
+import timm
 
 ROOT = Path(__file__).parent.parent
 SUFFIX = {name: layout.suffixes[0] for name, layout in export.LAYOUTS.items()}

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 # Bottom first. A module imports only from rows below its own; train.py sees all but what works
 # beside it.
 LAYERS = (
+    {"errors", "files"},
     {"config", "dist", "draws", "preempt", "lease", "sources", "startup", "families", "workers"},
     {
         "batch",

@@ -60,6 +60,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask
 from rcmae.data.stream import Stream
 from rcmae.data.transforms import Normalise
+from rcmae.errors import Refused
 from rcmae.models.vit import MaskedAutoencoder, patchify
 from rcmae.objectives import Sum
 from rcmae.parts import has_regressors, make_objective, new_network, student_sizes, train_transform
@@ -213,9 +214,9 @@ def open_run(folder: Path, images: int, shards: str | None = None) -> Analysed:
     try:
         recipe = Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text()))
     except (OSError, yaml.YAMLError, pydantic.ValidationError) as error:
-        raise ValueError(f"{folder} is no run's folder: {error}") from error
+        raise Refused(f"{folder} is no run's folder: {error}") from error
     if not recipe.objective.has("consistency") or has_regressors(recipe):
-        raise ValueError(
+        raise Refused(
             f"{folder} has no consistency with a teacher's pixels, which this is about; train "
             "objective.name=rcmae, or another with objective.terms={consistency: 1}"
         )
@@ -232,7 +233,7 @@ def open_run(folder: Path, images: int, shards: str | None = None) -> Analysed:
         checkpoint.open_verified(path) for path in sorted((folder / "checkpoints").glob("step-*"))
     ]
     if not kept:
-        raise ValueError(f"{folder} has no checkpoint yet; train on")
+        raise Refused(f"{folder} has no checkpoint yet; train on")
     data, terms = recipe.data, make_objective(recipe, found.sizes).terms
     stream = Stream(
         index=found.index,
@@ -671,7 +672,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if min(options.images, options.pairs) < 2 or options.size <= 0:
-            raise ValueError("--images and --pairs want 2 or more, --size more than 0")
+            raise Refused("--images and --pairs want 2 or more, --size more than 0")
         run = open_run(options.run, options.images, options.shards)
         found = []
         for manifest in run.checkpoints:

@@ -56,7 +56,7 @@ from rcmae.objectives import MAE, RCMAE, BootMAE, Objective
 from rcmae.objectives.mae import pixel_targets
 from rcmae.objectives.terms import widen
 
-from timm.models.vision_transformer import Block  # isort: skip  # needs kernels first
+from timm.models.vision_transformer import Block
 
 PHASES = ("teacher_forward", "student_forward", "backward", "optimizer", "ema")
 MASK_RATIO, MOMENTUM, LR, WEIGHT_DECAY = 0.75, 0.996, 1e-4, 0.05

@@ -51,10 +51,12 @@ from rcmae.data.shards import Plan, ShardIndex
 from rcmae.data.sources import Reader
 from rcmae.data.stream import Stream
 from rcmae.data.transforms import TrainTransform, decode
+from rcmae.errors import Refused
 from rcmae.models.kernels import guard_torchvision
 
 guard_torchvision()
 import webdataset  # noqa: E402
+
 from torchvision import transforms  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
 
@@ -74,7 +76,7 @@ def copy_samples(
     (folder / "images" / "one").mkdir(parents=True)
     count = min(samples, len(index)) // BATCH * BATCH
     if not count:
-        raise ValueError(
+        raise Refused(
             f"the shards hold {len(index)} samples, --samples asks for {samples}; at least "
             f"{BATCH} are needed"
         )

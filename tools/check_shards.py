@@ -55,6 +55,7 @@ from rcmae.data.shards import (
 )
 from rcmae.data.transforms import BadImage, channels_of, decode
 from rcmae.data.workers import fork_server, mapped
+from rcmae.errors import Refused
 
 # pixels: classes of sizes
 SIDES = (32, 64, 96, 128, 160, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
@@ -376,7 +377,7 @@ def ledger(run: Path) -> list[dict[str, Any]]:
         lines = path.read_text().splitlines(keepends=True)
         events = [json.loads(line) for line in lines if line.endswith("\n")]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: is no run's events.jsonl ({error})") from error
+        raise Refused(f"{path}: is no run's events.jsonl ({error})") from error
     found = {event["position"]: event for event in events if event.get("event") == "bad_sample"}
     # steps done again after a resume tell theirs again
     return [found[position] for position in sorted(found)]
@@ -442,11 +443,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if (options.command == "repair") != (options.out is not None):
-            raise ValueError(
+            raise Refused(
                 "repair writes into a new folder: give --out with it, and with nothing else"
             )
         if options.ledger is not None and options.command != "report":
-            raise ValueError("--ledger belongs to report")
+            raise Refused("--ledger belongs to report")
         if options.ledger is not None:
             told = {"bad_samples": ledger(options.ledger)}
         elif options.command == "report":
@@ -481,7 +482,7 @@ def _read(options: argparse.Namespace) -> dict[str, Any]:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         if there := [path for path in paths if (options.out / sources.basename(path)).exists()]:
-            raise ValueError(
+            raise Refused(
                 f"{options.out} has {sources.basename(there[0])} already; give an empty folder"
             )
     checked = track(

@@ -39,6 +39,7 @@ from rich.table import Table
 from rcmae import checkpoint
 from rcmae.checkpoint import CheckpointError, Manifest
 from rcmae.checkpoint.lease import fence
+from rcmae.errors import Refused
 from rcmae.weights.export import checkpoint_folders, find_checkpoint, whole_tensors
 
 COUNTERS = ("step", "images", "optimizer_step", "teacher_updates")
@@ -348,7 +349,7 @@ def compare(a: Manifest, b: Manifest, kind: str | None) -> Comparison:
     ]
     if not any(names):
         known = sorted({key.partition("/")[0] for manifest in (a, b) for key in manifest.tensors})
-        raise ValueError(f"--kind {kind}: neither has such tensors; there are {', '.join(known)}")
+        raise Refused(f"--kind {kind}: neither has such tensors; there are {', '.join(known)}")
     leaves = [dict(_leaves(manifest.meta["recipe"])) for manifest in (a, b)]
     result = Comparison(
         counters={
@@ -473,7 +474,7 @@ def prune(options: argparse.Namespace, out: Console) -> int:
     """`prune`. What is damaged and newer than what stays is left for someone to look at."""
     folders = checkpoint_folders(options.source)
     if folders == [options.source]:
-        raise ValueError(f"{options.source} is a checkpoint; give the run's folder")
+        raise Refused(f"{options.source} is a checkpoint; give the run's folder")
     rows = [look_at(path, every_byte=True) for path in reversed(folders)]  # newest first
     valid = [row for row in rows if not row.problems]
     if not valid:

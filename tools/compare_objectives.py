@@ -42,6 +42,7 @@ from rcmae import config
 from rcmae.checkpoint import CheckpointError
 from rcmae.config import Recipe
 from rcmae.data.shards import ShardIndex, flat
+from rcmae.errors import Refused
 from rcmae.evaluation.evaluate import knn, logistic
 from rcmae.models.classifier import Classifier
 from rcmae.parts import make_engine, make_objective, new_student, new_teacher, student_sizes
@@ -279,10 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = config.load(asked.recipe, asked.overrides)
         if not (recipe.evaluate.train_shards and recipe.evaluate.test_shards):
-            raise ValueError("give evaluate.train_shards and evaluate.test_shards, both labelled")
+            raise Refused("give evaluate.train_shards and evaluate.test_shards, both labelled")
         asked.classes = 1 + int(ShardIndex.open(recipe.data.shards).labels.max())
         if asked.rounds < 1:
-            raise ValueError("--rounds wants 1 or more")
+            raise Refused("--rounds wants 1 or more")
         if not asked.no_training:
             train_all(asked)
         words = sys.argv[1:] if arguments is None else arguments

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from rcmae import __version__
 from rcmae.checkpoint import CheckpointError
+from rcmae.errors import Refused
 from rcmae.models.kernels import LAYER_NORM_EPS
 from rcmae.models.vit import ARCHITECTURES
 from rcmae.weights import export, families
@@ -51,7 +52,7 @@ def convert(
             of the target.
     """
     if out.exists():
-        raise ValueError(f"{out} is there already; give another name")
+        raise Refused(f"{out} is there already; give another name")
     whole = (
         families.FAMILIES[target].decoder
         if target in families.FAMILIES
@@ -65,7 +66,7 @@ def convert(
     }
     problems = export.shape_problems({name: tuple(value.shape) for name, value in taken.items()})
     if problems:
-        raise ValueError(f"{source.about}: {'; '.join(problems)}")
+        raise Refused(f"{source.about}: {'; '.join(problems)}")
     if target == "onnx":
         model, _ = model_of(
             source._replace(weights=taken), image_size=None, num_heads=num_heads, head=False
@@ -83,7 +84,7 @@ def convert(
         elif out.suffix in export.TORCH and target != "safetensors":
             torch.save(written if target == "timm" else {"model": written}, out)
         else:
-            raise ValueError(f"{out}: a file of {target} has another ending; see --help")
+            raise Refused(f"{out}: a file of {target} has another ending; see --help")
     left = sorted(name for name in weights if name not in taken)
     return {"source": source.about, "taken": sorted(taken), "left out": left, "out": str(out)}
 
@@ -98,15 +99,13 @@ def write_hugging_face(
     sizes = export.sizes_of({name: tuple(value.shape) for name, value in taken.items()})
     rows, columns = source.grid or (round(sizes["num_patches"] ** 0.5),) * 2
     if rows != columns:
-        raise ValueError(
+        raise Refused(
             f"Hugging Face's ViTMAE has square images, these weights a grid of {rows}x{columns}"
         )
     width = sizes["embed_dim"]
     heads = num_heads or heads_of(source) or HEADS.get(width)
     if heads is None:
-        raise ValueError(
-            f"its width of {width} does not tell the number of heads; give --num-heads"
-        )
+        raise Refused(f"its width of {width} does not tell the number of heads; give --num-heads")
     told, named = source.sizes, ARCHITECTURES.get(str(source.sizes.get("name")), {})
     decoder_width = sizes.get("decoder_dim", 512)
     config = {

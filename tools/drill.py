@@ -43,6 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rcmae import checkpoint, config, dist, train
+from rcmae.errors import Refused
 from rcmae.parts import new_student
 from rcmae.planning import memory
 from rcmae.run import preempt
@@ -703,9 +704,7 @@ def pairs_of(layouts: str, pairs: str | None) -> list[tuple[str, str]]:
         ]
     unknown = {name for pair in found for name in pair} - set(LAYOUTS)
     if unknown:
-        raise ValueError(
-            f"unknown layouts {', '.join(sorted(unknown))}; known: {', '.join(LAYOUTS)}"
-        )
+        raise Refused(f"unknown layouts {', '.join(sorted(unknown))}; known: {', '.join(LAYOUTS)}")
     return found
 
 
@@ -738,7 +737,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = config.load(args.recipe, args.overrides)
         pairs = pairs_of(args.layouts, args.pairs)
         if args.drill == "cost" and config.module_of(recipe) != "rcmae.train":
-            raise ValueError(
+            raise Refused(
                 f"cost is of a pretraining's checkpoints; {args.recipe} is trained by another "
                 "module"
             )

@@ -29,6 +29,7 @@ from rich.progress import track
 
 from rcmae.data.shards import NO_LABEL, Scan, ShardIndex, expand
 from rcmae.data.sources import is_remote, redacted
+from rcmae.errors import Refused
 
 
 def index_folder(
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folders: dict[str, list[str]] = {}
         for path in expand(options.patterns):
             if options.out is None and is_remote(path):
-                raise ValueError(
+                raise Refused(
                     f"{redacted(path)} lies elsewhere; say with --out where its index is to be put"
                 )
             folders.setdefault(options.out or os.path.dirname(path) or ".", []).append(path)

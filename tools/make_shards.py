@@ -53,6 +53,7 @@ from rich.progress import track
 from rcmae.data.shards import IMAGE_SUFFIXES, NO_LABEL, ShardIndex, expand, written_aside
 from rcmae.data.transforms import NPY, TIFF, BadImage, channels_of, decode, resize
 from rcmae.data.workers import fork_server, mapped
+from rcmae.errors import Refused
 
 _KEY_BYTES = 90  # USTAR has 100 for a name
 _NAMED = 5  # of many files that a message is about
@@ -186,15 +187,13 @@ def make_shards(
             if job.unlike
             else ""
         )
-        raise ValueError(
+        raise Refused(
             f"{out} has {len(old)} shards named {name}-*.tar{unfinished}; take another "
             "--name, or --overwrite them"
         )
     class_file, text = out / "classes.txt", "".join(f"{label}\n" for label in labels).encode()
     if labels and not overwrite and class_file.exists() and class_file.read_bytes() != text:
-        raise ValueError(
-            f"{class_file} names other classes; pass it as --classes, or --overwrite it"
-        )
+        raise Refused(f"{class_file} names other classes; pass it as --classes, or --overwrite it")
 
     out.mkdir(parents=True, exist_ok=True)
     for torn in out.glob(f".{name}-*.tar.*"):
@@ -307,7 +306,7 @@ def find_images(inputs: Sequence[str], spool: Path) -> Found:
     if len(kinds) == 1 and kinds <= {".parquet"}:
         return _in_parquet(inputs, spool)
     if len(inputs) > 1:
-        raise ValueError(
+        raise Refused(
             "several inputs are .tar or .parquet files, all of one kind; got "
             f"{', '.join(inputs[:5])}"
         )
@@ -318,7 +317,7 @@ def find_images(inputs: Sequence[str], spool: Path) -> Found:
 
 def _in_folder(folder: Path) -> Found:
     if not folder.is_dir():
-        raise ValueError(
+        raise Refused(
             f"{folder} is not a folder of images, nor a .csv, .tsv, .parquet or .tar file"
         )
     found: list[str] = []
@@ -332,12 +331,12 @@ def _in_folder(folder: Path) -> Found:
             (found if is_image else others).append(path)
     in_class = [path for path in found if os.sep in path]
     if not found:
-        raise ValueError(
+        raise Refused(
             f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}) among {len(others)} files"
         )
     if in_class and len(in_class) < len(found):
         alone = len(found) - len(in_class)
-        raise ValueError(
+        raise Refused(
             f"{folder} holds {alone} images beside class folders; move them into one, or the "
             "folders away"
         )
@@ -355,14 +354,14 @@ def _in_list(path: Path) -> Found:
                 at.append(lines.line_num)
             columns = lines.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as a list ({error})") from error
+        raise Refused(f"{path} cannot be read as a list ({error})") from error
     if not rows or "path" not in columns:
-        raise ValueError(
+        raise Refused(
             f"{path}: wants a first line with the columns path and, if wanted, label; then "
             "an image a line"
         )
     if empty := [str(line) for line, row in zip(at, rows, strict=True) if not row["path"]]:
-        raise ValueError(
+        raise Refused(
             f"{path} has {len(empty)} lines with an empty path: line {_some(empty, len(empty))}"
         )
     if gone := [
@@ -370,13 +369,13 @@ def _in_list(path: Path) -> Found:
         for line, row in zip(at, rows, strict=True)
         if not (path.parent / row["path"]).is_file()
     ]:
-        raise ValueError(
+        raise Refused(
             f"{path} names {len(gone)} files that are not there: {_some(gone, len(gone))}"
         )
     labels = [row.get("label") for row in rows]
     if any(label in (None, "") for label in labels):
         if any(labels):
-            raise ValueError(
+            raise Refused(
                 f"{path}: {sum(not label for label in labels)} of {len(rows)} lines have no label"
             )
         labels = [None] * len(rows)
@@ -407,7 +406,7 @@ def _in_parquet(paths: Sequence[str], spool: Path) -> Found:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ValueError("Parquet files are read with pyarrow: pip install pyarrow") from error
+        raise Refused("Parquet files are read with pyarrow: pip install pyarrow") from error
     spool.parent.mkdir(parents=True, exist_ok=True)
     found = []
     with written_aside(spool) as out:
@@ -416,9 +415,7 @@ def _in_parquet(paths: Sequence[str], spool: Path) -> Found:
                 table = parquet.ParquetFile(path)
                 columns = [name for name in ("image", "label") if name in table.schema_arrow.names]
                 if "image" not in columns:
-                    raise ValueError(
-                        f"no column image; it has {', '.join(table.schema_arrow.names)}"
-                    )
+                    raise Refused(f"no column image; it has {', '.join(table.schema_arrow.names)}")
                 row = 0
                 for batch in table.iter_batches(batch_size=256, columns=columns):
                     labels = (
@@ -429,7 +426,7 @@ def _in_parquet(paths: Sequence[str], spool: Path) -> Found:
                     for image, label in zip(batch.column("image").to_pylist(), labels, strict=True):
                         data = image.get("bytes") if isinstance(image, dict) else image
                         if not isinstance(data, bytes):
-                            raise ValueError(f"row {row} of the column image holds no bytes")
+                            raise Refused(f"row {row} of the column image holds no bytes")
                         found.append(
                             Named(
                                 f"{Path(path).stem}/{row:09d}",
@@ -442,7 +439,7 @@ def _in_parquet(paths: Sequence[str], spool: Path) -> Found:
                         out.write(data)
                         row += 1
             except (OSError, ArrowException, ValueError) as error:
-                raise ValueError(f"{path} cannot be used ({error})") from error
+                raise Refused(f"{path} cannot be used ({error})") from error
     return Found(found)
 
 
@@ -455,7 +452,7 @@ def keyed(
     names = sorted({image.label for image in images if isinstance(image.label, str)})
     labels = list(classes) if classes is not None and names else names
     if unknown := sorted(set(names) - set(labels)):
-        raise ValueError(
+        raise Refused(
             f"folders of {what} that are no known class: {', '.join(unknown[:10])} "
             f"({len(unknown)} in all)"
         )
@@ -463,7 +460,7 @@ def keyed(
     hashes = {image.name: hashlib.sha256(os.fsencode(image.name)).hexdigest() for image in images}
     if len(hashes) < len(images):
         twice = Counter(image.name for image in images).most_common(1)[0][0]
-        raise ValueError(
+        raise Refused(
             f"{what} names {len(images) - len(hashes)} images more than once, such as {twice}"
         )
     plain = {image.name: _plain(image) for image in images}
@@ -512,7 +509,7 @@ def write_shard(
                 _add(tar, f"{source.key}.cls", str(source.label).encode())
             count += 1
         if not count:
-            raise ValueError(
+            raise Refused(
                 f"none of the {len(sources)} images of {os.path.basename(path)} can be read,"
                 f" such as {rejected[0].path}: {rejected[0].reason}"
             )

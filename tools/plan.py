@@ -44,6 +44,7 @@ from rcmae.data.masking import visible_count
 from rcmae.data.shards import INDEX, Plan, ShardIndex, cache_problem, flat, open_bytes
 from rcmae.data.sources import Reader, is_remote
 from rcmae.data.transforms import BadImage, TrainTransform
+from rcmae.errors import Refused
 from rcmae.models.bootmae import Network
 from rcmae.parts import engine_settings, new_network
 from rcmae.planning.memory import Footprint, Settings, checkpoint_bytes, footprint
@@ -124,7 +125,7 @@ def load(name: str, overrides: Sequence[str]) -> Recipe:
         name, [*([] if given else ["data.shards=shards-are-not-given.tar"]), *overrides]
     )
     if (module := config.module_of(recipe)) != "rcmae.train":
-        raise ValueError(
+        raise Refused(
             f"{name} is trained by {module}; memory and hours are known of pretraining only"
         )
     return recipe
@@ -256,7 +257,7 @@ def measured_utilisation(
                 row["model_flops_per_s"] for row in report["variants"] if row["variant"] == variant
             ]
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(
+            raise Refused(
                 f"{path} is no result of tools/bench_step.py ({error}); move it away"
             ) from error
         found += [(rate / peak, path.name) for rate in rates if same and peak]
@@ -268,7 +269,7 @@ def speed(recipe: Recipe, model: Network, sizes: Resolved, site: Site) -> dict[s
     gpu = GPUS[site.gpu]
     peak = peak_flops(gpu.device_name, recipe.engine.precision)
     if peak is None:
-        raise ValueError(
+        raise Refused(
             f"{gpu.device_name} has no {recipe.engine.precision}; use engine.precision=fp32"
         )
     measured = measured_utilisation(recipe, site.gpu) if site.utilisation is None else None
@@ -519,7 +520,7 @@ def resolve(recipe: Recipe, site: Site, index: ShardIndex | None) -> Resolved:
     else:
         epoch = (recipe.data.epoch_samples or site.samples) * repeats // images * images
     if epoch == 0:
-        raise ValueError(
+        raise Refused(
             f"batch.images={images} is more than the {site.samples} samples of an epoch; give "
             "--samples"
         )

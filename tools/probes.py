@@ -33,6 +33,7 @@ from rcmae.data.draws import Purpose, permutation
 from rcmae.data.shards import ShardIndex, node_cache
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
+from rcmae.errors import Refused
 from rcmae.evaluation.evaluate import extract_features, knn
 from rcmae.evaluation.logistic import logistic
 from rcmae.models.classifier import Classifier
@@ -116,7 +117,7 @@ def answers(
     classes = 1 + int(max(train.labels.max(), test.labels.max()))
     new = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
     if new:
-        raise ValueError(
+        raise Refused(
             f"the test set has classes {', '.join(map(str, new[:10]))} that the training set has "
             "not"
         )

@@ -30,6 +30,7 @@ import skimage.data
 import sklearn.datasets
 from PIL import Image
 
+from rcmae.errors import Refused
 from tools.make_shards import make_shards
 
 TILE, SQUARE, STEP = 32, 64, 16  # pixels; the tiles of a square stand STEP apart
@@ -108,7 +109,7 @@ def quickstart_data(out: Path) -> dict[str, Any]:
         else sorted(path.name for name in ("train", "val") for path in out.glob(f"{name}-*.tar"))
     )
     if others:
-        raise ValueError(
+        raise Refused(
             f"{out} has shards of something else ({others[0]}, {len(others)} in all); take "
             "another folder"
         )

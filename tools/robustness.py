@@ -51,6 +51,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.shards import ShardIndex, node_cache
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
+from rcmae.errors import Refused
 from rcmae.evaluation.corruptions import KINDS, SEVERITIES, Corruption, opened
 from rcmae.evaluation.scores import Scores, classify
 from rcmae.models.classifier import Classifier
@@ -95,7 +96,7 @@ def sets_of(given: Sequence[str], names: Sequence[str]) -> list[LabelledSet]:
     if twice:
         problems.append(f"two sets are called {', '.join(sorted(twice))}")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise Refused("\n".join(problems))
     return found
 
 
@@ -106,12 +107,12 @@ def set_of(name: str, about: Any, folder: Path, names: Sequence[str]) -> Labelle
         or "shards" not in about
         or set(about) - {"shards", "classes", "labels"}
     ):
-        raise ValueError(f"wants shards, and may have classes and labels; got {about!r}")
+        raise Refused(f"wants shards, and may have classes and labels; got {about!r}")
     labels, classes = about.get("labels", "own"), about.get("classes")
     if labels not in ("own", "listed"):
-        raise ValueError(f"labels={labels!r}; use own or listed")
+        raise Refused(f"labels={labels!r}; use own or listed")
     if labels == "listed" and classes is None:
-        raise ValueError("labels: listed wants the list, as classes")
+        raise Refused("labels: listed wants the list, as classes")
     shards = about["shards"] if isinstance(about["shards"], list) else [about["shards"]]
     chosen = None if classes is None else classes_of(classes, folder, names)
     return LabelledSet(name, shards, chosen, labels == "listed")
@@ -128,9 +129,9 @@ def classes_of(given: Any, folder: Path, names: Sequence[str]) -> list[int]:
         try:
             given = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         except OSError as error:
-            raise ValueError(f"classes={given}: {error}") from error
+            raise Refused(f"classes={given}: {error}") from error
     if not isinstance(given, list):
-        raise ValueError(f"classes={given!r}; give a list or a file")
+        raise Refused(f"classes={given!r}; give a list or a file")
     places = {name: number for number, name in enumerate(names)}
     found = [int(item) if str(item).isdigit() else places.get(str(item), -1) for item in given]
     unknown = [str(item) for item, number in zip(given, found, strict=True) if number < 0]
@@ -140,9 +141,9 @@ def classes_of(given: Any, folder: Path, names: Sequence[str]) -> list[int]:
             if names
             else "no numbers, and there are no class names"
         )
-        raise ValueError(f"classes {', '.join(unknown[:5])} are {known}; give --class-names")
+        raise Refused(f"classes {', '.join(unknown[:5])} are {known}; give --class-names")
     if len(set(found)) < len(found):
-        raise ValueError("classes has one of them twice")
+        raise Refused("classes has one of them twice")
     return found
 
 
@@ -151,9 +152,9 @@ def document_of(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is neither JSON nor YAML: {error}") from error
+        raise Refused(f"{path} is neither JSON nor YAML: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(
+        raise Refused(
             f"{path} should hold names and what they stand for, got {type(found).__name__}"
         )
     return found
@@ -247,7 +248,7 @@ def baselines_of(path: Path, corruptions: Sequence[str], severities: Sequence[in
             )
     clean = document.get("clean")
     if problems:
-        raise ValueError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise Refused(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
     return Baselines(found, None if clean is None else float(clean))
 
 
@@ -296,7 +297,7 @@ def numbers(text: str) -> list[int]:
         each for part in parts if part for each in range(int(part[1]), int(part[2] or part[1]) + 1)
     }
     if None in parts or not found or not found <= set(SEVERITIES):
-        raise ValueError(f"--severities {text}: use some of 1 to 5, as 1-5 or 1,3,5")
+        raise Refused(f"--severities {text}: use some of 1 to 5, as 1-5 or 1,3,5")
     return sorted(found)
 
 
@@ -308,7 +309,7 @@ def kinds(text: str) -> list[str]:
     asked = text.split(",")
     unknown = set(asked) - {"all", *KINDS, *(kind.group for kind in KINDS.values())}
     if unknown:
-        raise ValueError(
+        raise Refused(
             f"--corruptions: unknown {', '.join(sorted(unknown))}; known: all, noise, blur, "
             "weather, digital, "
             f"{', '.join(KINDS)}"
@@ -338,7 +339,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     sets = sets_of(options.sets, names_of(options, model))
     chosen = next((each for each in sets if each.name == (options.corrupt or sets[0].name)), None)
     if chosen is None:
-        raise ValueError(f"--corrupt {options.corrupt}: no set is called so")
+        raise Refused(f"--corrupt {options.corrupt}: no set is called so")
     frost = (
         tuple(sorted(path for path in options.frost.iterdir() if path.is_file()))
         if options.frost

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rcmae import config
 from rcmae.config import Recipe
+from rcmae.errors import Refused
 
 # As rcmae.run.preempt and rcmae.follow have them; not imported, so as not to import torch.
 STOPPED = 75  # the exit status of "run me again"
@@ -82,7 +83,7 @@ def nodes_that_fit(recipe: Recipe, *, nodes: int, ranks_per_node: int) -> int:
     problems = "\n".join(
         f"  {problem}" for problem in config.batch_problems(recipe, ranks_per_node)
     )
-    raise ValueError(
+    raise Refused(
         f"no number of nodes of {ranks_per_node} ranks fits this run; on one node:\n{problems}"
     )
 
@@ -299,13 +300,13 @@ def sweep(options: argparse.Namespace) -> int:
             try:
                 config.load(arguments[0], arguments[1:])
             except ValueError as error:
-                raise ValueError(f"{options.file}, run {name}: {error}") from error
+                raise Refused(f"{options.file}, run {name}: {error}") from error
         for number, arguments in enumerate(runs.values()):
             tell(f"{number}: {shlex.join(arguments)}")
         print(f"0-{len(runs) - 1}")
         return 0
     if not 0 <= options.task < len(runs):
-        raise ValueError(
+        raise Refused(
             f"{options.file} has runs 0 to {len(runs) - 1}, not {options.task}; submit that array"
         )
     print(shlex.join(list(runs.values())[options.task]))
@@ -321,14 +322,14 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise Refused(f"{path} cannot be read: {error}") from error
     known = {"recipe", "dir", "set", "runs"}
     if (
         not isinstance(tree, dict)
         or not {"recipe", "runs"} <= tree.keys() <= known
         or not tree["runs"]
     ):
-        raise ValueError(
+        raise Refused(
             f"{path}: a sweep has 'recipe' (a name or path), 'runs' (a mapping of each run's "
             "name to its keys), and "
             "may have 'set' (keys of all runs) and 'dir' (the folder of their folders)"
@@ -336,7 +337,7 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
     folder, runs = tree.get("dir") or f"runs/{path.stem}", {}
     for name, keys in tree["runs"].items():
         if not re.fullmatch(r"[\w.=+-]+", str(name)):
-            raise ValueError(
+            raise Refused(
                 f"{path}: the run {name!r} names a folder; use letters, digits and . _ = + -"
             )
         keys = {**(tree.get("set") or {}), **(keys or {}), "run.dir": f"{folder}/{name}"}
@@ -352,7 +353,7 @@ def submit(options: argparse.Namespace) -> int:
     words = options.words
     at = next((number for number, word in enumerate(words) if word.endswith(".sbatch")), None)
     if at is None:
-        raise ValueError(
+        raise Refused(
             "no template given: submit [sbatch's options] slurm/pretrain.sbatch RECIPE "
             "[key=value ...]"
         )
@@ -372,7 +373,7 @@ def submit(options: argparse.Namespace) -> int:
     nodes, gpus = shape(asked, text)
     for run in runs:
         if not run:
-            raise ValueError(f"no recipe given: {template} RECIPE [key=value ...]")
+            raise Refused(f"no recipe given: {template} RECIPE [key=value ...]")
         recipe = config.load(run[0], run[1:])
         freeze_streams(recipe)
         used = nodes_that_fit(recipe, nodes=nodes, ranks_per_node=gpus)
@@ -420,7 +421,7 @@ def shape(asked: Sequence[str], template: str) -> tuple[int, int]:
             found["gpus-per-node"].rpartition(":")[2]
         )
     except ValueError as error:
-        raise ValueError(f"cannot tell the shape of the job from {found}: {error}") from error
+        raise Refused(f"cannot tell the shape of the job from {found}: {error}") from error
 
 
 def tell(text: str) -> None:

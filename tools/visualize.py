@@ -41,6 +41,7 @@ from rcmae.config import Recipe
 from rcmae.data.batch import Batch
 from rcmae.data.masking import random_ids, visible_count
 from rcmae.data.transforms import CentreTransform, Normalise
+from rcmae.errors import Refused
 from rcmae.evaluation.attention import attention_maps, class_attention, rollout
 from rcmae.evaluation.evaluate import GREY, hidden_patches, save_png, sheet, to_uint8
 from rcmae.models.vit import patchify, unpatchify
@@ -140,7 +141,7 @@ def load_images(
         if len(names) == count:
             break
     if not names:
-        raise ValueError(
+        raise Refused(
             f"no image in {', '.join(map(str, paths))}; give files ending in {', '.join(SUFFIXES)}"
         )
     return Shown(Normalise(*statistics).images(torch.stack(pixels)), names, labels)
@@ -386,9 +387,7 @@ def umap(vectors: np.ndarray, seed: int) -> np.ndarray:
     Raises ValueError where it is not installed.
     """
     if importlib.util.find_spec("umap") is None:
-        raise ValueError(
-            "--plane umap needs a package more: pip install umap-learn; or --plane tsne"
-        )
+        raise Refused("--plane umap needs a package more: pip install umap-learn; or --plane tsne")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its packages about themselves
         from umap import UMAP  # seconds, and a compiler: for this picture alone
@@ -447,7 +446,7 @@ def page(run: Path) -> str:
     """One HTML document with every picture of a run in it, the newest of a kind first."""
     pictures = sorted((run / "pictures").glob("*.png"), reverse=True)
     if not pictures:
-        raise ValueError(
+        raise Refused(
             f"{run / 'pictures'} has no pictures; draw some, such as: tools/visualize.py filters "
             f"{run}"
         )
@@ -515,10 +514,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(out)
             return 0
         if options.images is None and options.kind != "filters":
-            raise ValueError(f"{options.kind} needs --images: files, folders or shards")
+            raise Refused(f"{options.kind} needs --images: files, folders or shards")
         folder = options.out or options.source / "pictures"
         if options.source.is_file() and options.out is None:
-            raise ValueError("give --out: a file of weights has no folder for pictures")
+            raise Refused("give --out: a file of weights has no folder for pictures")
         for name, picture in KINDS[options.kind](options).items():
             save_png(picture, folder / f"{name}.png")
             print(folder / f"{name}.png")

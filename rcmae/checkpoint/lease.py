@@ -27,12 +27,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rcmae.errors import Refused
+
 
 class LeaseLost(RuntimeError):
     """Another job took the run over; this one must not write any more."""
 
 
-class LeaseHeld(ValueError):
+class LeaseHeld(Refused):
     """Another job is training in this folder."""
 
 

@@ -23,11 +23,12 @@ from torch import Tensor
 from rcmae.data.batch import Batch
 from rcmae.data.draws import Purpose, raw
 from rcmae.data.transforms import TrainTransform, View
+from rcmae.errors import Refused
 from rcmae.models import kernels  # noqa: F401, it makes timm importable beside a CPU torch
 
-from timm.data.auto_augment import rand_augment_transform  # isort: skip
-from timm.data.mixup import cutmix_bbox_and_lam, mixup_target  # isort: skip
-from timm.data.random_erasing import RandomErasing  # isort: skip
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
+from timm.data.random_erasing import RandomErasing
 
 
 @contextlib.contextmanager
@@ -68,14 +69,14 @@ class AugmentTransform:
 
     def __post_init__(self) -> None:
         if self.base.in_channels != 3:
-            raise ValueError(
+            raise Refused(
                 "classify.rand_augment works on 3 channels, "
                 f"model.in_channels={self.base.in_channels}"
             )
         try:
             self._make()
         except (AssertionError, ValueError, KeyError) as error:
-            raise ValueError(
+            raise Refused(
                 f"classify.rand_augment={self.policy!r} is no policy that timm knows: {error}"
             ) from error
 
@@ -93,7 +94,7 @@ class AugmentTransform:
         fill = tuple(round(255 * value) for value in self.mean)
         shift = int(min(self.image_size) * 0.45)  # pixels, timm's share of the image
         if not self.policy.startswith("rand"):
-            raise ValueError("it does not begin with rand")
+            raise Refused("it does not begin with rand")
         augment = rand_augment_transform(self.policy, {"translate_const": shift, "img_mean": fill})
         for op in augment.ops:
             if op.name.startswith("Posterize"):

@@ -25,6 +25,8 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from rcmae.errors import Refused
+
 _END = b"\xff\xd9"
 _COLOURS = ("YCbCr", "Gray", "RGB")
 # channels -> names of simplejpeg and of turbojpeg.h
@@ -193,7 +195,7 @@ class _Decoder:
         # cut out: the same pixels as from the whole.
         subsampling = library.tj3Get(handle, _SUBSAMPLING)
         if subsampling not in range(len(_MCU_WIDTHS)):
-            raise ValueError("chroma subsampling of a kind that libjpeg-turbo has no name for")
+            raise Refused("chroma subsampling of a kind that libjpeg-turbo has no name for")
         mcu = _MCU_WIDTHS[subsampling] // shrink
         width = -(-library.tj3Get(handle, _WIDTH) // shrink)
         left = max(0, box.left // mcu - 1) * mcu
@@ -211,7 +213,7 @@ class _Decoder:
 
     def _check(self, failed: int) -> None:
         if failed:
-            raise ValueError(self._library.tj3GetErrorStr(self._handle).decode())
+            raise Refused(self._library.tj3GetErrorStr(self._handle).decode())
 
 
 _decoders = threading.local()

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcmae.data.draws import Purpose, permutation, uniform
+from rcmae.errors import Refused
 
 
 class Mask(Protocol):
@@ -43,7 +44,7 @@ class RandomMask:
 
     def __post_init__(self) -> None:
         if not 0 < self.num_visible < self.num_patches:
-            raise ValueError(
+            raise Refused(
                 f"{self.num_visible} visible patches of {self.num_patches}: at least one "
                 "must be seen and one hidden;"
                 " change objective.mask_ratio, model.image_size or model.patch_size"
@@ -98,7 +99,7 @@ class BlockMask:
                 "box_smallest"
             )
         if problems:
-            raise ValueError("\n".join(problems))
+            raise Refused("\n".join(problems))
 
     @property
     def num_patches(self) -> int:
@@ -180,7 +181,7 @@ class NoMask:
 def visible_count(num_patches: int, mask_ratio: float) -> int:
     """How many patches the encoder sees: the product truncated, as the published code has it."""
     if not 0.0 < mask_ratio < 1.0:
-        raise ValueError(f"mask_ratio={mask_ratio} must lie between 0 and 1, both excluded")
+        raise Refused(f"mask_ratio={mask_ratio} must lie between 0 and 1, both excluded")
     return int(num_patches * (1 - mask_ratio))
 
 

@@ -38,6 +38,7 @@ from rcmae.data import sources
 from rcmae.data.draws import Purpose, permutation, uniform
 from rcmae.data.sources import USUAL, Cache, Patience
 from rcmae.data.workers import mapped
+from rcmae.errors import Refused
 
 INDEX = "index.json"
 FORMAT, VERSION = "rcmae shard index", 1
@@ -269,7 +270,7 @@ class ShardIndex:
                 FORMAT.encode() in (sources.small_file(f"{folder}/{INDEX}", patience) or b"")[:100]
             )
         except OSError as error:
-            raise ValueError(str(error)) from error
+            raise Refused(str(error)) from error
 
     @classmethod
     def _found(cls, folder: str, patience: Patience) -> ShardIndex | None:
@@ -284,9 +285,7 @@ class ShardIndex:
             table = sources.small_file(f"{folder}/{described['table']}", patience) or b""
             return cls._described(described, folder, table, len(table))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder}/{INDEX}: cannot be used ({error}); write it anew"
-            ) from error
+            raise Refused(f"{folder}/{INDEX}: cannot be used ({error}); write it anew") from error
 
     @classmethod
     def build(
@@ -365,7 +364,7 @@ class ShardIndex:
             table = path.parent / head["table"]
             return cls._described(head, str(path.parent), str(table), table.stat().st_size)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise Refused(
                 f"{path}: cannot be used ({error}); run tools/index_shards.py --rebuild"
             ) from error
 
@@ -378,9 +377,9 @@ class ShardIndex:
         Raises what damaged ones lead to.
         """
         if head["version"] != VERSION:
-            raise ValueError(f"version {head['version']}, this package reads {VERSION}")
+            raise Refused(f"version {head['version']}, this package reads {VERSION}")
         if size != head["bytes"]:
-            raise ValueError(f"{head['table']} has {size} bytes of {head['bytes']}")
+            raise Refused(f"{head['table']} has {size} bytes of {head['bytes']}")
         at, shards = 0, []
         for entry in head["shards"]:
             name, length = entry["name"], entry["table_bytes"]
@@ -399,7 +398,7 @@ class ShardIndex:
             )
             at += length
         if at != head["bytes"] or cls(shards).fingerprint != head["fingerprint"]:
-            raise ValueError("its parts do not add up")
+            raise Refused("its parts do not add up")
         return cls(shards)
 
     def save(self, folder: str | Path) -> Path:
@@ -411,7 +410,7 @@ class ShardIndex:
         """
         folder = Path(folder)
         if (folder / INDEX).exists() and not _ours(folder):
-            raise ValueError(f"{folder / INDEX}: belongs to another program; move it away")
+            raise Refused(f"{folder / INDEX}: belongs to another program; move it away")
         folder.mkdir(parents=True, exist_ok=True)
         here = os.path.abspath(folder)
 
@@ -719,7 +718,7 @@ def _not_a_tar(path: str) -> str | None:
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         rest = [f"... and {len(problems) - _NAMED} more"] if len(problems) > _NAMED else []
-        raise ValueError("\n".join(["shards that cannot be used:", *problems[:_NAMED], *rest]))
+        raise Refused("\n".join(["shards that cannot be used:", *problems[:_NAMED], *rest]))
 
 
 class Scan(NamedTuple):
@@ -903,7 +902,7 @@ class Plan:
                 "to less"
             )
         if problems:
-            raise ValueError("\n".join(problems))
+            raise Refused("\n".join(problems))
         for number, (part, (_, weight)) in enumerate(zip(self._parts, self.weights, strict=False)):
             if part.samples == 0 or part.share == 0:
                 what = (
@@ -913,7 +912,7 @@ class Plan:
                 )
                 problems.append(f"data.shards: set {number} {what}; leave it out, or give it more")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise Refused("\n".join(problems))
 
     @property
     def samples_per_epoch(self) -> int:
@@ -933,7 +932,7 @@ class Plan:
             ValueError: `world` does not divide the batch and the streams.
         """
         if self.images % world or self.streams % world:
-            raise ValueError(
+            raise Refused(
                 f"{world} ranks must divide batch.images={self.images} and "
                 f"data.canonical_streams={self.streams};"
                 f" use multiples of {world}, or another number of ranks"

@@ -32,6 +32,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from fsspec.core import url_to_fs
 
+from rcmae.errors import Refused
+
 PIPE = "pipe:"
 PIECE = 8 * 2**20  # bytes of a request; each is tried again by itself
 _OPEN_SHARDS = 128  # local files that a process keeps open; the usual limit is 1,024
@@ -51,7 +53,7 @@ class SourceGone(OSError):
     """
 
 
-class Refused(SourceGone):
+class AccessDenied(SourceGone):
     """A source does not give it to this user; or, as some stores say it, has no such file."""
 
 
@@ -155,7 +157,7 @@ def find(pattern: str, patience: Patience = USUAL) -> list[str]:
     pattern = local(pattern)
     if pattern.startswith(PIPE):
         if not pattern.removeprefix(PIPE).strip():
-            raise ValueError("a command belongs after it, such as pipe:cat data/train-000000.tar")
+            raise Refused("a command belongs after it, such as pipe:cat data/train-000000.tar")
         return [pattern]
     if "://" not in pattern:
         return (
@@ -164,7 +166,7 @@ def find(pattern: str, patience: Patience = USUAL) -> list[str]:
             else [pattern]
         )
     if _PASSWORD.search(pattern):
-        raise ValueError(
+        raise Refused(
             "its URL holds a password; leave it to the client's own settings, such as ~/.netrc "
             "or ~/.aws"
         )
@@ -185,7 +187,7 @@ def _client(url: str) -> tuple[Any, str]:
     try:
         client, path = url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"no client for it ({redacted(str(error))})") from error
+        raise Refused(f"no client for it ({redacted(str(error))})") from error
     return client, path
 
 
@@ -217,7 +219,7 @@ def _persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
                 or isinstance(error, PermissionError)
                 or "Credential" in type(error).__name__
             ):
-                raise Refused(f"{redacted(path)}: is refused ({text})") from None
+                raise AccessDenied(f"{redacted(path)}: is refused ({text})") from None
             if attempt == patience.attempts:
                 raise SourceGone(
                     f"{redacted(path)}: stays away: {attempt} attempts in a row failed in "
@@ -332,7 +334,7 @@ def small_file(url: str, patience: Patience = USUAL) -> bytes | None:
         return _persist(
             url, patience, lambda: _within(client, patience.timeout_s, client.cat_file, path)
         )
-    except (FileNotFoundError, Refused):
+    except (FileNotFoundError, AccessDenied):
         return None
 
 
@@ -509,7 +511,7 @@ class Cache:
             with tempfile.TemporaryFile(dir=path):
                 pass
         except OSError as error:
-            raise ValueError(
+            raise Refused(
                 f"data.cache_dir={path} cannot be used ({error}); give another folder"
             ) from error
         return cls(path, int(gigabytes * 1e9), patience)

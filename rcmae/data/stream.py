@@ -37,6 +37,7 @@ from rcmae.data.shards import Plan, Requests, Sample, Shard, ShardIndex
 from rcmae.data.sources import Cache, Reader, is_remote, redacted
 from rcmae.data.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
 from rcmae.data.workers import end_with_owner, fork_server
+from rcmae.errors import Refused
 
 _STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
 _NAMED = 20  # bad samples that a message lists before it counts the rest
@@ -56,7 +57,7 @@ class BadSample(NamedTuple):
     replaced_by: str  # "shard/key"
 
 
-class TooManyBadSamples(ValueError):
+class TooManyBadSamples(Refused):
     """The limit on unreadable samples is passed; the message lists them."""
 
 
@@ -123,7 +124,7 @@ class Stream:
         per_rank = plan.images // world * repeats
         if micro < 1 or per_rank % micro or micro % repeats:
             of = f"{micro}, or that not of data.repeats={repeats}" if repeats > 1 else str(micro)
-            raise ValueError(
+            raise Refused(
                 f"{per_rank} images a step and rank (batch.images={plan.images * repeats}) "
                 f"are no multiple of {of}"
             )
@@ -368,7 +369,7 @@ def refuse_unlabelled(index: ShardIndex) -> None:
     unlabelled = np.flatnonzero(index.labels == NO_LABEL)
     if unlabelled.size:
         named = ", ".join(index[number].id for number in unlabelled[:5].tolist())
-        raise ValueError(f"{unlabelled.size} of {len(index)} samples have no label (.cls): {named}")
+        raise Refused(f"{unlabelled.size} of {len(index)} samples have no label (.cls): {named}")
 
 
 # --------------------------------------------------------------------- what is asked of the workers

@@ -30,6 +30,7 @@ from torch.nn.functional import interpolate
 from rcmae.data.batch import Batch
 from rcmae.data.draws import Purpose, uniform
 from rcmae.data.jpeg import Box, Header, decode_box, decode_cmyk, header, is_whole
+from rcmae.errors import Refused
 
 MAX_PIXELS = 178_956_970  # of an encoded image; PIL's limit against decompression bombs
 CENTRE_SHARE = 0.875  # of the shorter side that a centre crop keeps, as the field evaluates
@@ -90,12 +91,12 @@ class TrainTransform:
             ("crop_ratio", self.ratio, math.inf),
         ):
             if not 0 < low <= high <= limit:
-                raise ValueError(
+                raise Refused(
                     f"data.{name}=({low}, {high}) must be two numbers in order, above 0 and up "
                     f"to {limit}"
                 )
         if not self.margin >= 1:
-            raise ValueError(
+            raise Refused(
                 f"data.decode_margin={self.margin} must be at least 1; .inf decodes all at full "
                 "size"
             )
@@ -421,4 +422,4 @@ def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
 
 def _check_channels(channels: int) -> None:
     if channels < 1:
-        raise ValueError(f"model.in_channels={channels} must be at least 1")
+        raise Refused(f"model.in_channels={channels} must be at least 1")

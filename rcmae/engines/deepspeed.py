@@ -48,6 +48,7 @@ from rcmae.engines.engine import (
 )
 from rcmae.engines.optim import moments, param_groups
 from rcmae.engines.teacher import Teacher
+from rcmae.errors import Refused
 
 # its name since torch 2.13
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
@@ -65,13 +66,13 @@ def read_config(name: str) -> dict[str, Any]:
     )
     if path is None:
         shipped = ", ".join(sorted(p.name for p in CONFIGS.glob("*.json")))
-        raise ValueError(f"engine.config: no file {name!r}, and the shipped ones are {shipped}")
+        raise Refused(f"engine.config: no file {name!r}, and the shipped ones are {shipped}")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"engine.config: {path} is not JSON: {error}") from error
+        raise Refused(f"engine.config: {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"engine.config: {path} is not a JSON object")
+        raise Refused(f"engine.config: {path} is not a JSON object")
     return config
 
 

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rcmae.errors import Refused
+
 
 class Publication(Protocol):
     """Brings updated shards of the copy to the ranks that compute with all of it, while other
@@ -228,7 +230,7 @@ def teacher_bytes(
             _rows_of(shape[0], rank, world) * math.prod(shape[1:]) for g in groups for shape in g
         )
     else:
-        raise ValueError(
+        raise Refused(
             f"no placement {placement!r}; known: local, zero0, zero1, zero2, zero3, fsdp2"
         )
     is_copy = accumulate == "stochastic" or precision == "fp32"

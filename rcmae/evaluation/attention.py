@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rcmae.errors import Refused
+
 Fusion = Literal["mean", "max", "min"]
 
 
@@ -92,9 +94,9 @@ def rollout(
         ValueError: another fusion, or `discard` is no share below 1.
     """
     if fusion not in ("mean", "max", "min"):
-        raise ValueError(f"fusion={fusion!r} is unknown; use mean, max or min")
+        raise Refused(f"fusion={fusion!r} is unknown; use mean, max or min")
     if not 0.0 <= discard < 1.0:
-        raise ValueError(f"discard={discard} must be a share from 0 to below 1")
+        raise Refused(f"discard={discard} must be a share from 0 to below 1")
     tokens = maps.shape[-1]
     identity = torch.eye(tokens, dtype=maps.dtype, device=maps.device)
     result = identity

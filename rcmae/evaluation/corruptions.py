@@ -29,6 +29,7 @@ from torch import Tensor
 
 from rcmae.data.draws import Purpose, raw
 from rcmae.data.transforms import decode, resize
+from rcmae.errors import Refused
 
 SIDE = 224  # pixels of the shorter side that lengths are given for
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -54,9 +55,9 @@ class Corruption:
 
     def __post_init__(self) -> None:
         if self.name not in KINDS:
-            raise ValueError(f"no corruption {self.name!r}; known: {', '.join(KINDS)}")
+            raise Refused(f"no corruption {self.name!r}; known: {', '.join(KINDS)}")
         if self.severity not in SEVERITIES:
-            raise ValueError(f"severity={self.severity} of {self.name}; use 1 to 5")
+            raise Refused(f"severity={self.severity} of {self.name}; use 1 to 5")
 
     def __call__(self, image: Tensor, number: int) -> Tensor:
         """The corrupted image [C, H, W] uint8 of a sample.
@@ -249,7 +250,7 @@ def opened(file: Path) -> np.ndarray:
     try:
         return decode(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise Refused(f"{file}: {error}") from error
 
 
 # -------------------------------------------------------------------------------------- the fifteen

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rcmae import dist
 from rcmae.data.batch import Batch
+from rcmae.errors import Refused
 from rcmae.evaluation.logistic import logistic
 from rcmae.models.vit import patchify, unpatchify
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
@@ -51,7 +52,7 @@ def pooled(model: nn.Module, pool: str) -> Network:
         ValueError: another pool.
     """
     if pool not in ("cls", "mean"):
-        raise ValueError(f"pool={pool!r} is unknown; use 'cls' or 'mean'")
+        raise Refused(f"pool={pool!r} is unknown; use 'cls' or 'mean'")
 
     def features(images: Tensor) -> Tensor:
         tokens = model(images, what="features").float()  # [B, 1 + L, D]
@@ -134,7 +135,7 @@ def extract_features(
             for name, network in networks.items():
                 vectors[name].append(network(images).float().cpu()[real])
     if unlabelled or any(bool((part < 0).any()) for part in labels):
-        raise ValueError(
+        raise Refused(
             "k-NN needs a label for every image; give evaluate.train_shards and test_shards with "
             ".cls"
         )
@@ -215,7 +216,7 @@ def votes(
     if temperature is not None and temperature <= 0:
         problems.append(f"temperature={temperature}; use a value above 0, such as 0.07")
     if problems:
-        raise ValueError("k-NN: " + "; ".join(problems))
+        raise Refused("k-NN: " + "; ".join(problems))
     train = F.normalize(train_features, dim=1)
     scores = {each: train.new_zeros(len(test_features), num_classes) for each in k}
     rows_at_once = max(1, SIMILARITIES_AT_ONCE // n)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rcmae import dist
+from rcmae.errors import Refused
 
 _ROWS = 65_536  # that compute at once: their logits are the largest tensor
 
@@ -44,7 +45,7 @@ def logistic(
     """
     seen = {label for share in dist.gather(labels.unique().tolist()) for label in share}
     if len(seen) < 2:
-        raise ValueError(f"logistic regression needs two classes or more, got {len(seen)}")
+        raise Refused(f"logistic regression needs two classes or more, got {len(seen)}")
     images = dist.sum_numbers([len(labels), len(asked_labels)])
     mean = dist.all_sum(known.double().sum(0)) / images[0]
     spread = (

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from rcmae import dist
 from rcmae.data.batch import Batch
+from rcmae.errors import Refused
 from rcmae.models import kernels  # noqa: F401, kernels first: it makes torchvision importable beside a CPU torch
 
-from torchmetrics.classification import (  # isort: skip
+from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
     MulticlassConfusionMatrix,
@@ -138,7 +139,7 @@ def classify(
                 metric.update(scores.softmax(dim=1), labels)
     strange = set().union(*dist.gather(strange))
     if strange:
-        raise ValueError(
+        raise Refused(
             f"labels {', '.join(map(str, sorted(strange)[:10]))} are none of the "
             f"{num_classes if among is None else len(among)} classes that are scored; give "
             "other shards"

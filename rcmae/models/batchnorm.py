@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmae import dist
+from rcmae.errors import Refused
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -47,7 +48,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
             return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps).to(input.dtype)
         count = len(x) * dist.world()
         if count < 2:
-            raise ValueError(
+            raise Refused(
                 "a batch norm needs two images or more at once; raise batch.images or "
                 "batch.per_device"
             )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rcmae.errors import Refused
 from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
 from rcmae.models.vit import (
     Encoder,
@@ -32,7 +33,7 @@ from rcmae.models.vit import (
     size_problems,
 )
 
-from timm.layers import Mlp  # isort: skip
+from timm.layers import Mlp
 
 
 class CrossAttention(nn.Module):
@@ -166,7 +167,7 @@ class BootstrappedAutoencoder(Encoder):
                 f"layers {low_layer} and {high_layer} must be among the encoder's 0 to {depth - 1}"
             )
         if problems:
-            raise ValueError("\n".join(problems))
+            raise Refused("\n".join(problems))
         super().__init__(
             image_size=image_size,
             patch_size=patch_size,
@@ -259,11 +260,11 @@ class BootstrappedAutoencoder(Encoder):
         if what == ("tokens",):
             return {"tokens": self.whole(images)}
         if what not in ("hidden", "all") and not isinstance(what, tuple):
-            raise ValueError(
+            raise Refused(
                 f"what={what!r}: known are hidden, all and features, or a tuple of outputs"
             )
         if ids_shuffle is None or num_visible is None or not 0 < num_visible < self.num_patches:
-            raise ValueError(
+            raise Refused(
                 f"what={what!r} needs ids_shuffle and num_visible from 1 to "
                 f"{self.num_patches - 1}, got {num_visible}"
             )

@@ -21,12 +21,13 @@ from torch.nn import functional as F
 
 from rcmae.data.batch import Batch
 from rcmae.data.draws import Purpose, uniform
+from rcmae.errors import Refused
 from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
 from rcmae.models.batchnorm import GlobalBatchNorm
 from rcmae.models.vit import sincos_positions
 from rcmae.weights.families import published_names
 
-from timm.models.vision_transformer import VisionTransformer  # isort: skip
+from timm.models.vision_transformer import VisionTransformer
 
 Pool = Literal["cls", "mean"]
 HEAD_STD = 2e-5  # of a fresh head's weights: fine-tuning starts from equal scores
@@ -309,7 +310,7 @@ def fit_weights(
             "those of the weights"
         )
     if problems:
-        raise ValueError("; ".join(problems))
+        raise Refused("; ".join(problems))
     model.load_state_dict({**wanted, **found})
     fresh = tuple(name for name in wanted if name not in found)
     return Fit(tuple(sorted(found)), fresh, tuple(sorted(unused)), resampled)

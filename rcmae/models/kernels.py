@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rcmae.errors import Refused
+
 Source = Literal["torch", "apex"]
 Checkpointing = Literal["none", "torch", "fairscale", "fairscale_offload"]
 NormFactory = Callable[..., nn.Module]  # called with the width, and device and dtype by timm
@@ -88,7 +90,7 @@ def apex_status() -> ApexStatus:
 def _apex(module: str, name: str, key: str) -> Any:
     status = apex_status()
     if not status.usable:
-        raise ValueError(
+        raise Refused(
             f"{key}=apex: {status.found}; build github.com/NVIDIA/apex, or use {key}=torch"
         )
     return getattr(importlib.import_module(f"apex.{module}"), name)

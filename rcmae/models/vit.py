@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rcmae.errors import Refused
 from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
 from rcmae.models.batchnorm import GlobalBatchNorm
 
-from timm.models.vision_transformer import Block  # isort: skip
+from timm.models.vision_transformer import Block
 
 What = Literal["hidden", "all", "features"]
 # one bias for queries, keys and values; or none for the keys, as two parameters
@@ -441,7 +442,7 @@ class MaskedAutoencoder(Encoder):
             "mlp_ratio": mlp_ratio,
         }
         if problems := size_problems(**sizes):
-            raise ValueError("\n".join(problems))
+            raise Refused("\n".join(problems))
         super().__init__(
             image_size=image_size,
             patch_size=patch_size,
@@ -537,11 +538,11 @@ class MaskedAutoencoder(Encoder):
         if what == ("tokens",):
             return {"tokens": self.whole(images)}
         if what not in ("hidden", "all") and not isinstance(what, tuple):
-            raise ValueError(
+            raise Refused(
                 f"what={what!r}: known are hidden, all and features, or a tuple of outputs"
             )
         if ids_shuffle is None or num_visible is None or not 0 < num_visible < self.num_patches:
-            raise ValueError(
+            raise Refused(
                 f"what={what!r} needs ids_shuffle and num_visible from 1 to "
                 f"{self.num_patches - 1}, got {num_visible}"
             )

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from rcmae.config import Recipe
+from rcmae.errors import Refused
 from rcmae.models.bootmae import Network
 from rcmae.models.classifier import Classifier, Fit, fit_weights
 from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder
@@ -61,11 +62,11 @@ def load_encoder(
         CheckpointError: the checkpoint is damaged.
     """
     if pool not in ("mean", "cls"):
-        raise ValueError(f"pool={pool!r} is unknown; use mean or cls")
+        raise Refused(f"pool={pool!r} is unknown; use mean or cls")
     found = read_network(Path(source), network)
     model, _ = model_of(found, image_size=image_size, num_heads=num_heads, head=False)
     if pool == "cls" and not model.has_class_token:
-        raise ValueError(f"{source} has no class token to pool; use pool='mean'")
+        raise Refused(f"{source} has no class token to pool; use pool='mean'")
     if pool == "mean":
         model.global_pool = "avg"
     return model
@@ -86,7 +87,7 @@ def load_classifier(
     """
     found = read_network(Path(source), network)
     if "head.weight" not in found.weights:
-        raise ValueError(
+        raise Refused(
             f"{source} has no head: it is an encoder; fine-tune it, or give a run of rcmae.finetune"
         )
     model, _ = model_of(found, image_size=image_size, num_heads=None, head=True)
@@ -117,7 +118,7 @@ def load_autoencoder(
     """
     found = read_network(Path(source), network)
     if not found.weights.keys() & {"decoder_pred.weight", "lm_head.weight", "lm_head.proj.weight"}:
-        raise ValueError(
+        raise Refused(
             f"{found.about} has no decoder: it reconstructs nothing; give a whole network"
         )
     if "recipe" in found.told:
@@ -133,7 +134,7 @@ def load_autoencoder(
         or {512: 16, 256: 8}.get(sizes["decoder_dim"])
     )
     if heads is None or theirs is None:
-        raise ValueError(f"{found.about}: its widths do not tell the numbers of heads; give both")
+        raise Refused(f"{found.about}: its widths do not tell the numbers of heads; give both")
     patch = sizes["patch_size"]
     model = MaskedAutoencoder(
         image_size=(side * patch, side * patch), num_heads=heads, decoder_heads=theirs, **sizes
@@ -157,7 +158,7 @@ def _pretrained(recipe: Recipe, found: Source) -> Network:
             whole_network(model, {name: weights[name] for name in weights if name in wanted})
         )
     except ValueError as error:
-        raise ValueError(f"{found.about} {error}") from error
+        raise Refused(f"{found.about} {error}") from error
     return model
 
 
@@ -172,7 +173,7 @@ def model_of(
     patch, width = sizes["patch_size"], sizes["embed_dim"]
     heads = num_heads or heads_of(source) or HEADS.get(width)
     if heads is None or width % heads:
-        raise ValueError(
+        raise Refused(
             f"{source.about}: its width of {width} does not tell the number of heads; give "
             "num_heads"
         )
@@ -180,7 +181,7 @@ def model_of(
         image_size = (image_size, image_size)
     size = image_size or (rows * patch, columns * patch)
     if size[0] % patch or size[1] % patch:
-        raise ValueError(
+        raise Refused(
             f"image_size={size[0]}x{size[1]} is no multiple of the patch of {patch} pixels"
         )
     own_norm = "fc_norm.weight" in weights and "norm.weight" not in weights
@@ -199,7 +200,7 @@ def model_of(
     try:
         fit = fit_weights(model, weights, (rows, columns))
     except ValueError as error:
-        raise ValueError(f"{source.about}: {error}") from error
+        raise Refused(f"{source.about}: {error}") from error
     mean, std = statistics_of(source, sizes["in_channels"])
     # where timm looks for them: timm.data.resolve_model_data_config(model)
     model.pretrained_cfg = {"input_size": (sizes["in_channels"], *size), "mean": mean, "std": std}
@@ -245,7 +246,7 @@ def to_onnx(model: Classifier, path: Path) -> None:
     """
     if importlib.util.find_spec("onnxscript") is None:
         # torch's exporter asks for it only when it is under way
-        raise ValueError("ONNX needs two packages more: pip install onnx onnxscript")
+        raise Refused("ONNX needs two packages more: pip install onnx onnxscript")
     height, width = (side * model.patch_embed.patch_size[0] for side in model.grid)
     images = torch.zeros(2, model.in_chans, height, width)
     with warnings.catch_warnings():

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from rcmae import __version__, checkpoint
 from rcmae.checkpoint import CheckpointError, Manifest
 from rcmae.engines.optim import ENCODER
+from rcmae.errors import Refused
 from rcmae.weights.families import of_autoencoder, published_names
 
 Which = Literal["student", "teacher"]
@@ -132,13 +133,11 @@ def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
                 sizes["decoder_cls"] = False
         return sizes
     except KeyError as error:
-        raise ValueError(
+        raise Refused(
             f"it has no {error.args[0]}: no masked autoencoder, nor the encoder of one"
         ) from error
     except (IndexError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(
-            "shapes of its first weights are those of no masked autoencoder"
-        ) from error
+        raise Refused("shapes of its first weights are those of no masked autoencoder") from error
 
 
 def _count(shapes: Iterable[str], blocks: str) -> int:
@@ -233,7 +232,7 @@ def whole_network(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, 
         if names
     ]
     if problems:
-        raise ValueError("; ".join(problems))
+        raise Refused("; ".join(problems))
     return {**model.state_dict(), **found}
 
 
@@ -262,7 +261,7 @@ def checkpoint_folders(path: Path) -> list[Path]:
     found = sorted(root.glob("step-*"))
     if not found:
         what = "no such file or folder" if not path.is_dir() else "no checkpoint in this folder"
-        raise ValueError(
+        raise Refused(
             f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000"
         )
     return found
@@ -374,7 +373,7 @@ def _networks(
 ) -> tuple[Which, ...]:
     """Whose weights go into the file. Raises ValueError with everything that stands against it."""
     if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+        raise Refused(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     problems, kinds = [], {key.partition("/")[0] for key in manifest.tensors}
     networks: tuple[Which, ...] = ("teacher",) if "teacher" in kinds else ("student",)
     if layout == "rcmae":
@@ -417,7 +416,7 @@ def _networks(
     elif out.exists() and not overwrite:
         problems.append(f"{out} is there already; give another name, or ask to overwrite it")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise Refused("\n".join(problems))
     return networks
 
 
@@ -612,7 +611,7 @@ def read_network(path: Path, network: Which | None = None, *, first: Which = "te
     )
     name: str = network or (first if first in networks else next(iter(networks)))
     if name not in networks:
-        raise ValueError(
+        raise Refused(
             f"{path} has no {name}, only {', '.join(networks)}; leave classify.network out"
         )
     weights = published_names(networks[name])
@@ -623,7 +622,7 @@ def read_network(path: Path, network: Which | None = None, *, first: Which = "te
             if strange
             else "no weights"
         )
-        raise ValueError(f"{path} has {what}; give a file of weights by name")
+        raise Refused(f"{path} has {what}; give a file of weights by name")
     recipe = json.loads(told["recipe"]) if "recipe" in told else None
     sizes, grid = _told(recipe, weights)
     known = {str(key): value for key, value in told.items() if isinstance(value, str)}
@@ -640,7 +639,7 @@ def _hugging_face_heads(path: Path) -> dict[str, int]:
     try:
         told = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise Refused(f"{path} is not JSON: {error}") from error
     names = {"num_attention_heads": "num_heads", "decoder_num_attention_heads": "decoder_heads"}
     return {
         name: told[theirs] for theirs, name in names.items() if isinstance(told.get(theirs), int)
@@ -652,7 +651,7 @@ def _of_checkpoint(path: Path, network: Which | None, first: Which) -> Source:
     kinds = {key.partition("/")[0] for key in manifest.tensors}
     name: Which = network or (first if KIND[first] in kinds else "student")
     if KIND[name] not in kinds:
-        raise ValueError(f"{manifest.path} has no {name}; use the student")
+        raise Refused(f"{manifest.path} has no {name}; use the student")
     keys = [key for key in manifest.tensors if key.partition("/")[0] in (KIND[name], "buffer")]
     weights = {
         key.partition("/")[2]: tensor.clone().view(manifest.tensors[key]["shape"])
@@ -710,7 +709,7 @@ def load_weights(path: Path) -> Weights:
             no network.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise Refused(f"{path}: no such file")
     layout, networks, told = (
         _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     )
@@ -727,7 +726,7 @@ def load_weights(path: Path) -> Weights:
         else:
             sizes = sizes_of(shapes)
     if problems:
-        raise ValueError(
+        raise Refused(
             f"{path} is not a whole network or encoder of this family: {'; '.join(problems)}"
         )
     return Weights(path, layout, networks, sizes, told)
@@ -752,7 +751,7 @@ def _read_safetensors(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], di
             told = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+        raise Refused(f"{path} cannot be read as safetensors: {error}") from error
     network = told.get("network", "model")
     return "safetensors", {network if network in KIND else "model": state}, told
 
@@ -766,13 +765,13 @@ def _read_torch(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for {refused[1]}" if refused else "is damaged or asks for code"
-        raise ValueError(
+        raise Refused(
             f"{path} {what}; only tensors, plain values and argparse.Namespace are read, and "
             "nothing was run. "
             "Save the weights alone, as a dict of tensors, where you trust the file"
         ) from error
     except Exception as error:  # damaged bytes make torch's reader fail in any way
-        raise ValueError(
+        raise Refused(
             f"{path} cannot be read as a file of torch.save: {error or type(error).__name__}"
         ) from error
     layout, networks, told = "plain", {"model": document}, {}
@@ -785,7 +784,7 @@ def _read_torch(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str
         layout, networks = "timm", {"model": document["state_dict"]}
     for each, state in networks.items():
         if not isinstance(state, Mapping):
-            raise ValueError(
+            raise Refused(
                 f"{path} holds a {type(state).__name__} as its {each}, not weights by name"
             )
     plain = {  # torch's wrapper for data parallelism puts a prefix before each name

@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rcmae.errors import Refused
+
 Family = Literal["mae", "supmae", "bootmae", "maepriv", "timm", "huggingface"]
 
 
@@ -104,7 +106,7 @@ def family_names(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     if family == "huggingface":
         return _to_hugging_face(state)
     if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+        raise Refused(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
     prefix = "encoder." if family == "maepriv" else ""
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
