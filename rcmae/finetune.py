@@ -33,13 +33,15 @@ from rcmae.data.shards import ShardIndex
 from rcmae.data.stream import labelled_batches, refuse_unlabelled
 from rcmae.data.transforms import Transform
 from rcmae.errors import Refused
-from rcmae.evaluation.evaluate import evaluating, save_png
+from rcmae.evaluation.features import evaluating
+from rcmae.evaluation.pictures import save_png
 from rcmae.evaluation.scores import Scores, classify, confusion_picture, scores_table
 from rcmae.models import kernels
 from rcmae.models.classifier import Classification, Classifier, classifier_flops, fit_weights
 from rcmae.objectives import Objective
 from rcmae.parts import student_sizes, train_transform
-from rcmae.weights import export
+from rcmae.weights.names import published_names
+from rcmae.weights.reading import read_network
 
 ENCODER_SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 
@@ -237,8 +239,8 @@ def start_weights(model: Classifier, recipe: Recipe) -> str:
     if init is None:
         return "weights of run.seed: classify.init names none"
     try:
-        source = export.read_network(Path(init), recipe.classify.network)
-        fit = fit_weights(model, source.weights, source.grid)
+        source = read_network(Path(init), recipe.classify.network)
+        fit = fit_weights(model, published_names(source.weights), source.grid)
     except (ValueError, checkpoint.CheckpointError) as error:
         raise Refused(
             f"classify.init={init} with model.name={recipe.model.name}: {error}"

@@ -36,22 +36,16 @@ from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
 from rcmae.engines.engine import DTYPES, cast_params
 from rcmae.errors import Refused
-from rcmae.evaluation.evaluate import (
-    Rows,
-    evaluating,
-    features_of_both,
-    knn_rows,
-    knn_table,
-    logistic_rows,
-    pooled,
-)
+from rcmae.evaluation.features import evaluating, features_of_both, pooled
+from rcmae.evaluation.knn import Rows, knn_rows, knn_table
+from rcmae.evaluation.logistic import logistic_rows
 from rcmae.models import kernels
 from rcmae.models.bootmae import Network
 from rcmae.parts import new_student, patience
 from rcmae.run import preempt
 from rcmae.run.metrics import MetricsLog
 from rcmae.train import open_index, say_error
-from rcmae.weights.export import KIND
+from rcmae.weights.layouts import KIND
 
 FOLDER = "evaluations"  # in the run's folder
 

@@ -47,17 +47,10 @@ from rcmae.data.transforms import Normalise, Transform
 from rcmae.engines.engine import Engine
 from rcmae.engines.schedules import teacher_momentum, warmup_half_cosine
 from rcmae.errors import Refused
-from rcmae.evaluation.evaluate import (
-    evaluating,
-    features_of_both,
-    knn_rows,
-    knn_table,
-    logistic_rows,
-    pixels,
-    pooled,
-    reconstruction_picture,
-    save_png,
-)
+from rcmae.evaluation.features import evaluating, features_of_both, pixels, pooled
+from rcmae.evaluation.knn import knn_rows, knn_table
+from rcmae.evaluation.logistic import logistic_rows
+from rcmae.evaluation.pictures import reconstruction_picture, save_png
 from rcmae.models import kernels
 from rcmae.models.bootmae import Network
 from rcmae.objectives import OBJECTIVES, Objective, Sum
@@ -88,7 +81,8 @@ from rcmae.run.folder import (
 from rcmae.run.guard import Guard, NumbersGoneBad, bundle
 from rcmae.run.metrics import Meter, MetricsLog, closing_summary, events_of
 from rcmae.run.presence import Presence
-from rcmae.weights.export import read_network, whole_network
+from rcmae.weights.layouts import whole_network
+from rcmae.weights.reading import read_network
 
 # --------------------------------------------------------------------------------------- the method
 

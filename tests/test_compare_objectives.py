@@ -17,7 +17,8 @@ from rcmae.config import load
 from rcmae.models.classifier import Classifier, fit_weights
 from rcmae.parts import new_network
 from rcmae.weights.encoder import load_encoder
-from rcmae.weights.export import read_network
+from rcmae.weights.names import published_names
+from rcmae.weights.reading import read_network
 from runs import Folder, start
 from tools import compare_objectives as tool
 from tools import export as export_tool
@@ -158,7 +159,7 @@ def test_what_was_trained_without_a_class_token_is_fine_tuned_with_a_fresh_one(
         num_classes=8,
         pool="mean",
     )
-    fit = fit_weights(model, source.weights, source.grid)
+    fit = fit_weights(model, published_names(source.weights), source.grid)
     assert "cls_token" in fit.fresh
     assert torch.equal(model.pos_embed[:, 1:], source.weights["pos_embed"])
     assert not model.pos_embed[:, 0].any()

@@ -20,8 +20,10 @@ from test_classifier import batch_of
 import rcmae
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import MAE
-from rcmae.weights import export, families
 from rcmae.weights.encoder import load_classifier, to_onnx
+from rcmae.weights.layouts import in_encoder
+from rcmae.weights.names import family_names
+from rcmae.weights.reading import read_network
 from runs import Folder, start
 from tools import convert as tool
 
@@ -77,8 +79,8 @@ def test_there_and_back_is_equal_to_the_last_bit(
     mode = (out / "model.safetensors" if out.is_dir() else out).stat().st_mode
     # others may read it where the umask lets them
     assert mode & 0o777 == (file.stat().st_mode & 0o777)
-    back = export.read_network(out).weights
-    wanted = {k: v for k, v in model.state_dict().items() if whole or export.in_encoder(k)}
+    back = read_network(out).weights
+    wanted = {k: v for k, v in model.state_dict().items() if whole or in_encoder(k)}
     assert back.keys() == wanted.keys()
     assert all(torch.equal(back[k], wanted[k]) for k in wanted)
 
@@ -104,7 +106,7 @@ def test_supmaes_head_and_a_finetuned_one_are_left_out(
 
 
 def test_names_of_the_families_are_the_published_ones(model: MaskedAutoencoder) -> None:
-    names = families.family_names(model.state_dict(), "huggingface")
+    names = family_names(model.state_dict(), "huggingface")
     assert {
         "vit.embeddings.position_embeddings",
         "vit.encoder.layer.1.attention.attention.value.bias",
@@ -113,11 +115,11 @@ def test_names_of_the_families_are_the_published_ones(model: MaskedAutoencoder) 
         "decoder.decoder_pred.bias",
         "vit.layernorm.weight",
     } <= names.keys()
-    encoder = {name: value for name, value in model.state_dict().items() if export.in_encoder(name)}
-    assert "encoder.blocks.0.attn.q_bias" in families.family_names(encoder, "maepriv")
-    assert "blocks.0.attn.v_bias" in families.family_names(encoder, "bootmae")
+    encoder = {name: value for name, value in model.state_dict().items() if in_encoder(name)}
+    assert "encoder.blocks.0.attn.q_bias" in family_names(encoder, "maepriv")
+    assert "blocks.0.attn.v_bias" in family_names(encoder, "bootmae")
     with pytest.raises(ValueError, match="unknown family 'beit'"):
-        families.family_names(encoder, "beit")
+        family_names(encoder, "beit")
 
 
 def test_hugging_face_computes_the_same_loss(
@@ -154,7 +156,7 @@ def test_hugging_face_computes_the_same_loss(
         theirs.save_pretrained(tmp_path / "again")
     again = rcmae.load_encoder(tmp_path / "again")  # its config.json tells the number of heads
     assert again.blocks[0].attn.num_heads == 4
-    back = export.read_network(tmp_path / "again").weights
+    back = read_network(tmp_path / "again").weights
     assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
 
 

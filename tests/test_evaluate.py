@@ -22,24 +22,23 @@ from torch import nn
 from rcmae import dist
 from rcmae.data.batch import Batch
 from rcmae.data.transforms import Normalise
-from rcmae.evaluation import evaluate
-from rcmae.evaluation.evaluate import (
-    CELL_SIDE,
-    GAP,
-    GREY,
+from rcmae.evaluation import knn as knn_module
+from rcmae.evaluation.features import (
     evaluating,
     extract_features,
     features_of_both,
-    knn,
-    knn_rows,
-    knn_table,
-    logistic_rows,
     pixels,
     pooled,
+)
+from rcmae.evaluation.knn import knn, knn_rows, knn_table, votes
+from rcmae.evaluation.logistic import logistic_rows
+from rcmae.evaluation.pictures import (
+    CELL_SIDE,
+    GAP,
+    GREY,
     reconstruct,
     reconstruction_picture,
     save_png,
-    votes,
 )
 from rcmae.models.vit import MaskedAutoencoder, patchify
 
@@ -108,12 +107,14 @@ def test_chunks_and_several_k_at_once_change_nothing(monkeypatch):
     train, labels = features(90, 8, 4, seed=3)
     test, test_labels = features(50, 8, 4, seed=4)
     whole = votes(train, labels, test, k=[1, 7, 20], num_classes=4)
-    monkeypatch.setattr(evaluate, "SIMILARITIES_AT_ONCE", 7 * 90)
+    monkeypatch.setattr(knn_module, "SIMILARITIES_AT_ONCE", 7 * 90)
     cut = votes(train, labels, test, k=[20, 1, 7], num_classes=4)
     assert list(cut) == [20, 1, 7]
     for k in cut:
         torch.testing.assert_close(cut[k], whole[k], rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(evaluate, "SIMILARITIES_AT_ONCE", 1)  # not even one row fits: one row it is
+    monkeypatch.setattr(
+        knn_module, "SIMILARITIES_AT_ONCE", 1
+    )  # not even one row fits: one row it is
     assert knn(train, labels, test, test_labels, k=[7], num_classes=4) == {
         7: 100 * float((whole[7].argmax(1) == test_labels).double().mean())
     }

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from rcmae import checkpoint
 from rcmae.models.vit import MaskedAutoencoder
-from rcmae.weights import export
+from rcmae.weights.layouts import LAYOUTS
+from rcmae.weights.reading import find_checkpoint, load_weights
+from rcmae.weights.writing import _timm_arguments, export
 from tests.checkpoints import MODEL, network, state_of, write_checkpoint
 from tests.runs import Folder
 from tools import export as tool
@@ -30,7 +32,7 @@ from tools import export as tool
 import timm
 
 ROOT = Path(__file__).parent.parent
-SUFFIX = {name: layout.suffixes[0] for name, layout in export.LAYOUTS.items()}
+SUFFIX = {name: layout.suffixes[0] for name, layout in LAYOUTS.items()}
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 
 
@@ -86,11 +88,11 @@ def torch_load(path: Path) -> Any:
 @pytest.mark.parametrize("which", ["student", "teacher"])
 @pytest.mark.parametrize("layout", ["safetensors", "mae", "mae-full", "timm"])
 def test_weights_come_back_bit_for_bit(run, networks, layout, which, tmp_path):
-    manifest, _ = export.find_checkpoint(run)
+    manifest, _ = find_checkpoint(run)
     out = tmp_path / f"weights{SUFFIX[layout]}"
-    done = export.export(manifest, out, layout=layout, network=which)
+    done = export(manifest, out, layout=layout, network=which)
     assert (done.networks, done.step, done.bytes) == ((which,), 10, out.stat().st_size)
-    read = export.load_weights(out)
+    read = load_weights(out)
     assert list(read.networks) == [which if out.suffix == ".safetensors" else "model"]
     [state] = read.networks.values()
     assert same(state, networks[which], encoder=layout in ("mae", "timm"))
@@ -106,9 +108,9 @@ def test_what_rcmae_writes_is_what_is_written(run, networks, tmp_path):
     """The keys and names that the published code's checkpoints have, for its own fine-tuning to
     find.
     """
-    manifest, _ = export.find_checkpoint(run)
+    manifest, _ = find_checkpoint(run)
     out = tmp_path / "checkpoint-2.pth"
-    assert export.export(manifest, out, layout="rcmae").networks == ("student", "teacher")
+    assert export(manifest, out, layout="rcmae").networks == ("student", "teacher")
     document = torch_load(out)
     assert list(document) == [
         "student",
@@ -128,14 +130,14 @@ def test_what_rcmae_writes_is_what_is_written(run, networks, tmp_path):
     assert out.stat().st_size < 1.2 * 2 * sum(
         4 * value.numel() for value in networks["student"].state_dict().values()
     )
-    read = export.load_weights(out)
+    read = load_weights(out)
     assert all(same(read.networks[which], networks[which]) for which in ("student", "teacher"))
 
 
 def test_torch_layouts_are_what_the_published_loaders_index(run, networks, tmp_path):
-    manifest, _ = export.find_checkpoint(run)
+    manifest, _ = find_checkpoint(run)
     for layout in ("mae", "mae-full"):
-        export.export(manifest, tmp_path / f"{layout}.pth", layout=layout)
+        export(manifest, tmp_path / f"{layout}.pth", layout=layout)
         assert list(torch_load(tmp_path / f"{layout}.pth")) == ["model"]
     assert list(torch_load(tmp_path / "mae.pth")["model"]) == [
         name for name in networks["teacher"].state_dict() if name.startswith(ENCODER)
@@ -143,20 +145,20 @@ def test_torch_layouts_are_what_the_published_loaders_index(run, networks, tmp_p
 
 
 def test_teacher_is_the_default_and_the_student_where_there_is_none(run, plain, networks, tmp_path):
-    manifest, _ = export.find_checkpoint(run)
-    assert export.export(manifest, tmp_path / "a.safetensors", layout="safetensors").networks == (
+    manifest, _ = find_checkpoint(run)
+    assert export(manifest, tmp_path / "a.safetensors", layout="safetensors").networks == (
         "teacher",
     )
-    manifest, _ = export.find_checkpoint(plain)
-    assert export.export(manifest, tmp_path / "b.safetensors", layout="safetensors").networks == (
+    manifest, _ = find_checkpoint(plain)
+    assert export(manifest, tmp_path / "b.safetensors", layout="safetensors").networks == (
         "student",
     )
 
 
 def test_metadata_says_what_made_the_weights(run, tmp_path):
-    manifest, _ = export.find_checkpoint(run)
-    export.export(manifest, tmp_path / "w.safetensors", layout="safetensors", network="student")
-    about = export.load_weights(tmp_path / "w.safetensors").about
+    manifest, _ = find_checkpoint(run)
+    export(manifest, tmp_path / "w.safetensors", layout="safetensors", network="student")
+    about = load_weights(tmp_path / "w.safetensors").about
     assert (about["network"], about["step"], about["images"]) == ("student", "10", "320")
     assert about["data_fingerprint"] == "0123456789abcdef"
     assert json.loads(about["recipe"])["model"]["embed_dim"] == 48
@@ -171,10 +173,10 @@ def test_bf16_accumulators_are_exported_as_float32(tmp_path):
         for key, value in state.items()
     }
     write_checkpoint(tmp_path, 10, state)
-    manifest, _ = export.find_checkpoint(tmp_path)
-    export.export(manifest, tmp_path / "w.safetensors", layout="safetensors")
+    manifest, _ = find_checkpoint(tmp_path)
+    export(manifest, tmp_path / "w.safetensors", layout="safetensors")
     assert same(
-        export.load_weights(tmp_path / "w.safetensors").networks["teacher"],
+        load_weights(tmp_path / "w.safetensors").networks["teacher"],
         teacher.bfloat16().float(),
     )
 
@@ -182,8 +184,8 @@ def test_bf16_accumulators_are_exported_as_float32(tmp_path):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_timm_gives_the_same_features(run, networks, suffix, tmp_path):
     """By the line of Python that the report prints: timm loads strictly."""
-    manifest, _ = export.find_checkpoint(run)
-    use = export.export(manifest, tmp_path / f"encoder{suffix}", layout="timm").use
+    manifest, _ = find_checkpoint(run)
+    use = export(manifest, tmp_path / f"encoder{suffix}", layout="timm").use
     model = eval(use, {"timm": timm}).eval()
     images = torch.randn(2, 3, *MODEL["image_size"], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -195,7 +197,7 @@ def test_timm_gives_the_same_features(run, networks, suffix, tmp_path):
 
 
 def test_timm_line_of_a_published_architecture_is_short(run):
-    manifest, _ = export.find_checkpoint(run)
+    manifest, _ = find_checkpoint(run)
     keys = (
         "patch_size",
         "embed_dim",
@@ -208,7 +210,7 @@ def test_timm_line_of_a_published_architecture_is_short(run):
     manifest.meta["recipe"]["model"].update(
         {"name": "vit_base_patch16", "image_size": 224} | dict.fromkeys(keys)
     )
-    assert export._timm_arguments(manifest) == ["'vit_base_patch16_224'", "num_classes=0"]
+    assert _timm_arguments(manifest) == ["'vit_base_patch16_224'", "num_classes=0"]
     assert timm.is_model("vit_base_patch16_224")
 
 
@@ -227,7 +229,7 @@ def test_command_exports_a_real_run(uninterrupted: Folder, tmp_path):
     )
     told = json.loads(ran.stdout)
     assert (told["step"], told["networks"], told["bytes"]) == (20, ["teacher"], out.stat().st_size)
-    state = export.load_weights(out).networks["teacher"]
+    state = load_weights(out).networks["teacher"]
     wanted = uninterrupted.state()
     for name, value in state.items():
         assert torch.equal(value, wanted.get(f"buffer/{name}", wanted.get(f"teacher/{name}"))), name
@@ -249,22 +251,22 @@ def test_user_hears_of_every_mistake_at_once(plain, tmp_path, capsys):
 
 def test_no_checkpoint_is_a_mistake_and_a_damaged_one_is_not_exported(run, networks, tmp_path):
     with pytest.raises(ValueError, match="no such file or folder; give a run's"):
-        export.find_checkpoint(tmp_path / "nowhere")
+        find_checkpoint(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no checkpoint in this folder"):
-        export.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)
     state = state_of(networks["student"])
     good, bad = (write_checkpoint(tmp_path / "run", step, state) for step in (10, 20))
     flip(bad / "rank-00001.safetensors")
-    found, passed_over = export.find_checkpoint(tmp_path / "run")
+    found, passed_over = find_checkpoint(tmp_path / "run")
     assert found.path == good
     assert "rank-00001.safetensors differs from its checksum" in passed_over[0]
     with pytest.raises(checkpoint.CheckpointError, match="differs from its checksum"):
-        export.find_checkpoint(bad)
+        find_checkpoint(bad)
     (good / "manifest.json").unlink()
     with pytest.raises(checkpoint.CheckpointError, match="no valid checkpoint"):
-        export.find_checkpoint(tmp_path / "run")
+        find_checkpoint(tmp_path / "run")
     with pytest.raises(checkpoint.CheckpointError, match="never committed"):
-        export.find_checkpoint(good)
+        find_checkpoint(good)
 
 
 def flip(path: Path) -> None:
@@ -278,11 +280,11 @@ def test_another_network_has_no_place_in_the_layouts(networks, tmp_path):
     state["weight/neck.weight"] = torch.zeros(5, 48)
     del state["weight/blocks.1.norm1.bias"]
     write_checkpoint(tmp_path, 10, state)
-    manifest, _ = export.find_checkpoint(tmp_path)
+    manifest, _ = find_checkpoint(tmp_path)
     with pytest.raises(
         ValueError, match=r"lacks blocks\.1\.norm1\.bias; student has unknown neck\.weight"
     ):
-        export.export(manifest, tmp_path / "w.safetensors", layout="safetensors")
+        export(manifest, tmp_path / "w.safetensors", layout="safetensors")
 
 
 def test_report_says_what_was_written_and_how_to_read_it(run, tmp_path, capsys):
@@ -323,7 +325,7 @@ def test_a_write_that_fails_leaves_what_was_there(run, networks, layout, limit, 
     assert out.read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert command(run, "--format", layout, "--out", out, "--overwrite") == 0
-    assert export.load_weights(out).networks
+    assert load_weights(out).networks
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
@@ -366,7 +368,7 @@ def test_a_published_training_checkpoint_is_read(networks, tmp_path):
         "args": argparse.Namespace(model="rc_vit_tiny_patch16", betas=(0.9, 0.95)),
     }
     torch.save(document, tmp_path / "checkpoint-7.pth")
-    read = export.load_weights(tmp_path / "checkpoint-7.pth")
+    read = load_weights(tmp_path / "checkpoint-7.pth")
     assert read.layout == "rcmae"
     assert all(same(read.networks[which], networks[which]) for which in ("student", "teacher"))
     assert (read.about["epoch"], read.about["args"].betas) == (7, (0.9, 0.95))
@@ -387,10 +389,10 @@ def test_a_pickle_bomb_does_not_go_off(networks, zipped, tmp_path):
     document = {"model": networks["student"].state_dict(), "args": Bomb(tmp_path / "went off")}
     torch.save(document, tmp_path / "bomb.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=r"bomb\.pth asks for \S*mkdir.*nothing was run"):
-        export.load_weights(tmp_path / "bomb.pth")
+        load_weights(tmp_path / "bomb.pth")
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(document, protocol=2))
     with pytest.raises(ValueError, match=r"bare\.pth"):
-        export.load_weights(tmp_path / "bare.pth")
+        load_weights(tmp_path / "bare.pth")
     assert not (tmp_path / "went off").exists()
 
 
@@ -453,7 +455,7 @@ def test_weights_of_no_such_network_are_refused(networks, damage, message, tmp_p
     damage(state)
     torch.save({"model": state}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=message):
-        export.load_weights(tmp_path / "w.pth")
+        load_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
@@ -462,21 +464,21 @@ def test_weights_of_no_such_network_are_refused(networks, damage, message, tmp_p
 def test_a_file_of_something_else_is_refused(value, tmp_path):
     torch.save(value, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="not weights by name"):
-        export.load_weights(tmp_path / "w.pth")
+        load_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "mae", "rcmae"])
 def test_a_damaged_file_is_refused_however_it_was_cut(run, layout, tmp_path):
-    manifest, _ = export.find_checkpoint(run)
+    manifest, _ = find_checkpoint(run)
     whole, cut = tmp_path / f"whole{SUFFIX[layout]}", tmp_path / f"cut{SUFFIX[layout]}"
-    export.export(manifest, whole, layout=layout)
+    export(manifest, whole, layout=layout)
     data = whole.read_bytes()
     for stop in (0, 1, 7, 100, len(data) // 2, len(data) - 1):
         cut.write_bytes(data[:stop])
         with pytest.raises(ValueError, match="cut"):
-            export.load_weights(cut)
+            load_weights(cut)
     cut.write_text("a text, and no weights")
     with pytest.raises(ValueError, match="cut"):
-        export.load_weights(cut)
+        load_weights(cut)
     with pytest.raises(ValueError, match="no such file"):
-        export.load_weights(tmp_path / "nowhere.pth")
+        load_weights(tmp_path / "nowhere.pth")

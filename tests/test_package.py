@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 # beside it.
 LAYERS = (
     {"errors", "files"},
-    {"config", "dist", "draws", "preempt", "lease", "sources", "startup", "families", "workers"},
+    {"config", "dist", "draws", "preempt", "lease", "sources", "startup", "names", "workers"},
     {
         "batch",
         "jpeg",
@@ -33,18 +33,17 @@ LAYERS = (
         "kernels",
         "metrics",
         "batchnorm",
-        "logistic",
     }
     | {"presence"},
-    {"transforms", "guard", "attention", "device_decode"},
-    {"stream", "vit", "augment", "corruptions"},
+    {"transforms", "guard", "attention", "device_decode", "features"},
+    {"stream", "vit", "augment", "corruptions", "knn", "logistic"},
     {"bootmae"},
     {"objectives", "classifier"},
     {"teacher"},
-    {"engine", "memory"},
+    {"engine", "memory", "layouts"},
     {"deepspeed", "fsdp2", "checkpoint"},
-    {"evaluate", "export", "scores", "parts", "folder"},
-    {"encoder"},
+    {"pictures", "reading", "scores", "parts", "folder"},
+    {"encoder", "writing"},
     {"train"},
     {"follow"},
     {"finetune"},

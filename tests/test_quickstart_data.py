@@ -10,7 +10,8 @@ import torch
 from rcmae.data.shards import ShardIndex
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
-from rcmae.evaluation.evaluate import features_of_both, knn_rows, pixels
+from rcmae.evaluation.features import features_of_both, pixels
+from rcmae.evaluation.knn import knn_rows
 from tools import quickstart_data
 from tools.quickstart_data import SQUARE, TILE, TRAIN_TILES, VAL_TILES, corners
 

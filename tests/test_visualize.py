@@ -20,7 +20,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.masking import random_ids
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives.mae import pixel_targets
-from rcmae.weights.export import Source
+from rcmae.weights.reading import Source
 from runs import Folder, start
 from tools import visualize as tool
 

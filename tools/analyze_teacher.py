@@ -64,7 +64,7 @@ from rcmae.errors import Refused
 from rcmae.models.vit import MaskedAutoencoder, patchify
 from rcmae.objectives import Sum
 from rcmae.parts import has_regressors, make_objective, new_network, student_sizes, train_transform
-from rcmae.weights.export import read_network
+from rcmae.weights.reading import read_network
 
 SAME, REMASKED, OTHER = "same image and mask", "same image, other mask", "other image"
 KINDS = (SAME, REMASKED, OTHER)

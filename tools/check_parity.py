@@ -39,7 +39,7 @@ from rcmae.engines.engine import clip, set_rates
 from rcmae.engines.optim import LARS, param_groups
 from rcmae.engines.schedules import epoch_momentum, teacher_momentum, warmup_half_cosine
 from rcmae.engines.teacher import Teacher
-from rcmae.evaluation import attention, evaluate
+from rcmae.evaluation import attention, knn
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.classifier import (
@@ -61,7 +61,7 @@ from rcmae.models.vit import (
 )
 from rcmae.objectives import MAE, RCMAE, BootMAE, Objective, SupMAE
 from rcmae.objectives.mae import crowding, pixel_targets
-from rcmae.weights import families
+from rcmae.weights.names import published_names
 
 Kind = Literal["cosine", "constant", "published"]
 
@@ -1468,7 +1468,9 @@ def classifier(
         drop_path=config.get("drop_path", 0.0),
         mlp_ratio=config.get("mlp_ratio", 4),
     ).to(dtype)
-    fit = fit_weights(model, {name: weight.to(dtype) for name, weight in weights.items()})
+    fit = fit_weights(
+        model, published_names({name: weight.to(dtype) for name, weight in weights.items()})
+    )
     return model, fit
 
 
@@ -1708,7 +1710,7 @@ def knn_votes(fixture: Fixture) -> None:
             fixture.arrays("expected.safetensors"),
         )
         limits, labels = fixture.limits(precision), inputs["test_labels"]
-        votes = evaluate.votes(
+        votes = knn.votes(
             inputs["train_features"].to(dtype),
             inputs["train_labels"],
             inputs["test_features"].to(dtype),
@@ -1749,7 +1751,7 @@ def knn_votes(fixture: Fixture) -> None:
 
 def rollout(fixture: Fixture) -> None:
     """Attention of a classifier and its rollout, as published and by the textbook."""
-    weights = families.published_names(fixture.arrays("vit.safetensors"))
+    weights = published_names(fixture.arrays("vit.safetensors"))
     # of the class token
     weights = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in weights.items()}
     for precision, dtype in PRECISIONS.items():

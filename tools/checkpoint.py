@@ -40,7 +40,7 @@ from rcmae import checkpoint
 from rcmae.checkpoint import CheckpointError, Manifest
 from rcmae.checkpoint.lease import fence
 from rcmae.errors import Refused
-from rcmae.weights.export import checkpoint_folders, find_checkpoint, whole_tensors
+from rcmae.weights.reading import checkpoint_folders, find_checkpoint, whole_tensors
 
 COUNTERS = ("step", "images", "optimizer_step", "teacher_updates")
 

@@ -31,12 +31,13 @@ from rcmae.checkpoint import CheckpointError
 from rcmae.errors import Refused
 from rcmae.models.kernels import LAYER_NORM_EPS
 from rcmae.models.vit import ARCHITECTURES
-from rcmae.weights import export, families
 from rcmae.weights.encoder import HEADS, heads_of, model_of, to_onnx
-from rcmae.weights.export import Source
+from rcmae.weights.layouts import KIND, TORCH, in_encoder, shape_problems, sizes_of
+from rcmae.weights.names import FAMILIES, family_names, of_autoencoder, published_names
+from rcmae.weights.reading import Source, read_network
 
 TARGETS = {
-    **{name: about.text for name, about in families.FAMILIES.items()},
+    **{name: about.text for name, about in FAMILIES.items()},
     "safetensors": "this package's: MAE's names, with what is known of the weights in the metadata",
     "onnx": "the encoder: images [B, C, H, W] to tokens [B, 1 + L, D]",
 }
@@ -53,18 +54,10 @@ def convert(
     """
     if out.exists():
         raise Refused(f"{out} is there already; give another name")
-    whole = (
-        families.FAMILIES[target].decoder
-        if target in families.FAMILIES
-        else target == "safetensors"
-    )
-    weights = families.published_names(source.weights)
-    taken = {
-        name: weights[name]
-        for name in families.of_autoencoder(weights)
-        if whole or export.in_encoder(name)
-    }
-    problems = export.shape_problems({name: tuple(value.shape) for name, value in taken.items()})
+    whole = FAMILIES[target].decoder if target in FAMILIES else target == "safetensors"
+    weights = published_names(source.weights)
+    taken = {name: weights[name] for name in of_autoencoder(weights) if whole or in_encoder(name)}
+    problems = shape_problems({name: tuple(value.shape) for name, value in taken.items()})
     if problems:
         raise Refused(f"{source.about}: {'; '.join(problems)}")
     if target == "onnx":
@@ -75,13 +68,13 @@ def convert(
     elif target == "huggingface":
         write_hugging_face(source, taken, out, num_heads)
     else:
-        written = families.family_names(taken, "mae" if target == "safetensors" else target)
+        written = family_names(taken, "mae" if target == "safetensors" else target)
         written = {name: value.contiguous().clone() for name, value in written.items()}
         if out.suffix == ".safetensors" and target in ("safetensors", "timm"):
             out.write_bytes(
                 save(written, {"format": "pt", "written_by": f"rcmae {__version__}", **source.told})
             )
-        elif out.suffix in export.TORCH and target != "safetensors":
+        elif out.suffix in TORCH and target != "safetensors":
             torch.save(written if target == "timm" else {"model": written}, out)
         else:
             raise Refused(f"{out}: a file of {target} has another ending; see --help")
@@ -96,7 +89,7 @@ def write_hugging_face(
 
     Raises ValueError.
     """
-    sizes = export.sizes_of({name: tuple(value.shape) for name, value in taken.items()})
+    sizes = sizes_of({name: tuple(value.shape) for name, value in taken.items()})
     rows, columns = source.grid or (round(sizes["num_patches"] ** 0.5),) * 2
     if rows != columns:
         raise Refused(
@@ -130,7 +123,7 @@ def write_hugging_face(
         "mask_ratio": 0.75,
         "norm_pix_loss": True,
     }
-    written = families.family_names(taken, "huggingface")
+    written = family_names(taken, "huggingface")
     if "decoder_dim" not in sizes:
         written = {name.removeprefix("vit."): value for name, value in written.items()}
     out.mkdir(parents=True)
@@ -150,16 +143,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, metavar="RUN_OR_FILE")
     parser.add_argument("--to", choices=TARGETS, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument(
-        "--what", choices=export.KIND, help="default: the teacher where there is one"
-    )
+    parser.add_argument("--what", choices=KIND, help="default: the teacher where there is one")
     parser.add_argument(
         "--num-heads", type=int, help="of an unusual architecture, which shapes do not tell"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
     try:
-        source = export.read_network(options.source, options.what)
+        source = read_network(options.source, options.what)
         done = convert(source, options.to, options.out, num_heads=options.num_heads)
     except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

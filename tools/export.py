@@ -22,12 +22,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rcmae.checkpoint import CheckpointError
-from rcmae.weights import export
+from rcmae.weights.layouts import KIND, LAYOUTS
+from rcmae.weights.reading import find_checkpoint
+from rcmae.weights.writing import export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
-    layouts = "\n".join(f"  {name:<12} {layout.about}" for name, layout in export.LAYOUTS.items())
+    layouts = "\n".join(f"  {name:<12} {layout.about}" for name, layout in LAYOUTS.items())
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         epilog=f"formats:\n{layouts}",
@@ -36,19 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument(
         "--what",
-        choices=export.KIND,
+        choices=KIND,
         help="default: the teacher where there is one, which RC-MAE fine-tunes",
     )
-    parser.add_argument("--format", choices=export.LAYOUTS, required=True)
+    parser.add_argument("--format", choices=LAYOUTS, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
     try:
-        manifest, passed_over = export.find_checkpoint(options.source)
+        manifest, passed_over = find_checkpoint(options.source)
         for problem in passed_over:
             print(f"passed over: {problem}", file=sys.stderr)
-        done = export.export(
+        done = export(
             manifest,
             options.out,
             layout=options.format,

@@ -34,7 +34,8 @@ from rcmae.data.shards import ShardIndex, node_cache
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
 from rcmae.errors import Refused
-from rcmae.evaluation.evaluate import extract_features, knn
+from rcmae.evaluation.features import extract_features
+from rcmae.evaluation.knn import knn
 from rcmae.evaluation.logistic import logistic
 from rcmae.models.classifier import Classifier
 from rcmae.weights.encoder import load_encoder

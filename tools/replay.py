@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rcmae import config, dist, train
-from rcmae.evaluation.evaluate import evaluating
+from rcmae.evaluation.features import evaluating
 from rcmae.run import preempt
 from rcmae.run.guard import NumbersGoneBad
 from rcmae.tasks import task_of

@@ -43,12 +43,12 @@ from rcmae.data.masking import random_ids, visible_count
 from rcmae.data.transforms import CentreTransform, Normalise
 from rcmae.errors import Refused
 from rcmae.evaluation.attention import attention_maps, class_attention, rollout
-from rcmae.evaluation.evaluate import GREY, hidden_patches, save_png, sheet, to_uint8
+from rcmae.evaluation.pictures import GREY, hidden_patches, save_png, sheet, to_uint8
 from rcmae.models.vit import patchify, unpatchify
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
 from rcmae.parts import pixel_norm
 from rcmae.weights.encoder import load_autoencoder, load_classifier, load_encoder, statistics_of
-from rcmae.weights.export import Source
+from rcmae.weights.reading import Source
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 STATISTICS = {

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from rcmae import dist
 from rcmae.errors import Refused
+from rcmae.evaluation.features import Features
 
 _ROWS = 65_536  # that compute at once: their logits are the largest tensor
 
@@ -89,3 +90,22 @@ def logistic(
             for rows, of in zip(asked.split(_ROWS), asked_labels.split(_ROWS), strict=True)
         )
     return 100.0 * dist.sum_numbers([right])[0] / images[1]
+
+
+def logistic_rows(known: Features, asked: Features, *, device: torch.device) -> dict[str, float]:
+    """Top-1 in percent of logistic regression on each network's features. Collective: every rank
+    calls.
+
+    Args:
+        known: this rank's share of the training set.
+        asked: of the test set.
+        device: where it computes.
+
+    Raises:
+        ValueError: the training set has fewer than two classes; the same on every rank.
+    """
+    labels, asked_labels = known.labels.to(device), asked.labels.to(device)
+    return {
+        name: logistic(vectors.to(device), labels, asked.vectors[name].to(device), asked_labels)
+        for name, vectors in known.vectors.items()
+    }

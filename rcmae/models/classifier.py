@@ -25,7 +25,6 @@ from rcmae.errors import Refused
 from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
 from rcmae.models.batchnorm import GlobalBatchNorm
 from rcmae.models.vit import sincos_positions
-from rcmae.weights.families import published_names
 
 from timm.models.vision_transformer import VisionTransformer
 
@@ -251,8 +250,6 @@ def fit_weights(
             unknown ones; everything at once. The model is untouched.
     """
     wanted = model.state_dict()
-    # a run of BootMAE's or MAE-priv's network has a bias for queries and for values
-    weights = published_names(weights)
     found = {
         name: value for name, value in weights.items() if not name.startswith(ONLY_PRETRAINING)
     }

@@ -30,8 +30,9 @@ from rcmae.models.bootmae import Network
 from rcmae.models.classifier import Classifier, Fit, fit_weights
 from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder
 from rcmae.parts import new_network
-from rcmae.weights.export import Source, Which, read_network, sizes_of, whole_network
-from rcmae.weights.families import family_names, of_autoencoder
+from rcmae.weights.layouts import Which, sizes_of, whole_network
+from rcmae.weights.names import family_names, of_autoencoder, published_names
+from rcmae.weights.reading import Source, read_network
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # of the architectures that the field shares, by width
@@ -166,7 +167,8 @@ def model_of(
     source: Source, *, image_size: int | tuple[int, int] | None, num_heads: int | None, head: bool
 ) -> tuple[Classifier, Fit]:
     """A model of the weights' own sizes with them in it, and what matched. Raises ValueError."""
-    weights = source.weights
+    # a run of BootMAE's or MAE-priv's network has a bias for queries and for values
+    weights = published_names(source.weights)
     sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
     side = round(sizes["num_patches"] ** 0.5)
     rows, columns = source.grid or (side, side)

@@ -14,7 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import rcmae.models.vit  # noqa: F401, what export imports late belongs to the baseline
-from rcmae.weights import export
+from rcmae.weights.layouts import LAYOUTS
+from rcmae.weights.reading import find_checkpoint
+from rcmae.weights.writing import export
 
 
 def anonymous() -> int:
@@ -34,10 +36,10 @@ def measured(run: Path, layout: str) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begin = time.monotonic()
-    manifest, _ = export.find_checkpoint(run)
+    manifest, _ = find_checkpoint(run)
     verified = time.monotonic()
-    out = run / f"{layout}{export.LAYOUTS[layout].suffixes[0]}"
-    written = export.export(manifest, out, layout=layout).bytes
+    out = run / f"{layout}{LAYOUTS[layout].suffixes[0]}"
+    written = export(manifest, out, layout=layout).bytes
     end = time.monotonic()
     done.set()
     watcher.join()
