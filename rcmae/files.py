@@ -57,6 +57,18 @@ def flush_folder(path: Path) -> None:
         os.close(handle)
 
 
+def shipped(name: str) -> Path:
+    """A folder that comes with the package: `ds_configs`, `slurm`, or `results` (measurements).
+
+    In an installed package it lies within, in a checkout where the repository has it: setup.py
+    says which is which.
+    """
+    package = Path(__file__).parent
+    if (package / name).is_dir():
+        return package / name
+    return package.parent / ("tools/results" if name == "results" else name)
+
+
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, in order; none where there is no file.
 

@@ -17,7 +17,6 @@ again (asked to stop, or the run has given no sign of life for --patience-s); 2 
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ import torch
 
 from rcmae import checkpoint, config, dist
 from rcmae.checkpoint.lease import Lease, LeaseHeld, LeaseLost, exit_status, fence
+from rcmae.commands.follow import Asked, parse
 from rcmae.config import Recipe
 from rcmae.data.batch import Batch
 from rcmae.data.shards import ShardIndex, node_cache
@@ -332,37 +332,26 @@ def _follow(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Follow a run by a command line; the exit status of this rank."""
+    return run(parse(argv, "python -m rcmae.follow"))
+
+
+def run(asked: Asked) -> int:
+    """Follow a run as asked; the exit status of this rank. Collective: every rank calls."""
     stop = preempt.StopRequest()
-    parser = argparse.ArgumentParser(
-        prog="python -m rcmae.follow", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("run", type=Path, help="its run.dir")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="over the run's recipe, such as evaluate.k=5",
-    )
-    parser.add_argument(
-        "--patience-s", type=float, default=900.0, help="a run silent for so long is given up (900)"
-    )
-    parser.add_argument("--poll-s", type=float, default=5.0, help="seconds between two looks (5)")
-    options = parser.parse_intermixed_args(argv)
     try:
         dist.start(required=False)
         status = follow(
-            options.run,
-            options.overrides,
+            asked.run,
+            asked.overrides,
             stop,
-            patience_s=options.patience_s,
-            poll_s=options.poll_s,
+            patience_s=asked.patience_s,
+            poll_s=asked.poll_s,
         )
-    except (ValueError, LeaseLost) as error:
+    except (Refused, LeaseLost) as error:
         say_error(error)
-        status = preempt.REFUSED if isinstance(error, ValueError) else preempt.FAILED
+        status = preempt.REFUSED if isinstance(error, Refused) else preempt.FAILED
     dist.finish()
-    return exit_status(options.run / FOLDER, status)
+    return exit_status(asked.run / FOLDER, status)
 
 
 if __name__ == "__main__":

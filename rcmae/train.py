@@ -12,7 +12,6 @@ wrong, 1 anything else."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import math
@@ -31,6 +30,8 @@ from torch import Tensor, nn
 from rcmae import checkpoint, config, dist
 from rcmae.checkpoint import Manifest
 from rcmae.checkpoint.lease import Lease, LeaseHeld, LeaseLost, exit_status, newest_generation
+from rcmae.commands import training
+from rcmae.commands.training import Asked
 from rcmae.config import Recipe, Resolved
 from rcmae.data.batch import NO_LABEL, Batch
 from rcmae.data.masking import Mask
@@ -1203,31 +1204,9 @@ def announce(run: Run, saved: checkpoint.Manifest | None, passed_over: list[str]
 # --------------------------------------------------------------------------------------------- main
 
 
-def parse(argv: Sequence[str] | None, command: str = "rcmae.train") -> tuple[str, list[str]]:
+def parse(argv: Sequence[str] | None, command: str = "rcmae.train") -> Asked:
     """(recipe, overrides) of a command line; takes what launchers add."""
-    parser = argparse.ArgumentParser(prog=f"python -m {command}", description="Train by a recipe.")
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="set a recipe key, such as batch.images=256",
-    )
-    parser.add_argument("--deepspeed", action="store_true", help="use the DeepSpeed engine")
-    parser.add_argument(
-        "--deepspeed_config", metavar="FILE", help="DeepSpeed's JSON; implies --deepspeed"
-    )
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help="set by launchers; the environment is used"
-    )
-    args = parser.parse_intermixed_args(argv)
-    overrides = list(args.overrides)
-    if args.deepspeed or args.deepspeed_config:
-        overrides.append("engine.name=deepspeed")
-    if args.deepspeed_config:
-        overrides.append(f"engine.config={args.deepspeed_config}")
-    return args.recipe, overrides
+    return training.parse(argv, f"python -m {command}")
 
 
 def train(recipe: Recipe, stop: preempt.StopRequest, task: Task | None = None) -> int:

@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and test.sh: goes to the repository's root and puts its .venv, with requirements.txt
-# installed, first on the PATH. Does nothing twice: a stamp in .venv says which requirements are in it.
+# Sourced by quickstart.sh and test.sh: goes to the repository's root and puts its .venv, with requirements.txt and the
+# package itself installed, first on the PATH. Does nothing twice: stamps in .venv say what is in it.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -18,14 +18,26 @@ if ! { [ -x .venv/bin/python ] && .venv/bin/python -m pip --version > /dev/null 
 fi
 new_enough .venv/bin/python || stop ".venv has $(.venv/bin/python --version); remove .venv to have it made anew"
 
-stamp="$(sha256sum < requirements.txt)"
-if [ "$(cat .venv/requirements.sha256 2> /dev/null)" != "$stamp" ]; then
-    say "installing requirements.txt into .venv (a minute or more)"
-    .venv/bin/python -m pip install --disable-pip-version-check -qq -r requirements.txt \
-        || stop "pip could not install requirements.txt (see above); the same command tries again"
-    echo "$stamp" > .venv/requirements.sha256
-else
+# installed WHAT FILE...: whether the environment has what these files say, as last stamped
+installed() { [ "$(cat ".venv/$1.sha256" 2> /dev/null)" = "$(cat "${@:2}" | sha256sum)" ]; }
+stamp() { cat "${@:2}" | sha256sum > ".venv/$1.sha256"; }
+into_venv() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+
+if installed requirements requirements.txt; then
     say "requirements.txt is installed in .venv"
+else
+    say "installing requirements.txt into .venv (a minute or more)"
+    into_venv install -qq -r requirements.txt \
+        || stop "pip could not install requirements.txt (see above); the same command tries again"
+    stamp requirements requirements.txt
+fi
+# Editable: the command rcmae, and `import rcmae` from any folder, are this checkout's. Nothing else is installed or
+# built: requirements.txt brought the dependencies, and setuptools with torch.
+if ! installed package requirements.txt pyproject.toml setup.py; then
+    say "installing rcmae itself into .venv (editable)"
+    into_venv install -qq --no-deps --no-build-isolation -e . \
+        || stop "pip could not install this package (see above); the same command tries again"
+    stamp package requirements.txt pyproject.toml setup.py
 fi
 
 export PATH="$PWD/.venv/bin:$PATH"

@@ -49,10 +49,11 @@ from rcmae.engines.engine import (
 from rcmae.engines.optim import moments, param_groups
 from rcmae.engines.teacher import Teacher
 from rcmae.errors import Refused
+from rcmae.files import shipped
 
 # its name since torch 2.13
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
-CONFIGS = Path(__file__).parents[2] / "ds_configs"
+CONFIGS = shipped("ds_configs")
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -1,0 +1,80 @@
+"""`rcmae COMMAND ...`: one door to all that this package does.
+
+A command is a module with a `main(arguments) -> exit status`; it is imported only when it is asked
+for, so that help and a mistyped command answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rcmae import __version__
+
+
+class Command(NamedTuple):
+    """A command of the command line."""
+
+    module: str  # of rcmae.commands, with the `main` to call
+    about: str  # a line of `rcmae --help`
+
+
+COMMANDS = {
+    "train": Command("train", "pretrain by a recipe"),
+    "finetune": Command("finetune", "fine-tune a pretrained encoder on labelled shards"),
+    "probe": Command("probe", "train a linear head on a frozen encoder"),
+    "follow": Command("follow", "evaluate each checkpoint of a run, from beside it"),
+    "recipe": Command("recipe", "list the shipped recipes, or print one with all its settings"),
+    "slurm-templates": Command("slurm_templates", "copy the templates of SLURM jobs to a folder"),
+}
+
+WRONG_INPUT = 2  # exit status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        print(overview(), file=sys.stderr)
+        return WRONG_INPUT
+    name = words[0]
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        print(f"rcmae {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"rcmae: no command {name!r}; {_way_out(name)}", file=sys.stderr)
+        return WRONG_INPUT
+    command = importlib.import_module(f"rcmae.commands.{COMMANDS[name].module}")
+    return int(command.main(words[1:]))
+
+
+def overview() -> str:
+    """What `rcmae --help` prints."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rcmae COMMAND ...",
+            "",
+            "Pretrain Vision Transformers by masked autoencoding with a teacher.",
+            "",
+            *lines,
+            "",
+            "rcmae COMMAND --help tells the arguments of one; rcmae --version the version.",
+        ]
+    )
+
+
+def _way_out(name: str) -> str:
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"did you mean {close[0]!r}?" if close else "rcmae --help lists them"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

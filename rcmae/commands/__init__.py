@@ -1,0 +1,6 @@
+"""The commands of `rcmae`, a file each: arguments and printing, no logic that another program could
+want.
+
+A file imports only the standard library at its top and what is heavy after the arguments are
+parsed, so that help and a mistyped option answer at once.
+"""

@@ -1,0 +1,58 @@
+"""Evaluate a run from beside it: k-NN of each checkpoint, as it is committed.
+
+    rcmae follow RUN_DIR evaluate.train_shards=... evaluate.test_shards=... [key=value ...]
+
+With evaluate.logistic=true logistic regression on the same features, too. Answers go to
+RUN_DIR/evaluations; what is there already is not done again. Exit status: 0 the run is finished and
+all its checkpoints are evaluated; 75 it is not (run this again); 2 the input is wrong; 1 anything
+else.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Asked(NamedTuple):
+    """A command line that follows a run."""
+
+    run: Path  # its folder
+    overrides: list[str]  # key=value, over the run's recipe
+    patience_s: float
+    poll_s: float
+
+
+def parse(arguments: Sequence[str] | None, prog: str) -> Asked:
+    """What a command line asks for.
+
+    Args:
+        arguments: None for those of this process.
+        prog: the command as the user gave it.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="its run.dir")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="over the run's recipe, such as evaluate.k=5",
+    )
+    parser.add_argument(
+        "--patience-s", type=float, default=900.0, help="a run silent for so long is given up (900)"
+    )
+    parser.add_argument("--poll-s", type=float, default=5.0, help="seconds between two looks (5)")
+    return Asked(**vars(parser.parse_intermixed_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and follow; the exit status of this rank."""
+    asked = parse(arguments, "rcmae follow")
+    from rcmae.follow import run
+
+    return run(asked)

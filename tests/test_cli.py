@@ -1,0 +1,160 @@
+"""One command: what it lists and refuses, how fast, and that nothing heavy is imported for it."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rcmae import __version__, cli, config
+from rcmae.commands import recipe as recipe_command
+from rcmae.files import shipped
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ROOT / "rcmae" / "commands"
+SHARED = {"__init__", "training"}  # what several commands have in common
+HEAVY = ("torch", "numpy", "deepspeed", "timm", "rich", "matplotlib", "fsspec", "pydantic")
+
+
+def rcmae(*arguments: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *python, "-m", "rcmae", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """Modules that Python imported for a command line."""
+    lines = rcmae(*arguments, python=("-X", "importtime")).stderr.splitlines()
+    return {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
+
+
+def test_the_table_and_the_modules_agree():
+    modules = {path.stem for path in COMMANDS.glob("*.py")} - SHARED
+    assert {command.module for command in cli.COMMANDS.values()} == modules
+    for command in cli.COMMANDS.values():
+        tree = ast.parse((COMMANDS / f"{command.module}.py").read_text())
+        assert ast.get_docstring(tree), command.module
+        assert "main" in {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+
+
+def test_help_lists_each_command_with_a_line(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in shown
+        assert command.about in shown
+
+
+def test_without_a_command_it_says_which_there_are(capsys):
+    assert cli.main([]) == 2
+    assert "usage: rcmae COMMAND" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rcmae {__version__}\n"
+
+
+def test_a_mistyped_command_gets_the_nearest(capsys):
+    assert cli.main(["trian", "rcmae_vit_b_16"]) == 2
+    assert capsys.readouterr().err == "rcmae: no command 'trian'; did you mean 'train'?\n"
+    assert cli.main(["xyzzy"]) == 2
+    assert "rcmae --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_imports_nothing_heavy(name):
+    found = imported_by(name, "--help")
+    assert "argparse" in found
+    heavy = {module for module in found if module.split(".")[0] in HEAVY}
+    assert not heavy, f"rcmae {name} --help imports {', '.join(sorted(heavy))}"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_command_is_its_name_in_its_help(name):
+    done = rcmae(name, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: rcmae {name}")
+
+
+@pytest.mark.parametrize("name", ["train", "finetune", "probe"])
+def test_a_mistyped_key_is_refused_without_torch(name):
+    words = [name, "rcmae_vit_b_16", "data.shards=x.tar", "model.dpeth=2"]
+    done = rcmae(*words)
+    assert done.returncode == 2
+    assert "unknown key 'dpeth' in model; did you mean 'depth'?" in done.stderr
+    assert "torch" not in imported_by(*words)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["train", "rcmae_vit_b_16", "batch.imags=1"]]
+)
+def test_help_and_a_typo_are_answered_within_a_second(words):
+    seconds = []
+    for _ in range(3):  # the first may compile, and others may be at work on these cores
+        begin = time.perf_counter()
+        rcmae(*words)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 1.0
+
+
+def test_recipe_lists_what_is_shipped(capsys):
+    assert cli.main(["recipe"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(
+        path.stem for path in config.RECIPES.glob("*.yaml")
+    )
+
+
+def test_a_printed_recipe_is_a_recipe_with_the_same_settings(tmp_path, capsys):
+    assert cli.main(["recipe", "quickstart", "schedule.steps=7"]) == 0
+    printed = tmp_path / "quickstart.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert config.load(str(printed)) == config.load("quickstart", ["schedule.steps=7"])
+    assert printed.read_text().startswith("# The first run")
+
+
+def test_a_recipe_without_shards_is_printed_without_shards(tmp_path):
+    printed = recipe_command.resolved("rcmae_vit_b_16", [])
+    assert yaml.safe_load(printed)["data"]["shards"] == []
+    (tmp_path / "mine.yaml").write_text(printed)
+    assert config.load(str(tmp_path / "mine.yaml"), ["data.shards=x.tar"]).batch.images == 4096
+
+
+def test_a_recipe_that_is_wrong_is_refused(capsys):
+    assert cli.main(["recipe", "rcmae_vit_b_61"]) == 2
+    assert "no recipe 'rcmae_vit_b_61'" in capsys.readouterr().err
+    assert cli.main(["recipe", "quickstart", "model.dpeth=2"]) == 2
+    assert "did you mean 'depth'?" in capsys.readouterr().err
+
+
+def test_templates_are_copied_and_never_over_others(tmp_path, capsys):
+    folder = tmp_path / "jobs"
+    assert cli.main(["slurm-templates", str(folder)]) == 0
+    capsys.readouterr()
+    there = {path.name for path in folder.iterdir()}
+    assert {"pretrain.sbatch", "job.sh", "env.example.sh", "README.md"} <= there
+    assert os.access(folder / "submit.sh", os.X_OK) == os.access(ROOT / "slurm/submit.sh", os.X_OK)
+    (folder / "job.sh").write_text("mine")
+    (folder / "rank.sh").unlink()
+    assert cli.main(["slurm-templates", str(folder)]) == 2
+    assert "job.sh" in capsys.readouterr().err
+    assert (folder / "job.sh").read_text() == "mine"
+    assert not (folder / "rank.sh").exists(), "all or nothing"
+    assert cli.main(["slurm-templates", str(folder), "--overwrite"]) == 0
+    assert (folder / "job.sh").read_text() == (ROOT / "slurm" / "job.sh").read_text()
+
+
+def test_folders_that_come_with_the_package_are_found():
+    assert json.loads((shipped("ds_configs") / "zero1.json").read_text())
+    assert (shipped("slurm") / "pretrain.sbatch").is_file()
+    assert list(shipped("results").glob("step_*.json"))
