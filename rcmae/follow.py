@@ -77,9 +77,10 @@ class Watch:
         """The next checkpoint, oldest first, or why there is none."""
         finished = self._outcome() == "finished"  # first: it is written after the last commit
         held = fence(self._folder)
-        paths = sorted((self._folder / "checkpoints").glob("step-*"))
+        paths = checkpoint.step_folders(self._folder / "checkpoints")
         for path in paths:
-            if int(path.name.removeprefix("step-")) <= self.last_step:
+            step = checkpoint.step_of(path)
+            if step is None or step <= self.last_step:
                 continue
             try:
                 manifest = checkpoint.read_manifest(path)
@@ -298,7 +299,7 @@ def _follow(
             begin, step = time.monotonic(), int(found.name.removeprefix("step-"))
             try:
                 problem = None
-                models = networks(recipe, checkpoint.open_verified(found))
+                models = networks(recipe, checkpoint.open_verified_together(found))
             except (checkpoint.CheckpointError, OSError) as error:
                 problem = str(error)
             told = [text for text in dist.gather(problem) if text]

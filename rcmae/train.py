@@ -506,7 +506,7 @@ class Run:
         """
         with contextlib.suppress(checkpoint.CheckpointError):
             self.note_save(self.saver.wait)
-        last, _ = checkpoint.newest(self.recipe.run_dir / "checkpoints")
+        last, _ = checkpoint.newest_together(self.recipe.run_dir / "checkpoints")
         place = {
             "step": self.step,
             "data_step": self.data_step,
@@ -920,7 +920,7 @@ def check(recipe: Recipe, task: Task) -> Checked:
     against = mismatches(recipe, saved, index, sizes)
     if against and saved is not None and own(recipe, saved):
         # it counts only if its bytes are as written
-        against = mismatches(recipe, checkpoint.newest(saved.path.parent)[0], index, sizes)
+        against = mismatches(recipe, checkpoint.newest_together(saved.path.parent)[0], index, sizes)
     problems += against
     dist.together("\n".join(problems) or None)
     assert index is not None

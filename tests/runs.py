@@ -47,7 +47,7 @@ class Folder:
     def committed(self) -> list[int]:
         """Steps of the checkpoints that are valid, oldest first."""
         found = []
-        for path in sorted(self.checkpoints.glob("step-*")):
+        for path in checkpoint.step_folders(self.checkpoints):
             with contextlib.suppress(checkpoint.CheckpointError):
                 found.append(checkpoint.open_verified(path).step)
         return found

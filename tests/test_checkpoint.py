@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from rcmae import checkpoint
+from rcmae.checkpoint import retention
 from rcmae.checkpoint.lease import LeaseLost
 from rcmae.engines.engine import LocalEngine, Settings
 from rcmae.models.vit import MaskedAutoencoder
@@ -134,6 +135,70 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         f"20/manifest.json is of format {NEWER}, this rcmae reads up to {NEWER - 1}: update rcmae",
     ),
 }
+
+
+def lie(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Change a manifest's content and seal it anew."""
+
+    def damage(path: Path) -> None:
+        document = json.loads(path.read_text())
+        del document["sha256"]
+        change(document)
+        path.write_text(checkpoint.sealed(document))
+
+    return damage
+
+
+NORM = "weight/norm.weight"
+LIES: dict[str, Callable[[Path], object]] = {
+    "nested too deeply": lambda path: path.write_text("[" * 200_000),
+    "a text": lambda path: path.write_text('"x"'),
+    "a number for a format": lie(lambda d: d.update(format="1")),
+    "a step below 0": lie(lambda d: d.update(step=-20)),
+    "meta that is a list": lie(lambda d: d.update(meta=[])),
+    "no files": lie(lambda d: d.update(files={})),
+    "a list of files": lie(lambda d: d.update(files=[RANK])),
+    "a file elsewhere": lie(lambda d: d["files"].update({f"../{RANK}": d["files"][RANK]})),
+    "a list of tensors": lie(lambda d: d.update(tensors=list(d["tensors"]))),
+    "runs that overlap": lie(lambda d: d["tensors"][NORM]["runs"].append([RANK, 0, 1])),
+    "runs that end early": lie(lambda d: d["tensors"][NORM]["runs"].clear()),
+    "another shape": lie(lambda d: d["tensors"][NORM]["shape"].append(2)),
+    "an unknown type": lie(lambda d: d["tensors"][NORM].update(dtype="F8")),
+    "a run in no file": lie(lambda d: d["tensors"][NORM]["runs"][0].__setitem__(0, "x")),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_a_manifest_that_says_what_no_save_writes_is_named_and_passed_over(
+    folder: Folder, kind: str
+) -> None:
+    LIES[kind](folder.checkpoints / "step-00000020" / MANIFEST)
+    found, passed_over = checkpoint.newest(folder.checkpoints)
+    assert found is not None
+    assert found.step == 15
+    (told,) = passed_over
+    assert told.startswith(f"{folder.checkpoints}/step-00000020/{MANIFEST} cannot be read")
+    last = checkpoint.newest_unverified(folder.checkpoints)
+    assert last is not None
+    assert last.step == 15
+
+
+def test_what_only_looks_like_a_checkpoint_is_left_alone(tiny: Path, folder: Folder) -> None:
+    theirs = ["step-00000015.bak", "step-00000020-best", "step-20", "step-000000020", "step-x"]
+    for name in theirs:
+        shutil.copytree(folder.checkpoints / "step-00000015", folder.checkpoints / name)
+    (folder.checkpoints / "step-00000019").write_text("a file")
+    (folder.checkpoints / "step-00000018").symlink_to(folder.path / "nowhere")
+    (folder.checkpoints / ".writing-notes").mkdir()
+    shutil.rmtree(folder.checkpoints / "step-00000020")
+    before = {name: files(folder.checkpoints / name) for name in theirs}
+
+    pruning = ["checkpoint.every_steps=1", "checkpoint.keep=2", "checkpoint.keep_every=5"]
+    assert start(tiny, folder.path, *pruning) == 0
+    assert folder.events("resume")[-1]["step"] == 15
+    assert folder.committed() == [5, 10, 15, 19, 20]
+    assert {name: files(folder.checkpoints / name) for name in theirs} == before
+    assert (folder.checkpoints / ".writing-notes").is_dir()
 
 
 def test_what_a_run_is_held_to_is_the_checkpoint_that_it_goes_on_from(
@@ -257,6 +322,31 @@ def test_retention_counts_valid_checkpoints_alone(folder: Folder) -> None:
     manifest, passed_over = checkpoint.newest(folder.checkpoints)
     assert manifest is not None
     assert (manifest.step, len(passed_over)) == (10, 2)
+
+
+def test_pruning_a_long_run_reads_few_manifests(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(21, 60):
+        lie(lambda d, step=step: d.update(step=step))(
+            Path(
+                shutil.copytree(
+                    folder.checkpoints / "step-00000020", folder.checkpoints / f"step-{step:08d}"
+                )
+            )
+            / MANIFEST
+        )
+    read: list[Path] = []
+    counts = retention.counts
+    monkeypatch.setattr(retention, "counts", lambda path: read.append(path) or counts(path))
+    kept = retention.Retention(folder.checkpoints, keep=40, keep_every=10)
+    assert [path.name for path in kept.prune()] == ["step-00000015", "step-00000005"]
+    assert len(read) == 43
+    read.clear()
+    # the newest are looked at again, so that a damaged one does not take the place of a valid one
+    cut(0.5)(folder.checkpoints / "step-00000059" / RANK)
+    assert kept.prune() == []
+    assert len(read) == 4
 
 
 def test_one_checkpoint_to_keep_still_means_that_the_one_before_stays(

@@ -230,7 +230,7 @@ def open_run(folder: Path, images: int, shards: str | None = None) -> Analysed:
     recipe.data.shards = shards or recipe.data.shards
     found = train.check(recipe, train.Pretraining())
     kept = [
-        checkpoint.open_verified(path) for path in sorted((folder / "checkpoints").glob("step-*"))
+        checkpoint.open_verified(path) for path in checkpoint.step_folders(folder / "checkpoints")
     ]
     if not kept:
         raise Refused(f"{folder} has no checkpoint yet; train on")

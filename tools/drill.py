@@ -43,6 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rcmae import checkpoint, config, dist, train
+from rcmae.checkpoint import retention, saver
 from rcmae.errors import Refused
 from rcmae.parts import new_student
 from rcmae.planning import memory
@@ -281,8 +282,8 @@ def arm(phase: str) -> None:
 
         return call
 
-    def half(path: Path, tensors: Any) -> dict[str, Any]:
-        about = write(path, tensors)
+    def half(path: Path, entries: Any) -> dict[str, Any]:
+        about = write(path, entries)
         if saves >= 2:
             with path.open("r+b") as file:
                 file.truncate(path.stat().st_size // 2)
@@ -297,16 +298,17 @@ def arm(phase: str) -> None:
             now()
         return found
 
-    snapshot, write = checkpoint.Saver._snapshot, checkpoint._write_safetensors
+    snapshot = checkpoint.Saver._snapshot
+    write = saver.write_safetensors
     checkpoint.Saver._snapshot = counted  # type: ignore[assignment,method-assign]
 
     def is_commit(source: object, target: object) -> bool:
         return Path(str(target)).name.startswith("step-")
 
     if phase == "half a file":
-        checkpoint._write_safetensors = half
+        saver.write_safetensors = half
     elif phase == "file written":
-        checkpoint._write_safetensors = wrapped(False, write)
+        saver.write_safetensors = wrapped(False, write)
     elif phase == "manifest written":
         os.rename = wrapped(True, os.rename, is_commit)
     elif phase == "renamed":
@@ -314,7 +316,8 @@ def arm(phase: str) -> None:
     elif phase == "LATEST not moved":
         os.replace = wrapped(True, os.replace, lambda _, target: Path(target).name == "LATEST")
     elif phase == "pruning":
-        checkpoint.prune = wrapped(True, checkpoint.prune)
+        prune = wrapped(True, retention.Retention.prune)
+        retention.Retention.prune = prune  # type: ignore[method-assign]
 
 
 # --------------------------------------------------------------------------------------------- kill

@@ -59,13 +59,22 @@ def streams_of(folder: Path) -> int | None:
         return None
 
 
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first; whether they are valid is not looked at."""
+    try:
+        found = sorted((run_dir / "checkpoints").iterdir())
+    except OSError:
+        return []
+    return [path for path in found if re.fullmatch(r"step-\d{8}", path.name)]
+
+
 def freeze_streams(recipe: Recipe) -> None:
     """Put the number of streams into the recipe that the run it goes on with has chosen for
     good.
     """
     asked = recipe.checkpoint.resume
     if recipe.data.canonical_streams is None and asked != "never":
-        own = sorted((recipe.run_dir / "checkpoints").glob("step-*"), reverse=True)
+        own = checkpoints(recipe.run_dir)[::-1]
         found = [streams for streams in map(streams_of, own) if streams]
         other = streams_of(Path(asked)) if asked not in ("auto", "must") else None
         recipe.data.canonical_streams = next(iter(found), other)

@@ -57,7 +57,7 @@ def choose_checkpoint(recipe: Recipe) -> tuple[checkpoint.Manifest | None, list[
     asked, root = recipe.checkpoint.resume, recipe.run_dir / "checkpoints"
     if asked == "never":
         return None, []
-    found, passed_over = checkpoint.newest(root)
+    found, passed_over = checkpoint.newest_together(root)
     if passed_over and dist.rank() == 0:
         print("checkpoints passed over: " + "; ".join(passed_over), file=sys.stderr, flush=True)
     if found is None and passed_over:
@@ -66,7 +66,7 @@ def choose_checkpoint(recipe: Recipe) -> tuple[checkpoint.Manifest | None, list[
             "or start anew with checkpoint.resume=never (they are moved aside, not deleted)"
         )
     if found is None and asked not in ("auto", "must"):
-        return checkpoint.open_verified(Path(asked)), []
+        return checkpoint.open_verified_together(Path(asked)), []
     return found, passed_over
 
 

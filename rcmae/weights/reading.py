@@ -282,10 +282,11 @@ def checkpoint_folders(path: Path) -> list[Path]:
     Raises:
         ValueError: there is none.
     """
-    if (path / "manifest.json").exists() or (path.is_dir() and path.name.startswith("step-")):
+    is_one = path.is_dir() and checkpoint.step_of(path) is not None
+    if is_one or (path / "manifest.json").exists():
         return [path]
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = sorted(root.glob("step-*"))
+    found = checkpoint.step_folders(root)
     if not found:
         what = "no such file or folder" if not path.is_dir() else "no checkpoint in this folder"
         raise Refused(

@@ -77,7 +77,7 @@ def main(recipe: str, root: Path) -> None:
     whole = Folder(root / "whole")
     assert trained(recipe, whole.path, record) == 0
     made = calls.read_text().splitlines()
-    commits = [number for number, call in enumerate(made, 1) if call == "replace LATEST.new"]
+    commits = [number for number, call in enumerate(made, 1) if call.startswith("replace .LATEST.")]
     found = []
     for at in range(commits[0] + 1, commits[2]):
         # the end of the first save, the second, and the third to its LATEST
