@@ -28,8 +28,8 @@ from rcmae.config import Recipe, Resolved
 from rcmae.data import augment
 from rcmae.data.augment import AugmentTransform, Mixing
 from rcmae.data.batch import Batch
+from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask, NoMask
-from rcmae.data.shards import ShardIndex
 from rcmae.data.stream import labelled_batches, refuse_unlabelled
 from rcmae.data.transforms import Transform
 from rcmae.errors import Refused

@@ -30,8 +30,8 @@ from rcmae.checkpoint.lease import Lease, LeaseHeld, LeaseLost, exit_status, fen
 from rcmae.commands.follow import Asked, parse
 from rcmae.config import Recipe
 from rcmae.data.batch import Batch
-from rcmae.data.shards import ShardIndex, node_cache
-from rcmae.data.sources import Cache
+from rcmae.data.cache import Cache, node_cache
+from rcmae.data.index import ShardIndex
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
 from rcmae.engines.engine import DTYPES, cast_params

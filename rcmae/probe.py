@@ -19,8 +19,8 @@ from rcmae import dist, train
 from rcmae.checkpoint import Manifest
 from rcmae.config import Recipe, Resolved
 from rcmae.data.batch import Batch
+from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask, NoMask
-from rcmae.data.shards import ShardIndex
 from rcmae.data.transforms import Transform
 from rcmae.engines.engine import DTYPES, cast_params
 from rcmae.finetune import (

@@ -34,9 +34,11 @@ from rcmae.commands import training
 from rcmae.commands.training import Asked
 from rcmae.config import Recipe, Resolved
 from rcmae.data.batch import NO_LABEL, Batch
+from rcmae.data.cache import Cache, cache_problem, node_cache
+from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
-from rcmae.data.shards import Patterns, Plan, ShardIndex, cache_problem, node_cache
-from rcmae.data.sources import Cache
+from rcmae.data.patterns import Patterns
+from rcmae.data.plan import Plan
 from rcmae.data.stream import (
     BadSample,
     Stream,

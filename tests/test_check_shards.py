@@ -17,7 +17,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from rcmae.data.shards import Plan, ShardIndex
+from rcmae.data.index import ShardIndex
+from rcmae.data.plan import Plan
 from runs import Folder, start
 
 # worker processes find it there, too

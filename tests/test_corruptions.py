@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rcmae.data.shards import ShardIndex
+from rcmae.data.index import ShardIndex
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import resize
 from rcmae.evaluation.corruptions import KINDS, Corruption, convolved, height_map, smoothed

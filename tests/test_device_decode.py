@@ -20,8 +20,9 @@ from torch import Tensor
 
 from rcmae.data.batch import Batch
 from rcmae.data.device_decode import DeviceDecoder, OnDevice, nvjpeg
+from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask
-from rcmae.data.shards import Plan, ShardIndex
+from rcmae.data.plan import Plan
 from rcmae.data.stream import BadSample, Stream, TooManyBadSamples
 from rcmae.data.transforms import TrainTransform
 from runs import Folder, start

@@ -19,7 +19,7 @@ import yaml
 from test_classifier import SIZES
 
 from rcmae import checkpoint, finetune, probe
-from rcmae.data.shards import ShardIndex
+from rcmae.data.index import ShardIndex
 from rcmae.models.classifier import Classifier
 from runs import Folder, distance, equal, keeping_handlers
 from tests.conftest import Ranks

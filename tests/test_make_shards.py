@@ -21,7 +21,7 @@ import tifffile
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from rcmae.data.shards import ShardIndex
+from rcmae.data.index import ShardIndex
 from rcmae.data.transforms import decode
 from runs import hear_ctrl_c
 

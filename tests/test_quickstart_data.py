@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rcmae.data.shards import ShardIndex
+from rcmae.data.index import ShardIndex
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
 from rcmae.evaluation.features import features_of_both, pixels

@@ -19,8 +19,11 @@ import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from rcmae.data import shards, workers
-from rcmae.data.shards import INDEX, NO_LABEL, Plan, ShardIndex, expand, flat, scan
+from rcmae.data import tars, workers
+from rcmae.data.index import INDEX, ShardIndex
+from rcmae.data.patterns import expand, flat
+from rcmae.data.plan import Plan
+from rcmae.data.tars import NO_LABEL, scan
 from runs import hear_ctrl_c
 
 ROOT = Path(__file__).parent.parent
@@ -302,8 +305,8 @@ def test_shards_are_indexed_by_several_processes_alike(folder, monkeypatch):
     paths = expand(f"{folder}/*.tar")
     alone = ShardIndex.build(paths, jobs=2)  # reading a few takes less time than starting processes
     pools = []
-    monkeypatch.setattr(shards, "_ALONE_S", 0)
-    monkeypatch.setattr(shards, "mapped", lambda *a: pools.append(1) or workers.mapped(*a))
+    monkeypatch.setattr(tars, "_ALONE_S", 0)
+    monkeypatch.setattr(tars, "mapped", lambda *a: pools.append(1) or workers.mapped(*a))
     assert ShardIndex.build(paths, jobs=2).fingerprint == alone.fingerprint
     assert pools == [1]
 
@@ -582,7 +585,9 @@ def test_a_plan_that_cannot_work_is_refused_with_the_way_out():
 LARGE = """
 import json, os, sys, time
 import numpy as np
-from rcmae.data.shards import FORMAT, INDEX, ROW, VERSION, Plan, Shard, ShardIndex
+from rcmae.data.index import FORMAT, INDEX, VERSION, ShardIndex
+from rcmae.data.plan import Plan
+from rcmae.data.tars import ROW, Shard
 folder, shards, samples = sys.argv[1], 100_000, 12_800
 keys = 9  # bytes of one
 part = samples * (ROW.itemsize + keys)

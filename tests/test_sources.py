@@ -32,17 +32,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from rcmae.data import sources
+from rcmae.data.cache import Cache, CacheTooSmall, Reader, cache_problem, open_bytes
+from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask
-from rcmae.data.shards import Plan, ShardIndex, cache_problem, open_bytes
-from rcmae.data.sources import (
-    Cache,
-    CacheTooSmall,
-    Patience,
-    Reader,
-    SourceGone,
-    identity,
-    redacted,
-)
+from rcmae.data.plan import Plan
+from rcmae.data.sources import Patience, SourceGone, identity, redacted
 from rcmae.data.stream import Stream
 from rcmae.data.transforms import TrainTransform
 from runs import Folder, start

@@ -26,8 +26,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask
-from rcmae.data.shards import Plan, ShardIndex
+from rcmae.data.plan import Plan
 from rcmae.data.stream import Limits, Stream, TooManyBadSamples, labelled_batches
 from rcmae.data.transforms import TrainTransform, View
 from runs import Folder, start
@@ -571,7 +572,8 @@ def test_samples_without_labels_cannot_be_evaluated(tmp_path):
 SCRIPT = """
 import multiprocessing, sys, time
 from rcmae.data.masking import RandomMask
-from rcmae.data.shards import Plan, ShardIndex
+from rcmae.data.index import ShardIndex
+from rcmae.data.plan import Plan
 from rcmae.data.stream import Stream
 from rcmae.data.transforms import TrainTransform
 

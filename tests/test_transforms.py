@@ -18,8 +18,8 @@ from sklearn.datasets import load_sample_images
 
 from rcmae.data import jpeg
 from rcmae.data.batch import Batch
+from rcmae.data.index import ShardIndex
 from rcmae.data.jpeg import Box, decode_box
-from rcmae.data.shards import ShardIndex
 from rcmae.data.transforms import (
     BadImage,
     CentreTransform,

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from numpy.typing import NDArray
 
-from rcmae.data.shards import Plan
+from rcmae.data.plan import Plan
 
 
 class Epoch(NamedTuple):

@@ -46,9 +46,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rcmae.data import jpeg
+from rcmae.data.cache import Reader
+from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask, visible_count
-from rcmae.data.shards import Plan, ShardIndex
-from rcmae.data.sources import Reader
+from rcmae.data.plan import Plan
 from rcmae.data.stream import Stream
 from rcmae.data.transforms import TrainTransform, decode
 from rcmae.errors import Refused

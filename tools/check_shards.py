@@ -44,18 +44,13 @@ from rich.console import Console
 from rich.progress import track
 
 from rcmae.data import sources
-from rcmae.data.shards import (
-    NO_LABEL,
-    Shard,
-    ShardIndex,
-    expand,
-    groups,
-    image_suffix,
-    written_aside,
-)
+from rcmae.data.index import ShardIndex
+from rcmae.data.patterns import expand
+from rcmae.data.tars import NO_LABEL, Shard, groups, image_suffix
 from rcmae.data.transforms import BadImage, channels_of, decode
 from rcmae.data.workers import fork_server, mapped
 from rcmae.errors import Refused
+from rcmae.files import aside
 
 # pixels: classes of sizes
 SIDES = (32, 64, 96, 128, 160, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
@@ -163,7 +158,7 @@ def check(path: str, out: Path | None = None) -> Checked:
     with opened(path) as (file, digest), contextlib.ExitStack() as stack:
         tar = None
         if out is not None:
-            written = stack.enter_context(written_aside(out / sources.basename(path)))
+            written = stack.enter_context(aside(out / sources.basename(path)))
             tar = stack.enter_context(
                 tarfile.open(fileobj=written, mode="w", format=tarfile.PAX_FORMAT)
             )
@@ -288,7 +283,7 @@ def picture(sides: dict[str, int], path: Path) -> None:
         pen.text((10, top + 3), name, "black")
         pen.rectangle((120, top, 120 + 420 * count / max(counts.max(), 1), top + 16), "steelblue")
         pen.text((550, top + 3), f"{int(count):,}", "black")
-    with written_aside(path) as file:
+    with aside(path) as file:
         image.save(file, "PNG")
 
 

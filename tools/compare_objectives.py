@@ -41,7 +41,8 @@ import yaml
 from rcmae import config
 from rcmae.checkpoint import CheckpointError
 from rcmae.config import Recipe
-from rcmae.data.shards import ShardIndex, flat
+from rcmae.data.index import ShardIndex
+from rcmae.data.patterns import flat
 from rcmae.errors import Refused
 from rcmae.evaluation.knn import knn
 from rcmae.evaluation.logistic import logistic

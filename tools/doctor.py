@@ -42,8 +42,8 @@ from rich.table import Table
 
 from rcmae import __version__, config, dist
 from rcmae.config import Recipe
-from rcmae.data.shards import ShardIndex
-from rcmae.data.sources import Reader
+from rcmae.data.cache import Reader
+from rcmae.data.index import ShardIndex
 from rcmae.models import kernels
 
 GIB = 2**30

@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.progress import track
 
-from rcmae.data.shards import NO_LABEL, Scan, ShardIndex, expand
+from rcmae.data.index import ShardIndex
+from rcmae.data.patterns import expand
 from rcmae.data.sources import is_remote, redacted
+from rcmae.data.tars import NO_LABEL, Scan
 from rcmae.errors import Refused
 
 

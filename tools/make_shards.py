@@ -50,10 +50,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from rcmae.data.shards import IMAGE_SUFFIXES, NO_LABEL, ShardIndex, expand, written_aside
+from rcmae.data.index import ShardIndex
+from rcmae.data.patterns import expand
+from rcmae.data.tars import IMAGE_SUFFIXES, NO_LABEL
 from rcmae.data.transforms import NPY, TIFF, BadImage, channels_of, decode, resize
 from rcmae.data.workers import fork_server, mapped
 from rcmae.errors import Refused
+from rcmae.files import aside
 
 _KEY_BYTES = 90  # USTAR has 100 for a name
 _NAMED = 5  # of many files that a message is about
@@ -221,7 +224,7 @@ def make_shards(
     for path in {*map(str, old)} - set(paths):
         Path(path).unlink()
     if labels:
-        with written_aside(class_file) as file:
+        with aside(class_file) as file:
             file.write(text)
     ShardIndex.refresh(out, paths, rebuild=True, jobs=jobs)
     job.end()
@@ -268,7 +271,7 @@ class Job:
 
     def begin(self, done: Iterable[Written]) -> None:
         """Say what the job is, and what is done of it."""
-        with written_aside(self._path) as file:
+        with aside(self._path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in (self._what, *done)).encode())
 
     def note(self, written: Written) -> None:
@@ -409,7 +412,7 @@ def _in_parquet(paths: Sequence[str], spool: Path) -> Found:
         raise Refused("Parquet files are read with pyarrow: pip install pyarrow") from error
     spool.parent.mkdir(parents=True, exist_ok=True)
     found = []
-    with written_aside(spool) as out:
+    with aside(spool) as out:
         for path in paths:
             try:
                 table = parquet.ParquetFile(path)
@@ -495,7 +498,7 @@ def write_shard(
     path, sources = task
     count, rejected = 0, []
     with (
-        written_aside(Path(path)) as file,
+        aside(Path(path)) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for source in sources:

@@ -40,9 +40,12 @@ from rich.table import Table
 
 from rcmae import config
 from rcmae.config import Recipe, Resolved
+from rcmae.data.cache import Reader, cache_problem, open_bytes
+from rcmae.data.index import INDEX, ShardIndex
 from rcmae.data.masking import visible_count
-from rcmae.data.shards import INDEX, Plan, ShardIndex, cache_problem, flat, open_bytes
-from rcmae.data.sources import Reader, is_remote
+from rcmae.data.patterns import flat
+from rcmae.data.plan import Plan
+from rcmae.data.sources import is_remote
 from rcmae.data.transforms import BadImage, TrainTransform
 from rcmae.errors import Refused
 from rcmae.models.bootmae import Network

@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rcmae.checkpoint import CheckpointError
+from rcmae.data.cache import node_cache
 from rcmae.data.draws import Purpose, permutation
-from rcmae.data.shards import ShardIndex, node_cache
+from rcmae.data.index import ShardIndex
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
 from rcmae.errors import Refused

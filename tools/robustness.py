@@ -48,7 +48,8 @@ from rich.table import Table
 from rcmae import dist
 from rcmae.checkpoint import CheckpointError
 from rcmae.data.batch import Batch
-from rcmae.data.shards import ShardIndex, node_cache
+from rcmae.data.cache import node_cache
+from rcmae.data.index import ShardIndex
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
 from rcmae.errors import Refused

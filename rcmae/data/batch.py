@@ -1,16 +1,35 @@
-"""The one thing that objectives see of the data: a micro-batch of images with their masks,
-labels and names.
-"""
+"""The one thing that objectives and tasks see of the data: a micro-batch of images with their
+masks, labels and names.
+
+Each field says in its type what it is (`Kind`); moving, cutting, pinning and recording a batch
+follow from that alone. A task that needs more puts it into `extra`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from enum import Flag, auto
+from functools import cache
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-NO_LABEL = -100
+from rcmae.data.tars import NO_LABEL as NO_LABEL
+
+# [B, ...], or of ragged values a tensor for each image
+Extra = Tensor | tuple[Tensor, ...]
+
+
+class Kind(Flag):
+    """What a field of a batch is."""
+
+    WHOLE = 0  # of the batch as a whole
+    ROWS = auto()  # has a row, or an entry, for each image
+    MOVES = auto()  # is copied to the device; what does not is bookkeeping and stays on the CPU
+    NESTED = auto()  # a batch of as many images
+    NAMED = auto()  # several values by their names
+    RECORDED = auto()  # says which samples these are: kept to replay a step
 
 
 @dataclass(frozen=True)
@@ -20,64 +39,88 @@ class Batch:
     Images leave the stream as uint8 and are normalised later.
     """
 
-    images: Tensor  # [B, C, H, W] uint8; float32 once normalised
+    images: Annotated[Tensor, Kind.ROWS | Kind.MOVES]  # [B, C, H, W] uint8; float32 once normalised
     # [B, L] int64, each row an order of the patches: the first num_visible are seen
-    ids_shuffle: Tensor
-    num_visible: int
-    labels: Tensor | None  # [B] int64, NO_LABEL where a sample has none; None: data that never has
-    keys: tuple[str, ...]  # "shard/key" of each sample that was read
+    ids_shuffle: Annotated[Tensor, Kind.ROWS | Kind.MOVES]
+    num_visible: Annotated[int, Kind.WHOLE]
+    # [B] int64, NO_LABEL where a sample has none; None: data that never has
+    labels: Annotated[Tensor | None, Kind.ROWS | Kind.MOVES]
+    # "shard/key" of each sample that was read
+    keys: Annotated[tuple[str, ...], Kind.ROWS | Kind.RECORDED]
     # [B] int64, absolute position in the run (in an evaluation: number of the sample, -1 = padding)
-    positions: Tensor
+    positions: Annotated[Tensor, Kind.ROWS | Kind.RECORDED]
     # [B, 5] int64: top, left, height, width in pixels of the source image, 1 = flipped
-    crops: Tensor
+    crops: Annotated[Tensor, Kind.ROWS]
     # [B, L] int64, an order of the patches for a teacher that sees others
-    teacher_ids: Tensor | None = None
-    targets: Tensor | None = None  # [B, classes] float: what mixed images show
-    mate: Batch | None = None  # what these images are to be mixed with, row by row
+    teacher_ids: Annotated[Tensor | None, Kind.ROWS | Kind.MOVES] = None
+    # [B, classes] float: what mixed images show
+    targets: Annotated[Tensor | None, Kind.ROWS | Kind.MOVES] = None
+    # what these images are to be mixed with, row by row
+    mate: Annotated[Batch | None, Kind.NESTED] = None
+    # what a task adds by name: maps, annotations
+    extra: Annotated[Mapping[str, Extra] | None, Kind.ROWS | Kind.MOVES | Kind.NAMED] = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch with images, ids_shuffle and labels on `device`.
-
-        The bookkeeping stays on the CPU.
-        """
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def part(self, rows: slice) -> Batch:
-        """Some of its images, with all that is theirs."""
-
-        def cut(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[rows]
-
-        mate = None if self.mate is None else self.mate.part(rows)
-        return replace(
-            self,
-            images=self.images[rows],
-            ids_shuffle=self.ids_shuffle[rows],
-            labels=cut(self.labels),
-            keys=self.keys[rows],
-            positions=self.positions[rows],
-            crops=self.crops[rows],
-            teacher_ids=cut(self.teacher_ids),
-            targets=cut(self.targets),
-            mate=mate,
-        )
+        """The same batch with what an objective reads on `device`; the rest stays on the CPU."""
+        return self._each(Kind.MOVES, lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, so that `to` can copy while the GPU computes."""
-        return self._moved(lambda tensor: tensor.pin_memory())
+        return self._each(Kind.MOVES, lambda value: value.pin_memory())
 
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        labels = None if self.labels is None else move(self.labels)
-        teacher_ids = None if self.teacher_ids is None else move(self.teacher_ids)
-        mate = None if self.mate is None else self.mate._moved(move)
-        return replace(
-            self,
-            images=move(self.images),
-            ids_shuffle=move(self.ids_shuffle),
-            labels=labels,
-            teacher_ids=teacher_ids,
-            mate=mate,
-        )
+    def part(self, rows: slice) -> Batch:
+        """Some of its images, with all that is theirs."""
+        return self._each(Kind.ROWS, lambda value: value[rows], whole=True)
+
+    def record(self) -> dict[str, Any]:
+        """Which samples these are, with their masks, as JSON can write it."""
+        found: dict[str, Any] = {}
+        for name, kind in fields_of().items():
+            if Kind.RECORDED in kind:
+                value = getattr(self, name)
+                found[name] = value.tolist() if isinstance(value, Tensor) else list(value)
+        found["masks"] = self.ids_shuffle[:, : self.num_visible].tolist()
+        return found
+
+    def _each(self, which: Kind, make: Callable[[Any], Any], *, whole: bool = False) -> Batch:
+        """The batch with `make` called on its fields of a kind, and on those of its mate.
+
+        Args:
+            which: the kind.
+            make: old value -> new value.
+            whole: hand over a ragged value, too, as one; else each of its tensors.
+        """
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, tuple) and not whole:
+                return tuple(make(one) for one in value)
+            return make(value)
+
+        values: dict[str, Any] = {}
+        for name, kind in fields_of().items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if Kind.NESTED in kind:
+                values[name] = value._each(which, make, whole=whole)
+            elif which not in kind:
+                continue
+            elif Kind.NAMED in kind:
+                values[name] = {key: changed(one) for key, one in value.items()}
+            else:
+                values[name] = changed(value)
+        return replace(self, **values)
+
+
+@cache
+def fields_of() -> dict[str, Kind]:
+    """Name -> kind of each field of a batch."""
+    hints = get_type_hints(Batch, include_extras=True)
+    kinds = {}
+    for name, hint in hints.items():
+        assert get_origin(hint) is Annotated, f"Batch.{name} does not say what kind it is"
+        kinds[name] = next(each for each in get_args(hint)[1:] if isinstance(each, Kind))
+    return kinds

@@ -11,7 +11,6 @@ command is the user's own, run by the shell word for word; none is ever put toge
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import logging
@@ -23,11 +22,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from fsspec.core import url_to_fs
@@ -36,7 +32,6 @@ from rcmae.errors import Refused
 
 PIPE = "pipe:"
 PIECE = 8 * 2**20  # bytes of a request; each is tried again by itself
-_OPEN_SHARDS = 128  # local files that a process keeps open; the usual limit is 1,024
 _LONGEST_PAUSE_S = 30.0
 _SILENT_ATTEMPTS = 3  # a hiccup is nobody's news; then who waits is told why, once
 _log = logging.getLogger(__name__)
@@ -441,7 +436,7 @@ def part(path: str, offset: int, size: int, patience: Patience = USUAL) -> bytes
     """
     if path.startswith(PIPE):
         with fetched(path, patience) as (file, _):
-            return _pread(file.fileno(), size, offset)
+            return pread(file.fileno(), size, offset)
     client, inside = _client(path)
 
     def ask() -> bytes:
@@ -468,274 +463,8 @@ def fetched(path: str, patience: Patience = USUAL) -> Iterator[tuple[BinaryIO, s
         yield file, digest
 
 
-# ---------------------------------------------------------------------------------------- the cache
-
-
-class CacheTooSmall(SourceGone):
-    """The cache cannot hold what has to be in it."""
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Shards from elsewhere on this node's disk, for all processes that name the same folder, also
-    of other jobs.
-
-    A shard is there whole, verified, under a name made of hashes (so nothing that a URL says can
-    lead out of the folder), or it is not there. Who needs one that is not there copies it, once on
-    the node, into a file of its full size that it holds locked: the lock ends with its process, and
-    what a killed one leaves is deleted by the next. Room is made before the copy begins: least
-    recently used out first. Files in use may be deleted, as their readers have them open; so nobody
-    waits for a reader, and the limit holds at every moment."""
-
-    folder: Path
-    limit: int  # bytes
-    patience: Patience = USUAL
-    _places: dict[tuple[str, str], Path] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def of(cls, folder: str | None, gigabytes: float, patience: Patience = USUAL) -> Cache:
-        """The cache in a folder, by default one of this user's under $SLURM_TMPDIR or the temporary
-        folder.
-
-        Raises:
-            ValueError: the folder cannot be used.
-        """
-        place = folder or os.path.join(
-            os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir(), f"rcmae-shards-{os.getuid()}"
-        )
-        path = Path(place).expanduser()
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if folder is None and path.stat().st_uid != os.getuid():
-                raise PermissionError("it belongs to somebody else")
-            with tempfile.TemporaryFile(dir=path):
-                pass
-        except OSError as error:
-            raise Refused(
-                f"data.cache_dir={path} cannot be used ({error}); give another folder"
-            ) from error
-        return cls(path, int(gigabytes * 1e9), patience)
-
-    def place(self, shard: Stored) -> Path:
-        """Where a shard lies when it is there."""
-        if (known := self._places.get((shard.path, shard.fingerprint))) is not None:
-            return known
-        name = hashlib.sha256(
-            f"{identity(shard.path)}\n{shard.size}\n{shard.fingerprint}".encode()
-        ).hexdigest()[:32]
-        readable = re.sub(r"[^A-Za-z0-9_-]", "_", basename(shard.path).removesuffix(".tar"))[:80]
-        return self._places.setdefault(
-            (shard.path, shard.fingerprint), self.folder / f"{name}-{readable}.tar"
-        )
-
-    @contextlib.contextmanager
-    def opened(self, shard: Stored) -> Iterator[int]:
-        """A descriptor of a shard's file, copied first where it is not there. Keep it open for
-        moments only.
-
-        Raises:
-            SourceGone, FileNotFoundError: it cannot be had.
-            CacheTooSmall: it is larger than the limit.
-        """
-        place = self.place(shard)
-        file = self._descriptor(place, shard.size)
-        if file is None:
-            file = self._copy(shard, place)
-        try:
-            yield file
-        finally:
-            os.close(file)
-
-    def fetch(self, shard: Stored) -> None:
-        """Have a shard ready. Raises as `opened`."""
-        with self.opened(shard):
-            pass
-
-    def shards(self) -> list[tuple[float, int, Path]]:
-        """(last used, bytes, path) of each shard that is there, least recently used first."""
-        return sorted(self._entries(".tar"))
-
-    def _entries(self, suffix: str) -> Iterator[tuple[float, int, Path]]:
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                if re.fullmatch(r"\.?[0-9a-f]{32}-[A-Za-z0-9_-]*" + re.escape(suffix), entry.name):
-                    with contextlib.suppress(FileNotFoundError):
-                        # just deleted or renamed by another process
-                        stat = entry.stat(follow_symlinks=False)
-                        yield stat.st_mtime, stat.st_size, Path(entry.path)
-
-    def _descriptor(self, place: Path, size: int) -> int | None:
-        try:
-            file = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
-        if os.fstat(file).st_size != size:  # somebody else's doing: we rename whole files only
-            os.close(file)
-            place.unlink(missing_ok=True)
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(place)  # when it was last used
-        return file
-
-    def _copy(self, shard: Stored, place: Path) -> int:
-        """Copy a shard, or wait until another process has.
-
-        Gives a descriptor, so that it can be read in any case.
-        """
-        part = place.with_name(f".{place.name.removesuffix('.tar')}.part")
-        while True:
-            file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)  # whoever copies it has this lock
-                if (ready := self._descriptor(place, shard.size)) is not None:
-                    _remove_if_same(part, file)
-                    return ready
-                if not _is_same(part, file):
-                    continue  # it failed there, or was evicted since
-                try:
-                    self._make_room(shard, part, file)
-                    self._fill(shard, file)
-                    os.utime(part)
-                    os.rename(part, place)
-                except BaseException:
-                    _remove_if_same(part, file)
-                    raise
-                return os.dup(file)
-            finally:
-                os.close(file)
-
-    def _fill(self, shard: Stored, file: int) -> None:
-        with open(os.dup(file), "r+b") as out:
-            out.seek(0)
-            digest = copy(shard.path, out, self.patience, shard.size)
-            out.flush()
-            os.fsync(out.fileno())
-            if (size := os.fstat(out.fileno()).st_size) != shard.size:
-                raise SourceGone(
-                    f"{redacted(shard.path)}: has {size} bytes, {shard.size} when it was indexed"
-                )
-        if shard.sha256 and digest != shard.sha256:
-            raise SourceGone(
-                f"{redacted(shard.path)}: its bytes are not those of the index (SHA-256 "
-                f"{digest[:12]}, was "
-                f"{shard.sha256[:12]}); copy it there again, or index it again"
-            )
-
-    def _make_room(self, shard: Stored, mine: Path, file: int) -> None:
-        """Give the file its full size, once the limit allows it."""
-        if shard.size > self.limit:
-            raise CacheTooSmall(
-                f"{redacted(shard.path)} has {shard.size / 1e9:.3g} GB, the cache "
-                f"{self.folder} may hold "
-                f"{self.limit / 1e9:.3g}; raise data.cache_gb"
-            )
-        while True:
-            with open(self.folder / ".lock", "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                held = self.shards()
-                used = sum(size for _, size, _ in held) + sum(
-                    size
-                    for _, size, part in self._entries(".part")
-                    if part != mine and not _is_abandoned(part)
-                )
-                while held and used + shard.size > self.limit:
-                    _, size, oldest = held.pop(0)
-                    oldest.unlink(missing_ok=True)
-                    used -= size
-                if used + shard.size <= self.limit:
-                    os.ftruncate(file, 0)
-                    # counts from now on, though it takes no disk yet
-                    os.ftruncate(file, shard.size)
-                    return
-            time.sleep(0.05)  # others are copying: what they have copied can be deleted
-
-
-def _is_abandoned(part: Path) -> bool:
-    """Delete what a killed process left of a copy; whether it was such."""
-    try:
-        file = os.open(part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove_if_same(part, file)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(file)
-    return True
-
-
-def _is_same(path: Path, file: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file))
-    except FileNotFoundError:
-        return False
-
-
-def _remove_if_same(path: Path, file: int) -> None:
-    if _is_same(path, file):
-        path.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------ reading
-
-
-class Reader:
-    """Reads parts of shards by offset, wherever these come from. Travels to another process with
-    nothing open.
-
-    Without a cache what lies elsewhere is asked for sample by sample: for tools that look at a few.
-    """
-
-    def __init__(self, cache: Cache | None = None) -> None:
-        self.cache = cache
-        self._open: OrderedDict[str, int] = OrderedDict()
-
-    def read(self, shard: Stored, offset: int, size: int) -> bytes:
-        """`size` bytes, or as many as are there.
-
-        Raises:
-            OSError: the shard is gone or cannot be had.
-        """
-        if is_remote(shard.path):
-            if self.cache is None:
-                return part(shard.path, offset, size)
-            with self.cache.opened(shard) as file:
-                return _pread(file, size, offset)
-        return _pread(self._local(shard.path), size, offset)
-
-    def prepare(self, shards: Sequence[Stored]) -> None:
-        """Copy these shards into the cache, several at once. Raises as `Cache.opened`."""
-        missing = [shard for shard in shards if is_remote(shard.path)]
-        if self.cache is None or not missing:
-            return
-        missing = [shard for shard in missing if not self.cache.place(shard).exists()]
-        if len(missing) == 1:
-            self.cache.fetch(missing[0])
-        elif missing:
-            with ThreadPoolExecutor(min(len(missing), _AT_ONCE)) as pool:
-                list(pool.map(self.cache.fetch, missing))
-
-    def _local(self, path: str) -> int:
-        file = self._open.get(path)
-        if file is None:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._open) >= _OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[path] = file
-        self._open.move_to_end(path)
-        return file
-
-    def __reduce__(self) -> tuple[type[Reader], tuple[Cache | None]]:
-        return Reader, (self.cache,)
-
-    def __del__(self) -> None:
-        for file in self._open.values():
-            os.close(file)
-
-
-def _pread(file: int, size: int, offset: int) -> bytes:
+def pread(file: int, size: int, offset: int) -> bytes:
+    """`size` bytes of an open file, or as many as are there."""
     data = os.pread(file, size, offset)
     while 0 < len(data) < size:  # a read may stop early, and at 2 GB does
         more = os.pread(file, size - len(data), offset + len(data))

@@ -12,53 +12,42 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import multiprocessing
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from rcmae.data.batch import NO_LABEL, Batch
-from rcmae.data.device_decode import DeviceDecoder, Encoded, OnDevice, pack
+from rcmae.data.cache import Cache
+from rcmae.data.device_decode import DeviceDecoder, OnDevice
+from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
-from rcmae.data.shards import Plan, Requests, Sample, Shard, ShardIndex
-from rcmae.data.sources import Cache, Reader, is_remote, redacted
-from rcmae.data.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
+from rcmae.data.plan import Plan, Requests
+from rcmae.data.sources import is_remote
+from rcmae.data.transforms import CentreTransform, TrainTransform, Transform
+from rcmae.data.views import (
+    Asked,
+    BadSample,
+    Change,
+    LabelledReading,
+    Read,
+    TooManyBadSamples,
+    TrainReading,
+)
 from rcmae.data.workers import end_with_owner, fork_server
 from rcmae.errors import Refused
 
 _STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
 _NAMED = 20  # bad samples that a message lists before it counts the rest
 _log = logging.getLogger(__name__)
-# (image [C, H, W] uint8, number of its sample) -> the same
-Change = Callable[[Tensor, int], Tensor]
-
-
-class BadSample(NamedTuple):
-    """A line of the ledger: a sample that could not be read, and what took its place."""
-
-    position: int  # absolute position in the run
-    shard: str
-    key: str
-    offset: int  # bytes from the start of the shard
-    reason: str
-    replaced_by: str  # "shard/key"
-
-
-class TooManyBadSamples(Refused):
-    """The limit on unreadable samples is passed; the message lists them."""
 
 
 class Stream:
@@ -135,7 +124,7 @@ class Stream:
             "only a box can be cut on the device"
         )
         self._device_decoder = device_decoder
-        self._reading = _TrainReading(
+        self._reading = TrainReading(
             index,
             plan,
             transform,
@@ -153,11 +142,11 @@ class Stream:
             _Ahead(index, cache.limit // ranks_of_node) if remote and cache is not None else None
         )
         self._order = _MicroOrder(plan, rank, world, micro // repeats, ahead)
-        self._loader: DataLoader[_Read | Exception] | None = _loader(
+        self._loader: DataLoader[Read | Exception] | None = _loader(
             self._reading, self._order, workers, prefetch, persistent=True
         )
         self._running: Generator[list[Batch], None, None] | None = None
-        self._reads: Iterator[_Read | Exception] = iter(())
+        self._reads: Iterator[Read | Exception] = iter(())
         self._bad: list[BadSample] = []
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
@@ -178,7 +167,7 @@ class Stream:
         self._running = self._steps(self._loader)
         return self._running
 
-    def _steps(self, loader: DataLoader[_Read | Exception]) -> Generator[list[Batch], None, None]:
+    def _steps(self, loader: DataLoader[Read | Exception]) -> Generator[list[Batch], None, None]:
         self._reads = iter(loader)
         with contextlib.ExitStack() as stack:
             reads, decoder = self._reads, self._device_decoder
@@ -201,7 +190,7 @@ class Stream:
                     batches.append(read.batch)
                 yield batches
 
-    def _decoded(self, decoder: DeviceDecoder, read: _Read | Exception) -> _Read | Exception:
+    def _decoded(self, decoder: DeviceDecoder, read: Read | Exception) -> Read | Exception:
         """The read with the images that the workers left.
 
         What the device refuses is read again as they would.
@@ -225,7 +214,7 @@ class Stream:
                     torch.tensor(view.crop),
                     sample.id,
                 )
-        return _Read(replace(batch, images=images, keys=tuple(keys)), list(bad.values()))
+        return Read(replace(batch, images=images, keys=tuple(keys)), list(bad.values()))
 
     @property
     def decodes(self) -> str:
@@ -241,7 +230,7 @@ class Stream:
         """The first `count` samples of the run, the same on every rank, read here and now: for
         pictures.
         """
-        read = self._reading[_Asked(self._plan.requests(0, count))]
+        read = self._reading[Asked(self._plan.requests(0, count))]
         if self._device_decoder is not None:
             read = self._decoded(self._device_decoder, read)
         if isinstance(read, Exception):
@@ -346,7 +335,7 @@ def labelled_batches(
     numbers = np.full(count * batch, -1)
     mine = np.arange(rank * share, min((rank + 1) * share, len(index)))
     numbers[: len(mine)] = mine
-    reading = _LabelledReading(index, CentreTransform(image_size, in_channels), cache, change)
+    reading = LabelledReading(index, CentreTransform(image_size, in_channels), cache, change)
     reads = iter(
         _loader(reading, _Chunks(numbers, batch), min(workers, count), prefetch, persistent=False)
     )
@@ -370,18 +359,6 @@ def refuse_unlabelled(index: ShardIndex) -> None:
     if unlabelled.size:
         named = ", ".join(index[number].id for number in unlabelled[:5].tolist())
         raise Refused(f"{unlabelled.size} of {len(index)} samples have no label (.cls): {named}")
-
-
-# --------------------------------------------------------------------- what is asked of the workers
-
-
-class _Asked(NamedTuple):
-    """What a worker is handed: a micro-batch to make, and shards from elsewhere to copy
-    meanwhile.
-    """
-
-    requests: Requests
-    ahead: tuple[int, ...] = ()
 
 
 class _Ahead:
@@ -418,7 +395,7 @@ class _Ahead:
             done += 1
 
 
-class _MicroOrder(Sampler[_Asked]):
+class _MicroOrder(Sampler[Asked]):
     """The requests of each micro-batch of a rank, from a step on, without end."""
 
     def __init__(self, plan: Plan, rank: int, world: int, micro: int, ahead: _Ahead | None) -> None:
@@ -431,7 +408,7 @@ class _MicroOrder(Sampler[_Asked]):
         )
         self.first_step = 0
 
-    def __iter__(self) -> Iterator[_Asked]:
+    def __iter__(self) -> Iterator[Asked]:
         steps = self._steps()
         for requests, shards in (
             self._ahead.walk(steps) if self._ahead else ((each, []) for each in steps)
@@ -440,7 +417,7 @@ class _MicroOrder(Sampler[_Asked]):
             for number, at in enumerate(cuts):
                 part = slice(at, at + self._micro)
                 share = tuple(shards[number :: len(cuts)])
-                yield _Asked(Requests(requests.positions[part], requests.samples[part]), share)
+                yield Asked(Requests(requests.positions[part], requests.samples[part]), share)
 
     def _steps(self) -> Iterator[Requests]:
         images = self._plan.images
@@ -448,294 +425,23 @@ class _MicroOrder(Sampler[_Asked]):
             yield self._plan.requests(step * images, (step + 1) * images, self._rank, self._world)
 
 
-class _Chunks(Sampler[_Asked]):
+class _Chunks(Sampler[Asked]):
     """Numbers of samples, cut into batches."""
 
     def __init__(self, numbers: NDArray[np.int64], batch: int) -> None:
         self._numbers, self._batch = numbers, batch
 
-    def __iter__(self) -> Iterator[_Asked]:
+    def __iter__(self) -> Iterator[Asked]:
         for at in range(0, len(self._numbers), self._batch):
             part = self._numbers[at : at + self._batch]
-            yield _Asked(Requests(part, part))
-
-
-# ------------------------------------------------------------------------------ what the workers do
-
-
-class _Read(NamedTuple):
-    """What a request gave."""
-
-    batch: Batch
-    bad: list[BadSample]
-    encoded: Encoded | None = None  # images left to the device
-
-
-class _Copying:
-    """Copies shards into the cache in a thread, while the process decodes. Travels to another
-    process idle.
-
-    It is a help only: who needs a shard copies it itself, or waits for whoever does. So nothing is
-    raised here."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._thread: threading.Thread | None = None
-        self._coming: queue.SimpleQueue[Sequence[Shard]] = queue.SimpleQueue()
-
-    def ask(self, shards: Sequence[Shard]) -> None:
-        """Copy these as soon as those before are there."""
-        if not shards:
-            return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True, name="copy shards ahead")
-            self._thread.start()
-        self._coming.put(shards)
-
-    def _run(self) -> None:
-        while True:
-            try:
-                self._reader.prepare(self._coming.get())
-            except Exception as error:  # who needs it meets it again, and says so
-                _log.debug("not copied ahead: %s", error)
-
-    def __reduce__(self) -> tuple[type[_Copying], tuple[Reader]]:
-        return _Copying, (self._reader,)
-
-
-class _TrainReading(Dataset[_Read | Exception]):
-    """Requests -> views and masks, each keyed by its position. Unreadable samples are replaced.
-
-    What a user has to mend is handed over, not raised: a worker's exception would reach them as its
-    traceback."""
-
-    def __init__(
-        self,
-        index: ShardIndex,
-        plan: Plan,
-        transform: Transform,
-        mask: Mask,
-        seed: int,
-        max_bad_in_a_row: int,
-        cache: Cache | None,
-        repeats: int,
-        teacher_masks: bool,
-        leaves_jpegs: bool,
-    ) -> None:
-        self._repeats, self._leaves_jpegs = repeats, leaves_jpegs
-        self._index, self._plan, self._transform, self._mask = index, plan, transform, mask
-        self._seed, self._max_bad_in_a_row, self._teacher_masks = (
-            seed,
-            max_bad_in_a_row,
-            teacher_masks,
-        )
-        self._reader = Reader(cache)
-        self._copying = _Copying(self._reader)
-        # Saves looking again for bytes that are not there. Of what does not decode nothing is kept:
-        # a crop may do without the damaged part, and what a worker happens to have met must not
-        # decide.
-        self._known_bad: dict[int, str] = {}
-
-    def __getitem__(self, asked: _Asked) -> _Read | Exception:
-        requests = asked.requests
-        rows: list[tuple[Sample, View]] = []
-        # to the device: files, and the rows of their views
-        left: list[tuple[bytes, list[int]]] = []
-        bad: list[BadSample] = []
-        self._copying.ask([self._index.shards[number] for number in asked.ahead])
-        try:
-            self._reader.prepare(
-                [self._index.shards[number] for number in self._index.shards_of(requests.samples)]
-            )
-        except OSError as error:
-            return error
-        for position, number in zip(
-            requests.positions.tolist(), requests.samples.tolist(), strict=True
-        ):
-            try:
-                sample, views, encoded = self.views(
-                    position, number, bad, leaves_jpegs=self._leaves_jpegs
-                )
-            except TooManyBadSamples as error:
-                return error
-            except OSError as error:
-                return OSError(
-                    f"{self._index[number].id} at position {position} cannot be read: {error}"
-                )
-            except Exception as error:
-                raise RuntimeError(
-                    f"{self._index[number].id} at position {position}: {error!r}"
-                ) from error
-            if encoded:
-                left.append((encoded, list(range(len(rows), len(rows) + len(views)))))
-            rows += [(sample, view) for view in views]
-        positions = (
-            requests.positions[:, None] * self._repeats + np.arange(self._repeats)
-        ).reshape(-1)
-        batch = _batch(rows, positions, self._ids(positions), self._mask.num_visible)
-        if self._teacher_masks:
-            batch = replace(batch, teacher_ids=self._ids(positions, draw=1))
-        return _Read(batch, bad, pack(left))
-
-    def _ids(self, positions: NDArray[np.int64], draw: int = 0) -> Tensor:
-        ids = [self._mask.ids(self._seed, position, draw) for position in positions.tolist()]
-        return torch.from_numpy(np.stack(ids))
-
-    def views(
-        self, position: int, number: int, bad: list[BadSample], *, leaves_jpegs: bool = False
-    ) -> tuple[Sample, list[View], bytes]:
-        """The sample of a number, or else the next that can be read, seen as its positions' keys
-        have it.
-
-        A JPEG that is left to the device comes as its bytes, with empty views; else there are none.
-        """
-        reason, positions = "", range(position * self._repeats, (position + 1) * self._repeats)
-        beyond = int(self._index.counts[self._index.place(number)[0]]) + self._max_bad_in_a_row
-        for tried in islice(self._candidates(position, number), beyond):
-            sample = self._index[tried]
-            try:
-                if tried in self._known_bad:
-                    raise BadImage(self._known_bad[tried])
-                data = self._read(tried, sample)
-                crops = self._crops(data, positions) if leaves_jpegs else None
-                views = (
-                    self._transform.views(data, self._seed, positions)
-                    if crops is None
-                    else [View(self._blank(), crop) for crop in crops]
-                )
-            except BadImage as error:
-                reason = reason or str(error)
-                continue
-            if tried != number:
-                bad.append(_bad_sample(positions[0], self._index[number], reason, sample.id))
-            return sample, views, data if crops is not None else b""
-        sample = self._index[number]
-        raise TooManyBadSamples(
-            f"nothing can be read in place of {sample.id} ({redacted(sample.path)} at byte "
-            f"{sample.offset}: {reason}): "
-            f"the rest of its shard and data.max_bad_in_a_row={self._max_bad_in_a_row} "
-            "samples after it failed as well"
-        )
-
-    def _crops(self, data: bytes, positions: range) -> list[Crop] | None:
-        assert isinstance(self._transform, TrainTransform)
-        return self._transform.crops(data, self._seed, positions)
-
-    def _blank(self) -> Tensor:
-        return torch.zeros((), dtype=torch.uint8).expand(
-            self._transform.in_channels, *self._transform.image_size
-        )
-
-    def _read(self, number: int, sample: Sample) -> bytes:
-        try:
-            return _bytes(self._reader, sample)
-        except BadImage as error:
-            self._known_bad[number] = str(error)
-            raise
-
-    def _candidates(self, position: int, number: int) -> Iterator[int]:
-        yield number
-        yield from self._plan.substitutes(position, number)
-
-
-class _LabelledReading(Dataset[_Read]):
-    """Numbers of samples -> views at the centre.
-
-    What cannot be read, and -1, gives an empty image at position -1.
-    """
-
-    def __init__(
-        self,
-        index: ShardIndex,
-        transform: CentreTransform,
-        cache: Cache | None,
-        change: Change | None,
-    ) -> None:
-        self._index, self._transform, self._reader, self._change = (
-            index,
-            transform,
-            Reader(cache),
-            change,
-        )
-
-    def __getitem__(self, asked: _Asked) -> _Read:
-        requests = asked.requests
-        nothing = View(
-            torch.zeros(
-                self._transform.in_channels, *self._transform.image_size, dtype=torch.uint8
-            ),
-            (0, 0, 0, 0, 0),
-        )
-        padding = (Sample(Shard("", 0, 0, "", b""), "", 0, 0, NO_LABEL), nothing)
-        rows: list[tuple[Sample, View]] = []
-        bad: list[BadSample] = []
-        positions = requests.positions.copy()
-        for row, number in enumerate(requests.samples.tolist()):
-            rows.append(padding)
-            if number < 0:
-                continue
-            sample = self._index[number]
-            try:
-                view = self._transform(_bytes(self._reader, sample), 0, number)
-                changed = self._change(view.image, number) if self._change else view.image
-                rows[row] = (sample, view._replace(image=changed))
-            except BadImage as error:
-                bad.append(_bad_sample(number, sample, str(error), ""))
-                positions[row] = -1
-        return _Read(_batch(rows, positions, torch.zeros(len(rows), 0, dtype=torch.int64), 0), bad)
-
-
-def _bytes(reader: Reader, sample: Sample) -> bytes:
-    """The bytes of a sample's image.
-
-    Raises BadImage where the shard ends before them, OSError where it is gone.
-    """
-    data = reader.read(sample.shard, sample.offset, sample.size)
-    if len(data) < sample.size:
-        raise BadImage(f"only {len(data)} of its {sample.size} bytes are there")
-    return data
-
-
-def _batch(
-    rows: list[tuple[Sample, View]], positions: NDArray[np.int64], ids: Tensor, num_visible: int
-) -> Batch:
-    images = _images(len(rows), *rows[0][1].image.shape)
-    for row, (_, view) in enumerate(rows):
-        images[row] = view.image
-    return Batch(
-        images=images,
-        ids_shuffle=ids,
-        num_visible=num_visible,
-        labels=torch.tensor([sample.label for sample, _ in rows], dtype=torch.int64),
-        keys=tuple(sample.id for sample, _ in rows),
-        positions=torch.from_numpy(positions),
-        crops=torch.tensor([view.crop for _, view in rows], dtype=torch.int64),
-    )
-
-
-def _images(count: int, channels: int, height: int, width: int) -> Tensor:
-    """[count, channels, height, width] uint8 to be filled. A worker's lies in shared memory, handed
-    over as it is.
-
-    torch has no public way to begin there; its own collation does the same.
-    """
-    shape = (count, channels, height, width)
-    if multiprocessing.parent_process() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
-def _bad_sample(position: int, sample: Sample, reason: str, replaced_by: str) -> BadSample:
-    shard, _, key = sample.id.partition("/")
-    return BadSample(position, shard, key, sample.offset, reason, replaced_by)
+            yield Asked(Requests(part, part))
 
 
 # ------------------------------------------------------------------------------------ the processes
 
 
 def _loader(
-    reading: Dataset[Any], order: Sampler[_Asked], workers: int, prefetch: int, *, persistent: bool
+    reading: Dataset[Any], order: Sampler[Asked], workers: int, prefetch: int, *, persistent: bool
 ) -> DataLoader[Any]:
     processes: dict[str, Any] = {}
     if workers:

@@ -16,7 +16,7 @@ import yaml
 
 from rcmae import __version__, checkpoint, config, dist
 from rcmae.config import Recipe, Resolved
-from rcmae.data.shards import ShardIndex
+from rcmae.data.index import ShardIndex
 
 
 def peek(recipe: Recipe, problems: list[str]) -> checkpoint.Manifest | None:

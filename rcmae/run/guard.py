@@ -111,9 +111,7 @@ def bundle(
     Collective."""
     mine = [
         {
-            "positions": batch.positions.tolist(),
-            "keys": list(batch.keys),
-            "masks": batch.ids_shuffle[:, : batch.num_visible].tolist(),
+            **batch.record(),
             "losses": {term: loss.item() for term, loss in losses.items()},
         }
         for batch, losses in zip(micros, seen, strict=True)
