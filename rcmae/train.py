@@ -81,8 +81,9 @@ from rcmae.run.folder import (
     unwritable,
     versions,
 )
-from rcmae.run.guard import Guard, NumbersGoneBad, bundle
-from rcmae.run.metrics import Meter, MetricsLog, closing_summary, events_of
+from rcmae.run.guard import Guard, NonFiniteLoss, bundle
+from rcmae.run.meter import Meter
+from rcmae.run.metrics import MetricsLog, closing_summary, events_of
 from rcmae.run.presence import Presence
 from rcmae.weights.layouts import whole_network
 from rcmae.weights.reading import read_network
@@ -98,7 +99,7 @@ def fit(run: Run) -> str | None:
         either way).
 
     Raises:
-        NumbersGoneBad: on every rank, before the update, if any rank's loss or gradient is not
+        NonFiniteLoss: on every rank, before the update, if any rank's loss or gradient is not
             finite (or the loss jumped) and guard.action or its limits say stop.
         DataGoneBad: on every rank, if any cannot read its samples.
         LeaseLost: on every rank; another job took the run over.
@@ -503,7 +504,7 @@ class Run:
         samples. Collective.
 
         Raises:
-            NumbersGoneBad: on every rank, if guard.action or its limits say stop; with a bundle for
+            NonFiniteLoss: on every rank, if guard.action or its limits say stop; with a bundle for
                 tools/replay.py.
         """
         with contextlib.suppress(checkpoint.CheckpointError):
@@ -534,7 +535,7 @@ class Run:
             },
         )
         if action == "stop":
-            raise NumbersGoneBad(
+            raise NonFiniteLoss(
                 f"step {self.step}: {jumped or report.what}; all ranks stopped before the "
                 f"update. {report.shown}"
                 f"Last committed checkpoint: {last.path if last else 'none'}. See it again "
@@ -1230,7 +1231,7 @@ def train(recipe: Recipe, stop: preempt.StopRequest, task: Task | None = None) -
             run.finish_saves()
             status, outcome = run.ending(why_stop)
             run.log.say(run.summary(outcome))
-        except (NumbersGoneBad, DataGoneBad, checkpoint.CheckpointError, LeaseLost) as error:
+        except (NonFiniteLoss, DataGoneBad, checkpoint.CheckpointError, LeaseLost) as error:
             # on all ranks together
             say_error(error)
             status, outcome = preempt.FAILED, str(error)

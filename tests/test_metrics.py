@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rcmae.run.metrics import Meter, MetricsLog, closing_summary, cut_back, peak_flops
+from rcmae.run.meter import Meter, peak_flops
+from rcmae.run.metrics import MetricsLog, closing_summary, cut_back
 
 
 def rows_of(path: Path) -> list[dict]:

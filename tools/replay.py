@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rcmae import config, dist, train
 from rcmae.evaluation.features import evaluating
 from rcmae.run import preempt
-from rcmae.run.guard import NumbersGoneBad
+from rcmae.run.guard import NonFiniteLoss
 from rcmae.tasks import task_of
 
 
@@ -53,7 +53,7 @@ def replay(document: dict[str, Any], checkpoint_path: str | None, folder: Path) 
         begin, reproduced, said = run.step, False, "the step ends well here"
         try:
             train.fit(run)
-        except NumbersGoneBad as error:
+        except NonFiniteLoss as error:
             reproduced, said = run.step == document["step"], str(error).split(";")[0]
         samples, same = look_at(run, document) if run.step == document["step"] else ([], True)
     run.stream.close()

@@ -1,9 +1,10 @@
 """What happens when numbers go bad: a loss or gradient that is not finite, or a loss that jumps.
 
 All ranks come to the same verdict before the update, so nothing is ever updated with them. What is
-known of the step is put into a bundle that tools/replay.py runs again on one process. A jump is
+known of the step is put into a bundle that `rcmae replay` runs again on one process. A jump is
 judged robustly: by the median of the last losses and their median absolute deviation, which an
-outlier does not move."""
+outlier does not move.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from rcmae import dist
 from rcmae.data.batch import Batch
+from rcmae.files import write_aside
 
 Action = Literal["stop", "skip", "rewind"]
+ENOUGH = 16  # losses before which none is called a jump
 FLOOR = 0.01  # of the median: a smaller deviation is no scale to judge by
 
 
-class NumbersGoneBad(RuntimeError):
+class NonFiniteLoss(RuntimeError):
     """A loss or gradient is not finite, or the loss jumped; nothing was updated."""
 
 
@@ -45,15 +48,13 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"skips": self.skips, "rewinds": self.rewinds, "history": self.history}
+        return {"skips": self.skips, "rewinds": self.rewinds, "history": list(self.history)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's `state()`."""
-        self.skips, self.rewinds, self.history = (
-            state["skips"],
-            state["rewinds"],
-            list(state["history"]),
-        )
+        """Resume from what `state()` gave a checkpoint."""
+        self.skips = state["skips"]
+        self.rewinds = state["rewinds"]
+        self.history = list(state["history"])
 
     def jumped(self, seen: Sequence[dict[str, Tensor]]) -> str | None:
         """Why this step's loss is an outlier, None if it is not or jumps are not looked for.
@@ -62,15 +63,16 @@ class Guard:
         loss."""
         if self.spike_factor is None:
             return None
-        share = torch.stack(
-            [weight * part[term] for part in seen for term, weight in self.weights.items()]
-        ).sum()
+        shares = []
+        for part in seen:
+            shares += [weight * part[term] for term, weight in self.weights.items()]
+        share = torch.stack(shares).sum()
         loss = float(dist.all_sum(share.double()))  # waits for the device
         if not math.isfinite(loss):
             return None  # the gradient's check says that better
-        if len(self.history) >= 16:
+        if len(self.history) >= ENOUGH:
             middle = median(self.history)
-            # a normal one's, from the MAD
+            # a normal distribution's standard deviation, from the MAD
             deviation = 1.4826 * median(abs(value - middle) for value in self.history)
             limit = middle + self.spike_factor * max(deviation, FLOOR * abs(middle))
             if loss > limit:
@@ -78,7 +80,8 @@ class Guard:
                     f"the loss jumped to {loss:.4g}, above {limit:.4g} (the median of late is "
                     f"{middle:.4g})"
                 )
-        self.history = [*self.history, loss][-self.spike_window :]
+        self.history.append(loss)
+        del self.history[: -self.spike_window]
         return None
 
     def decide(self, *, can_rewind: bool) -> Action:
@@ -97,8 +100,8 @@ class Report(NamedTuple):
 
     path: Path
     samples: dict[int, list[str]]  # rank -> samples of the micro-batches whose loss is not finite
-    what: str
-    shown: str
+    what: str  # what is not finite
+    shown: str  # the first of the samples, for a message; empty without any
 
 
 def bundle(
@@ -108,37 +111,42 @@ def bundle(
     mask.
 
     Positions and the recipe's seeds are the random keys: crop, flip and mask are functions of them.
-    Collective."""
-    mine = [
-        {
-            **batch.record(),
-            "losses": {term: loss.item() for term, loss in losses.items()},
-        }
-        for batch, losses in zip(micros, seen, strict=True)
-    ]
+    Collective: every rank calls.
+    """
+    mine = []
+    for batch, losses in zip(micros, seen, strict=True):
+        values = {term: loss.item() for term, loss in losses.items()}
+        mine.append({**batch.record(), "losses": values})
     ranks = dist.gather(mine)
-    bad = {
-        rank: [
-            key
-            for micro in each
-            if not all(map(math.isfinite, micro["losses"].values()))
-            for key in micro["keys"]
-        ]
-        for rank, each in enumerate(ranks)
-    }
-    bad = {rank: keys for rank, keys in bad.items() if keys}
     path = run_dir / "replay" / f"step-{about['step']:08d}.json"
     if dist.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**about, "ranks": ranks}))  # Python's JSON, which has NaN
-    named = "; ".join(
-        f"rank {rank}: {', '.join(keys[:4])}{' ...' * (len(keys) > 4)}"
-        for rank, keys in bad.items()
-    )
+        # Python's JSON, which has NaN
+        write_aside(path, json.dumps({**about, "ranks": ranks}), durable=False)
+    bad = _not_finite(ranks)
+    what = "a loss" if bad else "the gradient, but no loss,"
     return Report(
-        path,
-        bad,
-        f"{'a loss' if bad else 'the gradient, but no loss,'} is not finite (gradient norm "
-        f"{about['grad_norm']})",
-        f"Samples of the micro-batches with such a loss: {named}. " if bad else "",
+        path=path,
+        samples=bad,
+        what=f"{what} is not finite (gradient norm {about['grad_norm']})",
+        shown=_shown(bad),
     )
+
+
+def _not_finite(ranks: Sequence[Sequence[dict[str, Any]]]) -> dict[int, list[str]]:
+    """Rank -> keys of the samples in its micro-batches that have a loss which is not finite."""
+    found: dict[int, list[str]] = {}
+    for rank, micros in enumerate(ranks):
+        for micro in micros:
+            if not all(map(math.isfinite, micro["losses"].values())):
+                found.setdefault(rank, []).extend(micro["keys"])
+    return found
+
+
+def _shown(samples: dict[int, list[str]]) -> str:
+    """Those samples for a message; empty without any."""
+    named = []
+    for rank, keys in samples.items():
+        more = " ..." if len(keys) > 4 else ""
+        named.append(f"rank {rank}: {', '.join(keys[:4])}{more}")
+    return f"Samples of the micro-batches with such a loss: {'; '.join(named)}. " if named else ""

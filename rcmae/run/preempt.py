@@ -19,7 +19,14 @@ from typing import Any
 
 import psutil
 
-FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit statuses of a rank; 75 says: run me again
+from rcmae.files import write_aside
+
+# exit statuses of a rank
+FINISHED = 0
+FAILED = 1
+REFUSED = 2  # the user's input is wrong
+STOPPED = 75  # run me again
+
 MARGIN_S = 5.0  # for the exit; in practice also for what takes longer than it did before
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -98,10 +105,4 @@ def write_outcome(
         "again": status == STOPPED if again is None else again,
         "time": time.time(),
     }
-    aside = run_dir / "outcome.json.new"
-    with aside.open("w") as file:
-        json.dump(document, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, run_dir / "outcome.json")
+    write_aside(run_dir / "outcome.json", json.dumps(document, indent=1) + "\n")
