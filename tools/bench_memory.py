@@ -35,10 +35,11 @@ from rcmae import config, dist, train
 from rcmae.config import Recipe
 from rcmae.models import kernels
 from rcmae.parts import make_engine, make_objective, new_student, new_teacher
+from rcmae.planning.hardware import commit, hardware
 from rcmae.planning.memory import footprint
 from rcmae.run.folder import versions
 from tools import plan
-from tools.bench_step import commit, hardware, made_up_batch
+from tools.bench_step import made_up_batch
 
 RESIDENT, STEP = 0.01, {"cpu": 0.15, "cuda": 0.10}  # relative tolerances
 KEPT, RECOMPUTED = (

@@ -29,7 +29,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +54,7 @@ from rcmae.models.vit import ARCHITECTURES, Encoder, MaskedAutoencoder, flops_pe
 from rcmae.objectives import MAE, RCMAE, BootMAE, Objective
 from rcmae.objectives.mae import pixel_targets
 from rcmae.objectives.terms import widen
+from rcmae.planning.hardware import commit, hardware
 
 from timm.models.vision_transformer import Block
 
@@ -570,49 +570,6 @@ def describe(
         "share_of_ceiling": rate / ceiling,
         "peak_bytes": memory,
     }
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What it was measured on, without the machine's name."""
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if "model name" in line
-        ]
-        cpu = names[0] if names else cpu
-    found: dict[str, Any] = {
-        "device": device.type,
-        "cpu": cpu,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": properties.name,
-            "gpu_bytes": properties.total_memory,
-            "cuda": torch.version.cuda,
-        }
-        found["fp32_products"] = torch.get_float32_matmul_precision()
-    return found
-
-
-def commit() -> str | None:
-    """The commit of this file's repository, with a + where the tree differs from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        name = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return name + "+" * bool(changed.stdout.strip())
 
 
 def print_report(report: dict[str, Any]) -> None:

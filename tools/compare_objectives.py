@@ -48,11 +48,12 @@ from rcmae.evaluation.knn import knn
 from rcmae.evaluation.logistic import logistic
 from rcmae.models.classifier import Classifier
 from rcmae.parts import make_engine, make_objective, new_student, new_teacher, student_sizes
+from rcmae.planning.hardware import commit, hardware
 from rcmae.run.folder import versions
 from rcmae.weights.encoder import load_encoder
 from rcmae.weights.layouts import Which
 from tools.bench_memory import measure
-from tools.bench_step import commit, hardware, made_up_batch
+from tools.bench_step import made_up_batch
 from tools.probes import extracted
 
 OBJECTIVES = {

@@ -50,8 +50,8 @@ from rcmae.data.transforms import BadImage, TrainTransform
 from rcmae.errors import Refused
 from rcmae.models.bootmae import Network
 from rcmae.parts import engine_settings, new_network
+from rcmae.planning.hardware import peak_flops
 from rcmae.planning.memory import Footprint, Settings, checkpoint_bytes, footprint
-from rcmae.run.meter import peak_flops
 
 with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
     from rcmae.engines.deepspeed import config_problems, read_config
