@@ -27,6 +27,8 @@ COMMANDS = {
     "finetune": Command("finetune", "fine-tune a pretrained encoder on labelled shards"),
     "probe": Command("probe", "train a linear head on a frozen encoder"),
     "follow": Command("follow", "evaluate each checkpoint of a run, from beside it"),
+    "export": Command("export", "write a run's weights to a file that others read"),
+    "convert": Command("convert", "turn weights of one family into those of another"),
     "recipe": Command("recipe", "list the shipped recipes, or print one with all its settings"),
     "slurm-templates": Command("slurm_templates", "copy the templates of SLURM jobs to a folder"),
 }

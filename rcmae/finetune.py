@@ -41,7 +41,7 @@ from rcmae.models.classifier import Classification, Classifier, classifier_flops
 from rcmae.objectives import Objective
 from rcmae.parts import student_sizes, train_transform
 from rcmae.weights.names import published_names
-from rcmae.weights.reading import read_network
+from rcmae.weights.reading import read_network_together
 
 ENCODER_SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 
@@ -239,7 +239,7 @@ def start_weights(model: Classifier, recipe: Recipe) -> str:
     if init is None:
         return "weights of run.seed: classify.init names none"
     try:
-        source = read_network(Path(init), recipe.classify.network)
+        source = read_network_together(Path(init), recipe.classify.network)
         fit = fit_weights(model, published_names(source.weights), source.grid)
     except (ValueError, checkpoint.CheckpointError) as error:
         raise Refused(

@@ -85,8 +85,8 @@ from rcmae.run.guard import Guard, NonFiniteLoss, bundle
 from rcmae.run.meter import Meter
 from rcmae.run.metrics import MetricsLog, closing_summary, events_of
 from rcmae.run.presence import Presence
-from rcmae.weights.layouts import whole_network
-from rcmae.weights.reading import read_network
+from rcmae.weights.reading import read_network_together
+from rcmae.weights.shapes import whole_network
 
 # --------------------------------------------------------------------------------------- the method
 
@@ -236,7 +236,7 @@ class Pretraining:
         if init is None or saved is not None:
             return []
         try:
-            source = read_network(Path(init), first="student")
+            source = read_network_together(Path(init), first="student")
             student = new_student(recipe)
             student.load_state_dict(whole_network(student, source.weights))
         except (ValueError, checkpoint.CheckpointError) as error:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rcmae.checkpoint import newest_unverified, tensor_of
+from rcmae.commands import export as export_tool
 from rcmae.config import load
 from rcmae.models.classifier import Classifier, fit_weights
 from rcmae.parts import new_network
@@ -21,7 +22,6 @@ from rcmae.weights.names import published_names
 from rcmae.weights.reading import read_network
 from runs import Folder, start
 from tools import compare_objectives as tool
-from tools import export as export_tool
 from tools import visualize
 from tools.convert import convert
 

@@ -18,14 +18,14 @@ from safetensors import safe_open
 from test_classifier import batch_of
 
 import rcmae
+from rcmae.commands import convert as tool
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import MAE
 from rcmae.weights.encoder import load_classifier, to_onnx
-from rcmae.weights.layouts import in_encoder
 from rcmae.weights.names import family_names
 from rcmae.weights.reading import read_network
+from rcmae.weights.shapes import in_encoder
 from runs import Folder, start
-from tools import convert as tool
 
 import timm
 

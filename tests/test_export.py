@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from rcmae import checkpoint
+from rcmae.commands import export as tool
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.weights.layouts import LAYOUTS
 from rcmae.weights.reading import find_checkpoint, load_weights
-from rcmae.weights.writing import _timm_arguments, export
+from rcmae.weights.writing import export, timm_arguments
 from tests.checkpoints import MODEL, network, state_of, write_checkpoint
 from tests.runs import Folder
-from tools import export as tool
 
 import timm
 
@@ -210,7 +210,7 @@ def test_timm_line_of_a_published_architecture_is_short(run):
     manifest.meta["recipe"]["model"].update(
         {"name": "vit_base_patch16", "image_size": 224} | dict.fromkeys(keys)
     )
-    assert _timm_arguments(manifest) == ["'vit_base_patch16_224'", "num_classes=0"]
+    assert timm_arguments(manifest) == ["'vit_base_patch16_224'", "num_classes=0"]
     assert timm.is_model("vit_base_patch16_224")
 
 

@@ -20,7 +20,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.masking import random_ids
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives.mae import pixel_targets
-from rcmae.weights.reading import Source
+from rcmae.weights.reading import NetworkWeights
 from runs import Folder, start
 from tools import visualize as tool
 
@@ -99,7 +99,9 @@ def test_what_training_took_out_is_put_back(norm: Any, batch: Batch) -> None:
 
 def test_the_normalisation_is_the_recipes_own() -> None:
     def of(**objective: Any) -> Any:
-        source = Source({}, None, {}, "a run", {"recipe": json.dumps({"objective": objective})})
+        source = NetworkWeights(
+            {}, None, {}, "a run", {"recipe": json.dumps({"objective": objective})}
+        )
         return tool.norm_of(source)
 
     assert of(name="mae", norm_pix_loss=True, pixel_norm=None) == "unbiased"

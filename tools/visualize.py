@@ -48,7 +48,7 @@ from rcmae.models.vit import patchify, unpatchify
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
 from rcmae.parts import pixel_norm
 from rcmae.weights.encoder import load_autoencoder, load_classifier, load_encoder, statistics_of
-from rcmae.weights.reading import Source
+from rcmae.weights.reading import NetworkWeights
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 STATISTICS = {
@@ -181,14 +181,14 @@ def pasted(
     return unpatchify(filled, model.patch_size, model.image_size, model.in_channels)
 
 
-def norm_of(source: Source) -> PixelNorm | None:
+def norm_of(source: NetworkWeights) -> PixelNorm | None:
     """By which mean and deviation the patches that a network predicts are normalised.
 
     MAE's where no recipe tells.
     """
-    if "recipe" not in source.told:
+    if "recipe" not in source.metadata:
         return NORMS["unbiased"]
-    objective = Recipe.model_validate_json(source.told["recipe"]).objective
+    objective = Recipe.model_validate_json(source.metadata["recipe"]).objective
     return pixel_norm(objective) if objective.norm_pix_loss else None
 
 

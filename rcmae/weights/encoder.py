@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import nn
 
@@ -30,13 +31,16 @@ from rcmae.models.bootmae import Network
 from rcmae.models.classifier import Classifier, Fit, fit_weights
 from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder
 from rcmae.parts import new_network
-from rcmae.weights.layouts import Which, sizes_of, whole_network
+from rcmae.weights.layouts import Which
 from rcmae.weights.names import family_names, of_autoencoder, published_names
-from rcmae.weights.reading import Source, read_network
+from rcmae.weights.reading import NetworkWeights, read_network
+from rcmae.weights.shapes import sizes_of, whole_network
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 # of the architectures that the field shares, by width
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+DECODER_HEADS = {512: 16, 256: 8}
 
 
 def load_encoder(
@@ -57,8 +61,10 @@ def load_encoder(
         num_heads: for a file of an unusual architecture, which shapes do not tell.
         pool: what calling the model gives: "mean" of the normalised patch tokens, or "cls".
 
+    Local: one process of many may call alone.
+
     Raises:
-        ValueError: there is no such thing, or its weights are not those of an encoder; everything
+        Refused: there is no such thing, or its weights are not those of an encoder; everything
             at once.
         CheckpointError: the checkpoint is damaged.
     """
@@ -80,10 +86,10 @@ def load_classifier(
     image_size: int | tuple[int, int] | None = None,
 ) -> Classifier:
     """A fine-tuned classifier, as `load_encoder`; `pretrained_cfg["class_names"]` is the file that
-    its recipe names.
+    its recipe names. Local.
 
     Raises:
-        ValueError: as there, or the weights have no head.
+        Refused: as there, or the weights have no head.
         CheckpointError: the checkpoint is damaged.
     """
     found = read_network(Path(source), network)
@@ -92,7 +98,7 @@ def load_classifier(
             f"{source} has no head: it is an encoder; fine-tune it, or give a run of rcmae.finetune"
         )
     model, _ = model_of(found, image_size=image_size, num_heads=None, head=True)
-    recipe = json.loads(found.told.get("recipe", "{}"))
+    recipe = json.loads(found.metadata.get("recipe", "{}"))
     model.pretrained_cfg["class_names"] = recipe.get("classify", {}).get("class_names")
     return model
 
@@ -103,9 +109,9 @@ def load_autoencoder(
     network: Which | None = None,
     num_heads: int | None = None,
     decoder_heads: int | None = None,
-) -> tuple[Network, Source]:
+) -> tuple[Network, NetworkWeights]:
     """A whole network in evaluation mode, that of its recipe where there is one, and what is known
-    of it.
+    of it. Local.
 
     Args:
         source: as `load_encoder`.
@@ -114,7 +120,7 @@ def load_autoencoder(
         decoder_heads: alike.
 
     Raises:
-        ValueError: there is none, it has no decoder, or the numbers of heads are not known.
+        Refused: there is none, it has no decoder, or the numbers of heads are not known.
         CheckpointError: the checkpoint is damaged.
     """
     found = read_network(Path(source), network)
@@ -122,57 +128,75 @@ def load_autoencoder(
         raise Refused(
             f"{found.about} has no decoder: it reconstructs nothing; give a whole network"
         )
-    if "recipe" in found.told:
-        model = _pretrained(Recipe.model_validate_json(found.told["recipe"]), found)
-        return model.eval(), found
-    weights = {name: found.weights[name] for name in of_autoencoder(found.weights)}
-    sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
-    side = round(sizes.pop("num_patches") ** 0.5)  # only a recipe tells of another shape
-    heads = num_heads or heads_of(found) or HEADS.get(sizes["embed_dim"])
-    theirs = (
-        decoder_heads
-        or found.sizes.get("decoder_heads")
-        or {512: 16, 256: 8}.get(sizes["decoder_dim"])
-    )
-    if heads is None or theirs is None:
-        raise Refused(f"{found.about}: its widths do not tell the numbers of heads; give both")
-    patch = sizes["patch_size"]
-    model = MaskedAutoencoder(
-        image_size=(side * patch, side * patch), num_heads=heads, decoder_heads=theirs, **sizes
-    )
-    model.load_state_dict(whole_network(model, weights))
+    if "recipe" in found.metadata:
+        model = _of_recipe(recipe_of(found), found)
+    else:
+        model = _of_shapes(found, num_heads, decoder_heads)
     return model.eval(), found
 
 
-def _pretrained(recipe: Recipe, found: Source) -> Network:
+def recipe_of(source: NetworkWeights) -> Recipe:
+    """The recipe in the metadata of weights. Raises Refused: it is none that this rcmae knows."""
+    try:
+        return Recipe.model_validate_json(source.metadata["recipe"])
+    except pydantic.ValidationError as error:
+        raise Refused(f"{source.about}: its recipe cannot be read: {error}") from error
+
+
+def _of_recipe(recipe: Recipe, found: NetworkWeights) -> Network:
     """The network of a recipe with the weights, its heads for classes and features left out.
 
-    Raises ValueError.
+    Raises Refused.
     """
     model = new_network(recipe, norm="torch")
     model.keep(("pixels",))
     wanted = model.state_dict()
     split = any(name.endswith(".q_bias") for name in wanted)  # a file has them joined
     weights = family_names(found.weights, "bootmae") if split else found.weights
+    kept = {name: value for name, value in weights.items() if name in wanted}
     try:
-        model.load_state_dict(
-            whole_network(model, {name: weights[name] for name in weights if name in wanted})
-        )
-    except ValueError as error:
+        model.load_state_dict(whole_network(model, kept))
+    except Refused as error:
         raise Refused(f"{found.about} {error}") from error
     return model
 
 
+def _of_shapes(
+    found: NetworkWeights, num_heads: int | None, decoder_heads: int | None
+) -> MaskedAutoencoder:
+    """The network that shapes tell of, with the weights. Raises Refused."""
+    weights = {name: found.weights[name] for name in of_autoencoder(found.weights)}
+    sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
+    side = round(sizes.pop("num_patches") ** 0.5)  # only a recipe tells of another shape
+    pixels = side * sizes["patch_size"]
+    heads = num_heads or heads_of(found) or HEADS.get(sizes["embed_dim"])
+    told = decoder_heads or found.sizes.get("decoder_heads")
+    heads_of_decoder = told or DECODER_HEADS.get(sizes["decoder_dim"])
+    if heads is None or heads_of_decoder is None:
+        raise Refused(f"{found.about}: its widths do not tell the numbers of heads; give both")
+    model = MaskedAutoencoder(
+        image_size=(pixels, pixels), num_heads=heads, decoder_heads=heads_of_decoder, **sizes
+    )
+    model.load_state_dict(whole_network(model, weights))
+    return model
+
+
 def model_of(
-    source: Source, *, image_size: int | tuple[int, int] | None, num_heads: int | None, head: bool
+    source: NetworkWeights,
+    *,
+    image_size: int | tuple[int, int] | None,
+    num_heads: int | None,
+    head: bool,
 ) -> tuple[Classifier, Fit]:
-    """A model of the weights' own sizes with them in it, and what matched. Raises ValueError."""
+    """A model of the weights' own sizes with them in it, and what matched. Raises Refused."""
     # a run of BootMAE's or MAE-priv's network has a bias for queries and for values
     weights = published_names(source.weights)
     sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
+    patch = sizes["patch_size"]
+    width = sizes["embed_dim"]
     side = round(sizes["num_patches"] ** 0.5)
-    rows, columns = source.grid or (side, side)
-    patch, width = sizes["patch_size"], sizes["embed_dim"]
+    grid = source.grid or (side, side)
+
     heads = num_heads or heads_of(source) or HEADS.get(width)
     if heads is None or width % heads:
         raise Refused(
@@ -181,11 +205,12 @@ def model_of(
         )
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
-    size = image_size or (rows * patch, columns * patch)
+    size = image_size or (grid[0] * patch, grid[1] * patch)
     if size[0] % patch or size[1] % patch:
         raise Refused(
             f"image_size={size[0]}x{size[1]} is no multiple of the patch of {patch} pixels"
         )
+
     own_norm = "fc_norm.weight" in weights and "norm.weight" not in weights
     model = Classifier(
         image_size=size,
@@ -200,27 +225,37 @@ def model_of(
         class_token=sizes.get("cls_token", True),
     )
     try:
-        fit = fit_weights(model, weights, (rows, columns))
-    except ValueError as error:
+        fit = fit_weights(model, weights, grid)
+    except Refused as error:
         raise Refused(f"{source.about}: {error}") from error
+
     mean, std = statistics_of(source, sizes["in_channels"])
     # where timm looks for them: timm.data.resolve_model_data_config(model)
     model.pretrained_cfg = {"input_size": (sizes["in_channels"], *size), "mean": mean, "std": std}
     return model.eval(), fit
 
 
-def statistics_of(source: Source, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def pixels_of(model: Classifier) -> tuple[int, int]:
+    """Height and width of the images that a model takes."""
+    rows, columns = model.grid
+    height, width = model.patch_embed.patch_size
+    return rows * height, columns * width
+
+
+def statistics_of(
+    source: NetworkWeights, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each channel, 0 to 1, that images were normalised by: the recipe's,
     else ImageNet's.
     """
-    data = json.loads(source.told["recipe"])["data"] if "recipe" in source.told else {}
-    return tuple(data.get("mean", IMAGENET[0]))[:channels], tuple(data.get("std", IMAGENET[1]))[
-        :channels
-    ]
+    data = json.loads(source.metadata.get("recipe", "{}")).get("data", {})
+    mean = tuple(data.get("mean", IMAGENET_MEAN))
+    std = tuple(data.get("std", IMAGENET_STD))
+    return mean[:channels], std[:channels]
 
 
-def heads_of(source: Source) -> int | None:
-    """The number of heads that a recipe beside the weights says."""
+def heads_of(source: NetworkWeights) -> int | None:
+    """The number of heads that a recipe beside the weights says; None where there is none."""
     told: dict[str, Any] = source.sizes
     named = ARCHITECTURES.get(str(told.get("name")), {})
     return told.get("num_heads") or named.get("num_heads")
@@ -244,13 +279,12 @@ def to_onnx(model: Classifier, path: Path) -> None:
     The metadata has "mean" and "std", of each channel, 0 to 1, that images are to be normalised by.
 
     Raises:
-        ValueError: onnx and onnxscript are not installed.
+        Refused: onnx and onnxscript are not installed.
     """
     if importlib.util.find_spec("onnxscript") is None:
         # torch's exporter asks for it only when it is under way
         raise Refused("ONNX needs two packages more: pip install onnx onnxscript")
-    height, width = (side * model.patch_embed.patch_size[0] for side in model.grid)
-    images = torch.zeros(2, model.in_chans, height, width)
+    images = torch.zeros(2, model.in_chans, *pixels_of(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         program = torch.onnx.export(

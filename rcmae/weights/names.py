@@ -11,32 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rcmae.errors import Refused
-
-Family = Literal["mae", "supmae", "bootmae", "maepriv", "timm", "huggingface"]
-
-
-class About(NamedTuple):
-    """A family."""
-
-    text: str
-    decoder: bool  # whether a whole network can be written, or its encoder alone
-
-
-FAMILIES: dict[str, About] = {
-    "mae": About("MAE's .pth, under 'model'; SupMAE's is the same", True),
-    "bootmae": About("BootMAE's .pth: its encoder under 'model', with q_bias and v_bias", False),
-    "maepriv": About(
-        "MAE-priv's .pth: its pretraining's 'encoder.' under 'model', with q_bias and v_bias", False
-    ),
-    "timm": About("timm's vit_*: the encoder, as safetensors or .pth", False),
-    "huggingface": About("Hugging Face's ViTMAE: a folder that from_pretrained reads", True),
-}
+from rcmae.weights.layouts import FAMILIES
 
 # ours -> theirs, one row a kind of weight; {i} stands for the number of a block
 _HUGGING_FACE = {
@@ -60,6 +41,19 @@ _HUGGING_FACE_BLOCK = {
     "mlp.fc2": "output.dense",
 }
 _PARTS = ("query", "key", "value")
+_BLOCK = re.compile(r"((?:decoder_)?blocks)\.(\d+)\.(.+)\.(weight|bias)")
+
+# theirs -> ours
+_OURS = {theirs: ours for ours, theirs in _HUGGING_FACE.items() if "{i}" not in ours}
+_OUR_BLOCKS = {
+    theirs.removesuffix(".{i}"): ours.removesuffix(".{i}")
+    for ours, theirs in _HUGGING_FACE.items()
+    if "{i}" in ours
+}
+_OURS_INSIDE = {theirs: ours for ours, theirs in _HUGGING_FACE_BLOCK.items()}
+_THEIR_BLOCK = re.compile(
+    r"(?P<blocks>.+?)\.(?P<number>\d+)\.(?P<inside>.+)\.(?P<kind>weight|bias)"
+)
 
 
 def published_names(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +93,7 @@ def family_names(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     """Weights of MAE's names by those of another family.
 
     Raises:
-        ValueError: it is no family that is known.
+        Refused: it is no family that is known.
     """
     if family in ("mae", "supmae", "timm"):
         return dict(state)
@@ -111,9 +105,10 @@ def family_names(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.endswith("attn.qkv.bias"):
-            query, key, last = value.chunk(3)
+            query, key, of_value = value.chunk(3)
             place = prefix + name.removesuffix("qkv.bias")
-            renamed[f"{place}q_bias"], renamed[f"{place}v_bias"] = query.clone(), last.clone()
+            renamed[f"{place}q_bias"] = query.clone()
+            renamed[f"{place}v_bias"] = of_value.clone()
             if key.count_nonzero():
                 renamed[f"{place}key_bias"] = key.clone()
         else:
@@ -126,10 +121,8 @@ def _with_key_bias(state: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in state.items():
         place, _, last = name.rpartition(".")
         if last == "q_bias":
-            key = state.get(
-                f"{place}.key_bias", torch.zeros_like(value) if isinstance(value, Tensor) else None
-            )
-            parts = [value, key, state.get(f"{place}.v_bias")]
+            zeros = torch.zeros_like(value) if isinstance(value, Tensor) else None
+            parts = [value, state.get(f"{place}.key_bias", zeros), state.get(f"{place}.v_bias")]
             if all(isinstance(part, Tensor) for part in parts):
                 renamed[f"{place}.qkv.bias"] = torch.cat(parts)
         elif last not in ("v_bias", "key_bias"):
@@ -140,12 +133,11 @@ def _with_key_bias(state: Mapping[str, Any]) -> dict[str, Any]:
 def _to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        block = re.fullmatch(r"((?:decoder_)?blocks)\.(\d+)\.(.+)\.(weight|bias)", name)
+        block = _BLOCK.fullmatch(name)
         if block is None:
             place, _, last = name.rpartition(".")
-            renamed[
-                f"{_HUGGING_FACE[place]}.{last}" if place in _HUGGING_FACE else _HUGGING_FACE[name]
-            ] = value
+            known = place in _HUGGING_FACE
+            renamed[f"{_HUGGING_FACE[place]}.{last}" if known else _HUGGING_FACE[name]] = value
             continue
         place = _HUGGING_FACE[f"{block[1]}.{{i}}"].format(i=block[2])
         if block[3] == "attn.qkv":
@@ -164,27 +156,33 @@ def _from_hugging_face(state: Mapping[str, Any]) -> dict[str, Any]:
         }
     saved = "decoder.decoder_encoder.layer."  # what transformers 5 calls them when it writes
     state = {name.replace(saved, "decoder.decoder_layers."): value for name, value in state.items()}
-    plain = {theirs: ours for ours, theirs in _HUGGING_FACE.items() if "{i}" not in ours}
-    blocks = {
-        theirs.partition(".{i}")[0]: ours for ours, theirs in _HUGGING_FACE.items() if "{i}" in ours
-    }
-    inside = {theirs: ours for ours, theirs in _HUGGING_FACE_BLOCK.items()}
+
     renamed: dict[str, Any] = {}
     for name, value in state.items():
         place, _, last = name.rpartition(".")
-        block = re.fullmatch(r"(.+?)\.(\d+)\.(.+)\.(weight|bias)", name)
-        if name in plain or place in plain:
-            renamed[plain[name] if name in plain else f"{plain[place]}.{last}"] = value
-        elif block is None or block[1] not in blocks:
+        block = _THEIR_BLOCK.fullmatch(name)
+        if name in _OURS:
+            renamed[_OURS[name]] = value
+        elif place in _OURS:
+            renamed[f"{_OURS[place]}.{last}"] = value
+        elif block is None or block["blocks"] not in _OUR_BLOCKS:
             renamed[name] = value
-        elif block[3] in inside:
-            renamed[f"{blocks[block[1]].format(i=block[2])}.{inside[block[3]]}.{block[4]}"] = value
-        elif block[3] == "attention.attention.query":
-            stem = f"{block[1]}.{block[2]}.attention.attention."
-            parts = [state.get(f"{stem}{part}.{block[4]}") for part in _PARTS]
-            if all(isinstance(part, Tensor) for part in parts):
-                joined = torch.cat([part for part in parts if part is not None])
-                renamed[f"{blocks[block[1]].format(i=block[2])}.attn.qkv.{block[4]}"] = joined
-        elif block[3] not in ("attention.attention.key", "attention.attention.value"):
-            renamed[name] = value
+        else:
+            renamed |= _of_their_block(name, block, state)
     return renamed
+
+
+def _of_their_block(name: str, block: re.Match[str], state: Mapping[str, Any]) -> dict[str, Any]:
+    """A weight of one of Hugging Face's blocks by our name; nothing where it is part of another."""
+    place = f"{_OUR_BLOCKS[block['blocks']]}.{block['number']}"
+    inside, kind = block["inside"], block["kind"]
+    if inside in _OURS_INSIDE:
+        return {f"{place}.{_OURS_INSIDE[inside]}.{kind}": state[name]}
+    if inside == "attention.attention.query":
+        stem = f"{block['blocks']}.{block['number']}.attention.attention."
+        parts = [state.get(f"{stem}{part}.{kind}") for part in _PARTS]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        return {f"{place}.attn.qkv.{kind}": torch.cat(tensors)} if len(tensors) == 3 else {}
+    if inside in ("attention.attention.key", "attention.attention.value"):
+        return {}
+    return {name: state[name]}

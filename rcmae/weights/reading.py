@@ -1,8 +1,9 @@
 """Weights of a run, a checkpoint or a file of any family, read without running anything in them.
 
-Local: one process reads, and no other is waited for. A `.pth` is a pickle, which can run code when
-it is opened. It is read by torch's restricted reader, which builds tensors, plain containers and
-`argparse.Namespace` (the published files hold one) and refuses everything else."""
+Reading is local: one process reads, and none waits for another. What ends in `_together` is
+collective. A `.pth` is a pickle, which can run code when it is opened. It is read by torch's
+restricted reader, which builds tensors, plain containers and `argparse.Namespace` (the published
+files hold one) and refuses everything else."""
 
 from __future__ import annotations
 
@@ -24,37 +25,48 @@ from torch import Tensor
 from rcmae import __version__, checkpoint
 from rcmae.checkpoint import CheckpointError, Manifest
 from rcmae.errors import Refused
-from rcmae.weights.layouts import KIND, Which, shape_problems, sizes_of
+from rcmae.files import json_lines
+from rcmae.weights.layouts import KIND, Which
 from rcmae.weights.names import published_names
+from rcmae.weights.shapes import shape_problems, sizes_of
+
+
+class NetworkWeights(NamedTuple):
+    """A network's weights, wherever they were."""
+
+    weights: dict[str, Tensor]  # by published names; of a checkpoint by the network's own
+    grid: tuple[int, int] | None  # rows and columns of its position table; None: not told
+    sizes: dict[str, Any]  # of the architecture, by the recipe beside it; empty where there is none
+    about: str  # one line that names them
+    metadata: dict[str, str]  # recipe, step, data, versions: text, JSON where there is structure
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Networks read from a file, names and shapes checked."""
+class WeightsFile:
+    """The networks in a file, their names and shapes checked."""
 
     path: Path
     layout: str  # "safetensors", "mae", "rcmae", or "plain": tensors by name and nothing else
-    # "student", "teacher", or "model" where the file does not say which
-    networks: dict[str, dict[str, Tensor]]
+    networks: dict[str, dict[str, Tensor]]  # "student", "teacher"; "model" where it does not say
     sizes: dict[str, Any]  # what shapes tell: not the numbers of heads, nor the sides of the grid
     about: dict[str, Any]  # the file's own account: metadata, or RC-MAE's epoch and args
 
 
-class Source(NamedTuple):
-    """A network's weights, wherever they were."""
+class _Contents(NamedTuple):
+    """What a file holds, unchecked."""
 
-    weights: dict[str, Tensor]  # by published names
-    grid: tuple[int, int] | None  # rows and columns of its position table; None: not told
-    # what a recipe beside it says of the architecture; empty where there is none
-    sizes: dict[str, Any]
-    about: str  # a line
-    # what is known of the weights, as text by text: recipe, step, data, versions
-    told: dict[str, str]
+    layout: str
+    networks: dict[str, dict[str, Tensor]]
+    about: dict[str, Any]
 
 
-def read_network(path: Path, network: Which | None = None, *, first: Which = "teacher") -> Source:
-    """The weights of a run, a checkpoint, or a file of any family. Collective: every rank calls.
-    Nothing is run.
+# -------------------------------------------------------------------------------------- a network's
+
+
+def read_network(
+    path: Path, network: Which | None = None, *, first: Which = "teacher"
+) -> NetworkWeights:
+    """The weights of a run, a checkpoint, or a file of any family. Local; nothing in it is run.
 
     Args:
         path: a run's or a checkpoint's folder, or a file: safetensors, or a pickle of tensors.
@@ -63,99 +75,212 @@ def read_network(path: Path, network: Which | None = None, *, first: Which = "te
             with.
 
     Raises:
-        ValueError: there is nothing of the kind, it cannot be read, or it has no such network.
+        Refused: there is nothing of the kind, it cannot be read, or it has no such network.
         CheckpointError: the checkpoint is damaged.
     """
-    heads: dict[str, int] = {}
-    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        # Hugging Face's folder
-        heads, path = _hugging_face_heads(path / "config.json"), path / "model.safetensors"
-    if not path.is_file():
-        return _of_checkpoint(path, network, first)
-    layout, networks, told = (
-        _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    )
-    name: str = network or (first if first in networks else next(iter(networks)))
-    if name not in networks:
-        raise Refused(
-            f"{path} has no {name}, only {', '.join(networks)}; leave classify.network out"
-        )
-    weights = published_names(networks[name])
-    strange = [key for key, value in weights.items() if not _is_dense(value)]
-    if strange or not weights:
-        what = (
-            f"entries that are no dense tensors of floats, such as {strange[0]}"
-            if strange
-            else "no weights"
-        )
-        raise Refused(f"{path} has {what}; give a file of weights by name")
-    recipe = json.loads(told["recipe"]) if "recipe" in told else None
-    sizes, grid = _told(recipe, weights)
-    known = {str(key): value for key, value in told.items() if isinstance(value, str)}
-    return Source(
-        weights, grid, heads | sizes, f"{name} of {path} ({layout}, {len(weights)} tensors)", known
-    )
+    if _is_checkpoint(path):
+        manifest, passed_over = find_checkpoint(path)
+        return _of_checkpoint(manifest, passed_over, network, first)
+    return _of_file(path, network, first)
 
 
-def _hugging_face_heads(path: Path) -> dict[str, int]:
-    """The numbers of heads, which shapes do not tell, by the names of a recipe.
+def read_network_together(
+    path: Path, network: Which | None = None, *, first: Which = "teacher"
+) -> NetworkWeights:
+    """`read_network` on every rank, a checkpoint's files verified by all ranks in shares.
 
-    Raises ValueError.
+    Collective: every rank calls. Arguments and errors as there.
     """
-    try:
-        told = json.loads(path.read_text())
-    except ValueError as error:
-        raise Refused(f"{path} is not JSON: {error}") from error
-    names = {"num_attention_heads": "num_heads", "decoder_num_attention_heads": "decoder_heads"}
-    return {
-        name: told[theirs] for theirs, name in names.items() if isinstance(told.get(theirs), int)
-    }
+    if _is_checkpoint(path):
+        manifest, passed_over = find_checkpoint_together(path)
+        return _of_checkpoint(manifest, passed_over, network, first)
+    return _of_file(path, network, first)
 
 
-def _of_checkpoint(path: Path, network: Which | None, first: Which) -> Source:
-    manifest, passed_over = find_checkpoint(path)
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a path is to be read as a run or a checkpoint, and not as a file of weights."""
+    return not path.is_file() and not _is_hugging_face(path)
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return (path / "config.json").is_file() and (path / "model.safetensors").is_file()
+
+
+def _of_file(path: Path, network: Which | None, first: Which) -> NetworkWeights:
+    heads: dict[str, int] = {}
+    if _is_hugging_face(path):
+        heads = _hugging_face_heads(path / "config.json")
+        path = path / "model.safetensors"
+
+    contents = _contents(path)
+    there = contents.networks
+    name: str = network or (first if first in there else next(iter(there)))
+    if name not in there:
+        raise Refused(f"{path} has no {name}, only {', '.join(there)}; leave classify.network out")
+
+    weights = published_names(there[name])
+    strange = [key for key, value in weights.items() if not _is_dense(value)]
+    if strange:
+        raise Refused(
+            f"{path} has entries that are no dense tensors of floats, such as {strange[0]}; "
+            "give a file of weights by name"
+        )
+    if not weights:
+        raise Refused(f"{path} has no weights; give a file of weights by name")
+
+    recipe = _recipe_of(path, contents.about)
+    sizes, grid = _architecture(recipe, weights)
+    return NetworkWeights(
+        weights=weights,
+        grid=grid,
+        sizes=heads | sizes,
+        about=f"{name} of {path} ({contents.layout}, {len(weights)} tensors)",
+        metadata={
+            str(key): value for key, value in contents.about.items() if isinstance(value, str)
+        },
+    )
+
+
+def _of_checkpoint(
+    manifest: Manifest, passed_over: list[str], network: Which | None, first: Which
+) -> NetworkWeights:
     kinds = {key.partition("/")[0] for key in manifest.tensors}
     name: Which = network or (first if KIND[first] in kinds else "student")
     if KIND[name] not in kinds:
         raise Refused(f"{manifest.path} has no {name}; use the student")
-    keys = [key for key in manifest.tensors if key.partition("/")[0] in (KIND[name], "buffer")]
-    weights = {
-        key.partition("/")[2]: tensor.clone().view(manifest.tensors[key]["shape"])
-        for key, tensor in zip(keys, whole_tensors(manifest, keys, torch.float32), strict=True)
-    }
-    sizes, grid = _told(manifest.meta["recipe"], weights)
+
+    wanted = (KIND[name], "buffer")
+    keys = [key for key in manifest.tensors if key.partition("/")[0] in wanted]
+    weights = {}
+    for key, elements in zip(keys, whole_tensors(manifest, keys, torch.float32), strict=True):
+        shape = manifest.tensors[key]["shape"]
+        weights[key.partition("/")[2]] = elements.clone().view(shape)
+
+    sizes, grid = _architecture(manifest.meta["recipe"], weights)
     newer = f", newer ones passed over: {'; '.join(passed_over)}" if passed_over else ""
-    return Source(
-        weights,
-        grid,
-        sizes,
-        f"{name} of {manifest.path}, step {manifest.step}{newer}",
-        about(manifest) | {"network": name, **figures_of(manifest)},
+    return NetworkWeights(
+        weights=weights,
+        grid=grid,
+        sizes=sizes,
+        about=f"{name} of {manifest.path}, step {manifest.step}{newer}",
+        metadata=metadata_of(manifest) | {"network": name} | figures_of(manifest),
     )
 
 
-def figures_of(manifest: Manifest) -> dict[str, str]:
-    """The last line of the run's metrics up to a checkpoint, and its last evaluation, as
-    metadata wants it.
+def _architecture(
+    recipe: Mapping[str, Any] | None, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """Sizes and grid of patches by the recipe that made the weights; nothing without one."""
+    if recipe is None or "patch_embed.proj.weight" not in weights:
+        return {}, None
+    model = recipe["model"]
+    patch = weights["patch_embed.proj.weight"].shape[2]
+    size = model["image_size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return dict(model), (height // patch, width // patch)
+
+
+def _recipe_of(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The recipe in a file's metadata, if there is one. Raises Refused."""
+    if "recipe" not in about:
+        return None
+    try:
+        return json.loads(about["recipe"])
+    except ValueError as error:
+        raise Refused(f"{path}: the recipe in its metadata is not JSON: {error}") from error
+
+
+def _hugging_face_heads(path: Path) -> dict[str, int]:
+    """The numbers of heads, which shapes do not tell, by the names of a recipe. Raises Refused."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise Refused(f"{path} is not JSON: {error}") from error
+    names = {"num_attention_heads": "num_heads", "decoder_num_attention_heads": "decoder_heads"}
+    return {
+        ours: config[theirs]
+        for theirs, ours in names.items()
+        if isinstance(config.get(theirs), int)
+    }
+
+
+# ------------------------------------------------------------------------------------- a checkpoint
+
+
+def checkpoint_folders(path: Path) -> list[Path]:
+    """The checkpoints that a path names, oldest first, whatever their state: one's folder names
+    itself, a run's all.
+
+    Raises:
+        Refused: there is none.
     """
-    run, found = manifest.path.parent.parent, {}
-    for file, key in (("metrics.jsonl", "metrics"), ("events.jsonl", "evaluation")):
-        try:
-            lines = [json.loads(line) for line in (run / file).read_text().splitlines()]
-        except (OSError, ValueError):
-            continue
-        fitting = [
-            line
-            for line in lines
-            if line.get("step", math.inf) <= manifest.step
-            and line.get("event", "evaluate") == "evaluate"
-        ]
-        if fitting:
-            found[key] = json.dumps(fitting[-1])
+    if (path / "manifest.json").exists() or (path.is_dir() and path.name.startswith("step-")):
+        return [path]
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = sorted(root.glob("step-*"))
+    if not found:
+        what = "no checkpoint in this folder" if path.is_dir() else "no such file or folder"
+        raise Refused(
+            f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000"
+        )
     return found
 
 
-def about(manifest: Manifest) -> dict[str, str]:
+def find_checkpoint(path: Path) -> tuple[Manifest, list[str]]:
+    """The checkpoint that a path names, verified: a checkpoint's folder, or a run's for its newest
+    valid one. Local.
+
+    Returns:
+        its manifest, and what was wrong with newer ones of the run.
+
+    Raises:
+        Refused: there is no checkpoint.
+        CheckpointError: none is valid.
+    """
+    folders = checkpoint_folders(path)
+    if folders == [path]:
+        return checkpoint.open_verified(path), []
+    root = folders[0].parent
+    found, passed_over = checkpoint.newest(root)
+    return _valid(root, found, passed_over), passed_over
+
+
+def find_checkpoint_together(path: Path) -> tuple[Manifest, list[str]]:
+    """`find_checkpoint`, the files verified by all ranks in shares.
+
+    Collective: every rank calls.
+    """
+    folders = checkpoint_folders(path)
+    if folders == [path]:
+        return checkpoint.open_verified_together(path), []
+    root = folders[0].parent
+    found, passed_over = checkpoint.newest_together(root)
+    return _valid(root, found, passed_over), passed_over
+
+
+def _valid(root: Path, found: Manifest | None, passed_over: list[str]) -> Manifest:
+    if found is None:
+        raise CheckpointError(
+            f"{root} has no valid checkpoint: {'; '.join(passed_over)}; restore one"
+        )
+    return found
+
+
+def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The tensors of these keys, such as "teacher/norm.bias", flattened.
+
+    Each is good until the next is asked for.
+    """
+    counts = [(key, math.prod(manifest.tensors[key]["shape"])) for key in keys]
+    largest = max((count for _, count in counts), default=0)
+    memory = torch.empty(largest, dtype=dtype)  # of all of them in turn
+    with checkpoint.Reader(manifest) as reader:  # opens each file once, unlike tensor_of
+        for key, count in counts:
+            reader.read(key, 0, memory[:count])
+            yield memory[:count]
+
+
+def metadata_of(manifest: Manifest) -> dict[str, str]:
     """What made the weights, as safetensors' metadata wants it: text by text, JSON where there
     is structure.
     """
@@ -170,77 +295,118 @@ def about(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _told(
-    recipe: Mapping[str, Any] | None, weights: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """Sizes and grid by the recipe that made the weights."""
-    if recipe is None or "patch_embed.proj.weight" not in weights:
-        return {}, None
-    model, patch = recipe["model"], weights["patch_embed.proj.weight"].shape[2]
-    size = model["image_size"]
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return dict(model), (height // patch, width // patch)
+def figures_of(manifest: Manifest) -> dict[str, str]:
+    """The last line of the run's metrics up to a checkpoint, and its last evaluation, as
+    metadata wants it.
+    """
+    run = manifest.path.parent.parent
+    found = {}
+    for file, key in (("metrics.jsonl", "metrics"), ("events.jsonl", "evaluation")):
+        last = None
+        try:
+            for line in json_lines(run / file):
+                until = line.get("step", math.inf) <= manifest.step
+                if until and line.get("event", "evaluate") == "evaluate":
+                    last = line
+        except OSError:
+            continue
+        if last is not None:
+            found[key] = json.dumps(last)
+    return found
 
 
-def load_weights(path: Path) -> Weights:
+# ------------------------------------------------------------------------------------------- a file
+
+
+def load_weights(path: Path) -> WeightsFile:
     """Read the weights of a file in any of LAYOUTS, or a published one. Nothing in the file is run.
 
     Raises:
-        ValueError: it cannot be read, holds more than weights, or its names and shapes are those of
+        Refused: it cannot be read, holds more than weights, or its names and shapes are those of
             no network.
     """
     if not path.is_file():
         raise Refused(f"{path}: no such file")
-    layout, networks, told = (
-        _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    )
-    problems, sizes = [], {}
-    for each, state in networks.items():
+    contents = _contents(path)
+    problems: list[str] = []
+    sizes: dict[str, Any] = {}
+    for each, state in contents.networks.items():
         strange = [name for name, value in state.items() if not _is_dense(value)]
-        shapes = {name: tuple(value.shape) for name, value in state.items() if name not in strange}
         if strange:
             problems.append(
                 f"{each} has entries that are no dense tensors of floats, such as {strange[0]}"
             )
-        elif unfit := shape_problems(shapes):
-            problems += [f"{each} {problem}" for problem in unfit]
-        else:
+            continue
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        unfit = shape_problems(shapes)
+        problems += [f"{each} {problem}" for problem in unfit]
+        if not unfit:
             sizes = sizes_of(shapes)
     if problems:
         raise Refused(
             f"{path} is not a whole network or encoder of this family: {'; '.join(problems)}"
         )
-    return Weights(path, layout, networks, sizes, told)
+    return WeightsFile(path, contents.layout, contents.networks, sizes, contents.about)
 
 
 def _is_dense(value: object) -> bool:
     """Whether it is a tensor of floats, each of which is in the file: a few bytes can claim to
     be any shape.
     """
-    if (
-        not isinstance(value, Tensor)
-        or value.layout != torch.strided
-        or not value.is_floating_point()
-    ):
+    if not isinstance(value, Tensor):
+        return False
+    if value.layout != torch.strided or not value.is_floating_point():
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def _read_safetensors(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Any]]:
+def _contents(path: Path) -> _Contents:
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
+def _read_safetensors(path: Path) -> _Contents:
     try:
         with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
+            metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (SafetensorError, OSError) as error:
         raise Refused(f"{path} cannot be read as safetensors: {error}") from error
-    network = told.get("network", "model")
-    return "safetensors", {network if network in KIND else "model": state}, told
+    network = metadata.get("network", "model")
+    return _Contents("safetensors", {network if network in KIND else "model": state}, metadata)
 
 
-def _read_torch(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Any]]:
+def _read_torch(path: Path) -> _Contents:
+    document = _unpickled(path)
+    layout = "plain"
+    networks = {"model": document}
+    about = {}
+    if isinstance(document, Mapping) and document.keys() & KIND.keys():
+        layout = "rcmae"
+        networks = {each: document[each] for each in KIND if each in document}
+        about = {key: document[key] for key in ("epoch", "args") if key in document}
+    elif isinstance(document, Mapping) and "model" in document:
+        layout = "mae"
+        networks = {"model": document["model"]}
+    elif isinstance(document, Mapping) and "state_dict" in document:  # timm's, and MAE-priv's
+        layout = "timm"
+        networks = {"model": document["state_dict"]}
+
+    plain: dict[str, dict[str, Tensor]] = {}
+    for each, state in networks.items():
+        if not isinstance(state, Mapping):
+            raise Refused(
+                f"{path} holds a {type(state).__name__} as its {each}, not weights by name"
+            )
+        # torch's wrapper for data parallelism puts a prefix before each name
+        plain[each] = {str(name).removeprefix("module."): value for name, value in state.items()}
+    return _Contents(layout, plain, about)
+
+
+def _unpickled(path: Path) -> Any:
+    """What torch's restricted reader makes of a file. Raises Refused."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            document = torch.load(
+            return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except pickle.UnpicklingError as error:
@@ -248,85 +414,10 @@ def _read_torch(path: Path) -> tuple[str, dict[str, dict[str, Tensor]], dict[str
         what = f"asks for {refused[1]}" if refused else "is damaged or asks for code"
         raise Refused(
             f"{path} {what}; only tensors, plain values and argparse.Namespace are read, and "
-            "nothing was run. "
-            "Save the weights alone, as a dict of tensors, where you trust the file"
+            "nothing was run. Save the weights alone, as a dict of tensors, where you trust the "
+            "file"
         ) from error
     except Exception as error:  # damaged bytes make torch's reader fail in any way
         raise Refused(
             f"{path} cannot be read as a file of torch.save: {error or type(error).__name__}"
         ) from error
-    layout, networks, told = "plain", {"model": document}, {}
-    if isinstance(document, Mapping) and document.keys() & KIND.keys():
-        layout, networks = "rcmae", {each: document[each] for each in KIND if each in document}
-        told = {key: document[key] for key in ("epoch", "args") if key in document}
-    elif isinstance(document, Mapping) and "model" in document:
-        layout, networks = "mae", {"model": document["model"]}
-    elif isinstance(document, Mapping) and "state_dict" in document:  # timm's, and MAE-priv's
-        layout, networks = "timm", {"model": document["state_dict"]}
-    for each, state in networks.items():
-        if not isinstance(state, Mapping):
-            raise Refused(
-                f"{path} holds a {type(state).__name__} as its {each}, not weights by name"
-            )
-    plain = {  # torch's wrapper for data parallelism puts a prefix before each name
-        each: {str(name).removeprefix("module."): value for name, value in state.items()}
-        for each, state in networks.items()
-    }
-    return layout, plain, told
-
-
-def checkpoint_folders(path: Path) -> list[Path]:
-    """The checkpoints that a path names, oldest first, whatever their state: one's folder names
-    itself, a run's all.
-
-    Raises:
-        ValueError: there is none.
-    """
-    is_one = path.is_dir() and checkpoint.step_of(path) is not None
-    if is_one or (path / "manifest.json").exists():
-        return [path]
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = checkpoint.step_folders(root)
-    if not found:
-        what = "no such file or folder" if not path.is_dir() else "no checkpoint in this folder"
-        raise Refused(
-            f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000"
-        )
-    return found
-
-
-def find_checkpoint(path: Path) -> tuple[Manifest, list[str]]:
-    """The checkpoint that a path names, verified: a checkpoint's folder, or a run's for its newest
-    valid one.
-
-    Returns:
-        its manifest, and what was wrong with newer ones of the run.
-
-    Raises:
-        ValueError: there is no checkpoint.
-        CheckpointError: none is valid.
-    """
-    folders = checkpoint_folders(path)
-    if folders == [path]:
-        return checkpoint.open_verified(path), []
-    root = folders[0].parent
-    found, passed_over = checkpoint.newest(root)
-    if found is None:
-        raise CheckpointError(
-            f"{root} has no valid checkpoint: {'; '.join(passed_over)}; restore one"
-        )
-    return found, passed_over
-
-
-def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensors of these keys, such as "teacher/norm.bias", flattened.
-
-    Each is good until the next is asked for.
-    """
-    counts = [(key, math.prod(manifest.tensors[key]["shape"])) for key in keys]
-    # of all of them in turn
-    memory = torch.empty(max((count for _, count in counts), default=0), dtype=dtype)
-    with checkpoint.Reader(manifest) as reader:  # opens each file once, unlike tensor_of
-        for key, count in counts:
-            reader.read(key, 0, memory[:count])
-            yield memory[:count]

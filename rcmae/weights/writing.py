@@ -13,10 +13,10 @@ import argparse
 import itertools
 import json
 import math
-import os
 import secrets
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -26,18 +26,11 @@ from torch import Tensor
 
 from rcmae.checkpoint import Manifest
 from rcmae.errors import Refused
-from rcmae.weights.layouts import (
-    KIND,
-    LAYOUTS,
-    Shape,
-    Which,
-    in_encoder,
-    shape_problems,
-    shapes_of,
-    sizes_of,
-)
+from rcmae.files import aside
+from rcmae.weights.layouts import KIND, LAYOUTS, Which
 from rcmae.weights.names import of_autoencoder
-from rcmae.weights.reading import about, whole_tensors
+from rcmae.weights.reading import metadata_of, whole_tensors
+from rcmae.weights.shapes import Shape, in_encoder, shape_problems, shapes_of, sizes_of
 
 
 class Exported(NamedTuple):
@@ -71,116 +64,127 @@ def export(
         overwrite: replace the file if it is there.
 
     Raises:
-        ValueError: this checkpoint, layout, network and file do not go together; every reason at
+        Refused: this checkpoint, layout, network and file do not go together; every reason at
             once.
         OSError: the file could not be written; what was there before still is.
     """
-    networks = _networks(manifest, out, layout, network, overwrite)
+    if layout not in LAYOUTS:
+        raise Refused(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    networks = _chosen(manifest, layout, network)
+    problems = _network_problems(manifest, layout, network, networks)
+    problems += _file_problems(out, layout, overwrite)
+    if problems:
+        raise Refused("\n".join(problems))
+
     shapes: dict[str, Shape] = {}  # by network/name in the file
-    # network/name in the file -> keys in the checkpoint, one after the other
-    parts: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}  # alike -> keys in the checkpoint, one after the other
     for each in networks:
         there = _shapes(manifest, each)
         for name in shapes_of(sizes_of(there)):  # the same order, whoever saved
             if LAYOUTS[layout].decoder or in_encoder(name):
                 shapes[f"{each}/{name}"] = there[name]
                 parts[f"{each}/{name}"] = _parts(manifest, each, name)
-    keys = [key for some in parts.values() for key in some]
-    token = secrets.token_hex(4)
-    aside, raw = (out.with_name(f".{out.name}.{token}.{what}") for what in ("writing", "raw"))
-    try:
-        with aside.open("wb") as file:
-            if out.suffix == ".safetensors":
-                plain = {name.partition("/")[2]: shape for name, shape in shapes.items()}
-                _write_header(file, plain, about(manifest) | {"network": networks[0]})
-                _write_elements(file, manifest, keys)
-            else:
+    keys = list(itertools.chain.from_iterable(parts.values()))
+
+    with aside(out) as file:
+        if out.suffix == ".safetensors":
+            plain = {name.partition("/")[2]: shape for name, shape in shapes.items()}
+            _write_header(file, plain, metadata_of(manifest) | {"network": networks[0]})
+            _write_elements(file, manifest, keys)
+        else:
+            with _raw_file(out) as raw:
                 with raw.open("wb") as elements:
                     _write_elements(elements, manifest, keys)
-                tensors = _mapped(raw, shapes)
-                _save_torch(_document(manifest, layout, networks, tensors), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
-        raw.unlink(missing_ok=True)
+                document = _document(manifest, layout, networks, _mapped(raw, shapes))
+                _save_torch(document, file)
     return Exported(
-        out,
-        layout,
-        networks,
-        manifest.step,
-        len(parts),
-        out.stat().st_size,
-        _use(manifest, layout, out),
+        path=out,
+        layout=layout,
+        networks=networks,
+        step=manifest.step,
+        tensors=len(parts),
+        bytes=out.stat().st_size,
+        use=_use(manifest, layout, out),
     )
 
 
-def _networks(
-    manifest: Manifest, out: Path, layout: str, network: str | None, overwrite: bool
-) -> tuple[Which, ...]:
-    """Whose weights go into the file. Raises ValueError with everything that stands against it."""
-    if layout not in LAYOUTS:
-        raise Refused(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    problems, kinds = [], {key.partition("/")[0] for key in manifest.tensors}
-    networks: tuple[Which, ...] = ("teacher",) if "teacher" in kinds else ("student",)
+# ------------------------------------------------------------------------------- whether it can be
+
+
+def _chosen(manifest: Manifest, layout: str, network: Which | None) -> tuple[Which, ...]:
+    """Whose weights go into the file."""
     if layout == "rcmae":
-        networks = ("student", "teacher")
-        if network is not None:
-            problems.append(
-                f"layout rcmae has student and teacher; leave {network!r} out, or use mae-full"
-            )
-    elif network is not None:
-        networks = ("student",) if network == "student" else ("teacher",)
-    if "teacher" in networks and "teacher" not in kinds:
+        return ("student", "teacher")
+    if network is not None:
+        return (network,)
+    return ("teacher",) if _has_teacher(manifest) else ("student",)
+
+
+def _has_teacher(manifest: Manifest) -> bool:
+    return any(key.startswith("teacher/") for key in manifest.tensors)
+
+
+def _network_problems(
+    manifest: Manifest, layout: str, network: str | None, networks: tuple[Which, ...]
+) -> list[str]:
+    """What stands against these networks of this checkpoint in this layout."""
+    problems = []
+    if layout == "rcmae" and network is not None:
+        problems.append(
+            f"layout rcmae has student and teacher; leave {network!r} out, or use mae-full"
+        )
+    if "teacher" in networks and not _has_teacher(manifest):
         problems.append(
             f"{manifest.path} has no teacher; export the student, in another layout than rcmae"
         )
-    else:
-        told = {each: _shapes(manifest, each) for each in networks}
-        unfit = [
-            f"{each} {problem}"
-            for each, shapes in told.items()
-            for problem in shape_problems(shapes)
-        ]
-        if unfit:
-            problems.append(
-                f"{manifest.path} does not fit the published layouts: {'; '.join(unfit)}"
-            )
-        elif layout in ("mae-full", "rcmae") and any(
-            "decoder_pred.weight" not in each for each in told.values()
-        ):
-            problems.append(
-                f"{manifest.path} has no decoder of MAE's; layouts mae and timm take the encoder"
-            )
-    if out.suffix not in LAYOUTS[layout].suffixes:
+        return problems
+
+    unfit = []
+    decoders = True
+    for each in networks:
+        shapes = _shapes(manifest, each)
+        unfit += [f"{each} {problem}" for problem in shape_problems(shapes)]
+        decoders = decoders and "decoder_pred.weight" in shapes
+    if unfit:
+        problems.append(f"{manifest.path} does not fit the published layouts: {'; '.join(unfit)}")
+    elif layout in ("mae-full", "rcmae") and not decoders:
         problems.append(
-            f"{out}: a file of layout {layout} ends in {' or '.join(LAYOUTS[layout].suffixes)}"
+            f"{manifest.path} has no decoder of MAE's; layouts mae and timm take the encoder"
         )
+    return problems
+
+
+def _file_problems(out: Path, layout: str, overwrite: bool) -> list[str]:
+    """What stands against writing this file."""
+    problems = []
+    suffixes = LAYOUTS[layout].suffixes
+    if out.suffix not in suffixes:
+        problems.append(f"{out}: a file of layout {layout} ends in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
         problems.append(f"{out.parent} is no folder; make it first")
     if out.is_dir():
         problems.append(f"{out} is a folder; give a file's name")
     elif out.exists() and not overwrite:
         problems.append(f"{out} is there already; give another name, or ask to overwrite it")
-    if problems:
-        raise Refused("\n".join(problems))
-    return networks
+    return problems
+
+
+# ------------------------------------------------------------------------------ out of a checkpoint
 
 
 def _shapes(manifest: Manifest, network: str) -> dict[str, Shape]:
     """Shapes of a masked autoencoder's weights by MAE's names: biases of queries and values are
     those of all three.
     """
-    found = {
-        name: tuple(row["shape"])
-        for key, row in manifest.tensors.items()
-        for kind, _, name in [key.partition("/")]
-        if kind in (KIND[network], "buffer")
-    }
+    found = {}
+    for key, row in manifest.tensors.items():
+        kind, _, name = key.partition("/")
+        if kind in (KIND[network], "buffer"):
+            found[name] = tuple(row["shape"])
     for name in [name for name in found if name.endswith(".q_bias")]:
-        found[f"{name.removesuffix('q_bias')}qkv.bias"] = (3 * found[name][0],)
-        del found[name], found[f"{name.removesuffix('q_bias')}v_bias"]
+        place = name.removesuffix("q_bias")
+        found[f"{place}qkv.bias"] = (3 * found[name][0],)
+        del found[name], found[f"{place}v_bias"]
     return {name: found[name] for name in of_autoencoder(found)}
 
 
@@ -189,11 +193,26 @@ def _parts(manifest: Manifest, network: str, name: str) -> list[str]:
 
     "" stands for zeros.
     """
-    key = f"buffer/{name}" if f"buffer/{name}" in manifest.tensors else f"{KIND[network]}/{name}"
-    if key in manifest.tensors:
-        return [key]
+    key = f"{KIND[network]}/{name}"
+    for there in (f"buffer/{name}", key):
+        if there in manifest.tensors:
+            return [there]
     place = key.removesuffix("qkv.bias")
     return [f"{place}q_bias", "", f"{place}v_bias"]  # keys have none: softmax does not see it
+
+
+def _write_elements(file: IO[bytes], manifest: Manifest, keys: Iterable[str]) -> None:
+    keys = list(keys)
+    tensors = whole_tensors(manifest, filter(None, keys), torch.float32)
+    written = 0
+    for key in keys:
+        if key:
+            written = file.write(next(tensors).numpy().data)
+        else:
+            file.write(bytes(written))  # as many as the biases of the queries before
+
+
+# -------------------------------------------------------------------------------------- into a file
 
 
 def _write_header(
@@ -205,21 +224,22 @@ def _write_header(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
+        begin = end
+        end += 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
 
 
-def _write_elements(file: IO[bytes], manifest: Manifest, keys: Iterable[str]) -> None:
-    real, written = list(keys), 0
-    tensors = whole_tensors(manifest, filter(None, real), torch.float32)
-    for key in real:
-        if key:
-            written = file.write(next(tensors).numpy().data)
-        else:
-            file.write(bytes(written))  # as many as the biases of the queries before
+@contextmanager
+def _raw_file(out: Path) -> Iterator[Path]:
+    """The name of a file beside `out`, which is gone when the block ends."""
+    raw = out.with_name(f".{out.name}.{secrets.token_hex(4)}.raw")
+    try:
+        yield raw
+    finally:
+        raw.unlink(missing_ok=True)
 
 
 def _mapped(raw: Path, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
@@ -227,11 +247,13 @@ def _mapped(raw: Path, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     memory before.
     """
     elements = np.memmap(raw, np.float32, mode="c")
-    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
-    return {
-        name: torch.from_numpy(elements[end - math.prod(shape) : end]).view(shape)
-        for (name, shape), end in zip(shapes.items(), ends, strict=True)
-    }
+    tensors = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin = end
+        end += math.prod(shape)
+        tensors[name] = torch.from_numpy(elements[begin:end]).view(shape)
+    return tensors
 
 
 def _save_torch(document: dict[str, Any], file: IO[bytes]) -> None:
@@ -246,9 +268,9 @@ def _document(
 ) -> dict[str, Any]:
     """What torch.save gets."""
     plain: dict[str, dict[str, Tensor]] = {each: {} for each in networks}
-    for name, tensor in tensors.items():
-        each, _, published = name.partition("/")
-        plain[each][published] = tensor
+    for key, tensor in tensors.items():
+        network, _, name = key.partition("/")
+        plain[network][name] = tensor
     if layout == "rcmae":
         recipe = manifest.meta["recipe"]
         args = argparse.Namespace(
@@ -256,7 +278,7 @@ def _document(
             input_size=recipe["model"]["image_size"],
             mask_ratio=recipe["objective"]["mask_ratio"],
             norm_pix_loss=recipe["objective"]["norm_pix_loss"],
-            **about(manifest),
+            **metadata_of(manifest),
         )
         return {
             "student": {f"module.{name}": tensor for name, tensor in plain["student"].items()},
@@ -274,31 +296,24 @@ def _document(
 def _use(manifest: Manifest, layout: str, out: Path) -> str:
     """A line of Python that reads the file."""
     if layout == "timm":
-        return (
-            f"timm.create_model({', '.join(_timm_arguments(manifest))}, "
-            f"checkpoint_path={str(out)!r})"
-        )
+        arguments = ", ".join(timm_arguments(manifest))
+        return f"timm.create_model({arguments}, checkpoint_path={str(out)!r})"
     if layout == "safetensors":
         return f"safetensors.torch.load_file({str(out)!r})"
     return f"rcmae.weights.reading.load_weights(Path({str(out)!r}))"
 
 
-def _timm_arguments(manifest: Manifest) -> list[str]:
+def timm_arguments(manifest: Manifest) -> list[str]:
     """Of timm's create_model, for this encoder without a head: its architecture, and what
     differs from it.
     """
     model = manifest.meta["recipe"]["model"]
-    known = {"image_size": 224, "in_channels": 3}
+    usual = {"image_size": 224, "in_channels": 3}
     names = {"image_size": "img_size", "in_channels": "in_chans"}
-    differing = {
-        names.get(key, key): model[key]
-        for key in ("image_size", "in_channels", "patch_size", "embed_dim", "depth", "num_heads")
-        if model[key] not in (None, known.get(key))
-    }
+    arguments = [f"'{model['name']}_224'", "num_classes=0"]
+    for key in ("image_size", "in_channels", "patch_size", "embed_dim", "depth", "num_heads"):
+        if model[key] not in (None, usual.get(key)):
+            arguments.append(f"{names.get(key, key)}={model[key]}")
     if not model.get("cls_token", True):
-        differing |= {"class_token": False, "global_pool": "'avg'", "fc_norm": False}
-    return [
-        f"'{model['name']}_224'",
-        "num_classes=0",
-        *(f"{key}={value}" for key, value in differing.items()),
-    ]
+        arguments += ["class_token=False", "global_pool='avg'", "fc_norm=False"]
+    return arguments

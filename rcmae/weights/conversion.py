@@ -1,0 +1,142 @@
+"""Weights of one family turned into those of another, both ways: names and layout change, no number
+does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from rcmae import __version__
+from rcmae.errors import Refused
+from rcmae.files import aside, write_aside
+from rcmae.models.kernels import LAYER_NORM_EPS
+from rcmae.models.vit import ARCHITECTURES
+from rcmae.weights.encoder import HEADS, heads_of, model_of, to_onnx
+from rcmae.weights.layouts import FAMILIES, TORCH
+from rcmae.weights.names import family_names, of_autoencoder, published_names
+from rcmae.weights.reading import NetworkWeights
+from rcmae.weights.shapes import in_encoder, shape_problems, sizes_of
+
+
+class Converted(NamedTuple):
+    """A file or folder that was written."""
+
+    source: str  # whose weights, a line
+    taken: list[str]  # names of the weights in it
+    left_out: list[str]
+    out: Path
+
+
+def convert(
+    source: NetworkWeights, target: str, out: Path, *, num_heads: int | None = None
+) -> Converted:
+    """Write the source's weights as a file of a target.
+
+    Args:
+        source: of any family.
+        target: one of TARGETS.
+        out: a file, of Hugging Face a folder, that is not there yet.
+        num_heads: of an unusual architecture, which shapes do not tell.
+
+    Raises:
+        Refused: the weights are no encoder or network of this family, or the file cannot be one
+            of the target.
+        OSError: it cannot be written.
+    """
+    if out.exists():
+        raise Refused(f"{out} is there already; give another name")
+    whole = FAMILIES[target].decoder if target in FAMILIES else target == "safetensors"
+    weights = published_names(source.weights)
+    taken = {name: weights[name] for name in of_autoencoder(weights) if whole or in_encoder(name)}
+    problems = shape_problems({name: tuple(value.shape) for name, value in taken.items()})
+    if problems:
+        raise Refused(f"{source.about}: {'; '.join(problems)}")
+
+    if target == "onnx":
+        encoder = source._replace(weights=taken)
+        model, _ = model_of(encoder, image_size=None, num_heads=num_heads, head=False)
+        to_onnx(model, out)
+    elif target == "huggingface":
+        write_hugging_face(source, taken, out, num_heads)
+    else:
+        _write_file(source, taken, target, out)
+    left_out = sorted(name for name in weights if name not in taken)
+    return Converted(source.about, sorted(taken), left_out, out)
+
+
+def _write_file(
+    source: NetworkWeights, taken: Mapping[str, Tensor], target: str, out: Path
+) -> None:
+    named = family_names(taken, "mae" if target == "safetensors" else target)
+    weights = {name: value.contiguous().clone() for name, value in named.items()}
+    if out.suffix == ".safetensors" and target in ("safetensors", "timm"):
+        metadata = {"format": "pt", "written_by": f"rcmae {__version__}", **source.metadata}
+        write_aside(out, save(weights, metadata))
+    elif out.suffix in TORCH and target != "safetensors":
+        with aside(out) as file:
+            torch.save(weights if target == "timm" else {"model": weights}, file)
+    else:
+        raise Refused(f"{out}: a file of {target} has another ending; see --help")
+
+
+def write_hugging_face(
+    source: NetworkWeights, taken: Mapping[str, Tensor], out: Path, num_heads: int | None
+) -> None:
+    """A folder for `ViTMAEForPreTraining.from_pretrained` (or ViTMAEModel's, without a decoder).
+
+    Raises Refused, OSError.
+    """
+    config = _hugging_face_config(source, taken, num_heads)
+    weights = family_names(taken, "huggingface")
+    if config["architectures"] == ["ViTMAEModel"]:
+        weights = {name.removeprefix("vit."): value for name, value in weights.items()}
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    out.mkdir(parents=True)
+    write_aside(out / "config.json", json.dumps(config, indent=1))
+    write_aside(out / "model.safetensors", save(weights, {"format": "pt"}))
+
+
+def _hugging_face_config(
+    source: NetworkWeights, taken: Mapping[str, Tensor], num_heads: int | None
+) -> dict[str, Any]:
+    """The config.json of the weights. Raises Refused."""
+    sizes = sizes_of({name: tuple(value.shape) for name, value in taken.items()})
+    side = round(sizes["num_patches"] ** 0.5)
+    rows, columns = source.grid or (side, side)
+    if rows != columns:
+        raise Refused(
+            f"Hugging Face's ViTMAE has square images, these weights a grid of {rows}x{columns}"
+        )
+    width = sizes["embed_dim"]
+    heads = num_heads or heads_of(source) or HEADS.get(width)
+    if heads is None:
+        raise Refused(f"its width of {width} does not tell the number of heads; give --num-heads")
+    named = ARCHITECTURES.get(str(source.sizes.get("name")), {})
+    decoder_heads = source.sizes.get("decoder_heads") or named.get("decoder_heads") or 16
+    decoder_width = sizes.get("decoder_dim", 512)
+    return {
+        "model_type": "vit_mae",
+        "hidden_size": width,
+        "num_hidden_layers": sizes["depth"],
+        "architectures": ["ViTMAEForPreTraining" if "decoder_dim" in sizes else "ViTMAEModel"],
+        "num_attention_heads": heads,
+        "intermediate_size": round(width * sizes["mlp_ratio"]),
+        "hidden_act": "gelu",
+        "image_size": rows * sizes["patch_size"],
+        "patch_size": sizes["patch_size"],
+        "qkv_bias": True,
+        "num_channels": sizes["in_channels"],
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "decoder_hidden_size": decoder_width,
+        "decoder_num_hidden_layers": sizes.get("decoder_depth", 8),
+        "decoder_num_attention_heads": decoder_heads,
+        "decoder_intermediate_size": round(decoder_width * sizes["mlp_ratio"]),
+        "mask_ratio": 0.75,
+        "norm_pix_loss": True,
+    }
