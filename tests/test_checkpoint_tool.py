@@ -1,4 +1,4 @@
-"""tools/checkpoint.py tells what lies in a run, finds every damage, compares, and keeps the last
+"""`rcmae checkpoint` tells what lies in a run, finds every damage, compares, and keeps the last
 valid checkpoint.
 """
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from rcmae import checkpoint
+from rcmae.commands import checkpoint as tool
 from tests.checkpoints import network, state_of, write_checkpoint
 from tests.runs import Folder
-from tools import checkpoint as tool
 
 ROOT = Path(__file__).parent.parent
 

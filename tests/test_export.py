@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from rcmae import checkpoint
+from rcmae.checkpoint import find_checkpoint
 from rcmae.commands import export as tool
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.weights.layouts import LAYOUTS
-from rcmae.weights.reading import find_checkpoint, load_weights
+from rcmae.weights.reading import load_weights
 from rcmae.weights.writing import export, timm_arguments
 from tests.checkpoints import MODEL, network, state_of, write_checkpoint
 from tests.runs import Folder

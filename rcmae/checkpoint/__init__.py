@@ -2,8 +2,8 @@
 
 `checkpoints/step-00001000/` holds one safetensors file a rank and `manifest.json`. The modules, in
 the order of a checkpoint's life: `saver` commits, `retention` says which stay, `manifest` is the
-format and which checkpoints count, `reader` reads any slice of any tensor; `lease` sees to it that
-a run has one writer.
+format and which checkpoints count, `reader` reads any slice of any tensor, `inspection` and
+`compare` look at them for people; `lease` sees to it that a run has one writer.
 
 Functions that look at a disk are local; the collective ones that training's own restore uses say so
 in their names (`newest_together`) or in their first line (`load`, `Saver`).
@@ -16,7 +16,9 @@ from rcmae.checkpoint.manifest import (
     FORMAT,
     CheckpointError,
     Manifest,
+    checkpoint_folders,
     file_problem,
+    find_checkpoint,
     newest,
     newest_unverified,
     open_verified,
@@ -28,10 +30,12 @@ from rcmae.checkpoint.manifest import (
 )
 from rcmae.checkpoint.reader import (
     Reader,
+    find_checkpoint_together,
     load,
     newest_together,
     open_verified_together,
     tensor_of,
+    whole_tensors,
 )
 from rcmae.checkpoint.retention import prune, start_from
 from rcmae.checkpoint.saver import Saved, Saver
@@ -43,7 +47,10 @@ __all__ = [
     "Reader",
     "Saved",
     "Saver",
+    "checkpoint_folders",
     "file_problem",
+    "find_checkpoint",
+    "find_checkpoint_together",
     "load",
     "newest",
     "newest_together",
@@ -58,4 +65,5 @@ __all__ = [
     "step_name",
     "step_of",
     "tensor_of",
+    "whole_tensors",
 ]

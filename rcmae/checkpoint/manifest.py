@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from rcmae.checkpoint.lease import fence
+from rcmae.errors import Refused
 
 FORMAT = 1
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
@@ -246,6 +247,53 @@ def newest(root: Path) -> tuple[Manifest | None, list[str]]:
             return manifest, passed_over
         passed_over.append(fenced_off(manifest))
     return None, passed_over
+
+
+def checkpoint_folders(path: Path) -> list[Path]:
+    """The checkpoints that a path names, oldest first, whatever their state: one's folder names
+    itself, a run's all.
+
+    Raises:
+        Refused: there is none.
+    """
+    is_one = path.is_dir() and step_of(path) is not None
+    if is_one or (path / "manifest.json").exists():
+        return [path]
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = step_folders(root)
+    if not found:
+        what = "no such file or folder" if not path.is_dir() else "no checkpoint in this folder"
+        raise Refused(
+            f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000"
+        )
+    return found
+
+
+def find_checkpoint(path: Path) -> tuple[Manifest, list[str]]:
+    """The checkpoint that a path names, verified: a checkpoint's folder, or a run's for its newest
+    valid one.
+
+    Returns:
+        its manifest, and what was wrong with newer ones of the run.
+
+    Raises:
+        Refused: there is no checkpoint.
+        CheckpointError: none is valid.
+    """
+    folders = checkpoint_folders(path)
+    if folders == [path]:
+        return open_verified(path), []
+    root = folders[0].parent
+    found, passed_over = newest(root)
+    if found is None:
+        raise none_valid(root, passed_over)
+    return found, passed_over
+
+
+def none_valid(root: Path, passed_over: list[str]) -> CheckpointError:
+    """What to raise where checkpoints are and none can be used."""
+    reasons = "; ".join(passed_over)
+    return CheckpointError(f"{root} has no valid checkpoint: {reasons}; restore one")
 
 
 def fenced_off(manifest: Manifest) -> str:

@@ -7,6 +7,7 @@ its name: ranks share out the checksums and agree on one checkpoint, or all rais
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from rcmae.checkpoint.manifest import (
     DTYPES,
     CheckpointError,
     Manifest,
+    checkpoint_folders,
     fenced_off,
     file_problem,
+    none_valid,
     read_manifest,
     step_folders,
 )
 from rcmae.engines.engine import Engine
+from rcmae.errors import Refused
 
 # ----------------------------------------------------------------------------------------- together
 
@@ -70,6 +74,33 @@ def newest_together(root: Path) -> tuple[Manifest | None, list[str]]:
             return manifest, passed_over
         passed_over.append(fenced_off(manifest))
     return None, passed_over
+
+
+def find_checkpoint_together(path: Path) -> tuple[Manifest, list[str]]:
+    """The checkpoint that a path names, verified, and what was wrong with newer ones of the run.
+
+    Collective: every rank calls. Rank 0 looks whether the path is a checkpoint or a run.
+
+    Raises:
+        Refused: on every rank; there is no checkpoint.
+        CheckpointError: on every rank; none is valid.
+    """
+    folders: list[Path] = []
+    problem = None
+    if dist.rank() == 0:
+        try:
+            folders = checkpoint_folders(path)
+        except Refused as error:
+            problem = str(error)
+    dist.together(dist.from_first(problem))
+    folders = dist.from_first(folders)
+    if folders == [path]:
+        return open_verified_together(path), []
+    root = folders[0].parent
+    found, passed_over = newest_together(root)
+    if found is None:
+        raise none_valid(root, passed_over)
+    return found, passed_over
 
 
 @torch.no_grad()
@@ -123,6 +154,20 @@ def tensor_of(manifest: Manifest, key: str) -> Tensor:
     with Reader(manifest) as reader:
         reader.read(key, 0, out)
     return out.view(row["shape"])
+
+
+def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The tensors of these keys, such as "teacher/norm.bias", flattened.
+
+    Each is good until the next is asked for. Opens each file once, unlike `tensor_of`.
+    """
+    counts = [(key, math.prod(manifest.tensors[key]["shape"])) for key in keys]
+    # of all of them in turn
+    memory = torch.empty(max((count for _, count in counts), default=0), dtype=dtype)
+    with Reader(manifest) as reader:
+        for key, count in counts:
+            reader.read(key, 0, memory[:count])
+            yield memory[:count]
 
 
 class Reader:

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from rcmae.checkpoint.manifest import counts, step_folders, step_name, step_of
@@ -52,23 +53,10 @@ class Retention:
         for path in newest_first:
             if self._is_valid(path, again=len(valid) < _LOOKED_AT_AGAIN):
                 valid.append(path)
-        stay = set(valid[: self._keep])
-        stay |= {path for path in valid if self._is_for_good(path)}
-        oldest = min(stay, default=None)
-        doomed = []
-        for path in newest_first:
-            # a damaged one that is newer than what stays is left for whoever wants to know
-            is_old = oldest is not None and path < oldest
-            if path not in stay and (path in valid or is_old):
-                doomed.append(path)
-        for path in doomed:
+        gone = doomed(newest_first, valid=valid, keep=self._keep, keep_every=self._keep_every)
+        for path in gone:
             drop(path)
-        return doomed
-
-    def _is_for_good(self, path: Path) -> bool:
-        step = step_of(path)
-        assert step is not None
-        return self._keep_every is not None and step % self._keep_every == 0
+        return gone
 
     def _is_valid(self, path: Path, *, again: bool) -> bool:
         try:
@@ -85,6 +73,29 @@ class Retention:
         return True
 
 
+def doomed(
+    newest_first: Sequence[Path], *, valid: Sequence[Path], keep: int, keep_every: int | None
+) -> list[Path]:
+    """Which of a run's checkpoints may go.
+
+    Args:
+        newest_first: all of them.
+        valid: those that a resume could start from, in the same order.
+        keep: how many of the newest valid ones stay.
+        keep_every: those of every so many steps stay, too.
+    """
+    stay = set(valid[:keep])
+    for path in valid:
+        step = step_of(path)
+        if keep_every and step is not None and step % keep_every == 0:
+            stay.add(path)
+    if not stay:
+        return []
+    oldest = min(stay)
+    # a damaged one that is newer than what stays is left for whoever wants to know
+    return [path for path in newest_first if path not in stay and (path in valid or path < oldest)]
+
+
 def prune(root: Path, *, keep: int, keep_every: int | None = None) -> list[Path]:
     """Delete old checkpoints once; see `Retention`. One process calls.
 
@@ -96,10 +107,10 @@ def prune(root: Path, *, keep: int, keep_every: int | None = None) -> list[Path]
 
 def drop(path: Path) -> None:
     """Take a checkpoint's folder away: first its name, so that a kill leaves no half of it."""
-    doomed = dropped_name(path)
+    aside = dropped_name(path)
     with contextlib.suppress(FileNotFoundError):  # someone prunes by hand meanwhile
-        os.rename(path, doomed)
-    remove(doomed)
+        os.rename(path, aside)
+    remove(aside)
 
 
 def dropped_name(path: Path) -> Path:

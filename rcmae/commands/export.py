@@ -25,8 +25,7 @@ from rcmae.weights.layouts import KIND, LAYOUTS
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
     options = _parser().parse_args(arguments)
-    from rcmae.checkpoint import CheckpointError
-    from rcmae.weights.reading import find_checkpoint
+    from rcmae.checkpoint import CheckpointError, find_checkpoint
     from rcmae.weights.writing import export
 
     try:

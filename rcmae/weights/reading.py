@@ -13,7 +13,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rcmae import __version__, checkpoint
-from rcmae.checkpoint import CheckpointError, Manifest
+from rcmae import __version__
+from rcmae.checkpoint import (
+    Manifest,
+    find_checkpoint,
+    find_checkpoint_together,
+    whole_tensors,
+)
 from rcmae.errors import Refused
 from rcmae.files import json_lines
 from rcmae.weights.layouts import KIND, Which
@@ -204,80 +209,7 @@ def _hugging_face_heads(path: Path) -> dict[str, int]:
     }
 
 
-# ------------------------------------------------------------------------------------- a checkpoint
-
-
-def checkpoint_folders(path: Path) -> list[Path]:
-    """The checkpoints that a path names, oldest first, whatever their state: one's folder names
-    itself, a run's all.
-
-    Raises:
-        Refused: there is none.
-    """
-    if (path / "manifest.json").exists() or (path.is_dir() and path.name.startswith("step-")):
-        return [path]
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = sorted(root.glob("step-*"))
-    if not found:
-        what = "no checkpoint in this folder" if path.is_dir() else "no such file or folder"
-        raise Refused(
-            f"{path}: {what}; give a run's, or one such as runs/NAME/checkpoints/step-00001000"
-        )
-    return found
-
-
-def find_checkpoint(path: Path) -> tuple[Manifest, list[str]]:
-    """The checkpoint that a path names, verified: a checkpoint's folder, or a run's for its newest
-    valid one. Local.
-
-    Returns:
-        its manifest, and what was wrong with newer ones of the run.
-
-    Raises:
-        Refused: there is no checkpoint.
-        CheckpointError: none is valid.
-    """
-    folders = checkpoint_folders(path)
-    if folders == [path]:
-        return checkpoint.open_verified(path), []
-    root = folders[0].parent
-    found, passed_over = checkpoint.newest(root)
-    return _valid(root, found, passed_over), passed_over
-
-
-def find_checkpoint_together(path: Path) -> tuple[Manifest, list[str]]:
-    """`find_checkpoint`, the files verified by all ranks in shares.
-
-    Collective: every rank calls.
-    """
-    folders = checkpoint_folders(path)
-    if folders == [path]:
-        return checkpoint.open_verified_together(path), []
-    root = folders[0].parent
-    found, passed_over = checkpoint.newest_together(root)
-    return _valid(root, found, passed_over), passed_over
-
-
-def _valid(root: Path, found: Manifest | None, passed_over: list[str]) -> Manifest:
-    if found is None:
-        raise CheckpointError(
-            f"{root} has no valid checkpoint: {'; '.join(passed_over)}; restore one"
-        )
-    return found
-
-
-def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensors of these keys, such as "teacher/norm.bias", flattened.
-
-    Each is good until the next is asked for.
-    """
-    counts = [(key, math.prod(manifest.tensors[key]["shape"])) for key in keys]
-    largest = max((count for _, count in counts), default=0)
-    memory = torch.empty(largest, dtype=dtype)  # of all of them in turn
-    with checkpoint.Reader(manifest) as reader:  # opens each file once, unlike tensor_of
-        for key, count in counts:
-            reader.read(key, 0, memory[:count])
-            yield memory[:count]
+# ------------------------------------------------------------------------- what made the weights
 
 
 def metadata_of(manifest: Manifest) -> dict[str, str]:

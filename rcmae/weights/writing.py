@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rcmae.checkpoint import Manifest
+from rcmae.checkpoint import Manifest, whole_tensors
 from rcmae.errors import Refused
 from rcmae.files import aside
 from rcmae.weights.layouts import KIND, LAYOUTS, Which
 from rcmae.weights.names import of_autoencoder
-from rcmae.weights.reading import metadata_of, whole_tensors
+from rcmae.weights.reading import metadata_of
 from rcmae.weights.shapes import Shape, in_encoder, shape_problems, shapes_of, sizes_of
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import rcmae.models.vit  # noqa: F401, what export imports late belongs to the baseline
+from rcmae.checkpoint import find_checkpoint
 from rcmae.weights.layouts import LAYOUTS
-from rcmae.weights.reading import find_checkpoint
 from rcmae.weights.writing import export
 
 
