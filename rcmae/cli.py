@@ -30,6 +30,7 @@ COMMANDS = {
     "export": Command("export", "write a run's weights to a file that others read"),
     "convert": Command("convert", "turn weights of one family into those of another"),
     "checkpoint": Command("checkpoint", "list, show, verify, diff and prune checkpoints"),
+    "shards": Command("shards", "make, index and check shards of images"),
     "recipe": Command("recipe", "list the shipped recipes, or print one with all its settings"),
     "slurm-templates": Command("slurm_templates", "copy the templates of SLURM jobs to a folder"),
 }

@@ -946,7 +946,7 @@ def open_index(recipe: Recipe, shards: Patterns) -> ShardIndex:
             folders = [str(recipe.run_dir / "index"), *([given] if given else [])]
             if given and not ShardIndex.lies_in(given, patience(recipe)):
                 raise Refused(
-                    f"data.index={given}: no index is there; tools/index_shards.py SHARDS --out "
+                    f"data.index={given}: no index is there; rcmae shards index SHARDS --out "
                     f"{given}"
                 )
             jobs = min(8, os.cpu_count() or 1)

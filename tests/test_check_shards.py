@@ -2,7 +2,6 @@
 mends it.
 """
 
-import importlib
 import io
 import json
 import shutil
@@ -17,13 +16,10 @@ import pytest
 import tifffile
 from PIL import Image
 
+from rcmae.commands.shards import check as main
 from rcmae.data.index import ShardIndex
 from rcmae.data.plan import Plan
 from runs import Folder, start
-
-# worker processes find it there, too
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-main = importlib.import_module("check_shards").main
 
 
 def bomb():
@@ -151,7 +147,7 @@ def test_verify_names_what_is_wrong_and_repair_leaves_it_out(damaged, tmp_path, 
     assert [row["reason"] for row in told["rejected"] if row["shard"] == "photo-000000.tar"] == [
         "the tar breaks off: unexpected end of data",
         "its index names 40 samples: 20 of them were not found, and 0 were that it does not name;"
-        " get the tar anew, or run tools/index_shards.py --rebuild on it",
+        " get the tar anew, or run rcmae shards index --rebuild on it",
     ]
     assert (
         told["samples"]

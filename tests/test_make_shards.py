@@ -3,7 +3,6 @@
 And the index of anyone's tars.
 """
 
-import importlib
 import io
 import json
 import os
@@ -21,16 +20,17 @@ import tifffile
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from rcmae.commands import shards as command
 from rcmae.data.index import ShardIndex
+from rcmae.data.packing import writer
 from rcmae.data.transforms import decode
 from runs import hear_ctrl_c
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
 
-sys.path.insert(0, str(TOOLS))  # worker processes find them there, too
-tool_make_shards, tool_index_shards = map(importlib.import_module, ("make_shards", "index_shards"))
-make_shards = tool_make_shards.make_shards
+def make_shards(images, out, **options):
+    return writer.make_shards(images, out, writer.PackingOptions(**options))
 
 
 def photograph(number, kind="JPEG"):
@@ -292,10 +292,10 @@ def test_a_job_that_was_killed_goes_on_and_gives_the_same_bytes(images, tmp_path
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(task[0])
-        return tool_make_shards.Written(*write(task, **options))
+        return writer.Written(*write(task, **options))
 
-    write = tool_make_shards.write_shard
-    monkeypatch.setattr(tool_make_shards, "write_shard", killed)
+    write = writer.write_shard
+    monkeypatch.setattr(writer, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         make_shards(images, out, samples=4, size=64)
     monkeypatch.undo()
@@ -410,11 +410,9 @@ def test_the_commands_tell_what_they_made(images, tmp_path, capsys):
     assert "left out:" in done.stdout
     assert "1 other files were not looked at: bee/notes.txt" in done.stdout
     assert done.stderr == ""
-    assert tool_make_shards.main([str(images), str(out)]) == 2
+    assert command.make([str(images), str(out)]) == 2
     assert "error: " in capsys.readouterr().err
-    assert (
-        tool_make_shards.main([str(images), str(out), "--overwrite", "--jobs", "1", "--json"]) == 0
-    )
+    assert command.make([str(images), str(out), "--overwrite", "--jobs", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 18
 
 
@@ -435,13 +433,13 @@ def test_anyones_tars_get_an_index_that_training_finds(images, tmp_path, capsys)
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     built = ShardIndex.open(f"{folder}/x-*.tar")
-    assert tool_index_shards.main([f"{folder}/x-{{0..1}}.tar", "--jobs", "1"]) == 0
+    assert command.index([f"{folder}/x-{{0..1}}.tar", "--jobs", "1"]) == 0
     told = capsys.readouterr().out
     assert "8 samples in 2 shards (2 read now)" in told
     assert "2 samples have no label" in told
     assert "2 of the read ones have a .cls that is no number" in told
 
-    assert tool_index_shards.main([f"{folder}/x-*.tar", "--jobs", "2", "--json"]) == 0
+    assert command.index([f"{folder}/x-*.tar", "--jobs", "2", "--json"]) == 0
     (facts,) = json.loads(capsys.readouterr().out)["indexes"]
     assert (facts["read"], facts["shards"], facts["samples"]) == (1, 3, 12)
     assert facts["fingerprint"] == built.fingerprint
@@ -456,7 +454,7 @@ def test_anyones_tars_get_an_index_that_training_finds(images, tmp_path, capsys)
         tar.addfile(info, io.BytesIO(photograph(9)))
     os.truncate(folder / "x-0.tar", max(os.path.getsize(folder / "x-0.tar"), 30720))
     os.unlink(folder / "x-2.tar")
-    assert tool_index_shards.main([f"{folder}/x-*.tar", "--rebuild", "--jobs", "1"]) == 0
+    assert command.index([f"{folder}/x-*.tar", "--rebuild", "--jobs", "1"]) == 0
     assert "9 samples in 2 shards (2 read now)" in capsys.readouterr().out
     assert ShardIndex.open(f"{folder}/x-*.tar")[4].id == "x-0/more"
 
@@ -466,12 +464,12 @@ def test_an_unusable_shard_leaves_the_index_as_it_was(images, tmp_path, capsys):
     make_shards(images, out, samples=7)
     before = contents(out)
     (out / "bad.tar").write_bytes((out / "train-000000.tar").read_bytes()[:5000])
-    assert tool_index_shards.main([f"{out}/*.tar", "--jobs", "1"]) == 2
+    assert command.index([f"{out}/*.tar", "--jobs", "1"]) == 2
     assert "bad.tar: is no complete tar" in capsys.readouterr().err
     (out / "bad.tar").unlink()
     assert contents(out) == before
     (out / "index.json").write_text((out / "index.json").read_text()[:-50])
-    assert tool_index_shards.main([f"{out}/*.tar", "--jobs", "1"]) == 2
+    assert command.index([f"{out}/*.tar", "--jobs", "1"]) == 2
     assert "--rebuild" in capsys.readouterr().err
-    assert tool_index_shards.main([f"{out}/*.tar", "--jobs", "1", "--rebuild"]) == 0
+    assert command.index([f"{out}/*.tar", "--jobs", "1", "--rebuild"]) == 0
     assert contents(out) == before

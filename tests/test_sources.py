@@ -4,7 +4,6 @@ that keeps its limit.
 
 import contextlib
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -14,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tarfile
 import threading
 import time
@@ -31,6 +29,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from rcmae.commands.shards import index as main
 from rcmae.data import sources
 from rcmae.data.cache import Cache, CacheTooSmall, Reader, cache_problem, open_bytes
 from rcmae.data.index import ShardIndex
@@ -652,9 +651,6 @@ def test_shards_are_copied_ahead_of_the_reader(folder, server, tmp_path):
 
 
 def test_the_index_tool_reads_shards_from_elsewhere_once(folder, server, tmp_path, capsys):
-
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-    main = importlib.import_module("index_shards").main
     pattern = f"{server.url}/photo-{{000000..000004}}.tar"
     assert main([pattern, "--jobs", "1"]) == 2
     assert "say with --out where its index is to be put" in capsys.readouterr().err

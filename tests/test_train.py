@@ -226,7 +226,7 @@ def test_bad_input_is_refused_with_every_problem_and_nothing_written(
         (["checkpoint.resume=elsewhere"], ["checkpoint.resume=elsewhere: "]),
         (
             ["data.index=typo"],
-            ["data.index=typo: no index is there; tools/index_shards.py SHARDS --out typo"],
+            ["data.index=typo: no index is there; rcmae shards index SHARDS --out typo"],
         ),
     ]
     for overrides, wanted in cases:

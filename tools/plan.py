@@ -323,7 +323,7 @@ def see_shards(recipe: Recipe) -> tuple[ShardIndex | None, str]:
     if len(paths) > _MANY_SHARDS and not all(
         os.path.exists(os.path.join(folder, INDEX)) for folder in folders
     ):
-        return None, f"{len(paths)} shards without an index: run tools/index_shards.py on them"
+        return None, f"{len(paths)} shards without an index: run rcmae shards index on them"
     return ShardIndex.open(recipe.data.shards, cache=caches), ""
 
 

@@ -23,15 +23,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import skimage.data
 import sklearn.datasets
 from PIL import Image
 
+from rcmae.data.packing.writer import PackingOptions, make_shards
 from rcmae.errors import Refused
-from tools.make_shards import make_shards
 
 TILE, SQUARE, STEP = 32, 64, 16  # pixels; the tiles of a square stand STEP apart
 TRAIN_TILES, VAL_TILES = 150, 50  # of each photograph, at most
@@ -117,7 +115,8 @@ def quickstart_data(out: Path) -> dict[str, Any]:
     for name in ("train", "val"):
         with tempfile.TemporaryDirectory() as folder:
             write_tiles(photos, Path(folder) / name, val=name == "val")
-            report = make_shards(Path(folder) / name, out, name=name, samples=600, overwrite=ours)
+            options = PackingOptions(name=name, samples=600, overwrite=ours)
+            report = make_shards(Path(folder) / name, out, options)
         made[name] = {"shards": report.shards, "samples": report.samples, "bytes": report.bytes}
         made["classes"] = report.classes
     return made

@@ -143,7 +143,7 @@ class ShardIndex:
                 problems.append(
                     f"{sources.redacted(path)}: is not the file that the index beside it "
                     "describes; "
-                    "run tools/index_shards.py --rebuild on it"
+                    "run rcmae shards index --rebuild on it"
                 )
             elif size < shard.size:
                 short.append(path)
@@ -151,7 +151,7 @@ class ShardIndex:
         problems += filter(None, map(not_a_tar, unknown))
         if not scan:
             problems += [
-                f"{sources.redacted(path)}: has no index; run tools/index_shards.py on it"
+                f"{sources.redacted(path)}: has no index; run rcmae shards index on it"
                 for path in unknown
             ]
         refuse_shards(problems)
@@ -163,7 +163,7 @@ class ShardIndex:
     def lies_in(folder: str, patience: Patience = USUAL) -> bool:
         """Whether a folder, here or elsewhere, has an index. Raises as `open`."""
         if "://" not in folder:
-            return _ours(folder)
+            return is_ours(folder)
         try:  # its table, which may be large, is read once: by `open`
             return (
                 FORMAT.encode() in (sources.small_file(f"{folder}/{INDEX}", patience) or b"")[:100]
@@ -175,7 +175,7 @@ class ShardIndex:
     def _found(cls, folder: str, patience: Patience) -> ShardIndex | None:
         """The index in a folder, here or elsewhere, if there is one of this package."""
         if "://" not in folder:
-            return cls.load(folder) if _ours(folder) else None
+            return cls.load(folder) if is_ours(folder) else None
         head = sources.small_file(f"{folder}/{INDEX}", patience)
         if head is None or FORMAT.encode() not in head[:100]:
             return None
@@ -212,45 +212,6 @@ class ShardIndex:
         return cls(shards)
 
     @classmethod
-    def refresh(
-        cls,
-        folder: str | Path,
-        paths: Sequence[str],
-        *,
-        rebuild: bool = False,
-        jobs: int = 1,
-        on_scan: Callable[[Scan], None] = lambda scan: None,
-    ) -> ShardIndex:
-        """Write the index of a folder so that it covers these shards of it, and give it.
-
-        What it says of shards that still have their size (and of those elsewhere) is kept, of these
-        ones too unless `rebuild`.
-
-        Raises:
-            ValueError: names every shard that cannot be used; the index is then what it was.
-        """
-        known: dict[str, Shard] = {}
-        try:
-            if _ours(folder):
-                known = {sources.identity(shard.path): shard for shard in cls.load(folder).shards}
-        except ValueError:
-            if not rebuild:
-                raise
-        asked = {sources.identity(path): path for path in paths}
-        kept = {
-            path: shard
-            for path, shard in known.items()
-            if (sources.is_remote(path) or _size(path) == shard.size)
-            and not (rebuild and path in asked)
-        }
-        missing = {path: where for path, where in asked.items() if path not in kept}
-        built = cls.build(list(missing.values()), jobs=jobs, on_scan=on_scan)
-        merged = kept | dict(zip(missing, built.shards, strict=True))
-        index = cls([merged[path] for path in sorted(merged)])
-        index.save(folder)
-        return index
-
-    @classmethod
     def load(cls, folder: str | Path) -> ShardIndex:
         """The index that `save` wrote into a folder. The shards themselves are not looked at.
 
@@ -264,7 +225,7 @@ class ShardIndex:
             return cls._described(head, str(path.parent), str(table), table.stat().st_size)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise Refused(
-                f"{path}: cannot be used ({error}); run tools/index_shards.py --rebuild"
+                f"{path}: cannot be used ({error}); run rcmae shards index --rebuild"
             ) from error
 
     @classmethod
@@ -308,7 +269,7 @@ class ShardIndex:
             ValueError: an index.json of another program lies there.
         """
         folder = Path(folder)
-        if (folder / INDEX).exists() and not _ours(folder):
+        if (folder / INDEX).exists() and not is_ours(folder):
             raise Refused(f"{folder / INDEX}: belongs to another program; move it away")
         folder.mkdir(parents=True, exist_ok=True)
         here = os.path.abspath(folder)
@@ -395,7 +356,7 @@ class ShardIndex:
         return np.concatenate([shard.rows["label"] for shard in self.shards]).astype(np.int64)
 
 
-def _ours(folder: str | Path) -> bool:
+def is_ours(folder: str | Path) -> bool:
     """Whether the index.json of a folder, where there is one, is of this package."""
     try:
         with open(os.path.join(folder, INDEX), "rb") as file:

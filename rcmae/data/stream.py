@@ -297,8 +297,7 @@ class Limits:
         ]
         rest = [f"  ... and {self._count - len(lines)} more"] if self._count > len(lines) else []
         way_out = (
-            "tools/check_shards.py repair leaves them out of a copy; a higher limit passes over "
-            "them"
+            "rcmae shards check repair leaves them out of a copy; a higher limit passes over them"
         )
         raise TooManyBadSamples("\n".join([f"{why}:", *lines, *rest, way_out]))
 

@@ -1,0 +1,1 @@
+"""Shards made, indexed, verified and repaired: what comes before a training."""

@@ -1,0 +1,357 @@
+"""Every byte of a shard set looked at: what is in it, what is wrong with it, and a clean copy.
+
+A tar is read to its end, compared with its index, each image decoded strictly. Damage that leaves a
+valid image cannot be seen: other colours in a JPEG, other pixels in a file without a checksum.
+Nothing is ever unpacked, so no name in a tar can lead anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from rcmae.data import sources
+from rcmae.data.index import ShardIndex
+from rcmae.data.packing.indexing import refresh
+from rcmae.data.packing.writer import add
+from rcmae.data.patterns import expand
+from rcmae.data.tars import NO_LABEL, Shard, groups, image_suffix
+from rcmae.data.transforms import BadImage, channels_of, decode
+from rcmae.data.workers import fork_server, mapped
+from rcmae.errors import Refused
+from rcmae.files import aside, json_lines
+
+# pixels: classes of sizes
+SIDES = (32, 64, 96, 128, 160, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
+# (shards, how many) -> the same shards, shown as they come
+Progress = Callable[[Iterable["Checked"], int], Iterable["Checked"]]
+
+
+class Rejected(NamedTuple):
+    """A sample that should not be trained on."""
+
+    key: str
+    offset: int  # bytes from the start of the tar; -1: of the tar as a whole
+    reason: str
+
+
+class Checked(NamedTuple):
+    """What reading a shard to its end gave."""
+
+    path: str
+    bytes: int
+    sha256: str
+    samples: int  # good ones
+    rejected: list[Rejected]
+    classes: dict[int, int]  # label -> samples
+    sides: dict[int, int]  # shorter side in pixels -> samples
+    channels: dict[int, int]  # of an image -> samples
+    keys: list[str]  # of the good ones
+    offsets: list[int]  # of the good ones
+
+
+class Sample(NamedTuple):
+    """A sample of an open tar that decodes."""
+
+    key: str
+    members: dict[str, bytes]  # suffix -> content
+    label: int
+    side: int
+    channels: int
+    offset: int  # of its image
+
+
+# ------------------------------------------------------------------------------------------ a shard
+
+
+def samples_of(file: BinaryIO, reject: Callable[[Rejected], None]) -> Iterator[Sample]:
+    """The samples of an open tar whose images decode.
+
+    All others go to `reject`, also what breaks the tar off.
+    """
+    met: set[str] = set()
+    key = None
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for key, members in groups(tar):
+                sample = _sample(file, key, members, reject)
+                if sample is None:
+                    continue
+                if key in met:
+                    reject(Rejected(key, sample.offset, "its key is there before in this shard"))
+                    continue
+                met.add(key)
+                yield sample
+            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
+            if end != bytes(tarfile.BLOCKSIZE):
+                reject(Rejected("", -1, "the tar has no end mark: it is cut short"))
+            elif key is None:
+                reject(Rejected("", -1, "the tar holds no files"))
+    except (tarfile.TarError, OSError) as error:
+        reject(Rejected("", -1, f"the tar breaks off: {error}"))
+
+
+def _sample(
+    file: BinaryIO,
+    key: str,
+    members: dict[str, tarfile.TarInfo],
+    reject: Callable[[Rejected], None],
+) -> Sample | None:
+    suffix = image_suffix(members)
+    if suffix is None:
+        reject(Rejected(key, next(iter(members.values())).offset_data, "it has no image"))
+        return None
+    at = members[suffix].offset_data
+    try:
+        content = {name: _content(file, member) for name, member in members.items()}
+        pixels = decode(content[suffix], channels_of(content[suffix]), strict=True)
+    except BadImage as error:
+        reject(Rejected(key, at, str(error)))
+        return None
+    try:
+        label = int(content.get("cls", b""))
+    except ValueError:
+        label = NO_LABEL
+    return Sample(key, content, label, min(pixels.shape[:2]), pixels.shape[2], at)
+
+
+def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    data = os.pread(file.fileno(), member.size, member.offset_data)
+    if len(data) < member.size:
+        raise BadImage(f"only {len(data)} of the {member.size} bytes of {member.name} are there")
+    return data
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[tuple[BinaryIO, str]]:
+    """(an open file with a shard's bytes, their SHA-256)."""
+    if sources.is_remote(path):
+        with sources.fetched(path) as found:
+            yield found
+        return
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        yield file, digest
+
+
+def check(path: str, out: Path | None = None) -> Checked:
+    """Read a shard to its end; with `out`, write its good samples there under its name."""
+    rejected: list[Rejected] = []
+    good: list[Sample] = []
+    with opened(path) as (file, digest), contextlib.ExitStack() as stack:
+        tar = None
+        if out is not None:
+            written = stack.enter_context(aside(out / sources.basename(path)))
+            tar = stack.enter_context(
+                tarfile.open(fileobj=written, mode="w", format=tarfile.PAX_FORMAT)
+            )
+        for sample in samples_of(file, rejected.append):
+            if tar is not None:
+                for suffix, data in sample.members.items():
+                    add(tar, f"{sample.key}.{suffix}", data)
+            good.append(sample._replace(members={}))
+        size = os.fstat(file.fileno()).st_size
+    return Checked(
+        path=path,
+        bytes=size,
+        sha256=digest,
+        samples=len(good),
+        rejected=rejected,
+        classes=dict(Counter(sample.label for sample in good)),
+        sides=dict(Counter(sample.side for sample in good)),
+        channels=dict(Counter(sample.channels for sample in good)),
+        keys=[sample.key for sample in good],
+        offsets=[sample.offset for sample in good],
+    )
+
+
+def check_all(paths: Sequence[str], jobs: int, out: Path | None = None) -> Iterator[Checked]:
+    """`check` of each shard, in their order, by so many processes."""
+    one = partial(check, out=out)
+    if jobs <= 1 or len(paths) <= 1:
+        yield from map(one, paths)
+        return
+    yield from mapped(one, paths, jobs, fork_server("torch"), partial(torch.set_num_threads, 1))
+
+
+# -------------------------------------------------------------------------------------------- a set
+
+
+def verified(patterns: Sequence[str], jobs: int, progress: Progress) -> dict[str, Any]:
+    """What is in shards and what is wrong with them, as plain values.
+
+    Raises:
+        Refused: a pattern names nothing, or a shard is not there.
+    """
+    paths = expand(patterns, even_empty=True)
+    return verdict(progress(check_all(paths, jobs), len(paths)), indexed(paths))
+
+
+def repaired(patterns: Sequence[str], out: Path, jobs: int, progress: Progress) -> dict[str, Any]:
+    """Write the good samples of shards into another folder, with an index; tells what `verified`
+    does, the fingerprint of the copy and the shards that have no good sample.
+
+    Raises:
+        Refused: as `verified`, or the folder has a shard of one of the names.
+    """
+    paths = expand(patterns, even_empty=True)
+    out.mkdir(parents=True, exist_ok=True)
+    there = [path for path in paths if (out / sources.basename(path)).exists()]
+    if there:
+        raise Refused(f"{out} has {sources.basename(there[0])} already; give an empty folder")
+    told = verdict(progress(check_all(paths, jobs, out), len(paths)), indexed(paths))
+    names = {sources.basename(row["shard"]): row["samples"] for row in told["shards"]}
+    told["left_out"] = [name for name, count in names.items() if not count]
+    for name in told["left_out"]:
+        (out / name).unlink()
+    clean = [str(out / name) for name, count in names.items() if count]
+    if clean:
+        told["fingerprint"] = refresh(out, clean).fingerprint
+    return told
+
+
+def indexed(paths: Sequence[str]) -> dict[str, Shard]:
+    """Path -> what the indexes beside the shards say of it."""
+    here = [path for path in paths if not sources.is_remote(path)]
+    found: dict[str, Shard] = {}
+    for folder in dict.fromkeys(map(sources.folder_of, here)):
+        with contextlib.suppress(Refused):
+            for shard in ShardIndex.load(folder).shards:
+                found[sources.identity(shard.path)] = shard
+    known = {path: found.get(sources.identity(path)) for path in paths}
+    return {path: shard for path, shard in known.items() if shard is not None}
+
+
+def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
+    """In what a shard is not the one that was indexed."""
+    if known.sha256 and known.sha256 != found.sha256:
+        yield "its bytes are not those that were indexed"
+    offsets = set(known.rows["offset"].tolist())
+    good = set(found.offsets)
+    gone = len(offsets - good - {reject.offset for reject in found.rejected})
+    if gone or good - offsets:
+        yield (
+            f"its index names {len(offsets)} samples: {gone} of them were not found, and "
+            f"{len(good - offsets)} were "
+            "that it does not name; get the tar anew, or run rcmae shards index --rebuild on it"
+        )
+
+
+def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any]:
+    """Everything about a set, for people and programs."""
+    classes: Counter[int] = Counter()
+    sides: Counter[int] = Counter()
+    channels: Counter[int] = Counter()
+    where: dict[str, list[str]] = {}
+    rows: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    for shard in shards:
+        classes.update(shard.classes)
+        sides.update(shard.sides)
+        channels.update(shard.channels)
+        name = sources.basename(shard.path)
+        for key in shard.keys:
+            where.setdefault(key, []).append(name)
+        bad = list(shard.rejected)
+        if shard.path in known:
+            bad += [Rejected("", -1, why) for why in unlike_index(shard, known[shard.path])]
+        rejected += [{**reject._asdict(), "shard": name} for reject in bad]
+        rows.append(
+            {
+                "shard": sources.redacted(shard.path),
+                "bytes": shard.bytes,
+                "sha256": shard.sha256,
+                "samples": shard.samples,
+                "rejected": len(bad),
+            }
+        )
+    return {
+        "shards": rows,
+        "samples": sum(row["samples"] for row in rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "rejected": rejected,
+        "keys_in_several_shards": {key: names for key, names in where.items() if len(names) > 1},
+        "classes": _sorted(classes),
+        "shorter_sides": _sorted(sides),
+        "channels": _sorted(channels),
+    }
+
+
+def _sorted(counts: Counter[int]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(counts.items())}
+
+
+def described(patterns: Sequence[str]) -> dict[str, Any]:
+    """What the index says of shards, as plain values."""
+    index = ShardIndex.open(patterns)
+    sizes = np.concatenate([shard.rows["size"] for shard in index.shards]).astype(np.int64)
+    rows = [
+        {
+            "shard": sources.redacted(shard.path),
+            "bytes": shard.size,
+            "samples": shard.samples,
+            "sha256": shard.sha256,
+        }
+        for shard in index.shards
+    ]
+    return {
+        "shards": rows,
+        "samples": len(index),
+        "bytes": sum(shard.size for shard in index.shards),
+        "fingerprint": index.fingerprint,
+        "classes": _sorted(Counter(index.labels.tolist())),
+        "image_bytes": {
+            "least": int(sizes.min()),
+            "median": int(np.median(sizes)),
+            "most": int(sizes.max()),
+        },
+        "short": list(index.short),
+    }
+
+
+def ledger(run: Path) -> list[dict[str, Any]]:
+    """The bad samples of a run (its folder, or its events.jsonl), in the order of their positions.
+
+    Raises:
+        Refused: there is no such run.
+    """
+    path = run / "events.jsonl" if run.is_dir() else run
+    if not path.is_file():
+        raise Refused(f"{path}: is no run's events.jsonl (no such file)")
+    found = {}
+    for event in json_lines(path):
+        if event.get("event") == "bad_sample":
+            # steps done again after a resume tell theirs again
+            found[event["position"]] = event
+    return [found[position] for position in sorted(found)]
+
+
+def draw_sides(sides: dict[str, int], path: Path) -> None:
+    """Draw how many images have which shorter side, as a PNG."""
+    edges = [0, *SIDES, 10**9]
+    counts, _ = np.histogram([int(side) for side in sides], edges, weights=list(sides.values()))
+    names = [f"< {SIDES[0]}"]
+    names += [f"{low} to {high - 1}" for low, high in pairwise(SIDES)]
+    names += [f"{SIDES[-1]} and more"]
+    image = Image.new("RGB", (640, 22 * len(names) + 40), "white")
+    pen = ImageDraw.Draw(image)
+    pen.text((10, 8), f"{int(counts.sum()):,} images by their shorter side in pixels", "black")
+    for row, (name, count) in enumerate(zip(names, counts.tolist(), strict=True)):
+        top = 32 + 22 * row
+        pen.text((10, top + 3), name, "black")
+        pen.rectangle((120, top, 120 + 420 * count / max(counts.max(), 1), top + 16), "steelblue")
+        pen.text((550, top + 3), f"{int(count):,}", "black")
+    with aside(path) as file:
+        image.save(file, "PNG")

@@ -1,0 +1,354 @@
+"""Images written as WebDataset shards with their index and classes.
+
+Every image is decoded once; what cannot be is left out and listed. The same images and options give
+the same bytes. A job that was killed or stopped goes on where it was when it is started again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import simplejpeg
+import tifffile
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from rcmae.data.packing.indexing import refresh
+from rcmae.data.packing.inputs import Found, Source, find_images, ordered
+from rcmae.data.tars import IMAGE_SUFFIXES
+from rcmae.data.transforms import NPY, TIFF, BadImage, channels_of, decode, resize
+from rcmae.data.workers import fork_server, mapped
+from rcmae.errors import Refused
+from rcmae.files import aside, json_lines, write_aside
+
+_NAMED = 5  # of many files that a report is about
+
+
+@dataclass(frozen=True)
+class PackingOptions:
+    """How images become shards."""
+
+    name: str = "train"  # what the shards' names begin with
+    samples: int = 1000  # at most so many in a shard; all have equally many, to one
+    size: int | None = None  # make images smaller whose shorter side has more pixels than this
+    quality: int = 90  # of the JPEG that these become
+    min_size: int = 1  # leave out images whose shorter side has fewer pixels
+    # names in the order of the labels; None: the class folders' in alphabetical order
+    classes: Sequence[str] | None = None
+    jobs: int = 1  # processes
+    overwrite: bool = False  # replace shards of this name
+    progress: bool = False  # show a bar on standard error
+
+
+class Rejected(NamedTuple):
+    """An image that was left out."""
+
+    path: str
+    reason: str
+
+
+class Written(NamedTuple):
+    """A shard that was written."""
+
+    path: str
+    samples: int
+    rejected: list[Rejected]
+
+
+class Report(NamedTuple):
+    """What `make_shards` made."""
+
+    shards: list[str]
+    samples: int
+    bytes: int
+    classes: list[str]  # empty: no labels
+    rejected: list[Rejected]
+    other_files: int  # files that no image suffix names: not looked at
+    such_as: list[str]  # a few of them
+    kept: int  # shards that a job before had written
+
+
+class Task(NamedTuple):
+    """A shard to write."""
+
+    path: str
+    sources: Sequence[Source]
+
+
+def make_shards(
+    images: str | Path | Sequence[str | Path], out: str | Path, options: PackingOptions
+) -> Report:
+    """Write images as shards with their index and classes.
+
+    Args:
+        images: a folder of class folders, or of images; a list; Parquet files; tars. Or several of
+            one kind.
+        out: folder of the shards; made where it is not there.
+        options: how.
+
+    Raises:
+        Refused: the folder holds no images, or images beside class folders, or folders of no
+            known class; OUT has shards of this name or other classes; all images of a shard are
+            unreadable.
+    """
+    inputs = [str(images)] if isinstance(images, str | Path) else [str(one) for one in images]
+    out = Path(out)
+    spool = out / f".{options.name}.spool"
+    found = find_images(inputs, spool)
+    sources, labels = ordered(found.images, options.classes, " ".join(inputs))
+    tasks = _tasks(sources, out, options)
+    job = Job(out / f".{options.name}.progress", _told(sources, labels, options))
+    old = sorted(out.glob(f"{options.name}-*.tar"))
+    if old and not options.overwrite and job.done is None:
+        raise Refused(_is_taken(out, old, options.name, job.unlike))
+    class_file = out / "classes.txt"
+    class_lines = "".join(f"{label}\n" for label in labels).encode()
+    if labels and not options.overwrite and _differs(class_file, class_lines):
+        raise Refused(f"{class_file} names other classes; pass it as --classes, or --overwrite it")
+
+    out.mkdir(parents=True, exist_ok=True)
+    for torn in out.glob(f".{options.name}-*.tar.*"):
+        torn.unlink()  # of a job that was killed
+    before = {path: each for path, each in (job.done or {}).items() if os.path.isfile(path)}
+    done = _write_all(tasks, before, job, options)
+    paths = [task.path for task in tasks]
+    for path in {*map(str, old)} - set(paths):
+        Path(path).unlink()
+    if labels:
+        write_aside(class_file, class_lines)
+    refresh(out, paths, rebuild=True, jobs=options.jobs)
+    job.end()
+    spool.unlink(missing_ok=True)
+    kept = sum(path in before for path in paths)
+    return _report([done[path] for path in paths], labels, found, kept)
+
+
+def _tasks(sources: Sequence[Source], out: Path, options: PackingOptions) -> list[Task]:
+    count = -(-len(sources) // options.samples)
+    cuts = [len(sources) * shard // count for shard in range(count + 1)]
+    tasks = []
+    for shard in range(count):
+        path = str(out / f"{options.name}-{shard:06d}.tar")
+        tasks.append(Task(path, sources[cuts[shard] : cuts[shard + 1]]))
+    return tasks
+
+
+def _told(
+    sources: Sequence[Source], labels: Sequence[str], options: PackingOptions
+) -> dict[str, Any]:
+    """What decides the bytes of a job's shards."""
+    return {
+        "images": _digest(sources),
+        "classes": _digest(labels),
+        "samples": options.samples,
+        "size": options.size,
+        "quality": options.quality,
+        "min-size": options.min_size,
+    }
+
+
+def _digest(what: object) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _is_taken(out: Path, old: Sequence[Path], name: str, unlike: str) -> str:
+    unfinished = ""
+    if unlike:
+        unfinished = f" of a job that did not end, {unlike}; the command of that job goes on"
+    return (
+        f"{out} has {len(old)} shards named {name}-*.tar{unfinished}; take another "
+        "--name, or --overwrite them"
+    )
+
+
+def _differs(path: Path, content: bytes) -> bool:
+    return path.exists() and path.read_bytes() != content
+
+
+def _write_all(
+    tasks: Sequence[Task], before: dict[str, Written], job: Job, options: PackingOptions
+) -> dict[str, Written]:
+    """Path -> what was written, of all shards, those of a job before too."""
+    done = dict(before)
+    missing = [task for task in tasks if task.path not in done]
+    write = partial(
+        write_shard, size=options.size, quality=options.quality, min_size=options.min_size
+    )
+    shown = track(
+        _each(write, missing, options.jobs),
+        "writing shards",
+        total=len(missing),
+        console=Console(stderr=True),
+        disable=not options.progress,
+    )
+    job.begin(done.values())
+    try:
+        for written in shown:
+            job.note(written)
+            done[written.path] = written
+    except Refused:
+        if not done:
+            job.end()  # nothing to go on with
+        raise
+    return done
+
+
+def _each(write: partial[Written], tasks: Iterable[Task], jobs: int) -> Iterator[Written]:
+    if jobs <= 1:
+        yield from map(write, tasks)
+        return
+    yield from mapped(write, tasks, jobs, fork_server("torch"), partial(torch.set_num_threads, 1))
+
+
+def _report(written: Sequence[Written], labels: list[str], found: Found, kept: int) -> Report:
+    return Report(
+        shards=[shard.path for shard in written],
+        samples=sum(shard.samples for shard in written),
+        bytes=sum(os.path.getsize(shard.path) for shard in written),
+        classes=labels,
+        rejected=[reject for shard in written for reject in shard.rejected],
+        other_files=len(found.others),
+        such_as=sorted(found.others)[:_NAMED],
+        kept=kept,
+    )
+
+
+class Job:
+    """What a job has written so far, in a file beside the shards: started again with the same
+    input, it goes on.
+    """
+
+    def __init__(self, path: Path, what: dict[str, Any]) -> None:
+        self._path = path
+        self._what = what
+        # of a job before that was to do the same; None: there was none
+        self.done: dict[str, Written] | None = None
+        self.unlike = ""  # how a job before that did not end differs from this one
+        lines = json_lines(path)
+        before = next(lines, None)
+        if before == what:
+            self.done = {}
+            for line in lines:
+                rejected = [Rejected(*reject) for reject in line["rejected"]]
+                self.done[line["path"]] = Written(line["path"], line["samples"], rejected)
+        elif before is not None:
+            self.unlike = ", ".join(
+                _unlike(key, before.get(key), value)
+                for key, value in what.items()
+                if before.get(key) != value
+            )
+
+    def begin(self, done: Iterable[Written]) -> None:
+        """Say what the job is, and what is done of it."""
+        lines = [self._what, *(written._asdict() for written in done)]
+        write_aside(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def note(self, written: Written) -> None:
+        """Say that a shard more is there."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(written._asdict()) + "\n")
+
+    def end(self) -> None:
+        """Say that all is there."""
+        self._path.unlink(missing_ok=True)
+
+
+def _unlike(key: str, before: Any, now: Any) -> str:
+    if key in ("images", "classes"):
+        return f"with other {key}"
+    return " instead of ".join(
+        f"--{key}={value}" if value is not None else f"no --{key}" for value in (before, now)
+    )
+
+
+# ---------------------------------------------------------------------------------------- a shard
+
+
+def write_shard(
+    task: Task, size: int | None = None, quality: int = 90, min_size: int = 1
+) -> Written:
+    """Write a tar of the images that can be decoded. It is there whole or not at all."""
+    count = 0
+    rejected: list[Rejected] = []
+    with (
+        aside(Path(task.path)) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for source in task.sources:
+            try:
+                suffix, data = encoded(source, size, quality, min_size)
+            except (BadImage, OSError) as error:
+                rejected.append(Rejected(source.name or source.path, str(error)))
+                continue
+            add(tar, f"{source.key}.{suffix}", data)
+            if source.label is not None:
+                add(tar, f"{source.key}.cls", str(source.label).encode())
+            count += 1
+        if not count:
+            raise Refused(
+                f"none of the {len(task.sources)} images of {os.path.basename(task.path)} can be "
+                f"read, such as {rejected[0].path}: {rejected[0].reason}"
+            )
+    return Written(task.path, count, rejected)
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a member whose owner, group and time are 0, so that equal data give equal tars."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def encoded(source: Source, size: int | None, quality: int, min_size: int) -> tuple[str, bytes]:
+    """(suffix, bytes) of an image: its own, or a smaller JPEG. Raises BadImage, OSError."""
+    data = source.read()
+    pixels = decode(data, channels_of(data))
+    rows, columns, channels = pixels.shape
+    if min(rows, columns) < min_size:
+        raise BadImage(f"its shorter side has {min(rows, columns)} pixels, --min-size={min_size}")
+    if size is None or min(rows, columns) <= size:
+        own = Path(source.path).suffix[1:].lower() if source.size < 0 else kind_of(data)
+        return own, data
+    factor = size / min(rows, columns)
+    smaller = (
+        resize(pixels, (round(rows * factor), round(columns * factor)))
+        .permute(1, 2, 0)
+        .contiguous()
+        .numpy()
+    )
+    if data.startswith(NPY):
+        file = io.BytesIO()
+        np.save(file, smaller)
+        return "npy", file.getvalue()
+    if channels != 3:
+        file = io.BytesIO()
+        tifffile.imwrite(
+            file,
+            smaller,
+            photometric="rgb" if channels == 4 else "minisblack",
+            planarconfig="contig",
+        )
+        return "tif", file.getvalue()
+    return "jpg", simplejpeg.encode_jpeg(smaller, quality, "RGB", "420")
+
+
+def kind_of(data: bytes) -> str:
+    """The suffix of an encoded image."""
+    if data.startswith(NPY):
+        return "npy"
+    if data[:4] in TIFF:
+        return "tif"  # Pillow does not know all of them
+    with Image.open(io.BytesIO(data)) as image:
+        name = (image.format or "jpeg").lower()
+    return {"jpeg": "jpg", "mpo": "jpg"}.get(name, name if name in IMAGE_SUFFIXES else "png")
