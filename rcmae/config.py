@@ -9,17 +9,20 @@ values, never from the recipe itself."""
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, Strict
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from rcmae import plugins
 from rcmae.errors import Refused
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -35,15 +38,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
 
-class Objective(Section):
-    """What the student is asked to do."""
+class Reads(NamedTuple):
+    """Outputs of the networks that a loss reads, by the names of `models.vit.Outputs`."""
 
-    name: Literal["mae", "rcmae", "supmae", "bootmae", "finetune", "probe"] = "rcmae"
-    # terms to add and their weights, such as {class: 0.01} to rcmae; what they need is set by the
-    # keys below
-    terms: dict[Literal["consistency", "class", "features"], Annotated[float, Field(ge=0.0)]] = (
-        Field(default_factory=dict)
-    )
+    student: tuple[str, ...] = ("pixels",)
+    teacher: tuple[str, ...] = ()  # none: it has no teacher
+
+
+class ObjectiveOptions(Section):
+    """What the student is asked to do.
+
+    A recipe's section has these keys, those of the named objective and those of the terms that are
+    added to it: its class is made of all their classes (`objective_class`).
+    """
+
+    name: str = "rcmae"  # of a shipped objective, or MODULE:NAME
+    # terms to add and their weights, such as {class: 0.01} to rcmae
+    terms: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
     # boxes: BEiT's, with single patches up to mask_ratio
     mask: Literal["random", "boxes"] = "random"
@@ -51,34 +62,70 @@ class Objective(Section):
     box_ratio: Fraction = 0.62  # share of the patches that boxes hide
     box_smallest: Positive = 16  # patches
     box_largest: Positive = 60  # patches
-    norm_pix_loss: bool = True  # the target of a patch is normalised by its own mean and variance
-    # by which variance; None: as published
-    pixel_norm: Literal["unbiased", "biased", "channel"] | None = None
-    weight_mask: bool | None = None  # hidden patches among hidden ones count more; None: in bootmae
-    consistency_weight: Annotated[float, Field(ge=0.0)] = 1.0  # gamma of the RC-MAE paper
-    # which patches the teacher of the consistency sees
-    teacher_mask: Literal["same", "different"] = "same"
-    class_weight: Annotated[float, Field(ge=0.0)] = 0.01  # of supmae
-    class_temperature: Annotated[float, Field(gt=0.0)] = 10.0
-    class_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    # of bootmae; 0: no features, and no teacher
-    feature_weight: Annotated[float, Field(ge=0.0)] = 1.0
 
-    def has(self, term: str) -> bool:
-        """Whether the loss has this term."""
-        own = {"rcmae": "consistency", "supmae": "class"}.get(self.name)
-        own = "features" if self.name == "bootmae" and self.feature_weight > 0 else own
-        return term == own or term in self.terms
+    @property
+    def own(self) -> BaseModel:
+        """What the named objective is made with: this section, or its `options`."""
+        options = getattr(self, "options", None)
+        return options if isinstance(options, BaseModel) else self
+
+    @property
+    def student_outputs(self) -> tuple[str, ...]:
+        """Outputs of the student that the loss reads, by the names of `models.vit.Outputs`."""
+        found = set(getattr(self.own, "reads", Reads()).student)
+        for term in self.terms:
+            found.update(shipped().terms[term].reads.student)
+        return tuple(sorted(found))
+
+    @property
+    def teacher_outputs(self) -> tuple[str, ...]:
+        """Outputs of the teacher that the loss reads; none: it has no teacher."""
+        found = set(getattr(self.own, "reads", Reads()).teacher)
+        for term in self.terms:
+            found.update(shipped().terms[term].reads.teacher)
+        return tuple(sorted(found))
+
+    @property
+    def own_decoder(self) -> str:
+        """The decoder that the objective comes with, a value of model.decoder."""
+        return str(getattr(self.own, "decoder", "mae"))
+
+    @property
+    def teacher_sees(self) -> str:
+        """The patches that the teacher sees: the "same" as the student, or "different" ones."""
+        return str(getattr(self, "teacher_mask", "same"))
 
     @property
     def teacher_parts(self) -> tuple[str, ...]:
         """Parts of the student that its teacher has: none, the encoder, or the decoder, too."""
-        if self.has("consistency"):
+        if "pixels" in self.teacher_outputs:
             return ("encoder", "decoder")
-        return ("encoder",) if self.has("features") else ()
+        return ("encoder",) if self.teacher_outputs else ()
 
 
-class Model(Section):
+class OwnOptions(Section):
+    """Options of one objective, or of one term that can be added to others."""
+
+    reads: ClassVar[Reads] = Reads()
+    decoder: ClassVar[str] = "mae"  # that the objective comes with, a value of model.decoder
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """The shipped objectives and terms by name, with the class of each one's options."""
+
+    objectives: Mapping[str, type[OwnOptions]]
+    terms: Mapping[str, type[OwnOptions]]
+
+
+def shipped() -> Catalogue:
+    """The catalogue of this package, found by name: those who have it stand above this module."""
+    catalogue = plugins.find("rcmae.objectives:CATALOGUE", key="objective.name")
+    assert isinstance(catalogue, Catalogue)
+    return catalogue
+
+
+class ModelOptions(Section):
     """The student. `name` gives the sizes; any of them can be set over it."""
 
     name: str = "vit_small_patch16"
@@ -114,7 +161,7 @@ class Model(Section):
         )
 
 
-class Teacher(Section):
+class TeacherOptions(Section):
     """The exponential moving average of the student."""
 
     momentum: Fraction = 0.996
@@ -125,7 +172,7 @@ class Teacher(Section):
     update: Literal["step", "micro_step"] = "step"
 
 
-class Engine(Section):
+class EngineOptions(Section):
     """What moves the weights, and how they are computed with."""
 
     name: Literal["local", "deepspeed", "fsdp2"] = "local"
@@ -148,7 +195,7 @@ class WeightedShards(Section):
     weight: Annotated[float, Field(gt=0)]  # its part of an epoch, in proportion to the other sets'
 
 
-class Data(Section):
+class DataOptions(Section):
     """Which samples, in which order, with which crops."""
 
     # A pattern (braces, globs, URLs, pipe:COMMAND), a list of them, or of {shards: ..., weight:
@@ -187,7 +234,7 @@ class Data(Section):
     max_bad_in_a_row: Positive = 100
 
 
-class Batch(Section):
+class BatchOptions(Section):
     """Images per optimizer step over all ranks, and how many a rank takes at once."""
 
     images: Positive = 4096
@@ -195,7 +242,7 @@ class Batch(Section):
     per_device: Positive | None = None
 
 
-class Schedule(Section):
+class ScheduleOptions(Section):
     """How long, and how fast. `epochs` or `steps`, `base_lr` or `lr`."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -210,7 +257,7 @@ class Schedule(Section):
     clip_grad: Annotated[float, Field(gt=0)] | None = None  # global L2 norm
 
 
-class Checkpoint(Section):
+class CheckpointOptions(Section):
     """When the run is committed, and from what it goes on."""
 
     every_steps: Positive | None = 1000
@@ -225,7 +272,7 @@ class Checkpoint(Section):
     allow: list[str] = Field(default_factory=list)
 
 
-class Guard(Section):
+class GuardOptions(Section):
     """What to do about numbers gone bad: a loss or gradient that is not finite, or a loss that
     jumps.
     """
@@ -241,7 +288,7 @@ class Guard(Section):
     drill_nan_position: Natural | None = None
 
 
-class Evaluate(Section):
+class EvaluateOptions(Section):
     """k-NN on labelled shards and a reconstruction picture, while training."""
 
     every_steps: Positive | None = None
@@ -257,7 +304,7 @@ class Evaluate(Section):
     picture_images: Positive = 4
 
 
-class Classify(Section):
+class ClassifyOptions(Section):
     """What rcmae.finetune and rcmae.probe train; nothing else reads it.
 
     Evaluation is on evaluate.test_shards.
@@ -290,14 +337,14 @@ class Classify(Section):
 CLASSIFYING = ("finetune", "probe")  # values of objective.name, and modules that train them
 
 
-class Log(Section):
+class LogOptions(Section):
     """What is written while training."""
 
     every_steps: Positive = 20
     tensorboard: bool = True
 
 
-class Run(Section):
+class RunOptions(Section):
     """Where the run lives."""
 
     dir: str | None = None  # default: runs/<name>
@@ -312,28 +359,120 @@ class Run(Section):
     lease_wait_s: Annotated[float, Field(ge=0)] = 120.0
 
 
+class NoOptions(OwnOptions):
+    """Of an objective that a task brings along, or of one that has none."""
+
+    reads: ClassVar[Reads] = Reads(student=())
+
+
+def objective_class(
+    section: Mapping[str, Any], catalogue: Catalogue | None = None
+) -> type[ObjectiveOptions]:
+    """The class of a section `objective`: the common keys, and those of what it names.
+
+    Raises:
+        pydantic.ValidationError: no such objective, at `name`.
+    """
+    name = section.get("name", ObjectiveOptions.model_fields["name"].default)
+    terms = section.get("terms")
+    named = sorted(map(str, terms)) if isinstance(terms, Mapping) else []
+    try:
+        return _objective_class(str(name), tuple(named), catalogue or shipped())
+    except Refused as error:
+        told = PydanticCustomError("refused", "{why}", {"why": str(error)})
+        details = InitErrorDetails(type=told, loc=("name",), input=name)
+        raise pydantic.ValidationError.from_exception_data("objective", [details]) from error
+
+
+@functools.cache
+def _objective_class(
+    name: str, terms: tuple[str, ...], catalogue: Catalogue
+) -> type[ObjectiveOptions]:
+    known = [*catalogue.objectives, *CLASSIFYING]
+    bases: list[type[BaseModel]] = [
+        catalogue.terms[term] for term in terms if term in catalogue.terms
+    ]
+    addable: Any = Literal[tuple(catalogue.terms)]
+    weights = dict[addable, Annotated[float, Field(ge=0.0)]]
+    fields: dict[str, Any] = {"terms": (weights, Field(default_factory=dict))}
+    if plugins.is_plugin(name):
+        options = _strict(getattr(plugins.find(name, key="objective.name"), "Options", OwnOptions))
+        fields["options"] = (options, Field(default_factory=dict, validate_default=True))
+    elif name in known:
+        bases.insert(0, catalogue.objectives.get(name, NoOptions))
+    else:
+        hint = _did_you_mean(name, known)
+        raise Refused(f"objective.name: unknown objective {name!r}; {hint}, or give MODULE:NAME")
+    made: Any = pydantic.create_model(
+        "ObjectiveOptions", __base__=(*bases, ObjectiveOptions), __doc__=None, **fields
+    )
+    return made
+
+
+def _strict(options: type[BaseModel]) -> type[BaseModel]:
+    """The same options, unknown ones refused."""
+    refusing = pydantic.ConfigDict(extra="forbid")
+    return type(options.__name__, (options,), {"model_config": refusing, "__module__": __name__})
+
+
+def _read_objective(
+    value: Any, read: pydantic.ValidatorFunctionWrapHandler, info: pydantic.ValidationInfo
+) -> ObjectiveOptions:
+    """The section of a recipe, of the class that its name and terms ask for."""
+    if isinstance(value, ObjectiveOptions) or not isinstance(value, Mapping):
+        section: ObjectiveOptions = read(value)
+        return section
+    context = info.context or {}
+    catalogue = context.get("objectives") or shipped()
+    kind = objective_class(value, catalogue)
+    mine = dict(value)
+    for key, options in _foreign(value, kind, catalogue).items():
+        if context.get("stored") or mine[key] == options.model_fields[key].get_default():
+            del mine[key]
+    return kind.model_validate(mine)
+
+
+def _foreign(
+    section: Mapping[str, Any], kind: type[ObjectiveOptions], catalogue: Catalogue
+) -> dict[str, type[OwnOptions]]:
+    """Keys of a section that are other objectives', or of terms that are not added, and whose."""
+    found = {}
+    for options in (*catalogue.objectives.values(), *catalogue.terms.values()):
+        for key in options.model_fields:
+            if key in section and key not in kind.model_fields:
+                found[key] = options
+    return found
+
+
 class Recipe(Section):
     """Everything a run depends on."""
 
-    objective: Objective = Field(default_factory=Objective)
-    model: Model = Field(default_factory=Model)
-    teacher: Teacher = Field(default_factory=Teacher)
-    engine: Engine = Field(default_factory=Engine)
-    data: Data = Field(default_factory=Data)
-    batch: Batch = Field(default_factory=Batch)
-    schedule: Schedule = Field(default_factory=Schedule)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    guard: Guard = Field(default_factory=Guard)
-    evaluate: Evaluate = Field(default_factory=Evaluate)
-    classify: Classify = Field(default_factory=Classify)
-    log: Log = Field(default_factory=Log)
-    run: Run = Field(default_factory=Run)
+    objective: Annotated[
+        ObjectiveOptions, SerializeAsAny(), pydantic.WrapValidator(_read_objective)
+    ] = Field(default_factory=dict, validate_default=True)
+    model: ModelOptions = Field(default_factory=ModelOptions)
+    teacher: TeacherOptions = Field(default_factory=TeacherOptions)
+    engine: EngineOptions = Field(default_factory=EngineOptions)
+    data: DataOptions = Field(default_factory=DataOptions)
+    batch: BatchOptions = Field(default_factory=BatchOptions)
+    schedule: ScheduleOptions = Field(default_factory=ScheduleOptions)
+    checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
+    guard: GuardOptions = Field(default_factory=GuardOptions)
+    evaluate: EvaluateOptions = Field(default_factory=EvaluateOptions)
+    classify: ClassifyOptions = Field(default_factory=ClassifyOptions)
+    log: LogOptions = Field(default_factory=LogOptions)
+    run: RunOptions = Field(default_factory=RunOptions)
 
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
         assert self.run.dir is not None, "load() names the run"
         return Path(self.run.dir)
+
+    @property
+    def decoder(self) -> str:
+        """The student's decoder: model.decoder, else as the objective has it."""
+        return self.model.decoder or self.objective.own_decoder
 
 
 # What makes two runs the same training. A resume may change anything else (engine, ranks, workers,
@@ -361,29 +500,65 @@ FROZEN = (
 )
 
 
+def stored(tree: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run's folder or a checkpoint, of this version or one before.
+
+    Keys of objectives that the run does not train are left out: once, every recipe had all of them.
+
+    Raises:
+        pydantic.ValidationError: it is no recipe.
+    """
+    return Recipe.model_validate(tree, context={"stored": True})
+
+
 def differences(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Lines `key: saved -> mine` for every frozen key that differs between two dumped recipes."""
     left = dict(_leaves(mine))
-    # of before a key was there
-    right = {**dict(_leaves(Recipe().model_dump(mode="json"))), **dict(_leaves(saved))}
+    right = _leaves_with_defaults(saved)
     allowed = left.get("checkpoint.allow") or []
-    classifies = left.get("objective.name") in CLASSIFYING
-    frozen = (
-        *FROZEN,
-        *(
-            f"classify.{key}"
-            for key in Classify.model_fields
-            if classifies and key != "class_names"
-        ),
-    )
-    return [
-        f"{key}: {right.get(key)!r} in the run, {left.get(key)!r} asked for"
-        for key in sorted(left.keys() | right.keys())
-        if _is_under(key, frozen)
-        and not _is_under(key, allowed)
-        and _plain(left.get(key)) != _plain(right.get(key))
-        and not (key == "data.canonical_streams" and left.get(key) is None)
-    ]
+    frozen = list(FROZEN)
+    if left.get("objective.name") in CLASSIFYING:
+        frozen += [f"classify.{key}" for key in ClassifyOptions.model_fields]
+        frozen.remove("classify.class_names")
+    lines = []
+    for key in sorted(left.keys() | right.keys()):
+        if not _is_under(key, frozen) or _is_under(key, allowed):
+            continue
+        if key == "data.canonical_streams" and left.get(key) is None:
+            continue
+        if _is_of_one_objective(key, left, right):
+            continue
+        if _plain(left.get(key)) != _plain(right.get(key)):
+            lines.append(f"{key}: {right.get(key)!r} in the run, {left.get(key)!r} asked for")
+    return lines
+
+
+def _leaves_with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a dumped recipe, with the default where it is from before a key was there.
+
+    Without keys of objectives that it does not train.
+    """
+    section = saved.get("objective", {})
+    kind, catalogue = objective_class(section), shipped()
+    defaults = Recipe().model_dump(mode="json")
+    defaults["objective"] = {
+        key: field.get_default(call_default_factory=True)
+        for key, field in kind.model_fields.items()
+        if key != "options"
+    }
+    foreign = _foreign(section, kind, catalogue)
+    told = {key: value for key, value in section.items() if key not in foreign}
+    return {**dict(_leaves(defaults)), **dict(_leaves({**saved, "objective": told}))}
+
+
+def _is_of_one_objective(key: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether a key is an option that one of two objectives lacks: then their names or terms
+    differ, which is said.
+    """
+    section, _, name = key.partition(".")
+    if section != "objective" or (key in left and key in right):
+        return False
+    return name.partition(".")[0] not in ObjectiveOptions.model_fields
 
 
 def _is_under(key: str, names: Sequence[str]) -> bool:
@@ -426,15 +601,18 @@ def recipe_path(name: str) -> Path:
     )
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(
+    name: str, overrides: Sequence[str] = (), *, objectives: Catalogue | None = None
+) -> Recipe:
     """The recipe of a file with `key=value` set over it.
 
     Args:
         name: a path or a shipped recipe's name.
         overrides: `section.key=value`, values in YAML.
+        objectives: what `objective.name` may be and which keys belong to it; None: as shipped.
 
     Raises:
-        ValueError: one message that names every problem.
+        Refused: one message that names every problem.
     """
     path = recipe_path(name)
     try:
@@ -444,7 +622,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(tree, dict):
         raise Refused(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
     problems = _override(tree, overrides)
-    recipe, more = _parse(tree)
+    recipe, more = _parse(tree, objectives or shipped())
     problems += more
     if recipe is not None:
         recipe.run.name = recipe.run.name or path.stem
@@ -477,32 +655,49 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     return problems
 
 
-def _parse(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
+def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None, list[str]]:
     try:
-        return Recipe.model_validate(tree), []
+        return Recipe.model_validate(tree, context={"objectives": catalogue}), []
     except pydantic.ValidationError as error:
         lines: dict[str, str] = {}  # one line a key, though each branch of a union complains
         for item in error.errors():
             place = [str(part) for part in item["loc"]]
-            if item["type"] == "extra_forbidden":
-                # not the branch of a union
-                named = ".".join(part for part in place[:-1] if "[" not in part)
-                hint = _did_you_mean(place[-1], _known_keys(place[:-1]))
-                lines[".".join(place)] = (
-                    f"unknown key {place[-1]!r}{f' in {named}' if named else ''}; {hint}"
-                )
-                continue
-            key = ".".join(place[:2])
-            if key == "data.shards":
+            key = ".".join(place[: 3 if place[:2] == ["objective", "options"] else 2])
+            if item["type"] == "refused":
+                lines[key] = item["msg"]
+            elif item["type"] == "extra_forbidden":
+                lines[".".join(place)] = _unknown(place, tree, catalogue)
+            elif key == "data.shards":
                 lines[key] = (
                     f"{key}: wants a pattern, a list of patterns, or, for a mixture, a list "
                     f"of {{shards: PATTERN, "
                     f"weight: above 0}}, got {tree['data']['shards']!r}"
                 )
-                continue
-            text = f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
-            lines[key] = f"{lines[key]}, or {item['msg'].lower()}" if key in lines else text
+            elif key in lines:
+                lines[key] += f", or {item['msg'].lower()}"
+            else:
+                told = f"{item['msg'][0].lower()}{item['msg'][1:]}"
+                lines[key] = f"{key}: {told}, got {item['input']!r}"
         return None, list(lines.values())
+
+
+def _unknown(place: Sequence[str], tree: Mapping[str, Any], catalogue: Catalogue) -> str:
+    """What to say of a key that is nobody's, or another objective's."""
+    key, section = place[-1], tree.get("objective")
+    if len(place) == 2 and place[0] == "objective" and isinstance(section, Mapping):
+        owners = [name for name, each in catalogue.objectives.items() if key in each.model_fields]
+        owners += [
+            f"the term {name}" for name, each in catalogue.terms.items() if key in each.model_fields
+        ]
+        if owners:
+            name = section.get("name", ObjectiveOptions.model_fields["name"].default)
+            return (
+                f"objective.{key} is of {' and '.join(owners)}, and without effect in {name}; "
+                "leave it out"
+            )
+    named = ".".join(part for part in place[:-1] if "[" not in part)  # not the branch of a union
+    hint = _did_you_mean(key, _known_keys(place[:-1], section))
+    return f"unknown key {key!r}{f' in {named}' if named else ''}; {hint}"
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
@@ -510,7 +705,8 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def _known_keys(place: Sequence[str]) -> list[str]:
+def _known_keys(place: Sequence[str], objective: Any = None) -> list[str]:
+    """The keys of a place in the recipe; `objective`: that section, whose keys depend on it."""
     fields = Recipe.model_fields
     for part in place:
         if part not in fields:  # a branch of a union, or a place in a list
@@ -520,10 +716,10 @@ def _known_keys(place: Sequence[str]) -> list[str]:
             )
             continue
         section = fields[part].annotation
-        if not isinstance(section, type):
-            continue
-        assert issubclass(section, Section)
-        fields = section.model_fields
+        if section is ObjectiveOptions:
+            section = objective_class(objective if isinstance(objective, Mapping) else {})
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            fields = section.model_fields
     return list(fields)
 
 
@@ -552,11 +748,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
             problems.append(
                 f"checkpoint.allow: unknown section {section!r}; {_did_you_mean(section, sections)}"
             )
-        elif dot and name not in _known_keys([section]):
-            problems.append(
-                f"checkpoint.allow: unknown key {key!r}; "
-                f"{_did_you_mean(name, _known_keys([section]))}"
-            )
+        elif dot and name not in (known := _known_keys([section], dict(recipe.objective))):
+            problems.append(f"checkpoint.allow: unknown key {key!r}; {_did_you_mean(name, known)}")
     if not data.shards:
         problems.append(
             "data.shards: names no shards; give a path, a brace pattern, a glob or a list of them"
@@ -599,11 +792,15 @@ def _contradictions(recipe: Recipe) -> list[str]:
 
 def _objective_problems(recipe: Recipe) -> list[str]:
     """Problems between what is to be learnt and the network that learns it."""
-    problems, objective, model = [], recipe.objective, recipe.model
-    regressors = (model.decoder or objective.name) == "bootmae"
-    if objective.name == "bootmae" and not regressors and objective.has("features"):
+    problems = []
+    objective = recipe.objective
+    model = recipe.model
+    regressors = recipe.decoder == "bootmae"
+    own_features = "features" in getattr(objective.own, "reads", Reads()).student
+    if objective.own_decoder == "bootmae" and not regressors and own_features:
         problems.append(
-            "objective.name=bootmae has regressors: leave model.decoder out, or use mae with terms"
+            f"objective.name={objective.name} has regressors: leave model.decoder out, or use mae "
+            "with terms"
         )
     if regressors:
         needs = {
@@ -618,11 +815,11 @@ def _objective_problems(recipe: Recipe) -> list[str]:
             problems.append(
                 f"model.{' and '.join(given)}: bootmae's network has its own; leave it out"
             )
-        if objective.has("class"):
+        if "classes" in objective.student_outputs:
             problems.append(
                 "objective: bootmae's network has no class head; use a class term with mae or rcmae"
             )
-        if objective.teacher_mask == "different":
+        if objective.teacher_sees == "different":
             problems.append(
                 "objective.teacher_mask is of a consistency term; bootmae's teacher sees the "
                 "whole image"

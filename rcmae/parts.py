@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rcmae import config, dist
+from rcmae import config, dist, objectives
 from rcmae.config import Recipe, Resolved
 from rcmae.data.device_decode import DeviceDecoder, nvjpeg
 from rcmae.data.masking import BlockMask, Mask, RandomMask, SharedMask, visible_count
@@ -24,8 +24,7 @@ from rcmae.errors import Refused
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder, Network
 from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder, size_problems
-from rcmae.objectives import OBJECTIVES, TERMS, Sum
-from rcmae.objectives.mae import PixelNorm
+from rcmae.objectives import Context, Objective
 
 
 def patience(recipe: Recipe) -> Patience:
@@ -33,7 +32,7 @@ def patience(recipe: Recipe) -> Patience:
     return Patience(recipe.data.source_timeout_s, recipe.data.source_attempts)
 
 
-def student_sizes(model: config.Model, *, regressors: bool = False) -> dict[str, int]:
+def student_sizes(model: config.ModelOptions, *, regressors: bool = False) -> dict[str, int]:
     """The sizes of the student: the architecture's, with the recipe's over them.
 
     `regressors`: whether the decoder is BootMAE's, whose heads need not divide its width.
@@ -102,13 +101,14 @@ def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Networ
     Raises:
         ValueError: as `student_sizes`, or the network's own.
     """
-    model, objective = recipe.model, recipe.objective
+    model = recipe.model
+    outputs = recipe.objective.student_outputs
     common: dict[str, Any] = {
         **student_sizes(model, regressors=has_regressors(recipe)),
         "image_size": model.image_hw,
         "in_channels": model.in_channels,
         "norm_layer": kernels.layer_norm(norm or recipe.engine.layer_norm),
-        "predicts_features": objective.has("features"),
+        "predicts_features": "features" in outputs,
     }
     if has_regressors(recipe):
         return BootstrappedAutoencoder(
@@ -121,7 +121,7 @@ def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Networ
         positions=model.positions,
         decoder_cls=model.decoder_cls,
         pixel_order=model.pixel_order,
-        num_classes=model.num_classes if objective.has("class") else 0,
+        num_classes=model.num_classes if "classes" in outputs else 0,
         class_hidden=model.class_hidden,
         class_pool=model.class_pool,
     )
@@ -129,7 +129,7 @@ def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Networ
 
 def has_regressors(recipe: Recipe) -> bool:
     """Whether the network is BootMAE's."""
-    return (recipe.model.decoder or recipe.objective.name) == "bootmae"
+    return recipe.decoder == "bootmae"
 
 
 def new_student(recipe: Recipe) -> Network:
@@ -139,7 +139,7 @@ def new_student(recipe: Recipe) -> Network:
     return network
 
 
-def new_teacher(student: Network, objective: Sum) -> Network | None:
+def new_teacher(student: Network, objective: Objective) -> Network | None:
     """A copy of the student's parts that the objective asks a teacher for.
 
     None where it asks for nothing.
@@ -166,44 +166,13 @@ def make_mask(recipe: Recipe, grid: tuple[int, int]) -> Mask:
     return SharedMask(mask, recipe.batch.images) if objective.mask_shared == "step" else mask
 
 
-def pixel_norm(objective: config.Objective) -> PixelNorm:
-    """What a patch's pixels are normalised by."""
-    return objective.pixel_norm or ("channel" if objective.name == "bootmae" else "unbiased")
+def make_objective(recipe: Recipe, sizes: Resolved) -> Objective:
+    """The objective of a recipe: the named one, and the terms added to it. Raises Refused."""
+    epochs = sizes.total_steps / sizes.steps_per_epoch
+    return objectives.make(recipe.objective, Context(epochs=epochs, steps=sizes.total_steps))
 
 
-def make_objective(recipe: Recipe, sizes: Resolved) -> Sum:
-    """The objective of a recipe: a published one, and the terms added to it."""
-    asked = recipe.objective
-    kind, epochs = pixel_norm(asked), sizes.total_steps / sizes.steps_per_epoch
-    weight_mask = asked.name == "bootmae" if asked.weight_mask is None else asked.weight_mask
-    smooth = {
-        "class_temperature": asked.class_temperature,
-        "class_smoothing": asked.class_smoothing,
-    }
-    options: dict[str, dict[str, Any]] = {
-        "mae": {"weight_mask": weight_mask},
-        "rcmae": {"consistency_weight": asked.consistency_weight},
-        "supmae": {"class_weight": asked.class_weight, **smooth},
-        "bootmae": {
-            "feature_weight": asked.feature_weight,
-            "weight_mask": weight_mask,
-            "epochs": epochs,
-        },
-    }
-    terms: dict[str, dict[str, Any]] = {
-        "consistency": {},
-        "class": {"temperature": asked.class_temperature, "smoothing": asked.class_smoothing},
-        "features": {"weight_mask": weight_mask, "epochs": epochs},
-    }
-    published = OBJECTIVES[asked.name](
-        norm_pix_loss=asked.norm_pix_loss, pixel_norm=kind, **options[asked.name]
-    )
-    return published.plus(
-        {name: TERMS[name](weight=weight, **terms[name]) for name, weight in asked.terms.items()}
-    )
-
-
-def step_flops(student: Network, objective: Sum, num_visible: int) -> float:
+def step_flops(student: Network, objective: Objective, num_visible: int) -> float:
     """Floating-point operations of a step for one image: three forward passes of the student,
     one of the teacher.
     """

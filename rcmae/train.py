@@ -56,7 +56,7 @@ from rcmae.evaluation.logistic import logistic_rows
 from rcmae.evaluation.pictures import reconstruction_picture, save_png
 from rcmae.models import kernels
 from rcmae.models.bootmae import Network
-from rcmae.objectives import OBJECTIVES, Objective, Sum
+from rcmae.objectives import OBJECTIVES, Objective, pixel_options
 from rcmae.parts import (
     device_decoder,
     engine_settings,
@@ -67,7 +67,6 @@ from rcmae.parts import (
     new_student,
     new_teacher,
     patience,
-    pixel_norm,
     step_flops,
     train_transform,
 )
@@ -264,7 +263,6 @@ class Pretraining:
     def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
         """What of the student the objective asks a teacher for."""
         assert isinstance(student, Network)
-        assert isinstance(objective, Sum)
         return new_teacher(student, objective)
 
     def step_flops(
@@ -272,7 +270,6 @@ class Pretraining:
     ) -> float:
         """Forward and backward, and the teacher's forward."""
         assert isinstance(student, Network)
-        assert isinstance(objective, Sum)
         return step_flops(student, objective, num_visible)
 
     def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
@@ -480,14 +477,13 @@ class Run:
         means = dist.all_sum(shares.double()).tolist()  # waits for the device
         losses = dict(zip(self.objective.weights, means, strict=True))
         images = self.data_step * self.sizes.images_per_step
-        promised = ("reconstruction", "consistency") if "reconstruction" in losses else ()
         self.log.step(
             {
                 "step": self.step,
                 "images_seen": images,
                 "epoch": images / self.sizes.samples_per_epoch,
                 "loss": sum(self.objective.weights[term] * loss for term, loss in losses.items()),
-                **{f"loss_{term}": losses.get(term, 0.0) for term in (*promised, *losses)},
+                **{f"loss_{term}": loss for term, loss in losses.items()},
                 **figures,
                 **self.meter.read(),
             }
@@ -718,8 +714,10 @@ class Run:
         """
         evaluate, data = self.recipe.evaluate, self.recipe.data
         batch = self.on_device(self.stream.first_images(evaluate.picture_images))
-        draws = self.objective.needs_teacher and self.recipe.objective.has("consistency")
-        teacher = self.engine.teacher if draws else None  # one of features alone draws nothing
+        # a teacher of features alone draws nothing
+        draws = "pixels" in self.recipe.objective.teacher_outputs
+        teacher = self.engine.teacher if draws else None
+        pixel = pixel_options(self.recipe.objective)
         with evaluating(self.engine.student, teacher):
             sheet = reconstruction_picture(
                 self.engine.student,
@@ -727,8 +725,8 @@ class Run:
                 batch,
                 mean=data.mean,
                 std=data.std,
-                norm_pix_loss=self.recipe.objective.norm_pix_loss,
-                pixel_norm=pixel_norm(self.recipe.objective),
+                norm_pix_loss=pixel.norm_pix_loss,
+                pixel_norm=pixel.norm,
             )
         if dist.rank() == 0:
             save_png(sheet, self.recipe.run_dir / "pictures" / f"step-{self.step:08d}.png")
@@ -880,7 +878,7 @@ def check(recipe: Recipe, task: Task) -> Checked:
     with problems:
         indexes = [each for each in (index, *labelled) if each is not None]
         cache = node_cache(indexes, data.cache_dir, data.cache_gb, patience(recipe))
-    if index is not None and recipe.objective.has("class"):
+    if index is not None and "classes" in recipe.objective.student_outputs:
         problems += label_problems(index, recipe.model.num_classes)
     undivided = config.batch_problems(recipe, world)
     problems += undivided
@@ -1085,7 +1083,7 @@ def build(
         cache=found.cache,
         ranks_of_node=dist.ranks_of_node(),
         repeats=data.repeats,
-        teacher_masks=recipe.objective.teacher_mask == "different",
+        teacher_masks=recipe.objective.teacher_sees == "different",
         device_decoder=device_decoder(recipe),
     )
     step, images = (saved.step, saved.images) if saved else (0, 0)

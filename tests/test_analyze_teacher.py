@@ -17,12 +17,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from rcmae.data.batch import Batch
 from rcmae.models.vit import MaskedAutoencoder
-from rcmae.objectives import RCMAE, Sum
+from rcmae.objectives import new
+from rcmae.objectives.terms import Sum
 from runs import Folder
 from tools import analyze_teacher as tool
 from tools.bench_step import made_up_batch
 
-OBJECTIVE = RCMAE()
+OBJECTIVE = new("rcmae")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rcmae.models.vit import MaskedAutoencoder
-from rcmae.objectives import MAE, RCMAE
+from rcmae.objectives import new
 from tools import bench_step
 from tools.bench_step import Bench, NoWatch, PlainObjective, Variant, made_up_batch, watched
 
@@ -41,10 +41,10 @@ def test_plain_path_gives_the_losses_and_gradients_of_the_lean_one(objective):
     has_teacher = objective == "rcmae"
     results = {}
     for plain in (False, True):
-        task = PlainObjective(has_teacher) if plain else RCMAE() if has_teacher else MAE()
+        task = PlainObjective(has_teacher) if plain else new("rcmae") if has_teacher else new("mae")
         networks = [watched(net, "x", NoWatch(), plain=plain) for net in (student, teacher)]
         sums = task(networks[0], networks[1] if has_teacher else None, batch, 0.0)
-        assert task.counts(batch) == (RCMAE() if has_teacher else MAE()).counts(batch)
+        assert task.counts(batch) == (new("rcmae") if has_teacher else new("mae")).counts(batch)
         student.zero_grad()
         sum(sums.values()).backward()
         results[plain] = sums, [param.grad.clone() for param in student.parameters()]

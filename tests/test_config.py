@@ -75,12 +75,23 @@ def refused(path, *overrides):
         ("objective.mask_ratio=1", "objective.mask_ratio: input should be less than 1, got 1"),
         (
             "objective.name=mea",
-            "objective.name: input should be 'mae', 'rcmae', 'supmae', 'bootmae', 'finetune' "
-            "or 'probe', got 'mea'",
+            "objective.name: unknown objective 'mea'; did you mean 'mae'?, or give MODULE:NAME",
+        ),
+        (
+            "objective.feature_weight=2",
+            "objective.feature_weight is of bootmae, and without effect in rcmae; leave it out",
+        ),
+        (
+            "objective.class_smoothing=0.1",
+            "objective.class_smoothing is of supmae and the term class, and without effect in",
+        ),
+        (
+            "objective={terms: {class: 1}, class_temperatur: 3}",
+            "unknown key 'class_temperatur' in objective; did you mean 'class_temperature'?",
         ),
         ("log.tensorboard=maybe", "log.tensorboard: input should be a valid boolean"),
         ("data.crop_scale=[0.2]", "data.crop_scale: field required, got [0.2]"),
-        ("model=[1]", "model: input should be a valid dictionary or instance of Model, got [1]"),
+        ("model=[1]", "model: input should be a valid dictionary or instance of ModelOptions"),
     ],
 )
 def test_unknown_keys_and_wrong_types_are_named_with_the_way_out(recipe, wrong, line):

@@ -20,7 +20,7 @@ from test_classifier import batch_of
 import rcmae
 from rcmae.commands import convert as tool
 from rcmae.models.vit import MaskedAutoencoder
-from rcmae.objectives import MAE
+from rcmae.objectives import new
 from rcmae.weights.encoder import load_classifier, to_onnx
 from rcmae.weights.names import family_names
 from rcmae.weights.reading import read_network
@@ -144,7 +144,7 @@ def test_hugging_face_computes_the_same_loss(
     batch = batch_of(images, torch.zeros(3))
     ids = noise.argsort(dim=1)
     batch = replace(batch, ids_shuffle=ids, num_visible=4)
-    task = MAE(norm_pix_loss=True)
+    task = new("mae", norm_pix_loss=True)
     with torch.no_grad():
         mine = (
             task(model, None, batch, 0.0)["reconstruction"] / task.counts(batch)["reconstruction"]

@@ -11,7 +11,9 @@ import reference
 from rcmae.data.batch import Batch
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.vit import MaskedAutoencoder, patchify
-from rcmae.objectives import MAE, OBJECTIVES, RCMAE, TERMS, BootMAE, Objective, SupMAE
+from rcmae.objectives import OBJECTIVES, Context, Objective, new
+from rcmae.objectives.bootmae import Features
+from rcmae.objectives.supmae import Classification
 from reference import Sizes
 
 SIZES = Sizes()
@@ -50,7 +52,9 @@ def test_losses_and_gradients_are_the_papers(norm_pix: bool, weight: float | Non
     want = reference.losses(plain, theirs, SIZES, images.double(), noise, KEPT, norm_pix)
     grads = reference.gradients(plain, want[0] + (weight or 0.0) * want[1])
 
-    objective: Objective = MAE(norm_pix) if weight is None else RCMAE(norm_pix, weight)
+    objective: Objective = new("mae", norm_pix_loss=norm_pix)
+    if weight is not None:
+        objective = new("rcmae", norm_pix_loss=norm_pix, consistency_weight=weight)
     batch = batch_of(images.double(), noise)
     sums, counts = objective(student, teacher, batch, 0.5), objective.counts(batch)
     assert list(sums) == list(counts) == list(objective.weights)
@@ -67,7 +71,7 @@ def test_training_path_and_full_prediction_give_the_same_loss_and_gradients() ->
     images, noise = reference.inputs(SIZES, 4, seed=7)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
         student, teacher = networks(dtype)
-        batch, objective = batch_of(images.to(dtype), noise), RCMAE()
+        batch, objective = batch_of(images.to(dtype), noise), new("rcmae")
         short = total(objective, objective(student, teacher, batch, 0.0), objective.counts(batch))
         grads = torch.autograd.grad(short, list(student.parameters()))
 
@@ -90,7 +94,7 @@ def test_training_path_and_full_prediction_give_the_same_loss_and_gradients() ->
 def test_sums_do_not_depend_on_how_the_batch_is_cut() -> None:
     student, teacher = networks()
     images, noise = reference.inputs(SIZES, 6, seed=8)
-    objective = RCMAE()
+    objective = new("rcmae")
     whole = objective(student, teacher, batch_of(images.double(), noise), 0.0)
     parts = [
         batch_of(images[cut].double(), noise[cut])
@@ -108,13 +112,15 @@ def test_a_teacher_equal_to_the_student_agrees_exactly() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         student, _ = networks(dtype)
         batch = batch_of(*reference.inputs(SIZES, 2, seed=9))
-        assert RCMAE()(student, copy.deepcopy(student), batch, 0.0)["consistency"].item() == 0.0
+        assert (
+            new("rcmae")(student, copy.deepcopy(student), batch, 0.0)["consistency"].item() == 0.0
+        )
 
 
 def test_losses_of_a_bf16_model_are_computed_in_float32() -> None:
     student, teacher = networks(torch.bfloat16)
     batch = batch_of(*reference.inputs(SIZES, 4, seed=10))
-    sums = RCMAE()(student, teacher, batch, 0.0)
+    sums = new("rcmae")(student, teacher, batch, 0.0)
     assert {value.dtype for value in sums.values()} == {torch.float32}
     pred = student(batch.images, batch.ids_shuffle, KEPT).double()
     hidden = batch.ids_shuffle[:, KEPT:, None]
@@ -126,14 +132,14 @@ def test_losses_of_a_bf16_model_are_computed_in_float32() -> None:
 
 
 def test_objectives_are_made_from_values_and_say_what_they_need() -> None:
-    asked = {name: make().teacher_outputs for name, make in OBJECTIVES.items()}
+    asked = {name: new(name).teacher_outputs for name in OBJECTIVES}
     assert asked == {"mae": (), "rcmae": ("pixels",), "supmae": (), "bootmae": ("tokens",)}
-    assert RCMAE(norm_pix_loss=False, consistency_weight=0.5).weights == {
+    assert new("rcmae", norm_pix_loss=False, consistency_weight=0.5).weights == {
         "reconstruction": 1.0,
         "consistency": 0.5,
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
-        MAE().terms = {}  # type: ignore[misc]
+        new("mae").terms = {}  # type: ignore[misc]
 
 
 def seen_forwards(network: torch.nn.Module) -> list[tuple[str, ...]]:
@@ -148,7 +154,7 @@ def test_unlabelled_images_count_in_the_reconstruction_alone() -> None:
     images, noise = reference.inputs(SIZES, 4, seed=11)
     labels = torch.tensor([2, -100, 4, -100])
     batch = dataclasses.replace(batch_of(images.double(), noise), labels=labels)
-    objective = SupMAE(class_temperature=3.0, class_smoothing=0.1)
+    objective = new("supmae", class_temperature=3.0, class_smoothing=0.1)
     sums, counts = objective(model, None, batch, 0.0), objective.counts(batch)
     assert counts == {"reconstruction": 4 * 18, "class": 2}
     shares = (
@@ -157,7 +163,7 @@ def test_unlabelled_images_count_in_the_reconstruction_alone() -> None:
     want = sum(-0.9 * shares[row, labels[row]] - 0.1 * shares[row].mean() for row in (0, 2))
     assert sums["class"].item() == pytest.approx(want.item(), rel=1e-12)
     assert sums["reconstruction"].item() == pytest.approx(
-        MAE()(model, None, batch, 0.0)["reconstruction"].item()
+        new("mae")(model, None, batch, 0.0)["reconstruction"].item()
     )
 
     for none in (torch.full((4,), -100), None):
@@ -173,8 +179,8 @@ def test_terms_share_the_forward_passes() -> None:
     teacher = copy.deepcopy(student)
     images, noise = reference.inputs(SIZES, 3, seed=12)
     batch = dataclasses.replace(batch_of(images.double(), noise), labels=torch.tensor([0, 1, 2]))
-    objective = RCMAE().plus(
-        {"class": TERMS["class"](weight=0.01), "features": TERMS["features"](weight=2.0)}
+    objective = new("rcmae").plus(
+        {"class": Classification(weight=0.01), "features": Features(weight=2.0)}
     )
     teacher.keep(objective.teacher_outputs)
     assert not hasattr(teacher, "cls_head")
@@ -189,20 +195,20 @@ def test_terms_share_the_forward_passes() -> None:
     }
     total(objective, sums, objective.counts(batch)).backward()
     assert all(param.grad is not None for param in student.parameters())
-    alone = RCMAE()(student, teacher, batch, 0.0)
+    alone = new("rcmae")(student, teacher, batch, 0.0)
     assert sums["consistency"].item() == pytest.approx(alone["consistency"].item())
 
 
 def test_a_teacher_of_features_is_the_encoder_alone() -> None:
     student = BootstrappedAutoencoder(**SIZES.model())
     teacher = copy.deepcopy(student)
-    teacher.keep(BootMAE().teacher_outputs)
+    teacher.keep(new("bootmae").teacher_outputs)
     names = {name for name, _ in teacher.named_parameters()}
     assert {name.split(".")[0] for name in names} == {"cls_token", "patch_embed", "blocks", "norm"}
     assert [name for name, _ in teacher.named_buffers()] == ["pos_embed"]
     batch = batch_of(*reference.inputs(SIZES, 2, seed=13))
-    assert BootMAE()(student, teacher, batch, 1.0).keys() == {"reconstruction", "features"}
-    nothing = BootMAE(feature_weight=0.0)
+    assert new("bootmae")(student, teacher, batch, 1.0).keys() == {"reconstruction", "features"}
+    nothing = new("bootmae", feature_weight=0.0)
     assert not nothing.needs_teacher
     bare = BootstrappedAutoencoder(**SIZES.model(), predicts_features=False)
     nothing(bare, None, batch, 0.0)["reconstruction"].backward()
@@ -210,7 +216,7 @@ def test_a_teacher_of_features_is_the_encoder_alone() -> None:
 
 
 def test_the_weight_of_features_grows_over_the_first_quarter() -> None:
-    features = BootMAE(epochs=40).terms["features"]
+    features = new("bootmae", Context(epochs=40)).terms["features"]
     ramp = [features.ramp(step / 400) for step in range(400)]  # type: ignore[attr-defined]
     assert ramp[:11] == [0.1] * 10 + [0.2]
     assert ramp[89:91] == [0.9, 1.0]
@@ -226,6 +232,6 @@ def test_a_teacher_may_see_other_patches() -> None:
         same.ids_shuffle[:, KEPT:, None], dim=1
     )
     want = (student(same.images, same.ids_shuffle, KEPT) - pred).square().mean(dim=2).sum()
-    found = RCMAE()(student, teacher, other, 0.0)["consistency"].item()
+    found = new("rcmae")(student, teacher, other, 0.0)["consistency"].item()
     assert found == pytest.approx(want.item(), rel=1e-12)
-    assert found != pytest.approx(RCMAE()(student, teacher, same, 0.0)["consistency"].item())
+    assert found != pytest.approx(new("rcmae")(student, teacher, same, 0.0)["consistency"].item())

@@ -12,7 +12,7 @@ from rcmae import config
 from rcmae.data.masking import visible_count
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
-from rcmae.objectives import MAE, RCMAE, BootMAE
+from rcmae.objectives import new
 from rcmae.parts import new_network, new_student
 from rcmae.planning import memory
 from rcmae.planning.memory import Settings, activations, footprint, states
@@ -103,7 +103,9 @@ def test_the_check_that_is_kept_is_within_its_tolerances() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("objective", [MAE(), RCMAE(), BootMAE(), BootMAE(feature_weight=0)])
+@pytest.mark.parametrize(
+    "objective", [new("mae"), new("rcmae"), new("bootmae"), new("bootmae", feature_weight=0)]
+)
 @pytest.mark.parametrize("checkpointing", ["none", "torch"])
 def test_saved_activations_are_those_that_autograd_saves(
     middling: Path, precision: str, objective: Any, checkpointing: Any

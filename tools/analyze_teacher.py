@@ -53,7 +53,7 @@ import yaml
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from rcmae import checkpoint, train
+from rcmae import checkpoint, config, train
 from rcmae.checkpoint import CheckpointError, Manifest
 from rcmae.config import Recipe
 from rcmae.data.batch import Batch
@@ -62,7 +62,7 @@ from rcmae.data.stream import Stream
 from rcmae.data.transforms import Normalise
 from rcmae.errors import Refused
 from rcmae.models.vit import MaskedAutoencoder, patchify
-from rcmae.objectives import Sum
+from rcmae.objectives.terms import Sum
 from rcmae.parts import has_regressors, make_objective, new_network, student_sizes, train_transform
 from rcmae.weights.reading import read_network
 
@@ -212,10 +212,10 @@ def open_run(folder: Path, images: int, shards: str | None = None) -> Analysed:
         ValueError: it is no run with a consistency and a checkpoint, or its shards are not there.
     """
     try:
-        recipe = Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text()))
+        recipe = config.stored(yaml.safe_load((folder / "recipe.yaml").read_text()))
     except (OSError, yaml.YAMLError, pydantic.ValidationError) as error:
         raise Refused(f"{folder} is no run's folder: {error}") from error
-    if not recipe.objective.has("consistency") or has_regressors(recipe):
+    if "pixels" not in recipe.objective.teacher_outputs or has_regressors(recipe):
         raise Refused(
             f"{folder} has no consistency with a teacher's pixels, which this is about; train "
             "objective.name=rcmae, or another with objective.terms={consistency: 1}"
@@ -234,7 +234,8 @@ def open_run(folder: Path, images: int, shards: str | None = None) -> Analysed:
     ]
     if not kept:
         raise Refused(f"{folder} has no checkpoint yet; train on")
-    data, terms = recipe.data, make_objective(recipe, found.sizes).terms
+    data, made = recipe.data, make_objective(recipe, found.sizes)
+    assert isinstance(made, Sum)
     stream = Stream(
         index=found.index,
         plan=found.plan,
@@ -245,7 +246,7 @@ def open_run(folder: Path, images: int, shards: str | None = None) -> Analysed:
         cache=found.cache,
         repeats=data.repeats,
     )
-    objective = Sum({name: terms[name] for name in ("reconstruction", "consistency")})
+    objective = Sum({name: made.terms[name] for name in ("reconstruction", "consistency")})
     return Analysed(recipe, objective, stream, found.mask, kept, found.sizes.images_per_step)
 
 

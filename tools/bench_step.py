@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
@@ -51,7 +51,7 @@ from rcmae.engines.engine import DTYPES, LocalEngine, Settings
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.vit import ARCHITECTURES, Encoder, MaskedAutoencoder, flops_per_image
-from rcmae.objectives import MAE, RCMAE, BootMAE, Objective
+from rcmae.objectives import Objective, new
 from rcmae.objectives.mae import pixel_targets
 from rcmae.objectives.terms import widen
 from rcmae.planning.hardware import commit, hardware
@@ -104,7 +104,6 @@ class Variant(NamedTuple):
         return variant
 
 
-PUBLISHED: dict[str, Callable[..., Objective]] = {"mae": MAE, "rcmae": RCMAE, "bootmae": BootMAE}
 DEFAULT_VARIANTS = (
     "mae-lean-bf16-eager",
     "rcmae-lean-bf16-eager",
@@ -159,15 +158,16 @@ class PlainObjective:
     """
 
     needs_teacher: bool
+    teacher_outputs: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def weights(self) -> dict[str, float]:
         """Each term's weight in the total loss."""
-        return RCMAE().weights if self.needs_teacher else MAE().weights
+        return new("rcmae").weights if self.needs_teacher else new("mae").weights
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Hidden patches of the batch, for each term."""
-        return RCMAE().counts(batch) if self.needs_teacher else MAE().counts(batch)
+        return new("rcmae").counts(batch) if self.needs_teacher else new("mae").counts(batch)
 
     def __call__(
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float
@@ -218,7 +218,7 @@ class Bench:
         self.student = BootstrappedAutoencoder(**sizes) if bootmae else MaskedAutoencoder(**sizes)
         self.teacher = copy.deepcopy(self.student) if teacher else None
         if bootmae and self.teacher is not None:
-            self.teacher.keep(BootMAE().teacher_outputs)
+            self.teacher.keep(new("bootmae").teacher_outputs)
         self.engine = LocalEngine(
             self.student,
             self.teacher,
@@ -232,9 +232,9 @@ class Bench:
         """One whole step: losses, gradients, update, teacher."""
         with self._mode(variant):
             plain, has_teacher = variant.path == "plain", variant.objective != "mae"
-            objective: Objective = (
-                PlainObjective(has_teacher) if plain else PUBLISHED[variant.objective]()
-            )
+            objective: Objective = new(variant.objective)
+            if plain:
+                objective = PlainObjective(has_teacher)
             sums = objective(
                 watched(self.student, "student_forward", watch, plain=plain),
                 watched(self.teacher, "teacher_forward", watch, plain=plain)

@@ -59,7 +59,7 @@ from rcmae.models.vit import (
     sincos_positions,
     unpatchify,
 )
-from rcmae.objectives import MAE, RCMAE, BootMAE, Objective, SupMAE
+from rcmae.objectives import Context, Objective, new
 from rcmae.objectives.mae import crowding, pixel_targets
 from rcmae.weights.names import published_names
 
@@ -469,7 +469,7 @@ def mae_forward(fixture: Fixture) -> None:
         fixture.all_close("predictions", outputs, expected, limits.activation, precision)
         for case, stated in fixture.value("losses").items():
             norm_pix = case_of(case)["norm_pix"]
-            loss, _ = losses(MAE(norm_pix_loss=norm_pix), model, None, batch)
+            loss, _ = losses(new("mae", norm_pix_loss=norm_pix), model, None, batch)
             fixture.close("losses", case, loss, stated["loss"], limits.loss, precision)
             grads = gradients(model, loss)
             check_grads(fixture, case, grads, stated, precision)
@@ -480,7 +480,7 @@ def mae_forward(fixture: Fixture) -> None:
                     )
 
         train = fixture.config["train"]
-        objective = MAE(norm_pix_loss=train["norm_pix_loss"])
+        objective = new("mae", norm_pix_loss=train["norm_pix_loss"])
         optimizer = optimizer_for(model, train["weight_decay"])
         accumulation, per_epoch = train.get("accum_iter", 1), train["iters"]
         if accumulation != 1:
@@ -543,7 +543,7 @@ def rcmae_forward(fixture: Fixture) -> None:
         files = {file: case_of(fixture.meaning(file)) for file in fixture.files("grads.*")}
         for case, stated in fixture.value("cases").items():
             norm_pix, gamma = stated["norm_pix_loss"], stated["gamma"]
-            objective = RCMAE(norm_pix_loss=norm_pix, consistency_weight=gamma)
+            objective = new("rcmae", norm_pix_loss=norm_pix, consistency_weight=gamma)
             loss, terms = losses(objective, student, teacher, batch)
             found = {
                 "mae_loss": terms["reconstruction"],
@@ -688,7 +688,9 @@ def train(
     accumulation, per_epoch = config["accum_iter"], config["iters"]
     if per_epoch % accumulation:
         raise Unusable(f"config.iters={per_epoch} is not divisible by accum_iter={accumulation}")
-    objective = RCMAE(norm_pix_loss=config["norm_pix_loss"], consistency_weight=config["gamma"])
+    objective = new(
+        "rcmae", norm_pix_loss=config["norm_pix_loss"], consistency_weight=config["gamma"]
+    )
     move_teacher = moving_average(student, teacher)
     inputs, rows = fixture.arrays("inputs.safetensors"), fixture.value(case.rows)
     each = 1 if case.each_micro_step else accumulation
@@ -910,7 +912,12 @@ def supmae_forward(fixture: Fixture) -> None:
         "num_classes": config["nb_classes"],
         "class_pool": "mean" if config["global_pool"] else "cls",
     }
-    objective = SupMAE(config["norm_pix_loss"], config["cls_loss_ratio"], config["temperature"])
+    objective = new(
+        "supmae",
+        norm_pix_loss=config["norm_pix_loss"],
+        class_weight=config["cls_loss_ratio"],
+        class_temperature=config["temperature"],
+    )
     # it stands before a batch norm: nothing sees it
     zero = "cls_head.0.bias" if config["cls_hidden_mlp"] else ""
     for precision, dtype in PRECISIONS.items():
@@ -1155,7 +1162,7 @@ def bootmae_forward(fixture: Fixture) -> None:
         fixture.close("masks", "idx_shuffle", seen_first, expected["idx_shuffle"], EXACT)
         for case, stated in fixture.value("cases").items():
             if "official_code_fails" in stated:
-                objective = BootMAE(feature_weight=0.0)
+                objective = new("bootmae", feature_weight=0.0)
                 bare = not objective.needs_teacher and list(objective.weights) == ["reconstruction"]
                 fixture.true(
                     "cases", f"{case}: a feature weight of 0 works", bare, "it has a teacher"
@@ -1173,10 +1180,11 @@ def bootmae_forward(fixture: Fixture) -> None:
                 ),
                 ids_shuffle=ids,
             )
-            objective = BootMAE(
+            objective = new(
+                "bootmae",
+                Context(epochs=config["epochs"]),
                 feature_weight=config["feature_weight"],
                 weight_mask=stated["weight_mask"],
-                epochs=config["epochs"],
             )
             if not stated["roll"] and precision == "float64":
                 check_bootmae_outputs(
@@ -1411,7 +1419,7 @@ def maepriv_pretrain(fixture: Fixture) -> None:
                 "target": channels_first(target),
             }
             fixture.all_close(f"{case} outputs", outputs, expected, limits.activation, precision)
-            objective = MAE(norm_pix_loss=stated["normalized_pixel"], pixel_norm="biased")
+            objective = new("mae", norm_pix_loss=stated["normalized_pixel"], pixel_norm="biased")
             loss, _ = losses(objective, model, None, batch)
             fixture.close("losses", case, loss, stated["loss"], limits.loss, precision)
             norms = {maepriv_name(name): norm for name, norm in stated["grad_norm"].items()}

@@ -141,7 +141,7 @@ def rows_of(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         there = [name for name in asked.objectives if finished(folder(asked, name, seed))]
         for name in there:
             run = folder(asked, name, seed)
-            recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text()))
+            recipe = config.stored(yaml.safe_load((run / "recipe.yaml").read_text()))
             networks: tuple[Which, ...] = ("student", "teacher")
             for network in networks[: 2 if recipe.objective.teacher_parts else 1]:
                 model = load_encoder(run, network=network)

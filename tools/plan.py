@@ -231,11 +231,7 @@ def measured_utilisation(
     wanted = GPUS[gpu].device_name
     teacher = recipe.objective.teacher_parts
     objective = (
-        "rcmae"
-        if "decoder" in teacher
-        else "bootmae"
-        if recipe.objective.name == "bootmae"
-        else "mae"
+        "rcmae" if "decoder" in teacher else "bootmae" if recipe.decoder == "bootmae" else "mae"
     )
     variant = "-".join(
         [

@@ -38,7 +38,7 @@ def replay(document: dict[str, Any], checkpoint_path: str | None, folder: Path) 
     Raises:
         ValueError: the data or the checkpoint are not there any more.
     """
-    recipe = config.Recipe.model_validate(document["recipe"])
+    recipe = config.stored(document["recipe"])
     recipe.engine.name, recipe.engine.config = "local", None
     recipe.run.dir, recipe.data.workers, recipe.log.tensorboard = str(folder), 0, False
     recipe.evaluate.every_steps = recipe.evaluate.picture_every_steps = None

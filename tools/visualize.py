@@ -37,7 +37,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from rcmae.checkpoint import CheckpointError
-from rcmae.config import Recipe
 from rcmae.data.batch import Batch
 from rcmae.data.masking import random_ids, visible_count
 from rcmae.data.transforms import CentreTransform, Normalise
@@ -45,9 +44,15 @@ from rcmae.errors import Refused
 from rcmae.evaluation.attention import attention_maps, class_attention, rollout
 from rcmae.evaluation.pictures import GREY, hidden_patches, save_png, sheet, to_uint8
 from rcmae.models.vit import patchify, unpatchify
+from rcmae.objectives import pixel_options
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
-from rcmae.parts import pixel_norm
-from rcmae.weights.encoder import load_autoencoder, load_classifier, load_encoder, statistics_of
+from rcmae.weights.encoder import (
+    load_autoencoder,
+    load_classifier,
+    load_encoder,
+    recipe_of,
+    statistics_of,
+)
 from rcmae.weights.reading import NetworkWeights
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
@@ -188,8 +193,8 @@ def norm_of(source: NetworkWeights) -> PixelNorm | None:
     """
     if "recipe" not in source.metadata:
         return NORMS["unbiased"]
-    objective = Recipe.model_validate_json(source.metadata["recipe"]).objective
-    return pixel_norm(objective) if objective.norm_pix_loss else None
+    pixel = pixel_options(recipe_of(source).objective)
+    return pixel.norm if pixel.norm_pix_loss else None
 
 
 def reconstruct(options: argparse.Namespace) -> dict[str, np.ndarray]:

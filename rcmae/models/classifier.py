@@ -335,6 +335,7 @@ class Classification:
     seed: int = 0
     keeps_average: bool = False
     weights: dict[str, float] = field(default_factory=lambda: {"classification": 1.0}, init=False)
+    teacher_outputs: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def needs_teacher(self) -> bool:
@@ -411,6 +412,7 @@ class Probing:
 
     encoder: Callable[[Tensor], Tensor]
     weights: dict[str, float] = field(default_factory=lambda: {"classification": 1.0}, init=False)
+    teacher_outputs: tuple[str, ...] = field(default=(), init=False)
     needs_teacher: bool = field(default=False, init=False)
 
     def counts(self, batch: Batch) -> dict[str, int]:

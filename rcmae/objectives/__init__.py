@@ -1,70 +1,96 @@
-"""What the student is asked to do: a callable over (student, teacher, batch, progress) that knows
-no engine or rank.
+"""What the student is asked to do. An objective is a file, its options and a line here; one of
+somebody else's module is named MODULE:NAME in the recipe (`protocol`, and CONTRIBUTING.md).
 
-An objective gives *sums* over a micro-batch, one a term, and tells from the data alone what they
-count; the loop divides by the count of the whole step over all ranks, so a loss never depends on
-how the step was cut. Not done: a mean per micro-batch, which would. Each published objective is a
-file; `TERMS` can be added to any of them (`Sum.plus`)."""
+Without torch until one is made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from rcmae import plugins
+from rcmae.config import Catalogue, ObjectiveOptions
+from rcmae.errors import Refused
+from rcmae.objectives import options
+from rcmae.objectives.protocol import Context, Objective
 
-from rcmae.data.batch import Batch
-from rcmae.objectives.bootmae import BootMAE, Features
-from rcmae.objectives.mae import MAE, Reconstruction
-from rcmae.objectives.rcmae import RCMAE, Consistency
-from rcmae.objectives.supmae import Classification, SupMAE
-from rcmae.objectives.terms import Sum, Term
+if TYPE_CHECKING:
+    from rcmae.objectives.terms import Sum
 
-__all__ = ["MAE", "OBJECTIVES", "RCMAE", "TERMS", "BootMAE", "Objective", "Sum", "SupMAE"]
+# Names of a recipe: what makes the objective, and its options.
+OBJECTIVES = {
+    "mae": "rcmae.objectives.mae:MAE",
+    "rcmae": "rcmae.objectives.rcmae:RCMAE",
+    "supmae": "rcmae.objectives.supmae:SupMAE",
+    "bootmae": "rcmae.objectives.bootmae:BootMAE",
+}
+# Terms that can be added to a sum of terms (`objective.terms`).
+TERMS = {
+    "consistency": "rcmae.objectives.rcmae:Consistency",
+    "class": "rcmae.objectives.supmae:Classification",
+    "features": "rcmae.objectives.bootmae:Features",
+}
+CATALOGUE = Catalogue(
+    objectives={
+        "mae": options.MAEOptions,
+        "rcmae": options.RCMAEOptions,
+        "supmae": options.SupMAEOptions,
+        "bootmae": options.BootMAEOptions,
+    },
+    terms={
+        "consistency": options.ConsistencyOptions,
+        "class": options.ClassOptions,
+        "features": options.FeatureOptions,
+    },
+)
 
 
-class Objective(Protocol):
-    """One task.
+def make(asked: ObjectiveOptions, context: Context) -> Objective:
+    """The objective of a recipe, with the terms added to it.
 
-    total = sum over terms of weights[term] * sum[term] / count[term], both over the whole step.
+    Raises:
+        Refused: it cannot be made, or is no sum that terms can be added to.
     """
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether `teacher` is called."""
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Each term's weight in the total loss."""
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """What each term's sum over this micro-batch counts.
-
-        Known from the data alone: add it up over the step.
-        """
-
-    def __call__(
-        self, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float
-    ) -> dict[str, Tensor]:
-        """Each term's sum over this micro-batch, a float32 scalar (float64 for a float64 model).
-
-        Args:
-            student: called once, with gradients.
-            teacher: called without, where `needs_teacher`.
-            batch: images normalised.
-            progress: 0 at the run's first step, 1 after its last.
-        """
+    name = OBJECTIVES.get(asked.name, asked.name)
+    factory = plugins.find(name, key="objective.name")
+    if not callable(getattr(factory, "make", None)):
+        raise Refused(f"objective.name={asked.name}: it has no `make(options, context)`")
+    objective: Objective = factory.make(asked.own, context)
+    if asked.terms:
+        objective = _plus(objective, asked, context)
+    for whose in ("student_outputs", "teacher_outputs"):
+        read = set(getattr(objective, whose, ()))
+        if not read <= set(getattr(asked, whose)):
+            raise Refused(
+                f"objective.name={asked.name} reads {', '.join(sorted(read))} of the "
+                f"{whose.removesuffix('_outputs')}; say so in its Options:\n"
+                f"reads = rcmae.config.Reads(student=(...), teacher=(...))"
+            )
+    return objective
 
 
-OBJECTIVES: dict[str, Callable[..., Sum]] = {
-    "mae": MAE,
-    "rcmae": RCMAE,
-    "supmae": SupMAE,
-    "bootmae": BootMAE,
-}
-TERMS: dict[str, Callable[..., Term]] = {
-    "reconstruction": Reconstruction,
-    "consistency": Consistency,
-    "class": Classification,
-    "features": Features,
-}
+def new(name: str, context: Context | None = None, **values: Any) -> Sum:
+    """A shipped objective of values: `new("rcmae", consistency_weight=0.5)`."""
+    factory = plugins.find(OBJECTIVES[name], key="objective.name")
+    made: Sum = factory.make(CATALOGUE.objectives[name](**values), context or Context())
+    return made
+
+
+def _plus(objective: Objective, asked: ObjectiveOptions, context: Context) -> Sum:
+    from rcmae.objectives.terms import Sum  # torch: only where an objective is made
+
+    if not isinstance(objective, Sum):
+        raise Refused(
+            f"objective.terms: {asked.name} is no sum of terms, so none can be added; leave it out"
+        )
+    more = {}
+    for name, weight in asked.terms.items():
+        term = plugins.find(TERMS[name], key="objective.terms")
+        more[name] = term.make(weight, asked, context)
+    return objective.plus(more)
+
+
+def pixel_options(asked: ObjectiveOptions) -> options.PixelOptions:
+    """How an objective normalises the pixels that the student predicts, for pictures of them."""
+    if isinstance(asked.own, options.PixelOptions):
+        return asked.own
+    return options.PixelOptions(norm_pix_loss=False)

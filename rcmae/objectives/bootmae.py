@@ -17,30 +17,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rcmae.data.batch import Batch
-from rcmae.objectives.mae import PixelNorm, Reconstruction, crowding, squared_error
+from rcmae.objectives.mae import Reconstruction, crowding, squared_error
+from rcmae.objectives.options import BootMAEOptions, FeatureOptions
+from rcmae.objectives.protocol import Context
 from rcmae.objectives.terms import Sum, hidden_patches, widen
 
 FEATURE_EPS = 1e-6  # of the layer norms of predictions and targets
 
 
-def BootMAE(
-    norm_pix_loss: bool = True,
-    feature_weight: float = 1.0,
-    weight_mask: bool = True,
-    epochs: float | None = None,
-    pixel_norm: PixelNorm = "channel",
-) -> Sum:
+class BootMAE:
     """Error to the pixels plus `feature_weight` times the error to the teacher's tokens, both on
     the hidden patches.
 
     With a weight of 0 there is no teacher.
     """
-    pixels = Reconstruction(norm_pix_loss, pixel_norm, weight_mask)
-    if feature_weight == 0:
-        return Sum({"reconstruction": pixels})
-    return Sum(
-        {"reconstruction": pixels, "features": Features(feature_weight, weight_mask, epochs)}
-    )
+
+    Options = BootMAEOptions
+
+    @staticmethod
+    def make(options: BootMAEOptions, context: Context) -> Sum:
+        """The loss."""
+        pixels = Reconstruction(options.norm_pix_loss, options.norm, options.weighs_mask)
+        if options.feature_weight == 0:
+            return Sum({"reconstruction": pixels})
+        features = Features.make(options.feature_weight, options, context)
+        return Sum({"reconstruction": pixels, "features": features})
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,30 @@ class Features:
     weight: float = 1.0
     weight_mask: bool = False
     epochs: float | None = None
-    student: str = field(default="features", init=False)
-    teacher: str = field(default="tokens", init=False)
+    student_output: str = field(default="features", init=False)
+    teacher_output: str = field(default="tokens", init=False)
+
+    @classmethod
+    def make(cls, weight: float, options: FeatureOptions, context: Context) -> Features:
+        """The term, to be added to an objective."""
+        return cls(weight, options.weighs_mask, context.epochs)
 
     def count(self, batch: Batch) -> int:
         """Hidden patches."""
         return hidden_patches(batch)
 
-    def total(self, seen: Tensor, taught: Tensor | None, batch: Batch, progress: float) -> Tensor:
+    def total(
+        self, student: Tensor, teacher: Tensor | None, batch: Batch, progress: float
+    ) -> Tensor:
         """Sum over hidden patches of the mean over their numbers.
 
-        Seen: [B, hidden, D], taught: [B, L, D].
+        Student: [B, hidden, D], teacher: [B, L, D].
         """
-        assert taught is not None
+        assert teacher is not None
         hidden = batch.ids_shuffle[:, batch.num_visible :, None]
         target, pred = (
             F.layer_norm(widen(tokens), tokens.shape[2:], eps=FEATURE_EPS)
-            for tokens in (taught.take_along_dim(hidden, dim=1), seen)
+            for tokens in (teacher.take_along_dim(hidden, dim=1), student)
         )
         return self.ramp(progress) * squared_error(
             pred, target, crowding(batch) if self.weight_mask else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,20 +11,26 @@ from torch.nn import functional as F
 
 from rcmae.data.batch import Batch
 from rcmae.models.vit import patches_at
+from rcmae.objectives.options import MAEOptions, PixelNorm
+from rcmae.objectives.protocol import Context
 from rcmae.objectives.terms import Sum, hidden_patches, widen
 
-# By what a patch's pixels are normalised. MAE: the patch's mean and unbiased variance; MAE-priv:
-# the biased one; BootMAE: each channel's own mean and biased variance.
-PixelNorm = Literal["unbiased", "biased", "channel"]
 # added to the variance
 NORM_EPS: dict[PixelNorm, float] = {"unbiased": 1e-6, "biased": 1e-6, "channel": 1e-5}
 
 
-def MAE(
-    norm_pix_loss: bool = True, pixel_norm: PixelNorm = "unbiased", weight_mask: bool = False
-) -> Sum:
+class MAE:
     """Mean squared error on the hidden patches."""
-    return Sum({"reconstruction": Reconstruction(norm_pix_loss, pixel_norm, weight_mask)})
+
+    Options = MAEOptions
+
+    @staticmethod
+    def make(options: MAEOptions, context: Context) -> Sum:
+        """The loss."""
+        weight_mask = bool(options.weight_mask)
+        return Sum(
+            {"reconstruction": Reconstruction(options.norm_pix_loss, options.norm, weight_mask)}
+        )
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,19 @@ class Reconstruction:
     pixel_norm: PixelNorm = "unbiased"
     weight_mask: bool = False  # patches count by how hidden their surroundings are: `crowding`
     weight: float = field(default=1.0, init=False)
-    student: str = field(default="pixels", init=False)
-    teacher: None = field(default=None, init=False)
+    student_output: str = field(default="pixels", init=False)
+    teacher_output: None = field(default=None, init=False)
 
     def count(self, batch: Batch) -> int:
         """Hidden patches."""
         return hidden_patches(batch)
 
-    def total(self, seen: Tensor, taught: Tensor | None, batch: Batch, progress: float) -> Tensor:
-        """Sum over hidden patches of the mean over their pixels; `seen`: [B, hidden, p*p*C]."""
+    def total(
+        self, student: Tensor, teacher: Tensor | None, batch: Batch, progress: float
+    ) -> Tensor:
+        """Sum over hidden patches of the mean over their pixels; `student`: [B, hidden, p*p*C]."""
         target = hidden_targets(batch, norm_pix=self.norm_pix_loss, kind=self.pixel_norm)
-        return squared_error(seen, target, crowding(batch) if self.weight_mask else None)
+        return squared_error(student, target, crowding(batch) if self.weight_mask else None)
 
 
 def pixel_targets(

@@ -12,22 +12,28 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from rcmae.data.batch import Batch
-from rcmae.objectives.mae import PixelNorm, Reconstruction, squared_error
+from rcmae.objectives.mae import Reconstruction, squared_error
+from rcmae.objectives.options import ConsistencyOptions, RCMAEOptions
+from rcmae.objectives.protocol import Context
 from rcmae.objectives.terms import Sum, hidden_patches, widen
 
 
-def RCMAE(
-    norm_pix_loss: bool = True, consistency_weight: float = 1.0, pixel_norm: PixelNorm = "unbiased"
-) -> Sum:
+class RCMAE:
     """Error to the pixels plus `consistency_weight` times the error to the teacher, both on the
     hidden patches.
     """
-    return Sum(
-        {
-            "reconstruction": Reconstruction(norm_pix_loss, pixel_norm),
-            "consistency": Consistency(consistency_weight),
-        }
-    )
+
+    Options = RCMAEOptions
+
+    @staticmethod
+    def make(options: RCMAEOptions, context: Context) -> Sum:
+        """The loss."""
+        return Sum(
+            {
+                "reconstruction": Reconstruction(options.norm_pix_loss, options.norm),
+                "consistency": Consistency(options.consistency_weight),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,21 @@ class Consistency:
     """Squared error to the teacher's predictions of the hidden patches."""
 
     weight: float = 1.0
-    student: str = field(default="pixels", init=False)
-    teacher: str = field(default="pixels", init=False)
+    student_output: str = field(default="pixels", init=False)
+    teacher_output: str = field(default="pixels", init=False)
+
+    @classmethod
+    def make(cls, weight: float, options: ConsistencyOptions, context: Context) -> Consistency:
+        """The term, to be added to an objective."""
+        return cls(weight)
 
     def count(self, batch: Batch) -> int:
         """Hidden patches."""
         return hidden_patches(batch)
 
-    def total(self, seen: Tensor, taught: Tensor | None, batch: Batch, progress: float) -> Tensor:
+    def total(
+        self, student: Tensor, teacher: Tensor | None, batch: Batch, progress: float
+    ) -> Tensor:
         """Sum over hidden patches of the mean over their pixels; both [B, hidden, p*p*C]."""
-        assert taught is not None
-        return squared_error(seen, widen(taught))
+        assert teacher is not None
+        return squared_error(student, widen(teacher))

@@ -14,26 +14,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rcmae.data.batch import NO_LABEL, Batch
-from rcmae.objectives.mae import PixelNorm, Reconstruction
+from rcmae.objectives.mae import Reconstruction
+from rcmae.objectives.options import ClassOptions, SupMAEOptions
+from rcmae.objectives.protocol import Context
 from rcmae.objectives.terms import Sum, widen
 
 
-def SupMAE(
-    norm_pix_loss: bool = True,
-    class_weight: float = 0.01,
-    class_temperature: float = 10.0,
-    class_smoothing: float = 0.0,
-    pixel_norm: PixelNorm = "unbiased",
-) -> Sum:
-    """Error to the pixels of the hidden patches plus `class_weight` times the error of the
-    class.
-    """
-    return Sum(
-        {
-            "reconstruction": Reconstruction(norm_pix_loss, pixel_norm),
-            "class": Classification(class_weight, class_temperature, class_smoothing),
-        }
-    )
+class SupMAE:
+    """Error to the pixels of the hidden patches plus `class_weight` times that of the class."""
+
+    Options = SupMAEOptions
+
+    @staticmethod
+    def make(options: SupMAEOptions, context: Context) -> Sum:
+        """The loss."""
+        return Sum(
+            {
+                "reconstruction": Reconstruction(options.norm_pix_loss, options.norm),
+                "class": Classification.make(options.class_weight, options, context),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,23 @@ class Classification:
     weight: float = 0.01
     temperature: float = 10.0
     smoothing: float = 0.0  # this much of the target is spread evenly over all classes
-    student: str = field(default="classes", init=False)
-    teacher: None = field(default=None, init=False)
+    student_output: str = field(default="classes", init=False)
+    teacher_output: None = field(default=None, init=False)
+
+    @classmethod
+    def make(cls, weight: float, options: ClassOptions, context: Context) -> Classification:
+        """The term, to be added to an objective."""
+        return cls(weight, options.class_temperature, options.class_smoothing)
 
     def count(self, batch: Batch) -> int:
         """Labelled images; waits for the device where the labels are on one."""
         return 0 if batch.labels is None else int((batch.labels != NO_LABEL).sum())
 
-    def total(self, seen: Tensor, taught: Tensor | None, batch: Batch, progress: float) -> Tensor:
-        """Sum over labelled images; `seen`: logits [B, classes]."""
-        logits = widen(seen) / self.temperature
+    def total(
+        self, student: Tensor, teacher: Tensor | None, batch: Batch, progress: float
+    ) -> Tensor:
+        """Sum over labelled images; `student`: logits [B, classes]."""
+        logits = widen(student) / self.temperature
         if batch.labels is None:
             return logits.sum() * 0.0  # every rank's backward pass goes the same way
         return F.cross_entropy(

@@ -27,22 +27,24 @@ class Term(Protocol):
         """In the total loss."""
 
     @property
-    def student(self) -> str:
-        """The student's output that it reads."""
+    def student_output(self) -> str:
+        """The student's output that it reads, by the names of `models.vit.Outputs`."""
 
     @property
-    def teacher(self) -> str | None:
+    def teacher_output(self) -> str | None:
         """The teacher's, if any."""
 
     def count(self, batch: Batch) -> int:
         """What its sum over this micro-batch counts; from the data alone."""
 
-    def total(self, seen: Tensor, taught: Tensor | None, batch: Batch, progress: float) -> Tensor:
+    def total(
+        self, student: Tensor, teacher: Tensor | None, batch: Batch, progress: float
+    ) -> Tensor:
         """Its sum over this micro-batch, a float32 scalar (float64 for a float64 model).
 
         Args:
-            seen: the student's output.
-            taught: the teacher's, without a gradient; None where it asks for none.
+            student: the student's output.
+            teacher: the teacher's, without a gradient; None where it asks for none.
             batch: images normalised.
             progress: 0 at the run's first step, 1 after its last.
         """
@@ -55,11 +57,17 @@ class Sum:
     terms: Mapping[str, Term]
 
     @property
+    def student_outputs(self) -> tuple[str, ...]:
+        """What the student is asked for."""
+        return tuple(sorted({term.student_output for term in self.terms.values()}))
+
+    @property
     def teacher_outputs(self) -> tuple[str, ...]:
         """What the teacher is asked for: it consists of the parts that give this, and of no
         others.
         """
-        return tuple(sorted({term.teacher for term in self.terms.values() if term.teacher}))
+        asked = {term.teacher_output for term in self.terms.values()}
+        return tuple(sorted(output for output in asked if output))
 
     @property
     def needs_teacher(self) -> bool:
@@ -79,26 +87,26 @@ class Sum:
         self, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float
     ) -> dict[str, Tensor]:
         """Each term's sum over this micro-batch."""
-        taught: Outputs = {}
+        targets: Outputs = {}
         if self.needs_teacher:
             assert teacher is not None
             with torch.no_grad():  # before the student's activations take their memory
-                taught = taught_outputs(teacher, batch, self.teacher_outputs)
-        asked = tuple(sorted({term.student for term in self.terms.values()}))
-        seen: Outputs = student(batch.images, batch.ids_shuffle, batch.num_visible, asked)
-        return {
-            name: term.total(
-                seen[term.student], taught[term.teacher] if term.teacher else None, batch, progress
-            )
-            for name, term in self.terms.items()
-        }
+                targets = teacher_forward(teacher, batch, self.teacher_outputs)
+        preds: Outputs = student(
+            batch.images, batch.ids_shuffle, batch.num_visible, self.student_outputs
+        )
+        sums = {}
+        for name, term in self.terms.items():
+            target = targets[term.teacher_output] if term.teacher_output else None
+            sums[name] = term.total(preds[term.student_output], target, batch, progress)
+        return sums
 
     def plus(self, terms: Mapping[str, Term]) -> Sum:
         """This and more terms; one of the same name replaces."""
         return replace(self, terms={**self.terms, **terms})
 
 
-def taught_outputs(teacher: nn.Module, batch: Batch, outputs: tuple[str, ...]) -> Outputs:
+def teacher_forward(teacher: nn.Module, batch: Batch, outputs: tuple[str, ...]) -> Outputs:
     """The teacher's outputs, pixels for the patches hidden from the student: under its mask, or
     under one of its own.
 

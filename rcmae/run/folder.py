@@ -104,7 +104,11 @@ def mismatches(
                 f"{where} is of another recipe: {line}; use another run.dir, or its "
                 f"value{knowingly}"
             )
-    if saved is not None and recipe.objective.has("class") and recipe.model.class_hidden:
+    if (
+        saved is not None
+        and "classes" in recipe.objective.student_outputs
+        and recipe.model.class_hidden
+    ):
         problems += norm_problems(recipe, saved)
     every_micro = recipe.teacher.update == "micro_step" and "batch.per_device" not in allowed
     if saved is not None and sizes is not None and every_micro:

@@ -25,7 +25,7 @@ import pydantic
 import torch
 from torch import nn
 
-from rcmae.config import Recipe
+from rcmae.config import Recipe, stored
 from rcmae.errors import Refused
 from rcmae.models.bootmae import Network
 from rcmae.models.classifier import Classifier, Fit, fit_weights
@@ -138,8 +138,8 @@ def load_autoencoder(
 def recipe_of(source: NetworkWeights) -> Recipe:
     """The recipe in the metadata of weights. Raises Refused: it is none that this rcmae knows."""
     try:
-        return Recipe.model_validate_json(source.metadata["recipe"])
-    except pydantic.ValidationError as error:
+        return stored(json.loads(source.metadata["recipe"]))
+    except (json.JSONDecodeError, pydantic.ValidationError) as error:
         raise Refused(f"{source.about}: its recipe cannot be read: {error}") from error
 
 

@@ -15,7 +15,7 @@ from rcmae.engines.deepspeed import DeepSpeedEngine, read_config
 from rcmae.engines.engine import Settings
 from rcmae.engines.fsdp2 import FSDP2Engine
 from rcmae.models.vit import MaskedAutoencoder
-from rcmae.objectives import RCMAE
+from rcmae.objectives import new
 
 SIZES = {
     "image_size": (16, 16),
@@ -44,7 +44,7 @@ def train(engine, poisoned):
         batch = Batch(
             images, ids, 4, None, ("a", "b"), torch.arange(2), torch.zeros(2, 5, dtype=torch.int64)
         )
-        sums = RCMAE()(engine.student, engine.teacher, batch, 0.0)
+        sums = new("rcmae")(engine.student, engine.teacher, batch, 0.0)
         engine.backward(sum(sums.values()) / (8 * 12), last=last)
     return engine.step(lr=1e-2, weight_decay=0.05)
 
