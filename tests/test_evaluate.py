@@ -108,13 +108,11 @@ def test_chunks_and_several_k_at_once_change_nothing(monkeypatch):
     test, test_labels = features(50, 8, 4, seed=4)
     whole = votes(train, labels, test, k=[1, 7, 20], num_classes=4)
     monkeypatch.setattr(knn_module, "SIMILARITIES_AT_ONCE", 7 * 90)
-    cut = votes(train, labels, test, k=[20, 1, 7], num_classes=4)
-    assert list(cut) == [20, 1, 7]
-    for k in cut:
-        torch.testing.assert_close(cut[k], whole[k], rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(
-        knn_module, "SIMILARITIES_AT_ONCE", 1
-    )  # not even one row fits: one row it is
+    chunked = votes(train, labels, test, k=[20, 1, 7], num_classes=4)
+    assert list(chunked) == [20, 1, 7]
+    for k in chunked:
+        torch.testing.assert_close(chunked[k], whole[k], rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(knn_module, "SIMILARITIES_AT_ONCE", 1)  # no row fits: one it is
     assert knn(train, labels, test, test_labels, k=[7], num_classes=4) == {
         7: 100 * float((whole[7].argmax(1) == test_labels).double().mean())
     }
@@ -133,8 +131,8 @@ def test_of_equally_near_images_the_first_ones_vote():
         torch.testing.assert_close(scores[k][0], wanted)
     torch.testing.assert_close(scores[5][0], torch.tensor([vote, vote, vote, vote, 1.0]))
     torch.testing.assert_close(scores[5][1], torch.tensor([0.0, 1.0, 1.0, 1.0, 2 * vote]))
-    asked, own = torch.cat([one, far]), torch.tensor([0, 4])
-    assert knn(train, labels, asked, own, k=[1, 3, 5], num_classes=5) == {
+    test, test_labels = torch.cat([one, far]), torch.tensor([0, 4])
+    assert knn(train, labels, test, test_labels, k=[1, 3, 5], num_classes=5) == {
         1: 50.0,
         3: 50.0,
         5: 100.0,

@@ -22,20 +22,20 @@ def clusters(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("strength", [0.001, 0.01, 1.0])
 @pytest.mark.parametrize("count", [12, 400])
 def test_it_predicts_as_scikit_learn(strength: float, count: int) -> None:
-    (known, labels), (asked, right) = clusters(count, 0), clusters(1000, 1)
-    mean, spread = known.mean(0), known.std(0)
+    (train, labels), (test, right) = clusters(count, 0), clusters(1000, 1)
+    mean, spread = train.mean(0), train.std(0)
     oracle = LogisticRegression(C=strength, max_iter=2000, tol=1e-8)
-    oracle.fit(((known - mean) / spread).numpy(), labels.numpy())
-    wanted = 100 * (oracle.predict(((asked - mean) / spread).numpy()) == right.numpy()).mean()
+    oracle.fit(((train - mean) / spread).numpy(), labels.numpy())
+    wanted = 100 * (oracle.predict(((test - mean) / spread).numpy()) == right.numpy()).mean()
     # one of 1,000
-    assert logistic(known, labels, asked, right, strength=strength) == pytest.approx(
+    assert logistic(train, labels, test, right, strength=strength) == pytest.approx(
         wanted, abs=0.11
     )
     assert count == 12 or wanted > 60  # chance is 33
 
 
-def test_a_class_that_is_only_asked_for_is_never_right_and_one_class_alone_is_refused() -> None:
-    (known, labels), (asked, right) = clusters(100, 0), clusters(50, 1)
-    assert logistic(known, labels, asked, right + 3) == 0
+def test_a_class_in_the_test_set_alone_is_never_right_and_one_class_alone_is_refused() -> None:
+    (train, labels), (test, right) = clusters(100, 0), clusters(50, 1)
+    assert logistic(train, labels, test, right + 3) == 0
     with pytest.raises(ValueError, match="two classes or more, got 1"):
-        logistic(known, labels * 0, asked, right)
+        logistic(train, labels * 0, test, right)

@@ -20,12 +20,12 @@ from rcmae import dist
 from rcmae.data.batch import Batch
 from rcmae.errors import Refused
 
-Network = Callable[[Tensor], Tensor]  # normalised images [B, C, H, W] -> one vector each [B, D]
+Extractor = Callable[[Tensor], Tensor]  # normalised images [B, C, H, W] -> one vector each [B, D]
 
 PIXELS_SIDE = 32  # the raw-pixels row looks at images of at most this many pixels a side
 
 
-def pooled(model: nn.Module, pool: str) -> Network:
+def pooled(model: nn.Module, pool: str) -> Extractor:
     """The model as a feature extractor.
 
     Args:
@@ -34,7 +34,7 @@ def pooled(model: nn.Module, pool: str) -> Network:
         pool: "cls" for the class token, "mean" for the mean over the patches.
 
     Raises:
-        ValueError: another pool.
+        Refused: another pool.
     """
     if pool not in ("cls", "mean"):
         raise Refused(f"pool={pool!r} is unknown; use 'cls' or 'mean'")
@@ -85,11 +85,11 @@ class Features:
 
 
 def extract_features(
-    networks: Mapping[str, Network],
+    networks: Mapping[str, Extractor],
     batches: Iterable[Batch],
     *,
     device: torch.device,
-    normalise: Network,
+    normalise: Extractor,
 ) -> Features:
     """What each network makes of this rank's share of the images, read once for all networks.
 
@@ -103,10 +103,11 @@ def extract_features(
         normalise: uint8 images on the device -> what the networks were trained on.
 
     Raises:
-        ValueError: the images have no labels.
+        Refused: the images have no labels.
     """
     vectors: dict[str, list[Tensor]] = {name: [] for name in networks}
-    labels, samples = [], []
+    labels: list[Tensor] = []
+    samples: list[Tensor] = []
     unlabelled = False
     with torch.no_grad():
         for batch in batches:
@@ -124,20 +125,20 @@ def extract_features(
             "k-NN needs a label for every image; give evaluate.train_shards and test_shards with "
             ".cls"
         )
-    return Features(
-        {name: torch.cat(parts) if parts else torch.zeros(0, 0) for name, parts in vectors.items()},
-        torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
-        torch.cat(samples) if samples else torch.zeros(0, dtype=torch.int64),
-    )
+    if not labels:  # a rank without images
+        empty = torch.zeros(0, dtype=torch.int64)
+        return Features({name: torch.zeros(0, 0) for name in networks}, empty, empty)
+    joined = {name: torch.cat(parts) for name, parts in vectors.items()}
+    return Features(joined, torch.cat(labels), torch.cat(samples))
 
 
 def features_of_both(
-    networks: Mapping[str, Network],
+    networks: Mapping[str, Extractor],
     train: Iterable[Batch],
     test: Iterable[Batch],
     *,
     device: torch.device,
-    normalise: Network,
+    normalise: Extractor,
 ) -> tuple[Features, Features]:
     """This rank's share of the features of a training and a test set. Collective: every rank calls.
 
@@ -150,16 +151,16 @@ def features_of_both(
         normalise: uint8 images on the device -> what the networks were trained on.
 
     Raises:
-        ValueError: labels are missing; the same on every rank.
+        Refused: labels are missing; the same on every rank.
     """
     problem = None
     try:
-        known = extract_features(networks, train, device=device, normalise=normalise)
-        asked = extract_features(networks, test, device=device, normalise=normalise)
-    except ValueError as error:
+        train_features = extract_features(networks, train, device=device, normalise=normalise)
+        test_features = extract_features(networks, test, device=device, normalise=normalise)
+    except Refused as error:
         problem = str(error)
     dist.together(problem)
-    return known, asked
+    return train_features, test_features
 
 
 def _gather_rows(rows: Tensor) -> Tensor:

@@ -34,43 +34,25 @@ def votes(
     rows that are equally similar the first ones count, whatever the device and the chunk.
 
     Args:
-        train_features: [n, D], any length; test_features: [m, D] of the same type.
+        train_features: [n, D], of any length.
         train_labels: [n] int64.
-        test_features: what is asked about.
+        test_features: [m, D] of the same type.
         k: numbers of neighbours, none above n.
         num_classes: labels are below this.
         temperature: of the weights; None: each vote counts 1.
 
     Raises:
-        ValueError: a k, a label or the shapes do not fit.
+        Refused: a k, a label or the shapes do not fit.
     """
-    problems = []
-    n = len(train_features)
-    if not k or min(k) < 1 or max(k) > n:
-        problems.append(f"k={list(k)} neighbours of {n} training images; use between 1 and {n}")
-    if (
-        train_features.ndim != 2
-        or test_features.ndim != 2
-        or train_features.shape[1:] != test_features.shape[1:]
-    ):
-        problems.append(
-            f"features of shapes {list(train_features.shape)} and "
-            f"{list(test_features.shape)}; wanted [n, D] and [m, D]"
-        )
-    if len(train_labels) != n:
-        problems.append(f"{len(train_labels)} labels for {n} training images; wanted one each")
-    elif n and not (int(train_labels.min()) >= 0 and int(train_labels.max()) < num_classes):
-        problems.append(
-            f"labels from {int(train_labels.min())} to {int(train_labels.max())}; wanted 0 "
-            f"to {num_classes - 1}"
-        )
+    problems = _problems(train_features, train_labels, test_features, k, num_classes)
     if temperature is not None and temperature <= 0:
         problems.append(f"temperature={temperature}; use a value above 0, such as 0.07")
     if problems:
         raise Refused("k-NN: " + "; ".join(problems))
+
     train = F.normalize(train_features, dim=1)
     scores = {each: train.new_zeros(len(test_features), num_classes) for each in k}
-    rows_at_once = max(1, SIMILARITIES_AT_ONCE // n)
+    rows_at_once = max(1, SIMILARITIES_AT_ONCE // len(train))
     for start in range(0, len(test_features), rows_at_once):
         test = F.normalize(test_features[start : start + rows_at_once], dim=1)
         similarity, nearest = _nearest(test @ train.T, k)
@@ -83,6 +65,35 @@ def votes(
                 1, classes[:, :each], weights[:, :each]
             )
     return scores
+
+
+def _problems(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    k: Sequence[int],
+    num_classes: int,
+) -> list[str]:
+    """What does not fit, one line each."""
+    problems = []
+    count = len(train_features)
+    if not k or min(k) < 1 or max(k) > count:
+        problems.append(
+            f"k={list(k)} neighbours of {count} training images; use between 1 and {count}"
+        )
+    shapes = (train_features.shape, test_features.shape)
+    if any(len(shape) != 2 for shape in shapes) or shapes[0][1:] != shapes[1][1:]:
+        problems.append(
+            f"features of shapes {list(shapes[0])} and {list(shapes[1])}; wanted [n, D] and [m, D]"
+        )
+    if len(train_labels) != count:
+        problems.append(f"{len(train_labels)} labels for {count} training images; wanted one each")
+    elif count and not (train_labels.min() >= 0 and train_labels.max() < num_classes):
+        problems.append(
+            f"labels from {int(train_labels.min())} to {int(train_labels.max())}; wanted 0 "
+            f"to {num_classes - 1}"
+        )
+    return problems
 
 
 def _nearest(similarity: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -116,26 +127,10 @@ def knn(
     num_classes: int,
     temperature: float | None = 0.07,
 ) -> dict[int, float]:
-    """Top-1 accuracy in percent for each k.
+    """Top-1 accuracy in percent for each k, on this process's features alone.
 
     Arguments and errors as `votes`; the lower class wins an equal score.
     """
-    correct = _correct(
-        train_features, train_labels, test_features, test_labels, k, num_classes, temperature
-    )
-    return {each: 100.0 * hits / max(len(test_labels), 1) for each, hits in correct.items()}
-
-
-def _correct(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    k: Sequence[int],
-    num_classes: int,
-    temperature: float | None,
-) -> dict[int, int]:
-    """How many test rows get their own label, for each k."""
     scores = votes(
         train_features,
         train_labels,
@@ -144,6 +139,12 @@ def _correct(
         num_classes=num_classes,
         temperature=temperature,
     )
+    correct = _correct(scores, test_labels)
+    return {each: 100.0 * hits / max(len(test_labels), 1) for each, hits in correct.items()}
+
+
+def _correct(scores: Mapping[int, Tensor], test_labels: Tensor) -> dict[int, int]:
+    """How many test rows get their own label, for each k."""
     return {each: int((rows.argmax(dim=1) == test_labels).sum()) for each, rows in scores.items()}
 
 
@@ -151,8 +152,8 @@ Rows = dict[str, dict[int, float]]  # network -> k -> top-1 in %
 
 
 def knn_rows(
-    known: Features,
-    asked: Features,
+    train: Features,
+    test: Features,
     *,
     k: Sequence[int],
     device: torch.device,
@@ -164,48 +165,45 @@ def knn_rows(
     Each rank votes for its share of the test images against all training ones.
 
     Args:
-        known: this rank's share of the training set.
-        asked: of the test set.
+        train: this rank's share of the training set.
+        test: of the test set.
         k: numbers of neighbours.
         device: where the votes are counted.
         temperature: of the votes; None: each counts 1.
 
     Raises:
-        ValueError: a k is larger than the training set; the same on every rank.
+        Refused: a k is larger than the training set; the same on every rank.
     """
-    known = known.gathered()
-    num_classes = 1 + max(dist.gather(max([0, *known.labels.tolist(), *asked.labels.tolist()])))
-    total = sum(dist.gather(len(asked.labels)))
-    labels, asked_labels = known.labels.to(device), asked.labels.to(device)
+    train = train.gathered()
+    largest = max([0, *train.labels.tolist(), *test.labels.tolist()])
+    num_classes = 1 + max(dist.gather(largest))
+    total = sum(dist.gather(len(test.labels)))
+    train_labels = train.labels.to(device)
+    test_labels = test.labels.to(device)
     rows: Rows = {}
-    for name in known.vectors:
-        mine = _correct(
-            known.vectors[name].to(device),
-            labels,
-            asked.vectors[name].to(device),
-            asked_labels,
-            k,
-            num_classes,
-            temperature,
+    for name, vectors in train.vectors.items():
+        scores = votes(
+            vectors.to(device),
+            train_labels,
+            test.vectors[name].to(device),
+            k=k,
+            num_classes=num_classes,
+            temperature=temperature,
         )
-        rows[name] = {
-            each: 100.0 * sum(hits[each] for hits in dist.gather(mine)) / total for each in k
-        }
+        shares = dist.gather(_correct(scores, test_labels))
+        rows[name] = {each: 100.0 * sum(hits[each] for hits in shares) / total for each in k}
     return rows
 
 
-def knn_table(rows: Rows, linear: Mapping[str, float] | None = None) -> str:
+def knn_table(rows: Rows, logistic: Mapping[str, float] | None = None) -> str:
     """The rows as text: a line a network, a column a k, and one of logistic regression where
     there is any.
     """
     width = max((len(name) for name in rows), default=0)
-    ks = sorted({each for row in rows.values() for each in row})
-    lines = [
-        " " * width
-        + "".join(f"  {f'k={each}':>6}" for each in ks)
-        + ("  logistic" if linear else "")
-    ]
+    ks = sorted(set().union(*rows.values()))
+    heads = "".join(f"  {f'k={each}':>6}" for each in ks)
+    lines = [" " * width + heads + ("  logistic" if logistic else "")]
     for name, row in rows.items():
-        lines.append(f"{name:<{width}}" + "".join(f"  {row[each]:6.2f}" for each in ks))
-        lines[-1] += f"  {linear[name]:8.2f}" if linear else ""
+        line = f"{name:<{width}}" + "".join(f"  {row[each]:6.2f}" for each in ks)
+        lines.append(line + (f"  {logistic[name]:8.2f}" if logistic else ""))
     return "\n".join(lines)

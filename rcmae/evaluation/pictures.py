@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rcmae.data.batch import Batch
 from rcmae.evaluation.features import evaluating
+from rcmae.files import aside
 from rcmae.models.vit import patchify, unpatchify
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
 
@@ -21,7 +22,10 @@ CELL_SIDE = 160  # pixels: smaller images are enlarged by a whole factor to at l
 
 GAP = 6
 
-WHITE, GREY, BLACK = (255, 255, 255), (128, 128, 128), (0, 0, 0)
+WHITE = (255, 255, 255)
+GREY = (128, 128, 128)
+BLACK = (0, 0, 0)
+LINE = 18  # pixels of a line of text
 
 
 def reconstruct(
@@ -76,12 +80,12 @@ def reconstruction_picture(
     Collective: every rank calls, with a batch of the same size.
 
     Args:
-        student: the wrapper of the student; teacher: that of the teacher.
-        teacher: None leaves its column out.
+        student: its wrapper.
+        teacher: its wrapper; None leaves its column out.
         batch: few images, normalised, on the models' device. One channel is shown grey, of more
             than three the first three.
-        mean: per channel, what the images were normalised by; std: alike.
-        std: in the units of pixels/255.
+        mean: of each channel, that the images were normalised by, 0 to 1.
+        std: alike, their deviation.
         norm_pix_loss: as trained; the picture says that true means and deviations were put back.
         pixel_norm: as trained.
     """
@@ -91,15 +95,8 @@ def reconstruction_picture(
         if teacher is not None:
             filled["teacher"] = fill(teacher, batch)
     shown = {name: to_uint8(images, mean, std) for name, images in filled.items()}
-    hidden = hidden_patches(batch)
-    share = 1 - batch.num_visible / hidden.shape[1]
-    height, width = batch.images.shape[-2:]
-    patch = math.isqrt(height * width // hidden.shape[1])
-    cover = hidden.reshape(len(batch), height // patch, width // patch)
-    # [B, H, W]
-    covered = cover.repeat_interleave(patch, 1).repeat_interleave(patch, 2).cpu().numpy()
-    masked = np.where(covered[..., None], np.uint8(GREY[0]), shown["input"])
-    cells = [("input", shown.pop("input")), (f"masked, {share:.0%} hidden", masked), *shown.items()]
+    inputs = shown.pop("input")
+    cells = [("input", inputs), masked_column(batch, inputs), *shown.items()]
     note = "visible patches pasted in"
     if norm_pix_loss:
         note += (
@@ -107,6 +104,19 @@ def reconstruction_picture(
             "(norm_pix_loss)"
         )
     return sheet(cells, note)
+
+
+def masked_column(batch: Batch, inputs: np.ndarray) -> tuple[str, np.ndarray]:
+    """The column of what the encoder sees: a caption, and pixels [B, H, W, 3] with hidden patches
+    grey.
+    """
+    hidden = hidden_patches(batch)
+    height, width = batch.images.shape[-2:]
+    patch = math.isqrt(height * width // hidden.shape[1])
+    grid = hidden.reshape(len(batch), height // patch, width // patch)
+    covered = grid.repeat_interleave(patch, 1).repeat_interleave(patch, 2).cpu().numpy()
+    share = 1 - batch.num_visible / hidden.shape[1]
+    return f"masked, {share:.0%} hidden", np.where(covered[..., None], np.uint8(GREY[0]), inputs)
 
 
 def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -123,26 +133,23 @@ def sheet(columns: Sequence[tuple[str, np.ndarray]], note: str) -> np.ndarray:
     """Columns of pictures [B, H, W, 3] under their captions, with a note below."""
     count, height, width, _ = columns[0][1].shape
     factor = max(1, -(-CELL_SIDE // min(height, width)))
-    height, width = height * factor, width * factor
+    height = height * factor
+    width = width * factor
     font = ImageFont.load_default(13)
     sheet_width = GAP + len(columns) * (width + GAP)
     lines = _wrapped(note, font, sheet_width - 2 * GAP)
-    line = 18
-    sheet = Image.new(
-        "RGB",
-        (sheet_width, line + 2 * GAP + count * (height + GAP) + line * len(lines) + GAP),
-        WHITE,
-    )
+    top = LINE + 2 * GAP
+    below = top + count * (height + GAP)
+    sheet = Image.new("RGB", (sheet_width, below + LINE * len(lines) + GAP), WHITE)
     draw = ImageDraw.Draw(sheet)
     for column, (caption, pictures) in enumerate(columns):
         left = GAP + column * (width + GAP)
         draw.text((left, GAP), caption, BLACK, font)
         for row, picture in enumerate(pictures):
             enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left, line + 2 * GAP + row * (height + GAP)))
-    below = line + 2 * GAP + count * (height + GAP)
+            sheet.paste(enlarged, (left, top + row * (height + GAP)))
     for row, text in enumerate(lines):
-        draw.text((GAP, below + row * line), text, BLACK, font)
+        draw.text((GAP, below + row * LINE), text, BLACK, font)
     return np.asarray(sheet)
 
 
@@ -163,6 +170,5 @@ def _wrapped(
 def save_png(picture: np.ndarray, path: Path) -> None:
     """Write uint8 [height, width, 3] as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".aside")
-    Image.fromarray(picture).save(aside, format="PNG")
-    aside.replace(path)
+    with aside(path, durable=False) as file:
+        Image.fromarray(picture).save(file, format="PNG")
