@@ -29,6 +29,7 @@ COMMANDS = {
     "follow": Command("follow", "evaluate each checkpoint of a run, from beside it"),
     "export": Command("export", "write a run's weights to a file that others read"),
     "convert": Command("convert", "turn weights of one family into those of another"),
+    "probes": Command("probes", "tell what the features know, in minutes"),
     "checkpoint": Command("checkpoint", "list, show, verify, diff and prune checkpoints"),
     "shards": Command("shards", "make, index and check shards of images"),
     "recipe": Command("recipe", "list the shipped recipes, or print one with all its settings"),

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from rcmae.commands import probes as command
+from rcmae.evaluation import probes
 from rcmae.weights.encoder import load_encoder
 from runs import Folder
-from tools import probes as tool
 
 
 def blobs(count: int, seed: int) -> Any:
@@ -28,11 +29,13 @@ def blobs(count: int, seed: int) -> Any:
     labels = torch.arange(count) % 4
     vectors = 0.2 * torch.randn(count, 6, generator=generator)
     vectors[torch.arange(count), labels] += 2.0
-    return tool.Set(vectors * torch.tensor([1.0, 100.0, 1.0, 1e-3, 1.0, 1.0]), labels)
+    return probes.LabelledFeatures(
+        vectors * torch.tensor([1.0, 100.0, 1.0, 1e-3, 1.0, 1.0]), labels
+    )
 
 
 def test_every_figure_is_there_and_rises_with_the_labels() -> None:
-    found = tool.answers(blobs(200, 0), blobs(100, 1), k=[1, 10, 500], draws=2, strength=1.0)
+    found = probes.answers(blobs(200, 0), blobs(100, 1), k=[1, 10, 500], draws=2, strength=1.0)
     assert found["logistic"] > 98
     assert list(found["knn weighted"]) == [1, 10]
     assert found["10 per class"]["mean"] >= found["1 per class"]["mean"] > 40
@@ -46,25 +49,26 @@ def test_every_figure_is_there_and_rises_with_the_labels() -> None:
         "1% of labels",
         "10% of labels",
     }
-    assert "logistic" in tool.table({"trained": found})
+    assert "logistic" in probes.answers_table({"trained": found})
 
 
 def test_few_labels_are_as_many_of_each_class_and_another_draw_others() -> None:
     train = blobs(203, 0)
-    some = tool.few(train, per_class=5, share=None, draw=0)
+    some = probes.few(train, per_class=5, share=None, draw=0)
     assert some.labels.bincount().tolist() == [5] * 4
-    assert tool.few(train, per_class=None, share=0.1, draw=0).labels.bincount().tolist() == [5] * 4
-    assert (
-        tool.few(train, per_class=None, share=0.001, draw=0).labels.bincount().tolist() == [1] * 4
-    )
-    assert not torch.equal(some.vectors, tool.few(train, per_class=5, share=None, draw=1).vectors)
-    assert torch.equal(some.vectors, tool.few(train, per_class=5, share=None, draw=0).vectors)
+    for share, count in ((0.1, 5), (0.001, 1)):
+        drawn = probes.few(train, per_class=None, share=share, draw=0)
+        assert drawn.labels.bincount().tolist() == [count] * 4
+    again = probes.few(train, per_class=5, share=None, draw=0)
+    other = probes.few(train, per_class=5, share=None, draw=1)
+    assert torch.equal(some.vectors, again.vectors)
+    assert not torch.equal(some.vectors, other.vectors)
 
 
 def test_a_class_that_was_never_seen_is_named() -> None:
     test = blobs(20, 1)
     with pytest.raises(ValueError, match="classes 6, 7, 8, 9 that"):
-        tool.answers(
+        probes.answers(
             blobs(40, 0), test._replace(labels=test.labels + 6), k=[1], draws=1, strength=1.0
         )
 
@@ -80,7 +84,7 @@ def test_the_command_extracts_once(
         photo_shards.replace("{000000..000005}", each)
         for each in ("{000000..000003}", "{000004..000005}")
     )
-    command = [
+    words = [
         str(uninterrupted.path),
         "--train",
         train,
@@ -95,12 +99,12 @@ def test_the_command_extracts_once(
         str(tmp_path),
         "--json",
     ]
-    assert tool.main(command) == 0
+    assert command.main(words) == 0
     first = json.loads(capsys.readouterr().out)
     assert set(first) == {"trained", "random"}
     assert len(list(tmp_path.glob("features-*.safetensors"))) == 4
-    monkeypatch.setattr(tool, "extract_features", None)  # a second time there is no forward
-    assert tool.main(command) == 0
+    monkeypatch.setattr(probes, "extract_features", None)  # a second time there is no forward
+    assert command.main(words) == 0
     assert json.loads(capsys.readouterr().out) == first
 
 
@@ -128,7 +132,7 @@ def test_shards_from_elsewhere_give_the_features_of_those_here(
         photo_shards.replace("{000000..000005}", "000001"),
     )
     away = f"{elsewhere}/{Path(here).name}"
-    one, other = (tool.extracted(model, [shards], None, "", 0) for shards in (here, away))
+    one, other = (probes.FeatureCache(model).features([shards]) for shards in (here, away))
     assert torch.equal(one.vectors, other.vectors)
     assert torch.equal(one.labels, other.labels)
     assert list(tmp_path.glob("rcmae-shards-*/*.tar"))

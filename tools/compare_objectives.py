@@ -23,7 +23,6 @@ a training failed; 2 the input is wrong.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import subprocess
@@ -46,6 +45,7 @@ from rcmae.data.patterns import flat
 from rcmae.errors import Refused
 from rcmae.evaluation.knn import knn
 from rcmae.evaluation.logistic import logistic
+from rcmae.evaluation.probes import FeatureCache
 from rcmae.models.classifier import Classifier
 from rcmae.parts import make_engine, make_objective, new_student, new_teacher, student_sizes
 from rcmae.planning.hardware import commit, hardware
@@ -54,7 +54,6 @@ from rcmae.weights.encoder import load_encoder
 from rcmae.weights.layouts import Which
 from tools.bench_memory import measure
 from tools.bench_step import made_up_batch
-from tools.probes import extracted
 
 OBJECTIVES = {
     "mae": ["objective.name=mae"],
@@ -122,16 +121,14 @@ def train_all(asked: argparse.Namespace) -> None:
 
 def judged(model: Classifier, recipe: Recipe, cache: Path) -> dict[str, float]:
     """Top-1 in percent of an encoder's features."""
-    key = hashlib.sha256(
-        b"".join(part.detach().numpy().tobytes() for part in model.parameters())
-    ).hexdigest()
-    shards = (flat(recipe.evaluate.train_shards), flat(recipe.evaluate.test_shards))
-    known, asked = (extracted(model, each, cache, key, 0) for each in shards)
-    classes = 1 + int(max(known.labels.max(), asked.labels.max()))
-    k = min(NEIGHBOURS, len(known.labels))
+    features = FeatureCache(model, cache)
+    train = features.features(flat(recipe.evaluate.train_shards))
+    test = features.features(flat(recipe.evaluate.test_shards))
+    classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    k = min(NEIGHBOURS, len(train.labels))
     return {
-        "knn": knn(*known, *asked, k=[k], num_classes=classes)[k],
-        "logistic": logistic(*known, *asked, strength=STRENGTH),
+        "knn": knn(*train, *test, k=[k], num_classes=classes)[k],
+        "logistic": logistic(*train, *test, strength=STRENGTH),
     }
 
 
