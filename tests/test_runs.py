@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from rcmae.commands import runs
+from rcmae.run.status import status
 from runs import Folder, once, send, start, wait_for
 from tests.conftest import Ranks
-from tools import runs
 
 SIZES = {"world": 8, "total_steps": 100}
 
@@ -111,7 +112,7 @@ def told_run(tmp_path: Path) -> Path:
 
 
 def test_every_second_is_of_one_kind(told_run: Path) -> None:
-    told = runs.status(told_run, now=2000.0)
+    told = status(told_run, now=2000.0)
     assert told["wall_s"] == 1262 - 980
     assert sum(told["seconds"].values()) == pytest.approx(told["wall_s"])
     first, second, third = (job["seconds"] for job in told["jobs"])
@@ -133,7 +134,7 @@ def test_every_second_is_of_one_kind(told_run: Path) -> None:
 
 
 def test_where_a_run_stands(told_run: Path) -> None:
-    told = runs.status(told_run, now=2000.0)
+    told = status(told_run, now=2000.0)
     assert (told["state"], told["step"], told["hours_to_go"]) == ("finished", 100, 0.0)
     assert told["undone_steps"] == 15
     assert told["starts_without_training"] == 1, "job 8 never came to a step"
@@ -164,7 +165,7 @@ def test_a_rewind_counts_as_replayed(tmp_path: Path) -> None:
         *(step(n, 1000 + n) for n in (10, 20)),
         *(step(n, 1012 + n) for n in (30, 40)),
     )
-    told = runs.status(tmp_path, now=1100.0)
+    told = status(tmp_path, now=1100.0)
     assert told["undone_steps"] == 10
     assert told["seconds"]["replayed"] == 11
     assert told["seconds"]["step"] == pytest.approx(40 * 0.75)
@@ -177,14 +178,14 @@ def test_a_silent_job_is_alive_until_its_beat_is_old(tmp_path: Path) -> None:
     beat.parent.mkdir()
     beat.write_text("4")
     os.utime(beat, (1025, 1025))
-    told = runs.status(tmp_path, now=1040.0)
+    told = status(tmp_path, now=1040.0)
     assert (told["state"], told["jobs"][0]["ended"]) == ("training", 1040.0)
     assert told["hours_to_go"] == pytest.approx(80 / 3600)
     assert told["seconds"]["other"] == pytest.approx(20.0), "what no line tells of"
-    told = runs.status(tmp_path, now=1025 + 181.0)
+    told = status(tmp_path, now=1025 + 181.0)
     assert (told["state"], told["jobs"][0]["ended"]) == ("not running: ended without a word", 1025)
     (tmp_path / "recipe.yaml").write_text("run: {lease_timeout_s: 1000}")
-    assert runs.status(tmp_path, now=1025 + 181.0)["state"] == "training"
+    assert status(tmp_path, now=1025 + 181.0)["state"] == "training"
 
 
 def test_torn_lines_and_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +194,7 @@ def test_torn_lines_and_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     write(tmp_path / "events.jsonl", begin(1000, 0))
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"event": "stop", "ti')
-    told = runs.status(tmp_path, now=1001.0)
+    told = status(tmp_path, now=1001.0)
     assert (told["step"], told["hours_to_go"], told["goodput"]) == (0, None, 0.0)
     assert runs.main(["status", str(tmp_path)]) == 0
     assert "step 0 of 100" in capsys.readouterr().out
@@ -223,10 +224,10 @@ def test_a_real_run_stopped_and_killed_is_told_right(
     wait_for(lambda: 14 in folder.steps(), lambda: killed.processes[0].poll() is None)
     killed.processes[0].kill()
     killed.wait()
-    told = runs.status(folder.path)
+    told = status(folder.path)
     assert told["step"] >= 14
     assert start(tiny, folder.path, *common) == 0
-    told = runs.status(folder.path)
+    told = status(folder.path)
     assert (told["state"], told["step"], len(told["jobs"])) == ("finished", 20, 3)
     resumed = folder.events("resume")[-1]
     assert told["undone_steps"] == resumed["undone"]["step"] - resumed["step"] > 0
@@ -263,7 +264,9 @@ def test_watching_ends_with_the_run(tmp_path: Path) -> None:
     timer.start()
     command = [
         sys.executable,
-        runs.__file__,
+        "-m",
+        "rcmae",
+        "runs",
         "status",
         str(tmp_path),
         "--watch",

@@ -1,0 +1,196 @@
+"""Where the time of a run went over all its jobs, where it stands, and how long it still takes.
+
+    rcmae runs status RUN_DIR [--watch] [--json]
+
+Reads, writes nothing. Goodput is the time of steps that count (their updates are in the run as it
+stands) over the time since the first job began. A gap before a restart of the same SLURM job is its
+queue, any other gap is idle. Exit status: 0 told; 2 there is no run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Tell a run's status; the exit status."""
+    asked = _parser().parse_args(arguments)
+
+    from rcmae.errors import Refused
+    from rcmae.run.status import status
+
+    try:
+        if asked.watch:
+            _watch(asked)
+        elif asked.json:
+            print(json.dumps(status(asked.run), indent=1))
+        else:
+            _console().print(report(status(asked.run)))
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rcmae runs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verb = verbs.add_parser("status", help="where a run stands and where its time went")
+    verb.add_argument("run", type=Path, help="its run.dir")
+    verb.add_argument(
+        "--watch", action="store_true", help="again every few seconds, until the run is not running"
+    )
+    verb.add_argument("--every-s", type=float, default=5.0, help="seconds between two looks (5)")
+    verb.add_argument(
+        "--json", action="store_true", help="print one JSON document, with --watch one a line"
+    )
+    return parser
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=max(Console().width, 100))
+
+
+def _watch(asked: argparse.Namespace) -> None:
+    """Tell it again and again until the run is not running."""
+    from rich.live import Live
+
+    with Live(console=_console(), auto_refresh=False) as live:
+        for told in _looks(asked.run, asked.every_s):
+            if asked.json:
+                print(json.dumps(told), flush=True)
+            else:
+                live.update(report(told), refresh=True)
+
+
+def _looks(run: Path, every_s: float) -> Iterator[dict[str, Any]]:
+    from rcmae.run.status import status
+
+    while True:
+        told = status(run)
+        yield told
+        if told["state"] != "training":
+            return
+        time.sleep(every_s)
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+def report(told: Mapping[str, Any]) -> Group:
+    """The status for people."""
+    from rich.console import Group
+    from rich.text import Text
+
+    happened = [_event(event) for event in told["last_events"]]
+    return Group(
+        Text(_head(told)),
+        Text(),
+        _times(told),
+        Text(),
+        _jobs(told),
+        Text(),
+        Text("\n".join(["last events", *happened])),
+    )
+
+
+def _head(told: Mapping[str, Any]) -> str:
+    left = ""
+    if told["hours_to_go"] is not None:
+        left = f", {_duration(3600 * told['hours_to_go'])} to go"
+    loss = f", loss {told['loss']:.4f}" if told["loss"] is not None else ""
+    share = told["step"] / told["total_steps"]
+    lines = [
+        f"{told['run']}: {told['state']}",
+        f"step {told['step']} of {told['total_steps']} ({share:.1%}){loss}{left}",
+        f"goodput {told['goodput']:.1%} of {_duration(told['wall_s'])} since the first start; "
+        f"{told['undone_steps']} steps done twice, {told['starts_without_training']} starts "
+        "without training",
+    ]
+    startup = told["startup_s"]
+    if startup:
+        parts = [f"{name} {_duration(seconds)}" for name, seconds in startup.items()]
+        lines.append(
+            f"last start-up of rank 0, {_duration(sum(startup.values()))} to the first step: "
+            + ", ".join(parts)
+        )
+    return "\n".join(lines)
+
+
+def _times(told: Mapping[str, Any]) -> Table:
+    table = _plain_table("where the time went", "", "%", left=("where the time went",))
+    for kind, seconds in told["seconds"].items():
+        share = 100 * seconds / max(told["wall_s"], 1e-9)
+        table.add_row(kind, _duration(seconds), f"{share:.1f}")
+    return table
+
+
+def _jobs(told: Mapping[str, Any]) -> Table:
+    from rcmae.run.status import PRODUCTIVE
+
+    columns = ("start", "began", "ranks", "steps", "lasted", "goodput", "how it ended")
+    table = _plain_table(*columns, left=("start", "how it ended"))
+    for number, job in enumerate(told["jobs"], 1):
+        lasted = job["ended"] - job["began"]
+        good = sum(job["seconds"][kind] for kind in PRODUCTIVE) / max(lasted, 1e-9)
+        table.add_row(
+            f"{number} (job {job['job']})" if job["job"] else str(number),
+            _clock(job["began"]),
+            str(job["ranks"]),
+            f"{job['first_step']} to {job['last_step']}",
+            _duration(lasted),
+            f"{good:.1%}",
+            job["how"],
+        )
+    return table
+
+
+def _plain_table(*columns: str, left: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
+def _event(event: Mapping[str, Any]) -> str:
+    text = f"{_clock(event['time'])}  {event['event']}"
+    if "step" in event:
+        text += f" at step {event['step']}"
+    if "reason" in event:
+        text += f": {event['reason']}"
+    return text
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def _clock(seconds: float) -> str:
+    """A moment for people, in local time."""
+    return time.strftime("%m-%d %H:%M:%S", time.localtime(seconds))

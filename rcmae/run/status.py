@@ -1,0 +1,314 @@
+"""Where the time of a run went over all its jobs, where it stands, and how long it still takes.
+Reads, writes nothing.
+
+Goodput is the time of steps that count (their updates are in the run as it stands) over the time
+since the first job began. What is known: each logged step's mean times (metrics.jsonl), events with
+their seconds (events.jsonl), the starts that SLURM made (jobs.jsonl), and the last beat of a job
+that ended without a word (leases/). A gap before a restart of the same SLURM job is its queue, any
+other gap is idle. The teacher's update is timed on logged steps alone and taken to be as long on
+the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rcmae.errors import Refused
+from rcmae.files import json_lines
+
+KINDS = (
+    "step",
+    "ema",
+    "data wait",
+    "checkpoint",
+    "evaluation",
+    "start-up",
+    "replayed",
+    "other",
+    "queue",
+    "idle",
+)
+PRODUCTIVE = ("step", "ema")
+BEATS_MISSED = 3.0  # a job whose beat is older than this many lease time-outs is not alive
+RECENT = 20  # logged steps that the pace is taken from
+EVENTS_SHOWN = 6
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Job:
+    """One start of a run: from its process's beginning to its last sign of life."""
+
+    began: float  # seconds since 1970
+    ended: float
+    first_step: int
+    last_step: int
+    how: str  # alive, or how it ended
+    ranks: int
+    job: str | None  # the scheduler's
+    undone_steps: int = 0  # that it did and a later start does again
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What one start wrote that still stands, and what the next one said of the rest."""
+
+    event: Row
+    rows: list[Row]  # its logged steps that were not cut back
+    events: list[Row]  # that came after its own
+    later: Row | None  # the event of the next start
+    undone: Row | None  # the last of its logged steps that were cut back
+
+
+def status(folder: Path, now: float | None = None) -> dict[str, Any]:
+    """All that is known of a run, as plain values.
+
+    Raises:
+        Refused: there is no run in this folder.
+    """
+    if now is None:
+        now = time.time()
+    jobs = jobs_of(folder, now)
+    events = _rows(folder / "events.jsonl", of="event")
+    rows = _rows(folder / "metrics.jsonl", of="step")
+    first_steps = [event for event in events if event["event"] == "first_step"]
+    sizes = _starts_among(events)[-1]["sizes"]
+    total = sizes["total_steps"]
+    last = jobs[-1]
+    step = last.last_step
+    seconds = {kind: sum(job.seconds[kind] for job in jobs) for kind in KINDS}
+    wall = last.ended - jobs[0].began
+    pace = seconds_per_step(rows, jobs)
+    left = (total - step) * pace if pace is not None else None
+    row = rows[-1] if rows else {}
+    return {
+        "run": str(folder),
+        "state": state(last, step, total),
+        "step": step,
+        "total_steps": total,
+        "epoch": row.get("epoch"),
+        "loss": row.get("loss"),
+        "images_per_s": row.get("images_per_s"),
+        "ranks": last.ranks,
+        "wall_s": wall,
+        "goodput": sum(seconds[kind] for kind in PRODUCTIVE) / wall if wall > 0 else 0.0,
+        "seconds": seconds,
+        "undone_steps": sum(job.undone_steps for job in jobs),
+        "seconds_per_step": pace,
+        "hours_to_go": left / 3600 if left is not None else None,
+        "startup_s": first_steps[-1]["startup_s"] if first_steps else {},
+        "jobs": [asdict(job) for job in jobs],
+        "starts_without_training": starts_without_training(folder, events),
+        "last_events": events[-EVENTS_SHOWN:],
+        "time": now,
+    }
+
+
+def state(last: Job, step: int, total: int) -> str:
+    """What can be said of the run in a word or two."""
+    if last.how == "alive":
+        return "training"
+    if step >= total and last.how == "finished":
+        return "finished"
+    return f"not running: {last.how}"
+
+
+def seconds_per_step(rows: Sequence[Row], jobs: Sequence[Job]) -> float | None:
+    """Wall seconds of a step lately, everything in it, within the last start that logged twice.
+
+    None without one.
+    """
+    for job in reversed(jobs):
+        mine = [row for row in rows if job.began <= row["time"] <= job.ended][-RECENT:]
+        if len(mine) > 1 and mine[-1]["step"] > mine[0]["step"]:
+            return float(mine[-1]["time"] - mine[0]["time"]) / (mine[-1]["step"] - mine[0]["step"])
+    return None
+
+
+def starts_without_training(folder: Path, events: Sequence[Row]) -> int:
+    """Starts of the scheduler that never came to a step: refused, or broken before they began."""
+    begun = {_scheduled(event) for event in _starts_among(events)}
+    return sum(_scheduled(row) not in begun for row in _rows(folder / "jobs.jsonl", of="job"))
+
+
+def _rows(path: Path, *, of: str) -> list[Row]:
+    """The lines of a file that say when, and have this key: others are not ours."""
+    return [
+        row for row in json_lines(path) if of in row and isinstance(row.get("time"), int | float)
+    ]
+
+
+def _starts_among(events: Sequence[Row]) -> list[Row]:
+    return [event for event in events if event["event"] in ("start", "resume")]
+
+
+def _scheduled(row: Row) -> tuple[Any, Any]:
+    """The scheduler's job and how often it had started that before."""
+    return row.get("job"), row.get("restart")
+
+
+# --------------------------------------------------------------------------------------------- jobs
+
+
+def jobs_of(folder: Path, now: float) -> list[Job]:
+    """Every start of a run that came to training, oldest first, its seconds split.
+
+    Raises:
+        Refused: no run was ever started in this folder.
+    """
+    scheduled = {_scheduled(row): row["time"] for row in _rows(folder / "jobs.jsonl", of="job")}
+    found: list[Job] = []
+    for start in _starts_of(folder):
+        event = start.event
+        process: float = event.get("process_started") or event["time"]
+        began: float = scheduled.get(_scheduled(event)) or process
+        if found:  # it may have waited for the one before to end
+            began = max(began, found[-1].ended)
+        found.append(job_of(folder, start, began=min(began, event["time"]), now=now))
+    for before, after in itertools.pairwise(found):
+        gap = max(0.0, after.began - before.ended)
+        after.seconds["queue" if after.job and after.job == before.job else "idle"] = gap
+    return found
+
+
+def _starts_of(folder: Path) -> list[_Start]:
+    events = _rows(folder / "events.jsonl", of="event")
+    rows = _rows(folder / "metrics.jsonl", of="step")
+    starts = _starts_among(events)
+    if not starts:
+        raise Refused(f"{folder} is no run: its events.jsonl tells of no start; give a run.dir")
+    found = []
+    for event, later in itertools.zip_longest(starts, starts[1:]):
+        begin = event["time"]
+        end = later["time"] if later else float("inf")
+        mine = [other for other in events if begin <= other["time"] < end and other is not event]
+        start = _Start(
+            event=event,
+            rows=[row for row in rows if begin <= row["time"] < end],
+            events=mine,
+            later=later,
+            undone=later.get("undone") if later else None,
+        )
+        found.append(start)
+    return found
+
+
+def job_of(folder: Path, start: _Start, *, began: float, now: float) -> Job:
+    """One start, its seconds split.
+
+    Args:
+        folder: the run's.
+        start: what it wrote.
+        began: when its process did, or its job; seconds since 1970, as `now`.
+        now: the time.
+    """
+    ended, how = ending(folder, start, now)
+    told = [start.event, *start.rows[-1:]]  # not all steps are logged
+    told += [event for event in start.events if event["event"] in ("checkpoint", "stop")]
+    job = Job(
+        began=began,
+        ended=ended,
+        first_step=start.event["step"],
+        last_step=max(row["step"] for row in told),
+        how=how,
+        ranks=start.event["sizes"]["world"],
+        job=start.event.get("job"),
+    )
+    job.seconds |= split(start.event, start.rows, start.events)
+    job.seconds["start-up"] += start.event["time"] - began
+    _count_what_was_lost(job, start)
+    job.seconds["other"] = max(0.0, ended - began - sum(job.seconds.values()))
+    return job
+
+
+def _count_what_was_lost(job: Job, start: _Start) -> None:
+    """Steps and seconds from what stands to where a rewind or the next start threw them away."""
+    lost = [event for event in start.events if event.get("action") == "rewind"]
+    if start.undone:
+        lost.append(start.undone)
+    for row in lost:
+        before = [each for each in start.rows if each["time"] < row["time"]]
+        stands = max(before, key=lambda each: each["time"], default=start.event)
+        between = [each for each in start.events if stands["time"] < each["time"] <= row["time"]]
+        interrupted = sum(split(start.event, [], between).values())
+        job.undone_steps += max(0, row["step"] - stands["step"])
+        job.seconds["replayed"] += max(0.0, row["time"] - stands["time"] - interrupted)
+
+
+def ending(folder: Path, start: _Start, now: float) -> tuple[float, str]:
+    """When a start ended, by its last sign of life, and how.
+
+    `now` and "alive" for one that is still running.
+    """
+    stop = next((event for event in start.events if event["event"] == "stop"), None)
+    if stop is not None:
+        return stop["time"], stop["reason"]
+    beat = last_beat(folder, start.event.get("generation"))
+    silent_s = now - beat if beat is not None else float("inf")
+    if start.later is None and silent_s < BEATS_MISSED * lease_timeout(folder):
+        return now, "alive"
+    signs = [start.event, *start.rows, *start.events]
+    if start.undone:
+        signs.append(start.undone)
+    ended = max(sign["time"] for sign in signs)
+    ended = max(ended, beat or 0.0)
+    if start.later:
+        ended = min(ended, start.later["time"])
+    return ended, "ended without a word"
+
+
+def split(start: Row, rows: Sequence[Row], events: Sequence[Row]) -> dict[str, float]:
+    """Seconds of a start's logged steps and of what interrupted them, by kind."""
+    spent = dict.fromkeys(("step", "ema", "data wait", "start-up"), 0.0)
+    usual = statistics.median(row["step_s"] for row in rows) if rows else 0.0
+    done = start["step"]
+    for row in rows:
+        steps = max(0, row["step"] - done)
+        done = row["step"]
+        wait = row["data_wait_s"]
+        ema = row.get("teacher_update_s", 0.0)
+        work = max(0.0, row["step_s"] - wait - ema)
+        slow = 0.0
+        if row is rows[0] and len(rows) > 2:
+            # kernels compiled, caches filled: more than a usual step
+            slow = min(work, max(0.0, row["step_s"] - usual))
+        spent["step"] += steps * (work - slow)
+        spent["ema"] += steps * ema
+        spent["data wait"] += steps * wait
+        spent["start-up"] += steps * slow
+    saves = [event["stall_s"] for event in events if event["event"] == "checkpoint"]
+    evaluations = [event["seconds"] for event in events if event["event"] == "evaluate"]
+    spent["checkpoint"] = sum(saves)
+    spent["evaluation"] = sum(evaluations)
+    return spent
+
+
+def last_beat(folder: Path, generation: int | None) -> float | None:
+    """When the holder of a generation of the lease gave its last sign, by the file system's clock.
+
+    None where it gave none.
+    """
+    if generation is None:
+        return None
+    try:
+        return (folder / "leases" / f"{generation:08d}.beat").stat().st_mtime
+    except OSError:
+        return None
+
+
+def lease_timeout(folder: Path) -> float:
+    """Seconds after which a silent job is taken to be gone, of this run's recipe."""
+    try:
+        return float(yaml.safe_load((folder / "recipe.yaml").read_text())["run"]["lease_timeout_s"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return 60.0
