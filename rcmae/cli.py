@@ -27,6 +27,7 @@ COMMANDS = {
     "finetune": Command("finetune", "fine-tune a pretrained encoder on labelled shards"),
     "probe": Command("probe", "train a linear head on a frozen encoder"),
     "follow": Command("follow", "evaluate each checkpoint of a run, from beside it"),
+    "plan": Command("plan", "whether a run fits, divides, and how long it takes, before the queue"),
     "export": Command("export", "write a run's weights to a file that others read"),
     "convert": Command("convert", "turn weights of one family into those of another"),
     "probes": Command("probes", "tell what the features know, in minutes"),

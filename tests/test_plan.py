@@ -9,16 +9,21 @@ import pytest
 import torch
 
 from rcmae import config
+from rcmae.commands import plan as command
 from rcmae.data.masking import visible_count
+from rcmae.files import shipped
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.objectives import new
 from rcmae.parts import new_network, new_student
-from rcmae.planning import memory
-from rcmae.planning.memory import Settings, activations, footprint, states
+from rcmae.planning import estimates, planner
+from rcmae.planning.activations import activations
+from rcmae.planning.hardware import GPUS, peak_flops
+from rcmae.planning.memory import footprint
+from rcmae.planning.states import PLACEMENTS, MemorySettings, states
 from runs import Folder
-from tests.conftest import Ranks
-from tools import bench_memory, plan
+from tests.conftest import ROOT, Ranks
+from tools import bench_memory
 from tools.bench_step import made_up_batch
 
 
@@ -30,9 +35,7 @@ def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("middling")
     for stage in (1, 2, 3):
-        deepspeed = json.loads(
-            (Path(plan.__file__).parent.parent / "ds_configs" / f"zero{stage}.json").read_text()
-        )
+        deepspeed = json.loads((shipped("ds_configs") / f"zero{stage}.json").read_text())
         zero = deepspeed["zero_optimization"] | {"reduce_bucket_size": 2_000_000}
         (folder / f"zero{stage}.json").write_text(
             json.dumps(deepspeed | {"zero_optimization": zero})
@@ -94,7 +97,7 @@ def test_memory_is_that_of_live_tensors_on_ranks(
 
 
 def test_the_check_that_is_kept_is_within_its_tolerances() -> None:
-    report = json.loads((plan.RESULTS / "memory_vit_base_cpu.json").read_text())
+    report = json.loads((estimates.RESULTS / "memory_vit_base_cpu.json").read_text())
     assert (report["tool"], report["beyond"]) == ("bench_memory", [])
     assert {(case["placement"], case["checkpointing"]) for case in report["cases"].values()} == {
         (placement, way) for placement in bench_memory.ENGINES for way in ("none", "torch")
@@ -162,36 +165,38 @@ def test_saved_activations_are_those_that_autograd_saves(
 
 def test_the_largest_batch_fits_and_the_next_does_not(middling: Path) -> None:
     recipe = config.load(str(middling), ["batch.images=3072"])
-    model = plan.student(recipe)
+    model = planner.student(recipe)
     sizes = config.resolve(recipe, world=2, samples_per_epoch=3072)
-    row = plan.memory_row(recipe, model, "fsdp2", sizes, plan.RESERVED + 2**30)
+    row = estimates.memory_row(recipe, model, "fsdp2", sizes, estimates.RESERVED + 2**30)
     largest = row["kept"]["largest_per_device"]
-    next_one = min(size for size in plan.divisors(1536) if size > largest)
+    next_one = min(size for size in estimates.divisors(1536) if size > largest)
     for images, fits in ((largest, True), (next_one, False)):
-        found = footprint(model, plan.settings_of(recipe, model, "fsdp2", 2, images))
-        assert (plan.needed(found) <= plan.RESERVED + 2**30) is fits
+        found = footprint(model, estimates.settings_of(recipe, model, "fsdp2", 2, images))
+        assert (estimates.needed(found) <= estimates.RESERVED + 2**30) is fits
     assert row["recomputed"]["largest_per_device"] > largest
     assert not row["kept"]["fits"], "it was asked for all 1,536 at once"
 
 
-@pytest.mark.parametrize("where", memory.PLACEMENTS)
+@pytest.mark.parametrize("where", PLACEMENTS)
 def test_more_ranks_never_need_more_memory(middling: Path, where: str) -> None:
-    model = plan.student(config.load(str(middling)))
+    model = planner.student(config.load(str(middling)))
     needs = []
     for world in (1, 2, 8, 64):
-        settings = Settings(where, world=world, per_device=4, num_visible=16)
+        settings = MemorySettings(where, world=world, per_device=4, num_visible=16)
         needs.append(footprint(model, settings).peak)
     assert needs == sorted(needs, reverse=True)
     if where in ("local", "zero0"):
         assert len(set(needs)) == 1
-    alone = footprint(model, Settings(where, world=8, per_device=4, num_visible=16, teacher=()))
-    with_teacher = footprint(model, Settings(where, world=8, per_device=4, num_visible=16))
+    alone = footprint(
+        model, MemorySettings(where, world=8, per_device=4, num_visible=16, teacher=())
+    )
+    with_teacher = footprint(model, MemorySettings(where, world=8, per_device=4, num_visible=16))
     assert alone.peak < with_teacher.peak
 
 
 def test_offload_moves_states_to_the_host(middling: Path) -> None:
-    model = plan.student(config.load(str(middling)))
-    kept = Settings(
+    model = planner.student(config.load(str(middling)))
+    kept = MemorySettings(
         "zero3",
         world=2,
         deepspeed={"zero_optimization": {}, "data_types": {"grad_accum_dtype": "fp32"}},
@@ -201,7 +206,7 @@ def test_offload_moves_states_to_the_host(middling: Path) -> None:
         "data_types": {"grad_accum_dtype": "fp32"},
     }
     there, here = (
-        footprint(model, each) for each in (kept, Settings("zero3", world=2, deepspeed=moved))
+        footprint(model, each) for each in (kept, MemorySettings("zero3", world=2, deepspeed=moved))
     )
     shard = states(model, kept)["shard"]
     assert here.host == (4 + 8 + 4 + 4) * shard  # master, moments, gradients, teacher
@@ -213,7 +218,7 @@ def test_offload_moves_states_to_the_host(middling: Path) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
-    status = plan.main([*arguments, "--json"])
+    status = command.main([*arguments, "--json"])
     return status, json.loads(capsys.readouterr().out)
 
 
@@ -231,10 +236,10 @@ def test_every_shipped_pretraining_has_a_plan(
     status, report = run(capsys, recipe, "--nodes", "2")
     assert status == 0, report["problems"]
     with torch.device("meta"):
-        model = new_network(plan.load(recipe, []), norm="torch")
+        model = new_network(planner.load(recipe, []), norm="torch")
     assert report["parameters"] == sum(param.numel() for param in model.parameters())
     teacher = report["memory"][0]["kept"]["at_peak"]["teacher"]
-    assert (teacher > 0) == bool(plan.load(recipe, []).objective.teacher_parts)
+    assert (teacher > 0) == bool(planner.load(recipe, []).objective.teacher_parts)
 
 
 def test_bootmaes_step_is_its_regressors_too_and_a_teacher_of_the_whole_image(
@@ -242,7 +247,7 @@ def test_bootmaes_step_is_its_regressors_too_and_a_teacher_of_the_whole_image(
 ) -> None:
     _, whole = run(capsys, "bootmae_vit_b_16")
     _, alone = run(capsys, "bootmae_vit_b_16", "objective.feature_weight=0")
-    model = plan.student(plan.load("bootmae_vit_b_16", []))
+    model = planner.student(planner.load("bootmae_vit_b_16", []))
     flops = [report["speed"]["forward_flops_per_image"] for report in (whole, alone)]
     width, seen, tokens, hidden = 768, 50, 197, 147
     regressor = 2 * width**2 * seen + 2 * width**2 * hidden  # from the encoder, to the features
@@ -281,7 +286,7 @@ def test_shipped_recipes_can_run(
     assert speed["hours"] == pytest.approx(
         report["sizes"]["total_steps"] * 4096 / speed["images_per_s"] / 3600
     )
-    peak = plan.peak_flops(plan.GPUS[gpu].device_name, "bf16")
+    peak = peak_flops(GPUS[gpu].device_name, "bf16")
     assert speed["images_per_s"] * speed["step_flops_per_image"] / (
         8 * nodes * peak
     ) == pytest.approx(0.35)
@@ -321,13 +326,13 @@ def test_a_run_that_cannot_work_is_refused_with_the_way_out(
 
 
 def test_wrong_input_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["rcmae_vit_x", "--json"]) == 2
-    assert plan.main(["rcmae_vit_l_16", "batch.imagse=1"]) == 2
+    assert command.main(["rcmae_vit_x", "--json"]) == 2
+    assert command.main(["rcmae_vit_l_16", "batch.imagse=1"]) == 2
     assert "did you mean 'images'" in capsys.readouterr().err
 
 
 def test_what_people_read_has_the_same_verdict(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["rcmae_vit_l_16", "--nodes", "4", "--cores", "8", "data.workers=1"]) == 0
+    assert command.main(["rcmae_vit_l_16", "--nodes", "4", "--cores", "8", "data.workers=1"]) == 0
     said = capsys.readouterr().out
     assert "zero2 *" in said
     assert "better: data.workers=4: 1 decode 700 images/s" in said
@@ -363,8 +368,8 @@ def test_shards_and_a_run_are_looked_at_where_they_are(
 
 def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:
     recipe = config.load("rcmae_vit_l_16", ["data.shards=x.tar"])
-    assert plan.measured_utilisation(recipe, "h200", tmp_path) is None
-    peak = plan.peak_flops("NVIDIA H200", "bf16")
+    assert estimates.measured_utilisation(recipe, "h200", tmp_path) is None
+    peak = peak_flops("NVIDIA H200", "bf16")
     for name, gpu, share in (
         ("a", "NVIDIA H200", 0.3),
         ("b", "NVIDIA H200", 0.4),
@@ -382,46 +387,54 @@ def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:
                 }
             )
         )
-    assert plan.measured_utilisation(recipe, "h200", tmp_path) == (pytest.approx(0.4), "b.json")
+    assert estimates.measured_utilisation(recipe, "h200", tmp_path) == (
+        pytest.approx(0.4),
+        "b.json",
+    )
     recipe.engine.compile = True
-    assert plan.measured_utilisation(recipe, "h200", tmp_path) == (pytest.approx(0.5), "b.json")
+    assert estimates.measured_utilisation(recipe, "h200", tmp_path) == (
+        pytest.approx(0.5),
+        "b.json",
+    )
     (tmp_path / "d.json").write_text("{")
     with pytest.raises(ValueError, match="no result"):
-        plan.measured_utilisation(recipe, "h200", tmp_path)
+        estimates.measured_utilisation(recipe, "h200", tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["rcmae_vit_l_16", "rcmae_vit_h_14"])
 def test_the_table_in_the_readme_is_the_planners(
     recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan.main([recipe, "--table", "a100-40g,h100-80g,h200"]) == 0
+    assert command.main([recipe, "--table", "a100-40g,h100-80g,h200"]) == 0
     table = capsys.readouterr().out
-    assert len(table.splitlines()) == 2 + 3 * len(plan.TABLE_NODES)
-    readme = (Path(plan.__file__).parent.parent / "slurm" / "README.md").read_text()
+    assert len(table.splitlines()) == 2 + 3 * len(command.TABLE_NODES)
+    readme = (shipped("slurm") / "README.md").read_text()
     assert table in readme, (
         f"python tools/plan.py {recipe} --table a100-40g,h100-80g,h200 gives another one"
     )
 
 
 def test_a_row_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["rcmae_vit_l_16", "batch.per_device=512", "--table", "a10g"]) == 0
+    assert command.main(["rcmae_vit_l_16", "batch.per_device=512", "--table", "a10g"]) == 0
     first, *_ = capsys.readouterr().out.splitlines()[2:]
     assert "needs" in first
     assert "use batch.per_device=" in first
     with pytest.raises(SystemExit):
-        plan.main(["rcmae_vit_l_16", "--table", "h300"])
+        command.main(["rcmae_vit_l_16", "--table", "h300"])
 
 
 def test_the_command_runs(middling: Path, ranks: Callable[..., Ranks]) -> None:
     assert (
         "can run"
-        in ranks(str(Path(plan.__file__)), str(middling), "--gpus", "2", world=1).succeed()
+        in ranks(str(ROOT / "tools" / "plan.py"), str(middling), "--gpus", "2", world=1).succeed()
     )
 
 
 def test_visible_patches_are_those_of_the_run(middling: Path) -> None:
     recipe = config.load(str(middling))
-    model = plan.student(recipe)
+    model = planner.student(recipe)
     assert (
-        plan.settings_of(recipe, model, "fsdp2", 2, 1).num_visible == visible_count(64, 0.75) == 16
+        estimates.settings_of(recipe, model, "fsdp2", 2, 1).num_visible
+        == visible_count(64, 0.75)
+        == 16
     )

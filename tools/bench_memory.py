@@ -35,10 +35,11 @@ from rcmae import config, dist, train
 from rcmae.config import Recipe
 from rcmae.models import kernels
 from rcmae.parts import make_engine, make_objective, new_student, new_teacher
+from rcmae.planning import planner
+from rcmae.planning.estimates import placement, settings_of
 from rcmae.planning.hardware import commit, hardware
 from rcmae.planning.memory import footprint
 from rcmae.run.folder import versions
-from tools import plan
 from tools.bench_step import made_up_batch
 
 RESIDENT, STEP = 0.01, {"cpu": 0.15, "cuda": 0.10}  # relative tolerances
@@ -174,8 +175,8 @@ def compare(recipe: Recipe, measured: Sequence[dict[str, int]]) -> dict[str, Any
     """What the planner tells of a case beside what each rank took, and how far off it is."""
     world = len(measured)
     sizes = config.resolve(recipe, world=world, samples_per_epoch=recipe.batch.images)
-    model = plan.student(recipe)
-    settings = plan.settings_of(recipe, model, plan.placement(recipe), world, sizes.per_device)
+    model = planner.student(recipe)
+    settings = settings_of(recipe, model, placement(recipe), world, sizes.per_device)
     # the planner's own is a GPU's
     fused = kernels.attention_is_fused(dist.device(), settings.precision)
     settings = dataclasses.replace(settings, fused_attention=fused)
@@ -254,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name, overrides in asked.cases.items():
             whole = [each_rank, f"batch.per_device={asked.images}", *asked.overrides, *overrides]
-            recipe = plan.load(asked.recipe, whole)
+            recipe = planner.load(asked.recipe, whole)
             cases[name] = compare(recipe, dist.gather(measure(recipe))) | {"overrides": whole}
     except ValueError as error:
         train.say_error(error)

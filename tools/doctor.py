@@ -504,7 +504,7 @@ def check_caches(
 def checkpoints_bytes(recipe: Recipe) -> float:
     """Bytes that a run's checkpoints take at most: those it keeps, and one in the making."""
     from rcmae.parts import new_network
-    from rcmae.planning.memory import checkpoint_bytes  # these two cost seconds
+    from rcmae.planning.states import checkpoint_bytes  # these two cost seconds
 
     with torch.device("meta"):
         model = new_network(recipe, norm="torch")

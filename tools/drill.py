@@ -46,7 +46,7 @@ from rcmae import checkpoint, config, dist, train
 from rcmae.checkpoint import retention, saver
 from rcmae.errors import Refused
 from rcmae.parts import new_student
-from rcmae.planning import memory
+from rcmae.planning.states import checkpoint_bytes
 from rcmae.run import preempt
 from rcmae.run.folder import versions
 from rcmae.tasks import task_of
@@ -632,7 +632,7 @@ def cost(recipe: str, layout: str, overrides: Sequence[str], rounds: int = 2) ->
                 model = new_student(config.load(job[0], job[1:]))
                 shutil.rmtree(run)
     objective = config.load(recipe, [*engine, *overrides]).objective
-    formula = memory.checkpoint_bytes(model, teacher=objective.teacher_parts)
+    formula = checkpoint_bytes(model, teacher=objective.teacher_parts)
     held = {
         kind: statistics.median(
             (event if kind == "background" else event + commit)

@@ -17,7 +17,7 @@ from rcmae.engines.engine import LocalEngine, Settings
 from rcmae.engines.fsdp2 import FSDP2Engine
 from rcmae.engines.teacher import teacher_bytes
 from rcmae.models.vit import MaskedAutoencoder
-from rcmae.planning.memory import teacher_groups
+from rcmae.planning.states import teacher_groups
 
 SIZES = {
     "image_size": (16, 16),

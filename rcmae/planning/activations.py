@@ -1,0 +1,251 @@
+"""What a training step keeps between its forward and its backward pass, part by part, by arithmetic
+alone: blocks, decoder, head, loss.
+
+Only sizes are read, of a model that may be on the meta device. tests/test_plan.py holds the sums to
+what autograd saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from rcmae.models.bootmae import BootstrappedAutoencoder, Network
+from rcmae.models.vit import MaskedAutoencoder
+
+FP32 = 4  # bytes of a number
+LOG_SUMS = 4  # bytes: fused attention keeps one fp32 number a query and head
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the student; bytes of one image."""
+
+    name: str
+    params: int
+    saved: float  # from the forward to the backward pass
+    passing: float  # more than that, while the backward pass is in it
+
+
+def activations(
+    model: Network,
+    *,
+    num_visible: int,
+    precision: str,
+    teacher: bool,
+    checkpointing: str = "none",
+    fused_attention: bool = True,
+) -> list[Part]:
+    """The student's parts in the order of the forward pass, the loss last.
+
+    Args:
+        model: any, also on the meta device: only its sizes are read.
+        num_visible: patches that the encoder sees.
+        precision: "fp32" or "bf16".
+        teacher: whether the loss has a term to a teacher's pixels.
+        checkpointing: as in `kernels.checkpoint_blocks`.
+        fused_attention: as in `kernels.attention`; what is not keeps the attention of each pair of
+            tokens.
+    """
+    sizes = model.sizes
+    width = bytes_of(precision)
+    dim = sizes["embed_dim"]
+    pixels = sizes["patch_size"] ** 2 * sizes["in_channels"]
+    tokens = model.num_prefix + num_visible
+    blocks = _Blocks(width, sizes["mlp_ratio"], checkpointing, fused_attention)
+    prefix = model.cls_token.numel() if model.num_prefix else 0
+    embedding = Part(
+        "embedding",
+        params=_numel(model.patch_embed) + prefix,
+        saved=num_visible * pixels * width,
+        passing=(tokens + num_visible) * dim * width,
+    )
+    encoder = [
+        blocks.part(f"block {i}", block, _Tokens(dim, sizes["num_heads"], tokens, tokens))
+        for i, block in enumerate(model.blocks)
+    ]
+    rest = _regressors if isinstance(model, BootstrappedAutoencoder) else _decoder
+    return [embedding, *encoder, *rest(model, num_visible, blocks, teacher)]
+
+
+class _Tokens(NamedTuple):
+    """What goes through a block."""
+
+    dim: int
+    heads: int
+    keys: int  # tokens that are attended to
+    queries: int  # tokens that the block answers for
+    others: int = 0  # tokens of another stretch that it looks at, too
+    other_dim: int = 0
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """How blocks are computed."""
+
+    width: int  # bytes of a number
+    mlp_ratio: float
+    checkpointing: str
+    fused_attention: bool
+
+    def part(self, name: str, block: nn.Module, at: _Tokens) -> Part:
+        """A block with these tokens in it."""
+        kept = self._kept(at)
+        passing = self._gradients(at)
+        if self.checkpointing == "none":
+            return Part(name, _numel(block), kept, passing)
+        held = 0 if self.checkpointing == "fairscale_offload" else at.keys * at.dim * self.width
+        return Part(name, _numel(block), held, kept - held + passing)
+
+    def _kept(self, at: _Tokens) -> float:
+        # of a key: its input, its norm, q, k and v
+        # of a query: attention, sum, its norm, the MLP before and after GELU
+        numbers = (5 * at.keys + (3 + 2 * self.mlp_ratio) * at.queries) * at.dim
+        statistics = at.heads * at.queries + 2 * at.keys + 2 * at.queries
+        kept = numbers * self.width + FP32 * statistics
+        if at.others:
+            # of a query: a norm, q, attention, sum; of another: its norm, k and v
+            numbers = 4 * at.queries * at.dim + at.others * (at.other_dim + 2 * at.dim)
+            statistics = at.heads * at.queries + 2 * at.queries + 2 * at.others
+            kept += numbers * self.width
+            kept += FP32 * statistics
+        if not self.fused_attention:  # the matrix of attention, in the place of its log-sums
+            matrix = at.heads * at.queries * (at.keys + at.others) * self.width
+            attentions = 2 if at.others else 1
+            kept += matrix - LOG_SUMS * at.heads * at.queries * attentions
+        return kept
+
+    def _gradients(self, at: _Tokens) -> float:
+        of_mlp = (1 + self.mlp_ratio) * at.queries * at.dim * self.width
+        if self.fused_attention:
+            return of_mlp
+        matrices = 2 * at.heads * at.queries * at.keys * self.width
+        return max(of_mlp, matrices + at.queries * at.dim * self.width)
+
+
+def _decoder(model: Network, num_visible: int, blocks: _Blocks, teacher: bool) -> list[Part]:
+    """MAE's decoder and the loss."""
+    assert isinstance(model, MaskedAutoencoder)
+    sizes, width = model.sizes, blocks.width
+    visible = model.num_prefix + num_visible
+    hidden = model.num_patches - num_visible
+    tokens = model.decoder_prefix + model.num_patches
+    dim = sizes["decoder_dim"]
+    pixels = sizes["patch_size"] ** 2 * sizes["in_channels"]
+    bridge = Part(
+        "bridge",
+        params=_numel(model.norm) + _numel(model.decoder_embed) + model.mask_token.numel(),
+        saved=2 * visible * sizes["embed_dim"] * width,
+        passing=2 * tokens * dim * width,
+    )
+    decoder = []
+    for i, block in enumerate(model.decoder_blocks):
+        queries = hidden if i == len(model.decoder_blocks) - 1 else tokens
+        at = _Tokens(dim, sizes["decoder_heads"], tokens, queries)
+        decoder.append(blocks.part(f"decoder block {i}", block, at))
+    # what the last two keep is small
+    heads = ("decoder_norm", "decoder_pred", "cls_head", "feature_head")
+    head = Part(
+        "head",
+        params=sum(_numel(getattr(model, name)) for name in heads if hasattr(model, name)),
+        saved=2 * hidden * dim * width,
+        passing=hidden * (pixels + dim) * width,
+    )
+    return [bridge, *decoder, head, _pixel_loss(hidden * pixels, width, teacher)]
+
+
+def _pixel_loss(values: int, width: int, teacher: bool) -> Part:
+    # kept in fp32: the target, and the predictions, which in bf16 each term widens for itself;
+    # passing: those in bf16, and a term's temporaries
+    if width == FP32:
+        widened, narrow = (2 if teacher else 1), 0
+    else:
+        widened, narrow = (3 if teacher else 1), (2 if teacher else 1)
+    return Part("loss", 0, values * FP32 * (1 + widened), values * (8 + narrow * width))
+
+
+def _regressors(model: Network, num_visible: int, blocks: _Blocks, teacher: bool) -> list[Part]:
+    """BootMAE's two regressors and the loss, patches weighted as published."""
+    assert isinstance(model, BootstrappedAutoencoder)
+    sizes, width = model.sizes, blocks.width
+    visible = 1 + num_visible
+    hidden = model.num_patches - num_visible
+    dim = sizes["embed_dim"]
+    pixels = sizes["patch_size"] ** 2 * sizes["in_channels"]
+    parts = [Part("bridge", _numel(model.norm), 2 * visible * dim * width, visible * dim * width)]
+    of_pixels = _Regressor("pixels", "", sizes["decoder_dim"], pixels)
+    of_features = _Regressor("features", "_1", dim, dim)
+    for regressor in (of_pixels, of_features):
+        parts += _regressor(model, regressor, hidden, blocks)
+    # kept in fp32: differences, and of features also what their norm was given;
+    # passing: predictions, targets, temporaries
+    narrow = 0 if width == FP32 else width
+    kept = hidden * pixels * FP32
+    most = hidden * pixels * (8 + narrow)
+    if hasattr(model, "lm_head_1"):
+        kept += 2 * hidden * dim * FP32
+        most = max(most, hidden * dim * (12 + narrow))
+    return [*parts, Part("loss", 0, kept, most)]
+
+
+class _Regressor(NamedTuple):
+    """One of BootMAE's two."""
+
+    name: str
+    suffix: str  # of its modules' names
+    width: int
+    outputs: int  # numbers that it predicts of a patch
+
+
+def _regressor(
+    model: BootstrappedAutoencoder, of: _Regressor, hidden: int, blocks: _Blocks
+) -> list[Part]:
+    named = dict(model.named_children())
+    if f"decode_blocks{of.suffix}" not in named:
+        return []
+    sizes, width = model.sizes, blocks.width
+    tokens = 1 + model.num_patches
+    visible = tokens - hidden
+    mask_token = getattr(model, f"mask_token{of.suffix}")
+    start = Part(
+        f"start of {of.name}",
+        params=_numel(named[f"down{of.suffix}"]) + mask_token.numel(),
+        saved=0.0,
+        passing=2 * tokens * of.width * width,
+    )
+    inner = []
+    own_blocks = list(named[f"decode_blocks{of.suffix}"].children())
+    for i, block in enumerate(own_blocks):
+        queries = hidden if i == len(own_blocks) - 1 else tokens
+        at = _Tokens(of.width, sizes["decoder_heads"], tokens, queries, visible, sizes["embed_dim"])
+        inner.append(blocks.part(f"{of.name} block {i}", block, at))
+    head = Part(
+        f"head of {of.name}",
+        params=_numel(named[f"decode_norm{of.suffix}"]) + _numel(named[f"lm_head{of.suffix}"]),
+        saved=2 * hidden * of.width * width,
+        passing=hidden * (of.outputs + of.width) * width,
+    )
+    return [start, *inner, head]
+
+
+def inference_bytes(
+    model: Network, *, num_visible: int, precision: str, decodes: bool = True
+) -> float:
+    """Bytes of one image at the height of a forward pass without gradients: inside an MLP."""
+    sizes = model.sizes
+    widest = (1 + num_visible) * sizes["embed_dim"]
+    if decodes:
+        widest = max(widest, (1 + model.num_patches) * sizes["decoder_dim"])
+    return (2 + 2 * sizes["mlp_ratio"]) * widest * bytes_of(precision)
+
+
+def bytes_of(precision: str) -> int:
+    """Bytes of a number that is computed with."""
+    return 2 if precision == "bf16" else FP32
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())

@@ -1,0 +1,344 @@
+"""What a recipe will take on a site: memory of a GPU under each engine, FLOPs and hours, cores for
+decoding, bytes and seconds of a checkpoint.
+
+Stated numbers give way to measured ones where there are any: a utilisation by tools/bench_step.py,
+the decoding of these very shards, a checkpoint that this run has written.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import glob
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from braceexpand import braceexpand
+
+from rcmae.config import Recipe, Resolved
+from rcmae.data.cache import Reader, open_bytes
+from rcmae.data.index import INDEX, ShardIndex
+from rcmae.data.masking import visible_count
+from rcmae.data.patterns import flat
+from rcmae.data.sources import is_remote
+from rcmae.data.transforms import BadImage, TrainTransform
+from rcmae.errors import Refused
+from rcmae.files import json_lines, shipped
+from rcmae.models.bootmae import Network
+from rcmae.planning.hardware import GIB, GPUS, peak_flops
+from rcmae.planning.memory import Footprint, footprint
+from rcmae.planning.site import DECODE_PER_CORE, UTILISATION, Site
+from rcmae.planning.states import MemorySettings, checkpoint_bytes
+
+with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
+    from rcmae.engines.deepspeed import read_config
+
+RESULTS = shipped("results")
+RESERVED = 2.0 * GIB  # CUDA's context, workspaces of libraries, NCCL's channels
+FRAGMENTED = 1.05  # what the caching allocator holds over what lives in it
+_MANY_SHARDS = 64  # without an index, headers of more shards than this are not read
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def placement(recipe: Recipe) -> str:
+    """Where the recipe's engine keeps its states: one of `states.PLACEMENTS`."""
+    if recipe.engine.name != "deepspeed":
+        return recipe.engine.name
+    zero = read_config(recipe.engine.config or "").get("zero_optimization", {})
+    return f"zero{zero.get('stage', 0)}"
+
+
+def settings_of(
+    recipe: Recipe, model: Network, where: str, world: int, per_device: int
+) -> MemorySettings:
+    """What `footprint` wants to know of a recipe in a place that may not be its own."""
+    deepspeed: Mapping[str, Any] = {}
+    if where.startswith("zero"):
+        own = where == placement(recipe)
+        deepspeed = read_config((recipe.engine.config or "") if own else where)
+    return MemorySettings(
+        placement=where,
+        precision=recipe.engine.precision,
+        world=world,
+        per_device=per_device,
+        accumulation=recipe.batch.images // world // per_device,
+        accumulate=recipe.teacher.accumulate,
+        num_visible=visible_count(model.num_patches, recipe.objective.mask_ratio),
+        teacher=recipe.objective.teacher_parts,
+        checkpointing=recipe.engine.activation_checkpointing,
+        deepspeed=deepspeed,
+    )
+
+
+def needed(found: Footprint) -> float:
+    """Bytes of a GPU that a footprint asks for in practice."""
+    return found.peak * FRAGMENTED + RESERVED
+
+
+def memory_row(
+    recipe: Recipe, model: Network, where: str, sizes: Resolved, memory: float
+) -> dict[str, Any]:
+    """One engine's memory on a GPU, with activations kept and recomputed, and the largest
+    micro-batches that fit.
+
+    `memory`: bytes of the GPU.
+    """
+    chosen = recipe.engine.activation_checkpointing
+    ways = {"kept": "none", "recomputed": "torch" if chosen == "none" else chosen}
+    candidates = divisors(sizes.images_per_rank)
+    row: dict[str, Any] = {"engine": where, "own": where == placement(recipe)}
+    for way, checkpointing in ways.items():
+
+        def at(images: int, checkpointing: str = checkpointing) -> Footprint:
+            settings = settings_of(recipe, model, where, sizes.world, images)
+            return footprint(model, dataclasses.replace(settings, checkpointing=checkpointing))
+
+        fitting = bisect.bisect_right(candidates, memory, key=lambda images: needed(at(images)))
+        here = at(sizes.per_device)
+        row[way] = {
+            "at_peak": here.at_peak,
+            "when": here.when,
+            "needed": needed(here),
+            "fits": needed(here) <= memory,
+            "largest_per_device": candidates[fitting - 1] if fitting else 0,
+            "host": here.host,
+        }
+    return row
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, smallest first."""
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+# -------------------------------------------------------------------------------------------- speed
+
+
+def speed(recipe: Recipe, model: Network, sizes: Resolved, site: Site) -> dict[str, Any]:
+    """FLOPs, images/s and hours.
+
+    Raises:
+        Refused: the GPU does not compute in this precision.
+    """
+    gpu = GPUS[site.gpu]
+    peak = peak_flops(gpu.device_name, recipe.engine.precision)
+    if peak is None:
+        raise Refused(
+            f"{gpu.device_name} has no {recipe.engine.precision}; use engine.precision=fp32"
+        )
+    measured = measured_utilisation(recipe, site.gpu) if site.utilisation is None else None
+    share, source = measured or (site.utilisation or UTILISATION, "stated")
+    forward = model.flops(visible_count(model.num_patches, recipe.objective.mask_ratio))
+    passes = 3 if recipe.engine.activation_checkpointing == "none" else 4  # a backward pass is two
+    step = passes * forward + teacher_flops(recipe, model, forward)
+    per_gpu = share * peak / step
+    seconds = sizes.images_per_step / (per_gpu * site.world)
+    return {
+        "forward_flops_per_image": forward,
+        "step_flops_per_image": step,
+        "peak_flops": peak,
+        "utilisation": share,
+        "utilisation_from": source,
+        "images_per_s_per_gpu": per_gpu,
+        "images_per_s": per_gpu * site.world,
+        "step_s": seconds,
+        "steps": sizes.total_steps,
+        "hours": seconds * sizes.total_steps / 3600,
+    }
+
+
+def teacher_flops(recipe: Recipe, model: Network, forward: float) -> float:
+    """FLOPs of the teacher's forward pass for one image, given the student's."""
+    parts = recipe.objective.teacher_parts
+    if "decoder" in parts:
+        return forward
+    return model.encoder_flops(model.num_patches) if parts else 0.0
+
+
+def measured_utilisation(
+    recipe: Recipe, gpu: str, results: Path = RESULTS
+) -> tuple[float, str] | None:
+    """Share of the dense peak that tools/bench_step.py measured with this model on this kind of
+    GPU, and in which file.
+
+    The path, precision and compilation are the recipe's; of several results the best.
+
+    Raises:
+        Refused: a file among the results is none.
+    """
+    wanted = GPUS[gpu].device_name
+    variant = _variant(recipe)
+    found = []
+    for path in sorted(results.glob("*.json")):
+        try:
+            report = json.loads(path.read_text())
+            if report.get("tool") != "bench_step":
+                continue
+            if report["settings"]["model"] != recipe.model.name:
+                continue
+            device = report["hardware"].get("gpu", "")
+            rows = [row for row in report["variants"] if row["variant"] == variant]
+            rates = [row["model_flops_per_s"] for row in rows]
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise Refused(
+                f"{path} is no result of tools/bench_step.py ({error}); move it away"
+            ) from error
+        peak = peak_flops(device, recipe.engine.precision)
+        if device == wanted and peak:
+            found += [(rate / peak, path.name) for rate in rates]
+    return max(found, default=None)
+
+
+def _variant(recipe: Recipe) -> str:
+    """What tools/bench_step.py calls this recipe's step."""
+    if "decoder" in recipe.objective.teacher_parts:
+        objective = "rcmae"
+    else:
+        objective = "bootmae" if recipe.decoder == "bootmae" else "mae"
+    mode = "compiled" if recipe.engine.compile else "eager"
+    return f"{objective}-lean-{recipe.engine.precision}-{mode}"
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def see_shards(recipe: Recipe) -> tuple[ShardIndex | None, str]:
+    """The index of the shards as far as they can be seen from here, else why not.
+
+    Raises:
+        Refused: their folder is there, but shards cannot be used.
+    """
+    patterns = flat(recipe.data.shards)
+    caches = [str(recipe.run_dir / "index")]
+    if recipe.data.index:
+        caches.append(recipe.data.index)
+    if any(map(is_remote, patterns)):
+        return ShardIndex.open(recipe.data.shards, cache=caches, scan=False), ""
+    paths = []
+    for pattern in patterns:
+        for piece in braceexpand(os.path.expanduser(pattern)):
+            paths += glob.glob(piece) or [piece]
+    folders = {os.path.dirname(path) for path in paths}
+    has_folder = any(folder and os.path.isdir(folder) for folder in folders)
+    if not has_folder and not any(map(os.path.exists, paths)):
+        return None, "not seen from here"
+    indexed = all(os.path.exists(os.path.join(folder, INDEX)) for folder in folders)
+    if len(paths) > _MANY_SHARDS and not indexed:
+        return None, f"{len(paths)} shards without an index: run rcmae shards index on them"
+    return ShardIndex.open(recipe.data.shards, cache=caches), ""
+
+
+def decode_rate(recipe: Recipe, index: ShardIndex, *, seconds: float = 1.0) -> float | None:
+    """Images/s that one core of this machine makes of these shards' samples.
+
+    None where none of the tried decodes.
+    """
+    data = recipe.data
+    transform = TrainTransform(
+        recipe.model.image_hw,
+        recipe.model.in_channels,
+        data.crop_scale,
+        data.crop_ratio,
+        data.flip,
+        data.decode_margin,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    reader = Reader()
+    done = 0
+    begin = time.thread_time()
+    try:
+        for number in range(0, len(index), max(1, len(index) // 64)):
+            sample = index[number]
+            encoded = reader.read(sample.shard, sample.offset, sample.size)
+            with contextlib.suppress(BadImage):
+                transform(encoded, data.seed, number)
+                done += 1
+            if time.thread_time() - begin > seconds:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return done / max(time.thread_time() - begin, 1e-9) if done else None
+
+
+def data_needs(
+    recipe: Recipe, sizes: Resolved, site: Site, index: ShardIndex | None, rate: float
+) -> dict[str, Any]:
+    """Cores for decoding, workers, and how shards, streams and ranks meet.
+
+    `rate` is the node's images/s.
+    """
+    per_core, source = _decode_per_core(recipe, site, index)
+    figures: dict[str, Any] = {
+        "decode_per_core": per_core,
+        "decode_from": source,
+        "cores_needed": math.ceil(rate / per_core),
+        "cores": site.cores,
+        "workers_needed": math.ceil(rate / site.gpus / per_core),
+        "workers": recipe.data.workers,
+        "streams": sizes.canonical_streams,
+        "streams_per_rank": sizes.canonical_streams // sizes.world,
+        "samples_per_stream": sizes.samples_per_epoch / sizes.canonical_streams,
+        "samples_per_epoch": sizes.samples_per_epoch,
+    }
+    if index is None:
+        return figures
+    window = min(recipe.data.shuffle_window, figures["samples_per_stream"])
+    # shards that a stream reads at once
+    spanned = 1 + window / (len(index) / len(index.shards))
+    at_once = min(len(index.shards), figures["streams_per_rank"] * spanned)
+    return figures | {
+        "samples": len(index),
+        "shards": len(index.shards),
+        "bytes": sum(shard.size for shard in index.shards),
+        "shards_read_at_once_per_rank": math.ceil(at_once),
+        "open_bytes_per_node": open_bytes(
+            index,
+            streams=sizes.canonical_streams,
+            window=recipe.data.shuffle_window,
+            nodes=site.nodes,
+        ),
+    }
+
+
+def _decode_per_core(recipe: Recipe, site: Site, index: ShardIndex | None) -> tuple[float, str]:
+    """Images/s of a core, and where that is from."""
+    if site.decode_per_core is not None:
+        return site.decode_per_core, "given"
+    tried = decode_rate(recipe, index) if index is not None else None
+    if tried:
+        return tried, "tried here on these shards"
+    return DECODE_PER_CORE, "stated"
+
+
+# --------------------------------------------------------------------------------------- checkpoint
+
+
+def checkpoint_needs(recipe: Recipe, model: Network, site: Site, step_s: float) -> dict[str, Any]:
+    """Bytes and seconds of a checkpoint: those of this run's own where it has written some."""
+    often = recipe.checkpoint
+    size = checkpoint_bytes(model, teacher=recipe.objective.teacher_parts)
+    seconds = size / (site.write_gbps * 1e9)
+    source = f"{site.write_gbps:g} GB/s, stated"
+    for line in json_lines(recipe.run_dir / "events.jsonl"):
+        if line.get("event") == "checkpoint" and line.get("seconds"):
+            seconds = line["seconds"]
+            source = "this run"
+    by_steps = (often.every_steps or math.inf) * step_s / 60
+    return {
+        "bytes": size,
+        "seconds": seconds,
+        "seconds_from": source,
+        "every_minutes": min(often.every_minutes or math.inf, by_steps),
+        "disk_bytes": size * (max(2, often.keep) + 1),
+        "host_bytes_per_node": size / site.nodes if often.background else 0,
+    }
