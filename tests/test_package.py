@@ -38,7 +38,7 @@ ROWS = (
     {"files", "errors"},
 )
 HOMES = {"finetune": "train", "probe": "train", "follow": "train"}
-HOMES |= {"cli": "commands", "__main__": "commands", "parts": "run"}
+HOMES |= {"cli": "commands", "__main__": "commands", "parts": "tasks"}
 DEPTH = {package: depth for depth, row in enumerate(ROWS) for package in row}
 UPWARD: set[str] = {  # what is still to be turned round
     "data/augment.py: models",
