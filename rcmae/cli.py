@@ -32,6 +32,7 @@ COMMANDS = {
     "convert": Command("convert", "turn weights of one family into those of another"),
     "probes": Command("probes", "tell what the features know, in minutes"),
     "runs": Command("runs", "where a run stands, and where its time went"),
+    "visualize": Command("visualize", "draw reconstructions, attention, features and filters"),
     "checkpoint": Command("checkpoint", "list, show, verify, diff and prune checkpoints"),
     "shards": Command("shards", "make, index and check shards of images"),
     "recipe": Command("recipe", "list the shipped recipes, or print one with all its settings"),

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 
 from rcmae.checkpoint import newest_unverified, tensor_of
 from rcmae.commands import export as export_tool
+from rcmae.commands import visualize
 from rcmae.config import load
 from rcmae.models.classifier import Classifier, fit_weights
 from rcmae.parts import new_network
+from rcmae.weights.conversion import convert
 from rcmae.weights.encoder import load_encoder
 from rcmae.weights.names import published_names
 from rcmae.weights.reading import read_network
 from runs import Folder, start
 from tools import compare_objectives as tool
-from tools import visualize
-from tools.convert import convert
 
 import timm
 
@@ -124,9 +124,8 @@ def test_an_encoder_is_that_of_the_run_whatever_it_learnt(
             )
         if any(name.endswith("q_bias") for name in manifest.tensors):  # keys have none
             assert not load_file(out)["blocks.0.attn.qkv.bias"].chunk(3)[1].any()
-        plain = convert(
-            read_network(tmp_path / "run", which), "bootmae", tmp_path / f"{which}.pth"
-        )["out"]
+        source = read_network(tmp_path / "run", which)
+        plain = convert(source, "bootmae", tmp_path / f"{which}.pth").out
         torch.testing.assert_close(load_encoder(plain, num_heads=4)(images), wanted)
     shard = photo_shards.replace("{000000..000005}", "000000")
     drawn = visualize.main(

@@ -200,6 +200,7 @@ def numbers(version: str) -> tuple[int, ...]:
 def test_whatever_the_package_imports_is_declared():
     # where a module is not called as its distribution, or comes with another
     names = {"PIL": "pillow", "yaml": "pyyaml", "pydantic_core": "pydantic"}
+    names |= {"sklearn": "scikit-learn", "umap": "umap-learn"}
     # apex is found at run time where a site has built it
     mine = {"rcmae", "apex", *sys.stdlib_module_names}
     for path in MODULES:

@@ -16,13 +16,16 @@ import torch
 from PIL import Image
 from test_convert import file, model  # noqa: F401, fixtures
 
+from rcmae.commands import visualize as command
 from rcmae.data.batch import Batch
 from rcmae.data.masking import random_ids
+from rcmae.errors import Refused
+from rcmae.evaluation import visualisation
+from rcmae.evaluation.images import load_images
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives.mae import pixel_targets
 from rcmae.weights.reading import NetworkWeights
 from runs import Folder, start
-from tools import visualize as tool
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -39,7 +42,7 @@ def blocks(images: torch.Tensor) -> torch.Tensor:
     return images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
 
-@pytest.mark.parametrize("norm", tool.NORMS.values())
+@pytest.mark.parametrize("norm", visualisation.NORMS.values())
 @pytest.mark.parametrize("statistics", ["visible", "true", "none"])
 def test_visible_patches_are_untouched_and_hidden_ones_are_predicted(
     statistics: str,
@@ -47,11 +50,11 @@ def test_visible_patches_are_untouched_and_hidden_ones_are_predicted(
     batch: Batch,
     model: MaskedAutoencoder,  # noqa: F811
 ) -> None:
-    filled = tool.pasted(model, batch, norm=norm, statistics=statistics)
+    filled = visualisation.pasted(model, batch, norm=norm, statistics=statistics)
     for image, ids in enumerate(batch.ids_shuffle):
         same = (blocks(filled)[image] == blocks(batch.images)[image]).flatten(1).all(1)
         assert set(same.nonzero().flatten().tolist()) == set(ids[:4].tolist())
-    raw = tool.pasted(model, batch, norm=norm, statistics=statistics, raw=True)
+    raw = visualisation.pasted(model, batch, norm=norm, statistics=statistics, raw=True)
     hidden = batch.ids_shuffle[0, 4:]
     assert torch.equal(blocks(raw)[0, hidden], blocks(filled)[0, hidden])
     assert not torch.equal(
@@ -73,7 +76,8 @@ def test_what_is_hidden_does_not_leak_unless_asked(
     changed = replace(batch, images=other)
     for statistics, leaks in (("visible", False), ("none", False), ("true", True)):
         one, two = (
-            tool.pasted(model, each, norm=norm, statistics=statistics) for each in (batch, changed)
+            visualisation.pasted(model, each, norm=norm, statistics=statistics)
+            for each in (batch, changed)
         )
         assert torch.equal(one, two) != leaks
 
@@ -93,7 +97,7 @@ def test_what_training_took_out_is_put_back(norm: Any, batch: Batch) -> None:
         def __call__(self, *_: Any, **__: Any) -> torch.Tensor:
             return targets
 
-    filled = tool.pasted(Perfect(), batch, norm=norm, statistics="true", raw=True)
+    filled = visualisation.pasted(Perfect(), batch, norm=norm, statistics="true", raw=True)
     torch.testing.assert_close(filled, batch.images, rtol=1e-4, atol=1e-4)
 
 
@@ -102,7 +106,7 @@ def test_the_normalisation_is_the_recipes_own() -> None:
         source = NetworkWeights(
             {}, None, {}, "a run", {"recipe": json.dumps({"objective": objective})}
         )
-        return tool.norm_of(source)
+        return visualisation.norm_of(source)
 
     assert of(name="mae", norm_pix_loss=True, pixel_norm=None) == "unbiased"
     assert of(name="mae", norm_pix_loss=True, pixel_norm="biased") == "biased"
@@ -116,12 +120,12 @@ def test_every_kind_of_a_run_is_drawn_and_put_on_one_page(
     for kind in ("reconstruct", "attention", "features", "filters"):
         count = ["--count", "40"] if kind == "features" else ["--count", "2"]
         where = [] if kind == "filters" else ["--images", shard]
-        assert tool.main([kind, str(uninterrupted.path), "--out", str(out), *where, *count]) == 0
+        assert command.main([kind, str(uninterrupted.path), "--out", str(out), *where, *count]) == 0
     names = {path.stem for path in out.glob("*.png")}
     assert names == {"reconstruction", "attention", "features", "tsne", "filters", "positions"}
     picture = np.asarray(Image.open(out / "reconstruction.png"))
     assert picture.shape[1] > 6 * 160  # input, masked, and two of each network
-    assert tool.main(["page", str(tmp_path / "run")]) == 0
+    assert command.main(["page", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "pictures.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "http" not in page
@@ -135,7 +139,7 @@ def test_attention_without_a_class_token_is_that_of_the_patches(
     assert start(tiny, run, "run.stop_after_steps=1", *tokenless) == 75
     for kind in ("attention", "features", "filters"):
         where = [] if kind == "filters" else ["--images", shard, "--count", "8"]
-        assert tool.main([kind, str(run), "--out", str(tmp_path), *where]) == 0
+        assert command.main([kind, str(run), "--out", str(tmp_path), *where]) == 0
     assert (tmp_path / "attention.png").is_file()
 
 
@@ -144,12 +148,12 @@ def test_files_and_folders_are_images_too(tmp_path: Path) -> None:
         Image.fromarray(
             np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)
         ).save(tmp_path / name)
-    shown = tool.load_images([tmp_path], (32, 32), HALF, 9)
+    shown = load_images([tmp_path], (32, 32), HALF, 9)
     assert shown.names == ["a.jpg", "b.png"]
     assert shown.pixels.shape == (2, 3, 32, 32)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no image in"):
-        tool.load_images([tmp_path / "empty"], (32, 32), HALF, 9)
+        load_images([tmp_path / "empty"], (32, 32), HALF, 9)
 
 
 def test_mistakes_are_answered(
@@ -157,24 +161,38 @@ def test_mistakes_are_answered(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert tool.main(["attention", str(file), "--out", str(tmp_path)]) == 2
+    assert command.main(["attention", str(file), "--out", str(tmp_path)]) == 2
     assert "needs --images" in capsys.readouterr().err
-    assert tool.main(["page", str(tmp_path)]) == 2
+    assert command.main(["page", str(tmp_path)]) == 2
     assert "has no pictures" in capsys.readouterr().err
-    assert tool.main(["filters", str(file)]) == 2
+    assert command.main(["filters", str(file)]) == 2
     assert "give --out" in capsys.readouterr().err
+
+
+def test_the_commands_choices_are_those_of_the_library() -> None:
+    for name in ("NORMS", "STATISTICS", "PLANES"):
+        assert getattr(command, name) == tuple(getattr(visualisation, name)), name
+
+
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "b.tar").write_bytes(b"no tar" * 500)
+    with pytest.raises(Refused, match=r"a\.png is no image"):
+        load_images([tmp_path / "a.png"], (32, 32), HALF, 9)
+    with pytest.raises(Refused, match=r"b\.tar cannot be read as a tar"):
+        load_images([tmp_path / "b.tar"], (32, 32), HALF, 9)
 
 
 def test_umap_without_its_package_is_a_clear_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ValueError, match="pip install umap-learn"):
-        tool.umap(np.zeros((40, 8), np.float32), 0)
+        visualisation.umap(np.zeros((40, 8), np.float32), 0)
 
 
 def test_colours_of_tokens_follow_their_largest_differences() -> None:
     tokens = torch.zeros(1, 30, 8)
     tokens[0, :15, 2] = 10.0
-    colours = tool.principal_colours(
+    colours = visualisation.principal_colours(
         tokens + 0.01 * torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(0))
     )
     assert abs(colours[0, :15, 0].mean() - colours[0, 15:, 0].mean()) > 0.8

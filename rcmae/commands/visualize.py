@@ -1,0 +1,137 @@
+"""Pictures of what a network sees and does, of a run, a checkpoint or a file of any family.
+
+    rcmae visualize reconstruct RUN --images photos/ --out pictures/
+        input, masked, student, teacher
+    rcmae visualize attention RUN --images photo.jpg --out pictures/
+        heads of the last block, rollout
+    rcmae visualize features RUN --images shard.tar --out pictures/
+        tokens by PCA, images by t-SNE, UMAP
+    rcmae visualize filters RUN --out pictures/
+        patch embedding, positions
+    rcmae visualize page RUN
+        RUN/pictures as one HTML file
+
+Images are files, folders of them, or shards. Exit status: 0 written; 2 these do not go together; 1
+anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rcmae.errors import Refused
+
+if TYPE_CHECKING:
+    from rcmae.evaluation.visualisation import Pictures
+
+KINDS = ("reconstruct", "attention", "features", "filters", "page")
+NORMS = ("unbiased", "biased", "channel", "none")
+STATISTICS = ("visible", "true", "none")
+PLANES = ("tsne", "umap")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Gives the exit status."""
+    options = _parser().parse_args(arguments)
+    from rcmae.checkpoint import CheckpointError
+
+    try:
+        written = _write_page(options) if options.kind == "page" else _write_pictures(options)
+    except (Refused, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, Refused) else 1
+    for path in written:
+        print(path)
+    return 0
+
+
+def _write_page(options: argparse.Namespace) -> list[Path]:
+    from rcmae.evaluation.visualisation import page
+    from rcmae.files import write_aside
+
+    out = options.source / "pictures.html"
+    write_aside(out, page(options.source), durable=False)
+    return [out]
+
+
+def _write_pictures(options: argparse.Namespace) -> list[Path]:
+    from rcmae.evaluation.pictures import save_png
+
+    if options.images is None and options.kind != "filters":
+        raise Refused(f"{options.kind} needs --images: files, folders or shards")
+    if options.source.is_file() and options.out is None:
+        raise Refused("give --out: a file of weights has no folder for pictures")
+    folder = options.out or options.source / "pictures"
+    written = []
+    for name, picture in _drawn(options).items():
+        written.append(folder / f"{name}.png")
+        save_png(picture, written[-1])
+    return written
+
+
+def _drawn(options: argparse.Namespace) -> Pictures:
+    from rcmae.evaluation import visualisation
+
+    if options.kind == "filters":
+        return visualisation.filters(options.source)
+    count = options.count or (200 if options.kind == "features" else 4)
+    images = visualisation.Images(options.images, count)
+    if options.kind == "reconstruct":
+        return visualisation.reconstruct(
+            options.source,
+            images,
+            seed=options.seed,
+            mask_ratio=options.mask_ratio,
+            statistics=options.statistics,
+            pixel_norm=options.pixel_norm,
+        )
+    if options.kind == "attention":
+        return visualisation.attention(
+            options.source, images, discard=options.discard, classes=options.classes
+        )
+    return visualisation.features(options.source, images, planes=options.plane, seed=options.seed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rcmae visualize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("source", type=Path, metavar="RUN_OR_FILE")
+    parser.add_argument(
+        "--images", type=Path, nargs="+", metavar="PATH", help="files, folders, shards"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/pictures")
+    parser.add_argument("--count", type=int, help="images; default 4, of features 200")
+    parser.add_argument("--seed", type=int, default=0, help="of the masks")
+    parser.add_argument("--mask-ratio", type=float, default=0.75)
+    parser.add_argument(
+        "--pixel-norm", choices=NORMS, help="of what it predicts; default: as its recipe has it"
+    )
+    parser.add_argument(
+        "--plane",
+        choices=PLANES,
+        nargs="+",
+        default=["tsne"],
+        help="how features puts labelled images in the plane",
+    )
+    parser.add_argument(
+        "--statistics", choices=STATISTICS, default="visible", help="what un-normalises the pixels"
+    )
+    parser.add_argument(
+        "--discard", type=float, default=0.0, help="share of the weakest attention left out"
+    )
+    parser.add_argument(
+        "--classes",
+        type=int,
+        nargs="+",
+        default=[],
+        help="gradient rollout for these classes of a classifier",
+    )
+    return parser

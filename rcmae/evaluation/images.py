@@ -1,0 +1,112 @@
+"""Images to draw pictures of: files, folders of them and shards, cut at the centre and
+normalised."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rcmae.data import tars
+from rcmae.data.transforms import BadImage, CentreTransform, Normalise
+from rcmae.errors import Refused
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+NO_LABEL = -1
+Statistics = tuple[Sequence[float], Sequence[float]]  # mean and deviation of each channel, 0 to 1
+
+
+class Encoded(NamedTuple):
+    """An image as it lies in a file."""
+
+    name: str
+    data: bytes
+    label: int  # NO_LABEL where there is none
+
+
+class Shown(NamedTuple):
+    """Images to draw."""
+
+    pixels: Tensor  # [B, C, H, W] normalised
+    names: list[str]
+    labels: list[int]  # NO_LABEL where there is none
+
+
+def encoded(paths: Sequence[Path]) -> Iterator[Encoded]:
+    """Every image under these files, folders and shards, in the order of their names.
+
+    Raises:
+        Refused: a shard is none.
+        OSError: something cannot be read.
+    """
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.iterdir())
+            yield from encoded([each for each in inside if _is_image_or_shard(each)])
+        elif path.suffix == ".tar":
+            yield from _in_shard(path)
+        else:
+            yield Encoded(path.name, path.read_bytes(), NO_LABEL)
+
+
+def _is_image_or_shard(path: Path) -> bool:
+    return path.suffix.lower() in (*SUFFIXES, ".tar")
+
+
+def _in_shard(path: Path) -> Iterator[Encoded]:
+    """The images of a WebDataset shard with their labels. Raises Refused."""
+    try:
+        with tarfile.open(path) as tar:
+            for key, members in tars.groups(tar):
+                suffix = tars.image_suffix(members)
+                if suffix is None:
+                    continue
+                label = _label(tar, members.get("cls"))
+                yield Encoded(key, _bytes(tar, members[suffix]), label)
+    except tarfile.TarError as error:
+        raise Refused(f"{path} cannot be read as a tar: {error}") from error
+
+
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, "groups are of regular files"
+    return file.read()
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> int:
+    text = _bytes(tar, member).strip() if member is not None else b""
+    return int(text) if text.isdigit() else NO_LABEL
+
+
+def load_images(
+    paths: Sequence[Path], size: tuple[int, int], statistics: Statistics, count: int
+) -> Shown:
+    """The first `count` images, cut at the centre to `size`, normalised by mean and deviation of
+    each channel.
+
+    Raises:
+        Refused: there is none, or one is no image.
+        OSError: something cannot be read.
+    """
+    transform = CentreTransform(size, len(statistics[0]))
+    images = list(islice(encoded(paths), count))
+    if not images:
+        raise Refused(
+            f"no image in {', '.join(map(str, paths))}; give files ending in {', '.join(SUFFIXES)}"
+        )
+    pixels = []
+    for image in images:
+        try:
+            pixels.append(transform(image.data, 0, 0).image)
+        except BadImage as error:
+            raise Refused(f"{image.name} is no image that can be decoded: {error}") from error
+    return Shown(
+        pixels=Normalise(*statistics).images(torch.stack(pixels)),
+        names=[image.name for image in images],
+        labels=[image.label for image in images],
+    )
