@@ -35,6 +35,7 @@ COMMANDS = {
     "visualize": Command("visualize", "draw reconstructions, attention, features and filters"),
     "checkpoint": Command("checkpoint", "list, show, verify, diff and prune checkpoints"),
     "shards": Command("shards", "make, index and check shards of images"),
+    "doctor": Command("doctor", "whether what a run needs is on this node, or these, and sound"),
     "recipe": Command("recipe", "list the shipped recipes, or print one with all its settings"),
     "slurm-templates": Command("slurm_templates", "copy the templates of SLURM jobs to a folder"),
 }

@@ -7,14 +7,17 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rcmae.commands import doctor
+from rcmae.planning import cluster
 from tests.conftest import ROOT, Ranks, free_port
-from tools import doctor
 
 PROGRAM = Path(__file__).parent / "programs" / "doctor_apart.py"
 
@@ -125,7 +128,7 @@ def test_the_wrong_apex(
 def test_torch_for_cpu_beside_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examined: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(doctor.torch.version, "cuda", None)  # as in the CPU build
+    monkeypatch.setattr(torch.version, "cuda", None)  # as in the CPU build
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     status, findings = examined()
@@ -157,7 +160,7 @@ def test_a_package_that_does_not_import(
     monkeypatch: pytest.MonkeyPatch, examined: Callable[..., Any]
 ) -> None:
     # how Python marks what cannot be imported
-    monkeypatch.setitem(doctor.sys.modules, "simplejpeg", None)
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
     status, findings = examined()
     assert status == 1
     assert "simplejpeg cannot be imported" in of(findings, "red")
@@ -349,7 +352,7 @@ def test_ranks_that_are_not_alike(tmp_path: Path, tiny: Path, ranks: Callable[..
 def test_links_are_held_to_what_they_should_give(tmp_path: Path) -> None:
     def colours(rate: float, hosts: list[str], name: str, network: float) -> list[str]:
         return [
-            each.colour for each in doctor.check_links({"all-reduce": rate}, hosts, name, network)
+            each.colour for each in cluster.check_links({"all-reduce": rate}, hosts, name, network)
         ]
 
     one, two = ["a"] * 8, ["a"] * 8 + ["b"] * 8
@@ -363,4 +366,4 @@ def test_links_are_held_to_what_they_should_give(tmp_path: Path) -> None:
     ports = tmp_path / "mlx5_0" / "ports" / "1"
     ports.mkdir(parents=True)
     (ports / "rate").write_text("400 Gb/sec (4X NDR)\n")
-    assert doctor.network_gbps(tmp_path) == 50.0
+    assert cluster.network_gbps(tmp_path) == 50.0

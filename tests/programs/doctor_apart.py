@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from tools import doctor
+from rcmae.commands import doctor
 
 if __name__ == "__main__":
     seconds, standins, folder, recipe, *overrides = sys.argv[1:]
