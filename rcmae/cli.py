@@ -37,6 +37,7 @@ COMMANDS = {
     "shards": Command("shards", "make, index and check shards of images"),
     "doctor": Command("doctor", "whether what a run needs is on this node, or these, and sound"),
     "recipe": Command("recipe", "list the shipped recipes, or print one with all its settings"),
+    "slurm-job": Command("slurm_job", "what the templates ask; a job submitted if it can run"),
     "slurm-templates": Command("slurm_templates", "copy the templates of SLURM jobs to a folder"),
 }
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034  # some are for the jobs
-# What every job of slurm/ begins with, sourced in its batch shell: the repository's root, the site's settings, and how
-# a job starts its ranks, hands them the warning of its end, and sees whether it was ended for good.
+# What every job of slurm/ begins with, sourced in its batch shell: where it runs, the site's settings, and how a job
+# starts its ranks, hands them the warning of its end, and sees whether it was ended for good. Lies in $templates.
 set -euo pipefail
 
 say() { echo "$(date '+%F %T') $*"; }
@@ -18,11 +18,14 @@ cd "${RCMAE_HOME:-$SLURM_SUBMIT_DIR}"
 python=.venv/bin/python
 [ -x $python ] || python=python3
 container=() srun_arguments=()
+settings=${RCMAE_ENV:-${templates:?}/env.sh}
 # shellcheck source=slurm/env.example.sh
-[ ! -f "${RCMAE_ENV:-slurm/env.sh}" ] || source "${RCMAE_ENV:-slurm/env.sh}"
+[ ! -f "$settings" ] || source "$settings"
 python=${PYTHON:-$python}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-ask() { "${container[@]}" "$python" tools/slurm_job.py "$@"; }
+export PYTHONUNBUFFERED=1
+[ ! -f rcmae/__init__.py ] || export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # a checkout: its own, not another
+# Its answers are words name=value, each quoted: nothing that lies in a run's folder is ever run as a command.
+ask() { "${container[@]}" "$python" -m rcmae slurm-job "$@"; }
 idle_starts=${IDLE_STARTS:-5} backoff_s=${BACKOFF_S:-60}
 
 ranks=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}  # the first may be h100:8

@@ -122,7 +122,7 @@ class Cluster:
 
     def submit(
         self,
-        template: str,
+        template: str | Path,
         *arguments: object,
         nodes: str = "2",
         of: str = "1-8",
@@ -141,7 +141,7 @@ class Cluster:
         }
         shape = [f"--nodes={nodes}", f"--gpus-per-node={ranks}", "--cpus-per-gpu=1"]
         where = [f"--exclude={','.join(sorted(others))}"] if others else []
-        script = ROOT / "slurm" / template
+        script = ROOT / "slurm" / template  # or an absolute path
         told = self.run(
             "sbatch",
             "--parsable",

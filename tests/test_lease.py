@@ -187,10 +187,10 @@ def test_a_folder_that_cannot_be_written_loses_the_run_in_time(
 ) -> None:
     held = take(tmp_path, timeout_s=0.3)
 
-    def refuse(path: Path, text: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lease_module, "_replace", refuse)
+    monkeypatch.setattr(lease_module, "write_aside", refuse)
     deadline = time.monotonic() + 10
     while not held.lost and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -14,6 +14,7 @@ from test_finetune import recipe_of
 from test_finetune import start as start_classifier
 
 from cluster import ROOT, TWO, Cluster, Job, equals, missing, rank_logs
+from rcmae.commands import slurm_templates
 from runs import Folder
 
 
@@ -193,6 +194,28 @@ def test_what_cannot_run_is_not_requeued(cluster: Cluster, tiny: Path, tmp_path:
     assert not (tmp_path / "wrong").exists()
 
 
+def test_templates_that_were_copied_out_of_a_package_run_where_they_lie(
+    cluster: Cluster, tiny: Path, tmp_path: Path
+) -> None:
+    """No checkout in sight: neither where the job is submitted nor in its environment."""
+    assert slurm_templates.main([str(tmp_path / "my-jobs")]) == 0
+    run = Folder(tmp_path / "run")
+    nowhere = {"RCMAE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}  # as if it were installed
+    short = ["schedule.steps=6", "schedule.warmup_steps=1", "run.stop_after_steps=3"]
+    job = cluster.submit(
+        tmp_path / "my-jobs" / "pretrain.sbatch",
+        tiny,
+        *short,
+        f"run.dir={run.path}",
+        nodes="1",
+        of="7-8",
+        **nowhere,
+    )
+    job.ends("COMPLETED")
+    assert job.restarts == 1
+    assert run.steps() == list(range(1, 7))
+
+
 def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tiny: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "rates.yaml"
     sweep.write_text(
@@ -201,9 +224,7 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tiny: Path, tmp_path: Pat
         "runs:\n  low: {schedule.lr: 1.0e-4}\n  high: {schedule.lr: 1.0e-3, "
         "run.stop_after_steps: 3}\n"
     )
-    tasks = cluster.run(
-        cluster.python, ROOT / "tools" / "slurm_job.py", "sweep", sweep
-    ).splitlines()[0]
+    tasks = cluster.run(cluster.python, "-m", "rcmae", "slurm-job", "sweep", sweep).splitlines()[0]
     job = cluster.submit("sweep.sbatch", sweep, nodes="1", of="7-8", options=(f"--array={tasks}",))
     runs = {name: Folder(tmp_path / "runs" / name) for name in ("low", "high")}
     job.until(lambda: [len(run.events("stop")) for run in runs.values()] == [1, 2])

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from rcmae.commands import slurm_job
 from rcmae.config import batch_problems, load
-from rcmae.run import preempt
+from rcmae.run import jobs, preempt
 from tests.conftest import ROOT
-from tools import slurm_job
 
 SHAPE = ["--nodes=6", "--ranks-per-node=8"]
 
@@ -64,18 +64,19 @@ def commit(run_dir: Path, step: int, streams: int = 256) -> None:
 )
 def test_the_largest_number_of_nodes_that_divides_is_used(images: int, streams: int | None) -> None:
     recipe = load("rcmae_vit_l_16", ["data.shards=x.tar", f"batch.images={images}"])
-    recipe.data.canonical_streams = streams
+    data = recipe.data.model_copy(update={"canonical_streams": streams})
+    recipe = recipe.model_copy(update={"data": data})
     for nodes, ranks in itertools.product(range(1, 13), (1, 3, 4, 5, 6, 8)):
         worlds = [n * ranks for n in range(1, nodes + 1)]
         fit = [world for world in worlds if images % world == 0 and (streams or world) % world == 0]
         if fit:
-            assert slurm_job.nodes_that_fit(
-                recipe, nodes=nodes, ranks_per_node=ranks
-            ) * ranks == max(fit)
+            assert jobs.nodes_that_fit(recipe, nodes=nodes, ranks_per_node=ranks) * ranks == max(
+                fit
+            )
             assert not batch_problems(recipe, max(fit))
         else:
             with pytest.raises(ValueError, match=f"no number of nodes of {ranks} ranks fits"):
-                slurm_job.nodes_that_fit(recipe, nodes=nodes, ranks_per_node=ranks)
+                jobs.nodes_that_fit(recipe, nodes=nodes, ranks_per_node=ranks)
 
 
 def test_idle_nodes_are_said_and_the_start_is_noted(
@@ -85,7 +86,7 @@ def test_idle_nodes_are_said_and_the_start_is_noted(
     heard = capsys.readouterr()
     assert heard.out == f"run_dir={run_dir} nodes=4 module=rcmae.train\n"
     assert "2 of 6 nodes stay idle" in heard.err
-    (start,) = slurm_job.starts(run_dir, "17")
+    (start,) = jobs.starts(run_dir, "17")
     assert (start.restart, start.nodes, start.used, start.ranks, start.step) == (0, 6, 4, 32, 0)
 
 
@@ -255,17 +256,52 @@ def test_torn_lines_and_files_are_no_history(
     with (run_dir / "jobs.jsonl").open("a") as file:
         file.write('{"job": "17", "res')
     (run_dir / "outcome.json").write_text('{"sta')
-    assert len(slurm_job.starts(run_dir, "17")) == 1
+    assert len(jobs.starts(run_dir, "17")) == 1
     assert end(run_dir, 75) == 0
     assert answers(capsys)["again"] == "yes"
 
 
+def test_nothing_that_lies_in_a_runs_folder_is_run_as_a_command(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owned = tmp_path / "OWNED"
+    command = f"1;touch${{IFS}}{owned};"
+    assert begin(run_dir) == 0
+    start = jobs.starts(run_dir)[0]._asdict()
+    (run_dir / "evaluations").mkdir()
+    for row in ({"job": command}, {"step": command}, {"job": [command]}, {"restart": None}):
+        with (run_dir / "jobs.jsonl").open("a") as file:
+            file.write(json.dumps({**start, **row}) + "\n")
+    (run_dir / "outcome.json").write_text(json.dumps({"exit_status": command, "reason": command}))
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "LATEST").write_text(command)
+    assert len(jobs.starts(run_dir)) == 1
+    capsys.readouterr()
+    assert slurm_job.main(["follow", str(run_dir), "--status=75"]) == 0
+    said = capsys.readouterr().out
+    assert end(run_dir, 75) == 0
+    assert begin(run_dir.parent / command.replace("/", "_")) == 0
+    said += capsys.readouterr().out
+    shell = subprocess.run(
+        ["bash", "-euc", 'eval "$SAID"; echo "$followed $status $run_dir"'],
+        env={**os.environ, "SAID": said},
+        capture_output=True,
+        text=True,
+    )
+    assert shell.stdout.splitlines()[-1].startswith("17 75 "), shell.stderr
+    assert command.replace("/", "_") in shell.stdout
+    assert not owned.exists()
+
+
 def test_the_status_of_run_me_again_is_the_trainers() -> None:
-    assert slurm_job.STOPPED == preempt.STOPPED
+    assert jobs.STOPPED == preempt.STOPPED
 
 
 def test_the_answer_comes_without_torch() -> None:
-    probe = "import sys; import tools.slurm_job; sys.exit('torch' in sys.modules)"
+    probe = (
+        "import sys; from rcmae.run import jobs; from rcmae import config; "
+        "config.load('rcmae_vit_s_16', ['data.shards=x.tar']); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT).returncode == 0
 
 
@@ -413,7 +449,7 @@ def test_what_the_planner_refuses_is_not_submitted(
 def test_the_shape_of_a_job_is_sbatchs_or_the_templates(
     asked: list[str], shape: tuple[int, int]
 ) -> None:
-    assert slurm_job.shape(asked, (ROOT / "slurm" / "pretrain_vit_l.sbatch").read_text()) == shape
+    assert jobs.shape_of(asked, (ROOT / "slurm" / "pretrain_vit_l.sbatch").read_text()) == shape
 
 
 def test_a_sweep_is_submitted_as_the_array_of_its_runs(sbatch: Path, tmp_path: Path) -> None:

@@ -12,22 +12,27 @@ cannot reach: the later start takes the run over at once.
 A holder that was paused or cut off can wake up at any instant, so being careful is not enough:
 every manifest carries its writer's generation, and readers ignore what an older generation wrote
 beyond the step a take-over started from (`Fence`). Its last checkpoints are then as if they never
-were."""
+were.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rcmae.errors import Refused
+from rcmae.files import write_aside
+
+_OURS = re.compile(r"\d{8}\.json")  # others may lie in the folder, a file system's or an editor's
 
 
 class LeaseLost(RuntimeError):
@@ -67,9 +72,8 @@ class Fence:
 
 def fence(run_dir: Path) -> Fence:
     """The fence of a run as it stands now."""
-    return Fence(
-        tuple((holder.generation, holder.from_step) for holder in _holders(run_dir / "leases"))
-    )
+    holders = _holders(run_dir / "leases")
+    return Fence(tuple((holder.generation, holder.from_step) for holder in holders))
 
 
 def newest_generation(run_dir: Path) -> int:
@@ -82,12 +86,12 @@ def exit_status(run_dir: Path, status: int) -> int:
     over.
 
     Whatever still runs of the earlier start on a node that was cut off, and comes back, must not be
-    seen to fail: its
-    srun would end the job's step of that number, and that is the later start's by now.
+    seen to fail: its srun would end the job's step of that number, and that is the later start's by
+    now.
     """
     with contextlib.suppress(LeaseHeld):
         job, restart = _this_start()
-        last = max(_holders(run_dir / "leases"), key=lambda holder: holder.generation, default=None)
+        last = _newest(_holders(run_dir / "leases"))
         if last is not None and last.job == job != "" and last.restart > restart:
             print(
                 f"rcmae: start {last.restart} of this job took the run over; start {restart} "
@@ -122,11 +126,13 @@ class Lease:
         newest_step: Callable[[], int],
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._folder, self._timeout_s = run_dir / "leases", timeout_s
+        self._folder = run_dir / "leases"
+        self._timeout_s = timeout_s
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lost: str | None = None
         self.holder = self._acquire(wait_s, newest_step, say)
-        self._beats, self._written = 0, time.monotonic()
+        self._beats = 0
+        self._written = time.monotonic()
         self._done = threading.Event()
         self._beat()
         self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
@@ -144,9 +150,8 @@ class Lease:
             LeaseLost: it is not, or the folder could not be written for so long that others may
                 think us gone.
         """
-        later = [holder for holder in _holders(self._folder) if holder.generation > self.generation]
-        if later:
-            new = max(later, key=lambda holder: holder.generation)
+        new = _newest(_holders(self._folder))
+        if new is not None and new.generation > self.generation:
             self._lost = f"{_who(new)} took this run over from step {new.from_step}"
         elif time.monotonic() - self._written > self._timeout_s:
             self._lost = f"no beat could be written for {time.monotonic() - self._written:.0f} s"
@@ -178,39 +183,41 @@ class Lease:
             self._done.set()
             self._thread.join()
             if not self.lost:
-                _replace(self._beat_file(self.generation), "released")
+                write_aside(self._beat_file(self.generation), "released", durable=False)
 
     # acquiring
 
     def _acquire(
         self, wait_s: float, newest_step: Callable[[], int], say: Callable[[str], None]
     ) -> Holder:
-        host, boot, pid, token = socket.gethostname(), _boot(), os.getpid(), secrets.token_hex(8)
         job, restart = _this_start()
-        give_up, told = time.monotonic() + wait_s, False
+        give_up = time.monotonic() + wait_s
+        told = False
         while True:
-            holders = _holders(self._folder)
-            last = max(holders, key=lambda holder: holder.generation, default=None)
+            last = _newest(_holders(self._folder))
             earlier_start = last is not None and last.job == job != "" and last.restart < restart
             if last is None or earlier_start or self._is_gone(last):
-                begin = newest_step()
                 mine = Holder(
-                    last.generation + 1 if last else 1, begin, token, host, boot, pid, job, restart
+                    generation=last.generation + 1 if last else 1,
+                    from_step=newest_step(),
+                    token=secrets.token_hex(8),
+                    host=socket.gethostname(),
+                    boot=_boot(),
+                    pid=os.getpid(),
+                    job=job,
+                    restart=restart,
                 )
                 if _link(self._folder, mine):
                     return mine
                 continue  # another job was faster
+            run = self._folder.parent
             if time.monotonic() > give_up:
                 raise LeaseHeld(
-                    f"{self._folder.parent} is being trained by {_who(last)}, which is "
-                    "alive; wait for it, stop it, "
-                    "or use another run.dir"
+                    f"{run} is being trained by {_who(last)}, which is alive; wait for it, stop "
+                    "it, or use another run.dir"
                 )
             if not told:
-                say(
-                    f"waiting up to {wait_s:.0f} s for {_who(last)}, which holds "
-                    f"{self._folder.parent}"
-                )
+                say(f"waiting up to {wait_s:.0f} s for {_who(last)}, which holds {run}")
                 told = True
 
     def _is_gone(self, holder: Holder) -> bool:
@@ -219,17 +226,16 @@ class Lease:
         Waits to see it.
         """
         file = self._beat_file(holder.generation)
-        first, begin = _read(file), time.monotonic()
+        first = _read(file)
+        begin = time.monotonic()
         while True:
-            if _read(file) == "released":
+            now = _read(file)
+            if now == "released":
                 return True
-            if (
-                holder.host == socket.gethostname()
-                and holder.boot == _boot()
-                and not _alive(holder.pid)
-            ):
+            here = holder.host == socket.gethostname() and holder.boot == _boot()
+            if here and not _alive(holder.pid):
                 return True
-            if _read(file) != first:
+            if now != first:
                 return False
             if time.monotonic() - begin > self._timeout_s:
                 return True
@@ -242,7 +248,8 @@ class Lease:
 
     def _beat(self) -> None:
         self._beats += 1
-        _replace(self._beat_file(self.generation), str(self._beats))
+        # lost in a power loss: the next one comes
+        write_aside(self._beat_file(self.generation), str(self._beats), durable=False)
         self._written = time.monotonic()
 
     def _keep_beating(self) -> None:
@@ -291,9 +298,20 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def _newest(holders: Sequence[Holder]) -> Holder | None:
+    return max(holders, key=lambda holder: holder.generation, default=None)
+
+
 def _holders(folder: Path) -> list[Holder]:
+    """Who held the lease so far, by generation.
+
+    Raises:
+        LeaseHeld: a holder's file cannot be read, so nobody can know.
+    """
     found = []
     for path in sorted(folder.glob("*.json")):
+        if not _OURS.fullmatch(path.name):
+            continue
         try:
             found.append(Holder(**json.loads(path.read_text())))
         except (OSError, ValueError, TypeError) as error:
@@ -325,9 +343,3 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    os.replace(aside, path)

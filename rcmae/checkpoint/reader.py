@@ -7,9 +7,9 @@ its name: ranks share out the checksums and agree on one checkpoint, or all rais
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import safe_open
@@ -30,6 +30,8 @@ from rcmae.checkpoint.manifest import (
 )
 from rcmae.engines.engine import Engine
 from rcmae.errors import Refused
+
+_T = TypeVar("_T")
 
 # ----------------------------------------------------------------------------------------- together
 
@@ -61,16 +63,19 @@ def newest_together(root: Path) -> tuple[Manifest | None, list[str]]:
 
     Collective: every rank calls. Rank 0 says which there are: another node may see a new one a
     moment later.
+
+    Raises:
+        Refused, CheckpointError: on every rank; rank 0 cannot read the folder or the leases.
     """
     passed_over: list[str] = []
-    names = [path.name for path in reversed(step_folders(root))]
-    for name in dist.from_first(names):
+    for name in _seen_by_first(lambda: [path.name for path in reversed(step_folders(root))]):
         try:
             manifest = open_verified_together(root / name)
         except CheckpointError as error:
             passed_over.append(str(error))
             continue
-        if dist.from_first(fence(root.parent).allows(manifest.generation, manifest.step)):
+        held = _seen_by_first(lambda: fence(root.parent))
+        if held.allows(manifest.generation, manifest.step):
             return manifest, passed_over
         passed_over.append(fenced_off(manifest))
     return None, passed_over
@@ -85,15 +90,7 @@ def find_checkpoint_together(path: Path) -> tuple[Manifest, list[str]]:
         Refused: on every rank; there is no checkpoint.
         CheckpointError: on every rank; none is valid.
     """
-    folders: list[Path] = []
-    problem = None
-    if dist.rank() == 0:
-        try:
-            folders = checkpoint_folders(path)
-        except Refused as error:
-            problem = str(error)
-    dist.together(dist.from_first(problem))
-    folders = dist.from_first(folders)
+    folders = _seen_by_first(lambda: checkpoint_folders(path))
     if folders == [path]:
         return open_verified_together(path), []
     root = folders[0].parent
@@ -101,6 +98,29 @@ def find_checkpoint_together(path: Path) -> tuple[Manifest, list[str]]:
     if found is None:
         raise none_valid(root, passed_over)
     return found, passed_over
+
+
+def _seen_by_first(look: Callable[[], _T]) -> _T:
+    """What rank 0 sees on a disk, on every rank; it alone looks. Collective: every rank calls.
+
+    Raises:
+        Refused, CheckpointError: on every rank; it cannot be used, or not be read.
+    """
+    found: _T | None = None
+    refused, unreadable = None, None
+    if dist.rank() == 0:
+        try:
+            found = look()
+        except Refused as error:
+            refused = str(error)
+        except OSError as error:
+            unreadable = str(error)
+    found, refused, unreadable = dist.from_first((found, refused, unreadable))
+    if refused:
+        raise Refused(refused)
+    if unreadable:
+        raise CheckpointError(unreadable)
+    return cast(_T, found)
 
 
 @torch.no_grad()
