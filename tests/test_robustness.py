@@ -1,4 +1,4 @@
-"""tools/robustness.py: subsets of classes, corrupted sets and the mean corruption error are what
+"""Robustness: subsets of classes, corrupted sets and the mean corruption error are what
 they should be.
 """
 
@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rcmae.commands import robustness as command
+from rcmae.data.index import ShardIndex
+from rcmae.evaluation.labelled_sets import LabelledSet
+from rcmae.evaluation.robustness import Baselines, Loading, corruption_errors, judged
 from rcmae.models.classifier import Classifier
 from rcmae.weights.encoder import load_classifier
-from tools import robustness as tool
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def test_a_report_has_every_set_and_severity(
             }
         )
     )
-    command = [
+    words = [
         str(classifier),
         "--sets",
         f"val={shard}",
@@ -70,7 +73,7 @@ def test_a_report_has_every_set_and_severity(
         "--json",
         str(tmp_path / "report.json"),
     ]
-    assert tool.main(command) == 0
+    assert command.main(words) == 0
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["sets"]["val"]["images"] == found["sets"]["listed"]["images"] == 40
     # other labels of the same images
@@ -90,7 +93,7 @@ def test_a_report_has_every_set_and_severity(
     assert "normalised by" in said
     assert "severity 5" in said
 
-    assert tool.main([*command[:3], "--corruptions", "contrast"]) == 0
+    assert command.main([*words[:3], "--corruptions", "contrast"]) == 0
     said = capsys.readouterr().out
     assert "not normalised" in said
     assert "mCE" not in said
@@ -101,20 +104,19 @@ def test_a_subset_alone_competes(classifier: Path, photo_shards: str) -> None:
 
     Of a report one's own errors are 100 % of themselves.
     """
-    model, index = load_classifier(classifier), tool.ShardIndex.open(photo_shards)
-    whole = tool.judged(model, index, tool.LabelledSet("val", []), batch=64, workers=0)
-    listed = tool.judged(
+    model, index = load_classifier(classifier), ShardIndex.open(photo_shards)
+    whole = judged(model, index, LabelledSet("val", []), Loading())
+    listed = judged(
         model,
         index,
-        tool.LabelledSet("val", [], [7, 6, 5, 4, 3, 2, 1, 0], True),
-        batch=64,
-        workers=0,
+        LabelledSet("val", [], [7, 6, 5, 4, 3, 2, 1, 0], True),
+        Loading(),
     )
     assert whole.confusion.flip(0).equal(listed.confusion)
     with pytest.raises(ValueError, match="are none of the 2 classes"):
-        tool.judged(model, index, tool.LabelledSet("val", [], [0, 1]), batch=64, workers=0)
+        judged(model, index, LabelledSet("val", [], [0, 1]), Loading())
     errors = {"fog": [30.0, 50.0]}
-    same = tool.corruption_errors(errors, 20.0, tool.Baselines(errors, 20.0))
+    same = corruption_errors(errors, 20.0, Baselines(errors, 20.0))
     assert (same["mce"], same["relative_mce"], same["mean_error"]) == (100.0, 100.0, 40.0)
 
 
@@ -147,5 +149,5 @@ def test_what_does_not_go_together_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.yaml").write_text("corruptions: {snow: 86.7}")
     (tmp_path / "sets.yaml").write_text("a: {shards: x.tar, classes: [shark]}\nb: {shard: x.tar}\n")
-    assert tool.main([str(classifier), "--sets", f"val={photo_shards}", *more]) == 2
+    assert command.main([str(classifier), "--sets", f"val={photo_shards}", *more]) == 2
     assert message in capsys.readouterr().err
