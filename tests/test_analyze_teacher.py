@@ -19,9 +19,9 @@ from rcmae.data.batch import Batch
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
 from rcmae.objectives.terms import Sum
+from rcmae.planning.live import made_up_batch
 from runs import Folder
 from tools import analyze_teacher as tool
-from tools.bench_step import made_up_batch
 
 OBJECTIVE = new("rcmae")
 

@@ -13,8 +13,9 @@ import torch
 
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
+from rcmae.planning.live import made_up_batch
 from tools import bench_step
-from tools.bench_step import Bench, NoWatch, PlainObjective, Variant, made_up_batch, watched
+from tools.bench_step import Bench, NoWatch, PlainObjective, Variant, watched
 
 ROOT = Path(__file__).parent.parent
 SIZES = {

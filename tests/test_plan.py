@@ -19,12 +19,12 @@ from rcmae.parts import new_network, new_student
 from rcmae.planning import estimates, planner
 from rcmae.planning.activations import activations
 from rcmae.planning.hardware import GPUS, peak_flops
+from rcmae.planning.live import made_up_batch
 from rcmae.planning.memory import footprint
 from rcmae.planning.states import PLACEMENTS, MemorySettings, states
 from runs import Folder
 from tests.conftest import ROOT, Ranks
 from tools import bench_memory
-from tools.bench_step import made_up_batch
 
 
 @pytest.fixture(scope="module")

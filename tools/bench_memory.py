@@ -15,32 +15,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import platform
 import sys
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from rcmae import config, dist, train
 from rcmae.config import Recipe
 from rcmae.models import kernels
-from rcmae.parts import make_engine, make_objective, new_student, new_teacher
 from rcmae.planning import planner
 from rcmae.planning.estimates import placement, settings_of
 from rcmae.planning.hardware import commit, hardware
+from rcmae.planning.live import measure
 from rcmae.planning.memory import footprint
 from rcmae.run.folder import versions
-from tools.bench_step import made_up_batch
 
 RESIDENT, STEP = 0.01, {"cpu": 0.15, "cuda": 0.10}  # relative tolerances
 KEPT, RECOMPUTED = (
@@ -59,116 +51,6 @@ CASES = {
     for engine, overrides in ENGINES.items()
     for way, more in (("kept", KEPT), ("recomputed", RECOMPUTED))
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operations gave and that are alive, looked at after each
-    operation.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._storages: dict[int, weakref.ReferenceType[torch.UntypedStorage]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Do the operation and look."""
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its own dispatch comes back here with the local tensors
-        out = func(*args, **(kwargs or {}))
-        for item in tree_leaves(out):
-            if (
-                isinstance(item, torch.Tensor)
-                and not isinstance(item, DTensor)
-                and item.device.type != "meta"
-            ):
-                storage = item.untyped_storage()
-                self._storages[storage._cdata] = weakref.ref(storage)
-        self.peak = max(self.peak, self.now())
-        return out
-
-    def now(self) -> int:
-        """Bytes alive."""
-        total = 0
-        for key, reference in list(self._storages.items()):
-            storage = reference()
-            if storage is None:
-                del self._storages[key]
-            else:
-                total += storage.nbytes()  # asked each time: FSDP2 resizes
-        return total
-
-    def reset(self) -> None:
-        """Look for a new peak."""
-        self.peak = 0
-
-
-class Allocated:
-    """The same by a GPU's allocator."""
-
-    def __enter__(self) -> Allocated:
-        torch.cuda.empty_cache()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    @property
-    def peak(self) -> int:
-        """The most bytes since `reset`."""
-        return torch.cuda.max_memory_allocated()
-
-    def now(self) -> int:
-        """Bytes alive."""
-        return torch.cuda.memory_allocated()
-
-    def reset(self) -> None:
-        """Look for a new peak."""
-        torch.cuda.reset_peak_memory_stats()
-
-
-def measure(recipe: Recipe) -> dict[str, int]:
-    """This rank's bytes when everything is built, and the most in the second step.
-
-    Collective: every rank calls.
-    """
-    sizes = config.resolve(recipe, world=dist.world(), samples_per_epoch=recipe.batch.images)
-    objective, engine_config = make_objective(recipe, sizes), {}
-    if recipe.engine.name == "deepspeed":
-        from rcmae.engines.deepspeed import read_config
-
-        engine_config = read_config(recipe.engine.config or "")
-    gc.collect()
-    with Allocated() if dist.device().type == "cuda" else LiveBytes() as live:
-        student = new_student(recipe)
-        teacher = new_teacher(student, objective)
-        plain = student
-        engine = make_engine(recipe, sizes, student, teacher, engine_config)
-        del student, teacher
-        gc.collect()
-        ready = live.now()
-        for _ in range(2):
-            live.reset()
-            for micro in range(sizes.accumulation):
-                batch = made_up_batch(plain, sizes.per_device, dist.device())
-                sums = objective(engine.student, engine.teacher, batch, 0.0)
-                engine.backward(
-                    torch.stack(list(sums.values())).sum() / 1000,
-                    last=micro == sizes.accumulation - 1,
-                )
-                del sums, batch
-            engine.step(lr=1e-4, weight_decay=0.05)
-            engine.update_teacher(0.99)
-        peak = live.peak
-        del engine, plain
-        gc.collect()
-    return {"ready": ready, "peak": peak}
 
 
 def compare(recipe: Recipe, measured: Sequence[dict[str, int]]) -> dict[str, Any]:

@@ -31,10 +31,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from numpy.typing import NDArray

@@ -39,27 +39,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from torch import Tensor, nn
 
 from rcmae import __version__
 from rcmae.data.batch import Batch
-from rcmae.data.masking import random_ids, visible_count
+from rcmae.data.masking import visible_count
 from rcmae.engines.engine import DTYPES, LocalEngine, Settings
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
-from rcmae.models.vit import ARCHITECTURES, Encoder, MaskedAutoencoder, flops_per_image
+from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder, flops_per_image
 from rcmae.objectives import Objective, new
 from rcmae.objectives.mae import pixel_targets
 from rcmae.objectives.terms import widen
 from rcmae.planning.hardware import commit, hardware
+from rcmae.planning.live import MASK_RATIO, made_up_batch
 
 from timm.models.vision_transformer import Block
 
 PHASES = ("teacher_forward", "student_forward", "backward", "optimizer", "ema")
-MASK_RATIO, MOMENTUM, LR, WEIGHT_DECAY = 0.75, 0.996, 1e-4, 0.05
+MOMENTUM = 0.996
+LR = 1e-4
+WEIGHT_DECAY = 0.05
 MIB = 2**20
 Clock = Literal["wall", "cpu"]
 
@@ -291,25 +292,6 @@ def watched(network: nn.Module, phase: str, watch: Watch, *, plain: bool) -> nn.
             return forward(*args)
 
     return cast(nn.Module, call)  # objectives only call it
-
-
-def made_up_batch(model: Encoder, size: int, device: torch.device) -> Batch:
-    """Normal noise for images, with the masks of a run."""
-    num_patches = model.num_patches
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, model.in_channels, *model.image_size, generator=generator)
-    ids = torch.stack(
-        [torch.from_numpy(random_ids(0, position, num_patches)) for position in range(size)]
-    )
-    return Batch(
-        images=images.to(device),
-        ids_shuffle=ids.to(device),
-        num_visible=visible_count(num_patches, MASK_RATIO),
-        labels=None,
-        keys=(),
-        positions=torch.arange(size),
-        crops=torch.zeros(size, 5, dtype=torch.int64),
-    )
 
 
 # --------------------------------------------------------------------------------------------- time

@@ -49,11 +49,10 @@ from rcmae.evaluation.probes import FeatureCache
 from rcmae.models.classifier import Classifier
 from rcmae.parts import make_engine, make_objective, new_student, new_teacher, student_sizes
 from rcmae.planning.hardware import commit, hardware
+from rcmae.planning.live import made_up_batch, measure
 from rcmae.run.folder import versions
 from rcmae.weights.encoder import load_encoder
 from rcmae.weights.layouts import Which
-from tools.bench_memory import measure
-from tools.bench_step import made_up_batch
 
 OBJECTIVES = {
     "mae": ["objective.name=mae"],
