@@ -13,15 +13,18 @@ launcher the images are shared out among the ranks, each with the whole networks
 
 Exit status: 0 the run is finished and all its checkpoints are evaluated; 75 it is not: run this
 again (asked to stop, or the run has given no sign of life for --patience-s); 2 the input is wrong;
-1 anything else."""
+1 anything else.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -43,9 +46,9 @@ from rcmae.models import kernels
 from rcmae.models.bootmae import Network
 from rcmae.parts import new_student, patience
 from rcmae.run import preempt
-from rcmae.run.metrics import MetricsLog
+from rcmae.run.metrics import MetricsLog, events_of
 from rcmae.train import open_index, say_error
-from rcmae.weights.layouts import KIND
+from rcmae.weights.layouts import KIND, Which
 
 FOLDER = "evaluations"  # in the run's folder
 
@@ -68,13 +71,18 @@ class Watch:
     """
 
     def __init__(self, folder: Path, *, last_step: int, patience_s: float) -> None:
-        self._folder, self._patience_s = folder, patience_s
+        self._folder = folder
+        self._patience_s = patience_s
         self.last_step = last_step
         self._signs: object = None
         self._changed = time.monotonic()
 
     def look(self) -> Path | Literal["wait", "finished", "silent"]:
-        """The next checkpoint, oldest first, or why there is none."""
+        """The next checkpoint, oldest first, or why there is none.
+
+        Raises:
+            Refused: the run's leases cannot be read.
+        """
         finished = self._outcome() == "finished"  # first: it is written after the last commit
         held = fence(self._folder)
         paths = checkpoint.step_folders(self._folder / "checkpoints")
@@ -90,13 +98,18 @@ class Watch:
                 return path
         if finished:
             return "finished"
-        signs = (
-            paths,
-            [beat.read_text() for beat in sorted((self._folder / "leases").glob("*.beat"))],
-        )
+        signs = (paths, self._beats())
         if signs != self._signs:
-            self._signs, self._changed = signs, time.monotonic()
+            self._signs = signs
+            self._changed = time.monotonic()
         return "silent" if time.monotonic() - self._changed > self._patience_s else "wait"
+
+    def _beats(self) -> list[str]:
+        found = []
+        for path in sorted((self._folder / "leases").glob("*.beat")):
+            with contextlib.suppress(OSError):  # replaced this moment, on a network's file system
+                found.append(path.read_text())
+        return found
 
     def _outcome(self) -> str:
         try:
@@ -107,12 +120,8 @@ class Watch:
 
 def evaluated(folder: Path) -> int:
     """The last step that a side-car of this run has evaluated, 0 before the first."""
-    try:
-        lines = (folder / FOLDER / "events.jsonl").read_text().splitlines(keepends=True)
-    except OSError:
-        return 0
-    events = [json.loads(line) for line in lines if line.endswith("\n")]
-    return max((event["step"] for event in events if event["event"] == "evaluate"), default=0)
+    events = events_of(folder / FOLDER, "evaluate")
+    return max((event["step"] for event in events), default=0)
 
 
 # ------------------------------------------------------------------------------------ an evaluation
@@ -130,7 +139,7 @@ def open_sets(recipe: Recipe) -> Sets:
     """The labelled shards that a recipe names. Collective: every rank calls.
 
     Raises:
-        ValueError: on every rank; there are none, or they cannot be used.
+        Refused: on every rank; there are none, or they cannot be used.
     """
     given = {
         "train_shards": recipe.evaluate.train_shards,
@@ -154,18 +163,18 @@ def networks(recipe: Recipe, manifest: checkpoint.Manifest) -> dict[str, Network
     Raises:
         CheckpointError, OSError: it could not be read.
     """
-    models = {}
+    models: dict[str, Network] = {}
+    teacher_parts = recipe.objective.teacher_parts
+    names: list[Which] = ["student", "teacher"] if teacher_parts else ["student"]
     with checkpoint.Reader(manifest) as reader:
-        for name in ("student", "teacher") if recipe.objective.teacher_parts else ("student",):
+        for name in names:
             model = new_student(recipe)
             if name == "teacher":  # it may be the encoder alone
-                model.keep(("pixels",) if "decoder" in recipe.objective.teacher_parts else ())
+                model.keep(("pixels",) if "decoder" in teacher_parts else ())
             for weight, value in model.state_dict().items():  # live
-                key = (
-                    f"buffer/{weight}"
-                    if f"buffer/{weight}" in manifest.tensors
-                    else f"{KIND[name]}/{weight}"
-                )
+                key = f"buffer/{weight}"
+                if key not in manifest.tensors:
+                    key = f"{KIND[name]}/{weight}"
                 flat = torch.empty(value.numel(), dtype=value.dtype)
                 reader.read(key, 0, flat)
                 value.copy_(flat.view_as(value))
@@ -184,7 +193,8 @@ def answer(
     Raises:
         Stopped: on all ranks.
     """
-    wanted, data = recipe.evaluate, recipe.data
+    wanted = recipe.evaluate
+    data = recipe.data
 
     def batches(index: ShardIndex) -> Iterator[Batch]:
         for batch in labelled_batches(
@@ -217,31 +227,74 @@ def answer(
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def follow(
-    folder: Path,
-    overrides: Sequence[str],
-    stop: preempt.StopRequest,
-    *,
-    patience_s: float,
-    poll_s: float,
-) -> int:
-    """Evaluate a run's checkpoints until it is finished; the exit status. Collective: every rank
-    calls.
+def follow(asked: Asked, stop: preempt.StopRequest) -> int:
+    """Evaluate a run's checkpoints until it is finished; the exit status.
+
+    Collective: every rank calls. Rank 0 alone looks into the run's folder.
 
     Raises:
-        ValueError: on every rank; the recipe, the shards or another side-car of this run stand
+        Refused: on every rank; the recipe, the shards or another side-car of this run stand
             against it.
         LeaseLost: on every rank; another side-car took over.
     """
-    watch = Watch(folder, last_step=evaluated(folder), patience_s=patience_s)
-    while dist.from_first(not (folder / "recipe.yaml").is_file()):
+    folder = asked.run
+    first = dist.rank() == 0
+    watch = Watch(folder, last_step=evaluated(folder) if first else 0, patience_s=asked.patience_s)
+    while not dist.from_first((folder / "recipe.yaml").is_file()):
         # the training has not come so far
-        if dist.agree(stop.reason is not None) or dist.from_first(watch.look() == "silent"):
+        if dist.agree(stop.reason is not None) or _look(watch) == "silent":
             return preempt.STOPPED
-        time.sleep(poll_s)
-    mine = [f"run.dir={folder}", "evaluate.every_steps=null"]  # every checkpoint is evaluated
-    recipe = config.load(str(folder / "recipe.yaml"), [*overrides, *mine])
-    sets, lease, problem = open_sets(recipe), None, None
+        time.sleep(asked.poll_s)
+    recipe = _recipe(asked)
+    sets = open_sets(recipe)
+    lease = _hold(recipe)
+    try:
+        watch.last_step = dist.from_first(evaluated(folder) if first else 0)
+        with MetricsLog(
+            folder / FOLDER,
+            resume_step=watch.last_step,
+            total_steps=0,
+            writes=first,
+            tensorboard=recipe.log.tensorboard,
+            bar=False,
+        ) as log:
+            return SideCar(recipe, sets, watch, stop, lease, log).run(asked.poll_s)
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _look(watch: Watch) -> Path | Literal["wait", "finished", "silent"]:
+    """What rank 0 sees of the run. Collective: every rank calls."""
+    return checkpoint.seen_by_first(watch.look)
+
+
+def _recipe(asked: Asked) -> Recipe:
+    """The run's recipe with the keys given over it, as rank 0 reads it. Collective: every rank
+    calls.
+
+    Raises:
+        Refused: on every rank; it is wrong.
+    """
+    # every checkpoint is evaluated
+    mine = [f"run.dir={asked.run}", "evaluate.every_steps=null"]
+    file = str(asked.run / "recipe.yaml")
+
+    def load() -> dict[str, Any]:
+        return config.load(file, [*asked.overrides, *mine]).model_dump(mode="json")
+
+    return config.stored(checkpoint.seen_by_first(load))
+
+
+def _hold(recipe: Recipe) -> Lease | None:
+    """The lease of the evaluations, on rank 0. Collective: every rank calls.
+
+    Raises:
+        Refused: on every rank; another side-car evaluates this run, or the folder cannot be
+            written.
+    """
+    lease, problem = None, None
+    folder = recipe.run_dir
     if dist.rank() == 0:
         try:
             lease = Lease(
@@ -254,39 +307,36 @@ def follow(
         except (LeaseHeld, OSError) as error:
             problem = f"another side-car evaluates {folder}: {error}"
     dist.together(dist.from_first(problem))
-    try:
-        watch.last_step = dist.from_first(evaluated(folder))
-        return _follow(recipe, sets, watch, stop, lease, poll_s)
-    finally:
-        if lease is not None:
-            lease.release()
+    return lease
 
 
-def _follow(
-    recipe: Recipe,
-    sets: Sets,
-    watch: Watch,
-    stop: preempt.StopRequest,
-    lease: Lease | None,
-    poll_s: float,
-) -> int:
-    with MetricsLog(
-        recipe.run_dir / FOLDER,
-        resume_step=watch.last_step,
-        total_steps=0,
-        writes=dist.rank() == 0,
-        tensorboard=recipe.log.tensorboard,
-        bar=False,
-    ) as log:
-        log.say(f"evaluating the checkpoints of {recipe.run_dir} beyond step {watch.last_step}")
+@dataclass
+class SideCar:
+    """Evaluates one checkpoint after the other. Every method is collective: every rank calls."""
+
+    recipe: Recipe
+    sets: Sets
+    watch: Watch
+    stop: preempt.StopRequest
+    lease: Lease | None  # rank 0's
+    log: MetricsLog
+
+    def run(self, poll_s: float) -> int:
+        """Evaluate until there is nothing more to come; the exit status.
+
+        Raises:
+            LeaseLost: on every rank; another side-car took over.
+        """
+        log = self.log
+        watch = self.watch
+        run = self.recipe.run_dir
+        log.say(f"evaluating the checkpoints of {run} beyond step {watch.last_step}")
         while True:
-            if dist.agree(stop.reason is not None or stop.is_late(0.0)):
-                log.say(
-                    f"stopped after step {watch.last_step}, asked by "
-                    f"{stop.reason or 'the end of the job'}"
-                )
+            if dist.agree(self.stop.reason is not None or self.stop.is_late(0.0)):
+                why = self.stop.reason or "the end of the job"
+                log.say(f"stopped after step {watch.last_step}, asked by {why}")
                 return preempt.STOPPED
-            found = dist.from_first(watch.look())
+            found = _look(watch)
             if found == "finished":
                 log.say(f"the run is finished, and evaluated up to step {watch.last_step}")
                 return preempt.FINISHED
@@ -296,39 +346,59 @@ def _follow(
             if found == "wait":
                 time.sleep(poll_s)
                 continue
-            begin, step = time.monotonic(), int(found.name.removeprefix("step-"))
-            try:
-                problem = None
-                models = networks(recipe, checkpoint.open_verified_together(found))
-            except (checkpoint.CheckpointError, OSError) as error:
-                problem = str(error)
-            told = [text for text in dist.gather(problem) if text]
-            if told:
-                gone = (
-                    ""
-                    if found.exists()
-                    else "; it was pruned meanwhile, checkpoint.keep and keep_every keep more"
-                )
-                log.event("passed_over", step=step, reason=told[0])
-                log.say(f"step {step} is left out: {told[0]}{gone}")
-                watch.last_step = step
-                continue
-            try:
-                rows, linear = answer(recipe, sets, models, stop)
-            except Stopped:
-                continue
-            if dist.agree(lease is not None and lease.lost):
-                raise LeaseLost(
-                    f"another side-car took the evaluation of {recipe.run_dir} over; this one stops"
-                )
-            more = {"logistic": linear} if linear else {}
-            log.event("evaluate", step=step, knn=rows, **more, seconds=time.monotonic() - begin)
-            log.sync()
-            for name, row in rows.items():
-                log.scalars(f"knn_{name}", {f"k{k}": accuracy for k, accuracy in row.items()}, step)
-            log.scalars("logistic", linear, step)
-            log.say(f"k-NN at step {step}, top-1 in %\n{knn_table(rows, linear)}")
-            watch.last_step = step
+            assert isinstance(found, Path)
+            self.evaluate(found)
+
+    def evaluate(self, path: Path) -> None:
+        """Evaluate a checkpoint and write it down, or say why it is left out. Not done where a
+        stop is asked for meanwhile: the caller sees that.
+
+        Raises:
+            LeaseLost: on every rank.
+        """
+        begin = time.monotonic()
+        step = checkpoint.step_of(path)
+        assert step is not None
+        models = self._models(path, step)
+        if models is None:
+            self.watch.last_step = step
+            return
+        try:
+            rows, linear = answer(self.recipe, self.sets, models, self.stop)
+        except Stopped:
+            return
+        if dist.agree(self.lease is not None and self.lease.lost):
+            raise LeaseLost(
+                f"another side-car took the evaluation of {self.recipe.run_dir} over; this one "
+                "stops"
+            )
+        more = {"logistic": linear} if linear else {}
+        seconds = time.monotonic() - begin
+        self.log.event("evaluate", step=step, knn=rows, **more, seconds=seconds)
+        self.log.sync()
+        for name, row in rows.items():
+            curves = {f"k{k}": accuracy for k, accuracy in row.items()}
+            self.log.scalars(f"knn_{name}", curves, step)
+        self.log.scalars("logistic", linear, step)
+        self.log.say(f"k-NN at step {step}, top-1 in %\n{knn_table(rows, linear)}")
+        self.watch.last_step = step
+
+    def _models(self, path: Path, step: int) -> dict[str, Network] | None:
+        """The networks of a checkpoint; None where it is left out."""
+        models, problem = None, None
+        try:
+            models = networks(self.recipe, checkpoint.open_verified_together(path))
+        except (checkpoint.CheckpointError, OSError) as error:
+            problem = str(error)
+        told = [text for text in dist.gather(problem) if text]
+        if not told:
+            return models
+        gone = ""
+        if not path.exists():
+            gone = "; it was pruned meanwhile, checkpoint.keep and keep_every keep more"
+        self.log.event("passed_over", step=step, reason=told[0])
+        self.log.say(f"step {step} is left out: {told[0]}{gone}")
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -341,13 +411,7 @@ def run(asked: Asked) -> int:
     stop = preempt.StopRequest()
     try:
         dist.start(required=False)
-        status = follow(
-            asked.run,
-            asked.overrides,
-            stop,
-            patience_s=asked.patience_s,
-            poll_s=asked.poll_s,
-        )
+        status = follow(asked, stop)
     except (Refused, LeaseLost) as error:
         say_error(error)
         status = preempt.REFUSED if isinstance(error, Refused) else preempt.FAILED

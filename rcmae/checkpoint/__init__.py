@@ -34,6 +34,7 @@ from rcmae.checkpoint.reader import (
     load,
     newest_together,
     open_verified_together,
+    seen_by_first,
     tensor_of,
     whole_tensors,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "prune",
     "read_manifest",
     "sealed",
+    "seen_by_first",
     "start_from",
     "step_folders",
     "step_name",

@@ -68,13 +68,13 @@ def newest_together(root: Path) -> tuple[Manifest | None, list[str]]:
         Refused, CheckpointError: on every rank; rank 0 cannot read the folder or the leases.
     """
     passed_over: list[str] = []
-    for name in _seen_by_first(lambda: [path.name for path in reversed(step_folders(root))]):
+    for name in seen_by_first(lambda: [path.name for path in reversed(step_folders(root))]):
         try:
             manifest = open_verified_together(root / name)
         except CheckpointError as error:
             passed_over.append(str(error))
             continue
-        held = _seen_by_first(lambda: fence(root.parent))
+        held = seen_by_first(lambda: fence(root.parent))
         if held.allows(manifest.generation, manifest.step):
             return manifest, passed_over
         passed_over.append(fenced_off(manifest))
@@ -90,7 +90,7 @@ def find_checkpoint_together(path: Path) -> tuple[Manifest, list[str]]:
         Refused: on every rank; there is no checkpoint.
         CheckpointError: on every rank; none is valid.
     """
-    folders = _seen_by_first(lambda: checkpoint_folders(path))
+    folders = seen_by_first(lambda: checkpoint_folders(path))
     if folders == [path]:
         return open_verified_together(path), []
     root = folders[0].parent
@@ -100,7 +100,7 @@ def find_checkpoint_together(path: Path) -> tuple[Manifest, list[str]]:
     return found, passed_over
 
 
-def _seen_by_first(look: Callable[[], _T]) -> _T:
+def seen_by_first(look: Callable[[], _T]) -> _T:
     """What rank 0 sees on a disk, on every rank; it alone looks. Collective: every rank calls.
 
     Raises:
