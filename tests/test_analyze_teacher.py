@@ -15,19 +15,32 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from rcmae.commands import analyze_teacher as command
 from rcmae.data.batch import Batch
+from rcmae.evaluation.teacher_analysis.gradients import (
+    OTHER,
+    REMASKED,
+    SAME,
+    Networks,
+    Step,
+    by_layer,
+    gradients,
+    layers,
+    taken_back,
+)
+from rcmae.evaluation.teacher_analysis.linear import Descent, linear_model
+from rcmae.evaluation.teacher_analysis.run import OTHERS_EACH
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
 from rcmae.objectives.terms import Sum
 from rcmae.planning.live import made_up_batch
 from runs import Folder
-from tools import analyze_teacher as tool
 
 OBJECTIVE = new("rcmae")
 
 
 @pytest.fixture
-def networks() -> tool.Networks:
+def networks() -> Networks:
     student = MaskedAutoencoder(
         image_size=(16, 16),
         patch_size=4,
@@ -44,11 +57,11 @@ def networks() -> tool.Networks:
         param.data.add_(
             torch.randn(param.shape, generator=generator, dtype=torch.float64), alpha=0.05
         )
-    return tool.Networks(student, copy.deepcopy(student))
+    return Networks(student, copy.deepcopy(student))
 
 
 @pytest.fixture
-def batch(networks: tool.Networks) -> Batch:
+def batch(networks: Networks) -> Batch:
     found = made_up_batch(networks.student, 3, torch.device("cpu"))
     return Batch(
         found.images.double(),
@@ -65,12 +78,10 @@ def weights(model: MaskedAutoencoder) -> Tensor:
     return parameters_to_vector(model.parameters()).detach()
 
 
-def test_a_teacher_that_is_the_student_pulls_at_nothing(
-    networks: tool.Networks, batch: Batch
-) -> None:
-    found = tool.gradients(OBJECTIVE, *networks, batch)
+def test_a_teacher_that_is_the_student_pulls_at_nothing(networks: Networks, batch: Batch) -> None:
+    found = gradients(OBJECTIVE, networks, batch)
     assert not found["consistency"].any()
-    rows = tool.by_layer(found, 1.0, tool.layers(networks.student))
+    rows = by_layer(found, 1.0, layers(networks.student))
     assert list(rows) == [
         "all",
         "embedding",
@@ -84,22 +95,22 @@ def test_a_teacher_that_is_the_student_pulls_at_nothing(
     assert all(row == {"cosine": 0.0, "ratio": 0.0} for row in rows.values())
 
 
-def test_the_terms_gradients_add_up_to_the_trainings(networks: tool.Networks, batch: Batch) -> None:
+def test_the_terms_gradients_add_up_to_the_trainings(networks: Networks, batch: Batch) -> None:
     with torch.no_grad():
         for param in networks.teacher.parameters():
             param.mul_(1.01)
-    found = tool.gradients(OBJECTIVE, *networks, batch)
+    found = gradients(OBJECTIVE, networks, batch)
     pred = networks.student(batch.images, batch.ids_shuffle, batch.num_visible)
-    taught = networks.teacher(batch.images, batch.ids_shuffle, batch.num_visible).detach()
-    (pred - taught).square().mean().backward()
+    teacher_pred = networks.teacher(batch.images, batch.ids_shuffle, batch.num_visible).detach()
+    (pred - teacher_pred).square().mean().backward()
     wanted = torch.cat(
         [param.grad.flatten() for param in networks.student.parameters() if param.grad is not None]
     )
     torch.testing.assert_close(found["consistency"], wanted)
-    layers = tool.layers(networks.student)
-    assert torch.stack(list(layers.values())).sum(0).eq(1).all(), "each parameter is of one layer"
-    rows = tool.by_layer(found, 2.0, layers)
-    squares = sum(float(found["consistency"][mask].square().sum()) for mask in layers.values())
+    parts = layers(networks.student)
+    assert torch.stack(list(parts.values())).sum(0).eq(1).all(), "each parameter is of one layer"
+    rows = by_layer(found, 2.0, parts)
+    squares = sum(float(found["consistency"][mask].square().sum()) for mask in parts.values())
     assert rows["all"]["ratio"] == pytest.approx(
         2 * squares**0.5 / float(found["reconstruction"].norm())
     )
@@ -107,7 +118,7 @@ def test_the_terms_gradients_add_up_to_the_trainings(networks: tool.Networks, ba
 
 
 def test_what_a_step_is_taken_back_by_is_the_curvature_along_it(
-    networks: tool.Networks, batch: Batch
+    networks: Networks, batch: Batch
 ) -> None:
     """A small step's consistency gradient is the Gauss-Newton matrix times the step: here by how
     predictions move.
@@ -117,7 +128,7 @@ def test_what_a_step_is_taken_back_by_is_the_curvature_along_it(
     )
     at, student = weights(networks.student), copy.deepcopy(networks.student)
     one, other = batch.part(slice(0, 1)), batch.part(slice(1, 2))
-    gradient = tool.gradients(reconstruction, *networks, one)["reconstruction"]
+    gradient = gradients(reconstruction, networks, one)["reconstruction"]
 
     @torch.no_grad()
     def predicted(params: Tensor, each: Batch) -> Tensor:
@@ -130,7 +141,7 @@ def test_what_a_step_is_taken_back_by_is_the_curvature_along_it(
             predicted(at + 1e-4 * gradient, each) - predicted(at - 1e-4 * gradient, each)
         ) / 2e-4
         wanted = 2 * float(change.square().mean() / gradient.square().sum())
-        share, against = tool.taken_back(consistency, networks, at, gradient, 1e-5, each)
+        share, against = taken_back(consistency, networks, Step(at, gradient, 1e-5), each)
         assert share == pytest.approx(wanted, rel=1e-3)
         assert 0 < against <= 1
         shares[name] = share
@@ -145,9 +156,7 @@ def test_the_linear_models_gradients_are_those_of_autograd_and_of_the_algebra() 
         torch.stack([torch.randperm(8, generator=draw) for _ in images]) for _ in range(2)
     )
     steps, rate, momentum = 12, 0.4, 0.9
-    found = tool.linear_model(
-        images, ids, other_ids, 3, steps=steps, rate=rate, momentum=momentum, seed=7
-    )
+    found = linear_model(images, ids, other_ids, 3, Descent(steps, rate, momentum, seed=7))
     order = torch.randint(5, (steps + 1,), generator=torch.Generator().manual_seed(7)).tolist()
     student, teacher = (
         torch.zeros(8, 8, dtype=torch.float64, requires_grad=each) for each in (True, False)
@@ -169,9 +178,7 @@ def test_the_linear_models_gradients_are_those_of_autograd_and_of_the_algebra() 
         with torch.no_grad():
             student -= rate * gradient
             teacher = momentum * teacher + (1 - momentum) * student
-        kinds = [(tool.SAME, a), (tool.REMASKED, remasked[now])] + [(tool.OTHER, inputs[after])] * (
-            now != after
-        )
+        kinds = [(SAME, a), (REMASKED, remasked[now])] + [(OTHER, inputs[after])] * (now != after)
         for kind, b in kinds:
             point = next(points)
             consistency = (student @ b - teacher @ b).square().sum() / 2
@@ -198,18 +205,18 @@ def test_the_page_of_a_run(
 ) -> None:
     before = sorted(uninterrupted.path.rglob("*"))
     given = ["--images", "8", "--pairs", "3", "--out", str(tmp_path)]
-    assert tool.main([str(uninterrupted.path), *given]) == 0
+    assert command.main([str(uninterrupted.path), *given]) == 0
     said = capsys.readouterr().out
     told = json.loads((tmp_path / "teacher.json").read_text())
     assert [each["step"] for each in told["checkpoints"]] == [10, 20]
     for each in told["checkpoints"]:
-        assert each["taken_back"][tool.SAME] == {"q1": 1.0, "median": 1.0, "q3": 1.0}
+        assert each["taken_back"][SAME] == {"q1": 1.0, "median": 1.0, "q3": 1.0}
         assert each["layers"]["all"]["ratio"] > 0
-        assert each["own_teacher"][tool.SAME]["with_way_gone"] > 0, (
+        assert each["own_teacher"][SAME]["with_way_gone"] > 0, (
             "a teacher behind its student pulls it back"
         )
         assert f"{each['layers']['all']['cosine']:.3f}" in said
-    assert len(told["pairs"]) == 3 * (2 + tool.OTHERS_EACH)
+    assert len(told["pairs"]) == 3 * (2 + OTHERS_EACH)
     assert told["linear_model"]["error"] < 1e-9
     assert np.asarray(Image.open(tmp_path / "teacher.png")).std() > 10, "something is drawn"
     assert sorted(uninterrupted.path.rglob("*")) == before
@@ -228,6 +235,6 @@ def test_what_cannot_be_analysed_is_refused(
         ([str(uninterrupted.path), "--pairs", "1"], "--pairs want 2 or more"),
         ([str(uninterrupted.path), "--shards", str(tmp_path / "gone.tar")], "gone.tar"),
     ):
-        assert tool.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 2
         assert why in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
