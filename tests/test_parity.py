@@ -24,6 +24,7 @@ from torch import Tensor
 
 import reference
 import relatives
+from parity.report import CHECKS
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.vit import MaskedAutoencoder
 from reference import Sizes
@@ -885,7 +886,7 @@ def test_numbers_made_another_way_pass(
 
 
 def recorded() -> list[Path]:
-    return [path for path in sorted(GOLDEN.glob("*")) if path.name in tool.CHECKS]
+    return [path for path in sorted(GOLDEN.glob("*")) if path.name in CHECKS]
 
 
 def test_recorded_numbers_pass_where_they_are_at_hand(capsys: pytest.CaptureFixture[str]) -> None:
@@ -894,7 +895,7 @@ def test_recorded_numbers_pass_where_they_are_at_hand(capsys: pytest.CaptureFixt
 
 
 def test_every_check_is_tried_here() -> None:
-    assert list(MAKERS) == list(tool.CHECKS)
+    assert list(MAKERS) == list(CHECKS)
 
 
 def perturb(folder: Path, file: str, key: str) -> None:

@@ -35,10 +35,8 @@ from rcmae.planning.memory import footprint
 from rcmae.run.folder import versions
 
 RESIDENT, STEP = 0.01, {"cpu": 0.15, "cuda": 0.10}  # relative tolerances
-KEPT, RECOMPUTED = (
-    ("engine.activation_checkpointing=none",),
-    ("engine.activation_checkpointing=torch",),
-)
+KEPT = ("engine.activation_checkpointing=none",)
+RECOMPUTED = ("engine.activation_checkpointing=torch",)
 ENGINES = {
     **{
         f"zero{stage}": ("engine.name=deepspeed", f"engine.config=zero{stage}.json")
@@ -133,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure every case, compare and report; the exit status. Collective: every rank calls."""
     asked = arguments(argv)
     dist.start(required=True)
-    each_rank, cases = f"batch.images={asked.images * dist.world()}", {}
+    each_rank = f"batch.images={asked.images * dist.world()}"
+    cases = {}
     try:
         for name, overrides in asked.cases.items():
             whole = [each_rank, f"batch.per_device={asked.images}", *asked.overrides, *overrides]

@@ -79,7 +79,8 @@ def quality(order: NDArray[np.int64], epoch: Epoch) -> dict[str, float]:
     total = epoch.shards * epoch.samples
     place = np.full(total, -1)
     place[order] = np.arange(len(order))
-    here, following = place[:-1], place[1:]
+    here = place[:-1]
+    following = place[1:]
     pairs = (here >= 0) & (following >= 0) & ((np.arange(1, total) % epoch.samples) != 0)
     apart = np.abs(here - following)[pairs] / epoch.batch
     batches = order.reshape(-1, epoch.batch)

@@ -232,7 +232,8 @@ class Bench:
     def step(self, variant: Variant, watch: Watch) -> None:
         """One whole step: losses, gradients, update, teacher."""
         with self._mode(variant):
-            plain, has_teacher = variant.path == "plain", variant.objective != "mae"
+            plain = variant.path == "plain"
+            has_teacher = variant.objective != "mae"
             objective: Objective = new(variant.objective)
             if plain:
                 objective = PlainObjective(has_teacher)
@@ -355,7 +356,8 @@ def measure_times(
     """Each variant's rounds (phase -> seconds, "step" the whole), and each precision's products
     in FLOP/s.
     """
-    benches, precisions = {}, sorted({variant.precision for variant in variants})
+    benches = {}
+    precisions = sorted({variant.precision for variant in variants})
     for precision, bootmae in sorted({(v.precision, v.objective == "bootmae") for v in variants}):
         alike = [
             v
@@ -556,7 +558,8 @@ def describe(
 
 def print_report(report: dict[str, Any]) -> None:
     """The figures as tables."""
-    settings, machine = report["settings"], report["hardware"]
+    settings = report["settings"]
+    machine = report["hardware"]
     print(
         f"{settings['model']}, {settings['image_size']} px, batch {settings['batch']}, "
         f"medians of {settings['steps']} "
@@ -661,7 +664,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if asked.quick:
-        asked.image_size, asked.batch, asked.steps, asked.warmup = 32, 2, 2, 1
+        asked.image_size = 32
+        asked.batch = 2
+        asked.steps = 2
+        asked.warmup = 1
     for name in ("image_size", "batch", "steps", "warmup", "threads"):
         value = getattr(asked, name)
         if value is not None and value < (0 if name == "warmup" else 1):

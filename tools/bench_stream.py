@@ -59,7 +59,8 @@ import webdataset  # noqa: E402
 from torchvision import transforms  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 BATCH = 32
 PACKAGES = ("torch", "torchvision", "pillow", "simplejpeg", "webdataset")
 QUALITY = 90
@@ -106,7 +107,8 @@ def likeness(files: list[bytes], transform: TrainTransform) -> dict[str, float]:
     less than full size.
     """
     height, width = transform.image_size
-    found, shrunk = [], 0
+    found = []
+    shrunk = 0
     for position, data in enumerate(files):
         view = transform(data, 0, position)
         top, left, rows, columns, flipped = view.crop
@@ -152,7 +154,8 @@ def one_core(
     files: list[bytes], folder: Path, index: ShardIndex, size: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Images per CPU second of each side, and its ratio to torchvision's."""
-    transform, theirs = TrainTransform((size, size)), theirs_of(size)
+    transform = TrainTransform((size, size))
+    theirs = theirs_of(size)
     images = ImageFolder(str(folder / "images"), theirs)
     steps = len(files) // BATCH
     stream = stream_of(index, transform, 0)

@@ -328,7 +328,8 @@ def kill(
 
     What was hit, and whether it ends as an untouched one.
     """
-    draw, (world, engine) = random.Random(seed), LAYOUTS[layout]
+    draw = random.Random(seed)
+    world, engine = LAYOUTS[layout]
     plan = draw.sample(moments(times), times)
     hits: Counter[str] = Counter()
     resumed = anew = finished_before = 0
@@ -336,7 +337,9 @@ def kill(
     checks: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        log, run, oracle = root / "log", root / "run", root / "untouched"
+        log = root / "log"
+        run = root / "run"
+        oracle = root / "untouched"
 
         def job(where: Path) -> list[list[str]]:
             fixed = [
@@ -358,7 +361,8 @@ def kill(
                 if finished(run):  # the drill is longer than the training
                     checks.append(compare(run, oracle))
                     shutil.rmtree(run)
-                begun, committed = len(starts_of(run)), last_step(run)
+                begun = len(starts_of(run))
+                committed = last_step(run)
                 die = (
                     f"{phase}@{draw.randrange(world) if phase in BY_ANY_RANK else 0}"
                     if phase
@@ -381,7 +385,8 @@ def kill(
                         f"step {committed} was committed, but it went on from "
                         f"{event}:\n{ranks.said()}"
                     )
-            resumed, anew = resumed + (committed > 0), anew + (committed == 0)
+            resumed = resumed + (committed > 0)
+            anew = anew + (committed == 0)
         begun = len(starts_of(run))
         if not finished(run):
             Ranks(world, job(run), log).succeed()
@@ -423,9 +428,11 @@ def strike(draw: random.Random, ranks: Ranks, run: Path, begun: int, step_s: flo
         begun: starts that the run had before this one.
         step_s: seconds of a step.
     """
-    moment, wait = "at a random moment", draw.uniform(0, 60) * step_s
+    moment = "at a random moment"
+    wait = draw.uniform(0, 60) * step_s
     if draw.random() < 0.15:
-        moment, wait = "while it started", draw.uniform(0.0, 3.0)
+        moment = "while it started"
+        wait = draw.uniform(0.0, 3.0)
     while ranks.running() and moment == "at a random moment" and len(starts_of(run)) == begun:
         time.sleep(0.005)
     until = time.monotonic() + wait
@@ -482,10 +489,8 @@ def compare(run: Path, oracle: Path) -> dict[str, Any]:
         for key in keys:
             a, b = (checkpoint.tensor_of(each, key).double() for each in (mine, theirs))
             equal = equal and torch.equal(a, b)
-            difference, norm = (
-                difference + float((a - b).square().sum()),
-                norm + float(b.square().sum()),
-            )
+            difference = difference + float((a - b).square().sum())
+            norm = norm + float(b.square().sum())
         distances[kind] = (difference / norm) ** 0.5 if norm else 0.0
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -520,7 +525,8 @@ def matrix(
         "schedule.steps=20",
         *overrides,
     ]
-    begin, bounds = time.monotonic(), BOUNDS[precision]
+    begin = time.monotonic()
+    bounds = BOUNDS[precision]
     savers, loaders = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -561,9 +567,12 @@ def matrix(
 
 def judge(run: Path, fp32: Path, same: Path, bounds: dict[str, float]) -> dict[str, Any]:
     """What a resumed run's last ten steps are, beside uninterrupted ones."""
-    wanted, got, after = losses(fp32), losses(run), compare(run, same)
+    wanted = losses(fp32)
+    got = losses(run)
+    after = compare(run, same)
     worst = max(abs(got[step] - wanted[step]) / abs(wanted[step]) for step in range(11, 21))
-    same_samples, teacher = samples(run) == samples(fp32), after["relative_l2"]["teacher"]
+    same_samples = samples(run) == samples(fp32)
+    teacher = after["relative_l2"]["teacher"]
     fine = (
         worst < bounds["loss"]
         and teacher < bounds["teacher"]
@@ -587,7 +596,8 @@ def cost(recipe: str, layout: str, overrides: Sequence[str], rounds: int = 2) ->
     beside the formula.
     """
     world, engine = LAYOUTS[layout]
-    every, saves = 3, 3
+    every = 3
+    saves = 3
     seen: dict[str, list[dict[str, Any]]] = {"background": [], "waiting": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

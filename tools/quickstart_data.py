@@ -99,7 +99,8 @@ def quickstart_data(out: Path) -> dict[str, Any]:
         OSError: OUT cannot be a folder.
     """
     out.mkdir(parents=True, exist_ok=True)  # before the work of cutting
-    photos, class_file = photographs(), out / "classes.txt"
+    photos = photographs()
+    class_file = out / "classes.txt"
     ours = class_file.exists() and class_file.read_text().split() == sorted(photos)
     others = (
         []

@@ -154,7 +154,8 @@ def _print_memory(report: dict[str, Any], console: Console) -> None:
     for name in ("engine", *short, "needed", "batch <=", "recomp.", "batch <="):
         table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
     for row in report["memory"]:
-        kept, again = row["kept"], row["recomputed"]
+        kept = row["kept"]
+        again = row["recomputed"]
         table.add_row(
             row["engine"] + (" *" if row["own"] else ""),
             *(f"{kept['at_peak'][kind] / GIB:.2f}" for kind in kinds),
@@ -173,7 +174,8 @@ def _needed(way: dict[str, Any]) -> str:
 
 def _lines(report: dict[str, Any]) -> dict[str, str]:
     """A line of text for each section of the report but the memory."""
-    sizes, rate = report["sizes"], report["speed"]
+    sizes = report["sizes"]
+    rate = report["speed"]
     saved = report["checkpoint"]
     return {
         "batch": f"{sizes['images_per_step']} images = {sizes['world']} ranks x "
@@ -254,7 +256,8 @@ def _markdown_row(report: dict[str, Any]) -> list[str]:
         return [*cells, "; ".join(report["problems"]), *empty]
     own = next(row for row in report["memory"] if row["own"])
     way = own["kept" if report["activation_checkpointing"] == "none" else "recomputed"]
-    sizes, rate = report["sizes"], report["speed"]
+    sizes = report["sizes"]
+    rate = report["speed"]
     return [
         *cells,
         f"{way['needed'] / GIB:.1f} of {site['gpu_bytes'] / GIB:.1f}",

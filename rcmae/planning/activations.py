@@ -129,7 +129,8 @@ class _Blocks:
 def _decoder(model: Network, num_visible: int, blocks: _Blocks, teacher: bool) -> list[Part]:
     """MAE's decoder and the loss."""
     assert isinstance(model, MaskedAutoencoder)
-    sizes, width = model.sizes, blocks.width
+    sizes = model.sizes
+    width = blocks.width
     visible = model.num_prefix + num_visible
     hidden = model.num_patches - num_visible
     tokens = model.decoder_prefix + model.num_patches
@@ -161,16 +162,19 @@ def _pixel_loss(values: int, width: int, teacher: bool) -> Part:
     # kept in fp32: the target, and the predictions, which in bf16 each term widens for itself;
     # passing: those in bf16, and a term's temporaries
     if width == FP32:
-        widened, narrow = (2 if teacher else 1), 0
+        widened = 2 if teacher else 1
+        narrow = 0
     else:
-        widened, narrow = (3 if teacher else 1), (2 if teacher else 1)
+        widened = 3 if teacher else 1
+        narrow = 2 if teacher else 1
     return Part("loss", 0, values * FP32 * (1 + widened), values * (8 + narrow * width))
 
 
 def _regressors(model: Network, num_visible: int, blocks: _Blocks, teacher: bool) -> list[Part]:
     """BootMAE's two regressors and the loss, patches weighted as published."""
     assert isinstance(model, BootstrappedAutoencoder)
-    sizes, width = model.sizes, blocks.width
+    sizes = model.sizes
+    width = blocks.width
     visible = 1 + num_visible
     hidden = model.num_patches - num_visible
     dim = sizes["embed_dim"]
@@ -206,7 +210,8 @@ def _regressor(
     named = dict(model.named_children())
     if f"decode_blocks{of.suffix}" not in named:
         return []
-    sizes, width = model.sizes, blocks.width
+    sizes = model.sizes
+    width = blocks.width
     tokens = 1 + model.num_patches
     visible = tokens - hidden
     mask_token = getattr(model, f"mask_token{of.suffix}")

@@ -162,7 +162,8 @@ def check_clocks(skew: Sequence[float], hosts: Sequence[str]) -> Finding:
 def check_shared(folder: Path, wait_s: float = 5.0) -> Finding:
     """That all ranks see one folder. Collective: every rank calls."""
     token = dist.from_first(secrets.token_hex(8))
-    mark, seen = folder / f".doctor-{token}", False
+    mark = folder / f".doctor-{token}"
+    seen = False
     if dist.rank() == 0:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +208,8 @@ def measure_links(size: int, rounds: int = 5) -> dict[str, float]:
 
     By NCCL's convention: what a link has to carry for it, whatever the number of ranks ("bus
     bandwidth")."""
-    device, world = dist.device(), dist.world()
+    device = dist.device()
+    world = dist.world()
     whole = torch.ones(size // 4 // world * world, device=device)
     part = whole[: len(whole) // world].clone()
     share = {"all-reduce": 2 * (world - 1) / world, "all-gather": (world - 1) / world}

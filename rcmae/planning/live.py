@@ -125,7 +125,8 @@ def measure(recipe: Recipe) -> dict[str, int]:
     Collective: every rank calls.
     """
     sizes = config.resolve(recipe, world=dist.world(), samples_per_epoch=recipe.batch.images)
-    objective, engine_config = make_objective(recipe, sizes), {}
+    objective = make_objective(recipe, sizes)
+    engine_config = {}
     if recipe.engine.name == "deepspeed":
         from rcmae.engines.deepspeed import read_config
 

@@ -162,7 +162,8 @@ class _Step:
             )
 
     def _backward_of(self, index: int, before: int, saved: float) -> None:
-        engine, part = self.engine, self.parts[index]
+        engine = self.engine
+        part = self.parts[index]
         done = before + part.params
         reduced, flushed = done, 0  # elements
         if engine.buckets.elements:
@@ -186,7 +187,8 @@ class _Step:
         )
 
     def _reduction_of(self, index: int, before: int, saved: float) -> None:
-        engine, part = self.engine, self.parts[index]
+        engine = self.engine
+        part = self.parts[index]
         # else `carried` has them
         whole = engine.gradients.part if self.settings.accumulation == 1 else 0.0
         self.moment(

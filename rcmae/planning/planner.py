@@ -116,7 +116,8 @@ def resolve(recipe: Recipe, site: Site, index: ShardIndex | None) -> Resolved:
     Raises:
         Refused: the batch does not divide, or is larger than an epoch.
     """
-    images, repeats = recipe.batch.images, recipe.data.repeats
+    images = recipe.batch.images
+    repeats = recipe.data.repeats
     if index is not None:
         order = Plan(
             index.counts,

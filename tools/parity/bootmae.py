@@ -33,7 +33,8 @@ def bootmae_limits(fixture: Fixture, precision: str, weighted: bool) -> Limits:
     stated = re.search(r"losses relative (\S+), gradients relative (\S+) of", text)
     if stated is None:
         raise Unusable(f"states no limits for {precision} that can be read: {text!r}")
-    loss, grad = float(stated[1]), float(stated[2])
+    loss = float(stated[1])
+    grad = float(stated[2])
     return Limits(Limit(0.0, loss), Limit(0.0, loss), Limit(0.0, grad), Limit(0.0, loss))
 
 
@@ -46,7 +47,8 @@ def bootmae_forward(fixture: Fixture) -> None:
     low, high = config["fea_list"]
 
     def network(file: str, dtype: torch.dtype) -> BootstrappedAutoencoder:
-        state, problem = fixture.arrays(file), ""
+        state = fixture.arrays(file)
+        problem = ""
         model = BootstrappedAutoencoder(
             image_size=(config["img_size"],) * 2,
             patch_size=config["patch_size"],
@@ -76,10 +78,8 @@ def bootmae_forward(fixture: Fixture) -> None:
         student = network("model.safetensors", dtype)
         teacher = network("ema.safetensors", dtype).requires_grad_(False)
         teacher.keep(("tokens",))
-        inputs, expected = (
-            fixture.arrays("inputs.safetensors"),
-            fixture.arrays("expected.safetensors"),
-        )
+        inputs = fixture.arrays("inputs.safetensors")
+        expected = fixture.arrays("expected.safetensors")
         # the recorded order: what boxes hide comes last, in each part by noise; a roll may follow
         seen_first = (inputs["block_mask"].flatten(1) - inputs["noise"].flatten(1)).argsort(
             dim=1, stable=True
@@ -180,10 +180,8 @@ def check_bootmae_outputs(
     per_row: int,
 ) -> None:
     """Predictions and targets of every hidden patch, of the folder's pictures and features."""
-    limit, patch = (
-        bootmae_limits(fixture, "float64", weighted).activation,
-        fixture.config["patch_size"],
-    )
+    limit = bootmae_limits(fixture, "float64", weighted).activation
+    patch = fixture.config["patch_size"]
     hidden = batch.ids_shuffle[:, batch.num_visible :]
     outputs = student(batch.images, batch.ids_shuffle, batch.num_visible, ("features", "pixels"))
     taught = teacher(batch.images, None, None, ("tokens",))["tokens"]
@@ -234,7 +232,8 @@ def bootmae_schedules(fixture: Fixture) -> None:
         fixture.close("momenta", f"epoch {epoch} from {base}", got, want, limit, "float64")
     stated = fixture.value("cosine_scheduler")
     args = stated["args"]
-    each, warmup = args["niter_per_ep"], args["warmup_epochs"] * args["niter_per_ep"]
+    each = args["niter_per_ep"]
+    warmup = args["warmup_epochs"] * args["niter_per_ep"]
     for index, want in enumerate(stated["values"]):
         # the published table reaches its height one step early and stands on it for two: the
         # warm-up's last is 1 here
@@ -249,7 +248,8 @@ def bootmae_schedules(fixture: Fixture) -> None:
                 min_lr=args["final_value"],
             )
         fixture.close("learning rates", f"step {index}", got, want, limit, "float64")
-    config, masks = fixture.config, fixture.arrays("block_masks.safetensors")["masks"].bool()
+    config = fixture.config
+    masks = fixture.arrays("block_masks.safetensors")["masks"].bool()
     side = config["grid"]
     drawn = BlockMask(
         (side, side),

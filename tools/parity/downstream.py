@@ -38,7 +38,8 @@ def classifier(
     """The package's classifier of the folder's sizes with these weights, and what of them
     matched.
     """
-    config, side = fixture.config, fixture.config["img_size"]
+    config = fixture.config
+    side = fixture.config["img_size"]
     for key, ours in (
         ("layer_norm_eps", kernels.LAYER_NORM_EPS),
         ("qkv_bias", True),
@@ -76,9 +77,12 @@ def vit_finetune(fixture: Fixture) -> None:
     """
     config = fixture.config
     for precision, dtype in PRECISIONS.items():
-        limits, expected = fixture.limits(precision), fixture.arrays("expected.safetensors")
-        inputs, head = fixture.arrays("inputs.safetensors"), fixture.arrays("head.safetensors")
-        images, labels = inputs["images"].to(dtype), inputs["labels"]
+        limits = fixture.limits(precision)
+        expected = fixture.arrays("expected.safetensors")
+        inputs = fixture.arrays("inputs.safetensors")
+        head = fixture.arrays("head.safetensors")
+        images = inputs["images"].to(dtype)
+        labels = inputs["labels"]
         for case in ("gap", "cls"):
             stated = fixture.value(case)
             pool: Pool = "mean" if stated["global_pool"] else "cls"
@@ -198,8 +202,10 @@ def linprobe_lars(fixture: Fixture) -> None:
     """A linear probe: features, steps of LARS, the norm's statistics, then scores."""
     config = fixture.config
     for precision, dtype in PRECISIONS.items():
-        limits, expected = fixture.limits(precision), fixture.arrays("expected.safetensors")
-        inputs, weights = fixture.arrays("inputs.safetensors"), fixture.arrays("vit.safetensors")
+        limits = fixture.limits(precision)
+        expected = fixture.arrays("expected.safetensors")
+        inputs = fixture.arrays("inputs.safetensors")
+        weights = fixture.arrays("vit.safetensors")
         model, _ = classifier(fixture, weights, "mean" if config["global_pool"] else "cls", dtype)
         model.eval()
 
@@ -257,7 +263,8 @@ def lars_steps(fixture: Fixture) -> None:
     """LARS by itself, corner cases too."""
     config = fixture.config
     for precision, dtype in PRECISIONS.items():
-        limits, expected = fixture.limits(precision), fixture.arrays("expected.safetensors")
+        limits = fixture.limits(precision)
+        expected = fixture.arrays("expected.safetensors")
         params = {
             name: nn.Parameter(value.to(dtype))
             for name, value in fixture.arrays("params.safetensors").items()
@@ -289,11 +296,10 @@ def mixup_cutmix(fixture: Fixture) -> None:
         ]
         if not numbers:
             raise Unusable(f"states no limits for {precision}")
-        inputs, expected = (
-            fixture.arrays("inputs.safetensors"),
-            fixture.arrays("expected.safetensors"),
-        )
-        images, labels = inputs["images"].to(dtype), inputs["labels"]
+        inputs = fixture.arrays("inputs.safetensors")
+        expected = fixture.arrays("expected.safetensors")
+        images = inputs["images"].to(dtype)
+        labels = inputs["labels"]
         for case, drawn in fixture.value("drawn").items():
             box = tuple(drawn["bbox_yl_yh_xl_xh"]) if drawn["use_cutmix"] else None
             mix = Mix(drawn["lam_used"], box)

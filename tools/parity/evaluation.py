@@ -16,13 +16,13 @@ from .fixture import PRECISIONS, Fixture
 
 def knn_votes(fixture: Fixture) -> None:
     """Scores, predictions and accuracies of the vote."""
-    config, stated = fixture.config, fixture.value("accuracy")
+    config = fixture.config
+    stated = fixture.value("accuracy")
     for precision, dtype in PRECISIONS.items():
-        inputs, expected = (
-            fixture.arrays("inputs.safetensors"),
-            fixture.arrays("expected.safetensors"),
-        )
-        limits, labels = fixture.limits(precision), inputs["test_labels"]
+        inputs = fixture.arrays("inputs.safetensors")
+        expected = fixture.arrays("expected.safetensors")
+        limits = fixture.limits(precision)
+        labels = inputs["test_labels"]
         votes = knn.votes(
             inputs["train_features"].to(dtype),
             inputs["train_labels"],
@@ -68,7 +68,8 @@ def rollout(fixture: Fixture) -> None:
     # of the class token
     weights = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in weights.items()}
     for precision, dtype in PRECISIONS.items():
-        limits, expected = fixture.limits(precision), fixture.arrays("expected.safetensors")
+        limits = fixture.limits(precision)
+        expected = fixture.arrays("expected.safetensors")
         images = fixture.arrays("inputs.safetensors")["images"].to(dtype)
         model, _ = classifier(fixture, weights, "cls", dtype)
         features = model.forward_head(model(images, what="features"), pre_logits=True)

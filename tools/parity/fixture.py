@@ -198,7 +198,8 @@ class Fixture:
         if not math.isfinite(difference):
             difference = math.inf
         share = difference / allowed if allowed else 0.0 if within else math.inf
-        row.worst, row.of_limit = max(row.worst, difference), max(row.of_limit, share)
+        row.worst = max(row.worst, difference)
+        row.of_limit = max(row.of_limit, share)
 
     def same(self, what: str, name: str, got: Any, want: Any) -> None:
         """Count a comparison of numbers that do not depend on the precision."""

@@ -26,10 +26,8 @@ def mae_forward(fixture: Fixture) -> None:
     for precision, dtype in PRECISIONS.items():
         limits = fixture.limits(precision)
         model = build(fixture, "model.safetensors", dtype)
-        inputs, expected = (
-            fixture.arrays("inputs.safetensors"),
-            dict(fixture.arrays("expected.safetensors")),
-        )
+        inputs = fixture.arrays("inputs.safetensors")
+        expected = dict(fixture.arrays("expected.safetensors"))
         batch = masked(fixture, inputs["images"], inputs["noise"], dtype)
         check_mask(fixture, batch, expected)
         pred = model(batch.images, batch.ids_shuffle, batch.num_visible, "all")
@@ -56,7 +54,8 @@ def mae_forward(fixture: Fixture) -> None:
         train = fixture.config["train"]
         objective = new("mae", norm_pix_loss=train["norm_pix_loss"])
         optimizer = optimizer_for(model, train["weight_decay"])
-        accumulation, per_epoch = train.get("accum_iter", 1), train["iters"]
+        accumulation = train.get("accum_iter", 1)
+        per_epoch = train["iters"]
         if accumulation != 1:
             raise Unusable(f"config.train.accum_iter={accumulation}: this check knows 1")
         for index, row in enumerate(fixture.value("train_rows")):

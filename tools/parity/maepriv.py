@@ -34,11 +34,13 @@ def maepriv_name(name: str) -> str:
 
 def maepriv_pretrain(fixture: Fixture) -> None:
     """Each variant: masks, encoder's and decoder's output, targets, loss and gradients."""
-    config, side = fixture.config, fixture.config["img_size"] // fixture.config["patch_size"]
+    config = fixture.config
+    side = fixture.config["img_size"] // fixture.config["patch_size"]
     for key in ("embed_dim", "depth", "num_heads"):
         config.setdefault(key, config[f"encoder_{key}"])
     for precision, dtype in PRECISIONS.items():
-        limits, inputs = fixture.limits(precision), fixture.arrays("inputs.safetensors")
+        limits = fixture.limits(precision)
+        inputs = fixture.arrays("inputs.safetensors")
         for case, stated in fixture.value("cases").items():
             raw = fixture.arrays(f"{case}.safetensors")
             state = {maepriv_name(name): array for name, array in raw.items()}

@@ -40,7 +40,8 @@ def build(
     ):
         if config.get(key, ours) != ours:
             raise Unusable(f"config.{key}={config[key]}: this package has {ours}")
-    side, state = config["img_size"], fixture.arrays(weights) if state is None else state
+    side = config["img_size"]
+    state = fixture.arrays(weights) if state is None else state
     model = MaskedAutoencoder(
         image_size=(side, side) if isinstance(side, int) else tuple(side),
         patch_size=config["patch_size"],
@@ -101,7 +102,8 @@ def losses(
     progress: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The total loss and each term, normalised as the training loop does."""
-    sums, counts = objective(student, teacher, batch, progress), objective.counts(batch)
+    sums = objective(student, teacher, batch, progress)
+    counts = objective.counts(batch)
     terms = {term: total / counts[term] for term, total in sums.items()}
     return torch.stack(
         [objective.weights[term] * value for term, value in terms.items()]
@@ -120,7 +122,8 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def check_mask(fixture: Fixture, batch: Batch, expected: dict[str, Tensor]) -> None:
     """Polarity and order of what the noise hides."""
     # hidden: [B, L], 1 = not seen
-    ids, hidden = batch.ids_shuffle, torch.ones(batch.ids_shuffle.shape)
+    ids = batch.ids_shuffle
+    hidden = torch.ones(batch.ids_shuffle.shape)
     found = {
         "ids_shuffle": ids,
         "ids_restore": ids.argsort(dim=1),

@@ -38,10 +38,8 @@ def rcmae_forward(fixture: Fixture) -> None:
         limits = fixture.limits(precision)
         student = build(fixture, "student.safetensors", dtype)
         teacher = build(fixture, "teacher.safetensors", dtype).requires_grad_(False)
-        inputs, expected = (
-            fixture.arrays("inputs.safetensors"),
-            dict(fixture.arrays("expected.safetensors")),
-        )
+        inputs = fixture.arrays("inputs.safetensors")
+        expected = dict(fixture.arrays("expected.safetensors"))
         batch = masked(fixture, inputs["images"], inputs["noise"], dtype)
         check_mask(fixture, batch, expected)
         mask = (batch.ids_shuffle, batch.num_visible)
@@ -60,7 +58,8 @@ def rcmae_forward(fixture: Fixture) -> None:
         )
         files = {file: case_of(fixture.meaning(file)) for file in fixture.files("grads.*")}
         for case, stated in fixture.value("cases").items():
-            norm_pix, gamma = stated["norm_pix_loss"], stated["gamma"]
+            norm_pix = stated["norm_pix_loss"]
+            gamma = stated["gamma"]
             objective = new("rcmae", norm_pix_loss=norm_pix, consistency_weight=gamma)
             loss, terms = losses(objective, student, teacher, batch)
             found = {
@@ -110,7 +109,8 @@ def rcmae_train(fixture: Fixture) -> None:
     base, per_epoch, epochs = (
         fixture.config[key] for key in ("momentum_teacher", "iters", "epochs")
     )
-    name, limit = "momentum_schedule", fixture.limits("float64").loss
+    name = "momentum_schedule"
+    limit = fixture.limits("float64").loss
     schedule = [
         published_momentum(index, "cosine", base, per_epoch, epochs)
         for index in range(epochs * per_epoch)
@@ -178,15 +178,18 @@ def train(
     precision: str,
 ) -> None:
     """The recorded micro-steps, compared row by row."""
-    config, limits = fixture.config, fixture.limits(precision)
-    accumulation, per_epoch = config["accum_iter"], config["iters"]
+    config = fixture.config
+    limits = fixture.limits(precision)
+    accumulation = config["accum_iter"]
+    per_epoch = config["iters"]
     if per_epoch % accumulation:
         raise Unusable(f"config.iters={per_epoch} is not divisible by accum_iter={accumulation}")
     objective = new(
         "rcmae", norm_pix_loss=config["norm_pix_loss"], consistency_weight=config["gamma"]
     )
     move_teacher = moving_average(student, teacher)
-    inputs, rows = fixture.arrays("inputs.safetensors"), fixture.value(case.rows)
+    inputs = fixture.arrays("inputs.safetensors")
+    rows = fixture.value(case.rows)
     each = 1 if case.each_micro_step else accumulation
     momenta = []
     for micro, (images, noise) in enumerate(zip(inputs["images"], inputs["noise"], strict=True)):
@@ -194,7 +197,8 @@ def train(
             objective, student, teacher, masked(fixture, images, noise, PRECISIONS[precision])
         )
         (loss / accumulation).backward()
-        step, last = micro // accumulation, (micro + 1) % accumulation == 0
+        step = micro // accumulation
+        last = (micro + 1) % accumulation == 0
         lr = warmup_half_cosine(
             step,
             warmup_steps=config["warmup_epochs"] * per_epoch / accumulation,

@@ -87,7 +87,8 @@ def check(path: Path) -> Verdict:
             f"cannot be computed from what it holds: {type(error).__name__}: {error}"
         )
         return verdict
-    verdict.rows, verdict.left_out = list(fixture.rows.values()), fixture.left_out
+    verdict.rows = list(fixture.rows.values())
+    verdict.left_out = fixture.left_out
     verdict.problems += [f"{name}: no check has looked at it" for name in fixture.unread()]
     failed = verdict.problems or any(row.failures for row in verdict.rows)
     verdict.status = "failed" if failed else "passed"

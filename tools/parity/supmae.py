@@ -49,10 +49,8 @@ def supmae_forward(fixture: Fixture) -> None:
     zero = "cls_head.0.bias" if config["cls_hidden_mlp"] else ""
     for precision, dtype in PRECISIONS.items():
         limits = fixture.limits(precision)
-        inputs, expected = (
-            fixture.arrays("inputs.safetensors"),
-            dict(fixture.arrays("expected.safetensors")),
-        )
+        inputs = fixture.arrays("inputs.safetensors")
+        expected = dict(fixture.arrays("expected.safetensors"))
         for case, stated in fixture.value("losses").items():
             model = build(
                 fixture, "model.safetensors", dtype, class_hidden=config["cls_hidden_mlp"], **head
@@ -177,7 +175,9 @@ def supmae_steps(
     precision: str,
 ) -> None:
     """The recorded training steps, each on its own batch."""
-    config, dtype, limits = fixture.config, PRECISIONS[precision], fixture.limits(precision)
+    config = fixture.config
+    dtype = PRECISIONS[precision]
+    limits = fixture.limits(precision)
     steps = config["train"]
     if steps.get("accum_iter", 1) != 1:
         raise Unusable(f"config.train.accum_iter={steps['accum_iter']}: this check knows 1")
