@@ -39,7 +39,7 @@ class Section(BaseModel):
 
 
 class Reads(NamedTuple):
-    """Outputs of the networks that a loss reads, by the names of `models.vit.Outputs`."""
+    """Outputs of the networks that a loss reads, by the names of `models.protocol.Output`."""
 
     student: tuple[str, ...] = ("pixels",)
     teacher: tuple[str, ...] = ()  # none: it has no teacher
@@ -71,7 +71,7 @@ class ObjectiveOptions(Section):
 
     @property
     def student_outputs(self) -> tuple[str, ...]:
-        """Outputs of the student that the loss reads, by the names of `models.vit.Outputs`."""
+        """Outputs of the student that the loss reads, by the names of `models.protocol.Output`."""
         found = set(getattr(self.own, "reads", Reads()).student)
         for term in self.terms:
             found.update(shipped().terms[term].reads.student)

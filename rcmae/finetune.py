@@ -32,14 +32,16 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask, NoMask
 from rcmae.data.stream import labelled_batches, refuse_unlabelled
 from rcmae.data.transforms import Transform
+from rcmae.data.views import train_transform
 from rcmae.errors import Refused
 from rcmae.evaluation.features import evaluating
 from rcmae.evaluation.pictures import save_png
 from rcmae.evaluation.scores import Scores, classify, confusion_picture, scores_table
 from rcmae.models import kernels
-from rcmae.models.classifier import Classification, Classifier, classifier_flops, fit_weights
+from rcmae.models.build import student_sizes
+from rcmae.models.classifier import Classification, Classifier, fit_weights
+from rcmae.models.flops import classifier_flops
 from rcmae.objectives import Objective
-from rcmae.parts import student_sizes, train_transform
 from rcmae.weights.names import published_names
 from rcmae.weights.reading import read_network_together
 

@@ -35,16 +35,17 @@ from rcmae.config import Recipe
 from rcmae.data.batch import Batch
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
+from rcmae.data.sources import patience
 from rcmae.data.stream import labelled_batches
 from rcmae.data.transforms import Normalise
-from rcmae.engines.engine import DTYPES, cast_params
+from rcmae.engines.protocol import DTYPES
+from rcmae.engines.updates import cast_params
 from rcmae.errors import Refused
 from rcmae.evaluation.features import evaluating, features_of_both, pooled
 from rcmae.evaluation.knn import Rows, knn_rows, knn_table
 from rcmae.evaluation.logistic import logistic_rows
 from rcmae.models import kernels
-from rcmae.models.bootmae import Network
-from rcmae.parts import new_student, patience
+from rcmae.models.build import Network, new_student
 from rcmae.run import preempt
 from rcmae.run.metrics import MetricsLog, events_of
 from rcmae.train import open_index, say_error

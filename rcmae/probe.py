@@ -22,7 +22,9 @@ from rcmae.data.batch import Batch
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask, NoMask
 from rcmae.data.transforms import Transform
-from rcmae.engines.engine import DTYPES, cast_params
+from rcmae.data.views import train_transform
+from rcmae.engines.protocol import DTYPES
+from rcmae.engines.updates import cast_params
 from rcmae.finetune import (
     encoder_sizes,
     judge,
@@ -31,9 +33,10 @@ from rcmae.finetune import (
     start_weights,
     test_set,
 )
-from rcmae.models.classifier import Classifier, Probing, classifier_flops, probe_head
+from rcmae.models.build import student_sizes
+from rcmae.models.classifier import Classifier, Probing, probe_head
+from rcmae.models.flops import classifier_flops
 from rcmae.objectives import Objective
-from rcmae.parts import student_sizes, train_transform
 
 
 class Probe:
@@ -101,9 +104,7 @@ class Probe:
         """Images to pooled features [B, D]."""
         encoder = self.encoder
         assert encoder is not None
-        return lambda images: encoder.forward_head(
-            encoder(images, what="features"), pre_logits=True
-        )
+        return lambda images: encoder.forward_head(encoder.encoded(images), pre_logits=True)
 
     def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
         """None."""

@@ -35,10 +35,12 @@ from rcmae.commands.training import Asked
 from rcmae.config import Recipe, Resolved
 from rcmae.data.batch import NO_LABEL, Batch
 from rcmae.data.cache import Cache, cache_problem, node_cache
+from rcmae.data.device_decode import device_decoder
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.patterns import Patterns
 from rcmae.data.plan import Plan
+from rcmae.data.sources import patience
 from rcmae.data.stream import (
     BadSample,
     Stream,
@@ -47,7 +49,9 @@ from rcmae.data.stream import (
     refuse_unlabelled,
 )
 from rcmae.data.transforms import Normalise, Transform
-from rcmae.engines.engine import Engine
+from rcmae.data.views import train_transform
+from rcmae.engines.build import engine_settings, make_engine
+from rcmae.engines.protocol import Engine
 from rcmae.engines.schedules import teacher_momentum, warmup_half_cosine
 from rcmae.errors import Refused
 from rcmae.evaluation.features import evaluating, features_of_both, pixels, pooled
@@ -55,21 +59,10 @@ from rcmae.evaluation.knn import knn_rows, knn_table
 from rcmae.evaluation.logistic import logistic_rows
 from rcmae.evaluation.pictures import reconstruction_picture, save_png
 from rcmae.models import kernels
-from rcmae.models.bootmae import Network
-from rcmae.objectives import OBJECTIVES, Objective, pixel_options
-from rcmae.parts import (
-    device_decoder,
-    engine_settings,
-    make_engine,
-    make_mask,
-    make_objective,
-    new_network,
-    new_student,
-    new_teacher,
-    patience,
-    step_flops,
-    train_transform,
-)
+from rcmae.models.build import Network, new_network, new_student, new_teacher
+from rcmae.models.flops import step_flops
+from rcmae.objectives import OBJECTIVES, Objective, make_objective, pixel_options
+from rcmae.objectives.masks import make_mask
 from rcmae.run import preempt, startup
 from rcmae.run.folder import (
     choose_checkpoint,
@@ -263,14 +256,14 @@ class Pretraining:
     def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
         """What of the student the objective asks a teacher for."""
         assert isinstance(student, Network)
-        return new_teacher(student, objective)
+        return new_teacher(student, objective.teacher_outputs)
 
     def step_flops(
         self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
     ) -> float:
         """Forward and backward, and the teacher's forward."""
         assert isinstance(student, Network)
-        return step_flops(student, objective, num_visible)
+        return step_flops(student, objective.teacher_outputs, num_visible)
 
     def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
         """As they are."""
@@ -909,7 +902,7 @@ def check(recipe: Recipe, task: Task) -> Checked:
         with problems:
             startup.mark("checks")
             # costs seconds: only where it is used
-            from rcmae.engines.deepspeed import config_problems, read_config
+            from rcmae.engines.deepspeed_config import config_problems, read_config
 
             startup.mark("imports")
             engine_config = read_config(recipe.engine.config or "")

@@ -100,8 +100,10 @@ def test_the_terms_gradients_add_up_to_the_trainings(networks: Networks, batch: 
         for param in networks.teacher.parameters():
             param.mul_(1.01)
     found = gradients(OBJECTIVE, networks, batch)
-    pred = networks.student(batch.images, batch.ids_shuffle, batch.num_visible)
-    teacher_pred = networks.teacher(batch.images, batch.ids_shuffle, batch.num_visible).detach()
+    pred = networks.student(batch.images, batch.ids_shuffle, batch.num_visible)["pixels"]
+    teacher_pred = networks.teacher(batch.images, batch.ids_shuffle, batch.num_visible)[
+        "pixels"
+    ].detach()
     (pred - teacher_pred).square().mean().backward()
     wanted = torch.cat(
         [param.grad.flatten() for param in networks.student.parameters() if param.grad is not None]
@@ -133,7 +135,7 @@ def test_what_a_step_is_taken_back_by_is_the_curvature_along_it(
     @torch.no_grad()
     def predicted(params: Tensor, each: Batch) -> Tensor:
         vector_to_parameters(params, student.parameters())
-        return student(each.images, each.ids_shuffle, each.num_visible)
+        return student(each.images, each.ids_shuffle, each.num_visible)["pixels"]
 
     shares = {}
     for name, each in (("one", one), ("other", other)):

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from rcmae import checkpoint
 from rcmae.checkpoint import retention
 from rcmae.checkpoint.lease import LeaseLost
-from rcmae.engines.engine import LocalEngine, Settings
+from rcmae.engines.local import LocalEngine
+from rcmae.engines.protocol import EngineSettings
 from rcmae.models.vit import MaskedAutoencoder
 from runs import Folder, distance, equal, start
 from tests.conftest import ROOT, Ranks
@@ -629,7 +630,7 @@ def engine() -> LocalEngine:
         )
         for _ in range(2)
     )
-    return LocalEngine(student, teacher, Settings())
+    return LocalEngine(student, teacher, EngineSettings())
 
 
 def live(engine: LocalEngine) -> dict[str, torch.Tensor]:
@@ -758,7 +759,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
         decoder_depth=1,
         decoder_heads=2,
     )
-    other = LocalEngine(deeper, None, Settings())
+    other = LocalEngine(deeper, None, EngineSettings())
     with pytest.raises(
         checkpoint.CheckpointError, match=r"does not fit the model: weight/blocks\.2"
     ):

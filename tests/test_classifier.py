@@ -9,11 +9,11 @@ from rcmae.data.batch import Batch
 from rcmae.models.classifier import (
     Classification,
     Classifier,
-    classifier_flops,
     drop_path_draws,
     fit_weights,
     resample_positions,
 )
+from rcmae.models.flops import classifier_flops
 from rcmae.models.vit import MaskedAutoencoder
 
 import timm
@@ -55,9 +55,7 @@ def test_an_encoder_gives_its_own_features_in_the_classifier() -> None:
     assert fit.fresh == ("head.weight", "head.bias")
     assert all(name.startswith(("decoder", "mask_token")) for name in fit.unused)
     assert fit.resampled is None
-    torch.testing.assert_close(
-        model(images, what="features"), encoder(images, what="features"), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(model.encoded(images), encoder.encoded(images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("pool", "theirs"), [("mean", "avg"), ("cls", "token")])

@@ -16,8 +16,8 @@ from rcmae.checkpoint import newest_unverified, tensor_of
 from rcmae.commands import export as export_tool
 from rcmae.commands import visualize
 from rcmae.config import load
+from rcmae.models.build import new_network
 from rcmae.models.classifier import Classifier, fit_weights
-from rcmae.parts import new_network
 from rcmae.weights.conversion import convert
 from rcmae.weights.encoder import load_encoder
 from rcmae.weights.names import published_names
@@ -96,7 +96,7 @@ def test_an_encoder_is_that_of_the_run_whatever_it_learnt(
                 state[name] = tensor_of(manifest, key).view(state[name].shape)
         own.load_state_dict(state)
         with torch.no_grad():
-            wanted = own.eval()(images, what="features")[:, 1:].mean(1)
+            wanted = own.eval().encoded(images)[:, 1:].mean(1)
             torch.testing.assert_close(
                 load_encoder(tmp_path / "run", network=which)(images), wanted
             )

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcmae import config, train
-from rcmae.models.vit import ARCHITECTURES
+from rcmae.models.sizes import ARCHITECTURES
 from rcmae.tasks import task_of
 
 SHIPPED = sorted(path.stem for path in config.RECIPES.glob("*.yaml"))

@@ -185,7 +185,7 @@ def test_onnxruntime_computes_the_same_features(file: Path, tmp_path: Path) -> N
 def test_an_encoder_in_ones_own_code(file: Path, model: MaskedAutoencoder) -> None:
     encoder, images = rcmae.load_encoder(file, num_heads=4), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        tokens = model(images, what="features")
+        tokens = model.encoded(images)
         torch.testing.assert_close(encoder.forward_features(images), tokens, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(encoder(images), tokens[:, 1:].mean(1), rtol=1e-5, atol=1e-5)
         cls = rcmae.load_encoder(file, num_heads=4, pool="cls")(images)

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from rcmae import checkpoint
-from rcmae.engines.engine import LocalEngine, Settings
-from rcmae.engines.optim import ENCODER
+from rcmae.engines.local import LocalEngine
+from rcmae.engines.protocol import EngineSettings
+from rcmae.models.protocol import PUBLISHED
 from tests.conftest import Ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
 STAGES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 # the released weights'
-PUBLISHED = ("teacher.update=micro_step", "teacher.schedule=published", "teacher.momentum=0.9")
+AS_PUBLISHED = ("teacher.update=micro_step", "teacher.schedule=published", "teacher.momentum=0.9")
 
 
 def engine_of(stage: str) -> list[str]:
@@ -83,7 +84,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for stage in STAGES
         ),
         *(
-            job(f"{stage}-micro", *engine_of(stage), *fp32, *PUBLISHED, "batch.per_device=8")
+            job(f"{stage}-micro", *engine_of(stage), *fp32, *AS_PUBLISHED, "batch.per_device=8")
             for stage in STAGES
         ),
     ]
@@ -92,7 +93,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("local-fp32-2", *fp32, "batch.per_device=16"),
         job("local-bf16", *bf16),
         job("local-fp32-long", "engine.precision=fp32", "schedule.steps=40"),
-        job("local-micro", *fp32, *PUBLISHED, "batch.per_device=16"),
+        job("local-micro", *fp32, *AS_PUBLISHED, "batch.per_device=16"),
     ]
     started = [
         Ranks([sys.executable, str(PROGRAMS / "train_many.py"), json.dumps(jobs)], world, root)
@@ -308,7 +309,9 @@ def test_every_objective_is_the_local_one_on_every_engine(tiny: Path, tmp_path: 
                 )
     taught = keys_of(tmp_path / "bootmae-zero2", "teacher")
     assert taught
-    assert all(key.startswith(tuple(f"teacher/{part}" for part in ENCODER)) for key in taught)
+    assert all(
+        key.startswith(tuple(f"teacher/{part}" for part in PUBLISHED["encoder"])) for key in taught
+    )
 
 
 def keys_of(run: Path, kind: str) -> list[str]:
@@ -326,7 +329,7 @@ def quadratic() -> tuple[torch.nn.Module, LocalEngine]:
             return self.norm(x)
 
     model = Model()
-    return model, LocalEngine(model, None, Settings(clip_grad=0.5))
+    return model, LocalEngine(model, None, EngineSettings(clip_grad=0.5))
 
 
 def test_the_local_engine_is_plain_adamw() -> None:

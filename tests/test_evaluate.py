@@ -40,7 +40,8 @@ from rcmae.evaluation.pictures import (
     reconstruction_picture,
     save_png,
 )
-from rcmae.models.vit import MaskedAutoencoder, patchify
+from rcmae.models.patches import patchify
+from rcmae.models.vit import MaskedAutoencoder
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT.parent / "shared" / "golden" / "knn"
@@ -203,7 +204,7 @@ def test_features_are_pooled_tokens_of_the_whole_image_without_the_padding():
     assert found.samples.tolist() == [1, 2, 3, 5, 7]
     assert found.labels.tolist() == [1, 1, 0, 1, 2]
     with torch.no_grad():
-        tokens = model(normalise(images[[3, 4, 1, 2, 0]]), what="features")
+        tokens = model.encoded(normalise(images[[3, 4, 1, 2, 0]]))
     torch.testing.assert_close(found.vectors["cls"], tokens[:, 0])
     torch.testing.assert_close(found.vectors["mean"], tokens[:, 1:].mean(1))
     torch.testing.assert_close(
@@ -331,14 +332,13 @@ class Perfect(nn.Module):
         super().__init__()
         self.norm_pix_loss, self.patch = norm_pix_loss, patch
 
-    def forward(self, images, ids_shuffle, num_visible, what):
-        assert what == "all"
+    def forward(self, images, ids_shuffle, num_visible, outputs):
+        assert outputs == ("all_pixels",)
         patches = patchify(images, self.patch)
-        if not self.norm_pix_loss:
-            return patches
-        return (patches - patches.mean(-1, keepdim=True)) / (
-            patches.var(-1, keepdim=True) + 1e-6
-        ).sqrt()
+        if self.norm_pix_loss:
+            mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+            patches = (patches - mean) / (variance + 1e-6).sqrt()
+        return {"all_pixels": patches}
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -359,7 +359,9 @@ def test_visible_patches_are_pasted_and_hidden_ones_predicted():
     model = a_model((8, 16)).eval()
     with torch.no_grad():
         filled = patchify(reconstruct(model, batch, norm_pix_loss=False), 4)
-        predicted = model(images, batch.ids_shuffle, batch.num_visible, what="all")
+        predicted = model(images, batch.ids_shuffle, batch.num_visible, ("all_pixels",))[
+            "all_pixels"
+        ]
     for row in range(3):
         visible, hidden = batch.ids_shuffle[row, :4], batch.ids_shuffle[row, 4:]
         assert torch.equal(filled[row, visible], patchify(images, 4)[row, visible])

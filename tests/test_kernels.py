@@ -34,7 +34,7 @@ def small(sizes: Sizes = SIZES) -> MaskedAutoencoder:
 def trained(model: MaskedAutoencoder) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A loss and its gradients."""
     images, noise = reference.inputs(SIZES, 2, seed=1)
-    loss = model(images, noise.argsort(dim=1), 6).square().mean()
+    loss = model(images, noise.argsort(dim=1), 6)["pixels"].square().mean()
     model.zero_grad()
     loss.backward()
     return loss.detach(), {

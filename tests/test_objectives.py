@@ -10,7 +10,8 @@ from torch import Tensor
 import reference
 from rcmae.data.batch import Batch
 from rcmae.models.bootmae import BootstrappedAutoencoder
-from rcmae.models.vit import MaskedAutoencoder, patchify
+from rcmae.models.patches import patchify
+from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import OBJECTIVES, Context, Objective, new
 from rcmae.objectives.bootmae import Features
 from rcmae.objectives.supmae import Classification
@@ -77,9 +78,10 @@ def test_training_path_and_full_prediction_give_the_same_loss_and_gradients() ->
 
         # [B, L], 1 = hidden
         mask = torch.ones(noise.shape, dtype=dtype).scatter(1, batch.ids_shuffle[:, :KEPT], 0.0)
-        pred = student(batch.images, batch.ids_shuffle, KEPT, "all")
+        pred = student(batch.images, batch.ids_shuffle, KEPT, ("all_pixels",))["all_pixels"]
         with torch.no_grad():
-            teacher_pred = teacher(batch.images, batch.ids_shuffle, KEPT, "all")
+            every = teacher(batch.images, batch.ids_shuffle, KEPT, ("all_pixels",))
+            teacher_pred = every["all_pixels"]
         target = reference.normalised(patchify(batch.images, SIZES.patch))
         full = sum(
             reference.hidden_mean((pred - other).square(), mask) for other in (target, teacher_pred)
@@ -122,7 +124,7 @@ def test_losses_of_a_bf16_model_are_computed_in_float32() -> None:
     batch = batch_of(*reference.inputs(SIZES, 4, seed=10))
     sums = new("rcmae")(student, teacher, batch, 0.0)
     assert {value.dtype for value in sums.values()} == {torch.float32}
-    pred = student(batch.images, batch.ids_shuffle, KEPT).double()
+    pred = student(batch.images, batch.ids_shuffle, KEPT)["pixels"].double()
     hidden = batch.ids_shuffle[:, KEPT:, None]
     target = reference.normalised(patchify(batch.images.double(), SIZES.patch)).take_along_dim(
         hidden, dim=1
@@ -228,10 +230,11 @@ def test_a_teacher_may_see_other_patches() -> None:
     images, noise = reference.inputs(SIZES, 3, seed=14)
     same = batch_of(images.double(), noise)
     other = dataclasses.replace(same, teacher_ids=noise.flip(1).argsort(dim=1))
-    pred = teacher(same.images, other.teacher_ids, KEPT, "all").take_along_dim(
-        same.ids_shuffle[:, KEPT:, None], dim=1
+    every = teacher(same.images, other.teacher_ids, KEPT, ("all_pixels",))
+    pred = every["all_pixels"].take_along_dim(same.ids_shuffle[:, KEPT:, None], dim=1)
+    want = (
+        (student(same.images, same.ids_shuffle, KEPT)["pixels"] - pred).square().mean(dim=2).sum()
     )
-    want = (student(same.images, same.ids_shuffle, KEPT) - pred).square().mean(dim=2).sum()
     found = new("rcmae")(student, teacher, other, 0.0)["consistency"].item()
     assert found == pytest.approx(want.item(), rel=1e-12)
     assert found != pytest.approx(new("rcmae")(student, teacher, same, 0.0)["consistency"].item())

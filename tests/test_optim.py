@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import reference
-from rcmae.engines.engine import set_rates
-from rcmae.engines.optim import GROUPS, LARS, param_groups
+from rcmae.engines.optim import GROUPS, LARS, param_groups, set_rates
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.classifier import Classifier

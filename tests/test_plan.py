@@ -14,8 +14,8 @@ from rcmae.data.masking import visible_count
 from rcmae.files import shipped
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
+from rcmae.models.build import new_network, new_student
 from rcmae.objectives import new
-from rcmae.parts import new_network, new_student
 from rcmae.planning import estimates, planner
 from rcmae.planning.activations import activations
 from rcmae.planning.hardware import GPUS, peak_flops

@@ -94,8 +94,8 @@ def test_what_training_took_out_is_put_back(norm: Any, batch: Batch) -> None:
     class Perfect:
         patch_size, image_size, in_channels = 8, (32, 32), 3
 
-        def __call__(self, *_: Any, **__: Any) -> torch.Tensor:
-            return targets
+        def __call__(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+            return {"all_pixels": targets}
 
     filled = visualisation.pasted(Perfect(), batch, norm=norm, statistics="true", raw=True)
     torch.testing.assert_close(filled, batch.images, rtol=1e-4, atol=1e-4)

@@ -10,17 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
-from rcmae.models.vit import (
-    ARCHITECTURES,
-    Block,
-    LastBlock,
-    MaskedAutoencoder,
-    flops_per_image,
-    patches_at,
-    patchify,
-    sincos_positions,
-    unpatchify,
-)
+from rcmae.models.blocks import Block, LastBlock
+from rcmae.models.flops import flops_per_image
+from rcmae.models.patches import patches_at, patchify, sincos_positions, unpatchify
+from rcmae.models.sizes import ARCHITECTURES
+from rcmae.models.vit import MaskedAutoencoder
 from reference import Sizes
 
 SHAPES = {
@@ -45,13 +39,13 @@ def test_agrees_with_the_published_mathematics(sizes: Sizes) -> None:
     )
     for model, tolerance in ((small(sizes).double(), 1e-12), (small(sizes), 1e-5)):
         given, ids = images.to(model.norm.weight.dtype), noise.argsort(dim=1)
-        everything = model(given, ids, kept, "all")
+        everything = model(given, ids, kept, ("all_pixels",))["all_pixels"]
         torch.testing.assert_close(
             everything.double(), want["pred"], atol=tolerance, rtol=tolerance
         )
         latent = model.encode(given, ids[:, :kept])
         torch.testing.assert_close(latent.double(), want["latent"], atol=tolerance, rtol=tolerance)
-        hidden = model(given, ids, kept)
+        hidden = model(given, ids, kept)["pixels"]
         picked = want["pred"].take_along_dim(ids[:, kept:, None], dim=1)
         torch.testing.assert_close(hidden.double(), picked, atol=tolerance, rtol=tolerance)
 
@@ -64,7 +58,7 @@ def test_hidden_pixels_never_reach_the_prediction() -> None:
     grid.scatter_(1, ids[:, kept:, None].expand(-1, -1, grid.shape[2]), torch.nan)
     spoilt = unpatchify(grid, 4, (24, 16), 3)
     assert spoilt.isnan().float().mean() == pytest.approx(18 / 24)
-    assert torch.equal(model(spoilt, ids, kept), model(images, ids, kept))
+    assert torch.equal(model(spoilt, ids, kept)["pixels"], model(images, ids, kept)["pixels"])
 
 
 def test_each_block_is_called_once_and_the_last_one_for_hidden_tokens_alone() -> None:
@@ -92,7 +86,7 @@ def test_last_block_is_a_block_for_the_tail() -> None:
 def test_features_are_those_of_the_whole_image_in_raster_order() -> None:
     model = small()
     images, _ = reference.inputs(SHAPES["tall"], 2, seed=1)
-    features = model(images, what="features")
+    features = model(images, outputs=("encoded",))["encoded"]
     assert features.shape == (2, 25, 24)
     torch.testing.assert_close(
         features, model.encode(images, torch.arange(24).expand(2, -1)), atol=1e-5, rtol=1e-5
@@ -188,10 +182,10 @@ def test_flops_are_those_that_the_model_runs() -> None:
 def test_position_tables_stay_float32_whatever_the_weights_are() -> None:
     images, noise = reference.inputs(SHAPES["tall"], 2, seed=1)
     model = small()
-    exact = model(images, noise.argsort(dim=1), 6)
+    exact = model(images, noise.argsort(dim=1), 6)["pixels"]
     for lowered in (copy.deepcopy(model).bfloat16(), copy.deepcopy(model).to(torch.bfloat16)):
         assert {buffer.dtype for buffer in lowered.buffers()} == {torch.float32}
-        pred = lowered(images, noise.argsort(dim=1), 6)
+        pred = lowered(images, noise.argsort(dim=1), 6)["pixels"]
         assert pred.dtype == torch.bfloat16
         assert ((pred - exact).norm() / exact.norm()).item() < 0.03
     assert {buffer.dtype for buffer in model.double().buffers()} == {torch.float64}
@@ -254,5 +248,5 @@ def test_a_call_without_a_mask_is_refused() -> None:
         model(images)
     with pytest.raises(ValueError, match="got 24"):
         model(images, noise.argsort(dim=1), 24)
-    with pytest.raises(ValueError, match="known are hidden, all and features"):
-        model(images, noise.argsort(dim=1), 6, "hiden")
+    with pytest.raises(LookupError, match="no output called 'pixel'; there are pixels, all_pixels"):
+        model(images, noise.argsort(dim=1), 6, ("pixel",))

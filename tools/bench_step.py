@@ -45,10 +45,13 @@ from torch import Tensor, nn
 from rcmae import __version__
 from rcmae.data.batch import Batch
 from rcmae.data.masking import visible_count
-from rcmae.engines.engine import DTYPES, LocalEngine, Settings
+from rcmae.engines.local import LocalEngine
+from rcmae.engines.protocol import DTYPES, EngineSettings
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
-from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder, flops_per_image
+from rcmae.models.flops import flops_per_image
+from rcmae.models.sizes import ARCHITECTURES
+from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import Objective, new
 from rcmae.objectives.mae import pixel_targets
 from rcmae.objectives.terms import widen
@@ -223,7 +226,7 @@ class Bench:
         self.engine = LocalEngine(
             self.student,
             self.teacher,
-            Settings(precision=precision, weight_decay=WEIGHT_DECAY, device=device),
+            EngineSettings(precision=precision, weight_decay=WEIGHT_DECAY, device=device),
         )
         self.batch = made_up_batch(self.student, batch, device)
         self._fused = kernels.attention_is_fused(device, precision)
@@ -267,7 +270,7 @@ class Bench:
     def _mode(self, variant: Variant) -> Iterator[None]:
         """Blocks compiled, or with plain attention, for the time of a step."""
         networks = [network for network in (self.student, self.teacher) if network is not None]
-        blocks: list[Any] = [block for network in networks for block in kernels.blocks_of(network)]
+        blocks: list[Any] = [block for network in networks for block in network.all_blocks()]
         if variant.mode == "compiled" and not self._compiled:
             for network in networks:
                 kernels.compile_blocks(network)

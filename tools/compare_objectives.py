@@ -42,12 +42,14 @@ from rcmae.checkpoint import CheckpointError
 from rcmae.config import Recipe
 from rcmae.data.index import ShardIndex
 from rcmae.data.patterns import flat
+from rcmae.engines.build import make_engine
 from rcmae.errors import Refused
 from rcmae.evaluation.knn import knn
 from rcmae.evaluation.logistic import logistic
 from rcmae.evaluation.probes import FeatureCache
+from rcmae.models.build import new_student, new_teacher, student_sizes
 from rcmae.models.classifier import Classifier
-from rcmae.parts import make_engine, make_objective, new_student, new_teacher, student_sizes
+from rcmae.objectives import make_objective
 from rcmae.planning.hardware import commit, hardware
 from rcmae.planning.live import made_up_batch, measure
 from rcmae.run.folder import versions
@@ -188,7 +190,9 @@ def step_of(recipe: Recipe) -> Iterator[None]:
     """Training steps on noise, one at each call."""
     sizes = config.resolve(recipe, world=1, samples_per_epoch=recipe.batch.images)
     objective, student = make_objective(recipe, sizes), new_student(recipe)
-    engine = make_engine(recipe, sizes, student, new_teacher(student, objective), {})
+    engine = make_engine(
+        recipe, sizes, student, new_teacher(student, objective.teacher_outputs), {}
+    )
     batch = made_up_batch(student, sizes.per_device, torch.device("cpu"))
     counts = objective.counts(batch)
     while True:

@@ -43,7 +43,7 @@ from rich.table import Table
 from rcmae import checkpoint, config, dist, train
 from rcmae.checkpoint import retention, saver
 from rcmae.errors import Refused
-from rcmae.parts import new_student
+from rcmae.models.build import new_student
 from rcmae.planning.states import checkpoint_bytes
 from rcmae.run import preempt
 from rcmae.run.folder import versions

@@ -28,7 +28,7 @@ from rcmae.checkpoint.manifest import (
     read_manifest,
     step_folders,
 )
-from rcmae.engines.engine import Engine
+from rcmae.engines.protocol import Engine
 from rcmae.errors import Refused
 
 _T = TypeVar("_T")

@@ -39,7 +39,7 @@ from rcmae.checkpoint.manifest import (
     step_name,
 )
 from rcmae.checkpoint.retention import Retention, dropped_name, point_at, remove
-from rcmae.engines.engine import Engine, EngineState
+from rcmae.engines.protocol import Engine, EngineState
 from rcmae.files import flush_folder, write_aside
 
 # a save under way: the writer's generation is in the name

@@ -14,6 +14,7 @@ import io
 import itertools
 import logging
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
@@ -23,6 +24,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from rcmae import dist
+from rcmae.config import Recipe
 from rcmae.models import kernels  # noqa: F401, it makes torchvision importable beside a CPU torch
 
 # encoded bytes [N] uint8 -> pixels [C, H, W] uint8 on the device
@@ -190,3 +193,26 @@ class OnDevice(Generic[Item]):
             with contextlib.suppress(queue.Full):
                 self._made.put(entry, timeout=0.1)
                 return
+
+
+def device_decoder(recipe: Recipe) -> DeviceDecoder | None:
+    """What decodes JPEGs on the GPU; None where data.decode, or what is missing on any rank, leaves
+    it to the workers.
+
+    Collective: every rank calls.
+    """
+    if recipe.data.decode == "cpu":
+        return None
+    decode, why = None, None
+    try:
+        decode = nvjpeg(dist.device(), recipe.model.in_channels)
+    except (RuntimeError, ImportError, OSError) as error:
+        why = str(error).splitlines()[0]
+    missing = [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather(why)) if text]
+    if missing and recipe.data.decode == "gpu" and dist.rank() == 0:
+        print(
+            "warning: data.decode=gpu: the GPU decodes no JPEG here, the workers do "
+            f"({missing[0]})",
+            file=sys.stderr,
+        )
+    return None if missing or decode is None else DeviceDecoder(decode, dist.device())

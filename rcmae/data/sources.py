@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from fsspec.core import url_to_fs
 
+from rcmae.config import Recipe
 from rcmae.errors import Refused
 
 PIPE = "pipe:"
@@ -62,6 +63,11 @@ class Patience(NamedTuple):
 
 
 USUAL = Patience()
+
+
+def patience(recipe: Recipe) -> Patience:
+    """With shards from elsewhere, as a recipe has it."""
+    return Patience(recipe.data.source_timeout_s, recipe.data.source_attempts)
 
 
 class Stored(Protocol):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rcmae.config import Recipe
 from rcmae.data.batch import NO_LABEL, Batch
 from rcmae.data.cache import Cache, Reader
 from rcmae.data.device_decode import Encoded, pack
@@ -327,3 +328,16 @@ def _images(count: int, channels: int, height: int, width: int) -> Tensor:
 def _bad_sample(position: int, sample: Sample, reason: str, replaced_by: str) -> BadSample:
     shard, _, key = sample.id.partition("/")
     return BadSample(position, shard, key, sample.offset, reason, replaced_by)
+
+
+def train_transform(recipe: Recipe) -> TrainTransform:
+    """A random box of an image, flipped or not. Raises Refused."""
+    data = recipe.data
+    return TrainTransform(
+        recipe.model.image_hw,
+        recipe.model.in_channels,
+        data.crop_scale,
+        data.crop_ratio,
+        data.flip,
+        data.decode_margin,
+    )

@@ -16,34 +16,29 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rcmae import dist
-from rcmae.engines.engine import (
-    DTYPES,
-    EngineState,
-    Piece,
-    Settings,
-    StepStats,
+from rcmae.engines.optim import moments, param_groups, prime, set_rates, step_of
+from rcmae.engines.protocol import DTYPES, EngineSettings, EngineState, Piece, StepStats
+from rcmae.engines.teacher import Teacher
+from rcmae.engines.updates import (
     cast_params,
     clip,
     freeze,
     global_norm,
     optimizer_for,
-    prime,
     restore_teacher,
-    set_rates,
-    step_of,
     update,
     updates_of,
     verdict,
 )
-from rcmae.engines.optim import moments, param_groups
-from rcmae.engines.teacher import Teacher
-from rcmae.models.kernels import blocks_of
+from rcmae.models.protocol import blocks_of
 
 
 class FSDP2Engine:
     """PyTorch's fully sharded data parallel engine, second generation, one dimension."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, settings: Settings) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, settings: EngineSettings
+    ) -> None:
         # a linear layer's output is a view of a matrix product's; nothing here writes into a
         # prediction
         warnings.filterwarnings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-ENCODER = ("cls_token", "patch_embed.", "blocks.", "norm.")
-HEADS = ("cls_head.", "feature_head.")  # what no teacher has; everything else is the decoder's
-GROUPS = tuple(
-    f"{part}_{decay}" for part in ("encoder", "decoder", "head") for decay in ("decay", "no_decay")
-)
+from rcmae.models.protocol import PARTS, Place
+
+GROUPS = tuple(f"{part}_{decay}" for part in PARTS for decay in ("decay", "no_decay"))
 
 
 def param_groups(
@@ -23,30 +20,21 @@ def param_groups(
     """Groups {encoder, decoder, head} x {decay, no decay} of the trainable parameters, in the
     model's order.
 
-    A teacher has whole groups: encoder, or encoder and decoder. No decay for biases and 1-D
-    parameters, as published: so the tokens, which are 3-D, do decay, except those that the model
-    names `undecayed`. Each group has a `name`, its `params`, their names in `param_names` and its
-    `weight_decay`. Groups without parameters are left out. With `layer_decay` the groups are those
-    of `layer_groups` instead."""
+    The model says where each parameter is and whether it decays (`models.protocol.Trainable`), so a
+    teacher has whole groups. Each group has a `name`, its `params`, their names in `param_names`
+    and its `weight_decay`. Groups without parameters are left out. With `layer_decay` the groups
+    are those of `layer_groups` instead.
+
+    Raises:
+        LookupError: a parameter is in no part of the model, and so in no group.
+    """
     if layer_decay is not None:
         return layer_groups(model, weight_decay, layer_decay)
-    groups: dict[str, dict[str, Any]] = {name: _group(name, weight_decay) for name in GROUPS}
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            part = (
-                "encoder"
-                if name.startswith(ENCODER)
-                else "head"
-                if name.startswith(HEADS)
-                else "decoder"
-            )
-            undecayed = (
-                param.ndim == 1 or name.endswith(".bias") or name in getattr(model, "undecayed", ())
-            )
-            decay = "no_decay" if undecayed else "decay"
-            group = groups[f"{part}_{decay}"]
-            group["params"].append(param)
-            group["param_names"].append(name)
+    groups = {name: _group(name, weight_decay) for name in GROUPS}
+    for name, param, place in _placed(model):
+        group = groups[f"{place.part}_{'decay' if place.decays else 'no_decay'}"]
+        group["params"].append(param)
+        group["param_names"].append(name)
     return [group for group in groups.values() if group["params"]]
 
 
@@ -54,30 +42,28 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
     """Groups {layer} x {decay, no decay} of a classifier, in the order in which its parameters come
     upon them.
 
-    Layer 0 is the embedding (patches, class token, positions), then the blocks, then norm and head.
     A layer moves at `lr_scale` = layer_decay ** (layers above it) of the learning rate (Clark et
-    al., 2020; MAE, appendix A.1). No decay for 1-D parameters, the class token and positions.
+    al., 2020; MAE, appendix A.1).
     """
-    names = [name for name, param in model.named_parameters() if param.requires_grad]
-    last = 1 + max(
-        (int(match[1]) + 1 for name in names if (match := re.match(r"blocks\.(\d+)\.", name))),
-        default=0,
-    )
+    network: Any = model
+    last = network.num_layers - 1
     groups: dict[str, dict[str, Any]] = {}
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        block = re.match(r"blocks\.(\d+)\.", name)
-        embedding = name.startswith(("cls_token", "pos_embed", "patch_embed."))
-        layer = int(block[1]) + 1 if block else 0 if embedding else last
-        still = param.ndim == 1 or name in ("cls_token", "pos_embed")
-        key = f"layer_{layer}_{'no_decay' if still else 'decay'}"
-        group = groups.setdefault(
-            key, _group(key, weight_decay) | {"lr_scale": layer_decay ** (last - layer)}
-        )
-        group["params"].append(param)
-        group["param_names"].append(name)
+    for name, param, place in _placed(model):
+        key = f"layer_{place.layer}_{'decay' if place.decays else 'no_decay'}"
+        if key not in groups:
+            groups[key] = _group(key, weight_decay)
+            groups[key]["lr_scale"] = layer_decay ** (last - place.layer)
+        groups[key]["params"].append(param)
+        groups[key]["param_names"].append(name)
     return list(groups.values())
+
+
+def _placed(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, Place]]:
+    """The trainable parameters, each with where its network has it."""
+    network: Any = model
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            yield name, param, network.place_of(name)
 
 
 def _group(name: str, weight_decay: float) -> dict[str, Any]:
@@ -153,3 +139,48 @@ def _local(tensor: Tensor) -> Tensor:
 def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Names of the state that an optimizer keeps of each parameter, besides the step."""
     return getattr(optimizer, "moments", ("exp_avg", "exp_avg_sq"))
+
+
+def set_rates(groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
+    """The step's rates into an optimizer's groups; no-decay groups stay at 0."""
+    for group in groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["weight_decay"] = 0.0 if group["name"].endswith("_no_decay") else weight_decay
+
+
+def prime(
+    optimizer: torch.optim.Optimizer, params: Iterable[Tensor], step: int, *, zero: bool = False
+) -> None:
+    """Give each of the optimizer's fp32 tensors its state, zero where there was none, and set its
+    step.
+
+    Optimizers make their state at the first update; a checkpoint needs to know where it lies before
+    that. `zero` also empties moments that exist: some engines take a first step of their own while
+    they are set up."""
+    group = optimizer.param_groups[0]
+    for each in optimizer.param_groups:
+        if "step" in each:  # apex counts by group
+            each["step"] = step
+    for param in params:
+        state = optimizer.state[param]
+        for key in moments(optimizer):
+            if key not in state:
+                state[key] = torch.zeros_like(param, requires_grad=False)
+            elif zero:
+                state[key].zero_()
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(step)
+        elif "step" in state or not isinstance(optimizer, torch.optim.AdamW):
+            state["step"] = step
+        else:
+            device = (
+                param.device
+                if group.get("fused") or group.get("capturable")
+                else torch.device("cpu")
+            )
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+
+
+def step_of(optimizer: torch.optim.Optimizer, param: Tensor) -> int:
+    """How many updates the optimizer has made."""
+    return int(optimizer.param_groups[0].get("step", optimizer.state[param].get("step", 0)))

@@ -29,8 +29,7 @@ def pooled(model: nn.Module, pool: str) -> Extractor:
     """The model as a feature extractor.
 
     Args:
-        model: the wrapper whose forward takes `what="features"` and gives [B, 1 + L, D], class
-            token first.
+        model: the wrapper of a network that pretrains; its forward gives "encoded".
         pool: "cls" for the class token, "mean" for the mean over the patches.
 
     Raises:
@@ -40,7 +39,7 @@ def pooled(model: nn.Module, pool: str) -> Extractor:
         raise Refused(f"pool={pool!r} is unknown; use 'cls' or 'mean'")
 
     def features(images: Tensor) -> Tensor:
-        tokens = model(images, what="features").float()  # [B, 1 + L, D]
+        tokens = model(images, outputs=("encoded",))["encoded"].float()  # [B, 1 + L, D]
         return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
 
     return features

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rcmae.data.batch import Batch
 from rcmae.evaluation.features import evaluating
 from rcmae.files import aside
-from rcmae.models.vit import patchify, unpatchify
+from rcmae.models.patches import patchify, unpatchify
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
 
 CELL_SIDE = 160  # pixels: smaller images are enlarged by a whole factor to at least this
@@ -48,7 +48,8 @@ def reconstruct(
     images = batch.images
     _, channels, height, width = images.shape
     # [B, L, p*p*C]
-    predicted = model(images, batch.ids_shuffle, batch.num_visible, what="all").float()
+    every = model(images, batch.ids_shuffle, batch.num_visible, ("all_pixels",))
+    predicted = every["all_pixels"].float()
     patch_size = math.isqrt(predicted.shape[-1] // channels)
     true = patchify(images.float(), patch_size)
     if norm_pix_loss:

@@ -32,9 +32,10 @@ from rcmae.evaluation.pictures import (
     sheet,
     to_uint8,
 )
-from rcmae.models.bootmae import Network
+from rcmae.models.build import Network
 from rcmae.models.classifier import Classifier
-from rcmae.models.vit import patchify, unpatchify
+from rcmae.models.patches import patchify, unpatchify
+from rcmae.models.protocol import Output, Outputs
 from rcmae.objectives import pixel_options
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
 from rcmae.weights.encoder import (
@@ -88,9 +89,9 @@ class Reconstructs(Protocol):
     in_channels: int
 
     def __call__(
-        self, images: Tensor, ids_shuffle: Tensor, num_visible: int, *, what: str
-    ) -> Tensor:
-        """[B, L, p*p*C], of every patch."""
+        self, images: Tensor, ids_shuffle: Tensor, num_visible: int, outputs: tuple[Output, ...]
+    ) -> Outputs:
+        """The outputs asked for."""
 
 
 def pasted(
@@ -113,7 +114,8 @@ def pasted(
     """
     images = batch.images
     with torch.no_grad():
-        predicted = model(images, batch.ids_shuffle, batch.num_visible, what="all")  # [B, L, p*p*C]
+        every = model(images, batch.ids_shuffle, batch.num_visible, ("all_pixels",))
+    predicted = every["all_pixels"]  # [B, L, p*p*C]
     true = patchify(images, model.patch_size)
     hidden = hidden_patches(batch)[..., None]  # [B, L, 1], True = hidden
     if norm is not None and statistics != "none":

@@ -12,6 +12,7 @@ names."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,16 +23,12 @@ from torch.nn import functional as F
 
 from rcmae.errors import Refused
 from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
-from rcmae.models.vit import (
-    Encoder,
-    MaskedAutoencoder,
-    Outputs,
-    SplitBiasAttention,
-    What,
-    block_flops,
-    sincos_positions,
-    size_problems,
-)
+from rcmae.models.blocks import SplitBiasAttention
+from rcmae.models.flops import block_flops
+from rcmae.models.patches import sincos_positions
+from rcmae.models.protocol import OF_WHOLE_IMAGES, Output, Outputs
+from rcmae.models.sizes import size_problems
+from rcmae.models.vit import Encoder
 
 from timm.layers import Mlp
 
@@ -126,7 +123,7 @@ class BootstrappedAutoencoder(Encoder):
 
     de_pos_embed: Tensor  # [1, 1 + L, decoder_dim]
     TABLES = ("pos_embed", "de_pos_embed")
-    undecayed = ("cls_token",)  # as published, beside biases and norms
+    undecayed = ("cls_token",)  # as published
 
     def __init__(
         self,
@@ -231,62 +228,46 @@ class BootstrappedAutoencoder(Encoder):
         """Drop, for good, all parts but those that these of a teacher's outputs need: "tokens"
         need the encoder.
         """
-        if "pixels" in outputs:
-            return
-        for name in [
-            name
-            for name, _ in self.named_children()
-            if name not in ("patch_embed", "blocks", "norm")
-        ]:
-            delattr(self, name)
-        for name in ("mask_token", "mask_token_1", "de_pos_embed"):
-            if hasattr(self, name):
-                delattr(self, name)
+        if not {"pixels", "all_pixels"} & set(outputs):
+            self.drop("decoder")
+
+    def all_blocks(self) -> list[nn.Module]:
+        """The encoder's, then those of each regressor."""
+        regressors = [getattr(self, name, ()) for name in ("decode_blocks", "decode_blocks_1")]
+        return [*self.blocks, *itertools.chain(*regressors)]
 
     def forward(
         self,
         images: Tensor,
         ids_shuffle: Tensor | None = None,
         num_visible: int | None = None,
-        what: What | tuple[str, ...] = "hidden",
-    ) -> Any:
-        """Predictions, or features; as `MaskedAutoencoder.forward`.
+        outputs: tuple[Output, ...] = ("pixels",),
+    ) -> Outputs:
+        """The outputs that are asked for, by name; as `MaskedAutoencoder.forward`.
 
         Raises:
-            ValueError: another `what`, or no valid mask where one is needed.
+            Refused: no valid mask where one is needed.
         """
-        if what == "features":
-            return self.pooled(images)
-        if what == ("tokens",):
-            return {"tokens": self.whole(images)}
-        if what not in ("hidden", "all") and not isinstance(what, tuple):
-            raise Refused(
-                f"what={what!r}: known are hidden, all and features, or a tuple of outputs"
-            )
-        if ids_shuffle is None or num_visible is None or not 0 < num_visible < self.num_patches:
-            raise Refused(
-                f"what={what!r} needs ids_shuffle and num_visible from 1 to "
-                f"{self.num_patches - 1}, got {num_visible}"
-            )
+        found = self.outputs_without_mask(images, outputs)
+        if OF_WHOLE_IMAGES.issuperset(outputs):
+            return found
+        ids_shuffle, num_visible = self.check_mask(ids_shuffle, num_visible)
         x = self.embed(images, ids_shuffle[:, :num_visible])
-        seen = []
+        layers = []
         for block in self.blocks:
             x = block(x)
-            seen.append(x)
-        latent, (low, high) = self.norm(x), (seen[layer] for layer in self.layers)
-        first = 1 if what == "all" else 1 + num_visible
-        if what in ("hidden", "all"):
-            pred = self.regress_pixels(latent, low, ids_shuffle, first)
-            return (
-                pred
-                if what == "hidden"
-                else pred.take_along_dim(ids_shuffle.argsort(dim=1)[:, :, None], dim=1)
-            )
-        found: Outputs = {"pixels": self.regress_pixels(latent, low, ids_shuffle, first)}
-        if "features" in what:
+            layers.append(x)
+        latent = self.norm(x)
+        low, high = (layers[layer] for layer in self.layers)
+        first = 1 + num_visible
+        if "all_pixels" in outputs:
+            pred = self.regress_pixels(latent, low, ids_shuffle, 1)  # in shuffled order
+            found["all_pixels"] = pred.take_along_dim(ids_shuffle.argsort(dim=1)[:, :, None], dim=1)
+            found["pixels"] = pred[:, num_visible:]
+        else:
+            found["pixels"] = self.regress_pixels(latent, low, ids_shuffle, first)
+        if "features" in outputs:
             found["features"] = self.regress_features(latent, high, ids_shuffle, first)
-        if "tokens" in what:
-            found["tokens"] = self.whole(images)
         return found
 
     def flops(self, num_visible: int) -> float:
@@ -343,6 +324,3 @@ class BootstrappedAutoencoder(Encoder):
         num_visible = x.shape[1] - 1
         positions = F.embedding(ids_shuffle[:, num_visible:] + 1, table[0])
         return torch.cat([x, (mask_token + positions).to(x.dtype)], dim=1)
-
-
-Network = MaskedAutoencoder | BootstrappedAutoencoder  # what pretrains

@@ -24,23 +24,14 @@ from rcmae.data.draws import Purpose, uniform
 from rcmae.errors import Refused
 from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
 from rcmae.models.batchnorm import GlobalBatchNorm
-from rcmae.models.vit import sincos_positions
+from rcmae.models.patches import sincos_positions
+from rcmae.models.protocol import Place, layer_of, part_of
 
 from timm.models.vision_transformer import VisionTransformer
 
 Pool = Literal["cls", "mean"]
 HEAD_STD = 2e-5  # of a fresh head's weights: fine-tuning starts from equal scores
 NEW = ("head.", "fc_norm.")  # what a classifier has and a pretrained encoder lacks
-ONLY_PRETRAINING = (
-    "decoder",
-    "decode_",
-    "mask_token",
-    "de_pos_embed",
-    "down",
-    "lm_head",
-    "cls_head.",
-    "feature_head.",
-)
 
 
 class _Draws:
@@ -149,37 +140,37 @@ class Classifier(VisionTransformer):
             else:
                 param.fill_(0.0 if name.endswith(".bias") else 1.0)
 
-    def forward(self, images: Tensor, keep: Tensor | None = None, what: str = "scores") -> Tensor:
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Scores [B, num_classes] of normalised images [B, C, H, W].
 
         Args:
             images: cast to the type of the weights.
             keep: [B, depth, 2] bool, which residual branches of each sample stay, as
                 `drop_path_draws` gives them; None drops nothing.
-            what: "scores", or "features" for the tokens [B, 1 + L, D], cls first, after the norm if
-                pool is "cls".
         """
         self._draws.keep = keep
-        tokens = self.forward_features(images.to(self.pos_embed.dtype))
-        return tokens if what == "features" else self.forward_head(tokens)
+        return self.forward_head(self.forward_features(images.to(self.pos_embed.dtype)))
 
+    def encoded(self, images: Tensor) -> Tensor:
+        """Tokens [B, 1 + L, D] of normalised images, cls first; after the norm if pool is "cls"."""
+        self._draws.keep = None
+        tokens: Tensor = self.forward_features(images.to(self.pos_embed.dtype))
+        return tokens
 
-def classifier_flops(
-    *,
-    image_size: tuple[int, int],
-    patch_size: int,
-    in_channels: int,
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
-) -> float:
-    """Floating-point operations of one image's forward pass without the head, as
-    `vit.flops_per_image` counts them.
-    """
-    patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
-    tokens = 1 + patches
-    block = 24 * embed_dim**2 * tokens + 4 * tokens**2 * embed_dim
-    return 2.0 * patch_size**2 * in_channels * embed_dim * patches + depth * block
+    @property
+    def num_layers(self) -> int:
+        """The embedding, a layer a block, and what follows."""
+        return len(self.blocks) + 2
+
+    def place_of(self, name: str) -> Place:
+        """Where a parameter is; 1-D ones, the class token and positions do not decay."""
+        part = "head" if name.startswith(NEW) else part_of(name)
+        decays = self.get_parameter(name).ndim > 1 and name not in ("cls_token", "pos_embed")
+        return Place(part, layer_of(name, len(self.blocks)), decays)
+
+    def all_blocks(self) -> list[nn.Module]:
+        """The encoder's."""
+        return list(self.blocks)
 
 
 def drop_path_draws(seed: int, positions: Sequence[int], rates: Sequence[float]) -> Tensor:
@@ -206,6 +197,14 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     patches = table[:, first:].unflatten(1, old).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     patches = F.interpolate(patches, size=new, mode="bicubic", align_corners=False)
     return torch.cat([table[:, :first], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def only_pretraining(name: str) -> bool:
+    """Whether a weight of this published name is of no use to a classifier."""
+    try:
+        return part_of(name) != "encoder"
+    except LookupError:  # a classifier's own, or nobody's
+        return False
 
 
 @dataclass(frozen=True)
@@ -250,9 +249,7 @@ def fit_weights(
             unknown ones; everything at once. The model is untouched.
     """
     wanted = model.state_dict()
-    found = {
-        name: value for name, value in weights.items() if not name.startswith(ONLY_PRETRAINING)
-    }
+    found = {name: value for name, value in weights.items() if not only_pretraining(name)}
     first = model.num_prefix_tokens
     fresh_token = bool(first) and "cls_token" not in found and "pos_embed" in found
     if fresh_token:
@@ -394,6 +391,16 @@ def probe_head(width: int, num_classes: int) -> nn.Module:
 
 class ProbeHead(nn.Sequential):
     """Features [B, D] to scores, the linear layer in its own type."""
+
+    num_layers = 2
+
+    def place_of(self, name: str) -> Place:
+        """Where a parameter is: in the head, after whatever gives the features."""
+        return Place("head", 1, decays=self.get_parameter(name).ndim > 1)
+
+    def all_blocks(self) -> list[nn.Module]:
+        """None."""
+        return []
 
     def forward(self, input: Tensor) -> Tensor:
         """Scores [B, classes]."""

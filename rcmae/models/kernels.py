@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rcmae.errors import Refused
+from rcmae.models.protocol import blocks_of
 
 Source = Literal["torch", "apex"]
 Checkpointing = Literal["none", "torch", "fairscale", "fairscale_offload"]
@@ -166,8 +167,7 @@ def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile the forward of each block of `model` (its `blocks` and `decoder_blocks`), in
-    place.
+    """torch.compile the forward of each block of `model`, in place.
 
     Blocks of one shape share their compiled code, and what an engine hooks to a block stays outside
     of it. Together with `checkpoint_blocks`, in either order, what is computed again is compiled
@@ -213,13 +213,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, fused: bool) -> Tensor:
     if fused:
         return nn.functional.scaled_dot_product_attention(q, k, v)
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model, encoder's first; none where it has none."""
-    # the last two are BootMAE's names
-    lists = ("blocks", "decoder_blocks", "decode_blocks", "decode_blocks_1")
-    return [block for name in lists for block in getattr(model, name, ())]
 
 
 # -------------------------------------------------------------------------------------------- table

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rcmae import plugins
-from rcmae.config import Catalogue, ObjectiveOptions
+from rcmae.config import Catalogue, ObjectiveOptions, Recipe, Resolved
 from rcmae.errors import Refused
 from rcmae.objectives import options
 from rcmae.objectives.protocol import Context, Objective
@@ -66,6 +66,12 @@ def make(asked: ObjectiveOptions, context: Context) -> Objective:
                 f"reads = rcmae.config.Reads(student=(...), teacher=(...))"
             )
     return objective
+
+
+def make_objective(recipe: Recipe, sizes: Resolved) -> Objective:
+    """The objective of a recipe. Raises as `make`."""
+    epochs = sizes.total_steps / sizes.steps_per_epoch
+    return make(recipe.objective, Context(epochs=epochs, steps=sizes.total_steps))
 
 
 def new(name: str, context: Context | None = None, **values: Any) -> Sum:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rcmae.data.batch import Batch
-from rcmae.models.vit import patches_at
+from rcmae.models.patches import patches_at
 from rcmae.objectives.options import MAEOptions, PixelNorm
 from rcmae.objectives.protocol import Context
 from rcmae.objectives.terms import Sum, hidden_patches, widen

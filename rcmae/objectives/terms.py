@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rcmae.data.batch import Batch
-from rcmae.models.vit import Outputs
+from rcmae.models.protocol import Outputs
 
 
 class Term(Protocol):
@@ -28,7 +28,7 @@ class Term(Protocol):
 
     @property
     def student_output(self) -> str:
-        """The student's output that it reads, by the names of `models.vit.Outputs`."""
+        """The student's output that it reads, by the names of `models.protocol.Output`."""
 
     @property
     def teacher_output(self) -> str | None:
@@ -115,8 +115,8 @@ def teacher_forward(teacher: nn.Module, batch: Batch, outputs: tuple[str, ...]) 
     if batch.teacher_ids is None or "pixels" not in outputs:
         found: Outputs = teacher(batch.images, batch.ids_shuffle, batch.num_visible, outputs)
         return found
-    # [B, L, p*p*C] in raster order
-    pred = teacher(batch.images, batch.teacher_ids, batch.num_visible, "all")
+    every = teacher(batch.images, batch.teacher_ids, batch.num_visible, ("all_pixels",))
+    pred = every["all_pixels"]  # [B, L, p*p*C] in raster order
     hidden = batch.ids_shuffle[:, batch.num_visible :, None]
     found = {"pixels": pred.take_along_dim(hidden, dim=1)}
     if "tokens" in outputs:

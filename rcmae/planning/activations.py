@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rcmae.models.bootmae import BootstrappedAutoencoder, Network
+from rcmae.models.bootmae import BootstrappedAutoencoder
+from rcmae.models.build import Network
 from rcmae.models.vit import MaskedAutoencoder
 
 FP32 = 4  # bytes of a number

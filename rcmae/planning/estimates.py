@@ -32,14 +32,14 @@ from rcmae.data.sources import is_remote
 from rcmae.data.transforms import BadImage, TrainTransform
 from rcmae.errors import Refused
 from rcmae.files import json_lines, shipped
-from rcmae.models.bootmae import Network
+from rcmae.models.build import Network
 from rcmae.planning.hardware import GIB, GPUS, peak_flops
 from rcmae.planning.memory import Footprint, footprint
 from rcmae.planning.site import DECODE_PER_CORE, UTILISATION, Site
 from rcmae.planning.states import MemorySettings, checkpoint_bytes
 
 with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
-    from rcmae.engines.deepspeed import read_config
+    from rcmae.engines.deepspeed_config import read_config
 
 RESULTS = shipped("results")
 RESERVED = 2.0 * GIB  # CUDA's context, workspaces of libraries, NCCL's channels

@@ -22,8 +22,10 @@ from rcmae import config, dist
 from rcmae.config import Recipe
 from rcmae.data.batch import Batch
 from rcmae.data.masking import random_ids, visible_count
+from rcmae.engines.build import make_engine
+from rcmae.models.build import new_student, new_teacher
 from rcmae.models.vit import Encoder
-from rcmae.parts import make_engine, make_objective, new_student, new_teacher
+from rcmae.objectives import make_objective
 
 MASK_RATIO = 0.75  # of made-up batches
 
@@ -128,13 +130,13 @@ def measure(recipe: Recipe) -> dict[str, int]:
     objective = make_objective(recipe, sizes)
     engine_config = {}
     if recipe.engine.name == "deepspeed":
-        from rcmae.engines.deepspeed import read_config
+        from rcmae.engines.deepspeed_config import read_config
 
         engine_config = read_config(recipe.engine.config or "")
     gc.collect()
     with Allocated() if dist.device().type == "cuda" else LiveBytes() as live:
         student = new_student(recipe)
-        teacher = new_teacher(student, objective)
+        teacher = new_teacher(student, objective.teacher_outputs)
         plain = student
         engine = make_engine(recipe, sizes, student, teacher, engine_config)
         del student, teacher

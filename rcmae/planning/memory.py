@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rcmae.models.bootmae import Network
+from rcmae.models.build import Network
 from rcmae.planning.activations import FP32, activations, bytes_of, inference_bytes
 from rcmae.planning.states import MemorySettings, engine_bytes
 

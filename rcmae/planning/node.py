@@ -144,7 +144,7 @@ def _offloads(recipe: Recipe) -> bool:
     if recipe.engine.name != "deepspeed":
         return False
     with contextlib.suppress(ImportError, Refused), contextlib.redirect_stdout(sys.stderr):
-        from rcmae.engines.deepspeed import read_config
+        from rcmae.engines.deepspeed_config import read_config
 
         zero = read_config(recipe.engine.config or "").get("zero_optimization", {})
         return (zero.get("offload_optimizer") or {}).get("device") == "cpu"
@@ -309,7 +309,7 @@ def _shared_memory(recipe: Recipe, local_world: int) -> Iterator[Finding]:
 def checkpoints_bytes(recipe: Recipe) -> float:
     """Bytes that a run's checkpoints take at most: those it keeps, and one in the making."""
     # here, where timm and torchvision are known to import: these need them
-    from rcmae.parts import new_network
+    from rcmae.models.build import new_network
     from rcmae.planning.states import checkpoint_bytes
 
     with torch.device("meta"):

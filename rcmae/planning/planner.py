@@ -18,9 +18,9 @@ from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import cache_problem
 from rcmae.data.index import ShardIndex
 from rcmae.data.plan import Plan
+from rcmae.engines.build import engine_settings
 from rcmae.errors import Refused
-from rcmae.models.bootmae import Network
-from rcmae.parts import engine_settings, new_network
+from rcmae.models.build import Network, new_network
 from rcmae.planning import recipe as recipes
 from rcmae.planning.estimates import (
     checkpoint_needs,
@@ -34,7 +34,7 @@ from rcmae.planning.hardware import GIB, GPUS
 from rcmae.planning.site import Site
 
 with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
-    from rcmae.engines.deepspeed import config_problems, read_config
+    from rcmae.engines.deepspeed_config import config_problems, read_config
 
 ROWS = ("zero0", "zero1", "zero2", "zero3", "fsdp2")  # engines that are told side by side
 

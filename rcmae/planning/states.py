@@ -16,7 +16,7 @@ from torch import nn
 
 from rcmae.engines.optim import param_groups
 from rcmae.engines.teacher import TeacherBytes, teacher_bytes
-from rcmae.models.bootmae import Network
+from rcmae.models.build import Network
 from rcmae.planning.activations import FP32, bytes_of
 
 PLACEMENTS = ("local", "zero0", "zero1", "zero2", "zero3", "fsdp2")

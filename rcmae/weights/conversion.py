@@ -16,7 +16,7 @@ from rcmae import __version__
 from rcmae.errors import Refused
 from rcmae.files import aside, write_aside
 from rcmae.models.kernels import LAYER_NORM_EPS
-from rcmae.models.vit import ARCHITECTURES
+from rcmae.models.sizes import ARCHITECTURES
 from rcmae.weights.encoder import HEADS, heads_of, model_of, to_onnx
 from rcmae.weights.layouts import FAMILIES, TORCH
 from rcmae.weights.names import family_names, of_autoencoder, published_names

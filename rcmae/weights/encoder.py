@@ -27,10 +27,10 @@ from torch import nn
 
 from rcmae.config import Recipe, stored
 from rcmae.errors import Refused
-from rcmae.models.bootmae import Network
+from rcmae.models.build import Network, new_network
 from rcmae.models.classifier import Classifier, Fit, fit_weights
-from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder
-from rcmae.parts import new_network
+from rcmae.models.sizes import ARCHITECTURES
+from rcmae.models.vit import MaskedAutoencoder
 from rcmae.weights.layouts import Which
 from rcmae.weights.names import family_names, of_autoencoder, published_names
 from rcmae.weights.reading import NetworkWeights, read_network

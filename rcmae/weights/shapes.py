@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rcmae.engines.optim import ENCODER
 from rcmae.errors import Refused
+from rcmae.models.protocol import PUBLISHED
 
 Shape = tuple[int, ...]
 
@@ -134,7 +134,7 @@ def whole_network(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, 
 
 def in_encoder(name: str) -> bool:
     """Whether a weight or table, by its published name, is the encoder's."""
-    return name.startswith((*ENCODER, "pos_embed"))
+    return name.startswith(PUBLISHED["encoder"])
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Shape]:

@@ -11,9 +11,10 @@ import torch
 
 from rcmae import dist
 from rcmae.data.batch import Batch
-from rcmae.engines.deepspeed import DeepSpeedEngine, read_config
-from rcmae.engines.engine import Settings
+from rcmae.engines.deepspeed import DeepSpeedEngine
+from rcmae.engines.deepspeed_config import read_config
 from rcmae.engines.fsdp2 import FSDP2Engine
+from rcmae.engines.protocol import EngineSettings
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
 
@@ -51,7 +52,7 @@ def train(engine, poisoned):
 
 def check(kind, precision):
     student = MaskedAutoencoder(**SIZES)
-    settings = Settings(precision=precision, accumulation=2, per_device=2)
+    settings = EngineSettings(precision=precision, accumulation=2, per_device=2)
     if kind == "fsdp2":
         engine = FSDP2Engine(student, copy.deepcopy(student), settings)
     else:

@@ -12,9 +12,11 @@ import sys
 import torch
 
 from rcmae import dist
-from rcmae.engines.deepspeed import DeepSpeedEngine, read_config
-from rcmae.engines.engine import LocalEngine, Settings
+from rcmae.engines.deepspeed import DeepSpeedEngine
+from rcmae.engines.deepspeed_config import read_config
 from rcmae.engines.fsdp2 import FSDP2Engine
+from rcmae.engines.local import LocalEngine
+from rcmae.engines.protocol import EngineSettings
 from rcmae.engines.teacher import teacher_bytes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.planning.states import teacher_groups
@@ -43,7 +45,7 @@ def teacher_names():
 
 def make(kind, precision):
     student = MaskedAutoencoder(**SIZES)
-    settings = Settings(precision=precision)
+    settings = EngineSettings(precision=precision)
     teacher = copy.deepcopy(student)
     teacher.keep(("pixels",) if "decoder" in PARTS else ("tokens",))
     if kind == "local":
@@ -113,7 +115,7 @@ def check(kind, precision, momentum):
     )
     if kind in ("local", "zero0", "zero1", "zero2"):  # every rank computes with the whole copy
         # waits for a gather that is under way
-        engine.teacher(torch.zeros(1, 3, 16, 16), what="features")
+        engine.teacher(torch.zeros(1, 3, 16, 16), outputs=("encoded",))
         named = dict(engine.teacher.named_parameters())
         figures["whole_copy_is_rounding"] = all(
             torch.equal(named[name].detach().flatten(), wanted[name].to(dtype)) for name in wanted

@@ -10,7 +10,9 @@ from torch import nn
 
 from rcmae.engines.optim import param_groups
 from rcmae.models.classifier import Classifier
-from rcmae.models.vit import ARCHITECTURES, MaskedAutoencoder, sincos_positions
+from rcmae.models.patches import sincos_positions
+from rcmae.models.sizes import ARCHITECTURES
+from rcmae.models.vit import MaskedAutoencoder
 
 from .fixture import PRECISIONS, Fixture, Limit, Unusable
 

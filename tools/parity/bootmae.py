@@ -13,7 +13,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.masking import BlockMask
 from rcmae.engines.schedules import epoch_momentum, warmup_half_cosine
 from rcmae.models.bootmae import BootstrappedAutoencoder
-from rcmae.models.vit import patchify
+from rcmae.models.patches import patchify
 from rcmae.objectives import Context, new
 from rcmae.objectives.mae import crowding, pixel_targets
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rcmae.data.augment import Mix, mixed, mixed_targets
 from rcmae.data.batch import Batch
-from rcmae.engines.engine import clip, set_rates
-from rcmae.engines.optim import LARS, param_groups
+from rcmae.engines.optim import LARS, param_groups, set_rates
+from rcmae.engines.updates import clip
 from rcmae.models import kernels
 from rcmae.models.classifier import (
     Classification,
@@ -105,7 +105,7 @@ def vit_finetune(fixture: Fixture) -> None:
             model.load_state_dict(
                 {**model.state_dict(), **{k: v for k, v in head.items() if k in model.state_dict()}}
             )
-            features = model.forward_head(model(images, what="features"), pre_logits=True)
+            features = model.forward_head(model.encoded(images), pre_logits=True)
             scores = model(images)
             for name, got in (("features", features), ("logits", scores)):
                 want = expected[f"{case}.{name}"]
@@ -210,7 +210,7 @@ def linprobe_lars(fixture: Fixture) -> None:
         model.eval()
 
         def encode(images: Tensor, model: Classifier = model) -> Tensor:
-            return model.forward_head(model(images, what="features"), pre_logits=True)
+            return model.forward_head(model.encoded(images), pre_logits=True)
 
         head = probe_head(config["embed_dim"], config["num_classes"]).to(dtype)
         linear: Any = head[1]  # type: ignore[index]

@@ -72,7 +72,7 @@ def rollout(fixture: Fixture) -> None:
         expected = fixture.arrays("expected.safetensors")
         images = fixture.arrays("inputs.safetensors")["images"].to(dtype)
         model, _ = classifier(fixture, weights, "cls", dtype)
-        features = model.forward_head(model(images, what="features"), pre_logits=True)
+        features = model.forward_head(model.encoded(images), pre_logits=True)
         outputs = {"logits": model(images), "features": features}
         wanted = {name: expected[name] for name in outputs}
         fixture.all_close("features and scores", outputs, wanted, limits.activation, precision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rcmae.engines.schedules import warmup_half_cosine
-from rcmae.models.vit import unpatchify
+from rcmae.models.patches import unpatchify
 from rcmae.objectives import new
 
 from .fixture import PRECISIONS, Fixture, Unusable
@@ -30,7 +30,9 @@ def mae_forward(fixture: Fixture) -> None:
         expected = dict(fixture.arrays("expected.safetensors"))
         batch = masked(fixture, inputs["images"], inputs["noise"], dtype)
         check_mask(fixture, batch, expected)
-        pred = model(batch.images, batch.ids_shuffle, batch.num_visible, "all")
+        pred = model(batch.images, batch.ids_shuffle, batch.num_visible, ("all_pixels",))[
+            "all_pixels"
+        ]
         outputs = {
             "latent": model.encode(batch.images, batch.ids_shuffle[:, : batch.num_visible]),
             "pred": pred,

@@ -74,7 +74,9 @@ def maepriv_pretrain(fixture: Fixture) -> None:
             outputs = {
                 "encoder_output": latent[:, model.num_prefix :],
                 "decoder_output": channels_first(
-                    model(batch.images, batch.ids_shuffle, batch.num_visible, "all")
+                    model(batch.images, batch.ids_shuffle, batch.num_visible, ("all_pixels",))[
+                        "all_pixels"
+                    ]
                 ),
                 "target": channels_first(target),
             }

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rcmae.engines.schedules import warmup_half_cosine
 from rcmae.engines.teacher import Teacher
-from rcmae.models.vit import MaskedAutoencoder, patchify
+from rcmae.models.patches import patchify
+from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
 from rcmae.objectives.mae import pixel_targets
 
@@ -46,8 +47,8 @@ def rcmae_forward(fixture: Fixture) -> None:
         everything = torch.arange(student.num_patches).expand(len(batch), -1)
         outputs = {
             "latent": student.encode(batch.images, batch.ids_shuffle[:, : batch.num_visible]),
-            "student_pred": student(batch.images, *mask, "all"),
-            "teacher_pred": teacher(batch.images, *mask, "all"),
+            "student_pred": student(batch.images, *mask, ("all_pixels",))["all_pixels"],
+            "teacher_pred": teacher(batch.images, *mask, ("all_pixels",))["all_pixels"],
             "target": patchify(batch.images, student.patch_size),
             "target_norm_pix": pixel_targets(
                 batch.images, everything, student.num_patches, norm_pix=True

@@ -130,7 +130,9 @@ def check_class_head(
     model.train()
     outputs = {
         "latent": model.encode(batch.images, batch.ids_shuffle[:, : batch.num_visible]),
-        "pred": model(batch.images, batch.ids_shuffle, batch.num_visible, "all"),
+        "pred": model(batch.images, batch.ids_shuffle, batch.num_visible, ("all_pixels",))[
+            "all_pixels"
+        ],
         "logits_eval": evaluated,
         "logits_train": model(batch.images, batch.ids_shuffle, batch.num_visible, ("classes",))[
             "classes"

@@ -16,7 +16,7 @@ from torch import Tensor
 from rcmae.data.batch import Batch
 from rcmae.evaluation.teacher_analysis.gradients import KINDS, OTHER, cosine
 from rcmae.evaluation.teacher_analysis.statistics import quartiles
-from rcmae.models.vit import patchify
+from rcmae.models.patches import patchify
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ from rcmae.data.cache import node_cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.plan import Plan
+from rcmae.data.sources import patience
 from rcmae.data.stream import Stream
 from rcmae.data.transforms import Normalise
+from rcmae.data.views import train_transform
 from rcmae.errors import Refused
 from rcmae.evaluation.teacher_analysis.gradients import (
     KINDS,
@@ -41,17 +43,11 @@ from rcmae.evaluation.teacher_analysis.gradients import (
 )
 from rcmae.evaluation.teacher_analysis.linear import linear_of
 from rcmae.evaluation.teacher_analysis.statistics import quartiles, rank_correlation
+from rcmae.models.build import new_network, student_sizes
 from rcmae.models.vit import MaskedAutoencoder
+from rcmae.objectives import make_objective
+from rcmae.objectives.masks import make_mask
 from rcmae.objectives.terms import Sum
-from rcmae.parts import (
-    has_regressors,
-    make_mask,
-    make_objective,
-    new_network,
-    patience,
-    student_sizes,
-    train_transform,
-)
 from rcmae.weights.layouts import Which
 from rcmae.weights.reading import read_network
 
@@ -157,7 +153,7 @@ def _recipe_of(folder: Path, images: int, shards: str | None) -> Recipe:
         recipe = config.stored(yaml.safe_load((folder / "recipe.yaml").read_text()))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, pydantic.ValidationError) as error:
         raise Refused(f"{folder} is no run's folder: {error}") from error
-    if "pixels" not in recipe.objective.teacher_outputs or has_regressors(recipe):
+    if "pixels" not in recipe.objective.teacher_outputs or recipe.decoder == "bootmae":
         raise Refused(
             f"{folder} has no consistency with a teacher's pixels, which this is about; train "
             "objective.name=rcmae, or another with objective.terms={consistency: 1}"

@@ -1,0 +1,57 @@
+"""The engine of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rcmae import dist
+from rcmae.config import CLASSIFYING, Recipe, Resolved
+from rcmae.engines.local import LocalEngine
+from rcmae.engines.protocol import Engine, EngineSettings
+from rcmae.models import kernels
+
+
+def engine_settings(recipe: Recipe, sizes: Resolved) -> EngineSettings:
+    """The values an engine is made with."""
+    classifies = recipe.objective.name in CLASSIFYING
+    return EngineSettings(
+        precision=recipe.engine.precision,
+        betas=recipe.schedule.betas,
+        weight_decay=recipe.schedule.weight_decay,
+        clip_grad=recipe.schedule.clip_grad,
+        accumulation=sizes.accumulation,
+        per_device=sizes.per_device,
+        optimizer=recipe.engine.optimizer,
+        rule=recipe.classify.rule if classifies else "adamw",
+        layer_decay=recipe.classify.layer_decay if classifies else None,
+        teacher_accumulate=recipe.teacher.accumulate,
+        seed=recipe.run.seed,
+        device=dist.device(),
+    )
+
+
+def make_engine(
+    recipe: Recipe,
+    sizes: Resolved,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    engine_config: dict[str, Any],
+) -> Engine:
+    """The engine of a recipe, around the student and the teacher. Collective: every rank calls."""
+    for model in filter(None, (student, teacher)):
+        kernels.choose_attention(model, dist.device(), recipe.engine.precision)
+        if recipe.engine.compile:
+            kernels.compile_blocks(model)
+    kernels.checkpoint_blocks(student, recipe.engine.activation_checkpointing)
+    settings = engine_settings(recipe, sizes)
+    if recipe.engine.name == "deepspeed":
+        from rcmae.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(student, teacher, settings, config=engine_config)
+    if recipe.engine.name == "fsdp2":
+        from rcmae.engines.fsdp2 import FSDP2Engine
+
+        return FSDP2Engine(student, teacher, settings)
+    return LocalEngine(student, teacher, settings)

@@ -1,0 +1,126 @@
+"""What engines share of an update: the verdict on gradients, the optimizer, the teacher's move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rcmae import dist
+from rcmae.engines.optim import LARS
+from rcmae.engines.protocol import EngineSettings, StepStats
+from rcmae.engines.teacher import Teacher, Telemetry
+from rcmae.models.kernels import adamw
+
+
+def global_norm(grads: Sequence[Tensor], *, sharded: bool, device: torch.device) -> Tensor:
+    """L2 norm of all gradients as a float32 scalar on `device`. Collective when `sharded`: every
+    rank calls.
+
+    Not finite if any element on any rank is not: this is the verdict all ranks share before an
+    update."""
+    squares = torch.zeros((), dtype=torch.float32, device=device)
+    if grads:
+        norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
+        squares = torch.stack([norm.to(device) for norm in norms]).square().sum()
+    return (dist.all_sum(squares) if sharded else squares).sqrt()
+
+
+def optimizer_for(
+    groups: list[dict[str, Any]], settings: EngineSettings, *, sharded: bool
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings over an engine's groups.
+
+    `sharded` where each rank holds a part of a tensor.
+    """
+    if settings.rule == "adamw":
+        return adamw(groups, betas=settings.betas, kind=settings.optimizer)
+    trust = 0.001 if settings.rule == "lars" else None
+    return LARS(groups, trust=trust, all_sum=dist.all_sum if sharded else lambda values: values)
+
+
+def read_telemetry(seen: Telemetry, *, sharded: bool) -> dict[str, float]:
+    """Telemetry of all ranks' shards as numbers. Collective when `sharded`: every rank calls."""
+    sums = torch.stack([seen.difference_sq, seen.weight_sq, seen.moved, seen.elements])
+    difference, weight, moved, elements = (dist.all_sum(sums) if sharded else sums).tolist()
+    return {
+        # relative L2, student to teacher
+        "teacher_distance": (difference / max(weight, 1e-30)) ** 0.5,
+        # share of the copy's elements that the update changed
+        "teacher_moved": moved / max(elements, 1.0),
+        "teacher_update_s": seen.seconds,
+    }
+
+
+def freeze(teacher: nn.Module | None) -> nn.Module | None:
+    """The teacher without gradients."""
+    return teacher.requires_grad_(False) if teacher is not None else None
+
+
+def has_all(theirs: Mapping[str, object], names: Sequence[str]) -> bool:
+    """Whether a teacher has an optimizer group.
+
+    It has all of a group or nothing of it: groups are cut as one.
+    """
+    found = [name in theirs for name in names]
+    assert all(found) or not any(found), (
+        f"a teacher has {sum(found)} of {len(found)} parameters of a group"
+    )
+    return all(found)
+
+
+def cast_params(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters alone: frozen tables stay fp32 at any precision."""
+    for param in module.parameters():
+        param.data = param.data.to(dtype)
+
+
+def update(
+    ema: Teacher | None, momentum: float, *, measure: bool, sharded: bool
+) -> dict[str, float]:
+    """One EMA update, measured or not; nothing where there is no teacher.
+
+    Collective: every rank calls.
+    """
+    if ema is None:
+        return {}
+    if measure:
+        return read_telemetry(ema.measured_update(momentum), sharded=sharded)
+    ema.update(momentum)
+    return {}
+
+
+def updates_of(ema: Teacher | None) -> int:
+    """How often the teacher was updated."""
+    return ema.updates if ema is not None else 0
+
+
+def restore_teacher(ema: Teacher | None, updates: int) -> None:
+    """Copies and counter of a teacher whose accumulators were written.
+
+    Collective: every rank calls.
+    """
+    if ema is not None:
+        ema.updates = updates
+        ema.round()
+
+
+def clip(grads: Sequence[Tensor], norm: Tensor, limit: float | None) -> None:
+    """Scale gradients so that their global norm is at most `limit`.
+
+    On the device, without a wait.
+    """
+    if limit is not None and grads:
+        torch._foreach_mul_(list(grads), (limit / (norm + 1e-6)).clamp(max=1.0))
+
+
+def verdict(norm: Tensor) -> StepStats:
+    """The norm as a number, and whether the update may run.
+
+    Waits for the device, once a step: the price of never updating on numbers gone bad.
+    """
+    value = norm.item()
+    return StepStats(grad_norm=value, finite=math.isfinite(value))

@@ -1,0 +1,119 @@
+"""What a Vision Transformer is made of, beside timm's block: a patch embedding for patches that are
+cut out already, attention with split biases, a last block that answers for the tail of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
+from rcmae.models.batchnorm import GlobalBatchNorm
+
+from timm.models.vision_transformer import Block
+
+# one bias for queries, keys and values; or none for the keys, as two parameters
+QKVBias = Literal["qkv", "qv"]
+
+
+class PatchProjection(nn.Conv2d):
+    """The published patch embedding, for patches that are cut out already: its kernel meets each
+    of them once.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Patches [B, n, C, p, p] to tokens [B, n, D], in the type of the weight."""
+        return F.linear(input.flatten(2).to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class SplitBiasAttention(nn.Module):
+    """Self-attention whose queries and values have a bias each, and whose keys, to which a bias is
+    nothing, none.
+
+    Parameters are named as in BEiT, BootMAE and MAE-priv.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        # fused_attn: see kernels.choose_attention
+        self.num_heads, self.fused_attn = num_heads, True
+        # as published, of a dim that heads do not divide the rest is left out
+        inner = dim // num_heads * num_heads
+        self.q_bias = nn.Parameter(torch.zeros(inner))
+        self.v_bias = nn.Parameter(torch.zeros(inner))
+        self.qkv = nn.Linear(dim, 3 * inner, bias=False)
+        self.proj = nn.Linear(inner, dim)
+
+    def forward(self, x: Tensor, first_query: int = 0, **_: None) -> Tensor:
+        """Tokens [B, N, D] to [B, N - first_query, D]: keys and values of all, queries of the
+        tail.
+        """
+        # the biases are added beside the module, not given to its product: engines that gather a
+        # parameter when its module is called have not gathered the weight here
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = (
+            (self.qkv(x) + bias)
+            .unflatten(2, (3, self.num_heads, -1))
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
+        mixed = kernels.attention(q[:, :, first_query:], k, v, fused=self.fused_attn)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class LastBlock(Block):
+    """timm's block, with an answer for the tail of the tokens alone: keys and values of all,
+    queries of the tail.
+    """
+
+    def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
+        """Tokens [B, N, D] to tokens [B, N - first_query, D]."""
+        if isinstance(self.attn, SplitBiasAttention):
+            tail = x[:, first_query:] + self.attn(self.norm1(x), first_query)
+            return tail + self.mlp(self.norm2(tail))
+        attn, heads = self.attn, self.attn.num_heads
+        # the query projection of the few head tokens is wasted: slicing its weight would reach
+        # around the engines that gather a parameter when its module is called
+        q, k, v = (
+            attn.qkv(self.norm1(x)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        # [B, heads, N - first_query, d]
+        mixed = kernels.attention(q[:, :, first_query:], k, v, fused=attn.fused_attn)
+        tail = x[:, first_query:] + self.drop_path1(
+            self.ls1(attn.proj(mixed.transpose(1, 2).flatten(2)))
+        )
+        return tail + self.drop_path2(self.ls2(self.mlp(self.norm2(tail))))
+
+
+def make_block(
+    kind: type[Block],
+    width: int,
+    heads: int,
+    *,
+    mlp_ratio: float,
+    norm: Callable[..., nn.Module],
+    qkv_bias: QKVBias,
+) -> Block:
+    """A block of a width."""
+    block = kind(width, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm)
+    if qkv_bias == "qv":
+        block.attn = SplitBiasAttention(width, heads)
+    return block
+
+
+def class_head(width: int, hidden: int, num_classes: int) -> nn.Module:
+    """SupMAE's classification head: two layers with a batch norm between them, or one layer
+    where `hidden` is 0.
+    """
+    if not hidden:
+        return nn.Linear(width, num_classes)
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        GlobalBatchNorm(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, num_classes),
+    )

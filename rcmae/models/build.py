@@ -1,0 +1,98 @@
+"""The network of a recipe."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from typing import Any
+
+import torch
+
+from rcmae.config import ModelOptions, Recipe
+from rcmae.errors import Refused
+from rcmae.models import kernels
+from rcmae.models.bootmae import BootstrappedAutoencoder
+from rcmae.models.sizes import ARCHITECTURES, size_problems
+from rcmae.models.vit import MaskedAutoencoder
+
+Network = MaskedAutoencoder | BootstrappedAutoencoder  # what pretrains
+
+
+def student_sizes(model: ModelOptions, *, heads_divide: bool = True) -> dict[str, int]:
+    """The sizes of the student: the architecture's, with the recipe's over them.
+
+    Args:
+        model: the recipe's section.
+        heads_divide: whether the decoder's heads must divide its width; BootMAE's need not.
+
+    Raises:
+        Refused: unknown architecture, or sizes that do not fit together, all named.
+    """
+    if model.name not in ARCHITECTURES:
+        close = difflib.get_close_matches(model.name, ARCHITECTURES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(ARCHITECTURES)}"
+        raise Refused(f"model.name: unknown architecture {model.name!r}; {hint}")
+    sizes = {key: getattr(model, key) or value for key, value in ARCHITECTURES[model.name].items()}
+    problems = size_problems(
+        **sizes,
+        image_size=model.image_hw,
+        in_channels=model.in_channels,
+        heads_divide=heads_divide,
+    )
+    if problems:
+        raise Refused("\n".join(f"model: {problem}" for problem in problems))
+    return sizes
+
+
+def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Network:
+    """The network of a recipe, with weights of no meaning.
+
+    Args:
+        recipe: its sections model and objective, and engine.layer_norm.
+        norm: whose layer norm, instead of the recipe's: where sizes alone matter, what it asks for
+            need not be there.
+
+    Raises:
+        Refused: as `student_sizes`, or the network's own.
+    """
+    model = recipe.model
+    outputs = recipe.objective.student_outputs
+    regressors = recipe.decoder == "bootmae"
+    common: dict[str, Any] = {
+        **student_sizes(model, heads_divide=not regressors),
+        "image_size": model.image_hw,
+        "in_channels": model.in_channels,
+        "norm_layer": kernels.layer_norm(norm or recipe.engine.layer_norm),
+        "predicts_features": "features" in outputs,
+    }
+    if regressors:
+        return BootstrappedAutoencoder(
+            **common, low_layer=model.low_layer, high_layer=model.high_layer
+        )
+    return MaskedAutoencoder(
+        **common,
+        cls_token=model.cls_token,
+        qkv_bias=model.qkv_bias,
+        positions=model.positions,
+        decoder_cls=model.decoder_cls,
+        pixel_order=model.pixel_order,
+        num_classes=model.num_classes if "classes" in outputs else 0,
+        class_hidden=model.class_hidden,
+        class_pool=model.class_pool,
+    )
+
+
+def new_student(recipe: Recipe) -> Network:
+    """The student with the weights of `run.seed`, the same on every rank."""
+    network = new_network(recipe)
+    network.init_weights(torch.Generator().manual_seed(recipe.run.seed))
+    return network
+
+
+def new_teacher(student: Network, outputs: tuple[str, ...]) -> Network | None:
+    """A copy of the student's parts that give these outputs; None where there are none."""
+    if not outputs:
+        return None
+    teacher = copy.deepcopy(student)
+    teacher.keep(outputs)
+    return teacher

@@ -1,0 +1,63 @@
+"""Images as patches and back, and where patches are: the sin-cos tables of their positions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Positions = Literal["column_first", "row_first"]
+
+
+def patch_grid(images: Tensor, patch_size: int) -> Tensor:
+    """Images [B, C, H, W] cut into patches [B, H/p, W/p, C, p, p]: a view, nothing is copied."""
+    return (
+        images.unflatten(3, (-1, patch_size))
+        .unflatten(2, (-1, patch_size))
+        .permute(0, 2, 4, 1, 3, 5)
+    )
+
+
+def patches_at(images: Tensor, patch_size: int, ids: Tensor) -> Tensor:
+    """The patches [B, n, C, p, p] at raster indices `ids` [B, n]; the others are never touched."""
+    grid = patch_grid(images, patch_size)
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    return grid[rows, ids // grid.shape[2], ids % grid.shape[2]]
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Images [B, C, H, W] as rows of pixels [B, L, p*p*C], in the published order (p_row, p_col,
+    channel).
+    """
+    return patch_grid(images, patch_size).permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+
+
+def unpatchify(
+    patches: Tensor, patch_size: int, image_size: tuple[int, int], in_channels: int
+) -> Tensor:
+    """The images [B, C, H, W] whose `patchify` is `patches` [B, L, p*p*C]."""
+    rows, columns = image_size[0] // patch_size, image_size[1] // patch_size
+    grid = patches.unflatten(2, (patch_size, patch_size, in_channels)).unflatten(1, (rows, columns))
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def sincos_positions(
+    dim: int, grid: tuple[int, int], *, cls_token: bool, order: Positions = "column_first"
+) -> Tensor:
+    """The 2-D sin-cos table [rows, dim] in float64, raster order, after a row of zeros where
+    `cls_token`.
+
+    The first half of the columns encodes the patch's column, the second its row, each as sines then
+    cosines of geometric frequencies 1 ... 1/10000. "row_first" has it the other way round (MoCo v3,
+    BootMAE, MAE-priv)."""
+    quarter = dim // 4
+    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    row, column = torch.meshgrid(
+        *(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij"
+    )
+    axes = (column, row) if order == "column_first" else (row, column)
+    angles = [axis.reshape(-1, 1) * frequencies for axis in axes]  # each [L, dim/4]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return F.pad(table, (0, 0, 1, 0)) if cls_token else table
