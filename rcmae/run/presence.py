@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -22,13 +23,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from rcmae.checkpoint.lease import exit_status
 from rcmae.run.preempt import FAILED
 
+_OURS = re.compile(r"\d{8}")  # a generation's folder
 NAMED = 8  # ranks that a message names at most
-WAY_OUT = "Start the same command again: it goes on from the last committed checkpoint"
+WAY_OUT = "Start the same command again: it resumes from the newest complete checkpoint"
 
 
 @dataclass(frozen=True)
@@ -85,27 +87,33 @@ class Presence:
         interval_s: float | None = None,
     ) -> None:
         self.generation = generation
-        self._run_dir, self._folder = run_dir, run_dir / "ranks" / f"{generation:08d}"
-        self._rank, self._world, self._timeout_s = rank, world, timeout_s
         self.interval_s = interval_s or min(max(1.0, world / 32), timeout_s / 10)
-        self._host, self._beats, self._ended = socket.gethostname(), 0, ""
-        self._at, self._since = (0, "starting"), time.monotonic()
+        self._run_dir = run_dir
+        self._folder = run_dir / "ranks" / f"{generation:08d}"
+        self._rank = rank
+        self._world = world
+        self._timeout_s = timeout_s
+        self._host = socket.gethostname()
+        self._beats = 0
+        self._ended = ""  # why this rank ends, once it does
+        self._at = (0, "starting")  # step, phase
+        self._since = time.monotonic()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
-        if world > 1:
-            if rank == 0:
-                for old in self._folder.parent.glob("*"):
-                    if old != self._folder:
-                        shutil.rmtree(old, ignore_errors=True)
-            with contextlib.suppress(OSError):  # as in _beat
-                self._folder.mkdir(parents=True, exist_ok=True)
-            self._beat()
-            self._thread = threading.Thread(target=self._keep_beating, name="presence", daemon=True)
-            self._thread.start()
+        if world == 1:
+            return
+        if rank == 0:
+            self._clear_away_earlier_jobs()
+        with contextlib.suppress(OSError):  # as in _beat
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._beat()
+        self._thread = threading.Thread(target=self._keep_beating, name="presence", daemon=True)
+        self._thread.start()
 
     def at(self, step: int, phase: str) -> None:
         """Say what this rank does from now on. Costs nothing: the thread writes it."""
-        self._at, self._since = (step, phase), time.monotonic()
+        self._at = (step, phase)
+        self._since = time.monotonic()
 
     def leave(self) -> None:
         """Stop beating, at a good end. A second call does nothing."""
@@ -120,12 +128,9 @@ class Presence:
         self._stop()
         if self._world == 1:
             return Loss(WAY_OUT, False, True)
-        text = str(error).strip()
-        self._ended = (
-            f"{type(error).__name__}: {text.splitlines()[0][:200]}"
-            if text
-            else type(error).__name__
-        )
+        self._ended = type(error).__name__
+        if text := str(error).strip():
+            self._ended += f": {text.splitlines()[0][:200]}"
         quiet = _Quiet(self)
         ended = quiet.ended()  # before us, so not because of us
         self._beat()
@@ -144,6 +149,11 @@ class Presence:
 
     # beating
 
+    def _clear_away_earlier_jobs(self) -> None:
+        for old in self._folder.parent.glob("*"):
+            if old != self._folder and _OURS.fullmatch(old.name):
+                shutil.rmtree(old, ignore_errors=True)
+
     def _keep_beating(self) -> None:
         quiet: _Quiet | None = None
         while not self._done.wait(self.interval_s):
@@ -154,19 +164,21 @@ class Presence:
                 continue
             quiet = quiet or _Quiet(self)
             quiet.look()
-            silent, ended = (
-                quiet.longer_than(self._timeout_s / 2 - 2 * self.interval_s),
-                quiet.ended(),
-            )
+            silent = quiet.longer_than(self._timeout_s / 2 - 2 * self.interval_s)
+            ended = quiet.ended()
             if (silent or ended) and not self._done.is_set():
-                step, phase = self._at
-                waited = f"waited {time.monotonic() - self._since:.0f} s at step {step}, {phase}"
-                self._ended = f"rank {(silent or [ended[0].rank])[0]} lost: {waited}"
-                told = f"rcmae: rank {self._rank} {waited}; {self._told(silent, ended)}. {WAY_OUT}"
-                print(told, file=sys.stderr, flush=True)
-                self._beat()
-                # the main thread is in a collective that nobody will end
-                os._exit(exit_status(self._run_dir, FAILED))
+                self._give_up(silent, ended)
+
+    def _give_up(self, silent: Sequence[int], ended: Sequence[Place]) -> NoReturn:
+        """End this process: its main thread is in a collective that nobody will end."""
+        step, phase = self._at
+        waited = f"waited {time.monotonic() - self._since:.0f} s at step {step}, {phase}"
+        lost = silent[0] if silent else ended[0].rank
+        self._ended = f"rank {lost} lost: {waited}"
+        told = f"rcmae: rank {self._rank} {waited}; {self._told(silent, ended)}. {WAY_OUT}"
+        print(told, file=sys.stderr, flush=True)
+        self._beat()
+        os._exit(exit_status(self._run_dir, FAILED))
 
     def _beat(self) -> bool:
         """Write where this rank is; whether that could be done."""
@@ -176,9 +188,8 @@ class Presence:
         try:
             # in place and of one length: NFS shows who opens a file its last bytes, but a renamed
             # one minutes late
-            with open(
-                os.open(self._file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644), "w"
-            ) as file:
+            handle = os.open(self._file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            with open(handle, "w") as file:
                 file.write(json.dumps(asdict(place)).ljust(1024))
         except OSError:
             return False
@@ -205,25 +216,26 @@ class Presence:
             return None
 
     def _told(self, silent: Sequence[int], ended: Sequence[Place]) -> str:
+        """Who is lost, for a message."""
         lines = [str(self._read(rank) or f"rank {rank} silent, it never began") for rank in silent]
-        # who lost a peer ended with its collective's error: where nobody is silent, others come
-        # first
-        causes = sorted(
-            ended,
-            key=lambda place: any(
-                word in place.ended.lower() for word in ("gloo", "nccl", " lost")
-            ),
-        )
-        lines += [str(place) for place in causes if not silent]
+        if not silent:
+            # who lost a peer ended with its collective's error: others come first
+            lines = [str(place) for place in sorted(ended, key=_is_of_a_collective)]
         more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
         return f"lost {'; '.join(lines[:NAMED])}{more}"
+
+
+def _is_of_a_collective(place: Place) -> bool:
+    """Whether a rank ended because it had lost another."""
+    return any(word in place.ended.lower() for word in ("gloo", "nccl", " lost"))
 
 
 class _Quiet:
     """For how long each peer's beat has stood still while this process was looking, and ran."""
 
     def __init__(self, presence: Presence) -> None:
-        self._presence, self._looked = presence, time.monotonic()
+        self._presence = presence
+        self._looked = time.monotonic()
         self._last = presence._peers()
         self._quiet_s = dict.fromkeys(self._last, 0.0)
 
