@@ -35,6 +35,7 @@ COMMANDS = {
     "visualize": Command("visualize", "draw reconstructions, attention, features and filters"),
     "robustness": Command("robustness", "judge a classifier on other sets and corrupted images"),
     "analyze-teacher": Command("analyze_teacher", "see what the teacher does to the gradients"),
+    "compare": Command("compare", "train objectives by one recipe and judge them side by side"),
     "checkpoint": Command("checkpoint", "list, show, verify, diff and prune checkpoints"),
     "shards": Command("shards", "make, index and check shards of images"),
     "doctor": Command("doctor", "whether what a run needs is on this node, or these, and sound"),

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from rcmae.checkpoint import newest_unverified, tensor_of
+from rcmae.commands import compare as command
 from rcmae.commands import export as export_tool
 from rcmae.commands import visualize
 from rcmae.config import load
+from rcmae.evaluation import comparison
 from rcmae.models.build import new_network
 from rcmae.models.classifier import Classifier, fit_weights
 from rcmae.weights.conversion import convert
@@ -23,7 +25,6 @@ from rcmae.weights.encoder import load_encoder
 from rcmae.weights.names import published_names
 from rcmae.weights.reading import read_network
 from runs import Folder, start
-from tools import compare_objectives as tool
 
 import timm
 
@@ -35,7 +36,7 @@ def test_runs_are_trained_judged_and_taken_as_they_are(
     shards = [f"evaluate.train_shards={photo_shards}", f"evaluate.test_shards={photo_shards}"]
     given = [str(tiny), *steps, *shards, "--runs", str(tmp_path), "--seeds", "4", "--rounds", "1"]
     given += ["--objectives", "supmae", "bootmae", "--json", str(tmp_path / "told.json")]
-    assert tool.main(given) == 0
+    assert command.main(given) == 0
     told = json.loads((tmp_path / "told.json").read_text())
     networks = [(row["objective"], row["network"], row["seed"]) for row in told["rows"]]
     assert networks == [
@@ -54,8 +55,8 @@ def test_runs_are_trained_judged_and_taken_as_they_are(
     said = capsys.readouterr().out
     assert f"| {told['rows'][0]['knn']:.1f} |" in said
     before = {name: run.path.stat().st_mtime_ns for name, run in runs.items()}
-    assert tool.main([*given, "--no-training"]) == 0
-    assert tool.main(given) == 0
+    assert command.main([*given, "--no-training"]) == 0
+    assert command.main(given) == 0
     again = json.loads((tmp_path / "told.json").read_text())
     assert again["rows"] == told["rows"]
     assert [run.steps() for run in runs.values()] == [[1, 2, 3]] * 2
@@ -166,9 +167,13 @@ def test_what_was_trained_without_a_class_token_is_fine_tuned_with_a_fresh_one(
     assert not model.blocks[1].attn.qkv.bias[64:128].any(), "keys have none"
 
 
+def test_the_commands_objectives_are_those_of_the_library() -> None:
+    assert tuple(comparison.OBJECTIVES) == command.OBJECTIVES
+
+
 def test_what_cannot_be_compared_is_refused(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool.main([str(tiny), "--runs", str(tmp_path / "runs")]) == 2
+    assert command.main([str(tiny), "--runs", str(tmp_path / "runs")]) == 2
     assert "give evaluate.train_shards and evaluate.test_shards" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
