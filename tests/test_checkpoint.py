@@ -563,6 +563,21 @@ def test_a_rank_that_cannot_write_or_a_damaged_part_of_one_rank_is_every_ranks_n
     assert equal(library_view(run.checkpoints / "step-00000020"), run.state())
 
 
+def test_one_rank_may_read_alone_and_what_one_does_not_see_divides_nobody(
+    with_four: Folder, ranks: Callable[..., Ranks]
+) -> None:
+    started = ranks(str(PROGRAMS / "one_sees_less.py"), str(with_four.path))
+    said = started.succeed(timeout_s=120)
+    line = next(line for line in said.splitlines() if line.startswith("RESULT "))
+    found = json.loads(line.removeprefix("RESULT "))
+    assert found["alone"] == [20, 20]
+    assert found["both"] == found["one sees none"] == [20, 20]
+    one, other = found["one cannot read"]
+    assert one == other
+    assert len(one) == 4
+    assert one[0] == "step-00000020 is not there on this node"
+
+
 @pytest.mark.slow
 def test_a_kill_at_any_call_of_a_save_leaves_the_run_as_it_was_or_one_save_further(
     tiny: Path, tmp_path: Path

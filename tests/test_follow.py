@@ -20,12 +20,10 @@ from tests.conftest import Ranks
 
 @pytest.fixture(scope="module")
 def labelled(photo_shards: str) -> list[str]:
-    """The keys that name the labelled images: four shards to know, two to ask about."""
-    known, asked = (
-        photo_shards.replace("{000000..000005}", span)
-        for span in ("{000000..000003}", "{000004..000005}")
-    )
-    return [f"evaluate.train_shards={known}", f"evaluate.test_shards={asked}", "evaluate.k=[3, 10]"]
+    """The keys that name the labelled images: four shards to train on, two to test."""
+    train = photo_shards.replace("{000000..000005}", "{000000..000003}")
+    test = photo_shards.replace("{000000..000005}", "{000004..000005}")
+    return [f"evaluate.train_shards={train}", f"evaluate.test_shards={test}", "evaluate.k=[3, 10]"]
 
 
 @pytest.fixture(scope="module")

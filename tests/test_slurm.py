@@ -238,13 +238,14 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tiny: Path, tmp_path: Pat
 def test_a_side_car_sees_each_checkpoint_once_over_requeues_of_both(
     cluster: Cluster, tiny: Path, photo_shards: str, tmp_path: Path
 ) -> None:
-    run, known = Folder(tmp_path / "run"), photo_shards.replace("000005}", "000003}")
+    run = Folder(tmp_path / "run")
+    train = photo_shards.replace("000005}", "000003}")
     often = ["schedule.steps=60", "checkpoint.every_steps=4", "checkpoint.keep=99"]
     job = cluster.submit(
         "pretrain.sbatch", tiny, *often, f"run.dir={run.path}", nodes="1", of="5-6"
     )
     labelled = [
-        f"evaluate.train_shards={known}",
+        f"evaluate.train_shards={train}",
         f"evaluate.test_shards={photo_shards}",
         "evaluate.k=[3]",
     ]
