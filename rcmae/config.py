@@ -577,6 +577,19 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A copy of the recipe with other values: `section.key` -> value."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = value
+    changed = {
+        section: getattr(recipe, section).model_copy(update=keys)
+        for section, keys in sections.items()
+    }
+    return recipe.model_copy(update=changed)
+
+
 def module_of(recipe: Recipe) -> str:
     """The module that trains a recipe, as in `python -m rcmae.train`."""
     name = recipe.objective.name

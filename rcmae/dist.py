@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import platform
 import subprocess
 import time
 from collections.abc import Sequence
@@ -24,7 +25,12 @@ from torch.distributed import distributed_c10d
 from rcmae.errors import Refused
 
 _control: torch_dist.ProcessGroup | None = None
-_timeout = datetime.timedelta(minutes=30)
+USUAL_TIMEOUT_S = 1800.0
+_timeout = datetime.timedelta(seconds=USUAL_TIMEOUT_S)
+
+
+class Unreachable(RuntimeError):
+    """This rank cannot join the others; says whom it tried and what to look at."""
 
 
 def rank() -> int:
@@ -93,17 +99,18 @@ def device() -> torch.device:
     return torch.device("cuda", launched()["local_rank"] % torch.cuda.device_count())
 
 
-def start(*, required: bool, timeout_s: float = 1800.0) -> None:
+def start(*, required: bool, timeout_s: float | None = USUAL_TIMEOUT_S) -> None:
     """Join the other ranks. Collective: every rank calls, once, before anything else here.
 
     Args:
         required: make a process group even for a single process (DeepSpeed and FSDP2 want one).
-        timeout_s: seconds after which a collective that a peer never joins raises.
+        timeout_s: seconds after which a collective that a peer never joins raises. Rank 0's holds
+            for all; None: the usual.
 
     Raises:
-        ValueError: the launcher's variables are incomplete.
+        Refused: the launcher's variables are incomplete.
+        Unreachable: this rank cannot join the others.
     """
-    global _control, _timeout
     where = launched()
     if device().type == "cuda":
         torch.cuda.set_device(device())
@@ -111,7 +118,21 @@ def start(*, required: bool, timeout_s: float = 1800.0) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // where["local_world"]))
     if where["world"] == 1 and not required:
         return
-    # DeepSpeed reads these whatever the launcher was
+    _set_variables(where)
+    try:
+        _join(where["rank"], where["world"], timeout_s or USUAL_TIMEOUT_S)
+    except (RuntimeError, ValueError) as error:  # torch has no narrower one for all that can fail
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).strip().splitlines()[0]
+        raise Unreachable(
+            f"rank {where['rank']} of {where['world']} on {platform.node()} cannot join the others "
+            f"at {address}: {reason}; see that rank 0 runs there, that MASTER_ADDR and MASTER_PORT "
+            "are the same on all ranks, and that no other program has the port"
+        ) from error
+
+
+def _set_variables(where: dict[str, int]) -> None:
+    """What DeepSpeed reads, whatever the launcher was."""
     os.environ.setdefault("RANK", str(where["rank"]))
     os.environ.setdefault("WORLD_SIZE", str(where["world"]))
     os.environ.setdefault("LOCAL_RANK", str(where["local_rank"]))
@@ -121,37 +142,42 @@ def start(*, required: bool, timeout_s: float = 1800.0) -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _slurm_master() if where["world"] > 1 else "127.0.0.1"
         # one a job, below the range that Linux gives to outgoing connections
-        os.environ.setdefault(
-            "MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
-        )
-    timeout = _timeout = datetime.timedelta(seconds=timeout_s)
+        job = int(os.environ.get("SLURM_JOB_ID", 0))
+        os.environ.setdefault("MASTER_PORT", str(10000 + job % 20000))
+
+
+def _join(rank: int, world: int, timeout_s: float) -> None:
+    """Make the two groups, with rank 0's time-out."""
+    global _control, _timeout
+    store = _store(rank, world, timeout_s)
+    if rank == 0:
+        store.set("timeout_s", str(timeout_s))
+    _timeout = datetime.timedelta(seconds=float(store.get("timeout_s")))
     # DeepSpeed makes groups of its own, without a word about time: 10 minutes under NCCL, 30 under
     # gloo, else
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    distributed_c10d.default_pg_timeout = _timeout
+    distributed_c10d.default_pg_nccl_timeout = _timeout
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
-    if where["world"] == 1 and "MASTER_PORT" not in os.environ:
-        torch_dist.init_process_group(
-            backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps its store over restarts of the ranks: without a prefix each finds addresses
-        # of the dead
-        own = torch_dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            where["world"],
-            False,
-            timeout=timeout,
-        )
-        store = torch_dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", own)
-        torch_dist.init_process_group(
-            backend, store=store, rank=where["rank"], world_size=where["world"], timeout=timeout
-        )
-    else:
-        torch_dist.init_process_group(
-            backend, rank=where["rank"], world_size=where["world"], timeout=timeout
-        )
-    _control = torch_dist.new_group(backend="gloo", timeout=timeout)
+    torch_dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=_timeout
+    )
+    _control = torch_dist.new_group(backend="gloo", timeout=_timeout)
+
+
+def _store(rank: int, world: int, timeout_s: float) -> torch_dist.Store:
+    """Where the ranks find each other; in memory for one process, which needs no port."""
+    if world == 1:
+        return torch_dist.HashStore()
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps its store over restarts of the ranks: without a prefix each would find
+        # addresses of the dead
+        store = torch_dist.TCPStore(address, port, world, False, timeout=timeout)
+        start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        return torch_dist.PrefixStore(f"start-{start}", store)
+    return torch_dist.TCPStore(address, port, world, rank == 0, timeout=timeout)
 
 
 def _slurm_master() -> str:
@@ -229,6 +255,27 @@ def from_first(item: Any, group: torch_dist.ProcessGroup | None = None) -> Any:
     box = [item]
     torch_dist.broadcast_object_list(box, src=0, group=group or _control)
     return box[0]
+
+
+def tensors_from_first(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Rank 0's tensors on every rank, in host memory. Collective: every rank calls.
+
+    The other ranks' arguments are ignored.
+    """
+    if world() == 1:
+        assert tensors is not None
+        return tensors
+    told = {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()}
+    received = {}
+    for name, (shape, dtype) in from_first(told).items():
+        if rank() == 0:
+            assert tensors is not None
+            value = tensors[name].cpu().contiguous()
+        else:
+            value = torch.empty(shape, dtype=dtype)
+        torch_dist.broadcast(value, src=0, group=_control)
+        received[name] = value
+    return received
 
 
 def own_group() -> torch_dist.ProcessGroup | None:

@@ -47,8 +47,9 @@ from rcmae.evaluation.logistic import logistic_rows
 from rcmae.models import kernels
 from rcmae.models.build import Network, new_student
 from rcmae.run import preempt
+from rcmae.run.ending import say_error
+from rcmae.run.look import open_index
 from rcmae.run.metrics import MetricsLog, events_of
-from rcmae.train import open_index, say_error
 from rcmae.weights.layouts import KIND, Which
 
 FOLDER = "evaluations"  # in the run's folder

@@ -43,9 +43,6 @@ DEPTH = {package: depth for depth, row in enumerate(ROWS) for package in row}
 UPWARD: set[str] = {  # what is still to be turned round
     "data/augment.py: models",
     "data/device_decode.py: models",
-    "tasks.py: finetune",
-    "tasks.py: probe",
-    "tasks.py: train",
 }
 MODULES = sorted((ROOT / "rcmae").rglob("*.py"))
 

@@ -22,6 +22,7 @@ from rcmae import train
 from rcmae.checkpoint import read_manifest
 from rcmae.config import load
 from rcmae.run import preempt
+from rcmae.tasks.pretrain import Pretraining
 from runs import Folder, distance, equal, finite, keeping_handlers, once, send, start, wait_for
 from tests.conftest import ROOT, Ranks, free_port
 
@@ -472,7 +473,8 @@ def test_a_signal_before_the_first_step_loses_nothing(
     with keeping_handlers():
         stop = preempt.StopRequest()
         send(signal.SIGUSR1)()
-        assert train.train(load(str(tiny), [f"run.dir={folder.path}"]), stop) == 75
+        recipe = load(str(tiny), [f"run.dir={folder.path}"])
+        assert train.train(recipe, stop, Pretraining()) == 75
     assert (folder.outcome()["step"], folder.committed()) == (0, [0])
     assert start(tiny, folder.path) == 0
     assert equal(folder.state(), uninterrupted.state())

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from rcmae import config, dist, train
+from rcmae import config, dist
 from rcmae.config import Recipe
 from rcmae.models import kernels
 from rcmae.planning import planner
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe = planner.load(asked.recipe, whole)
             cases[name] = compare(recipe, dist.gather(measure(recipe))) | {"overrides": whole}
     except ValueError as error:
-        train.say_error(error)
+        print(f"bench_memory: {error}", file=sys.stderr)
         return 2
     limit = STEP[dist.device().type]
     beyond = [

@@ -46,8 +46,9 @@ from rcmae.errors import Refused
 from rcmae.models.build import new_student
 from rcmae.planning.states import checkpoint_bytes
 from rcmae.run import preempt
+from rcmae.run.agreement import Agreement
 from rcmae.run.folder import versions
-from rcmae.tasks import task_of
+from rcmae.tasks.registry import task_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = {  # name -> ranks, overrides
@@ -220,7 +221,7 @@ def run_ranks(jobs: Sequence[Sequence[str]], die: str, record: bool) -> int:
         record_samples()
     recipes = [config.load(name, overrides) for name, *overrides in jobs]
     if len(jobs) == 1:
-        return train.main(list(jobs[0]), task_of(recipes[0]))
+        return train.main(list(jobs[0]), task_of(recipes[0]).name)
     dist.start(required=True, timeout_s=120)
     statuses = [train.train(recipe, preempt.StopRequest(), task_of(recipe)) for recipe in recipes]
     dist.finish()
@@ -233,19 +234,19 @@ def record_samples() -> None:
     """Have each rank write the position and key of every sample it trains on to
     `samples-RANK.jsonl` of the run.
     """
-    agree = train.Run.agree
+    before_step = Agreement.before_step
 
-    def recorded(self: train.Run, micros: Sequence[Any]) -> Any:
+    def recorded(self: Agreement, micros: Sequence[Any]) -> Any:
         found = [
             pair
             for batch in micros
             for pair in zip(batch.positions.tolist(), batch.keys, strict=True)
         ]
         with (self.recipe.run_dir / f"samples-{dist.rank()}.jsonl").open("a") as file:
-            file.write(json.dumps([self.step, found]) + "\n")
-        return agree(self, micros)
+            file.write(json.dumps([self.progress.step, found]) + "\n")
+        return before_step(self, micros)
 
-    train.Run.agree = recorded  # type: ignore[method-assign]
+    Agreement.before_step = recorded  # type: ignore[method-assign]
 
 
 def samples(run: Path) -> dict[int, set[tuple[int, str]]]:

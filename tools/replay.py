@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rcmae import config, dist, train
 from rcmae.evaluation.features import evaluating
 from rcmae.run import preempt
+from rcmae.run.build import Run
 from rcmae.run.guard import NonFiniteLoss
-from rcmae.tasks import task_of
+from rcmae.tasks.registry import task_of
 
 
 def replay(document: dict[str, Any], checkpoint_path: str | None, folder: Path) -> dict[str, Any]:
@@ -46,21 +47,22 @@ def replay(document: dict[str, Any], checkpoint_path: str | None, folder: Path) 
     recipe.guard.action, recipe.run.stop_after_steps = "stop", None
     path = checkpoint_path or document["checkpoint"]
     recipe.checkpoint.resume = path or "never"
-    run = train.assemble(recipe, preempt.StopRequest(), task_of(recipe))
+    run = train.ready(recipe, preempt.StopRequest(), task_of(recipe))
+    progress = run.parts.progress
     with run.log:
-        run.data_step = document["data_step"] - (document["step"] - run.step)
-        recipe.run.stop_after_steps = document["step"] - run.step + 1
-        begin, reproduced, said = run.step, False, "the step ends well here"
+        progress.data_step = document["data_step"] - (document["step"] - progress.step)
+        run.recipe.run.stop_after_steps = document["step"] - progress.step + 1
+        begin, reproduced, said = progress.step, False, "the step ends well here"
         try:
             train.fit(run)
         except NonFiniteLoss as error:
-            reproduced, said = run.step == document["step"], str(error).split(";")[0]
-        samples, same = look_at(run, document) if run.step == document["step"] else ([], True)
-    run.stream.close()
+            reproduced, said = progress.step == document["step"], str(error).split(";")[0]
+        samples, same = look_at(run, document) if progress.step == document["step"] else ([], True)
+    run.parts.batches.stream.close()
     if run.lease:
         run.lease.release()
     return {
-        "step": run.step,
+        "step": progress.step,
         "from_step": begin,
         "reproduced": reproduced,
         "said": said,
@@ -69,7 +71,7 @@ def replay(document: dict[str, Any], checkpoint_path: str | None, folder: Path) 
     }
 
 
-def look_at(run: train.Run, document: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+def look_at(run: Run, document: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
     """Each sample's own loss at the step, worst first, and whether its masks are those of the
     bundle.
     """
@@ -80,18 +82,18 @@ def look_at(run: train.Run, document: dict[str, Any]) -> tuple[list[dict[str, An
         for position, mask in zip(micro["positions"], micro["masks"], strict=True)
     }
     rows, same = [], True
-    for micro in run.task.pair(run.recipe, next(run.stream.steps(run.data_step))):
+    engine, objective = run.parts.engine, run.parts.objective
+    stream = run.parts.batches.stream
+    for micro in run.task.pair(run.recipe, next(stream.steps(run.parts.progress.data_step))):
         for index in range(len(micro)):
             one = micro.part(slice(index, index + 1))
             position = int(one.positions[0])
             same &= one.ids_shuffle[0, : one.num_visible].tolist() == masks.get(position)
-            with evaluating(run.engine.student, run.engine.teacher):
+            with evaluating(engine.student, engine.teacher):
                 # a batch norm has no statistics of one image
-                sums = run.objective(
-                    run.engine.student, run.engine.teacher, run.on_device(one), 0.0
-                )
-            counts = run.objective.counts(one)
-            weights = run.objective.weights.items()
+                sums = objective(engine.student, engine.teacher, run.parts.batches.ready(one), 0.0)
+            counts = objective.counts(one)
+            weights = objective.weights.items()
             loss = sum(
                 weight * sums[term].item() / max(counts[term], 1) for term, weight in weights
             )

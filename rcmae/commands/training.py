@@ -8,17 +8,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from rcmae.run.command import Command
 
 
-class Asked(NamedTuple):
-    """A command line that trains."""
-
-    recipe: str  # a file, or the name of a shipped one
-    overrides: list[str]  # key=value
-
-
-def parse(arguments: Sequence[str] | None, prog: str, about: str = "Train by a recipe.") -> Asked:
+def parse(arguments: Sequence[str] | None, prog: str, about: str = "Train by a recipe.") -> Command:
     """Recipe and overrides of a command line; takes what launchers add.
 
     Args:
@@ -50,10 +44,10 @@ def parse(arguments: Sequence[str] | None, prog: str, about: str = "Train by a r
         overrides.append("engine.name=deepspeed")
     if args.deepspeed_config:
         overrides.append(f"engine.config={args.deepspeed_config}")
-    return Asked(args.recipe, overrides)
+    return Command(args.recipe, tuple(overrides))
 
 
-def refused(asked: Asked) -> bool:
+def refused(asked: Command) -> bool:
     """Whether the recipe is wrong, which is then told on stderr: a matter of a moment, without
     torch.
 

@@ -17,6 +17,7 @@ import torch
 
 from rcmae import config, dist, train
 from rcmae.run import preempt
+from rcmae.tasks.pretrain import Pretraining
 
 
 def limit(rank: int, size: int | None) -> None:
@@ -41,7 +42,8 @@ if __name__ == "__main__":
     for what, *rest in json.loads(sys.argv[1]):
         if what == "train":
             name, *overrides = rest
-            statuses.append(train.train(config.load(name, overrides), preempt.StopRequest()))
+            recipe = config.load(name, overrides)
+            statuses.append(train.train(recipe, preempt.StopRequest(), Pretraining()))
         else:
             {"limit": limit, "flip": flip}[what](*rest)
     if dist.rank() == 0:

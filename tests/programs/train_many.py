@@ -11,7 +11,7 @@ import torch
 
 from rcmae import config, dist, train
 from rcmae.run import preempt
-from rcmae.tasks import task_of
+from rcmae.tasks.registry import task_of
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -1,0 +1,165 @@
+"""What all ranks decide together before each step, in one small all-reduce."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rcmae import dist
+from rcmae.checkpoint.lease import Lease, LeaseLost
+from rcmae.config import Recipe
+from rcmae.data.batch import Batch
+from rcmae.objectives import Objective
+from rcmae.run.batches import Batches
+from rcmae.run.evaluation import Evaluation
+from rcmae.run.metrics import MetricsLog
+from rcmae.run.preempt import StopRequest
+from rcmae.run.presence import Presence
+from rcmae.run.progress import Progress
+from rcmae.run.saving import Saving
+
+
+class DataUnreadable(RuntimeError):
+    """A rank could not read its samples; says which rank and why."""
+
+
+class Agreed(NamedTuple):
+    """The same on every rank."""
+
+    counts: Mapping[str, float]  # of each term over the whole step: pixels, images, ...
+    stop: str | None  # why the run stops before this step
+
+    def shares(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A micro-batch's part of each term's mean over the whole step.
+
+        A term that counts nothing in the step (no image has a label) is 0.
+        """
+        return {term: total / max(self.counts[term], 1.0) for term, total in sums.items()}
+
+    def loss(self, weights: Mapping[str, float], shares: Mapping[str, Tensor]) -> Tensor:
+        """What a micro-batch adds to the step's loss: the weighted sum of its shares."""
+        return torch.stack([weights[term] * share for term, share in shares.items()]).sum()
+
+
+class Flags(NamedTuple):
+    """What this rank has to say before a step. Summed over the ranks."""
+
+    stop: float
+    save: float
+    trouble: float
+    lost: float
+    saved: float
+    bad: float
+
+
+class Agreement:
+    """The decisions before a step. Collective: every rank calls `before_step`, once a step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        objective: Objective,
+        progress: Progress,
+        batches: Batches,
+        saving: Saving,
+        evaluation: Evaluation,
+        *,
+        stop: StopRequest,
+        lease: Lease | None,
+        log: MetricsLog,
+        presence: Presence,
+    ) -> None:
+        self.recipe = recipe
+        self._objective = objective
+        self.progress = progress
+        self._batches = batches
+        self._saving = saving
+        self._evaluation = evaluation
+        self._stop = stop
+        self._lease = lease
+        self._log = log
+        self._presence = presence
+
+    def before_step(self, micros: Sequence[Batch]) -> Agreed:
+        """The step's global counts, and whether the run stops. Collective: every rank calls.
+
+        Raises:
+            DataUnreadable: on every rank; at least one has no samples for this step.
+            LeaseLost: on every rank; the run is another job's by now.
+        """
+        self._look_at_the_clock()
+        mine = self._counts(micros)
+        self._presence.at(self.progress.step, "agreeing on the step")
+        flags = self._flags()
+        totals = dist.sum_numbers([*mine.values(), *flags])
+        told = Flags(*totals[len(mine) :])
+        self._saving.asked = told.save > 0
+        if told.lost:
+            raise LeaseLost(dist.from_first(self._lease.why_lost if self._lease else None))
+        if told.saved == dist.world():
+            self._saving.collect()
+        if told.bad:
+            self._note_bad_samples()
+        if told.trouble:
+            self._raise_trouble()
+        counts = dict(zip(mine, totals, strict=False))
+        stop = self._why_stop(asked=told.stop > 0)
+        if stop is None:
+            self._presence.at(self.progress.step, "computing the step")
+        return Agreed(counts, stop)
+
+    def _look_at_the_clock(self) -> None:
+        """Ask for a stop where the time left allows no further step and its save. Rank 0's."""
+        if dist.rank() != 0:
+            return
+        step_s = self._batches.longest_step_s
+        if self.progress.is_due(self.recipe.evaluate.every_steps):
+            step_s += self._evaluation.longest_s
+        if self._stop.is_late(save_s=self._saving.save_s, step_s=step_s):
+            self._stop.ask("the deadline is near")
+
+    def _counts(self, micros: Sequence[Batch]) -> dict[str, float]:
+        totals = dict.fromkeys(self._objective.weights, 0.0)
+        for batch in micros:
+            for term, count in self._objective.counts(batch).items():
+                totals[term] += count
+        return totals
+
+    def _flags(self) -> Flags:
+        minutes = self.recipe.checkpoint.every_minutes
+        since_save_s = time.monotonic() - self._saving.saved_at
+        save = minutes is not None and dist.rank() == 0 and since_save_s >= 60 * minutes
+        return Flags(
+            stop=self._stop.reason is not None,
+            save=save,
+            trouble=self._batches.trouble is not None,
+            lost=self._lease is not None and self._lease.lost,
+            saved=self._saving.is_done(),
+            bad=bool(self._batches.bad),
+        )
+
+    def _note_bad_samples(self) -> None:
+        for bad in itertools.chain(*dist.gather(self._batches.bad)):
+            self._log.event("bad_sample", step=self.progress.step, **bad._asdict())
+
+    def _raise_trouble(self) -> None:
+        told = enumerate(dist.gather(self._batches.trouble))
+        lines = [f"rank {rank}: {text}" for rank, text in told if text]
+        raise DataUnreadable(f"step {self.progress.step}: " + "\n".join(lines))
+
+    def _why_stop(self, *, asked: bool) -> str | None:
+        progress = self.progress
+        if asked:
+            reasons = enumerate(dist.gather(self._stop.reason))
+            by_rank = {rank: reason for rank, reason in reasons if reason}
+            self._log.event("signal", step=progress.step, asked=by_rank)
+            return f"asked by {' and '.join(sorted(set(by_rank.values())))}"
+        limit = self.recipe.run.stop_after_steps
+        if limit is not None and progress.step - progress.first_step >= limit:
+            return f"run.stop_after_steps={limit}"
+        return None

@@ -1,0 +1,92 @@
+"""This rank's micro-batches, step by step, and what went wrong in reading them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rcmae import dist
+from rcmae.config import Recipe
+from rcmae.data.batch import Batch
+from rcmae.data.stream import BadSample, Stream, TooManyBadSamples
+from rcmae.data.transforms import Normalise
+from rcmae.run import startup
+from rcmae.run.meter import Meter
+from rcmae.run.presence import Presence
+from rcmae.run.progress import Progress
+
+if TYPE_CHECKING:
+    from rcmae.tasks.protocol import Task
+
+
+class Batches:
+    """What the loop iterates over: the micro-batches of each remaining step.
+
+    A rank that cannot read its samples yields none for the step and keeps why in `trouble`: the
+    ranks learn of it together, in `agreement`.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        task: Task,
+        recipe: Recipe,
+        progress: Progress,
+        *,
+        normalise: Normalise,
+        meter: Meter,
+        presence: Presence,
+    ) -> None:
+        self.stream = stream
+        self.trouble: str | None = None  # why this rank has no samples
+        self.bad: list[BadSample] = []  # samples of the step that were replaced
+        self.longest_step_s = 0.0
+        self._task = task
+        self._progress = progress
+        self.normalise = normalise
+        self._meter = meter
+        self._presence = presence
+        self._recipe = recipe
+        self._began = math.inf
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each remaining step, from wherever the run stands."""
+        progress = self._progress
+        expected = progress.data_step
+        steps = self.stream.steps(expected)
+        while not progress.is_over:
+            if progress.data_step != expected:  # a rewind skipped some
+                expected = progress.data_step
+                steps = self.stream.steps(expected)
+            expected += 1
+            self._presence.at(progress.step, "reading samples")
+            self._began = time.monotonic()
+            micros = self._read(steps)
+            self.bad = self.stream.drain_bad()
+            yield micros
+
+    def ready(self, batch: Batch) -> Batch:
+        """The batch on this rank's device, images normalised, as the task's objective wants it."""
+        batch = self.normalise(batch.to(dist.device()))
+        drill = self._recipe.guard.drill_nan_position
+        if drill is not None and drill in batch.positions:
+            hit = (batch.positions == drill).to(batch.images.device)
+            batch.images[hit] = math.nan
+        return self._task.ready(self._recipe, batch, self.normalise, self._progress.data_step)
+
+    def end_step(self) -> None:
+        """Note how long the step took."""
+        self.longest_step_s = max(self.longest_step_s, time.monotonic() - self._began)
+
+    def _read(self, steps: Iterator[Sequence[Batch]]) -> list[Batch]:
+        try:
+            with self._meter.waiting():
+                micros = self._task.pair(self._recipe, list(next(steps)))
+        except (TooManyBadSamples, OSError, RuntimeError) as error:
+            self.trouble = str(error)
+            return []
+        if self._progress.is_first_of_job:
+            startup.mark("first batch")
+        return micros

@@ -1,0 +1,443 @@
+"""Build: the parts of a run, from what was judged, at the newest complete checkpoint.
+
+Everything here is collective: every rank calls, in the same order. The first thing is the lease,
+and nothing is written before it is held.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rcmae import checkpoint, dist
+from rcmae.checkpoint.lease import Lease, LeaseHeld
+from rcmae.config import Recipe, Resolved
+from rcmae.data.cache import Cache
+from rcmae.data.device_decode import device_decoder
+from rcmae.data.stream import Stream
+from rcmae.data.transforms import Normalise
+from rcmae.engines.build import make_engine
+from rcmae.engines.protocol import Engine
+from rcmae.errors import Refused
+from rcmae.models import kernels
+from rcmae.objectives import Objective
+from rcmae.run import preempt, startup
+from rcmae.run.agreement import Agreement
+from rcmae.run.batches import Batches
+from rcmae.run.differences import mismatches
+from rcmae.run.evaluation import Evaluation
+from rcmae.run.folder import start_folder, unwritable, versions
+from rcmae.run.guard import Guard
+from rcmae.run.judge import Verdict
+from rcmae.run.look import cache_of, saved_from
+from rcmae.run.meter import Meter
+from rcmae.run.metrics import MetricsLog, events_of
+from rcmae.run.presence import Presence
+from rcmae.run.progress import Progress
+from rcmae.run.recording import Recorder
+from rcmae.run.recovery import Recovery
+from rcmae.run.saving import BYTES_A_WEIGHT, DISK_RATE, Saving
+from rcmae.run.schedule import Schedule
+from rcmae.tasks.protocol import Evaluating, Saved, Task
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the training loop works with."""
+
+    engine: Engine
+    objective: Objective
+    progress: Progress
+    schedule: Schedule
+    batches: Batches
+    agreement: Agreement
+    guard: Guard
+    recovery: Recovery
+    recorder: Recorder
+    evaluation: Evaluation
+    saving: Saving
+
+    def advance(self) -> None:
+        """A step is done: note it, and count it."""
+        self.batches.end_step()
+        self.recorder.step_done()
+        self.progress.advance()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train: the loop's parts, and what its end needs."""
+
+    task: Task
+    recipe: Recipe  # resolved
+    sizes: Resolved
+    parts: Parts
+    log: MetricsLog
+    lease: Lease | None  # rank 0's
+    presence: Presence
+    num_samples: int  # in the training shards
+
+
+def build(verdict: Verdict, task: Task, stop: preempt.StopRequest) -> Run:
+    """The run, with its folder taken and at its newest complete checkpoint. Collective.
+
+    Raises:
+        Refused: on every rank; another job trains here, or the folder cannot be written.
+        CheckpointError: on every rank; there are checkpoints and none can be used.
+    """
+    recipe = verdict.recipe
+    lease = hold(recipe)
+    startup.mark("lease")
+    generation = dist.from_first(lease.generation if lease else 0)
+    presence = Presence(
+        recipe.run_dir,
+        generation=generation,
+        rank=dist.rank(),
+        world=dist.world(),
+        timeout_s=recipe.engine.timeout_s,
+    )
+    try:
+        return assemble(verdict, task, stop, lease, presence)
+    except BaseException as error:
+        if isinstance(error, Refused | checkpoint.CheckpointError):  # on all ranks together
+            presence.leave()
+        else:
+            error.add_note(presence.explain(error).message)
+        if lease is not None:
+            lease.release()
+        raise
+
+
+def hold(recipe: Recipe) -> Lease | None:
+    """The lease of the run's folder, on rank 0: the right to write there. Collective.
+
+    Raises:
+        Refused: on every rank; another job trains here and is alive.
+    """
+    root = recipe.run_dir / "checkpoints"
+
+    def newest_step() -> int:
+        last = checkpoint.newest_unverified(root)
+        return last.step if last else 0
+
+    lease = None
+    problem = None
+    if dist.rank() == 0:
+        try:
+            lease = Lease(
+                recipe.run_dir,
+                timeout_s=recipe.run.lease_timeout_s,
+                wait_s=recipe.run.lease_wait_s,
+                newest_step=newest_step,
+                say=lambda text: print(text, flush=True),
+            )
+        except LeaseHeld as error:
+            problem = str(error)
+        except OSError as error:
+            problem = unwritable(recipe, error)
+    problem = dist.from_first(problem)
+    if problem:
+        raise Refused(problem)
+    return lease
+
+
+def assemble(
+    verdict: Verdict,
+    task: Task,
+    stop: preempt.StopRequest,
+    lease: Lease | None,
+    presence: Presence,
+) -> Run:
+    """The parts, at the newest valid checkpoint. Collective; rank 0 has the lease."""
+    recipe, sizes = verdict.recipe, verdict.sizes
+    manifest, damaged = choose_checkpoint(recipe)
+    saved = saved_from(recipe, manifest) if manifest else None
+    if damaged:  # the run was judged by one that it does not resume from
+        refuse_mismatches(verdict, saved)
+    startup.mark("checkpoint")
+    student = task.network(recipe, verdict.found, saved)
+    objective = task.objective(recipe, sizes)
+    num_weights = sum(param.numel() for param in student.parameters())
+    teacher = task.teacher(student, objective)
+    step_flops = task.step_flops(recipe, student, objective, verdict.mask.num_visible)
+    startup.mark("model")
+    engine = make_engine(recipe, sizes, student, teacher, verdict.engine_config)
+    startup.mark("engine")
+    if manifest is not None:
+        checkpoint.load(manifest, engine)
+        startup.mark("checkpoint")
+    assert verdict.data.train is not None
+    start_folder(recipe, saved, verdict.data.train)
+    progress = progress_of(sizes, saved)
+    log = MetricsLog(
+        recipe.run_dir,
+        resume_step=progress.step,
+        total_steps=sizes.total_steps,
+        writes=dist.rank() == 0,
+        tensorboard=recipe.log.tensorboard,
+    )
+    meter = Meter(
+        device=dist.device(),
+        world=dist.world(),
+        precision=recipe.engine.precision,
+        step_flops_per_image=step_flops,
+    )
+    cache = cache_of(recipe, verdict.data)
+    batches = Batches(
+        stream_of(verdict, task, cache),
+        task,
+        recipe,
+        progress,
+        normalise=Normalise(recipe.data.mean, recipe.data.std, dist.device()),
+        meter=meter,
+        presence=presence,
+    )
+    guard = guard_of(recipe, objective, saved)
+    saving = Saving(
+        saver_of(recipe, presence, lease),
+        engine,
+        progress,
+        options=recipe.checkpoint,
+        about=lambda: about(verdict, guard, progress),
+        stop=stop,
+        log=log,
+        meter=meter,
+        presence=presence,
+    )
+    saving.save_s = BYTES_A_WEIGHT * num_weights / DISK_RATE
+    if saved is not None and saved.is_own:
+        events = events_of(recipe.run_dir, "checkpoint")
+        saving.resume([event["seconds"] for event in events[-5:]])
+    evaluation = Evaluation(
+        task,
+        lambda: evaluating(verdict, engine, objective, batches, progress, cache),
+        batches,
+        progress,
+        log=log,
+        meter=meter,
+        presence=presence,
+    )
+    agreement = Agreement(
+        recipe,
+        objective,
+        progress,
+        batches,
+        saving,
+        evaluation,
+        stop=stop,
+        lease=lease,
+        log=log,
+        presence=presence,
+    )
+    parts = Parts(
+        engine=engine,
+        objective=objective,
+        progress=progress,
+        schedule=Schedule(recipe, sizes),
+        batches=batches,
+        agreement=agreement,
+        guard=guard,
+        recovery=Recovery(recipe, engine, guard, progress, saving, log),
+        recorder=Recorder(log, meter, objective, progress),
+        evaluation=evaluation,
+        saving=saving,
+    )
+    run = Run(task, recipe, sizes, parts, log, lease, presence, len(verdict.data.train))
+    announce(run, verdict, saved, damaged)
+    startup.mark("files")
+    return run
+
+
+def choose_checkpoint(recipe: Recipe) -> tuple[checkpoint.Manifest | None, list[str]]:
+    """The checkpoint that the run resumes from, its bytes verified, and what was wrong with newer
+    ones. Collective: every rank calls, under the lease.
+
+    Raises:
+        CheckpointError: on every rank; there are checkpoints and none is valid, or the one asked
+            for is not.
+    """
+    asked = recipe.checkpoint.resume
+    root = recipe.run_dir / "checkpoints"
+    if asked == "never":
+        return None, []
+    found, damaged = checkpoint.newest_together(root)
+    if damaged and dist.rank() == 0:
+        print("checkpoints passed over: " + "; ".join(damaged), file=sys.stderr, flush=True)
+    if found is None and damaged:
+        raise checkpoint.CheckpointError(
+            f"{root} has checkpoints but none is valid ({'; '.join(damaged)}); restore one, or "
+            "start anew with checkpoint.resume=never (they are moved aside, not deleted)"
+        )
+    if found is None and asked not in ("auto", "must"):
+        return checkpoint.open_verified_together(Path(asked)), []
+    return found, damaged
+
+
+def refuse_mismatches(verdict: Verdict, saved: Saved | None) -> None:
+    """Judge the recipe against the checkpoint that is valid. The same on every rank.
+
+    Raises:
+        Refused: it is another training's.
+    """
+    problems = mismatches(
+        verdict.recipe, saved, written=None, index=verdict.data.train, sizes=verdict.sizes
+    )
+    if problems:
+        raise Refused("\n".join(problems))
+
+
+def progress_of(sizes: Resolved, saved: Saved | None) -> Progress:
+    """Where the run stands."""
+    progress = Progress(
+        total_steps=sizes.total_steps,
+        images_per_step=sizes.images_per_step,
+        samples_per_epoch=sizes.samples_per_epoch,
+        step=saved.step if saved else 0,
+        data_step=saved.images // sizes.images_per_step if saved else 0,
+    )
+    if saved is not None and saved.is_own:
+        progress.best = dict(saved.meta.get("best", {}))
+    return progress
+
+
+def stream_of(verdict: Verdict, task: Task, cache: Cache | None) -> Stream:
+    """This rank's samples."""
+    recipe, data = verdict.recipe, verdict.recipe.data
+    assert verdict.data.train is not None
+    return Stream(
+        index=verdict.data.train,
+        plan=verdict.plan,
+        transform=task.transform(recipe),
+        mask=verdict.mask,
+        seed=data.seed,
+        micro=verdict.sizes.per_device,
+        rank=dist.rank(),
+        world=dist.world(),
+        workers=data.workers,
+        max_bad_fraction=data.max_bad_fraction,
+        max_bad_in_a_row=data.max_bad_in_a_row,
+        cache=cache,
+        ranks_of_node=dist.ranks_of_node(),
+        repeats=data.repeats,
+        teacher_masks=recipe.objective.teacher_sees == "different",
+        device_decoder=device_decoder(recipe),
+    )
+
+
+def saver_of(recipe: Recipe, presence: Presence, lease: Lease | None) -> checkpoint.Saver:
+    """What writes checkpoints into the run's folder."""
+    return checkpoint.Saver(
+        recipe.run_dir / "checkpoints",
+        keep=recipe.checkpoint.keep,
+        keep_every=recipe.checkpoint.keep_every,
+        generation=presence.generation,
+        background=recipe.checkpoint.background,
+        check_lease=lease.check if lease else lambda: None,
+    )
+
+
+def guard_of(recipe: Recipe, objective: Objective, saved: Saved | None) -> Guard:
+    """What judges each step's loss."""
+    options = recipe.guard
+    guard = Guard(
+        options.action,
+        options.max_skips,
+        options.max_rewinds,
+        dict(objective.weights),
+        options.spike_factor,
+        options.spike_window,
+    )
+    if saved is not None and saved.is_own:
+        guard.restore(saved.meta["guard"])
+    return guard
+
+
+def about(verdict: Verdict, guard: Guard, progress: Progress) -> Mapping[str, Any]:
+    """What a checkpoint says of the run beside its tensors."""
+    assert verdict.data.train is not None
+    return {
+        "recipe": verdict.recipe.model_dump(mode="json"),
+        "sizes": verdict.sizes.asdict(),
+        "data_fingerprint": verdict.data.train.fingerprint,
+        "guard": guard.state(),
+        "best": progress.best,
+        "versions": versions(),
+    }
+
+
+def evaluating(
+    verdict: Verdict,
+    engine: Engine,
+    objective: Objective,
+    batches: Batches,
+    progress: Progress,
+    cache: Cache | None,
+) -> Evaluating:
+    """What an evaluation may use, as things are now."""
+    return Evaluating(
+        recipe=verdict.recipe,
+        step=progress.step,
+        student=engine.student,
+        teacher=engine.teacher,
+        objective=objective,
+        found=verdict.found,
+        sets=verdict.data.sets,
+        cache=cache,
+        normalise=batches.normalise,
+        device=dist.device(),
+        rank=dist.rank(),
+        world=dist.world(),
+    )
+
+
+def announce(run: Run, verdict: Verdict, saved: Saved | None, damaged: list[str]) -> None:
+    """Say what will run, and where it resumes from."""
+    recipe, sizes, log = run.recipe, run.sizes, run.log
+    index = verdict.data.train
+    assert index is not None
+    log.event(
+        "resume" if saved else "start",
+        step=run.parts.progress.step,
+        sizes=sizes.asdict(),
+        versions=versions(),
+        engine=recipe.engine.model_dump(mode="json"),
+        from_checkpoint=str(saved.path) if saved else None,
+        passed_over=damaged,
+        generation=run.lease.generation if run.lease else None,
+        undone=log.undone,
+        **preempt.this_start(),
+    )
+    config_name = f" {recipe.engine.config}" if recipe.engine.config else ""
+    log.say(
+        f"{recipe.run.name}: {recipe.objective.name} {recipe.model.name} on {dist.device()}, "
+        f"{recipe.engine.name}{config_name} x {sizes.world}, {recipe.engine.precision}\n"
+        f"{sizes.images_per_step} images a step = {sizes.world} ranks x {sizes.accumulation} "
+        f"micro-batches x {sizes.per_device}; {sizes.total_steps} steps, {sizes.steps_per_epoch} "
+        f"an epoch of {sizes.samples_per_epoch:,} samples; lr {sizes.lr:.3g} after "
+        f"{sizes.warmup_steps:g} steps of warm-up"
+    )
+    rows = kernels.table(
+        device=dist.device(),
+        precision=recipe.engine.precision,
+        layer_norm=recipe.engine.layer_norm,
+        optimizer=recipe.engine.optimizer,
+        compile=recipe.engine.compile,
+        checkpointing=recipe.engine.activation_checkpointing,
+    )
+    for part, used, why in rows:
+        log.say(f"  {part:<12} {used}  ({why})")
+    if recipe.data.decode != "cpu":
+        decodes = run.parts.batches.stream.decodes
+        log.say(f"  {'JPEG':<12} decoded by {decodes}  (data.decode={recipe.data.decode})")
+    if index.short:
+        shown = ", ".join(index.short[:5]) + " ..." * (len(index.short) > 5)
+        log.event("short_shards", shards=index.short)
+        log.say(
+            f"{len(index.short)} shards are shorter than their index says, their last samples are "
+            f"bad: {shown}"
+        )
+    if saved:
+        log.say(f"resumes from {saved.path}, step {saved.step}")

@@ -1,0 +1,104 @@
+"""What makes a recipe another training than the one that lies in its run's folder. Pure."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from rcmae import config
+from rcmae.config import Recipe, Resolved
+from rcmae.data.index import ShardIndex
+from rcmae.tasks.protocol import Saved
+
+
+def mismatches(
+    recipe: Recipe,
+    saved: Saved | None,
+    *,
+    written: Mapping[str, Any] | None,
+    index: ShardIndex | None,
+    sizes: Resolved | None = None,
+) -> list[str]:
+    """What keeps this recipe from resuming what lies in the run's folder, one line a problem.
+
+    Args:
+        recipe: as it is asked for.
+        saved: the checkpoint it would resume from.
+        written: recipe.yaml of a run without a checkpoint.
+        index: of data.shards.
+        sizes: resolved from the recipe, where that was possible.
+    """
+    problems = recipe_mismatches(recipe, saved, written)
+    if saved is None:
+        return problems
+    if sizes is not None:
+        problems += batch_norm_mismatch(recipe, saved, sizes)
+        problems += accumulation_mismatch(recipe, saved, sizes)
+    if index is not None:
+        problems += data_mismatch(recipe, saved, index)
+    return problems
+
+
+def recipe_mismatches(
+    recipe: Recipe, saved: Saved | None, written: Mapping[str, Any] | None
+) -> list[str]:
+    """Frozen keys with other values."""
+    theirs = copy.deepcopy(saved.meta["recipe"] if saved else written)
+    if theirs is None:
+        return []
+    if saved is not None and theirs["data"].get("canonical_streams") is None:
+        # chosen by the first start
+        theirs["data"]["canonical_streams"] = saved.meta["sizes"]["canonical_streams"]
+    where = saved.path if saved else recipe.run_dir / "recipe.yaml"
+    problems = []
+    for line in config.differences(recipe.model_dump(mode="json"), theirs):
+        key = line.partition(":")[0]
+        override = "" if key.startswith("model.") else f", or checkpoint.allow=[{key}] to override"
+        problems.append(f"{where} is of another recipe: {line}; use another run.dir{override}")
+    return problems
+
+
+def accumulation_mismatch(recipe: Recipe, saved: Saved, sizes: Resolved) -> list[str]:
+    """Another number of micro-batches, where each of them updates the teacher."""
+    before = saved.meta["sizes"]["accumulation"]
+    if recipe.teacher.update != "micro_step" or "batch.per_device" in recipe.checkpoint.allow:
+        return []
+    if sizes.accumulation == before:
+        return []
+    return [
+        f"teacher.update=micro_step updates the teacher {before} times a step in {saved.path}, "
+        f"{sizes.accumulation} times with {sizes.world} ranks x {sizes.per_device} per_device; "
+        f"choose batch.per_device so that ranks x per_device x {before} = {sizes.images_per_step}"
+    ]
+
+
+def batch_norm_mismatch(recipe: Recipe, saved: Saved, sizes: Resolved) -> list[str]:
+    """Another number of images in the batch of a batch norm, where the network has one."""
+    has_norm = "classes" in recipe.objective.student_outputs and recipe.model.class_hidden
+    if not has_norm or "batch.per_device" in recipe.checkpoint.allow:
+        return []
+    before = saved.meta["sizes"]["world"] * saved.meta["sizes"]["per_device"]
+    now = sizes.world * sizes.per_device
+    if now == before:
+        return []
+    fits = "a number of ranks that divides that"
+    if before % sizes.world == 0:
+        fits = f"batch.per_device={before // sizes.world}"
+    return [
+        f"{saved.path} normalised {before} images at once, this start would normalise {now}: the "
+        f"class head's batch norm would see others; use {fits}, or "
+        "checkpoint.allow=[batch.per_device]"
+    ]
+
+
+def data_mismatch(recipe: Recipe, saved: Saved, index: ShardIndex) -> list[str]:
+    """Other samples."""
+    before = saved.meta["data_fingerprint"]
+    if index.fingerprint == before or "data.shards" in recipe.checkpoint.allow:
+        return []
+    return [
+        f"data.shards are not those of {saved.path}: their names, sizes or samples differ "
+        f"(fingerprint {index.fingerprint[:12]}, was {before[:12]}); give the same shards, or "
+        "checkpoint.allow=[data.shards] to override"
+    ]

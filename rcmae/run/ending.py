@@ -1,0 +1,148 @@
+"""How a job ends: the exit status, the summary, and what is left for whoever starts it again."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from rcmae import dist
+from rcmae.checkpoint import CheckpointError
+from rcmae.checkpoint.lease import LeaseLost, newest_generation
+from rcmae.run import preempt
+from rcmae.run.agreement import DataUnreadable
+from rcmae.run.guard import NonFiniteLoss
+from rcmae.run.metrics import closing_summary
+from rcmae.tasks.protocol import Ended
+
+if TYPE_CHECKING:
+    from rcmae.run.build import Run
+
+
+# what all ranks raise together: each has said its part, and they meet again
+TOGETHER = (NonFiniteLoss, DataUnreadable, CheckpointError, LeaseLost)
+
+
+class Outcome(NamedTuple):
+    """How a job ended."""
+
+    status: int  # exit status of every rank
+    reason: str
+
+
+def outcome_of(run: Run, why_stop: str | None) -> Outcome:
+    """Of a training that came to its end or was stopped, after its last save."""
+    step = run.parts.progress.step
+    committed = run.parts.saving.committed_step
+    if committed != step:
+        why = why_stop or "at the last step"
+        return Outcome(
+            preempt.STOPPED,
+            f"stopped, {why}; no time was left to save step {step}, the run resumes from step "
+            f"{committed}",
+        )
+    if why_stop and not run.parts.progress.is_over:
+        return Outcome(preempt.STOPPED, f"stopped, {why_stop}")
+    return Outcome(preempt.FINISHED, "finished")
+
+
+def note_end(run: Run, outcome: Outcome) -> None:
+    """Write how the job ended, and give the run's folder back. Every rank calls."""
+    step = run.parts.progress.step
+    run.log.event("stop", step=step, status=outcome.status, reason=outcome.reason)
+    run.log.close()
+    run.parts.batches.stream.close()
+    run.presence.leave()
+    if run.lease is not None and run.lease.holds():
+        folder = run.recipe.run_dir
+        preempt.write_outcome(folder, status=outcome.status, step=step, reason=outcome.reason)
+        run.lease.release()
+
+
+def note_failure(run: Run, error: Exception) -> None:
+    """Say to the error which rank this one lost, if it did, and write it down.
+
+    For an error of this rank alone, or of all that have lost one: they never meet again.
+    """
+    loss = run.presence.explain(error)
+    error.add_note(loss.message)
+    reason = loss.message if loss.of_a_peer else f"rank {dist.rank()}: {error!r}"
+    folder = run.recipe.run_dir
+    step = run.parts.progress.step
+    with contextlib.suppress(OSError, ValueError):  # a full disk, or a log that is closed
+        if newest_generation(folder) == run.presence.generation:  # else it is another job's
+            run.log.event("stop", step=step, status=preempt.FAILED, reason=reason)
+            if loss.speaks:
+                preempt.write_outcome(
+                    folder,
+                    status=preempt.FAILED,
+                    step=step,
+                    reason=reason,
+                    again=loss.of_a_peer,
+                )
+        run.log.close()
+    if run.lease is not None:
+        run.lease.release()
+
+
+def say_error(error: Exception) -> None:
+    """One message for all ranks, on standard error."""
+    if dist.launched_first():
+        print(f"rcmae: {error}", file=sys.stderr, flush=True)
+
+
+def launcher(world: int) -> str:
+    """What starts a module on as many ranks as these."""
+    if world == 1:
+        return "python"
+    each = dist.ranks_of_node()
+    nodes = world // each
+    several = f" --nnodes={nodes}" if nodes > 1 else ""
+    return f"torchrun{several} --nproc-per-node={each}"
+
+
+def summary(run: Run, outcome: Outcome) -> str:
+    """The text the job ends with: what ran, where it lies, what to run next."""
+    recipe, sizes, progress = run.recipe, run.sizes, run.parts.progress
+    place = recipe.run_dir
+    images = f"{progress.step * sizes.images_per_step:,} seen of {run.num_samples:,} in the shards"
+    ranks = "1 rank" if sizes.world == 1 else f"{sizes.world} ranks"
+    ran = {
+        "objective": f"{recipe.objective.name}, {recipe.model.name}, {recipe.engine.precision}",
+        "engine": f"{recipe.engine.name}, {ranks}, {sizes.images_per_step} images a step",
+        "images": images,
+    }
+    for network, best in sorted(progress.best.items()):
+        metric = next(name for name in best if name != "step")
+        named = run.task.metrics.get(metric, metric)
+        ran[f"best {network}"] = f"{named} {best[metric]:.1f} % at step {best['step']}"
+    last = run.parts.evaluation.last
+    return closing_summary(
+        f"{recipe.run.name}: {outcome.reason} at step {progress.step} of {sizes.total_steps}",
+        ran=ran,
+        table=last.table if last else "",
+        caption=last.caption if last else "",
+        places={
+            "checkpoints": place / "checkpoints",
+            "metrics": place / "metrics.jsonl",
+            "events": place / "events.jsonl",
+            "pictures": place / "pictures",
+            "tensorboard": place / "tensorboard",
+        },
+        commands=next_commands(run),
+    )
+
+
+def next_commands(run: Run) -> list[tuple[str, str]]:
+    """What to run next: (what it does, command line)."""
+    recipe, place = run.recipe, run.recipe.run_dir
+    start = launcher(run.sizes.world)
+    commands = []
+    if not run.parts.progress.is_over:
+        unlimited = " run.stop_after_steps=null" if recipe.run.stop_after_steps else ""
+        resume = f"{start} -m {run.task.module} {place / 'recipe.yaml'}{unlimited}"
+        commands.append(("resume", resume))
+    commands += run.task.hints(Ended(recipe, place, run.parts.progress.is_over, start))
+    if recipe.log.tensorboard:
+        commands.append(("see the curves", f"tensorboard --logdir {place / 'tensorboard'}"))
+    return commands

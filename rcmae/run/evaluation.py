@@ -1,0 +1,90 @@
+"""When a run is judged, and where what was found is written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+from rcmae import dist
+from rcmae.evaluation.pictures import save_png
+from rcmae.files import write_aside
+from rcmae.run.batches import Batches
+from rcmae.run.meter import Meter
+from rcmae.run.metrics import MetricsLog
+from rcmae.run.presence import Presence
+from rcmae.run.progress import Progress
+from rcmae.tasks.protocol import Evaluated, Evaluating, Task
+
+
+class Evaluation:
+    """The task's evaluation and picture, when they are due. Collective: every rank calls."""
+
+    def __init__(
+        self,
+        task: Task,
+        context: Callable[[], Evaluating],
+        batches: Batches,
+        progress: Progress,
+        *,
+        log: MetricsLog,
+        meter: Meter,
+        presence: Presence,
+    ) -> None:
+        self.last: Evaluated | None = None  # for the summary
+        self.longest_s = 0.0
+        self._task = task
+        self._context = context
+        self._batches = batches
+        self._progress = progress
+        self._log = log
+        self._meter = meter
+        self._presence = presence
+
+    def when_due(self) -> None:
+        """Judge and draw, if this step is one for it."""
+        context = self._context()
+        options = context.recipe.evaluate
+        self._presence.at(self._progress.step, "evaluating or saving")
+        with self._meter.away():
+            if self._progress.was_due(options.every_steps):
+                self.judge(context)
+            if self._progress.was_due(options.picture_every_steps):
+                self.draw(context)
+
+    def judge(self, context: Evaluating) -> None:
+        """Evaluate the networks as they are now and write it down."""
+        began = time.monotonic()
+        step = self._progress.step
+        found = self._task.evaluate(context)
+        self.last = found
+        self._progress.note_scores(found.best)
+        seconds = time.monotonic() - began
+        self.longest_s = max(self.longest_s, seconds)
+        best = {"best": self._progress.best} if found.best else {}
+        self._log.event("evaluate", step=step, **found.event, **best, seconds=seconds)
+        for group, values in found.scalars.items():
+            self._log.scalars(group, values, step)
+        self._log.say(f"{found.says.format(step=step)}\n{found.table}")
+        if dist.rank() == 0:
+            self._write(context, found)
+
+    def draw(self, context: Evaluating) -> None:
+        """Write what the networks make of a few images of the stream's beginning."""
+        first = self._batches.stream.first_images(context.recipe.evaluate.picture_images)
+        picture = self._task.picture(context, self._batches.ready(first))
+        if picture is not None and dist.rank() == 0:
+            step = self._progress.step
+            save_png(picture, context.recipe.run_dir / "pictures" / f"step-{step:08d}.png")
+            self._log.picture("reconstruction", picture, step)
+
+    def _write(self, context: Evaluating, found: Evaluated) -> None:
+        folder = context.recipe.run_dir
+        step = self._progress.step
+        if found.document is not None:
+            path = folder / "evaluation" / f"step-{step:08d}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({"step": step, **found.document}, indent=1)
+            write_aside(path, content, durable=False)
+        for name, picture in found.pictures.items():
+            save_png(picture, folder / "pictures" / f"{name}-{step:08d}.png")

@@ -1,0 +1,265 @@
+"""Judge: whether a run can start, decided from facts alone.
+
+A pure function: no disk, no collective, no clock. Every rank comes to the same answer, so a refusal
+ends all of them together, and tests need no ranks. All problems are told at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rcmae import config
+from rcmae.config import Recipe, Resolved
+from rcmae.data.batch import NO_LABEL
+from rcmae.data.cache import cache_problem
+from rcmae.data.index import ShardIndex
+from rcmae.data.masking import Mask
+from rcmae.data.plan import Plan
+from rcmae.data.stream import refuse_unlabelled
+from rcmae.engines.build import engine_settings
+from rcmae.errors import Refused
+from rcmae.run.differences import mismatches
+from rcmae.run.look import Sight
+from rcmae.tasks.protocol import Data, Saved, Task
+
+NAMED = 5  # ranks or shards that a message names before it counts the rest
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A run that can start, and the numbers that follow."""
+
+    recipe: Recipe  # resolved: every value that follows from data and ranks is in it
+    sizes: Resolved
+    plan: Plan
+    mask: Mask
+    data: Data
+    saved: Saved | None
+    found: Any  # what the task looked at
+    engine_config: dict[str, Any]
+
+
+class AnotherTraining(Refused):
+    """The recipe is not that of the checkpoint in the run's folder, which may itself be damaged."""
+
+
+class Problems(list[str]):
+    """What stands against a run, one entry a problem."""
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Turn a refusal in this block into an entry."""
+        try:
+            yield
+        except Refused as error:
+            self.append(str(error))
+
+
+def judge(sight: Sight, task: Task) -> Verdict:
+    """Decide whether this run can start.
+
+    Raises:
+        Refused: naming every problem.
+        AnotherTraining: the same, where what lies in the run's folder is among them.
+    """
+    refuse_differing_ranks(sight)
+    facts = sight.facts
+    recipe = with_streams(facts.recipe, facts.saved, sight.world)
+    problems = Problems(facts.problems)
+    problems += node_problems(sight)
+    problems += engine_problems(recipe, sight)
+    for tested, asked in zip(facts.data.sets, task.evaluation_sets(recipe), strict=False):
+        if asked.labelled:
+            with problems.collected():
+                refuse_unlabelled(tested)
+    if facts.data.train is not None and "classes" in recipe.objective.student_outputs:
+        problems += label_problems(facts.data.train, recipe.model.num_classes)
+    judgement = task.judge(recipe, facts.task, facts.data, facts.saved, sight.world)
+    problems += judgement.problems
+    recipe = config.with_values(recipe, judgement.values)
+    mask = None
+    with problems.collected():
+        mask = task.mask(recipe)
+        task.transform(recipe)
+    plan, sizes = plan_of(recipe, sight, problems)
+    if sizes is not None and recipe.engine.name == "deepspeed":
+        problems += deepspeed_problems(recipe, sizes, task, facts.engine_config)
+    index = facts.data.train
+    against = mismatches(recipe, facts.saved, written=facts.written, index=index, sizes=sizes)
+    if against:
+        raise AnotherTraining("\n".join(dict.fromkeys([*problems, *against])))
+    if problems:
+        raise Refused("\n".join(dict.fromkeys(problems)))
+    assert mask is not None
+    assert plan is not None
+    assert sizes is not None
+    return Verdict(
+        recipe=recipe,
+        sizes=sizes,
+        plan=plan,
+        mask=mask,
+        data=facts.data,
+        saved=facts.saved,
+        found=facts.task,
+        engine_config=dict(facts.engine_config),
+    )
+
+
+# ------------------------------------------------------------------------------------------- ranks
+
+
+def refuse_differing_ranks(sight: Sight) -> None:
+    """All ranks must have been given the same command and run the same software.
+
+    Raises:
+        Refused: naming each key, its values, and the ranks that have them.
+    """
+    problems = []
+    asked = [named_values(view.command.overrides) for view in sight.views]
+    recipes = [view.command.recipe for view in sight.views]
+    problems += differing("the recipe", recipes)
+    for key in sorted({key for each in asked for key in each}):
+        problems += differing(key, [each.get(key, "not given") for each in asked])
+    versions = [view.versions for view in sight.views]
+    for name in sorted({name for each in versions for name in each}):
+        values = [each.get(name, "not installed") for each in versions]
+        problems += differing(f"the version of {name}", values)
+    if problems:
+        raise Refused("the ranks were not started alike:\n" + "\n".join(problems))
+
+
+def named_values(overrides: tuple[str, ...]) -> dict[str, str]:
+    """`key=value` of a command line, the last of each key."""
+    return dict(item.partition("=")[::2] for item in overrides)
+
+
+def differing(what: str, values: list[str]) -> list[str]:
+    """A problem where ranks have different values of something."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    if len(ranks) < 2:
+        return []
+    told = [f"{value!r} on {ranks_named(of)}" for value, of in ranks.items()]
+    return [f"{what} is {' and '.join(told)}; start every rank with the same command"]
+
+
+def ranks_named(ranks: list[int]) -> str:
+    """Ranks for people."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown = ", ".join(map(str, ranks[:NAMED]))
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return f"ranks {shown}{more}"
+
+
+def node_problems(sight: Sight) -> list[str]:
+    """What single nodes do not have."""
+    problems = []
+    for rank, view in enumerate(sight.views):
+        place = f"rank {rank} ({view.host})" if sight.world > 1 else view.host
+        shown = "; ".join(view.shards[:NAMED])
+        more = f"; and {len(view.shards) - NAMED} more" if len(view.shards) > NAMED else ""
+        if view.shards:
+            problems.append(f"{place} does not see the shards of rank 0: {shown}{more}")
+        if view.cache:
+            problems.append(view.cache if sight.world == 1 else f"{place}: {view.cache}")
+    return problems
+
+
+def engine_problems(recipe: Recipe, sight: Sight) -> list[str]:
+    """What the engine cannot do on these ranks."""
+    problems = []
+    if recipe.engine.name == "local" and sight.world > 1:
+        problems.append(
+            f"engine.name=local is one process, {sight.world} were launched; use deepspeed or fsdp2"
+        )
+    without = [rank for rank, view in enumerate(sight.views) if not view.has_bf16]
+    if recipe.engine.precision == "bf16" and without:
+        device = sight.views[without[0]].device
+        problems.append(f"engine.precision=bf16: {device} has no bf16; use engine.precision=fp32")
+    return problems
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+def with_streams(recipe: Recipe, saved: Saved | None, world: int) -> Recipe:
+    """The recipe with its number of streams: part of the order of samples, chosen by the first
+    start for good.
+    """
+    streams = recipe.data.canonical_streams
+    if streams is None and saved is not None:
+        streams = saved.meta["sizes"]["canonical_streams"]
+    if streams is None:
+        streams = config.streams_for(recipe, world)
+    return config.with_values(recipe, {"data.canonical_streams": streams})
+
+
+def label_problems(index: ShardIndex, num_classes: int) -> list[str]:
+    """What stands against these labels for a class term, one line a problem.
+
+    -100 is no label, and no problem.
+    """
+    labels = index.labels[index.labels != NO_LABEL]
+    if not labels.size:
+        return [
+            "no sample of data.shards has a label (.cls); a class term needs some, or use mae or "
+            "rcmae"
+        ]
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        return [
+            f"data.shards have labels {low} to {high}, model.num_classes={num_classes}; use "
+            f"{high + 1} or more"
+        ]
+    return []
+
+
+def plan_of(
+    recipe: Recipe, sight: Sight, problems: Problems
+) -> tuple[Plan | None, Resolved | None]:
+    """The order of the samples, and the numbers that follow; None where there is a problem."""
+    index = sight.facts.data.train
+    undivided = config.batch_problems(recipe, sight.world)
+    problems += undivided
+    if index is None or undivided:
+        return None, None
+    data, world = recipe.data, sight.world
+    plan, sizes = None, None
+    with problems.collected():
+        plan = Plan(
+            index.counts,
+            seed=data.seed,
+            images=recipe.batch.images // data.repeats,
+            streams=config.streams_for(recipe, world),
+            window=data.shuffle_window,
+            epoch_samples=data.epoch_samples,
+            weights=index.weights,
+        )
+        samples = plan.samples_per_epoch * data.repeats
+        sizes = config.resolve(recipe, world=world, samples_per_epoch=samples)
+        small = cache_problem(
+            index,
+            streams=plan.streams,
+            window=plan.window,
+            nodes=world // sight.views[0].local_world,
+            world=world,
+            limit=int(data.cache_gb * 1e9),
+        )
+        if small:
+            problems.append(small)
+    return plan, sizes
+
+
+def deepspeed_problems(recipe: Recipe, sizes: Resolved, task: Task, document: Any) -> list[str]:
+    """What DeepSpeed's JSON says against the recipe."""
+    from rcmae.engines.deepspeed_config import (
+        config_problems,  # costs seconds: only where it is used
+    )
+
+    settings = engine_settings(recipe, sizes)
+    return config_problems(document, settings, lr=sizes.lr, world=sizes.world)

@@ -1,0 +1,270 @@
+"""Look: what lies on disks and servers, read by rank 0 alone and told to all.
+
+A start has three phases. `look` gathers facts, `judge` decides on them without touching anything,
+`build` makes the parts. Only here are files read before a run is judged: a network file system that
+shows two nodes two states of a folder cannot make two ranks decide differently.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from rcmae import checkpoint, config, dist
+from rcmae.config import Recipe
+from rcmae.data.cache import Cache, node_cache
+from rcmae.data.index import ShardIndex
+from rcmae.data.patterns import Patterns
+from rcmae.data.sources import is_remote
+from rcmae.data.sources import patience as patience_of
+from rcmae.errors import Refused
+from rcmae.run import startup
+from rcmae.run.command import Command
+from rcmae.run.folder import versions
+from rcmae.tasks.protocol import Data, Saved, Task
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What rank 0 found, the same on every rank."""
+
+    recipe: Recipe  # as it is asked for
+    saved: Saved | None  # what it resumes or starts from
+    written: Mapping[str, Any] | None  # recipe.yaml of a run that has no checkpoint
+    data: Data
+    engine_config: Mapping[str, Any]  # DeepSpeed's JSON
+    task: Any  # what the task read
+    problems: tuple[str, ...]  # what could not be read
+
+
+class View(NamedTuple):
+    """What only one rank knows."""
+
+    command: Command
+    versions: Mapping[str, str]
+    host: str
+    device: str
+    has_bf16: bool
+    local_world: int  # ranks on its node
+    shards: tuple[
+        str, ...
+    ]  # shards that its node sees otherwise than rank 0; one rank a node looks
+    cache: str | None  # why its node's cache for remote shards cannot be used
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Everything that `judge` decides on."""
+
+    facts: Facts
+    views: tuple[View, ...]  # of each rank
+
+    @property
+    def world(self) -> int:
+        """How many ranks train."""
+        return len(self.views)
+
+
+def meet(command: Command) -> Recipe | None:
+    """Join the other ranks; rank 0's recipe, None on the others. Collective: every rank calls.
+
+    Rank 0 alone reads the recipe. The others learn its time-out, or that it is refused.
+
+    Raises:
+        Refused: on every rank; the recipe is wrong, or the launcher's variables are incomplete.
+        Unreachable: on this rank; it cannot reach the others.
+    """
+    launched = dist.launched()
+    recipe = None
+    problem = None
+    if launched["rank"] == 0:
+        try:
+            recipe = config.load(command.recipe, command.overrides)
+        except Refused as error:
+            if launched["world"] == 1:
+                raise
+            problem = str(error)
+    startup.mark("recipe")
+    required = launched["world"] > 1 or (recipe is not None and recipe.engine.name != "local")
+    dist.start(required=required, timeout_s=recipe.engine.timeout_s if recipe else None)
+    problem = dist.from_first(problem)
+    if problem:
+        raise Refused(problem)
+    return recipe
+
+
+def look(
+    recipe: Recipe | None, command: Command | None, task: Task, *, verified: bool = False
+) -> Sight:
+    """The facts and each rank's view of them. Collective: every rank calls.
+
+    Args:
+        recipe: rank 0's; ignored elsewhere.
+        command: this rank's.
+        verified: read every byte of the newest checkpoint, not its manifest alone.
+    """
+    facts = None
+    if dist.rank() == 0:
+        assert recipe is not None
+        facts = facts_of(recipe, task, verified=verified)
+    facts = dist.from_first(facts)
+    startup.mark("facts")
+    return Sight(facts, tuple(dist.gather(view_of(facts, command or Command("")))))
+
+
+def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
+    """Read what a recipe names. One process."""
+    problems: list[str] = []
+
+    def attempt(read: Any, *arguments: Any) -> Any:
+        """What a reader gives; None and a problem where it refuses."""
+        try:
+            return read(*arguments)
+        except (Refused, checkpoint.CheckpointError) as error:
+            problems.append(str(error))
+            return None
+
+    saved = attempt(saved_of, recipe, verified)
+    train = attempt(open_index, recipe, recipe.data.shards)
+    sets = [attempt(open_index, recipe, each.shards) for each in task.evaluation_sets(recipe)]
+    data = Data(train, tuple(each for each in sets if each is not None))
+    config = attempt(engine_config, recipe)
+    found = attempt(task.look, recipe, saved)
+    written = written_recipe(recipe) if saved is None else None
+    return Facts(recipe, saved, written, data, config or {}, found, tuple(problems))
+
+
+def saved_of(recipe: Recipe, verified: bool = False) -> Saved | None:
+    """What the run resumes or starts from, by `checkpoint.resume`; only manifests are read.
+
+    A run that has committed checkpoints of its own resumes from them; a PATH is where a new run
+    begins.
+
+    Raises:
+        Refused: there is nothing of what was asked for.
+    """
+    asked = recipe.checkpoint.resume
+    root = recipe.run_dir / "checkpoints"
+    if asked == "never":
+        return None
+    found = checkpoint.newest(root)[0] if verified else checkpoint.newest_unverified(root)
+    if found is not None:
+        return saved_from(recipe, found)
+    if asked == "auto":
+        return None
+    if asked == "must":
+        raise Refused(
+            f"checkpoint.resume=must, but {root} has no valid checkpoint; use auto to start anew"
+        )
+    try:
+        return saved_from(recipe, checkpoint.read_manifest(Path(asked)))
+    except checkpoint.CheckpointError as error:
+        raise Refused(
+            f"checkpoint.resume={asked}: {error}; give auto, never, must or a checkpoint's folder"
+        ) from error
+
+
+def saved_from(recipe: Recipe, manifest: checkpoint.Manifest) -> Saved:
+    """The facts of a manifest: everything but its tensors' places."""
+    is_own = manifest.path.parent == recipe.run_dir / "checkpoints"
+    return Saved(manifest.path, manifest.step, manifest.images, manifest.meta, is_own)
+
+
+def written_recipe(recipe: Recipe) -> Mapping[str, Any] | None:
+    """The recipe.yaml of a run that was started and has committed nothing yet."""
+    path = recipe.run_dir / "recipe.yaml"
+    if recipe.checkpoint.resume == "never" or not path.is_file():
+        return None
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return None  # nothing was trained by it
+    return tree if isinstance(tree, dict) else None
+
+
+def open_index(recipe: Recipe, shards: Patterns) -> ShardIndex:
+    """The index of shards; where there is none, the headers of all shards are read.
+
+    Raises:
+        Refused: naming what cannot be used.
+    """
+    given = recipe.data.index
+    patience = patience_of(recipe)
+    folders = [str(recipe.run_dir / "index")]
+    if given:
+        if not ShardIndex.lies_in(given, patience):
+            raise Refused(
+                f"data.index={given}: no index is there; make it: rcmae shards index SHARDS --out "
+                f"{given}"
+            )
+        folders.append(given)
+    jobs = min(8, os.cpu_count() or 1)
+    return ShardIndex.open(shards, cache=folders, jobs=jobs, patience=patience)
+
+
+def engine_config(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's JSON, where the recipe has one. Raises Refused."""
+    if recipe.engine.name != "deepspeed":
+        return {}
+    from rcmae.engines.deepspeed_config import read_config  # costs seconds: only where it is used
+
+    return read_config(recipe.engine.config or "")
+
+
+def view_of(facts: Facts, command: Command) -> View:
+    """What this rank sees."""
+    device = dist.device()
+    cuda = device.type == "cuda"
+    launched = dist.launched()
+    looks = launched["local_rank"] == 0  # one rank a node
+    return View(
+        command=command,
+        versions=versions(),
+        host=platform.node(),
+        device=torch.cuda.get_device_name(device) if cuda else "cpu",
+        has_bf16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False),
+        local_world=dist.ranks_of_node(),
+        shards=tuple(shards_amiss(facts.data)) if looks else (),
+        cache=cache_amiss(facts) if looks else None,
+    )
+
+
+def shards_amiss(data: Data) -> list[str]:
+    """Shards that this node does not see, or with another size than the index says."""
+    found = []
+    indexes = [index for index in (data.train, *data.sets) if index is not None]
+    for index in indexes:
+        for shard in index.shards:
+            if is_remote(shard.path) or shard.path in index.short:
+                continue
+            try:
+                size = os.stat(shard.path).st_size
+            except OSError as error:
+                found.append(f"{shard.path}: {error.strerror}")
+                continue
+            if size != shard.size:
+                found.append(f"{shard.path}: {size:,} bytes, {shard.size:,} on rank 0")
+    return found
+
+
+def cache_of(recipe: Recipe, data: Data) -> Cache | None:
+    """This node's cache for shards from elsewhere; None where all lie here. Raises Refused."""
+    indexes = [index for index in (data.train, *data.sets) if index is not None]
+    options = recipe.data
+    return node_cache(indexes, options.cache_dir, options.cache_gb, patience_of(recipe))
+
+
+def cache_amiss(facts: Facts) -> str | None:
+    """Why this node cannot keep copies of remote shards, if it cannot."""
+    try:
+        cache_of(facts.recipe, facts.data)
+    except Refused as error:
+        return str(error)
+    return None

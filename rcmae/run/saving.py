@@ -1,0 +1,150 @@
+"""When a run is committed: what is due, what a save took, what failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rcmae import checkpoint, dist
+from rcmae.config import CheckpointOptions
+from rcmae.engines.protocol import Engine
+from rcmae.run.meter import Meter
+from rcmae.run.metrics import MetricsLog
+from rcmae.run.preempt import StopRequest
+from rcmae.run.presence import Presence
+from rcmae.run.progress import Progress
+
+FAILURES = 3  # saves that fail one after the other end the run
+DISK_RATE = 1e8  # bytes/s: the guess of how long a save takes, before one was measured
+BYTES_A_WEIGHT = 16  # weight, two moments and the teacher, in float32
+
+
+class Saving:
+    """Begins saves when they are due and notes what they committed.
+
+    Every method but `is_done` is collective: every rank calls, in the same order.
+
+    Args:
+        saver: writes in a thread of its own.
+        options: the recipe's.
+        about: what a checkpoint says of the run beside its tensors, at the moment of the save.
+        guess_s: how long a save may take, until one was measured.
+    """
+
+    def __init__(
+        self,
+        saver: checkpoint.Saver,
+        engine: Engine,
+        progress: Progress,
+        *,
+        options: CheckpointOptions,
+        about: Callable[[], Mapping[str, Any]],
+        stop: StopRequest,
+        log: MetricsLog,
+        meter: Meter,
+        presence: Presence,
+    ) -> None:
+        self.asked = False  # by checkpoint.every_minutes
+        self.saved_at = time.monotonic()
+        self.saved_step = -1  # of which a save was begun
+        self.committed_step = -1
+        self.save_s = 0.0  # the longest save of this job and the last ones before
+        self.is_measured = False
+        self._saver = saver
+        self._engine = engine
+        self._progress = progress
+        self._options = options
+        self._about = about
+        self._stop = stop
+        self._log = log
+        self._meter = meter
+        self._presence = presence
+        self._failures = 0
+
+    def resume(self, seconds: list[float]) -> None:
+        """Take up where the run's last job left off: its newest step is committed.
+
+        Args:
+            seconds: of its last saves, as its events tell.
+        """
+        self.saved_step = self._progress.step
+        self.committed_step = self._progress.step
+        if seconds:
+            self.save_s = max(seconds)
+            self.is_measured = True
+
+    def is_done(self) -> bool:
+        """Whether a save was under way on this rank and has ended. Not collective."""
+        return self._saver.is_done()
+
+    def when_due(self) -> None:
+        """Begin a save if this step is one for it. Raises as `collect`."""
+        every = self._options.every_steps
+        if self.asked or (every is not None and self._progress.step % every == 0):
+            self.begin()
+
+    def begin(self) -> bool:
+        """Begin to commit this step, once; whether there was time. Raises as `collect`.
+
+        None is begun that would not be committed by the deadline, by what saves took so far.
+        """
+        step = self._progress.step
+        if self.saved_step == step:
+            return True
+        self._presence.at(step, "waiting for the save before, or copying for the next")
+        if not dist.from_first(not self.is_measured or self._stop.has_time(self.save_s)):
+            reason = f"a save takes {self.save_s:.1f} s, and the deadline is nearer"
+            self._log.event("checkpoint_left_out", step=step, reason=reason)
+            return False
+        with self._meter.away():
+            self._log.sync()
+            self.saved_at = time.monotonic()
+            begun = self._note(self._copy)
+            if not begun and self._options.background:  # it was the one before that failed
+                begun = self._note(self._copy)
+            if begun:
+                self.saved_step = step
+        return True
+
+    def collect(self) -> bool:
+        """Wait for the save under way and note what it committed; whether it did not fail.
+
+        Raises:
+            CheckpointError: on every rank, when three in a row could not be written. Until then the
+                run continues without them.
+            LeaseLost: on every rank; the run is another job's.
+        """
+        return self._note(self._saver.wait)
+
+    def finish(self) -> None:
+        """Commit this step, if there is time, and wait for it. Raises as `collect`."""
+        self._presence.at(self._progress.step, "waiting for the last save")
+        self.collect()
+        while self.saved_step != self._progress.step and self.begin():
+            self.collect()
+
+    def _copy(self) -> checkpoint.Saved | None:
+        progress = self._progress
+        return self._saver.save(
+            self._engine, step=progress.step, images=progress.images, meta=self._about()
+        )
+
+    def _note(self, get: Callable[[], checkpoint.Saved | None]) -> bool:
+        try:
+            saved = get()
+        except checkpoint.CheckpointError as error:
+            self.saved_step = -1
+            self._failures += 1
+            self._log.event("checkpoint_failed", step=self._progress.step, reason=str(error))
+            if self._failures >= FAILURES:
+                raise
+            self._log.say(f"continuing without a checkpoint: {error}")
+            return False
+        if saved is not None:
+            self.save_s = max(self.save_s, saved.seconds) if self.is_measured else saved.seconds
+            self.is_measured = True
+            self._failures = 0
+            self.committed_step = saved.step
+            self._log.event("checkpoint", **{**saved._asdict(), "path": str(saved.path)})
+        return True

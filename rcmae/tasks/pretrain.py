@@ -1,0 +1,207 @@
+"""Pretraining: the student sees a part of each image and reconstructs the rest; k-NN judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import nn
+
+from rcmae.config import Recipe, Resolved, Section
+from rcmae.data.batch import Batch
+from rcmae.data.masking import Mask
+from rcmae.data.transforms import Transform
+from rcmae.data.views import train_transform
+from rcmae.errors import Refused
+from rcmae.evaluation.features import evaluating, features_of_both, pixels, pooled
+from rcmae.evaluation.knn import knn_rows, knn_table
+from rcmae.evaluation.logistic import logistic_rows
+from rcmae.evaluation.pictures import reconstruction_picture
+from rcmae.models.build import Network, new_network, new_student, new_teacher
+from rcmae.models.flops import step_flops
+from rcmae.objectives import Objective, make_objective, pixel_options
+from rcmae.objectives.masks import make_mask
+from rcmae.tasks import start
+from rcmae.tasks.protocol import (
+    Data,
+    Ended,
+    Evaluated,
+    Evaluating,
+    EvaluationSet,
+    Judgement,
+    Optimizing,
+    Saved,
+    Score,
+)
+from rcmae.weights.reading import NetworkWeights
+from rcmae.weights.shapes import whole_network
+
+
+class Pretraining:
+    """The task of `rcmae train`."""
+
+    name = "pretrain"
+    module = "rcmae.train"
+    options: type[Section] | None = None
+    frozen: tuple[str, ...] = ()
+    reports: tuple[str, ...] = ()
+    metrics: Mapping[str, str] = MappingProxyType({"knn": "k-NN"})
+
+    def look(self, recipe: Recipe, saved: Saved | None) -> NetworkWeights | None:
+        """The shapes of weights to start from."""
+        init = recipe.checkpoint.init
+        if init is None or saved is not None:
+            return None
+        return start.look_at("checkpoint.init", init, None, first="student")
+
+    def judge(
+        self,
+        recipe: Recipe,
+        found: NetworkWeights | None,
+        data: Data,
+        saved: Saved | None,
+        world: int,
+    ) -> Judgement:
+        """Weights to start from that do not fit the network; sets for k-NN without a label."""
+        if found is None:
+            return Judgement()
+        try:
+            with torch.device("meta"):
+                network = new_network(recipe)
+                whole_network(network, found.weights)
+        except Refused as error:
+            init = recipe.checkpoint.init
+            where = f"checkpoint.init={init} with model.name={recipe.model.name}"
+            return Judgement([f"{where}: {error}"])
+        return Judgement()
+
+    def evaluation_sets(self, recipe: Recipe) -> Sequence[EvaluationSet]:
+        """Training and test set of the k-NN."""
+        options = recipe.evaluate
+        if not options.every_steps:
+            return []
+        return [
+            EvaluationSet("evaluate.train_shards", options.train_shards),
+            EvaluationSet("evaluate.test_shards", options.test_shards),
+        ]
+
+    def mask(self, recipe: Recipe) -> Mask:
+        """That of the recipe, for the network's grid. Raises Refused."""
+        with torch.device("meta"):
+            grid = new_network(recipe).grid
+        return make_mask(recipe, grid)
+
+    def transform(self, recipe: Recipe) -> Transform:
+        """A random box of the image, flipped or not. Raises Refused."""
+        return train_transform(recipe)
+
+    def network(
+        self, recipe: Recipe, found: NetworkWeights | None, saved: Saved | None
+    ) -> nn.Module:
+        """The student: weights of run.seed, or those of checkpoint.init. Collective."""
+        student = new_student(recipe)
+        init = recipe.checkpoint.init
+        if init is not None and saved is None:
+            source = start.read_together("checkpoint.init", init, None, first="student")
+            student.load_state_dict(whole_network(student, source.weights))
+        return student
+
+    def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:
+        """The recipe's: a published one, and the terms added to it."""
+        return make_objective(recipe, sizes)
+
+    def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
+        """The parts of the student that the objective asks a teacher for."""
+        assert isinstance(student, Network)
+        return new_teacher(student, objective.teacher_outputs)
+
+    def optimizing(self, recipe: Recipe) -> Optimizing:
+        """AdamW, one learning rate for all layers."""
+        return Optimizing()
+
+    def step_flops(
+        self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
+    ) -> float:
+        """Forward and backward of the student, and the teacher's forward."""
+        assert isinstance(student, Network)
+        return step_flops(student, objective.teacher_outputs, num_visible)
+
+    def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
+        """The same batches: no image needs another."""
+        return micros
+
+    def ready(
+        self, recipe: Recipe, batch: Batch, normalise: Callable[[Batch], Batch], step: int
+    ) -> Batch:
+        """The same batch."""
+        return batch
+
+    def evaluate(self, context: Evaluating) -> Evaluated:
+        """k-NN of student and teacher beside a random network and raw pixels."""
+        options = context.recipe.evaluate
+        untrained = new_student(context.recipe).to(context.device)
+        networks = {"student": pooled(context.student, options.pool)}
+        if context.teacher is not None:
+            networks["teacher"] = pooled(context.teacher, options.pool)
+        networks["random"] = pooled(untrained, options.pool)
+        networks["pixels"] = pixels
+        with evaluating(context.student, context.teacher):
+            features = features_of_both(
+                networks,
+                context.batches(0),
+                context.batches(1),
+                device=context.device,
+                normalise=context.normalise.images,
+            )
+        device = context.device
+        rows = knn_rows(*features, k=options.k, device=device, temperature=options.temperature)
+        linear = logistic_rows(*features, device=device) if options.logistic else {}
+        scalars: dict[str, dict[str, float]] = {}
+        for name, row in rows.items():
+            scalars[f"knn_{name}"] = {f"k{k}": accuracy for k, accuracy in row.items()}
+        if linear:
+            scalars["logistic"] = linear
+        trained = networks.keys() & {"student", "teacher"}
+        return Evaluated(
+            event={"knn": rows, **({"logistic": linear} if linear else {})},
+            table=knn_table(rows, linear),
+            caption="k-NN, top-1 in %",
+            says="k-NN at step {step}, top-1 in %",
+            scalars=scalars,
+            best={name: Score("knn", max(rows[name].values())) for name in trained},
+        )
+
+    def picture(self, context: Evaluating, batch: Batch) -> np.ndarray | None:
+        """Input, what was hidden, and what student and teacher make of it."""
+        recipe = context.recipe
+        # a teacher of features alone draws nothing
+        teacher = context.teacher if "pixels" in recipe.objective.teacher_outputs else None
+        pixel = pixel_options(recipe.objective)
+        with evaluating(context.student, teacher):
+            return reconstruction_picture(
+                context.student,
+                teacher,
+                batch,
+                mean=recipe.data.mean,
+                std=recipe.data.std,
+                norm_pix_loss=pixel.norm_pix_loss,
+                pixel_norm=pixel.norm,
+            )
+
+    def hints(self, ended: Ended) -> list[tuple[str, str]]:
+        """The encoder for timm, and a fine-tuning of it."""
+        if not ended.is_done:
+            return []
+        place = ended.run_dir
+        return [
+            (
+                "the encoder, for timm",
+                f"rcmae export {place} --format timm --out {place.name}.safetensors",
+            ),
+            (
+                "fine-tune it: recipes finetune_*",
+                f"{ended.launcher} -m rcmae.finetune RECIPE classify.init={place}",
+            ),
+        ]

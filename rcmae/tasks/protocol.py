@@ -1,0 +1,223 @@
+"""What a task has to say: the loop, engines, stream, checkpoints and files are the same for all.
+
+A task is an object without state of its own. It is asked in the order of a start: `look` on rank 0,
+`judge` on every rank, then `network`, `objective` and `teacher` are built; then per batch, and per
+evaluation. Nothing here knows a run, an engine or a launcher; what a method needs is handed to it.
+CONTRIBUTING.md has a whole one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from rcmae.config import Recipe, Resolved, Section
+from rcmae.data.batch import Batch
+from rcmae.data.cache import Cache
+from rcmae.data.index import ShardIndex
+from rcmae.data.masking import Mask
+from rcmae.data.patterns import Patterns
+from rcmae.data.stream import labelled_batches
+from rcmae.data.transforms import Normalise, Transform
+from rcmae.objectives import Objective
+
+
+class EvaluationSet(NamedTuple):
+    """Shards that an evaluation reads."""
+
+    key: str  # of the recipe, for messages: evaluate.test_shards
+    shards: Patterns
+    labelled: bool = True  # whether each sample must have a label
+
+
+class Saved(NamedTuple):
+    """The checkpoint that a run resumes from, or starts from."""
+
+    path: Path
+    step: int
+    images: int  # consumed
+    meta: Mapping[str, Any]  # recipe, sizes, data_fingerprint, guard, best, versions
+    is_own: bool  # of this run's folder; else a new run begins from it
+
+
+@dataclass(frozen=True)
+class Data:
+    """The samples that a recipe names. What could not be read is None, and a problem already."""
+
+    train: ShardIndex | None
+    sets: tuple[ShardIndex, ...]  # in the order of `Task.evaluation_sets`
+
+
+@dataclass
+class Judgement:
+    """What a task finds in the facts."""
+
+    problems: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)  # keys of the recipe that follow from them
+
+
+class Score(NamedTuple):
+    """How good one network was, by the metric that its task ranks by."""
+
+    metric: str  # as in "knn"; higher is better
+    value: float
+
+
+class Optimizing(NamedTuple):
+    """How a task's weights are moved."""
+
+    rule: str = "adamw"  # or lars, sgd
+    layer_decay: float | None = None  # learning rate of a layer over that of the one above it
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """What an evaluation may use. Collective: every rank evaluates, each its part of the sets."""
+
+    recipe: Recipe
+    step: int
+    student: nn.Module  # wrapped by the engine; call it
+    teacher: nn.Module | None
+    objective: Objective
+    found: Any  # what `Task.look` gave
+    sets: Sequence[ShardIndex]
+    cache: Cache | None  # of this node, for shards from elsewhere
+    normalise: Normalise
+    device: torch.device
+    rank: int
+    world: int
+
+    def batches(self, number: int) -> Iterator[Batch]:
+        """This rank's batches of a set, in order, views cut from the centre.
+
+        Args:
+            number: which of `sets`.
+        """
+        recipe = self.recipe
+        return labelled_batches(
+            self.sets[number],
+            image_size=recipe.model.image_hw,
+            in_channels=recipe.model.in_channels,
+            batch=recipe.evaluate.batch,
+            rank=self.rank,
+            world=self.world,
+            workers=recipe.data.workers,
+            cache=self.cache,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found; the run writes it down."""
+
+    event: Mapping[str, Any]  # for events.jsonl
+    table: str  # for people
+    caption: str  # of the table, for the summary
+    says: str  # the line above the table in the log; {step} is filled in
+    scalars: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # group -> name -> value
+    best: Mapping[str, Score] = field(default_factory=dict)  # by network, of those that train
+    document: Mapping[str, Any] | None = None  # for evaluation/step-*.json; rank 0's
+    pictures: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [H, W, 3]; rank 0's
+
+
+class Ended(NamedTuple):
+    """A run at its end, for a task's hints."""
+
+    recipe: Recipe
+    run_dir: Path
+    is_done: bool  # the last step is done
+    launcher: str  # what starts a module on as many ranks
+
+
+class Task(Protocol):
+    """What a run trains and how it is judged."""
+
+    name: str  # as in task.name=
+    module: str  # that a user starts: python -m MODULE
+    options: type[Section] | None  # of task.options, for a task from outside; None: it has none
+    frozen: tuple[str, ...]  # keys beside the core's that make two runs the same training
+    reports: tuple[str, ...]  # keys under `frozen` that change nothing in the training
+    metrics: Mapping[str, str]  # of a Score -> its name for people
+
+    # before a start
+
+    def look(self, recipe: Recipe, saved: Saved | None) -> Any:
+        """Read whatever lies on disks and is no shard: names, headers of weights. Rank 0 alone.
+
+        Returns:
+            A small picklable value, broadcast to `judge` and `network` on every rank.
+
+        Raises:
+            Refused: it cannot be read.
+        """
+
+    def judge(
+        self, recipe: Recipe, found: Any, data: Data, saved: Saved | None, world: int
+    ) -> Judgement:
+        """What stands against this recipe on these data. Pure: no disk, no collective.
+
+        Args:
+            found: what `look` gave; None where that was refused.
+        """
+
+    def evaluation_sets(self, recipe: Recipe) -> Sequence[EvaluationSet]:
+        """Shards that the evaluation reads, besides data.shards."""
+
+    def mask(self, recipe: Recipe) -> Mask:
+        """Which patches of an image the network sees. Raises Refused."""
+
+    def transform(self, recipe: Recipe) -> Transform:
+        """Image bytes to views. Raises Refused."""
+
+    # to build; `found` is what `look` gave, the recipe has what `judge` added
+
+    def network(self, recipe: Recipe, found: Any, saved: Saved | None) -> nn.Module:
+        """What is trained, the same on every rank. Collective: every rank calls."""
+
+    def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:
+        """Its loss. Called after `network`."""
+
+    def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
+        """What follows the student as its moving average; None where nothing does."""
+
+    def optimizing(self, recipe: Recipe) -> Optimizing:
+        """The optimizer's rule and groups."""
+
+    def step_flops(
+        self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
+    ) -> float:
+        """Floating-point operations of a whole training step for one image."""
+
+    # each step
+
+    def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
+        """A rank's micro-batches of a step, each with what it needs of another."""
+
+    def ready(
+        self, recipe: Recipe, batch: Batch, normalise: Callable[[Batch], Batch], step: int
+    ) -> Batch:
+        """A normalised batch on the device, as the objective wants it.
+
+        Args:
+            normalise: for what `pair` added.
+            step: of the stream, the key of what is drawn for a whole step.
+        """
+
+    # to judge
+
+    def evaluate(self, context: Evaluating) -> Evaluated:
+        """How good student and teacher are. Collective: every rank calls."""
+
+    def picture(self, context: Evaluating, batch: Batch) -> np.ndarray | None:
+        """[H, W, 3] uint8 of a few images of the stream; None: draws nothing. Collective."""
+
+    def hints(self, ended: Ended) -> list[tuple[str, str]]:
+        """What to run next: (what it does, command line)."""
