@@ -20,6 +20,10 @@ import rcmae
 from rcmae import checkpoint, config
 from rcmae.data.index import ShardIndex
 from rcmae.errors import Refused
+from rcmae.weights.conversion import convert
+from rcmae.weights.layouts import LAYOUTS, TARGETS
+from rcmae.weights.reading import load_weights, read_network
+from rcmae.weights.writing import export
 from runs import Folder, start
 from tests.conftest import Ranks
 
@@ -100,6 +104,48 @@ def test_an_export_is_the_run_that_it_was_made_of(kept: Path) -> None:
     wanted = rcmae.load_encoder(kept / "local").state_dict()
     assert exported.keys() == wanted.keys()
     assert all(torch.equal(exported[key], wanted[key]) for key in wanted)
+
+
+def test_a_run_is_exported_as_that_version_did(kept: Path, tmp_path: Path) -> None:
+    manifest, _ = checkpoint.find_checkpoint(kept / "local")
+    out = tmp_path / "encoder.safetensors"
+    export(manifest, out, layout="safetensors")
+    ours = load_weights(out)
+    theirs = load_weights(kept / "encoder.safetensors")
+    assert json.loads(ours.about["recipe"]) == json.loads(theirs.about["recipe"])
+    assert ours.about.keys() == theirs.about.keys()
+    [state] = ours.networks.values()
+    [wanted] = theirs.networks.values()
+    assert list(state) == list(wanted)
+    assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_is_exported_in_every_layout(
+    kept: Path, name: str, layout: str, tmp_path: Path
+) -> None:
+    manifest, _ = checkpoint.find_checkpoint(kept / name)
+    out = tmp_path / f"weights{LAYOUTS[layout].suffixes[0]}"
+    export(manifest, out, layout=layout)
+    _assert_same_encoder(out, kept / name)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("target", [each for each in TARGETS if each != "onnx"])
+def test_a_run_is_converted_to_every_family(
+    kept: Path, name: str, target: str, tmp_path: Path
+) -> None:
+    endings = {"safetensors": ".safetensors", "huggingface": ""}
+    out = tmp_path / f"weights{endings.get(target, '.pth')}"
+    convert(read_network(kept / name), target, out)
+    _assert_same_encoder(out, kept / name)
+
+
+def _assert_same_encoder(file: Path, run: Path) -> None:
+    wanted = rcmae.load_encoder(run, network="teacher").state_dict()
+    found = rcmae.load_encoder(file, num_heads=2)  # the teacher is what it takes by itself
+    assert all(torch.equal(value, wanted[key]) for key, value in found.state_dict().items())
 
 
 def test_a_resolved_recipe_is_read(kept: Path) -> None:
