@@ -419,7 +419,8 @@ def _read_objective(
     value: Any, read: pydantic.ValidatorFunctionWrapHandler, info: pydantic.ValidationInfo
 ) -> ObjectiveOptions:
     """The section of a recipe, of the class that its name and terms ask for."""
-    if isinstance(value, ObjectiveOptions) or not isinstance(value, Mapping):
+    name = value.get("name", "") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or not isinstance(name, str):
         section: ObjectiveOptions = read(value)
         return section
     context = info.context or {}
@@ -699,15 +700,14 @@ def _unknown(place: Sequence[str], tree: Mapping[str, Any], catalogue: Catalogue
     key, section = place[-1], tree.get("objective")
     if len(place) == 2 and place[0] == "objective" and isinstance(section, Mapping):
         owners = [name for name, each in catalogue.objectives.items() if key in each.model_fields]
-        owners += [
-            f"the term {name}" for name, each in catalogue.terms.items() if key in each.model_fields
-        ]
+        for name, each in catalogue.terms.items():
+            if key in each.model_fields:
+                owners.append(f"the term {name}")
         if owners:
             name = section.get("name", ObjectiveOptions.model_fields["name"].default)
-            return (
-                f"objective.{key} is of {' and '.join(owners)}, and without effect in {name}; "
-                "leave it out"
-            )
+            others = ", ".join(owners[:-1])
+            whose = f"{others} and {owners[-1]}" if others else owners[-1]
+            return f"objective.{key} is of {whose}, and without effect in {name}; leave it out"
     named = ".".join(part for part in place[:-1] if "[" not in part)  # not the branch of a union
     hint = _did_you_mean(key, _known_keys(place[:-1], section))
     return f"unknown key {key!r}{f' in {named}' if named else ''}; {hint}"

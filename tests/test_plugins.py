@@ -1,0 +1,132 @@
+"""An objective of somebody else's module is trained by its name, from outside the package: the one
+that CONTRIBUTING.md shows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rcmae import config
+from runs import Folder
+from tests.conftest import ROOT
+
+NAME = "objective.name=my_objectives:Absolute"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the module that CONTRIBUTING.md shows."""
+    folder = tmp_path_factory.mktemp("project")
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text[text.index("## Add an objective") :]
+    shown = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert shown is not None
+    (folder / "my_objectives.py").write_text(shown[1])
+    assert f"{NAME} 'objective.options={{visible_weight: 0.2}}'" in section
+    return folder
+
+
+@pytest.fixture
+def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, and it is the current folder."""
+    monkeypatch.chdir(project)
+    yield project
+    sys.modules.pop("my_objectives", None)
+    if str(project) in sys.path:
+        sys.path.remove(str(project))
+
+
+def train(project: Path, recipe: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """A training by the command line, in the project's folder."""
+    command = [sys.executable, "-m", "rcmae.train", str(recipe), f"run.dir={run}", NAME, *overrides]
+    paths = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=project, env=paths, capture_output=True, text=True)
+
+
+def test_it_trains_and_resumes(project: Path, tiny: Path, tmp_path: Path) -> None:
+    options = "objective.options={visible_weight: 0.2}"
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    steps = ("schedule.steps=3", "schedule.warmup_steps=1", "checkpoint.every_steps=1")
+    done = train(project, tiny, whole, options, *steps)
+    assert done.returncode == 0, done.stderr
+    row = Folder(whole).rows()[-1]
+    assert {key for key in row if key.startswith("loss")} == {"loss", "loss_absolute"}
+    assert row["loss"] == row["loss_absolute"] > 0
+
+    stopped = train(project, tiny, halves, options, *steps, "run.stop_after_steps=1")
+    assert stopped.returncode == 75, stopped.stderr
+    assert train(project, tiny, halves, options, *steps).returncode == 0
+    assert Folder(halves).losses() == Folder(whole).losses()
+
+    written = yaml.safe_load((halves / "recipe.yaml").read_text())["objective"]
+    assert written["options"] == {"visible_weight": 0.2}
+    assert not {"norm_pix_loss", "consistency_weight"} & written.keys()
+    other = train(project, tiny, halves, "objective.options={visible_weight: 0.3}", *steps)
+    assert other.returncode == 2
+    assert "objective.options.visible_weight: 0.2 in the run, 0.3 asked for" in other.stderr
+
+
+def test_a_shipped_term_can_be_added_to_it(project: Path, tiny: Path, tmp_path: Path) -> None:
+    more = ("objective.terms={consistency: 0.5}", "schedule.steps=2", "schedule.warmup_steps=1")
+    done = train(project, tiny, tmp_path / "run", *more)
+    assert done.returncode == 0, done.stderr
+    for row in Folder(tmp_path / "run").rows():
+        want = row["loss_absolute"] + 0.5 * row["loss_consistency"]
+        assert row["loss"] == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            [NAME, "objective.options={visible_wieght: 0.2}"],
+            "unknown key 'visible_wieght' in objective.options; did you mean 'visible_weight'?",
+        ),
+        (
+            [NAME, "objective.options={visible_weight: -1}"],
+            "objective.options.visible_weight: input should be greater than or equal to 0, got -1",
+        ),
+        (
+            [NAME, "objective.norm_pix_loss=false"],
+            "objective.norm_pix_loss is of mae, rcmae, supmae and bootmae, and without effect",
+        ),
+        (["objective.name=my_objectives:Absolut"], "has no 'Absolut'; did you mean 'Absolute'?"),
+        (["objective.name=my_objective:Absolute"], "no module 'my_objective' on Python's path"),
+        (["objective.name=:Absolute"], "write MODULE:NAME"),
+        (
+            ["objective.name={my_objectives: Absolute}"],
+            "objective.name: input should be a valid",
+        ),
+        (["objective.name=absolute"], "unknown objective 'absolute'; known: "),
+    ],
+)
+def test_what_is_wrong_with_it_is_said(
+    inside: Path, tiny: Path, given: list[str], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config.load(str(tiny), given)
+
+
+def test_a_module_that_does_not_import_is_the_users(inside: Path, tiny: Path) -> None:
+    (inside / "broken.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(ValueError, match="broken does not import: No module named 'nothing_of"):
+        config.load(str(tiny), ["objective.name=broken:Absolute"])
+
+
+def test_outputs_that_are_read_without_being_said_are_refused(inside: Path, tiny: Path) -> None:
+    from rcmae import objectives
+
+    (inside / "silent.py").write_text(
+        "from my_objectives import *\n\n\nclass Silent(Absolute):\n    Options = type('Options', "
+        "(BaseModel,), {'__annotations__': {'visible_weight': float}, 'visible_weight': 0.1})\n"
+    )
+    recipe = config.load(str(tiny), ["objective.name=silent:Silent"])
+    with pytest.raises(ValueError, match="reads all_pixels of the student; say so in its Options"):
+        objectives.make(recipe.objective, objectives.Context())
