@@ -295,7 +295,8 @@ def _hold(recipe: Recipe) -> Lease | None:
         Refused: on every rank; another side-car evaluates this run, or the folder cannot be
             written.
     """
-    lease, problem = None, None
+    lease = None
+    problem = None
     folder = recipe.run_dir
     if dist.rank() == 0:
         try:
@@ -387,7 +388,8 @@ class SideCar:
 
     def _models(self, path: Path, step: int) -> dict[str, Network] | None:
         """The networks of a checkpoint; None where it is left out."""
-        models, problem = None, None
+        models = None
+        problem = None
         try:
             models = networks(self.recipe, checkpoint.open_verified_together(path))
         except (checkpoint.CheckpointError, OSError) as error:

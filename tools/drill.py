@@ -43,6 +43,7 @@ from rich.table import Table
 from rcmae import checkpoint, config, dist, train
 from rcmae.checkpoint import retention, saver
 from rcmae.errors import Refused
+from rcmae.files import json_lines
 from rcmae.models.build import new_student
 from rcmae.planning.states import checkpoint_bytes
 from rcmae.run import preempt
@@ -70,6 +71,13 @@ PHASES = (
     "LATEST not moved",
     "pruning",
 )
+# of every training that is killed
+FIXED = [
+    "run.lease_timeout_s=3",
+    "log.every_steps=1",
+    "engine.timeout_s=120",
+    "log.tensorboard=false",
+]
 BY_ANY_RANK = ("copied", "half a file", "file written")  # the others are rank 0's alone
 # relative; L2 for tensors
 BOUNDS = {"fp32": {"loss": 1e-5, "teacher": 1e-5}, "bf16": {"loss": 1e-2, "teacher": 1e-3}}
@@ -330,84 +338,120 @@ def kill(
     What was hit, and whether it ends as an untouched one.
     """
     draw = random.Random(seed)
-    world, engine = LAYOUTS[layout]
     plan = draw.sample(moments(times), times)
-    hits: Counter[str] = Counter()
-    resumed = anew = finished_before = 0
-    slowest_s = 0.0  # from a kill to the end of the last rank
-    checks: list[dict[str, Any]] = []
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        log = root / "log"
-        run = root / "run"
-        oracle = root / "untouched"
-
-        def job(where: Path) -> list[list[str]]:
-            fixed = [
-                "run.lease_timeout_s=3",
-                "log.every_steps=1",
-                "engine.timeout_s=120",
-                "log.tensorboard=false",
-            ]
-            return [[recipe, f"run.dir={where}", *fixed, *engine, *overrides]]
-
-        begin = time.monotonic()
-        Ranks(world, job(oracle), log).succeed()
-        first, last = (
-            json.loads(line)["time"] for line in ends_of((oracle / "metrics.jsonl").read_text())
-        )
-        step_s = (last - first) / max(1, last_step(oracle) - 1)
+        killing = Killing(recipe, layout, overrides, Path(folder), draw)
+        killing.train_untouched()
         for phase in plan:
-            while True:  # until the kill came before the end of the training
-                if finished(run):  # the drill is longer than the training
-                    checks.append(compare(run, oracle))
-                    shutil.rmtree(run)
-                begun = len(starts_of(run))
-                committed = last_step(run)
-                die = (
-                    f"{phase}@{draw.randrange(world) if phase in BY_ANY_RANK else 0}"
-                    if phase
-                    else ""
-                )
-                ranks = Ranks(world, job(run), log, die=die)
-                what = f"in a save: {phase}" if phase else strike(draw, ranks, run, begun, step_s)
-                at = time.monotonic()
-                statuses = ranks.end()
-                if -signal.SIGKILL in statuses:
-                    slowest_s = max(slowest_s, 0.0 if phase else time.monotonic() - at)
-                    hits[what] += 1
-                    break
-                finished_before += 1
-                if any(statuses):
-                    raise Failed(f"it ended by itself with {statuses}:\n{ranks.said()}")
-            for event in starts_of(run)[begun:]:
-                if event["step"] < committed or (committed and event["event"] != "resume"):
-                    raise Failed(
-                        f"step {committed} was committed, but it went on from "
-                        f"{event}:\n{ranks.said()}"
-                    )
-            resumed = resumed + (committed > 0)
-            anew = anew + (committed == 0)
-        begun = len(starts_of(run))
-        if not finished(run):
-            Ranks(world, job(run), log).succeed()
-        checks.append(compare(run, oracle))
-    fine = all(
-        check["steps_once"] and check["bit_equal" if world == 1 else "close"] for check in checks
-    )
-    saves = [hits[f"in a save: {phase}"] for phase in dict.fromkeys(filter(None, plan))]
+            killing.kill(phase)
+        killing.train_to_the_end()
+    hits = killing.hits
+    exact = "bit_equal" if killing.world == 1 else "close"
+    fine = all(check["steps_once"] and check[exact] for check in killing.checks)
+    saves = [hits[f"in a save: {phase}"] for phase in set(plan) - {""}]
     return {
         "layout": layout,
         "kills": hits.total(),
         "hits": dict(sorted(hits.items())),
-        "resumes": resumed,
-        "starts_before_a_first_checkpoint": anew,
-        "ended_before_the_kill": finished_before,
-        "slowest_end_after_a_kill_s": slowest_s,
-        "trainings_finished_and_compared": checks,
+        "resumes": killing.resumed,
+        "starts_before_a_first_checkpoint": killing.anew,
+        "ended_before_the_kill": killing.finished_before,
+        "slowest_end_after_a_kill_s": killing.slowest_s,
+        "trainings_finished_and_compared": killing.checks,
         "seconds": time.monotonic() - begin,
         "ok": fine and hits.total() == len(plan) and min(saves, default=1) > 0,
     }
+
+
+class Killing:
+    """A training that is killed again and again, beside one that is not.
+
+    Args:
+        recipe: a name or a path.
+        layout: one of LAYOUTS.
+        overrides: of the recipe.
+        root: a folder for both trainings.
+        draw: the randomness.
+    """
+
+    def __init__(
+        self, recipe: str, layout: str, overrides: Sequence[str], root: Path, draw: random.Random
+    ) -> None:
+        self.world, engine = LAYOUTS[layout]
+        self._words = [recipe, *FIXED, *engine, *overrides]
+        self._run = root / "run"
+        self._oracle = root / "untouched"
+        self._log = root / "log"
+        self._draw = draw
+        self._step_s = 0.0  # of the untouched one
+        self.hits: Counter[str] = Counter()
+        self.resumed = 0
+        self.anew = 0  # starts before a first checkpoint
+        self.finished_before = 0
+        self.slowest_s = 0.0  # from a kill to the end of the last rank
+        self.checks: list[dict[str, Any]] = []
+
+    def train_untouched(self) -> None:
+        """Train once without a kill."""
+        self._start(self._oracle).succeed()
+        rows = list(json_lines(self._oracle / "metrics.jsonl"))
+        steps = max(1, last_step(self._oracle) - 1)
+        self._step_s = (rows[-1]["time"] - rows[0]["time"]) / steps
+
+    def kill(self, phase: str) -> None:
+        """Train until a kill in this phase of a save, or, without one, at a random moment.
+
+        Raises:
+            Failed: it ended by itself, or did not resume from what was committed.
+        """
+        while not self._is_hit(phase):
+            self.finished_before += 1
+
+    def train_to_the_end(self) -> None:
+        """Let the training end, and compare it with the untouched one."""
+        if not finished(self._run):
+            self._start(self._run).succeed()
+        self.checks.append(compare(self._run, self._oracle))
+
+    def _start(self, where: Path, die: str = "") -> Ranks:
+        recipe, *overrides = self._words
+        return Ranks(self.world, [[recipe, f"run.dir={where}", *overrides]], self._log, die=die)
+
+    def _is_hit(self, phase: str) -> bool:
+        """Start once; whether the kill came before the end of the training."""
+        run = self._run
+        if finished(run):  # the drill is longer than the training
+            self.checks.append(compare(run, self._oracle))
+            shutil.rmtree(run)
+        begun = len(starts_of(run))
+        committed = last_step(run)
+        if phase:
+            rank = self._draw.randrange(self.world) if phase in BY_ANY_RANK else 0
+            ranks = self._start(run, die=f"{phase}@{rank}")
+            what = f"in a save: {phase}"
+        else:
+            ranks = self._start(run)
+            what = strike(self._draw, ranks, run, begun, self._step_s)
+        at = time.monotonic()
+        statuses = ranks.end()
+        if -signal.SIGKILL not in statuses:
+            if any(statuses):
+                raise Failed(f"it ended by itself with {statuses}:\n{ranks.said()}")
+            return False
+        self.hits[what] += 1
+        if not phase:
+            self.slowest_s = max(self.slowest_s, time.monotonic() - at)
+        for event in starts_of(run)[begun:]:
+            if event["step"] < committed or (committed and event["event"] != "resume"):
+                raise Failed(
+                    f"step {committed} was committed, but it resumed from {event}:\n{ranks.said()}"
+                )
+        if committed:
+            self.resumed += 1
+        else:
+            self.anew += 1
+        return True
 
 
 def moments(times: int) -> list[str]:
@@ -446,19 +490,9 @@ def strike(draw: random.Random, ranks: Ranks, run: Path, begun: int, step_s: flo
     return moment + (f", {len(chosen)} of {world} ranks" if world > 1 else "")
 
 
-def ends_of(text: str) -> tuple[str, str]:
-    """The first and the last line."""
-    lines = text.splitlines()
-    return lines[0], lines[-1]
-
-
 def starts_of(run: Path) -> list[dict[str, Any]]:
     """The events of starts and resumes in a run's folder."""
-    try:
-        lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
-    except OSError:
-        return []
-    events = [json.loads(line) for line in lines if line.endswith("\n")]
+    events = json_lines(run / "events.jsonl")
     return [event for event in events if event["event"] in ("start", "resume")]
 
 
@@ -493,7 +527,7 @@ def compare(run: Path, oracle: Path) -> dict[str, Any]:
             difference = difference + float((a - b).square().sum())
             norm = norm + float(b.square().sum())
         distances[kind] = (difference / norm) ** 0.5 if norm else 0.0
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in json_lines(run / "metrics.jsonl")]
     return {
         "step": mine.step,
         "bit_equal": equal,
@@ -585,11 +619,22 @@ def judge(run: Path, fp32: Path, same: Path, bounds: dict[str, float]) -> dict[s
 
 def losses(run: Path) -> dict[int, float]:
     """Step -> its logged loss."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
+    return {row["step"]: row["loss"] for row in json_lines(run / "metrics.jsonl")}
 
 
 # --------------------------------------------------------------------------------------------- cost
+
+COST_EVERY = 3  # steps between two saves
+COST_SAVES = 3
+COST_FIXED = [
+    "log.every_steps=1",
+    "log.tensorboard=false",
+    f"schedule.steps={COST_EVERY * COST_SAVES + 1}",
+    "schedule.warmup_steps=1",
+    "schedule.epochs=null",
+    "schedule.warmup_epochs=null",
+    f"checkpoint.every_steps={COST_EVERY}",
+]
 
 
 def cost(recipe: str, layout: str, overrides: Sequence[str], rounds: int = 2) -> dict[str, Any]:
@@ -597,59 +642,23 @@ def cost(recipe: str, layout: str, overrides: Sequence[str], rounds: int = 2) ->
     beside the formula.
     """
     world, engine = LAYOUTS[layout]
-    every = 3
-    saves = 3
+    words = [*engine, *overrides]
     seen: dict[str, list[dict[str, Any]]] = {"background": [], "waiting": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for turn in range(rounds):
-            for kind in seen:
+            for kind, turns in seen.items():
                 run = root / f"{kind}-{turn}"
-                job = [
-                    recipe,
-                    f"run.dir={run}",
-                    *engine,
-                    "log.every_steps=1",
-                    "log.tensorboard=false",
-                    f"checkpoint.background={json.dumps(kind == 'background')}",
-                    f"schedule.steps={every * saves + 1}",
-                    "schedule.warmup_steps=1",
-                    "schedule.epochs=null",
-                    "schedule.warmup_epochs=null",
-                    f"checkpoint.every_steps={every}",
-                    *overrides,
-                ]
+                background = f"checkpoint.background={json.dumps(kind == 'background')}"
+                job = [recipe, f"run.dir={run}", *COST_FIXED, background, *words]
                 Ranks(world, [job], root / "log").succeed()
-                events = [
-                    json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()
-                ]
-                saved = [event for event in events if event["event"] == "checkpoint"][:saves]
-                rows = [
-                    json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
-                ]
-                seen[kind].append(
-                    {
-                        "stall_s": [event["stall_s"] for event in saved],
-                        "waited_for_the_one_before_s": [event["waited_s"] for event in saved],
-                        "commit_s": [event["seconds"] for event in saved],
-                        "step_s": [row["step_s"] for row in rows[1:]],
-                    }
-                )
-                last, _ = checkpoint.newest(run / "checkpoints")
-                assert last is not None
-                files = [last.files[name]["bytes"] for name in sorted(last.files)]
-                model = new_student(config.load(job[0], job[1:]))
+                turns.append(saves_of(run))
+                files = sizes_of(run)
                 shutil.rmtree(run)
-    objective = config.load(recipe, [*engine, *overrides]).objective
-    formula = checkpoint_bytes(model, teacher=objective.teacher_parts)
-    held = {
-        kind: statistics.median(
-            (event if kind == "background" else event + commit)
-            for turn in turns
-            for event, commit in zip(turn["stall_s"], turn["commit_s"], strict=True)
-        )
-        for kind, turns in seen.items()
-    }
+    loaded = config.load(recipe, words)
+    formula = checkpoint_bytes(new_student(loaded), teacher=loaded.objective.teacher_parts)
+    held = {kind: held_up(turns, kind == "background") for kind, turns in seen.items()}
+    as_told = all(abs(size * world / formula - 1) < 0.01 for size in files)
     return {
         "layout": layout,
         "median_seconds_held_up": held,
@@ -657,9 +666,37 @@ def cost(recipe: str, layout: str, overrides: Sequence[str], rounds: int = 2) ->
         "bytes_of_each_rank": files,
         "formula_bytes": formula,
         "formula_bytes_a_rank": formula / world,
-        "ok": held["background"] < held["waiting"]
-        and all(abs(size * world / formula - 1) < 0.01 for size in files),
+        "ok": held["background"] < held["waiting"] and as_told,
     }
+
+
+def saves_of(run: Path) -> dict[str, Any]:
+    """What a run says of its saves, and of its steps."""
+    events = [row for row in json_lines(run / "events.jsonl") if row["event"] == "checkpoint"]
+    saved = events[:COST_SAVES]
+    rows = list(json_lines(run / "metrics.jsonl"))
+    return {
+        "stall_s": [event["stall_s"] for event in saved],
+        "waited_for_the_one_before_s": [event["waited_s"] for event in saved],
+        "commit_s": [event["seconds"] for event in saved],
+        "step_s": [row["step_s"] for row in rows[1:]],
+    }
+
+
+def sizes_of(run: Path) -> list[int]:
+    """Bytes of each rank's file in the newest checkpoint."""
+    last, _ = checkpoint.newest(run / "checkpoints")
+    assert last is not None
+    return [last.files[name]["bytes"] for name in sorted(last.files)]
+
+
+def held_up(turns: Sequence[dict[str, Any]], background: bool) -> float:
+    """The median of the seconds that a save held the training up."""
+    found = []
+    for turn in turns:
+        for stall, commit in zip(turn["stall_s"], turn["commit_s"], strict=True):
+            found.append(stall if background else stall + commit)
+    return statistics.median(found)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -705,7 +742,7 @@ def pairs_of(layouts: str, pairs: str | None) -> list[tuple[str, str]]:
     """The (saver, loader) pairs asked for.
 
     Raises:
-        ValueError: an unknown layout.
+        Refused: an unknown layout.
     """
     names = [name.strip() for name in layouts.split(",")]
     found = [(saver, loader) for saver in names for loader in names]
@@ -753,7 +790,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"cost is of a pretraining's checkpoints; {args.recipe} is trained by another "
                 "module"
             )
-    except ValueError as error:
+    except Refused as error:
         print(f"drill: {error}", file=sys.stderr)
         return 2
     try:

@@ -35,7 +35,7 @@ class Found:
 
     @property
     def bytes(self) -> int:
-        """Of its files, by the manifest; 0 where that cannot be read."""
+        """Bytes of its files, by the manifest; 0 where that cannot be read."""
         if self.manifest is None:
             return 0
         return sum(about["bytes"] for about in self.manifest.files.values())

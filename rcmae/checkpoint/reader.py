@@ -44,7 +44,8 @@ def open_verified_together(path: Path) -> Manifest:
     Raises:
         CheckpointError: on every rank, with what is wrong.
     """
-    manifest, problem = None, None
+    manifest = None
+    problem = None
     try:
         manifest = read_manifest(path)
         mine = sorted(manifest.files)[dist.rank() :: dist.world()]
@@ -107,7 +108,8 @@ def seen_by_first(look: Callable[[], _T]) -> _T:
         Refused, CheckpointError: on every rank; it cannot be used, or not be read.
     """
     found: _T | None = None
-    refused, unreadable = None, None
+    refused = None
+    unreadable = None
     if dist.rank() == 0:
         try:
             found = look()

@@ -225,7 +225,8 @@ class Saver:
         problem = _attempt(lambda: self._fresh(aside)) if dist.rank() == 0 else None
         self._all_well(problem, aside)
         reports = self._write_files(snapshot, aside)
-        problem, lost = None, None
+        problem = None
+        lost = None
         if dist.rank() == 0:
             document = {
                 **snapshot.document,
@@ -261,7 +262,8 @@ class Saver:
             CheckpointError: on every rank, if any could not write.
         """
         mine = f"rank-{dist.rank():05d}.safetensors"
-        problem, written = None, {}
+        problem = None
+        written: dict[str, Any] = {}
         try:
             written = write_safetensors(aside / mine, snapshot.entries)
         except OSError as error:
@@ -337,7 +339,8 @@ def _entries_of(state: EngineState) -> Iterator[Entry]:
     """What this rank writes. Of what every rank holds, each writes a share."""
     for piece in state.pieces:
         for kind, tensor in piece.tensors.items():
-            low, high = 0, tensor.numel()
+            low = 0
+            high = tensor.numel()
             if state.replicated:
                 low = tensor.numel() * dist.rank() // dist.world()
                 high = tensor.numel() * (dist.rank() + 1) // dist.world()

@@ -165,7 +165,8 @@ class MetricsLog:
         if not writes:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        metrics, events = directory / "metrics.jsonl", directory / "events.jsonl"
+        metrics = directory / "metrics.jsonl"
+        events = directory / "events.jsonl"
         self.undone = undone(metrics, resume_step)
         self.dropped_lines = cut_back(metrics, resume_step)
         _drop_torn_line(events)
