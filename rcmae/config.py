@@ -464,6 +464,10 @@ class Recipe(Section):
     log: LogOptions = Field(default_factory=LogOptions)
     run: RunOptions = Field(default_factory=RunOptions)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to other ranks as values: the class of the objective section is made anew."""
+        return stored, (self.model_dump(mode="json"),)
+
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
