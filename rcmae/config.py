@@ -544,7 +544,8 @@ def _leaves_with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
     Without keys of objectives that it does not train.
     """
     section = saved.get("objective", {})
-    kind, catalogue = objective_class(section), shipped()
+    kind = objective_class(section)
+    catalogue = shipped()
     defaults = Recipe().model_dump(mode="json")
     defaults["objective"] = {
         key: field.get_default(call_default_factory=True)
@@ -701,7 +702,8 @@ def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None
 
 def _unknown(place: Sequence[str], tree: Mapping[str, Any], catalogue: Catalogue) -> str:
     """What to say of a key that is nobody's, or another objective's."""
-    key, section = place[-1], tree.get("objective")
+    key = place[-1]
+    section = tree.get("objective")
     if len(place) == 2 and place[0] == "objective" and isinstance(section, Mapping):
         owners = [name for name, each in catalogue.objectives.items() if key in each.model_fields]
         for name, each in catalogue.terms.items():
@@ -743,7 +745,9 @@ def _known_keys(place: Sequence[str], objective: Any = None) -> list[str]:
 def _contradictions(recipe: Recipe) -> list[str]:
     """Problems between keys that need neither the ranks nor the data to be seen."""
     problems = []
-    schedule, data, evaluate = recipe.schedule, recipe.data, recipe.evaluate
+    schedule = recipe.schedule
+    data = recipe.data
+    evaluate = recipe.evaluate
     for one, other in (("epochs", "steps"), ("base_lr", "lr")):
         given = [name for name in (one, other) if getattr(schedule, name) is not None]
         if len(given) != 1:
@@ -852,7 +856,9 @@ def _objective_problems(recipe: Recipe) -> list[str]:
 def _classifying_problems(recipe: Recipe) -> list[str]:
     """Problems of a recipe that fine-tunes or probes."""
     problems = []
-    evaluate, classify, probes = recipe.evaluate, recipe.classify, recipe.objective.name == "probe"
+    evaluate = recipe.evaluate
+    classify = recipe.classify
+    probes = recipe.objective.name == "probe"
     if evaluate.every_steps and not evaluate.test_shards:
         problems.append("evaluate.every_steps is set: give evaluate.test_shards, labelled")
     if evaluate.picture_every_steps:
@@ -921,7 +927,9 @@ def streams_for(recipe: Recipe, world: int) -> int:
 def batch_problems(recipe: Recipe, world: int) -> list[str]:
     """What stands against this batch on this many ranks, one line a problem."""
     problems = []
-    images, streams, repeats = recipe.batch.images, streams_for(recipe, world), recipe.data.repeats
+    images = recipe.batch.images
+    streams = streams_for(recipe, world)
+    repeats = recipe.data.repeats
     if images % (world * repeats) and repeats > 1:
         problems.append(
             f"batch.images={images} is not divisible by {world} ranks x "
@@ -952,7 +960,8 @@ def per_device(recipe: Recipe, world: int) -> int:
     Raises:
         ValueError: that is less than data.repeats.
     """
-    per_rank, repeats = recipe.batch.images // world, recipe.data.repeats
+    per_rank = recipe.batch.images // world
+    repeats = recipe.data.repeats
     limit = min(recipe.batch.per_device or per_rank, per_rank)
     if limit < repeats:
         raise Refused(
@@ -979,7 +988,8 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     problems = batch_problems(recipe, world)
     if problems:
         raise Refused("\n".join(problems))
-    schedule, images = recipe.schedule, recipe.batch.images
+    schedule = recipe.schedule
+    images = recipe.batch.images
     steps_per_epoch = samples_per_epoch // images
     total = (
         schedule.steps
@@ -995,7 +1005,8 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
             "steps"
         )
     lr = schedule.lr if schedule.lr is not None else (schedule.base_lr or 0.0) * images / 256
-    per_rank, size = images // world, per_device(recipe, world)
+    per_rank = images // world
+    size = per_device(recipe, world)
     return Resolved(
         world=world,
         images_per_step=images,

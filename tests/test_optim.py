@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import reference
 from rcmae.engines.optim import GROUPS, LARS, param_groups, set_rates
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.classifier import Classifier
-from rcmae.models.vit import MaskedAutoencoder
+from rcmae.models.protocol import Place
+from rcmae.models.vit import Encoder, MaskedAutoencoder
 from reference import Sizes
 
 SIZES = Sizes()
@@ -123,6 +125,46 @@ def test_layers_move_the_slower_the_lower_and_tokens_do_not_decay() -> None:
     ]
     assert "head.weight" in groups["layer_3_decay"]["param_names"]
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
+
+
+class Around(nn.Module):
+    """A network around a ViT, as dense tasks have them: it asks its child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = SIZES.model()
+        self.backbone = Encoder(**{key: sizes[key] for key in sizes if "decoder" not in key})
+        self.neck = nn.Linear(4, 4)
+
+    num_layers = SIZES.depth + 2
+
+    def place_of(self, name: str) -> Place:
+        """Where a parameter is; only the neck's weight is the network's own."""
+        if name == "neck.weight":
+            return Place("head", self.num_layers - 1, decays=True)
+        return self.backbone.place_of(name.removeprefix("backbone."))
+
+    def all_blocks(self) -> list[nn.Module]:
+        return self.backbone.all_blocks()
+
+
+def test_a_network_around_another_has_its_childs_groups_and_layers() -> None:
+    model = Around()
+    model.neck.bias = None  # type: ignore[assignment]
+    groups = {group["name"]: group["param_names"] for group in param_groups(model, 0.05)}
+    assert tuple(groups) == ("encoder_decay", "encoder_no_decay", "head_decay")
+    assert "backbone.blocks.0.mlp.fc1.weight" in groups["encoder_decay"]
+    scales = {group["name"]: group["lr_scale"] for group in param_groups(model, 0.05, 0.5)}
+    assert scales["layer_0_decay"] == 0.5 ** (SIZES.depth + 1)
+    assert scales[f"layer_{SIZES.depth + 1}_decay"] == 1.0
+    kernels.checkpoint_blocks(model, "torch")
+    assert all("forward" in vars(block) for block in model.backbone.blocks)
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_a_parameter_that_no_group_claims_is_an_error(layer_decay: float | None) -> None:
+    with pytest.raises(LookupError, match=r"no part of a network has a parameter called neck.bias"):
+        param_groups(Around(), 0.05, layer_decay)
 
 
 def test_lars_of_shards_is_lars_of_the_whole() -> None:

@@ -108,13 +108,12 @@ class _Partitioned:
         self.accumulates_fp32 = hasattr(optimizer, "fp32_groups_flat_partition")
         if self.accumulates_fp32:
             self.masters = list(optimizer.fp32_groups_flat_partition)
-            self.groups, self.flats = optimizer.bf16_groups, optimizer.bf16_groups_flat
+            self.groups = optimizer.bf16_groups
+            self.flats = optimizer.bf16_groups_flat
         else:
             self.masters = list(optimizer.single_partition_of_fp32_groups)
-            self.groups, self.flats = (
-                optimizer.round_robin_bit16_groups,
-                optimizer.bit16_groups_flat,
-            )
+            self.groups = optimizer.round_robin_bit16_groups
+            self.flats = optimizer.bit16_groups_flat
         self.keys = self.masters
         self.names = names
 
@@ -124,7 +123,8 @@ class _Partitioned:
             for param in group:
                 held = param._hp_mapping
                 if held is not None:
-                    start, at = held.lp_fragment_address.start, held.hp_fragment_address.start
+                    start = held.lp_fragment_address.start
+                    at = held.hp_fragment_address.start
                     found.append(
                         (self.names[param], start, index, at, held.lp_fragment_address.numel)
                     )
@@ -196,7 +196,8 @@ class DeepSpeedEngine:
         config: Mapping[str, Any],
     ) -> None:
         _prepare_deepspeed()
-        self._settings, self._dtype = settings, DTYPES[settings.precision]
+        self._settings = settings
+        self._dtype = DTYPES[settings.precision]
         zero = config.get("zero_optimization", {})
         stage = int(zero.get("stage", 0))
         offload = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
@@ -250,7 +251,8 @@ class DeepSpeedEngine:
     _taught: list[Any]  # what the teacher has: indices of masters or groups; at stage 3 names
 
     def _add_teacher(self, teacher: nn.Module, config: Mapping[str, Any]) -> Teacher:
-        device, stored = self._settings.device, [master.data for master in self._stage.masters]
+        device = self._settings.device
+        stored = [master.data for master in self._stage.masters]
         publication = None
         cast_params(teacher.to(device), self._dtype)
         if isinstance(self._stage, _Whole):
@@ -338,10 +340,8 @@ class DeepSpeedEngine:
             if name in averages:
                 tensors["teacher"] = averages[name]
             pieces.append(Piece(name, start, tensors))
-        tables, step = (
-            dict(self.student.module.named_buffers()),
-            step_of(self._adam, self._stage.keys[0]),
-        )
+        tables = dict(self.student.module.named_buffers())
+        step = step_of(self._adam, self._stage.keys[0])
         return EngineState(
             self._shapes, pieces, tables, not self._stage.sharded, step, updates_of(self._ema)
         )
@@ -393,7 +393,8 @@ def _whole_copies(
     for group, flat in zip((stage.groups[index] for index in taught), flats, strict=True):
         offset = 0
         for param in group:
-            name, size = stage.names[param], math.prod(param.shape)
+            name = stage.names[param]
+            size = math.prod(param.shape)
             theirs[name].data = flat[offset : offset + size].view(param.shape)
             offset += size
     gather = _Gather(flats)

@@ -107,7 +107,8 @@ class FSDP2Engine:
             else {}
         )
         for name, param in self.student.named_parameters():
-            local, rows = _shard_of(param), param.shape[0]
+            local = _shard_of(param)
+            rows = param.shape[0]
             moved = self._optimizer.state[param]
             tensors = {"weight": local} | {
                 key: _shard_of(moved[key]) for key in moments(self._optimizer)

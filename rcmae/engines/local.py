@@ -34,7 +34,8 @@ class LocalEngine:
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, settings: EngineSettings
     ) -> None:
-        self.student, self.teacher = student.to(settings.device), freeze(teacher)
+        self.student = student.to(settings.device)
+        self.teacher = freeze(teacher)
         self._settings = settings
         dtype = DTYPES[settings.precision]
         groups = param_groups(student, settings.weight_decay, settings.layer_decay)
@@ -50,7 +51,9 @@ class LocalEngine:
             for param, part, part_grad in zip(
                 params, _views(copy, params), _views(grad, params), strict=True
             ):
-                param.data, param.grad = part, part_grad  # autograd adds in place
+                # autograd adds in place
+                param.data = part
+                param.grad = part_grad
         for master, grad in zip(self._masters, self._grads, strict=True):
             master.grad = grad if dtype == torch.float32 else torch.zeros_like(master)
         self._optimizer = optimizer_for(

@@ -32,6 +32,8 @@ def param_groups(
         return layer_groups(model, weight_decay, layer_decay)
     groups = {name: _group(name, weight_decay) for name in GROUPS}
     for name, param, place in _placed(model):
+        if place.part not in PARTS:
+            raise LookupError(f"{name} is in {place.part}, which is none of {', '.join(PARTS)}")
         group = groups[f"{place.part}_{'decay' if place.decays else 'no_decay'}"]
         group["params"].append(param)
         group["param_names"].append(name)
@@ -99,7 +101,8 @@ class LARS(torch.optim.Optimizer):
         all_sum: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
-        self._trust, self._all_sum = trust, all_sum
+        self._trust = trust
+        self._all_sum = all_sum
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

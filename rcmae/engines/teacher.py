@@ -79,11 +79,13 @@ class Teacher:
             m.dtype == torch.float32 and m.shape == c.shape
             for m, c in zip(masters, copies, strict=True)
         )
-        self.masters, self.copies = list(masters), list(copies)
+        self.masters = list(masters)
+        self.copies = list(copies)
         self._publication = publication
         self.stochastic = accumulate == "stochastic"
         self.updates = 0  # part of the draw of the stochastic rounding; restored with the run
-        self._seed, self._offset = seed, offset
+        self._seed = seed
+        self._offset = offset
         if self.stochastic or all(copy.dtype == torch.float32 for copy in copies):
             self.accumulators = self.copies
         else:
@@ -222,7 +224,8 @@ def teacher_bytes(
         copied = held = whole
     elif placement in ("zero1", "zero2"):
         padded = [math.ceil(sum(group) / (2 * world)) * 2 * world for group in sizes if group]
-        copied, held = sum(padded), sum(padded) // world
+        copied = sum(padded)
+        held = sum(padded) // world
     elif placement == "zero3":
         copied = held = sum(math.ceil(size / world) for group in sizes for size in group)
     elif placement == "fsdp2":

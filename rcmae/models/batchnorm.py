@@ -44,7 +44,8 @@ class GlobalBatchNorm(nn.BatchNorm1d):
             None if each is None else each.to(x.dtype) for each in (self.weight, self.bias)
         )
         if not self.training:
-            mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+            mean = self.running_mean.to(x.dtype)
+            variance = self.running_var.to(x.dtype)
             return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps).to(input.dtype)
         count = len(x) * dist.world()
         if count < 2:

@@ -40,7 +40,8 @@ class SplitBiasAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         # fused_attn: see kernels.choose_attention
-        self.num_heads, self.fused_attn = num_heads, True
+        self.num_heads = num_heads
+        self.fused_attn = True
         # as published, of a dim that heads do not divide the rest is left out
         inner = dim // num_heads * num_heads
         self.q_bias = nn.Parameter(torch.zeros(inner))
@@ -75,7 +76,8 @@ class LastBlock(Block):
         if isinstance(self.attn, SplitBiasAttention):
             tail = x[:, first_query:] + self.attn(self.norm1(x), first_query)
             return tail + self.mlp(self.norm2(tail))
-        attn, heads = self.attn, self.attn.num_heads
+        attn = self.attn
+        heads = self.attn.num_heads
         # the query projection of the few head tokens is wasted: slicing its weight would reach
         # around the engines that gather a parameter when its module is called
         q, k, v = (

@@ -38,7 +38,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads, self.fused_attn = num_heads, True
+        self.num_heads = num_heads
+        self.fused_attn = True
         inner = dim // num_heads * num_heads  # as in SplitBiasAttention
         self.q_bias = nn.Parameter(torch.zeros(inner))
         self.v_bias = nn.Parameter(torch.zeros(inner))
@@ -177,7 +178,8 @@ class BootstrappedAutoencoder(Encoder):
             qkv_bias="qv",
             positions="row_first",
         )
-        self.sizes, self.layers = sizes, (low_layer, high_layer)
+        self.sizes = sizes
+        self.layers = (low_layer, high_layer)
         norm = norm_layer or kernels.layer_norm()
 
         def blocks(width: int) -> nn.ModuleList:
@@ -275,8 +277,11 @@ class BootstrappedAutoencoder(Encoder):
 
         Counted as in `vit.flops_per_image`.
         """
-        seen, tokens, hidden = 1 + num_visible, 1 + self.num_patches, self.num_patches - num_visible
-        total, pixels = self.encoder_flops(num_visible), self.patch_size**2 * self.in_channels
+        seen = 1 + num_visible
+        tokens = 1 + self.num_patches
+        hidden = self.num_patches - num_visible
+        total = self.encoder_flops(num_visible)
+        pixels = self.patch_size**2 * self.in_channels
         regressors = [(self.sizes["decoder_dim"], pixels)]
         if hasattr(self, "lm_head_1"):
             regressors.append((self.embed_dim, self.embed_dim))

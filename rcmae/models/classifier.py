@@ -47,7 +47,10 @@ class DropPath(nn.Module):
 
     def __init__(self, draws: _Draws, block: int, branch: int, rate: float) -> None:
         super().__init__()
-        self._draws, self._block, self._branch, self._rate = draws, block, branch, rate
+        self._draws = draws
+        self._block = block
+        self._branch = branch
+        self._rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, D] of the branch, or zeros."""
@@ -255,7 +258,8 @@ def fit_weights(
     if fresh_token:
         found["pos_embed"] = F.pad(found["pos_embed"], (0, 0, 1, 0))
     unused = {name for name in weights if name not in found}
-    resampled, problems = None, []
+    resampled = None
+    problems = []
     table = found.get("pos_embed")
     if table is not None and table.shape[2:] == wanted["pos_embed"].shape[2:]:
         patches = table.shape[1] - first
@@ -264,10 +268,8 @@ def fit_weights(
         if old[0] * old[1] != patches:
             problems.append(f"pos_embed has {patches} patches, which are no {old[0]}x{old[1]} grid")
         elif old != model.grid:
-            found["pos_embed"], resampled = (
-                resample_positions(table, old, model.grid),
-                (old, model.grid),
-            )
+            found["pos_embed"] = resample_positions(table, old, model.grid)
+            resampled = (old, model.grid)
     head = [name for name in found if name.startswith("head.")]
     if any(name not in wanted or found[name].shape != wanted[name].shape for name in head):
         unused |= set(head)
@@ -383,7 +385,8 @@ def cross_entropy(scores: Tensor, batch: Batch, smoothing: float) -> Tensor:
 def probe_head(width: int, num_classes: int) -> nn.Module:
     """What a linear probe trains (MAE, appendix A.1): a batch norm without an affine part (`0.`),
     whose statistics are of all ranks' images, and a linear layer (`1.`), its weights near 0."""
-    norm, linear = GlobalBatchNorm(width, eps=1e-6, affine=False), nn.Linear(width, num_classes)
+    norm = GlobalBatchNorm(width, eps=1e-6, affine=False)
+    linear = nn.Linear(width, num_classes)
     nn.init.trunc_normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(0))
     nn.init.zeros_(linear.bias)
     return ProbeHead(norm, linear)

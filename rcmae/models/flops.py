@@ -39,7 +39,8 @@ def flops_per_image(
     """
     patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
     pixels = patch_size**2 * in_channels
-    seen, tokens = 1 + num_visible, 1 + patches
+    seen = 1 + num_visible
+    tokens = 1 + patches
     asked = patches - num_visible if hidden_only else tokens
 
     def block(width: int, keys: int, queries: int) -> float:

@@ -38,7 +38,8 @@ def unpatchify(
     patches: Tensor, patch_size: int, image_size: tuple[int, int], in_channels: int
 ) -> Tensor:
     """The images [B, C, H, W] whose `patchify` is `patches` [B, L, p*p*C]."""
-    rows, columns = image_size[0] // patch_size, image_size[1] // patch_size
+    rows = image_size[0] // patch_size
+    columns = image_size[1] // patch_size
     grid = patches.unflatten(2, (patch_size, patch_size, in_channels)).unflatten(1, (rows, columns))
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 

@@ -87,12 +87,15 @@ class Encoder(nn.Module):
         positions: Positions = "column_first",
     ) -> None:
         super().__init__()
-        self.image_size, self.patch_size = image_size, patch_size
-        self.in_channels, self.embed_dim = in_channels, embed_dim
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.embed_dim = embed_dim
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         # num_prefix: tokens before the patches
-        self.num_prefix, self.mlp_ratio = int(cls_token), mlp_ratio
+        self.num_prefix = int(cls_token)
+        self.mlp_ratio = mlp_ratio
         norm = norm_layer or kernels.layer_norm()
         if cls_token:
             self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -161,7 +164,8 @@ class Encoder(nn.Module):
 
         Counted as in `flops_per_image`.
         """
-        seen, pixels = self.num_prefix + num_patches, self.patch_size**2 * self.in_channels
+        seen = self.num_prefix + num_patches
+        pixels = self.patch_size**2 * self.in_channels
         return 2 * pixels * self.embed_dim * num_patches + len(self.blocks) * block_flops(
             self.embed_dim, seen, seen, self.mlp_ratio
         )
@@ -208,8 +212,9 @@ class Encoder(nn.Module):
         """Where a parameter is. Biases and 1-D parameters do not decay, as published: so the
         tokens, which are 3-D, do, but for those that are `undecayed`.
         """
+        part = part_of(name)
         decays = self.get_parameter(name).ndim > 1 and name not in self.undecayed
-        return Place(part_of(name), layer_of(name, len(self.blocks)), decays)
+        return Place(part, layer_of(name, len(self.blocks)), decays)
 
     def all_blocks(self) -> list[nn.Module]:
         """The encoder's."""
@@ -306,7 +311,9 @@ class MaskedAutoencoder(Encoder):
             qkv_bias=qkv_bias,
             positions=positions,
         )
-        self.sizes, self.pixel_order, self.class_pool = sizes, pixel_order, class_pool
+        self.sizes = sizes
+        self.pixel_order = pixel_order
+        self.class_pool = class_pool
         norm = norm_layer or kernels.layer_norm()
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         # tokens that the decoder does not get

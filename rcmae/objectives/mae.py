@@ -119,7 +119,8 @@ def crowding(batch: Batch) -> Tensor:
 
     What lies beyond the image's edge counts as seen. Images have as many patches across as their
     shape says."""
-    ids, (height, width) = batch.ids_shuffle, batch.images.shape[2:]
+    ids = batch.ids_shuffle
+    (height, width) = batch.images.shape[2:]
     side = math.isqrt(height * width // ids.shape[1])
     # 1 = hidden
     hidden = torch.ones(ids.shape, device=ids.device).scatter(1, ids[:, : batch.num_visible], 0.0)
