@@ -31,6 +31,7 @@ COMMANDS = {
     "export": Command("export", "write a run's weights to a file that others read"),
     "convert": Command("convert", "turn weights of one family into those of another"),
     "probes": Command("probes", "tell what the features know, in minutes"),
+    "replay": Command("replay", "run a step that went bad again, on one process"),
     "runs": Command("runs", "where a run stands, and where its time went"),
     "visualize": Command("visualize", "draw reconstructions, attention, features and filters"),
     "robustness": Command("robustness", "judge a classifier on other sets and corrupted images"),

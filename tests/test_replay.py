@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rcmae.commands import replay
 from tests.conftest import Ranks
-from tools import replay
 
 PROGRAM = Path(__file__).parent / "programs" / "train_many.py"
 POISONED = 32 * 12 + 5  # a sample of the thirteenth step; checkpoints are of steps 10 and 20
@@ -67,7 +67,7 @@ def test_stop_names_the_sample_and_the_last_checkpoint(runs: Path) -> None:
     )
     assert "all ranks stopped before the update" in line
     assert "step-00000010" in line
-    assert "tools/replay.py" in line
+    assert "rcmae replay " in line
     (event,) = (row for row in rows(runs / "stop", "events.jsonl") if row["event"] == "not_finite")
     assert event["action"] == "stop"
     assert len(event["samples"]) == 1  # one rank's
