@@ -266,3 +266,22 @@ def test_licence_is_apache_2():
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence
     assert "END OF TERMS AND CONDITIONS" in licence
+
+
+def test_hooks_run_what_continuous_integration_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"], "nothing is downloaded to check a commit"
+    entries = [hook["entry"] for hook in hooks[0]["hooks"]]
+    script = (ROOT / "tools" / "test.sh").read_text()
+    for entry in entries[:3]:
+        assert entry.removeprefix(".venv/bin/") in script.splitlines()
+    assert "tools/test.sh --all" in entries
+    assert "exec tools/test.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_fast_tests_are_files_that_are_there():
+    script = (ROOT / "tools" / "test.sh").read_text()
+    names = script.split("fast_tests=(")[1].split(")")[0].split()
+    assert len(names) > 10
+    for name in names:
+        assert (ROOT / "tests" / f"test_{name}.py").is_file(), name

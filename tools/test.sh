@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
-# Installs what is needed into .venv, then lints, checks types and runs the tests. Arguments go to pytest:
-#   tools/test.sh               everything that must pass
+# Installs what is needed into .venv, then lints, checks types and runs the tests. Other arguments go to pytest:
+#   tools/test.sh               everything that must pass; --all says the same
+#   tools/test.sh --fast        lint, types, and the tests that start no ranks: about two minutes
 #   tools/test.sh -k resume -x  some of the tests, after lint and types
 # The tests of slurm/ start a real SLURM, where tests/slurm/install.sh could install it; elsewhere they skip themselves.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+# What a change breaks first: layers, recipes, the command line, networks, objectives, golden losses. No ranks.
+fast_tests=(package cli config golden_losses objectives masking vit classifier optim schedules transforms augment
+    attention scores logistic guard batchnorm)
+which=all
+case ${1:-} in --fast | --all) which=${1#--} && shift ;; esac
 
 say "ruff: lint and format"
 ruff check .
@@ -12,16 +19,22 @@ ruff format --check .
 say "mypy"
 mypy
 
-say "DeepSpeed's C++ optimizer for offload (built once, in .venv)"
-command -v c++ > /dev/null || stop "no C++ compiler, which torch.compile and DeepSpeed's optimizer need (g++, for one)"
-mkdir -p "$TORCH_EXTENSIONS_DIR"
-log="$TORCH_EXTENSIONS_DIR/build.log"
-if ! python -c 'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()' > "$log" 2>&1; then
-    tail -n 5 "$log"
-    echo "it does not build here (beside a CUDA torch it needs CUDA's toolkit; see $log): tests of offload will fail"
+tests=()
+if [ "$which" = fast ]; then
+    for name in "${fast_tests[@]}"; do tests+=("tests/test_$name.py"); done
+    set -- -m "not slow" "$@"
+else
+    say "DeepSpeed's C++ optimizer for offload (built once, in .venv)"
+    command -v c++ > /dev/null || stop "no C++ compiler, which torch.compile and DeepSpeed's optimizer need (g++, for one)"
+    mkdir -p "$TORCH_EXTENSIONS_DIR"
+    log="$TORCH_EXTENSIONS_DIR/build.log"
+    if ! python -c 'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()' > "$log" 2>&1; then
+        tail -n 5 "$log"
+        echo "it does not build here (beside a CUDA torch it needs CUDA's toolkit; see $log): tests of offload will fail"
+    fi
 fi
 
 say "pytest"
 export OMP_NUM_THREADS=1  # tests start ranks of their own; more threads than cores would only slow them down
 unset PYTHONDONTWRITEBYTECODE  # hundreds of processes import the same modules: compiled once
-python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"  # by file: what a module sets up is set up once
+python -m pytest -n auto --maxprocesses 4 --dist loadfile "${tests[@]}" "$@"  # by file: what a module sets up is set up once
