@@ -2,7 +2,7 @@
 
 DeepSpeed owns the partition, the collectives and the bf16 copies; this file only says where, at
 each stage, the fp32 masters, the moments and the reduced gradients of this rank lie (the three
-`_Stage` classes), and hangs the teacher on the same cut. The batch, clipping, precision and
+`_Stage` classes), and shards the teacher alike. The batch, clipping, precision and
 optimizer come from the recipe; DeepSpeed's JSON holds what DeepSpeed alone owns, and a JSON that
 says otherwise is refused.
 
@@ -16,7 +16,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import deepspeed
 import deepspeed.ops.adam
@@ -44,16 +44,28 @@ from rcmae.engines.updates import (
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
 
 
+class _Run(NamedTuple):
+    """Elements of a parameter that lie together in one of this rank's masters."""
+
+    name: str
+    start: int  # in the flattened parameter
+    master: int  # index
+    at: int  # offset in that master
+    length: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """These elements of a tensor that lies as the master does: a view."""
+        return flat.view(-1)[self.at : self.at + self.length]
+
+
 class _Stage(Protocol):
     """Where one ZeRO stage keeps this rank's part."""
 
     sharded: bool
     masters: list[Tensor]  # fp32, as the optimizer holds them
 
-    def runs(self) -> list[tuple[str, int, int, int, int]]:
-        """(name, start in the parameter, index in masters, offset in that master, length) of
-        each run.
-        """
+    def runs(self) -> list[_Run]:
+        """Each parameter's run that this rank holds."""
 
     def grads(self) -> list[Tensor]:
         """Reduced gradients of this rank, after the last backward."""
@@ -80,9 +92,9 @@ class _Whole:
         self.keys = self.masters if wrapped else self.params
         self.names = [names[param] for param in self.params]
 
-    def runs(self) -> list[tuple[str, int, int, int, int]]:
+    def runs(self) -> list[_Run]:
         return [
-            (name, 0, i, 0, m.numel())
+            _Run(name, 0, i, 0, m.numel())
             for i, (name, m) in enumerate(zip(self.names, self.masters, strict=True))
         ]
 
@@ -95,7 +107,7 @@ class _Whole:
 
 
 class _Partitioned:
-    """Stages 1 and 2: a group lies end to end, padded, cut in equal parts.
+    """Stages 1 and 2: a group lies end to end, padded, sharded in equal parts.
 
     Every rank computes with the whole.
     """
@@ -117,17 +129,15 @@ class _Partitioned:
         self.keys = self.masters
         self.names = names
 
-    def runs(self) -> list[tuple[str, int, int, int, int]]:
+    def runs(self) -> list[_Run]:
         found = []
         for index, group in enumerate(self.groups):
             for param in group:
                 held = param._hp_mapping
                 if held is not None:
-                    start = held.lp_fragment_address.start
+                    mine = held.lp_fragment_address
                     at = held.hp_fragment_address.start
-                    found.append(
-                        (self.names[param], start, index, at, held.lp_fragment_address.numel)
-                    )
+                    found.append(_Run(self.names[param], mine.start, index, at, mine.numel))
         return found
 
     def grads(self) -> list[Tensor]:
@@ -142,7 +152,7 @@ class _Partitioned:
 
 
 class _Sharded:
-    """Stage 3: each parameter is padded and cut in equal parts.
+    """Stage 3: each parameter is padded and sharded in equal parts.
 
     A whole one exists only while it computes.
     """
@@ -161,13 +171,13 @@ class _Sharded:
             name: where[self.optimizer.get_param_id(param)] for name, param in self.params.items()
         }
 
-    def runs(self) -> list[tuple[str, int, int, int, int]]:
+    def runs(self) -> list[_Run]:
         found = []
         for name, (index, at, padded) in self.places().items():
             start = dist.rank() * padded
             length = min(padded, self.params[name].ds_numel - start)
             if length > 0:
-                found.append((name, start, index, at, length))
+                found.append(_Run(name, start, index, at, length))
         return found
 
     def grads(self) -> list[Tensor]:
@@ -242,13 +252,13 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _start(self, initial: Mapping[str, Tensor]) -> None:
-        for name, start, index, at, length in self._stage.runs():
-            master = self._stage.masters[index].data.view(-1)
-            master[at : at + length].copy_(initial[name].flatten()[start : start + length])
+        for run in self._stage.runs():
+            values = initial[run.name].flatten()[run.start : run.start + run.length]
+            run.of(self._stage.masters[run.master].data).copy_(values)
         prime(self._adam, self._stage.keys, 0, zero=True)
         self._stage.refresh()
 
-    _taught: list[Any]  # what the teacher has: indices of masters or groups; at stage 3 names
+    _teacher_keys: list[Any]  # what the teacher has: indices of masters or groups; at stage 3 names
 
     def _add_teacher(self, teacher: nn.Module, config: Mapping[str, Any]) -> Teacher:
         device = self._settings.device
@@ -257,20 +267,26 @@ class DeepSpeedEngine:
         cast_params(teacher.to(device), self._dtype)
         if isinstance(self._stage, _Whole):
             theirs = dict(teacher.named_parameters())
-            self._taught = [index for index, name in enumerate(self._stage.names) if name in theirs]
-            masters = [stored[index] for index in self._taught]
-            copies = [theirs[self._stage.names[index]].data for index in self._taught]
+            self._teacher_keys = [
+                index for index, name in enumerate(self._stage.names) if name in theirs
+            ]
+            masters = [stored[index] for index in self._teacher_keys]
+            copies = [theirs[self._stage.names[index]].data for index in self._teacher_keys]
         elif isinstance(self._stage, _Partitioned):
-            self._taught = _taught_groups(teacher, self._stage)
-            masters = [stored[index] for index in self._taught]
-            copies, publication = _whole_copies(teacher, self._stage, self._taught, self._dtype)
+            self._teacher_keys = _groups_of_teacher(teacher, self._stage)
+            masters = [stored[index] for index in self._teacher_keys]
+            copies, publication = _whole_copies(
+                teacher, self._stage, self._teacher_keys, self._dtype
+            )
         else:
             self.teacher = _shard_teacher(teacher, self._config(config))
-            cut: dict[str, Any] = dict(teacher.named_parameters())
-            places = {name: place for name, place in self._stage.places().items() if name in cut}
-            self._taught = list(places)
+            sharded: dict[str, Any] = dict(teacher.named_parameters())
+            places = {
+                name: place for name, place in self._stage.places().items() if name in sharded
+            }
+            self._teacher_keys = list(places)
             masters = [stored[index].narrow(0, at, size) for index, at, size in places.values()]
-            copies = [cut[name].ds_tensor.data[: places[name][2]] for name in places]
+            copies = [sharded[name].ds_tensor.data[: places[name][2]] for name in places]
         ema = Teacher(
             masters,
             copies,
@@ -332,32 +348,30 @@ class DeepSpeedEngine:
         runs = self._stage.runs()
         averages = self._teacher_views(runs)
         pieces = []
-        for name, start, index, at, length in runs:
-            moved = self._adam.state[self._stage.keys[index]]
-            flats = {"weight": self._stage.masters[index].data}
+        for run in runs:
+            moved = self._adam.state[self._stage.keys[run.master]]
+            flats = {"weight": self._stage.masters[run.master].data}
             flats |= {key: moved[key] for key in moments(self._adam)}
-            tensors = {kind: flat.view(-1)[at : at + length] for kind, flat in flats.items()}
-            if name in averages:
-                tensors["teacher"] = averages[name]
-            pieces.append(Piece(name, start, tensors))
+            tensors = {kind: run.of(flat) for kind, flat in flats.items()}
+            if run.name in averages:
+                tensors["teacher"] = averages[run.name]
+            pieces.append(Piece(run.name, run.start, tensors))
         tables = dict(self.student.module.named_buffers())
         step = step_of(self._adam, self._stage.keys[0])
         return EngineState(
             self._shapes, pieces, tables, not self._stage.sharded, step, updates_of(self._ema)
         )
 
-    def _teacher_views(self, runs: Sequence[tuple[str, int, int, int, int]]) -> dict[str, Tensor]:
+    def _teacher_views(self, runs: Sequence[_Run]) -> dict[str, Tensor]:
         if self._ema is None:
             return {}
         self._ema.settle()  # who asks may write
         if isinstance(self._stage, _Sharded):  # one accumulator a parameter, not one a group
-            held = dict(zip(self._taught, self._ema.accumulators, strict=True))
-            return {name: held[name][:length] for name, _, _, _, length in runs if name in held}
-        accumulators = dict(zip(self._taught, self._ema.accumulators, strict=True))
+            held = dict(zip(self._teacher_keys, self._ema.accumulators, strict=True))
+            return {run.name: held[run.name][: run.length] for run in runs if run.name in held}
+        accumulators = dict(zip(self._teacher_keys, self._ema.accumulators, strict=True))
         return {
-            name: accumulators[i].view(-1)[at : at + n]
-            for name, _, i, at, n in runs
-            if i in accumulators
+            run.name: run.of(accumulators[run.master]) for run in runs if run.master in accumulators
         }
 
     def restored(self, *, optimizer_step: int, teacher_updates: int) -> None:
@@ -371,7 +385,7 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
     return [group["params"] for group in optimizer.param_groups]
 
 
-def _taught_groups(teacher: nn.Module, stage: _Partitioned) -> list[int]:
+def _groups_of_teacher(teacher: nn.Module, stage: _Partitioned) -> list[int]:
     """Groups that the teacher has."""
     theirs = dict(teacher.named_parameters())
     return [
@@ -382,15 +396,15 @@ def _taught_groups(teacher: nn.Module, stage: _Partitioned) -> list[int]:
 
 
 def _whole_copies(
-    teacher: nn.Module, stage: _Partitioned, taught: Sequence[int], dtype: torch.dtype
+    teacher: nn.Module, stage: _Partitioned, groups: Sequence[int], dtype: torch.dtype
 ) -> tuple[list[Tensor], _Gather]:
     """Teacher parameters as views of one flat tensor a group.
 
     This rank's shards of those, and what gathers them.
     """
     theirs = dict(teacher.named_parameters())
-    flats = [torch.zeros_like(stage.flats[index], dtype=dtype) for index in taught]
-    for group, flat in zip((stage.groups[index] for index in taught), flats, strict=True):
+    flats = [torch.zeros_like(stage.flats[index], dtype=dtype) for index in groups]
+    for group, flat in zip((stage.groups[index] for index in groups), flats, strict=True):
         offset = 0
         for param in group:
             name = stage.names[param]
@@ -427,7 +441,7 @@ class _Gather:
 
 
 def _shard_teacher(teacher: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """A frozen module cut as ZeRO-3 cuts the student."""
+    """A frozen module, sharded as ZeRO-3 shards the student."""
     zero = {
         key: value
         for key, value in config["zero_optimization"].items()

@@ -1,8 +1,8 @@
-"""FSDP2: every block of student and teacher is cut over the ranks and gathered when it computes.
+"""FSDP2: each block of student and teacher is sharded over the ranks, and gathered to compute.
 
 Masters are the fp32 shards that `fully_shard` keeps; with bf16 it gathers them rounded and reduces
 gradients in fp32. The teacher is a second sharded module of the compute type; its accumulators are
-local tensors on the same cut, so an update is one `lerp` a rank and no communication.
+local tensors, sharded alike, so an update is one `lerp` a rank and no communication.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class FSDP2Engine:
             cast_params(teacher.to(settings.device), dtype)
             _shard(teacher, mesh, MixedPrecisionPolicy(cast_forward_inputs=False))
             theirs = dict(teacher.named_parameters())
-            self._taught = [name for name in self._shapes if name in theirs]
+            self._teacher_keys = [name for name in self._shapes if name in theirs]
             self._ema = Teacher(
-                _local(student, self._taught),
-                _local(teacher, self._taught),
+                _local(student, self._teacher_keys),
+                _local(teacher, self._teacher_keys),
                 accumulate=settings.teacher_accumulate,
                 seed=settings.seed,
                 offset=dist.rank(),
@@ -102,7 +102,7 @@ class FSDP2Engine:
         """Live views: this rank's rows of each parameter."""
         pieces = []
         averages = (
-            dict(zip(self._taught, self._ema.accumulators, strict=True))
+            dict(zip(self._teacher_keys, self._ema.accumulators, strict=True))
             if self._ema is not None
             else {}
         )
@@ -116,7 +116,7 @@ class FSDP2Engine:
             if name in averages:
                 tensors["teacher"] = averages[name]
             if local.numel():
-                first_row = min(dist.rank() * -(-rows // dist.world()), rows)  # torch.chunk's cut
+                first_row = min(dist.rank() * -(-rows // dist.world()), rows)  # as torch.chunk
                 start = first_row * (param.numel() // rows)
                 pieces.append(
                     Piece(name, start, {kind: tensor.view(-1) for kind, tensor in tensors.items()})

@@ -69,17 +69,17 @@ class LocalEngine:
         if teacher is not None:
             teacher.to(settings.device)
             theirs = dict(teacher.named_parameters())
-            self._taught = [
+            self._teacher_keys = [
                 index for index, names in enumerate(self._names) if has_all(theirs, names)
             ]
-            flats = [self._copies[index].clone() for index in self._taught]
-            for index, flat in zip(self._taught, flats, strict=True):
+            flats = [self._copies[index].clone() for index in self._teacher_keys]
+            for index, flat in zip(self._teacher_keys, flats, strict=True):
                 for name, part in zip(
                     self._names[index], _views(flat, self._params[index]), strict=True
                 ):
                     theirs[name].data = part
             self._ema = Teacher(
-                [self._masters[index].data for index in self._taught],
+                [self._masters[index].data for index in self._teacher_keys],
                 flats,
                 accumulate=settings.teacher_accumulate,
                 seed=settings.seed,
@@ -124,8 +124,8 @@ class LocalEngine:
             state = self._optimizer.state[self._masters[index]]
             flats = {"weight": self._masters[index].data}
             flats |= {key: state[key] for key in moments(self._optimizer)}
-            if self._ema is not None and index in self._taught:
-                flats["teacher"] = self._ema.accumulators[self._taught.index(index)]
+            if self._ema is not None and index in self._teacher_keys:
+                flats["teacher"] = self._ema.accumulators[self._teacher_keys.index(index)]
             offset = 0
             for name, param in zip(names, params, strict=True):
                 size = param.numel()

@@ -1,10 +1,10 @@
 """The teacher: an exponential moving average of the student's fp32 master weights, shard by shard.
 
-Two things are kept apart. The *accumulator* (fp32) averages the masters and lies on exactly the cut
-on which the optimizer holds them, so an update needs no communication and does not depend on the
-sharding. The *copy* is what the teacher computes with: the accumulator rounded to the compute type.
-Where masters are cut but every rank computes with the whole copy (ZeRO-1, ZeRO-2), one all-gather
-of the rounded shards follows (`Publication`).
+Two things are kept apart. The *accumulator* (fp32) averages the masters and is sharded exactly as
+the optimizer shards them, so an update needs no communication and does not depend on the sharding.
+The *copy* is what the teacher computes with: the accumulator rounded to the compute type. Where
+masters are sharded but every rank computes with the whole copy (ZeRO-1, ZeRO-2), one all-gather of
+the rounded shards follows (`Publication`).
 
 Not done: an EMA in bf16. At momentum 0.9999 a step is far below bf16's resolution and 98 % of the
 movement is lost. `stochastic` rounding is offered for who has no memory for the accumulator:
@@ -161,12 +161,16 @@ class Teacher:
                 else torch.zeros((), dtype=torch.float64, device=device)
             )
 
-        pairs = list(zip(self.accumulators, self.masters, strict=True))
+        pairs = zip(self.accumulators, self.masters, strict=True)
+        differences = [(average.float() - master).square().sum() for average, master in pairs]
+        weights = [master.square().sum() for master in self.masters]
+        moved = [(new != old).sum() for new, old in zip(self.copies, before, strict=True)]
+        elements = [torch.tensor(copy.numel()) for copy in self.copies]
         return Telemetry(
-            difference_sq=total([(a.float() - m).square().sum() for a, m in pairs]),
-            weight_sq=total([m.square().sum() for m in self.masters]),
-            moved=total([(new != old).sum() for new, old in zip(self.copies, before, strict=True)]),
-            elements=total([torch.tensor(copy.numel()) for copy in self.copies]),
+            difference_sq=total(differences),
+            weight_sq=total(weights),
+            moved=total(moved),
+            elements=total(elements),
             seconds=seconds,
         )
 
@@ -213,9 +217,9 @@ def teacher_bytes(
         precision: "fp32" or "bf16", the type of the copy.
         accumulate: "fp32_shard" or "stochastic".
 
-    Cuts: ZeRO-1/2 lay a group end to end, pad it to a multiple of 2 x world elements and cut it in
-    `world` pieces; ZeRO-3 cuts each parameter, padded to a multiple of world; FSDP2 cuts the rows
-    of each parameter in chunks of ceil(rows / world), the last ranks getting fewer or none.
+    ZeRO-1/2 lay a group end to end, pad it to a multiple of 2 x world elements and split it in
+    `world` pieces; ZeRO-3 splits each parameter, padded to a multiple of world; FSDP2 splits the
+    rows of each parameter in chunks of ceil(rows / world), the last ranks getting fewer or none.
     """
     width = 2 if precision == "bf16" else 4
     sizes = [[math.prod(shape) for shape in group] for group in groups]

@@ -42,16 +42,16 @@ def optimizer_for(
     return LARS(groups, trust=trust, all_sum=dist.all_sum if sharded else lambda values: values)
 
 
-def read_telemetry(seen: Telemetry, *, sharded: bool) -> dict[str, float]:
+def read_telemetry(found: Telemetry, *, sharded: bool) -> dict[str, float]:
     """Telemetry of all ranks' shards as numbers. Collective when `sharded`: every rank calls."""
-    sums = torch.stack([seen.difference_sq, seen.weight_sq, seen.moved, seen.elements])
+    sums = torch.stack([found.difference_sq, found.weight_sq, found.moved, found.elements])
     difference, weight, moved, elements = (dist.all_sum(sums) if sharded else sums).tolist()
     return {
         # relative L2, student to teacher
         "teacher_distance": (difference / max(weight, 1e-30)) ** 0.5,
         # share of the copy's elements that the update changed
         "teacher_moved": moved / max(elements, 1.0),
-        "teacher_update_s": seen.seconds,
+        "teacher_update_s": found.seconds,
     }
 
 
@@ -63,7 +63,7 @@ def freeze(teacher: nn.Module | None) -> nn.Module | None:
 def has_all(theirs: Mapping[str, object], names: Sequence[str]) -> bool:
     """Whether a teacher has an optimizer group.
 
-    It has all of a group or nothing of it: groups are cut as one.
+    It has all of a group or nothing of it: groups are sharded as one.
     """
     found = [name in theirs for name in names]
     assert all(found) or not any(found), (

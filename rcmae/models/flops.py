@@ -39,19 +39,20 @@ def flops_per_image(
     """
     patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
     pixels = patch_size**2 * in_channels
-    seen = 1 + num_visible
+    visible = 1 + num_visible
     tokens = 1 + patches
-    asked = patches - num_visible if hidden_only else tokens
+    predicted = patches - num_visible if hidden_only else tokens
 
     def block(width: int, keys: int, queries: int) -> float:
         return block_flops(width, keys, queries, mlp_ratio)
 
     embed = 2 * pixels * embed_dim * (num_visible if hidden_only else patches)
-    encoder = embed + depth * block(embed_dim, seen, seen)
-    decoder = 2 * embed_dim * decoder_dim * seen + (decoder_depth - 1) * block(
+    encoder = embed + depth * block(embed_dim, visible, visible)
+    decoder = 2 * embed_dim * decoder_dim * visible + (decoder_depth - 1) * block(
         decoder_dim, tokens, tokens
     )
-    return encoder + decoder + block(decoder_dim, tokens, asked) + 2 * decoder_dim * pixels * asked
+    head = 2 * decoder_dim * pixels * predicted
+    return encoder + decoder + block(decoder_dim, tokens, predicted) + head
 
 
 def block_flops(width: int, keys: int, queries: int, mlp_ratio: float) -> float:

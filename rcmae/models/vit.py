@@ -164,10 +164,10 @@ class Encoder(nn.Module):
 
         Counted as in `flops_per_image`.
         """
-        seen = self.num_prefix + num_patches
+        tokens = self.num_prefix + num_patches
         pixels = self.patch_size**2 * self.in_channels
         return 2 * pixels * self.embed_dim * num_patches + len(self.blocks) * block_flops(
-            self.embed_dim, seen, seen, self.mlp_ratio
+            self.embed_dim, tokens, tokens, self.mlp_ratio
         )
 
     def encoded(self, images: Tensor) -> Tensor:
