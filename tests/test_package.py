@@ -44,6 +44,9 @@ UPWARD: set[str] = {  # what is still to be turned round
     "data/augment.py: models",
     "data/device_decode.py: models",
 }
+# Tools of developers, which stay whole; every other one in tools/ is a command of the package.
+OURS = ("bench_memory", "bench_shuffle", "bench_step", "bench_stream", "check_parity", "drill")
+OURS += ("quickstart_data",)
 MODULES = sorted((ROOT / "rcmae").rglob("*.py"))
 
 
@@ -220,6 +223,17 @@ def test_whatever_the_package_imports_is_declared():
         )
 
 
+def test_extras_are_imported_only_where_they_are_used():
+    """Whoever does not use one need not install it."""
+    modules = {"s3fs", "gcsfs", "adlfs", "pyarrow", "onnx", "onnxscript", "onnxruntime", "umap"}
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            assert not modules & {name.split(".")[0] for name in names}, path
+
+
 def test_readme_opens_with_the_two_commands_and_stays_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 250
@@ -241,19 +255,24 @@ def test_readme_names_recipes_that_are_there():
     assert named <= shipped, f"README.md speaks of {', '.join(sorted(named - shipped))}"
 
 
-@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
-def test_a_tool_finds_other_tools_from_anywhere(tool):
-    """`python tools/X.py` has only tools/ on its path; the package itself is installed."""
-    nodes = list(ast.walk(ast.parse(tool.read_text())))
-    imports = [
-        node.lineno
-        for node in nodes
-        if isinstance(node, ast.ImportFrom | ast.Import)
-        and (getattr(node, "module", None) or node.names[0].name).split(".")[0] == "tools"
-    ]
-    calls = [node for node in nodes if isinstance(node, ast.Call)]
-    found = [node.lineno for node in calls if ast.unparse(node.func) == "sys.path.insert"]
-    assert not imports or (found and found[0] < min(imports))
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_tool_finds_the_package_where_it_is_installed(tool):
+    """And its neighbours by name: `python tools/X.py` has tools/ on its path."""
+    text = tool.read_text()
+    assert "sys.path" not in text, "tools/setup.sh installs the package, editable"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert not str(node.module).startswith("tools"), f"{tool.name}: import it by name"
+
+
+SHIMS = [path for path in sorted((ROOT / "tools").glob("*.py")) if path.stem not in OURS]
+
+
+@pytest.mark.parametrize("tool", SHIMS, ids=lambda path: path.stem)
+def test_a_tool_of_users_is_a_command_and_nothing_more(tool):
+    text = tool.read_text()
+    assert len(text.splitlines()) <= 10, "what a command does belongs to the package"
+    assert "from rcmae.commands" in text
 
 
 def test_version_is_that_of_the_metadata():
