@@ -17,8 +17,10 @@ import tifffile
 from PIL import Image
 
 from rcmae.commands.shards import check as main
+from rcmae.commands.shards import index as index_command
 from rcmae.data.index import ShardIndex
 from rcmae.data.plan import Plan
+from rcmae.data.tars import forget_table
 from runs import Folder, start
 
 
@@ -305,6 +307,24 @@ def test_verify_tells_where_the_index_disagrees(tmp_path, monkeypatch, capsys, w
     monkeypatch.chdir(tmp_path)
     assert main(["verify", where.format(tmp_path), "--jobs", "1"]) == 1
     assert "its index names 5 samples: 2 of them were not found" in capsys.readouterr().out
+
+
+def test_verify_compares_labels_and_keys_with_the_index(tmp_path, capsys):
+    path = tmp_path / "x.tar"
+    tar_of(path, {"a.jpg": jpeg(0), "a.cls": b"1", "b.jpg": jpeg(1), "b.cls": b"1"})
+    ShardIndex.open(str(path)).save(tmp_path)
+    tar_of(path, {"a.jpg": jpeg(0), "a.cls": b"2", "c.jpg": jpeg(1), "c.cls": b"1"})
+    assert main(["verify", str(path), "--jobs", "1"]) == 1
+    assert "x.tar: its index gives 2 samples another key or label" in capsys.readouterr().out
+    assert index_command([str(path), "--jobs", "1"]) == 0
+    assert main(["verify", str(path), "--jobs", "1"]) == 0
+    (table,) = tmp_path.glob("index-*.bin")
+    data = bytearray(table.read_bytes())
+    data[3] ^= 1
+    table.write_bytes(data)
+    forget_table(str(table))
+    assert main(["verify", str(path), "--jobs", "1"]) == 1
+    assert "what it says of" in capsys.readouterr().out
 
 
 def test_a_reader_of_the_report_may_go_early(tmp_path):

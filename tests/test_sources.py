@@ -227,10 +227,10 @@ def test_a_drop_costs_a_piece_not_the_shard(folder, server, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 4096)
     server.fault = faults(0.3, ("drop", "truncate", "short", "no ranges"))
     name = "photo-000001.tar"
-    with sources.fetched(f"{server.url}/{name}", PATIENT) as (file, digest):
+    with sources.fetched(f"{server.url}/{name}", PATIENT) as (file, copied):
         data = file.read()
     assert data == (folder / name).read_bytes()
-    assert digest == hashlib.sha256(data).hexdigest()
+    assert copied.sha256 == hashlib.sha256(data).hexdigest()
     failed = sum(fault is not None for method, _, fault in server.requests if method == "GET")
     asked = sum(method == "GET" for method, _, _ in server.requests)
     assert asked - failed <= -(-len(data) // 4096)  # what came was not asked for again
@@ -343,7 +343,7 @@ def test_an_index_beside_remote_shards_saves_reading_them_and_tells_when_they_ch
         if method == "GET" and path.endswith(".tar")
     ]
     (copy / "photo-000002.tar").write_bytes((copy / "photo-000002.tar").read_bytes() + bytes(512))
-    with pytest.raises(ValueError, match=r"photo-000002\.tar: is not the file that the index"):
+    with pytest.raises(ValueError, match=r"photo-000002\.tar: is not the file that its index"):
         opened(f"{server.url}/photo-{{000000..000004}}.tar")
 
 

@@ -172,7 +172,9 @@ class Cache:
     def _fill(self, shard: Stored, file: int) -> None:
         with open(os.dup(file), "r+b") as out:
             out.seek(0)
-            digest = sources.copy(shard.path, out, self.patience, shard.size)
+            # its hash, where it is known, tells more than what a store calls the version
+            stamp = "" if shard.sha256 else shard.stamp
+            digest = sources.copy(shard.path, out, self.patience, shard.size, stamp).sha256
             out.flush()
             os.fsync(out.fileno())
             if (size := os.fstat(out.fileno()).st_size) != shard.size:

@@ -4,14 +4,20 @@ The index knows for every image where its bytes lie in its tar, so training read
 needs no tar library. It is a file beside the shards (`index.json`, and a binary table that is
 mapped, not read); for shards without one it is built in memory by reading their headers. Shards
 from elsewhere (rcmae/data/sources.py) are indexed alike, and their index may lie beside them
-there."""
+there.
+
+An index is believed of a shard that is still what it was by size and time. A shard that was written
+since has its headers read again: it may be a copy. Tables carry hashes, which are compared before
+rows are used."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +28,27 @@ from numpy.typing import NDArray
 
 from rcmae.data import sources
 from rcmae.data.patterns import Patterns, named_twice, refuse_shards, shards_named
-from rcmae.data.sources import USUAL, Patience
-from rcmae.data.tars import Scan, Shard, not_a_tar, scan_all
+from rcmae.data.sources import USUAL, Patience, Stat
+from rcmae.data.tars import (
+    Member,
+    Scan,
+    Shard,
+    entry_of,
+    forget_table,
+    not_a_tar,
+    scan_all,
+    shard_of,
+)
 from rcmae.errors import Refused
 from rcmae.files import aside
 
 INDEX = "index.json"
-FORMAT, VERSION = "rcmae shard index", 1
+FORMAT = "rcmae shard index"
+VERSION = 2  # 1 is read, too
+_TABLE = re.compile(r"index-[\w-]+\.bin")
+# bytes of tables that are read on opening; what is more is checked where it is first used
+_CHECKED_AT_ONCE = 2**30
+_log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -39,11 +59,17 @@ class Sample(NamedTuple):
     offset: int  # bytes from the start of the tar
     size: int
     label: int
+    checksum: int = -1  # as the header of the image's member has it; -1: not known (format 1)
 
     @property
     def path(self) -> str:
-        """Of its shard."""
+        """Path or URL of its shard."""
         return self.shard.path
+
+    @property
+    def key(self) -> str:
+        """WebDataset's key: the name of its members without their suffixes."""
+        return self.id.partition("/")[2]
 
 
 class ShardIndex:
@@ -65,8 +91,7 @@ class ShardIndex:
         self.short = tuple(short)
         self.counts = np.array([shard.samples for shard in self.shards], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
-        # of a shard: name and rows, once they were used
-        self._views: dict[int, tuple[str, NDArray[np.void]]] = {}
+        self._views: dict[int, _View] = {}  # of the shards that were used
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}}
@@ -80,6 +105,7 @@ class ShardIndex:
         jobs: int = 1,
         patience: Patience = USUAL,
         scan: bool = True,
+        needs: Collection[str] = (),
     ) -> ShardIndex:
         """The index of the shards that `patterns` name: from their folders or from `cache`, else
         built in memory.
@@ -90,74 +116,49 @@ class ShardIndex:
                 to them.
             jobs: processes that read tar headers where shards have no index.
             patience: with shards from elsewhere.
-            scan: False refuses shards without an index instead of reading them.
+            scan: False reads no headers: it refuses shards without an index, and believes what an
+                index says of shards that were written since.
+            needs: kinds of members (tars.KINDS) whose places the index has to know.
 
         Raises:
-            ValueError: names every pattern and shard that cannot be used.
+            Refused: names every pattern and shard that cannot be used.
         """
         sets = [(one.shards, one.weight) for one in patterns if not isinstance(one, str)]
-        found = (
-            [shards_named(shards, patience) for shards, _ in sets]
-            if sets
-            else [shards_named(patterns, patience)]
-        )
-        paths = [path for some, _ in found for path in some]
-        problems = [*(problem for _, some in found for problem in some), *named_twice(paths)]
-        weights = [(len(some), weight) for (some, _), (_, weight) in zip(found, sets, strict=False)]
-        known: dict[str, Shard] = {}
+        paths: list[str] = []
+        problems: list[str] = []
+        weights: list[tuple[int, float]] = []
+        alone: list[tuple[Patterns, float]] = [(patterns, 1.0)]
+        for shards, weight in sets or alone:
+            found, wrong = shards_named(shards, patience)
+            paths += found
+            problems += wrong
+            weights.append((len(found), weight))
+        problems += named_twice(paths)
         caches = [cache] if isinstance(cache, str | Path) else cache
-        folders, gone = (
-            [*map(str, caches), *filter(None, map(sources.folder_of, paths))],
-            set[str](),
-        )
-        for folder in dict.fromkeys(folders):
-            try:
-                if (index := cls._found(folder, patience)) is not None:
-                    known = {sources.identity(shard.path): shard for shard in index.shards} | known
-            except (ValueError, OSError) as error:
-                problems.append(str(error))
-                gone.add(folder)
-        there: dict[str, int | OSError | None] = {
-            path: _size(path) for path in paths if not sources.is_remote(path)
+        search = _Search(paths, [str(folder) for folder in caches], patience)
+        picks = {path: search.pick(path, needs) for path in paths}
+        known = {
+            path: pick.shard
+            for path, pick in picks.items()
+            if pick.shard is not None and (pick.is_sure or not scan)
         }
-        elsewhere = [
-            path
-            for path in paths
-            if sources.is_remote(path) and sources.folder_of(path) not in gone
-        ]
-        there |= sources.sizes(elsewhere, patience)
-        problems += [
-            str(error)
-            for path, error in there.items()
-            if isinstance(error, OSError) and "://" in path
-        ]
-        short, shards = [], dict[str, Shard]()
-        for path, size in there.items():
-            shard = known.get(sources.identity(path))
-            if shard is None:
-                continue
-            shards[path] = replace(shard, path=path)
-            if not isinstance(size, int):
-                continue
-            if size > shard.size or (size < shard.size and sources.is_remote(path)):
-                problems.append(
-                    f"{sources.redacted(path)}: is not the file that the index beside it "
-                    "describes; "
-                    "run rcmae shards index --rebuild on it"
-                )
-            elif size < shard.size:
-                short.append(path)
-        unknown = [path for path in paths if path not in shards]
-        problems += filter(None, map(not_a_tar, unknown))
+        unread = [path for path in paths if path not in known]
+        problems += search.problems
+        problems += filter(None, map(not_a_tar, unread))
         if not scan:
-            problems += [
-                f"{sources.redacted(path)}: has no index; run rcmae shards index on it"
-                for path in unknown
-            ]
+            for path in unread:
+                problems.append(
+                    f"{sources.redacted(path)}: has no index; run rcmae shards index on it"
+                )
         refuse_shards(problems)
-        fresh = cls.build(unknown, jobs=jobs, patience=patience).shards if unknown else ()
-        built = dict(zip(unknown, fresh, strict=True))
-        return cls([built.get(path) or shards[path] for path in paths], short, weights)
+        if unread:
+            built = cls.build(unread, jobs=jobs, patience=patience).shards
+            for path, shard in zip(unread, built, strict=True):
+                before = picks[path].shard
+                problems += [] if before is None else unlike(before, shard)
+                known[path] = shard
+        refuse_shards(problems)
+        return cls([known[path] for path in paths], search.short, weights if sets else ())
 
     @staticmethod
     def lies_in(folder: str, patience: Patience = USUAL) -> bool:
@@ -165,26 +166,30 @@ class ShardIndex:
         if "://" not in folder:
             return is_ours(folder)
         try:  # its table, which may be large, is read once: by `open`
-            return (
-                FORMAT.encode() in (sources.small_file(f"{folder}/{INDEX}", patience) or b"")[:100]
-            )
+            head = sources.small_file(f"{folder}/{INDEX}", patience) or b""
         except OSError as error:
             raise Refused(str(error)) from error
+        return FORMAT.encode() in head[:100]
 
     @classmethod
-    def _found(cls, folder: str, patience: Patience) -> ShardIndex | None:
-        """The index in a folder, here or elsewhere, if there is one of this package."""
+    def found_in(cls, folder: str, patience: Patience = USUAL) -> ShardIndex | None:
+        """The index in a folder, here or elsewhere, if there is one of this package.
+
+        Raises:
+            Refused: the index is damaged, or newer than this package.
+            OSError: it may be there, but cannot be had.
+        """
         if "://" not in folder:
             return cls.load(folder) if is_ours(folder) else None
-        head = sources.small_file(f"{folder}/{INDEX}", patience)
-        if head is None or FORMAT.encode() not in head[:100]:
+        text = sources.small_file(f"{folder}/{INDEX}", patience)
+        if text is None or FORMAT.encode() not in text[:100]:
             return None
-        try:
-            described = json.loads(head)
-            table = sources.small_file(f"{folder}/{described['table']}", patience) or b""
-            return cls._described(described, folder, table, len(table))
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refused(f"{folder}/{INDEX}: cannot be used ({error}); write it anew") from error
+        head = _head(text, f"{folder}/{INDEX}")
+        table = sources.small_file(f"{folder}/{head['table']}", patience) or b""
+        index = _described(cls, head, folder, table)
+        for shard in index.shards:
+            shard.check_table()
+        return index
 
     @classmethod
     def build(
@@ -213,60 +218,26 @@ class ShardIndex:
 
     @classmethod
     def load(cls, folder: str | Path) -> ShardIndex:
-        """The index that `save` wrote into a folder. The shards themselves are not looked at.
+        """The index that `save` wrote into a folder. The shards themselves are not looked at, and
+        the table is checked where it is first used.
 
         Raises:
-            ValueError: the index is damaged or of another version.
+            Refused: the index is damaged, or newer than this package.
         """
         path = Path(folder) / INDEX
         try:
-            head = json.loads(path.read_text(encoding="utf-8"))
-            table = path.parent / head["table"]
-            return cls._described(head, str(path.parent), str(table), table.stat().st_size)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Refused(
-                f"{path}: cannot be used ({error}); run rcmae shards index --rebuild"
-            ) from error
-
-    @classmethod
-    def _described(
-        cls, head: dict[str, Any], folder: str, table: str | bytes, size: int
-    ) -> ShardIndex:
-        """The index that a parsed index.json of a folder describes.
-
-        Raises what damaged ones lead to.
-        """
-        if head["version"] != VERSION:
-            raise Refused(f"version {head['version']}, this package reads {VERSION}")
-        if size != head["bytes"]:
-            raise Refused(f"{head['table']} has {size} bytes of {head['bytes']}")
-        at, shards = 0, []
-        for entry in head["shards"]:
-            name, length = entry["name"], entry["table_bytes"]
-            path = name if sources.is_remote(name) or os.path.isabs(name) else f"{folder}/{name}"
-            shards.append(
-                Shard(
-                    path,
-                    entry["bytes"],
-                    entry["samples"],
-                    entry["fingerprint"],
-                    table,
-                    at,
-                    length,
-                    entry.get("sha256", ""),
-                )
-            )
-            at += length
-        if at != head["bytes"] or cls(shards).fingerprint != head["fingerprint"]:
-            raise Refused("its parts do not add up")
-        return cls(shards)
+            text = path.read_bytes()
+        except OSError as error:
+            raise Refused(f"{path}: cannot be used ({error.strerror})") from error
+        head = _head(text, str(path))
+        return _described(cls, head, str(folder), str(path.parent / head["table"]))
 
     def save(self, folder: str | Path) -> Path:
         """Write the index into a folder, the shards' or another; a reader sees the old one or the
         new one.
 
         Raises:
-            ValueError: an index.json of another program lies there.
+            Refused: an index.json of another program lies there.
         """
         folder = Path(folder)
         if (folder / INDEX).exists() and not is_ours(folder):
@@ -280,28 +251,21 @@ class ShardIndex:
                 return path
             return os.path.basename(path) if os.path.dirname(path) == here else path
 
-        table = f"index-{self.fingerprint[:16]}.bin"
+        digests = [shard.digest or shard.fingerprint for shard in self.shards]
+        content = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        table = f"index-{content[:16]}.bin"
         head = {
             "format": FORMAT,
             "version": VERSION,
-            "fingerprint": self.fingerprint,
+            "fingerprint": ShardIndex(self.shards).fingerprint,  # of a mixture: without its weights
             "samples": len(self),
             "table": table,
             "bytes": sum(shard.length for shard in self.shards),
-            "shards": [
-                {
-                    "name": name(shard.path),
-                    "bytes": shard.size,
-                    "samples": shard.samples,
-                    "table_bytes": shard.length,
-                    "fingerprint": shard.fingerprint,
-                    **({"sha256": shard.sha256} if shard.sha256 else {}),
-                }
-                for shard in self.shards
-            ],
+            "shards": [entry_of(shard, name(shard.path)) for shard in self.shards],
         }
         with aside(folder / table) as file:
             file.writelines(shard.part for shard in self.shards)
+        forget_table(str(folder / table))  # one of this name that was damaged may be open
         with aside(folder / INDEX) as file:
             file.write(json.dumps(head, indent=1).encode() + b"\n")
         for old in folder.glob("index-*.bin"):
@@ -311,8 +275,8 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the numbers of the samples mean: names, sizes, counts and sample tables of the
-        shards, in order.
+        """What the numbers of the samples mean: names, sizes, counts, offsets, labels and keys of
+        the shards, in order. Times, checksums and other members are not in it.
         """
         mixture = [json.dumps(self.weights)] if self.weights else []
         return hashlib.sha256(
@@ -331,12 +295,23 @@ class ShardIndex:
         """The sample of a number."""
         which, row = self.place(number)
         shard = self.shards[which]
-        view = self._views.get(which)
-        if view is None:
-            view = self._views[which] = (shard.name, shard.rows)
-        name, rows = view
+        name, rows, headed = self._views.get(which) or self._view(which)
         offset, size, label, at, length = rows[row].item()
-        return Sample(shard, f"{name}/{shard.key_at(at, length)}", offset, size, label)
+        checksum = -1 if headed is None else int(headed[row]["checksum"])
+        key = shard.key_at(at, length)
+        return Sample(shard, f"{name}/{key}", offset, size, label, checksum)
+
+    def _view(self, which: int) -> _View:
+        shard = self.shards[which]
+        if isinstance(shard.table, str):
+            shard.check_table()
+        view = self._views[which] = _View(shard.name, shard.rows, shard.headed)
+        return view
+
+    def members(self, number: int) -> list[Member]:
+        """Where the members of a sample lie, its image first; in format 1 the image alone."""
+        which, row = self.place(number)
+        return self.shards[which].members_of(row)
 
     def shards_of(self, numbers: NDArray[np.int64]) -> list[int]:
         """The numbers of the shards that hold these samples, each once, in the order in which
@@ -353,7 +328,171 @@ class ShardIndex:
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """[samples] the label of each, NO_LABEL where it has none. Reads the whole table."""
-        return np.concatenate([shard.rows["label"] for shard in self.shards]).astype(np.int64)
+        views = [self._views.get(which) or self._view(which) for which in range(len(self.shards))]
+        return np.concatenate([view.rows["label"] for view in views]).astype(np.int64)
+
+
+class _View(NamedTuple):
+    """What is used of a shard for each of its samples."""
+
+    name: str
+    rows: NDArray[np.void]
+    headed: NDArray[np.void] | None
+
+
+# ----------------------------------------------------------------------------------- in the folders
+
+
+class _Known(NamedTuple):
+    """What an index says of a shard."""
+
+    shard: Shard
+    folder: str  # of the index
+    written_ns: int  # when the index was; 0: not known
+
+
+class _Pick(NamedTuple):
+    """What is to be believed of a shard."""
+
+    shard: Shard | None = None
+    is_sure: bool = False  # else its headers have to be read, and compared
+
+
+class _Search:
+    """What the indexes in some folders, and beside the shards, say of shards.
+
+    The newest is believed: of two that differ the one that describes the shard as it is."""
+
+    def __init__(self, paths: Sequence[str], caches: Sequence[str], patience: Patience) -> None:
+        self.problems: list[str] = []
+        self.short: list[str] = []  # shards with fewer bytes than they were indexed with
+        self._unchecked = _CHECKED_AT_ONCE  # bytes of tables that may still be read
+        self._known: dict[str, list[_Known]] = {}
+        gone: set[str] = set()
+        folders = [*caches, *filter(None, map(sources.folder_of, paths))]
+        for folder in dict.fromkeys(folders):
+            try:
+                index = ShardIndex.found_in(folder, patience)
+            except (Refused, OSError) as error:
+                self.problems.append(str(error))
+                gone.add(folder)
+                continue
+            written_ns = _written_ns(folder)
+            for shard in () if index is None else index.shards:
+                known = _Known(shard, folder, written_ns)
+                self._known.setdefault(sources.identity(shard.path), []).append(known)
+        here = [path for path in paths if not sources.is_remote(path)]
+        elsewhere = [path for path in paths if sources.is_remote(path)]
+        asked = [path for path in elsewhere if sources.folder_of(path) not in gone]
+        self._stats = sources.stats(asked, patience)
+        for path in here:
+            self._stats[path] = stat_here(path)
+        for path, stat in self._stats.items():
+            if isinstance(stat, OSError) and "://" in path:
+                self.problems.append(str(stat))
+
+    def pick(self, path: str, needs: Collection[str]) -> _Pick:
+        """What is to be believed of a shard."""
+        candidates = self._known.get(sources.identity(path), [])
+        if not candidates:
+            return _Pick()
+        stat = self._stats.get(path)
+        if not isinstance(stat, Stat) or stat.size is None:
+            chosen, is_sure = candidates[0], True
+        else:
+            chosen, is_sure = self._choose(path, stat, candidates)
+        shard = replace(chosen.shard, path=path)
+        shown = sources.redacted(path)
+        if shard.fingerprint != candidates[0].shard.fingerprint:
+            _log.warning(
+                "%s: the index in %s says otherwise than the newer one in %s, which is used",
+                shown,
+                candidates[0].folder,
+                chosen.folder,
+            )
+        if not set(needs) <= {"image", "label", *shard.kinds}:
+            kinds = " and ".join(needs)
+            _log.warning("%s: its index lacks where the %s lie; read again", shown, kinds)
+            return _Pick()
+        if self._unchecked > 0 and isinstance(shard.table, str):
+            self._unchecked -= shard.length
+            try:
+                shard.check_table()
+            except Refused as error:
+                _log.warning("%s; its headers are read again", str(error).partition(";")[0])
+                return _Pick()
+        return _Pick(shard, is_sure)
+
+    def _choose(self, path: str, stat: Stat, candidates: list[_Known]) -> tuple[_Known, bool]:
+        """(the candidate that describes a shard as it is, whether that is sure)."""
+        assert stat.size is not None
+        by_age = sorted(candidates, key=lambda known: -known.written_ns)
+        alike = [known for known in by_age if known.shard.size == stat.size]
+        is_here = not sources.is_remote(path)
+        if not alike:
+            newest = by_age[0]
+            if is_here and stat.size < newest.shard.size:
+                self.short.append(path)
+            else:
+                self.problems.append(_another(path))
+            return newest, True
+        for known in candidates:
+            if known.shard.stamp and known.shard.stamp == stat.stamp:
+                return known, True
+        if is_here:
+            # format 1 has no times: one that was written after the shard is believed
+            written_ns = int(stat.stamp.split(" ")[1])
+            for known in alike:
+                if not known.shard.stamp and known.written_ns >= written_ns:
+                    return known, True
+            return alike[0], False
+        known = next(each for each in candidates if each.shard.size == stat.size)
+        if not known.shard.sha256 and sources.is_other(stat.stamp, known.shard.stamp):
+            self.problems.append(_another(path))  # else its copy is compared with the hash
+        return known, True
+
+
+def _another(path: str) -> str:
+    return (
+        f"{sources.redacted(path)}: is not the file that its index describes; run rcmae shards "
+        "index --rebuild on it"
+    )
+
+
+def unlike(before: Shard, now: Shard) -> list[str]:
+    """In what a shard that was written since is not what was indexed: a line, or none."""
+    if before.fingerprint == now.fingerprint:
+        return []
+    fields = ["offset", "size", "label", "key", "key_size"]
+    count = min(before.samples, now.samples)
+    same = np.all(
+        [before.rows[field][:count] == now.rows[field][:count] for field in fields], axis=0
+    )
+    other = max(before.samples, now.samples) - int(np.count_nonzero(same))
+    what = f"{other} of its {now.samples} samples lie elsewhere or have other labels"
+    if not other:
+        what = "its samples have other keys"
+    path = sources.redacted(now.path)
+    return [
+        f"{path}: was written after it was indexed, and {what}; run rcmae shards index "
+        f"{path} --rebuild"
+    ]
+
+
+def stat_here(path: str) -> Stat | None:
+    """Size and stamp of a file here; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return Stat(found.st_size, sources.stamp_of(found))
+
+
+def _written_ns(folder: str) -> int:
+    try:
+        return os.stat(os.path.join(folder, INDEX)).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def is_ours(folder: str | Path) -> bool:
@@ -365,9 +504,57 @@ def is_ours(folder: str | Path) -> bool:
         return False
 
 
-def _size(path: str) -> int | None:
-    """Bytes of a file here; None where there is none: _not_a_shard has said it."""
+# --------------------------------------------------------------------------------------- the format
+
+
+def _head(text: bytes, path: str) -> dict[str, Any]:
+    """A parsed index.json. Raises Refused."""
     try:
-        return os.path.getsize(path)
-    except OSError:
-        return None
+        head = json.loads(text)
+        if not isinstance(head, dict):
+            raise Refused("it is no mapping")
+        version = head.get("version")
+        if isinstance(version, int) and version > VERSION:
+            raise Refused(
+                f"{path}: is of index format {version}, this rcmae reads 1 to {VERSION}; use a "
+                "newer rcmae, or write the index anew with rcmae shards index --rebuild"
+            )
+        if isinstance(version, bool) or version not in (1, VERSION):
+            raise Refused(f"version {version!r}")
+        if not isinstance(head.get("table"), str) or not _TABLE.fullmatch(head["table"]):
+            raise Refused(f"table {head.get('table')!r} is no name of a table")
+        if not isinstance(head.get("shards"), list):
+            raise Refused("it lists no shards")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Refused) and str(error).startswith(path):
+            raise
+        raise Refused(
+            f"{path}: cannot be used ({error}); run rcmae shards index --rebuild"
+        ) from error
+    return head
+
+
+def _described(
+    kind: type[ShardIndex], head: dict[str, Any], folder: str, table: str | bytes
+) -> ShardIndex:
+    """The index that a parsed index.json of a folder describes. Raises Refused."""
+    try:
+        size = len(table) if isinstance(table, bytes) else os.path.getsize(table)
+        if size != head.get("bytes"):
+            raise Refused(f"{head['table']} has {size} bytes of {head.get('bytes')}")
+        at = 0
+        shards = []
+        for entry in head["shards"]:
+            shard = shard_of(entry, folder, table, at)
+            at += shard.length
+            if at > size:
+                raise Refused("its parts do not add up")
+            shards.append(shard)
+        index = kind(shards)
+        if at != size or index.fingerprint != head.get("fingerprint"):
+            raise Refused("its parts do not add up")
+    except (Refused, OSError) as error:
+        raise Refused(
+            f"{folder}/{INDEX}: cannot be used ({error}); run rcmae shards index --rebuild"
+        ) from error
+    return index

@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 _AT_ONCE = 16  # requests for sizes under way together
 _PASSWORD = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>)\]]+", re.IGNORECASE)
+_PRECONDITION_FAILED = 412  # HTTP
+_CHANGED = "changed while it was copied; start again, and index it again if it has changed for good"
 _T = TypeVar("_T")
 
 
@@ -84,6 +86,10 @@ class Stored(Protocol):
     @property
     def sha256(self) -> str:
         """Of the bytes; empty where it is not known."""
+
+    @property
+    def stamp(self) -> str:
+        """Of its version (`Stat`); empty where it is not known."""
 
     @property
     def fingerprint(self) -> str:
@@ -214,6 +220,8 @@ def _persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
             status = _status(error)
             if _is_missing(error, status):
                 raise FileNotFoundError(f"{redacted(path)}: there is no such file") from None
+            if status == _PRECONDITION_FAILED:
+                raise SourceGone(f"{redacted(path)}: {_CHANGED}") from None
             hopeless = status is not None and 400 <= status < 500 and status not in (408, 425, 429)
             if (
                 hopeless
@@ -286,32 +294,58 @@ def _within(
         pool.shutdown(wait=False)
 
 
-def size_of(path: str, patience: Patience = USUAL) -> int | None:
-    """Bytes of a shard at a URL; None where its server does not tell, and for a command.
+class Stat(NamedTuple):
+    """What tells a file from its next version without reading it."""
+
+    size: int | None  # bytes; None where it is not told
+    # when it was written, or what its store calls this version: "mtime NANOSECONDS", "etag TAG" or
+    # "modified DATE"; empty where it is not told
+    stamp: str
+
+
+def stamp_of(stat: os.stat_result) -> str:
+    """The stamp of a file here."""
+    return f"mtime {stat.st_mtime_ns}"
+
+
+def stat_of(path: str, patience: Patience = USUAL) -> Stat:
+    """Size and stamp of a shard at a URL; of a command neither is known.
 
     Raises:
         SourceGone, FileNotFoundError: as it says.
     """
     if path.startswith(PIPE):
-        return None
-    client, inside = _client(path)
-    return _persist(
-        path, patience, lambda: _within(client, patience.timeout_s, client.info, inside)
-    )["size"]
+        return Stat(None, "")
+    return _persist(path, patience, lambda: _asked_stat(path, patience))
 
 
-def sizes(paths: Iterable[str], patience: Patience = USUAL) -> dict[str, int | OSError | None]:
-    """`size_of` each, or why it cannot be had.
+def _asked_stat(url: str, patience: Patience) -> Stat:
+    client, path = _client(url)
+    info = _within(client, patience.timeout_s, client.info, path)
+    return Stat(info["size"], _stamp(info))
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    """What a client of fsspec tells of a version: each store has names of its own."""
+    known = {key.lower().replace("-", "").replace("_", ""): value for key, value in info.items()}
+    if known.get("etag"):
+        return f"etag {known['etag']}"
+    modified = known.get("lastmodified") or known.get("updated")
+    return f"modified {modified}" if modified else ""
+
+
+def stats(paths: Iterable[str], patience: Patience = USUAL) -> dict[str, Stat | OSError | None]:
+    """`stat_of` each, or why it cannot be had.
 
     Many are asked for at once, and no more once a source stays away.
     """
     gone: list[SourceGone] = []
 
-    def one(path: str) -> int | OSError | None:
+    def one(path: str) -> Stat | OSError | None:
         if gone:
             return None
         try:
-            return size_of(path, patience)
+            return stat_of(path, patience)
         except SourceGone as error:
             first = not gone
             gone.append(error)
@@ -339,8 +373,21 @@ def small_file(url: str, patience: Patience = USUAL) -> bytes | None:
         return None
 
 
-def copy(path: str, file: BinaryIO, patience: Patience = USUAL, size: int | None = None) -> str:
-    """Write the bytes of a shard from elsewhere into an open file; gives their SHA-256.
+class Copied(NamedTuple):
+    """What was copied."""
+
+    sha256: str
+    stamp: str  # of its version (`Stat`)
+
+
+def copy(
+    path: str,
+    file: BinaryIO,
+    patience: Patience = USUAL,
+    size: int | None = None,
+    stamp: str = "",
+) -> Copied:
+    """Write the bytes of a shard from elsewhere into an open file.
 
     A drop costs the piece that was under way, not what came before it; a command is started anew.
 
@@ -349,42 +396,72 @@ def copy(path: str, file: BinaryIO, patience: Patience = USUAL, size: int | None
         file: empty, at its start.
         patience: with each piece.
         size: bytes that there must be, where it is known.
+        stamp: of the version that is wanted (`Stat`); empty: whatever is there.
 
     Raises:
-        SourceGone, FileNotFoundError: as they say.
+        SourceGone: it cannot be had, is another version, or changes meanwhile.
+        FileNotFoundError: as it says.
     """
     if path.startswith(PIPE):
-        return _persist(path, patience, lambda: _run(path, file, patience.timeout_s, size))
-    client, inside = _client(path)
+        ran = _persist(path, patience, lambda: _run(path, file, patience.timeout_s, size))
+        return Copied(ran, "")
 
-    def length() -> int | None:
-        told = _within(client, patience.timeout_s, client.info, inside)["size"]
-        if None not in (told, size) and told != size:
-            raise EOFError(f"it has {told} bytes, {size} when it was indexed")
-        return told
+    def look() -> Stat:
+        found = _asked_stat(path, patience)
+        if None not in (found.size, size) and found.size != size:
+            raise EOFError(f"it has {found.size} bytes, {size} when it was indexed")
+        return found
 
-    told = _persist(path, patience, length)
-    digest, at, end = hashlib.sha256(), 0, size if size is not None else told
+    begin = _persist(path, patience, look)
+    if is_other(begin.stamp, stamp):
+        raise SourceGone(f"{redacted(path)}: is not what was indexed ({begin.stamp}, was {stamp})")
+    digest = hashlib.sha256()
+    at = 0
+    end = size if size is not None else begin.size
     while end is None or at < end:
-        piece = _piece(path, at, end, patience)
+        piece = _piece(path, at, end, patience, begin.stamp)
         file.write(piece)
         digest.update(piece)
-        at, end = at + len(piece), end if end is not None else at + len(piece)
-    return digest.hexdigest()
+        at += len(piece)
+        end = at if end is None else end
+    if begin.stamp and not _condition(path, begin.stamp):
+        after = stat_of(path, patience)
+        if is_other(after.stamp, begin.stamp):
+            raise SourceGone(f"{redacted(path)}: {_CHANGED}")
+    return Copied(digest.hexdigest(), begin.stamp)
 
 
-def _piece(url: str, start: int, end: int | None, patience: Patience) -> bytes:
+def is_other(stamp: str, before: str) -> bool:
+    """Whether two stamps of one kind tell two versions apart."""
+    same_kind = stamp.split(" ")[0] == before.split(" ")[0]
+    return bool(stamp and before) and same_kind and stamp != before
+
+
+def _condition(url: str, stamp: str) -> dict[str, Any]:
+    """Options of a request that a server refuses (412) once the file is another; empty where that
+    cannot be asked. A weak tag never matches there.
+    """
+    tag = stamp.removeprefix("etag ")
+    if url.startswith(("http://", "https://")) and tag != stamp and tag.startswith('"'):
+        return {"headers": {"If-Match": tag}}
+    return {}
+
+
+def _piece(url: str, start: int, end: int | None, patience: Patience, stamp: str = "") -> bytes:
     """The next bytes of a file: PIECE of them, up to its end.
 
     All from there on where the server knows no ranges.
     """
     client, path = _client(url)
+    options = _condition(url, stamp)
 
     def ask() -> bytes:
         if end is None:
-            return _within(client, patience.timeout_s, client.cat_file, path)
+            return _within(client, patience.timeout_s, client.cat_file, path, **options)
         stop = min(start + PIECE, end)
-        data = _within(client, patience.timeout_s, client.cat_file, path, start=start, end=stop)
+        data = _within(
+            client, patience.timeout_s, client.cat_file, path, start=start, end=stop, **options
+        )
         if len(data) == end and (start, stop) != (0, end):
             return data[start:]
         if len(data) != stop - start:
@@ -455,18 +532,18 @@ def part(path: str, offset: int, size: int, patience: Patience = USUAL) -> bytes
 
 
 @contextlib.contextmanager
-def fetched(path: str, patience: Patience = USUAL) -> Iterator[tuple[BinaryIO, str]]:
-    """(an open file with the bytes of a shard from elsewhere, their SHA-256), for as long as the
+def fetched(path: str, patience: Patience = USUAL) -> Iterator[tuple[BinaryIO, Copied]]:
+    """(an open file with the bytes of a shard from elsewhere, what was copied), for as long as the
     block runs.
 
     Raises:
         SourceGone, FileNotFoundError: as `copy`.
     """
     with tempfile.TemporaryFile(prefix="rcmae-") as file:
-        digest = copy(path, file, patience)
+        copied = copy(path, file, patience)
         file.flush()
         file.seek(0)
-        yield file, digest
+        yield file, copied
 
 
 def pread(file: int, size: int, offset: int) -> bytes:

@@ -14,10 +14,10 @@ import tarfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,20 @@ from numpy.typing import NDArray
 from rcmae.data import sources
 from rcmae.data.sources import USUAL, Patience
 from rcmae.data.workers import mapped
+from rcmae.errors import Refused
 
-# One row a sample: where its image lies in the tar, its label (-100 = none), where its key lies in
-# the shard's keys.
+# A shard's part of an index table: a ROW for each sample, then the samples' keys. Format 2 adds a
+# HEADED for each sample and a MEMBER for each of their other members, in the samples' order.
 ROW = np.dtype(
     [("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("key", "<u4"), ("key_size", "<u2")]
 )
+# of a sample: the checksum in its image's tar header, its first other member, how many these are
+HEADED = np.dtype([("checksum", "<u4"), ("first", "<u4"), ("others", "u1")])
+MEMBER = np.dtype([("kind", "u1"), ("offset", "<u8"), ("size", "<u8"), ("checksum", "<u4")])
+# what the members of a sample are; their places in this list are in tables: add at its end only
+KINDS = ("image", "label", "map", "annotation")
+_KIND_OF_SUFFIX = {"cls": "label", "seg.png": "map", "json": "annotation"}
+HEADER = tarfile.BLOCKSIZE  # bytes of a member's header, right before its content
 NO_LABEL = -100
 IMAGE_SUFFIXES = (
     "jpg",
@@ -50,20 +58,36 @@ IMAGE_SUFFIXES = (
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 # of reading headers before other processes are started to help: that takes seconds itself
 _ALONE_S = 2.0
+_PLAIN_NAME = 90  # bytes of a member's name that every kind of header has room for
+
+
+class Member(NamedTuple):
+    """A member of a sample."""
+
+    kind: str  # of KINDS
+    offset: int  # of its content, in bytes from the start of the tar
+    size: int
+    checksum: int  # as its tar header has it
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar, and where its part of the index table lies: rows, then keys."""
+    """One tar, and where its part of the index table lies."""
 
     path: str  # or URL, or `pipe:` command
     size: int  # bytes of the tar when it was indexed
     samples: int
-    fingerprint: str  # of name, size, count and table
-    table: str | bytes  # the file that holds the part, or the part itself
+    fingerprint: str  # of name, size, count, rows and keys
+    # the file that holds the part, or the part itself
+    table: str | bytes = field(repr=False)
     at: int = 0  # where the part begins
     length: int = 0  # bytes of the part
     sha256: str = ""  # of the tar, where somebody has read all of it
+    # what it had when it was indexed (`sources.Stat`); empty: not known
+    stamp: str = ""
+    digest: str = ""  # of what the fingerprint is of, and the members; empty in format 1
+    others: int = 0  # members of all samples but their images
+    kinds: tuple[str, ...] = ()  # that were looked for; empty in format 1
 
     @property
     def name(self) -> str:
@@ -75,27 +99,194 @@ class Shard:
         """[samples] of ROW, a view of the table."""
         return np.frombuffer(self._buffer, ROW, self.samples, self.at)
 
+    @property
+    def headed(self) -> NDArray[np.void] | None:
+        """[samples] of HEADED, a view of the table; None in format 1."""
+        if not self.digest:
+            return None
+        return np.frombuffer(self._buffer, HEADED, self.samples, self._keys_end)
+
     def key_at(self, at: int, length: int) -> str:
         """The WebDataset key that a row of the table says to lie there among the keys."""
         start = self.at + ROW.itemsize * self.samples + at
         return self._buffer[start : start + length].decode("utf-8", "surrogateescape")
+
+    def members_of(self, row: int) -> list[Member]:
+        """The members of a sample, its image first. In format 1 the image alone, without a
+        checksum (-1).
+        """
+        image = self.rows[row]
+        headed = self.headed
+        if headed is None:
+            return [Member("image", int(image["offset"]), int(image["size"]), -1)]
+        head = headed[row]
+        found = [
+            Member("image", int(image["offset"]), int(image["size"]), int(head["checksum"])),
+        ]
+        start = self._keys_end + HEADED.itemsize * self.samples
+        table = np.frombuffer(self._buffer, MEMBER, self.others, start)
+        first = int(head["first"])
+        for kind, offset, size, checksum in table[first : first + int(head["others"])].tolist():
+            found.append(Member(KINDS[kind], offset, size, checksum))
+        return found
 
     @property
     def part(self) -> bytes:
         """A copy of this shard's part of the table."""
         return self._buffer[self.at : self.at + self.length]
 
+    def check_table(self) -> None:
+        """Read this shard's part of the table, and compare it with its hashes.
+
+        Raises:
+            Refused: it is not what was written.
+        """
+        buffer = memoryview(self._buffer)
+        fingerprint, digest = hashes(
+            self, buffer[self.at : self._keys_end], buffer[self._keys_end : self.at + self.length]
+        )
+        ends = self.rows["offset"] + self.rows["size"]
+        if (
+            fingerprint != self.fingerprint
+            or (self.digest and digest != self.digest)
+            or int(ends.max(initial=0)) > self.size
+        ):
+            raise Refused(
+                f"{self.table if isinstance(self.table, str) else 'its table'}: what it says of "
+                f"{sources.redacted(self.path)} is damaged; run rcmae shards index --rebuild on it"
+            )
+
+    @property
+    def _keys_end(self) -> int:
+        """Where the rows and keys end, and the members begin."""
+        if not self.digest:
+            return self.at + self.length
+        members = HEADED.itemsize * self.samples + MEMBER.itemsize * self.others
+        return self.at + self.length - members
+
     @property
     def _buffer(self) -> bytes | mmap.mmap:
         return self.table if isinstance(self.table, bytes) else _mapped(self.table)
 
 
-@cache
+_tables: dict[str, mmap.mmap] = {}  # that are open in this process
+
+
 def _mapped(path: str) -> mmap.mmap:
     # A table's name carries its content's hash, so a file that was mapped once never changes under
     # its name.
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    table = _tables.get(path)
+    if table is None:
+        with open(path, "rb") as file:
+            table = _tables[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return table
+
+
+def forget_table(path: str) -> None:
+    """Open a table anew when it is used next. Who has rows of it keeps those."""
+    _tables.pop(path, None)
+
+
+def hashes(
+    shard: Shard, rows_and_keys: bytes | memoryview, members: bytes | memoryview
+) -> tuple[str, str]:
+    """(fingerprint of a shard, digest of all of its part of the table)."""
+    about = [sources.basename(shard.path), shard.size, shard.samples]
+    hashed = hashlib.sha256(json.dumps(about).encode())
+    hashed.update(rows_and_keys)
+    fingerprint = hashed.hexdigest()
+    hashed.update(members)
+    return fingerprint, hashed.hexdigest()
+
+
+# ------------------------------------------------------------------------- a shard in an index.json
+
+_MOST = 2**63 - 1
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def entry_of(shard: Shard, name: str) -> dict[str, Any]:
+    """What an index.json says of a shard, under the name that it has there."""
+    entry: dict[str, Any] = {
+        "name": name,
+        "bytes": shard.size,
+        "samples": shard.samples,
+        "table_bytes": shard.length,
+        "fingerprint": shard.fingerprint,
+    }
+    if shard.sha256:
+        entry["sha256"] = shard.sha256
+    if shard.stamp:
+        entry["stamp"] = shard.stamp
+    if shard.digest:
+        entry |= {"digest": shard.digest, "others": shard.others, "kinds": len(shard.kinds)}
+    return entry
+
+
+def shard_of(entry: Any, folder: str, table: str | bytes, at: int) -> Shard:
+    """The shard that an index.json describes in an entry.
+
+    Args:
+        entry: as JSON has it; nothing of it is believed.
+        folder: of the index, here or elsewhere.
+        table: as of a Shard.
+        at: where the shard's part of it begins.
+
+    Raises:
+        Refused: it is no description of a shard.
+    """
+    if not isinstance(entry, dict):
+        raise Refused(f"a shard is {entry!r:.50}")
+    name = entry.get("name")
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise Refused(f"a shard's name is {name!r}")
+    path = name
+    if not sources.is_remote(name) and not os.path.isabs(name):
+        if os.path.basename(name) != name or name in (".", ".."):
+            raise Refused(f"a shard's name {name!r} leads out of the folder")
+        path = f"{folder}/{name}"
+    digest = _hash(entry, "digest", optional=True)
+    shard = Shard(
+        path=path,
+        size=_count(entry, "bytes"),
+        samples=_count(entry, "samples"),
+        fingerprint=_hash(entry, "fingerprint"),
+        table=table,
+        at=at,
+        length=_count(entry, "table_bytes"),
+        sha256=_hash(entry, "sha256", optional=True),
+        stamp=entry.get("stamp", ""),
+        digest=digest,
+        others=_count(entry, "others") if digest else 0,
+        kinds=KINDS[: _count(entry, "kinds")] if digest else (),
+    )
+    if not isinstance(shard.stamp, str):
+        raise Refused(f"{name}: stamp={shard.stamp!r}")
+    least = ROW.itemsize * shard.samples
+    if digest:
+        least += HEADED.itemsize * shard.samples + MEMBER.itemsize * shard.others
+    if shard.length < least:
+        raise Refused(f"{name}: {shard.samples} samples do not fit into {shard.length} bytes")
+    return shard
+
+
+def _count(entry: dict[str, Any], name: str) -> int:
+    value = entry.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise Refused(f"{entry['name']}: {name}={value!r} is no count")
+    return value
+
+
+def _hash(entry: dict[str, Any], name: str, *, optional: bool = False) -> str:
+    value = entry.get(name, "")
+    if optional and value == "":
+        return ""
+    if not isinstance(value, str) or not _HASH.fullmatch(value):
+        raise Refused(f"{entry['name']}: {name}={value!r:.80} is no hash")
+    return value
+
+
+# -------------------------------------------------------------------------------------- the headers
 
 
 class Scan(NamedTuple):
@@ -132,9 +323,9 @@ def scan(path: str, patience: Patience = USUAL) -> Scan:
     try:
         if not sources.is_remote(path):
             with open(path, "rb") as file:
-                return _scan(path, file, "")
-        with sources.fetched(path, patience) as (file, digest):
-            return _scan(path, file, digest)
+                return _scan(path, file, "", sources.stamp_of(os.fstat(file.fileno())))
+        with sources.fetched(path, patience) as (file, copied):
+            return _scan(path, file, copied.sha256, copied.stamp)
     except (tarfile.TarError, OSError) as error:
         told = (
             str(error)
@@ -144,11 +335,11 @@ def scan(path: str, patience: Patience = USUAL) -> Scan:
         return Scan(path, problem=told or f"{sources.redacted(path)}: is no complete tar ({error})")
 
 
-def _scan(path: str, file: BinaryIO, sha256: str) -> Scan:
-    rows: list[tuple[int, int, int, int, int]] = []
-    keys: list[bytes] = []
+def _scan(path: str, file: BinaryIO, sha256: str, stamp: str) -> Scan:
+    table = _Table()
     names: list[str] = []  # the first few, for the message when no sample is found
-    without_image = bad_labels = key_at = 0
+    without_image = 0
+    bad_labels = 0
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for key, members in groups(tar):
             names += [member.name for member in members.values()][: max(0, 3 - len(names))]
@@ -162,26 +353,95 @@ def _scan(path: str, file: BinaryIO, sha256: str) -> Scan:
                     label = int(os.pread(file.fileno(), min(cls.size, 32), cls.offset_data))
                 except ValueError:
                     bad_labels += 1
-            image, raw_key = members[suffix], key.encode("utf-8", "surrogateescape")
-            rows.append((image.offset_data, image.size, label, key_at, len(raw_key)))
-            keys.append(raw_key)
-            key_at += len(raw_key)
+            table.add(key, label, suffix, members)
         if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
             # tarfile takes one cut between members, or in a header, as whole
             raise tarfile.ReadError("no end mark")
         size = os.fstat(file.fileno()).st_size
-    if not rows:
+    if not table.rows:
         shown = ", ".join(names) or "none"
         return Scan(
             path, problem=f"{sources.redacted(path)}: holds no image (its first members: {shown})"
         )
-    part = np.array(rows, ROW).tobytes() + b"".join(keys)
-    print_of = hashlib.sha256(
-        json.dumps([sources.basename(path), size, len(rows)]).encode() + part
-    ).hexdigest()
     where = path if sources.is_remote(path) else os.path.abspath(path)
-    shard = Shard(where, size, len(rows), print_of, part, 0, len(part), sha256)
+    shard = table.shard(where, size, sha256, stamp)
     return Scan(path, shard, "", without_image, bad_labels)
+
+
+class _Table:
+    """A shard's part of an index table, while its tar is read."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int, int, int, int]] = []
+        self._keys: list[bytes] = []
+        self._key_at = 0
+        self._headed: list[tuple[int, int, int]] = []
+        self._members: list[tuple[int, int, int, int]] = []
+
+    def add(
+        self, key: str, label: int, image_suffix: str, members: dict[str, tarfile.TarInfo]
+    ) -> None:
+        """A sample, whose members are named by their suffixes."""
+        image = members[image_suffix]
+        raw_key = key.encode("utf-8", "surrogateescape")
+        self.rows.append((image.offset_data, image.size, label, self._key_at, len(raw_key)))
+        self._keys.append(raw_key)
+        self._key_at += len(raw_key)
+        first = len(self._members)
+        for suffix, member in members.items():
+            kind = _KIND_OF_SUFFIX.get(suffix)
+            if kind is not None and suffix != image_suffix:
+                number = KINDS.index(kind)
+                self._members.append((number, member.offset_data, member.size, member.chksum))
+        self._headed.append((image.chksum, first, len(self._members) - first))
+
+    def shard(self, path: str, size: int, sha256: str, stamp: str) -> Shard:
+        """The shard that was read, with its table in memory."""
+        rows_and_keys = np.array(self.rows, ROW).tobytes() + b"".join(self._keys)
+        members = np.array(self._headed, HEADED).tobytes()
+        members += np.array(self._members, MEMBER).tobytes()
+        part = rows_and_keys + members
+        shard = Shard(
+            path=path,
+            size=size,
+            samples=len(self.rows),
+            fingerprint="",
+            table=part,
+            length=len(part),
+            sha256=sha256,
+            stamp=stamp,
+            others=len(self._members),
+            kinds=KINDS,
+        )
+        fingerprint, digest = hashes(shard, rows_and_keys, members)
+        return replace(shard, fingerprint=fingerprint, digest=digest)
+
+
+def unlike_header(header: bytes, key: str, size: int, checksum: int) -> bool:
+    """Whether the header before a member's content is not the one that was indexed.
+
+    Args:
+        header: the HEADER bytes before it.
+        key: of its sample.
+        size: of its content.
+        checksum: as the index has it; -1: not known, then names are compared where a header has
+            room for the whole name.
+    """
+    try:
+        found = int(header[148:156].strip(b" \0") or b"-1", 8)
+        if checksum >= 0:
+            return found != checksum
+        name = header[:100].partition(b"\0")[0]
+        prefix = header[345:500].partition(b"\0")[0]
+        if header[156:157] not in b"LKS" and prefix and header[257:263] == b"ustar\0":
+            name = prefix + b"/" + name
+        if int(header[124:136].strip(b" \0") or b"-1", 8) != size:
+            return True
+    except ValueError:
+        return True
+    wanted = key.encode("utf-8", "surrogateescape") + b"."
+    fits = key.isascii() and len(wanted) < _PLAIN_NAME
+    return fits and not name.startswith(wanted)
 
 
 def groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:

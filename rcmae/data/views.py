@@ -29,7 +29,7 @@ from rcmae.data.index import Sample, ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.plan import Plan, Requests
 from rcmae.data.sources import redacted
-from rcmae.data.tars import Shard
+from rcmae.data.tars import HEADER, Shard, unlike_header
 from rcmae.data.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
 from rcmae.errors import Refused
 
@@ -227,7 +227,7 @@ class TrainReading(Dataset[Read | Exception]):
 
     def _read(self, number: int, sample: Sample) -> bytes:
         try:
-            return _bytes(self._reader, sample)
+            return image_bytes(self._reader, sample)
         except BadImage as error:
             self._known_bad[number] = str(error)
             raise
@@ -275,7 +275,7 @@ class LabelledReading(Dataset[Read]):
                 continue
             sample = self._index[number]
             try:
-                view = self._transform(_bytes(self._reader, sample), 0, number)
+                view = self._transform(image_bytes(self._reader, sample), 0, number)
                 changed = self._change(view.image, number) if self._change else view.image
                 rows[row] = (sample, view._replace(image=changed))
             except BadImage as error:
@@ -284,15 +284,23 @@ class LabelledReading(Dataset[Read]):
         return Read(_batch(rows, positions, torch.zeros(len(rows), 0, dtype=torch.int64), 0), bad)
 
 
-def _bytes(reader: Reader, sample: Sample) -> bytes:
-    """The bytes of a sample's image.
+def image_bytes(reader: Reader, sample: Sample) -> bytes:
+    """The encoded image of a sample, read with the tar header before it.
 
-    Raises BadImage where the shard ends before them, OSError where it is gone.
+    Raises:
+        BadImage: the shard ends before it, or another member lies there than was indexed.
+        OSError: the shard is gone or cannot be had.
     """
-    data = reader.read(sample.shard, sample.offset, sample.size)
-    if len(data) < sample.size:
-        raise BadImage(f"only {len(data)} of its {sample.size} bytes are there")
-    return data
+    data = reader.read(sample.shard, sample.offset - HEADER, HEADER + sample.size)
+    if len(data) < HEADER + sample.size:
+        raise BadImage(f"only {max(0, len(data) - HEADER)} of its {sample.size} bytes are there")
+    if unlike_header(data[:HEADER], sample.key, sample.size, sample.checksum):
+        path = redacted(sample.path)
+        raise BadImage(
+            f"{path} is not the tar that was indexed: another member lies there; run rcmae shards "
+            f"index {path} --rebuild"
+        )
+    return data[HEADER:]
 
 
 def _batch(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rcmae.data import sources
-from rcmae.data.index import ShardIndex, is_ours
+from rcmae.data.index import ShardIndex, is_ours, stat_here
 from rcmae.data.patterns import expand
 from rcmae.data.tars import NO_LABEL, Scan, Shard
 from rcmae.errors import Refused
+
+_log = logging.getLogger(__name__)
 
 
 def refresh(
@@ -24,8 +27,9 @@ def refresh(
 ) -> ShardIndex:
     """Write the index of a folder so that it covers these shards of it, and give it.
 
-    What it says of shards that still have their size (and of those elsewhere) is kept, of these
-    ones too unless `rebuild`.
+    What it says of these shards is kept where it is of the newest format, sound, and the shard is
+    still what it was by size and time (or lies elsewhere), unless `rebuild`. What it says of other
+    shards of the folder is kept as long as they have their size.
 
     Raises:
         Refused: names every shard that cannot be used; the index is then what it was.
@@ -42,9 +46,7 @@ def refresh(
     wanted = {sources.identity(path): path for path in paths}
     kept: dict[str, Shard] = {}
     for path, shard in known.items():
-        if rebuild and path in wanted:
-            continue
-        if sources.is_remote(path) or _size(path) == shard.size:
+        if _holds(shard, path, is_wanted=path in wanted, rebuild=rebuild):
             kept[path] = shard
     missing = {path: where for path, where in wanted.items() if path not in kept}
     built = ShardIndex.build(list(missing.values()), jobs=jobs, on_scan=on_scan)
@@ -97,8 +99,22 @@ def indexed_folder(
     }
 
 
-def _size(path: str) -> int | None:
+def _holds(shard: Shard, path: str, *, is_wanted: bool, rebuild: bool) -> bool:
+    """Whether what an index says of a shard stays in it."""
+    if is_wanted and (rebuild or not _is_sound(shard)):
+        return False
+    if sources.is_remote(path):
+        return True
+    stat = stat_here(path)
+    if stat is None or stat.size != shard.size:
+        return False
+    return not is_wanted or (bool(shard.digest) and stat.stamp == shard.stamp)
+
+
+def _is_sound(shard: Shard) -> bool:
     try:
-        return os.path.getsize(path)
-    except OSError:
-        return None
+        shard.check_table()
+    except Refused as error:
+        _log.warning("%s", str(error).partition(";")[0])
+        return False
+    return True

@@ -59,6 +59,7 @@ class Checked(NamedTuple):
     channels: dict[int, int]  # of an image -> samples
     keys: list[str]  # of the good ones
     offsets: list[int]  # of the good ones
+    labels: list[int]  # of the good ones
 
 
 class Sample(NamedTuple):
@@ -137,8 +138,8 @@ def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 def opened(path: str) -> Iterator[tuple[BinaryIO, str]]:
     """(an open file with a shard's bytes, their SHA-256)."""
     if sources.is_remote(path):
-        with sources.fetched(path) as found:
-            yield found
+        with sources.fetched(path) as (file, copied):
+            yield file, copied.sha256
         return
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -174,6 +175,7 @@ def check(path: str, out: Path | None = None) -> Checked:
         channels=dict(Counter(sample.channels for sample in good)),
         keys=[sample.key for sample in good],
         offsets=[sample.offset for sample in good],
+        labels=[sample.label for sample in good],
     )
 
 
@@ -238,7 +240,13 @@ def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
     """In what a shard is not the one that was indexed."""
     if known.sha256 and known.sha256 != found.sha256:
         yield "its bytes are not those that were indexed"
-    offsets = set(known.rows["offset"].tolist())
+    try:
+        known.check_table()
+    except Refused as error:
+        yield str(error)
+        return
+    rows = known.rows
+    offsets = set(rows["offset"].tolist())
     good = set(found.offsets)
     gone = len(offsets - good - {reject.offset for reject in found.rejected})
     if gone or good - offsets:
@@ -246,6 +254,17 @@ def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
             f"its index names {len(offsets)} samples: {gone} of them were not found, and "
             f"{len(good - offsets)} were "
             "that it does not name; get the tar anew, or run rcmae shards index --rebuild on it"
+        )
+    says = {}
+    for offset, _, label, at, length in rows.tolist():
+        says[offset] = (known.key_at(at, length), label)
+    other = 0
+    for offset, key, label in zip(found.offsets, found.keys, found.labels, strict=True):
+        other += says.get(offset, (key, label)) != (key, label)
+    if other:
+        yield (
+            f"its index gives {other} samples another key or label; run rcmae shards index "
+            "--rebuild on it"
         )
 
 
