@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -42,132 +41,137 @@ def bootmae_forward(fixture: Fixture) -> None:
     """Masks, both predictions and targets, both terms, gradients and a step of the moving
     average.
     """
-    config = fixture.config
-    per_row = config["img_size"] // config["patch_size"]
-    low, high = config["fea_list"]
-
-    def network(file: str, dtype: torch.dtype) -> BootstrappedAutoencoder:
-        state = fixture.arrays(file)
-        problem = ""
-        model = BootstrappedAutoencoder(
-            image_size=(config["img_size"],) * 2,
-            patch_size=config["patch_size"],
-            in_channels=state["patch_embed.proj.weight"].shape[1],
-            embed_dim=config["embed_dim"],
-            depth=config["depth"],
-            num_heads=config["num_heads"],
-            decoder_dim=config["decode_dim"],
-            decoder_depth=config["decoder_depth"],
-            decoder_heads=config["num_heads"],
-            mlp_ratio=config["mlp_ratio"],
-            low_layer=low,
-            high_layer=high,
-        )
-        tables = {name: state[name] for name in model.TABLES}
-        fixture.all_close(
-            "position tables", dict(model.named_buffers()), tables, Limit(1e-6, 0.0), "float32"
-        )
-        try:
-            model.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            problem = str(error)
-        fixture.true("weights load strictly", file, not problem, problem)
-        return model.to(dtype)
-
-    for precision, dtype in PRECISIONS.items():
-        student = network("model.safetensors", dtype)
-        teacher = network("ema.safetensors", dtype).requires_grad_(False)
+    for precision in PRECISIONS:
+        student = _network(fixture, "model.safetensors", precision)
+        teacher = _network(fixture, "ema.safetensors", precision).requires_grad_(False)
         teacher.keep(("tokens",))
         inputs = fixture.arrays("inputs.safetensors")
-        expected = fixture.arrays("expected.safetensors")
         # the recorded order: what boxes hide comes last, in each part by noise; a roll may follow
-        seen_first = (inputs["block_mask"].flatten(1) - inputs["noise"].flatten(1)).argsort(
-            dim=1, stable=True
-        )
-        fixture.close("masks", "idx_shuffle", seen_first, expected["idx_shuffle"], EXACT)
+        order = inputs["block_mask"].flatten(1) - inputs["noise"].flatten(1)
+        ids = order.argsort(dim=1, stable=True)
+        wanted = fixture.arrays("expected.safetensors")["idx_shuffle"]
+        fixture.close("masks", "idx_shuffle", ids, wanted, EXACT)
         for case, stated in fixture.value("cases").items():
             if "official_code_fails" in stated:
-                objective = new("bootmae", feature_weight=0.0)
-                bare = not objective.needs_teacher and list(objective.weights) == ["reconstruction"]
-                fixture.true(
-                    "cases", f"{case}: a feature weight of 0 works", bare, "it has a teacher"
-                )
-                continue
-            limits = bootmae_limits(fixture, precision, stated["weight_mask"])
-            ids = seen_first.roll(stated["roll"], dims=1)
-            if stated["roll"]:
-                fixture.close(
-                    "masks", "idx_shuffle_rolled", ids, expected["idx_shuffle_rolled"], EXACT
-                )
-            batch = replace(
-                masked(
-                    fixture, inputs["images"], inputs["noise"].flatten(1), dtype, config["mask_num"]
-                ),
-                ids_shuffle=ids,
-            )
-            objective = new(
-                "bootmae",
-                Context(epochs=config["epochs"]),
-                feature_weight=config["feature_weight"],
-                weight_mask=stated["weight_mask"],
-            )
-            if not stated["roll"] and precision == "float64":
-                check_bootmae_outputs(
-                    fixture, student, teacher, batch, expected, stated["weight_mask"], per_row
-                )
-            loss, terms = losses(
-                objective, student, teacher, batch, config["epoch"] / config["epochs"]
-            )
-            used = min(1.0, 4 * (1 + config["epoch"]) / config["epochs"]) * config["feature_weight"]
-            found = {
-                "Rloss": terms["reconstruction"],
-                "total_loss": loss,
-                "feature_weight_used": used,
-                "Ploss": terms["features"] * config["feature_weight"] / used,
-            }
-            for name, value in found.items():
-                fixture.close(
-                    "losses", f"{case} {name}", value, stated[name], limits.loss, precision
-                )
-            grads = gradients(student, loss)
-            norms = {name: grad.double().norm() for name, grad in grads.items()}
-            want = {
-                name: torch.tensor(norm, dtype=torch.float64)
-                for name, norm in stated["grad_norm"].items()
-            }
-            fixture.all_close("gradient norms", norms, want, limits.gradient, precision)
-            total = torch.stack(list(norms.values())).norm()
-            fixture.close(
-                "gradient norms", case, total, stated["grad_norm_total"], limits.gradient, precision
-            )
-            if case == "main":
-                for file in fixture.files("grads.*"):
-                    fixture.all_close(
-                        "gradients", grads, fixture.arrays(file), limits.gradient, precision
-                    )
-            momentum = epoch_momentum(
-                config["epoch"], base=config["model_ema_decay"], dynamic=config["model_ema_dynamic"]
-            )
-            fixture.close("momenta", case, momentum, stated["ema_decay"], limits.loss, precision)
-            moved = {
-                name: array.to(dtype).lerp(param.detach(), 1.0 - momentum)
-                for (name, param), array in zip(
-                    student.named_parameters(),
-                    (
-                        fixture.arrays("ema.safetensors")[name]
-                        for name, _ in student.named_parameters()
-                    ),
-                    strict=True,
-                )
-            }
-            after = fixture.arrays("ema_after_update_some.safetensors")
-            fixture.all_close(
-                "moving average",
-                moved,
-                after,
-                Limit(1e-12 if precision == "float64" else 1e-6, 1e-6),
-                precision,
-            )
+                _check_without_features(fixture, case)
+            else:
+                _check_case(fixture, case, (student, teacher), ids, precision)
+
+
+def _network(fixture: Fixture, file: str, precision: str) -> BootstrappedAutoencoder:
+    """The package's network of the folder's sizes, with a file of published weights."""
+    config = fixture.config
+    state = fixture.arrays(file)
+    low, high = config["fea_list"]
+    model = BootstrappedAutoencoder(
+        image_size=(config["img_size"],) * 2,
+        patch_size=config["patch_size"],
+        in_channels=state["patch_embed.proj.weight"].shape[1],
+        embed_dim=config["embed_dim"],
+        depth=config["depth"],
+        num_heads=config["num_heads"],
+        decoder_dim=config["decode_dim"],
+        decoder_depth=config["decoder_depth"],
+        decoder_heads=config["num_heads"],
+        mlp_ratio=config["mlp_ratio"],
+        low_layer=low,
+        high_layer=high,
+    )
+    tables = {name: state[name] for name in model.TABLES}
+    fixture.all_close(
+        "position tables", dict(model.named_buffers()), tables, Limit(1e-6, 0.0), "float32"
+    )
+    problem = ""
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        problem = str(error)
+    fixture.true("weights load strictly", file, not problem, problem)
+    return model.to(PRECISIONS[precision])
+
+
+def _check_without_features(fixture: Fixture, case: str) -> None:
+    objective = new("bootmae", feature_weight=0.0)
+    bare = not objective.needs_teacher and list(objective.weights) == ["reconstruction"]
+    fixture.true("cases", f"{case}: a feature weight of 0 works", bare, "it has a teacher")
+
+
+def _check_case(
+    fixture: Fixture,
+    case: str,
+    networks: tuple[BootstrappedAutoencoder, BootstrappedAutoencoder],
+    order: Tensor,
+    precision: str,
+) -> None:
+    """One case: student and teacher on the recorded images, hidden by the order of patches."""
+    config = fixture.config
+    student, teacher = networks
+    stated = fixture.value("cases")[case]
+    inputs = fixture.arrays("inputs.safetensors")
+    ids = order.roll(stated["roll"], dims=1)
+    if stated["roll"]:
+        wanted = fixture.arrays("expected.safetensors")["idx_shuffle_rolled"]
+        fixture.close("masks", "idx_shuffle_rolled", ids, wanted, EXACT)
+    noise = inputs["noise"].flatten(1)
+    dtype = PRECISIONS[precision]
+    batch = masked(fixture, inputs["images"], noise, dtype, config["mask_num"])
+    batch = replace(batch, ids_shuffle=ids)
+    if not stated["roll"] and precision == "float64":
+        check_bootmae_outputs(fixture, student, teacher, batch, stated["weight_mask"])
+    objective = new(
+        "bootmae",
+        Context(epochs=config["epochs"]),
+        feature_weight=config["feature_weight"],
+        weight_mask=stated["weight_mask"],
+    )
+    progress = config["epoch"] / config["epochs"]
+    loss, terms = losses(objective, student, teacher, batch, progress)
+    limit = bootmae_limits(fixture, precision, stated["weight_mask"]).loss
+    used = min(1.0, 4 * (1 + config["epoch"]) / config["epochs"]) * config["feature_weight"]
+    found = {
+        "Rloss": terms["reconstruction"],
+        "total_loss": loss,
+        "feature_weight_used": used,
+        "Ploss": terms["features"] * config["feature_weight"] / used,
+    }
+    for name, value in found.items():
+        fixture.close("losses", f"{case} {name}", value, stated[name], limit, precision)
+    _check_gradients(fixture, case, gradients(student, loss), precision)
+    _check_average(fixture, case, student, precision)
+
+
+def _check_gradients(fixture: Fixture, case: str, grads: dict[str, Tensor], precision: str) -> None:
+    stated = fixture.value("cases")[case]
+    limit = bootmae_limits(fixture, precision, stated["weight_mask"]).gradient
+    norms = {name: grad.double().norm() for name, grad in grads.items()}
+    wanted = {
+        name: torch.tensor(norm, dtype=torch.float64) for name, norm in stated["grad_norm"].items()
+    }
+    fixture.all_close("gradient norms", norms, wanted, limit, precision)
+    total = torch.stack(list(norms.values())).norm()
+    fixture.close("gradient norms", case, total, stated["grad_norm_total"], limit, precision)
+    if case == "main":
+        for file in fixture.files("grads.*"):
+            fixture.all_close("gradients", grads, fixture.arrays(file), limit, precision)
+
+
+def _check_average(fixture: Fixture, case: str, student: nn.Module, precision: str) -> None:
+    """The teacher after one step towards the student."""
+    config = fixture.config
+    stated = fixture.value("cases")[case]
+    limit = bootmae_limits(fixture, precision, stated["weight_mask"]).loss
+    momentum = epoch_momentum(
+        config["epoch"], base=config["model_ema_decay"], dynamic=config["model_ema_dynamic"]
+    )
+    fixture.close("momenta", case, momentum, stated["ema_decay"], limit, precision)
+    before = fixture.arrays("ema.safetensors")
+    moved = {
+        name: before[name].to(PRECISIONS[precision]).lerp(param.detach(), 1.0 - momentum)
+        for name, param in student.named_parameters()
+    }
+    after = fixture.arrays("ema_after_update_some.safetensors")
+    small = Limit(1e-12 if precision == "float64" else 1e-6, 1e-6)
+    fixture.all_close("moving average", moved, after, small, precision)
 
 
 def check_bootmae_outputs(
@@ -175,11 +179,11 @@ def check_bootmae_outputs(
     student: nn.Module,
     teacher: nn.Module,
     batch: Batch,
-    expected: Mapping[str, Tensor],
     weighted: bool,
-    per_row: int,
 ) -> None:
     """Predictions and targets of every hidden patch, of the folder's pictures and features."""
+    expected = fixture.arrays("expected.safetensors")
+    num_patches = batch.ids_shuffle.shape[1]
     limit = bootmae_limits(fixture, "float64", weighted).activation
     patch = fixture.config["patch_size"]
     hidden = batch.ids_shuffle[:, batch.num_visible :]
@@ -207,8 +211,8 @@ def check_bootmae_outputs(
     fixture.close(
         "predictions and targets", "pixel_pred", outputs["pixels"], pixels, limit, "float64"
     )
-    everything = torch.arange(per_row**2).expand(len(batch), -1)
-    target = pixel_targets(batch.images, everything, per_row**2, norm_pix=True, kind="channel")
+    everything = torch.arange(num_patches).expand(len(batch), -1)
+    target = pixel_targets(batch.images, everything, num_patches, norm_pix=True, kind="channel")
     want = patchify(expected["pixel_target"], patch)
     fixture.close("predictions and targets", "pixel_target", target, want, limit, "float64")
     mask = torch.zeros(batch.ids_shuffle.shape).scatter(1, hidden, 1.0)  # [B, L], 1 = hidden

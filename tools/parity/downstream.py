@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,127 +75,134 @@ def vit_finetune(fixture: Fixture) -> None:
     """Weights of another grid into a classifier: scores, losses, gradients, layer decay, then
     training steps.
     """
-    config = fixture.config
-    for precision, dtype in PRECISIONS.items():
-        limits = fixture.limits(precision)
-        expected = fixture.arrays("expected.safetensors")
-        inputs = fixture.arrays("inputs.safetensors")
-        head = fixture.arrays("head.safetensors")
-        images = inputs["images"].to(dtype)
-        labels = inputs["labels"]
+    for precision in PRECISIONS:
         for case in ("gap", "cls"):
-            stated = fixture.value(case)
-            pool: Pool = "mean" if stated["global_pool"] else "cls"
-            model, fit = classifier(fixture, fixture.arrays("checkpoint.safetensors"), pool, dtype)
-            for key, names in (("missing_keys", fit.fresh), ("unexpected_keys", fit.unused)):
-                fixture.true(
-                    "what of the weights matched",
-                    f"{case} {key}",
-                    set(names) == set(stated[key]),
-                    "differs",
-                )
-            fixture.close(
-                "positions",
-                case,
-                model.pos_embed,
-                expected["pos_embed"],
-                limits.activation,
-                precision,
-            )
-            model.load_state_dict(
-                {**model.state_dict(), **{k: v for k, v in head.items() if k in model.state_dict()}}
-            )
-            features = model.forward_head(model.encoded(images), pre_logits=True)
-            scores = model(images)
-            for name, got in (("features", features), ("logits", scores)):
-                want = expected[f"{case}.{name}"]
-                fixture.close(
-                    "features and scores", f"{case}.{name}", got, want, limits.activation, precision
-                )
-            mix = Mix(config["lam"], None)
-            targets = mixed_targets(
-                labels,
-                labels.flip(0),
-                mix,
-                num_classes=config["num_classes"],
-                smoothing=config["smoothing"],
-            )
-            fixture.close(
-                "targets", case, targets, expected["soft_targets"], Limit(1e-6, 0.0), precision
-            )
-            plain = images_of(images, labels)
-            soft = replace(plain, targets=expected["soft_targets"].to(dtype))
-            for name, batch, smoothing in (
-                ("cross_entropy", plain, 0.0),
-                ("label_smoothing_loss", plain, config["smoothing"]),
-                ("soft_target_loss", soft, 0.0),
-            ):
-                loss = cross_entropy(model(images), batch, smoothing) / len(labels)
-                fixture.close(
-                    "losses", f"{case} {name}", loss, stated[name], limits.loss, precision
-                )
-                if name == "cross_entropy":
-                    grads = gradients(model, loss)
-                    check_grads(fixture, case, grads, stated, precision)
-                    prefix = f"{case}.grad."
-                    wanted = {
-                        k.removeprefix(prefix): v
-                        for k, v in expected.items()
-                        if k.startswith(prefix)
-                    }
-                    fixture.all_close("gradients", grads, wanted, limits.gradient, precision)
-            groups = param_groups(model, config["weight_decay"], config["layer_decay"])
-            found, recorded = (
-                # timm moved fc_norm
-                {(each["lr_scale"], each["weight_decay"]): set(each[key]) for each in some}
-                for some, key in ((groups, "param_names"), (stated["param_groups"], "params"))
-            )
-            fixture.true(
-                "layer decay groups", case, found == recorded, "differ from those recorded"
-            )
-            each = {
-                name: [g["lr_scale"], g["weight_decay"]]
-                for g in groups
-                for name in g["param_names"]
-            }
-            fixture.true(
-                "layer decay groups", f"{case} each", each == stated["param_scale_and_wd"], "differ"
-            )
-            optimizer = kernels.adamw(groups, betas=tuple(config["adam_betas"]))
-            objective = Classification(smoothing=config["smoothing"])
-            per_epoch = len(stated["train_rows"])
-            for index, row in enumerate(stated["train_rows"]):
-                lr = rate_at(config, config["start_epoch"] * per_epoch + index, per_epoch)
-                batch = images_of(
-                    inputs["train_images"][index].to(dtype), inputs["train_labels"][index]
-                )
-                loss = objective(model, None, batch, 0.0)["classification"] / len(batch)
-                loss.backward()
-                found_grads = [param.grad for param in model.parameters() if param.grad is not None]
-                clip(
-                    found_grads,
-                    torch.stack([grad.norm() for grad in found_grads]).norm(),
-                    config["clip_grad"],
-                )
-                set_rates(optimizer.param_groups, lr=lr, weight_decay=config["weight_decay"])
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                for key, got in (("loss", loss), ("lr", lr)):
-                    name = f"{case} {key} {index}"
-                    fixture.close(
-                        "training losses, rates", name, got, row[key], limits.loss, precision
-                    )
-            rates = [group["lr"] for group in optimizer.param_groups]
-            fixture.close(
-                "rates of the groups",
-                case,
-                rates,
-                stated["group_lrs_at_last_step"],
-                limits.loss,
-                precision,
-            )
+            model = _started(fixture, case, precision)
+            _check_scores(fixture, model, case, precision)
+            _check_losses(fixture, model, case, precision)
+            groups = _check_decay(fixture, model, case)
+            _check_steps(fixture, model, groups, case, precision)
             for file in fixture.files(f"after_.*_{case}.*"):
                 check_trained(fixture, file, dict(model.named_parameters()), precision)
+
+
+def _started(fixture: Fixture, case: str, precision: str) -> Classifier:
+    """A classifier that starts from the recorded weights and head."""
+    stated = fixture.value(case)
+    pool: Pool = "mean" if stated["global_pool"] else "cls"
+    weights = fixture.arrays("checkpoint.safetensors")
+    model, fit = classifier(fixture, weights, pool, PRECISIONS[precision])
+    for key, names in (("missing_keys", fit.fresh), ("unexpected_keys", fit.unused)):
+        same = set(names) == set(stated[key])
+        fixture.true("what of the weights matched", f"{case} {key}", same, "differs")
+    wanted = fixture.arrays("expected.safetensors")["pos_embed"]
+    limit = fixture.limits(precision).activation
+    fixture.close("positions", case, model.pos_embed, wanted, limit, precision)
+    state = model.state_dict()
+    head = fixture.arrays("head.safetensors")
+    state |= {name: array for name, array in head.items() if name in state}
+    model.load_state_dict(state)
+    return model
+
+
+def _check_scores(fixture: Fixture, model: Classifier, case: str, precision: str) -> None:
+    images = fixture.arrays("inputs.safetensors")["images"].to(PRECISIONS[precision])
+    expected = fixture.arrays("expected.safetensors")
+    limit = fixture.limits(precision).activation
+    features = model.forward_head(model.encoded(images), pre_logits=True)
+    for name, got in (("features", features), ("logits", model(images))):
+        key = f"{case}.{name}"
+        fixture.close("features and scores", key, got, expected[key], limit, precision)
+
+
+def _check_losses(fixture: Fixture, model: Classifier, case: str, precision: str) -> None:
+    """Soft targets, each loss, and the gradients of the plain one."""
+    config = fixture.config
+    limits = fixture.limits(precision)
+    stated = fixture.value(case)
+    expected = fixture.arrays("expected.safetensors")
+    inputs = fixture.arrays("inputs.safetensors")
+    images = inputs["images"].to(PRECISIONS[precision])
+    labels = inputs["labels"]
+    targets = mixed_targets(
+        labels,
+        labels.flip(0),
+        Mix(config["lam"], None),
+        num_classes=config["num_classes"],
+        smoothing=config["smoothing"],
+    )
+    wanted = expected["soft_targets"]
+    fixture.close("targets", case, targets, wanted, Limit(1e-6, 0.0), precision)
+    plain = images_of(images, labels)
+    soft = replace(plain, targets=wanted.to(images.dtype))
+    for name, batch, smoothing in (
+        ("cross_entropy", plain, 0.0),
+        ("label_smoothing_loss", plain, config["smoothing"]),
+        ("soft_target_loss", soft, 0.0),
+    ):
+        loss = cross_entropy(model(images), batch, smoothing) / len(labels)
+        fixture.close("losses", f"{case} {name}", loss, stated[name], limits.loss, precision)
+        if name == "cross_entropy":
+            grads = gradients(model, loss)
+            check_grads(fixture, case, grads, stated, precision)
+            prefix = f"{case}.grad."
+            of_case = {
+                key.removeprefix(prefix): array
+                for key, array in expected.items()
+                if key.startswith(prefix)
+            }
+            fixture.all_close("gradients", grads, of_case, limits.gradient, precision)
+
+
+def _check_decay(fixture: Fixture, model: Classifier, case: str) -> list[dict[str, Any]]:
+    """The groups of parameters: which scale of the rate and which decay each has."""
+    config = fixture.config
+    stated = fixture.value(case)
+    groups = param_groups(model, config["weight_decay"], config["layer_decay"])
+
+    def members(some: Sequence[Mapping[str, Any]], key: str) -> dict[tuple[float, float], set[str]]:
+        return {(each["lr_scale"], each["weight_decay"]): set(each[key]) for each in some}
+
+    same = members(groups, "param_names") == members(stated["param_groups"], "params")
+    fixture.true("layer decay groups", case, same, "differ from those recorded")
+    each = {}
+    for group in groups:
+        for name in group["param_names"]:
+            each[name] = [group["lr_scale"], group["weight_decay"]]
+    same = each == stated["param_scale_and_wd"]
+    fixture.true("layer decay groups", f"{case} each", same, "differ")
+    return groups
+
+
+def _check_steps(
+    fixture: Fixture, model: Classifier, groups: list[dict[str, Any]], case: str, precision: str
+) -> None:
+    """The recorded training steps: losses and rates of each, of each group at the last."""
+    config = fixture.config
+    limit = fixture.limits(precision).loss
+    stated = fixture.value(case)
+    inputs = fixture.arrays("inputs.safetensors")
+    optimizer = kernels.adamw(groups, betas=tuple(config["adam_betas"]))
+    objective = Classification(smoothing=config["smoothing"])
+    per_epoch = len(stated["train_rows"])
+    for index, row in enumerate(stated["train_rows"]):
+        lr = rate_at(config, config["start_epoch"] * per_epoch + index, per_epoch)
+        images = inputs["train_images"][index].to(PRECISIONS[precision])
+        batch = images_of(images, inputs["train_labels"][index])
+        loss = objective(model, None, batch, 0.0)["classification"] / len(batch)
+        loss.backward()
+        grads = [param.grad for param in model.parameters() if param.grad is not None]
+        norm = torch.stack([grad.norm() for grad in grads]).norm()
+        clip(grads, norm, config["clip_grad"])
+        set_rates(optimizer.param_groups, lr=lr, weight_decay=config["weight_decay"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for key, got in (("loss", loss), ("lr", lr)):
+            name = f"{case} {key} {index}"
+            fixture.close("training losses, rates", name, got, row[key], limit, precision)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    wanted = stated["group_lrs_at_last_step"]
+    fixture.close("rates of the groups", case, rates, wanted, limit, precision)
 
 
 def linprobe_lars(fixture: Fixture) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -200,13 +200,7 @@ def train(
         (loss / accumulation).backward()
         step = micro // accumulation
         last = (micro + 1) % accumulation == 0
-        lr = warmup_half_cosine(
-            step,
-            warmup_steps=config["warmup_epochs"] * per_epoch / accumulation,
-            total_steps=config["epochs"] * per_epoch / accumulation,
-            lr=config["lr"],
-            min_lr=config["min_lr"],
-        )
+        lr = _rate(config, step)
         if last:
             update(optimizer, lr)
         momentum = 1.0
@@ -221,15 +215,9 @@ def train(
             move_teacher(momentum)
         momenta.append(momentum)
         if last:
-            found = {
-                "train_loss": loss,
-                "s_loss": terms["reconstruction"],
-                "rec_cons_loss": terms["consistency"],
-                "lr": lr,
-                "momentum": momentum,
-                "student_l2": l2(student),
-                "teacher_l2": l2(teacher),
-            }
+            found = {"train_loss": loss, "lr": lr, "momentum": momentum}
+            found |= {"s_loss": terms["reconstruction"], "rec_cons_loss": terms["consistency"]}
+            found |= {"student_l2": l2(student), "teacher_l2": l2(teacher)}
             what = f"{case.rows.rpartition('_')[0]} losses, rates and norms"
             for key in found.keys() & rows[step].keys():
                 fixture.close(
@@ -239,6 +227,18 @@ def train(
         fixture.close(
             "momenta", case.momentum, momenta, fixture.value(case.momentum), limits.loss, precision
         )
+
+
+def _rate(config: Mapping[str, Any], step: int) -> float:
+    """The learning rate of an optimizer step."""
+    steps_per_epoch = config["iters"] / config["accum_iter"]
+    return warmup_half_cosine(
+        step,
+        warmup_steps=config["warmup_epochs"] * steps_per_epoch,
+        total_steps=config["epochs"] * steps_per_epoch,
+        lr=config["lr"],
+        min_lr=config["min_lr"],
+    )
 
 
 def moving_average(student: nn.Module, teacher: nn.Module) -> Callable[[float], None]:

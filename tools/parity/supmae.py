@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rcmae.data.batch import Batch
-from rcmae.engines.schedules import warmup_half_cosine
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import Objective, new
 
@@ -26,6 +25,7 @@ from .networks import (
     update,
     without_key_bias,
 )
+from .schedules import rate_at
 
 
 def supmae_forward(fixture: Fixture) -> None:
@@ -45,73 +45,85 @@ def supmae_forward(fixture: Fixture) -> None:
         class_weight=config["cls_loss_ratio"],
         class_temperature=config["temperature"],
     )
-    # it stands before a batch norm: nothing sees it
-    zero = "cls_head.0.bias" if config["cls_hidden_mlp"] else ""
-    for precision, dtype in PRECISIONS.items():
-        limits = fixture.limits(precision)
+    for precision in PRECISIONS:
         inputs = fixture.arrays("inputs.safetensors")
-        expected = dict(fixture.arrays("expected.safetensors"))
-        for case, stated in fixture.value("losses").items():
-            model = build(
-                fixture, "model.safetensors", dtype, class_hidden=config["cls_hidden_mlp"], **head
-            )
-            model.cls_head.to(dtype)
-            batch = masked(fixture, inputs["images"], inputs["noise"], dtype)
-            labels = torch.tensor(stated["labels"])
-            names = [key for key in inputs if key.startswith("labels")]
-            fixture.true(
-                "labels",
-                case,
-                any(labels.equal(inputs[key]) for key in names),
-                "not among the inputs",
-            )
-            batch = replace(batch, labels=labels)
-            if case == next(iter(fixture.value("losses"))):
-                check_mask(fixture, batch, expected)
-                check_class_head(fixture, model, batch, expected, precision)
-                continue_from = {name: table.clone() for name, table in model.named_buffers()}
-                fixture.all_close(
-                    "batch norm's statistics",
-                    {f"bn_after.{name}": table for name, table in continue_from.items()},
-                    {
-                        name: array
-                        for name, array in expected.items()
-                        if name.startswith("bn_after.")
-                    },
-                    limits.activation,
-                    precision,
-                )
-            loss, terms = losses(objective, model, None, batch)
-            found = {
-                "rec_loss": terms["reconstruction"],
-                "cls_loss_unweighted": terms["class"],
-                "total_loss": loss,
-                "cls_loss_weighted": config["cls_loss_ratio"] * terms["class"],
-            }
-            for name, value in found.items():
-                fixture.close(
-                    "losses", f"{case} {name}", value, stated[name], limits.loss, precision
-                )
-            grads = gradients(model, loss)
-            rounding = grads.pop(zero, torch.zeros(()))
-            fixture.close(
-                "gradients that are 0",
-                zero,
-                rounding.abs().max(),
-                0.0,
-                Limit(1e-12, 0.0) if precision == "float64" else Limit(1e-6, 0.0),
-                precision,
-            )
-            of_each = {name: norm for name, norm in stated["grad_norm"].items() if name != zero}
-            check_grads(fixture, case, grads, {**stated, "grad_norm": of_each}, precision)
-            for file in fixture.files("grads.*"):
-                if labels.ge(0).all():
-                    want = {
-                        name: array for name, array in fixture.arrays(file).items() if name != zero
-                    }
-                    fixture.all_close("gradients", grads, want, limits.gradient, precision)
+        for number, case in enumerate(fixture.value("losses")):
+            model = _model(fixture, head, precision)
+            batch = _batch(fixture, case, precision)
+            if number == 0:
+                _check_outputs(fixture, model, batch, precision)
+            _check_losses(fixture, objective, model, batch, case, precision)
         supmae_steps(fixture, objective, head, inputs, precision)
         supmae_linear(fixture, head, inputs, precision)
+
+
+def _model(fixture: Fixture, head: dict[str, Any], precision: str) -> MaskedAutoencoder:
+    hidden = fixture.config["cls_hidden_mlp"]
+    dtype = PRECISIONS[precision]
+    model = build(fixture, "model.safetensors", dtype, class_hidden=hidden, **head)
+    model.cls_head.to(dtype)
+    return model
+
+
+def _batch(fixture: Fixture, case: str, precision: str) -> Batch:
+    """The recorded images with the labels of a case."""
+    inputs = fixture.arrays("inputs.safetensors")
+    labels = torch.tensor(fixture.value("losses")[case]["labels"])
+    recorded = [array for key, array in inputs.items() if key.startswith("labels")]
+    there = any(labels.equal(array) for array in recorded)
+    fixture.true("labels", case, there, "not among the inputs")
+    batch = masked(fixture, inputs["images"], inputs["noise"], PRECISIONS[precision])
+    return replace(batch, labels=labels)
+
+
+def _check_outputs(
+    fixture: Fixture, model: MaskedAutoencoder, batch: Batch, precision: str
+) -> None:
+    """Masks, what the network gives, and what its head has learnt of the batch's statistics."""
+    expected = dict(fixture.arrays("expected.safetensors"))
+    check_mask(fixture, batch, expected)
+    check_class_head(fixture, model, batch, expected, precision)
+    tables = {f"bn_after.{name}": table.clone() for name, table in model.named_buffers()}
+    wanted = {name: array for name, array in expected.items() if name.startswith("bn_after.")}
+    limit = fixture.limits(precision).activation
+    fixture.all_close("batch norm's statistics", tables, wanted, limit, precision)
+
+
+def _check_losses(
+    fixture: Fixture,
+    objective: Objective,
+    model: MaskedAutoencoder,
+    batch: Batch,
+    case: str,
+    precision: str,
+) -> None:
+    """Both terms and the gradients of a case."""
+    config = fixture.config
+    limits = fixture.limits(precision)
+    stated = fixture.value("losses")[case]
+    loss, terms = losses(objective, model, None, batch)
+    found = {
+        "rec_loss": terms["reconstruction"],
+        "cls_loss_unweighted": terms["class"],
+        "total_loss": loss,
+        "cls_loss_weighted": config["cls_loss_ratio"] * terms["class"],
+    }
+    for name, value in found.items():
+        fixture.close("losses", f"{case} {name}", value, stated[name], limits.loss, precision)
+    grads = gradients(model, loss)
+    # it stands before a batch norm: nothing sees it
+    zero = "cls_head.0.bias" if config["cls_hidden_mlp"] else ""
+    rounding = grads.pop(zero, torch.zeros(())).abs().max()
+    nothing = Limit(1e-12 if precision == "float64" else 1e-6, 0.0)
+    fixture.close("gradients that are 0", zero, rounding, 0.0, nothing, precision)
+    of_each = {name: norm for name, norm in stated["grad_norm"].items() if name != zero}
+    check_grads(fixture, case, grads, {**stated, "grad_norm": of_each}, precision)
+    assert batch.labels is not None
+    if not batch.labels.ge(0).all():
+        return
+    for file in fixture.files("grads.*"):
+        wanted = {name: array for name, array in fixture.arrays(file).items() if name != zero}
+        fixture.all_close("gradients", grads, wanted, limits.gradient, precision)
 
 
 def check_class_head(
@@ -183,19 +195,10 @@ def supmae_steps(
     steps = config["train"]
     if steps.get("accum_iter", 1) != 1:
         raise Unusable(f"config.train.accum_iter={steps['accum_iter']}: this check knows 1")
-    model = build(
-        fixture, "model.safetensors", dtype, class_hidden=config["cls_hidden_mlp"], **head
-    )
-    model.cls_head.to(dtype)
+    model = _model(fixture, head, precision)
     optimizer = optimizer_for(model, steps["weight_decay"], steps["betas"])
     for index, row in enumerate(fixture.value("train_rows")):
-        lr = warmup_half_cosine(
-            steps["start_epoch"] * steps["iters"] + index,
-            warmup_steps=steps["warmup_epochs"] * steps["iters"],
-            total_steps=steps["epochs"] * steps["iters"],
-            lr=steps["lr"],
-            min_lr=steps["min_lr"],
-        )
+        lr = rate_at(steps, steps["start_epoch"] * steps["iters"] + index, steps["iters"])
         batch = masked(fixture, inputs["train_images"][index], inputs["train_noise"][index], dtype)
         loss, _ = losses(
             objective, model, None, replace(batch, labels=inputs["train_labels"][index])
