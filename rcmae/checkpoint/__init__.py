@@ -30,7 +30,6 @@ from rcmae.checkpoint.manifest import (
 )
 from rcmae.checkpoint.reader import (
     Reader,
-    find_checkpoint_together,
     load,
     newest_together,
     open_verified_together,
@@ -51,7 +50,6 @@ __all__ = [
     "checkpoint_folders",
     "file_problem",
     "find_checkpoint",
-    "find_checkpoint_together",
     "load",
     "newest",
     "newest_together",

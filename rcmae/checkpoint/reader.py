@@ -21,10 +21,8 @@ from rcmae.checkpoint.manifest import (
     DTYPES,
     CheckpointError,
     Manifest,
-    checkpoint_folders,
     fenced_off,
     file_problem,
-    none_valid,
     read_manifest,
     step_folders,
 )
@@ -80,25 +78,6 @@ def newest_together(root: Path) -> tuple[Manifest | None, list[str]]:
             return manifest, passed_over
         passed_over.append(fenced_off(manifest))
     return None, passed_over
-
-
-def find_checkpoint_together(path: Path) -> tuple[Manifest, list[str]]:
-    """The checkpoint that a path names, verified, and what was wrong with newer ones of the run.
-
-    Collective: every rank calls. Rank 0 looks whether the path is a checkpoint or a run.
-
-    Raises:
-        Refused: on every rank; there is no checkpoint.
-        CheckpointError: on every rank; none is valid.
-    """
-    folders = seen_by_first(lambda: checkpoint_folders(path))
-    if folders == [path]:
-        return open_verified_together(path), []
-    root = folders[0].parent
-    found, passed_over = newest_together(root)
-    if found is None:
-        raise none_valid(root, passed_over)
-    return found, passed_over
 
 
 def seen_by_first(look: Callable[[], _T]) -> _T:

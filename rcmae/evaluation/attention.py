@@ -9,7 +9,7 @@ form) are those people show."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from rcmae.errors import Refused
 
 Fusion = Literal["mean", "max", "min"]
+_FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {  # [heads, N, N] -> [N, N]
+    "mean": lambda layer: layer.mean(0),
+    "max": lambda layer: layer.amax(0),
+    "min": lambda layer: layer.amin(0),
+}
 
 
 @contextlib.contextmanager
@@ -91,9 +96,9 @@ def rollout(
             two differ only with `discard`.
 
     Raises:
-        ValueError: another fusion, or `discard` is no share below 1.
+        Refused: another fusion, or `discard` is no share below 1.
     """
-    if fusion not in ("mean", "max", "min"):
+    if fusion not in _FUSIONS:
         raise Refused(f"fusion={fusion!r} is unknown; use mean, max or min")
     if not 0.0 <= discard < 1.0:
         raise Refused(f"discard={discard} must be a share from 0 to below 1")
@@ -101,14 +106,7 @@ def rollout(
     identity = torch.eye(tokens, dtype=maps.dtype, device=maps.device)
     result = identity
     for layer in maps:
-        fused = (
-            layer.mean(0)
-            if fusion == "mean"
-            else layer.amax(0)
-            if fusion == "max"
-            else layer.amin(0)
-        )
-        flat = fused.flatten()
+        flat = _FUSIONS[fusion](layer).flatten()
         weakest = flat.topk(int(flat.numel() * discard), largest=False).indices
         flat = flat.index_fill(0, weakest[weakest != 0] if class_token else weakest, 0.0)
         mixed = (flat.view(tokens, tokens) + identity) / 2

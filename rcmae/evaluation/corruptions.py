@@ -68,7 +68,8 @@ class Corruption:
         """
         kind = KINDS[self.name]
         words = raw(self.seed, Purpose.CORRUPTION, kind.number, self.severity, number, count=2)
-        draw, setting = Draw(words.view(np.uint32)), kind.settings[self.severity - 1]
+        draw = Draw(words.view(np.uint32))
+        setting = kind.settings[self.severity - 1]
         pixels = image.float() / 255
         if self.name == "frost" and self.frost:
             shown = photograph(self.frost, draw, reference(pixels))
@@ -88,8 +89,8 @@ def scale_of(image: Tensor) -> float:
 
 def reference(image: Tensor) -> tuple[int, int]:
     """(height, width) of the image if its shorter side had 224 pixels."""
-    height, width = (round(side / scale_of(image)) for side in image.shape[-2:])
-    return height, width
+    scale = scale_of(image)
+    return round(image.shape[-2] / scale), round(image.shape[-1] / scale)
 
 
 def resized(texture: Tensor, image: Tensor) -> Tensor:
@@ -118,7 +119,8 @@ def smoothing(length: int, sigma: float, reach: float) -> Tensor:
 
 def smoothed(image: Tensor, sigma: float, reach: float = 4.0) -> Tensor:
     """[..., H, W] after a Gaussian of this deviation in pixels."""
-    rows, columns = (smoothing(side, sigma, reach) for side in image.shape[-2:])
+    rows = smoothing(image.shape[-2], sigma, reach)
+    columns = smoothing(image.shape[-1], sigma, reach)
     return rows @ image @ columns.T
 
 
@@ -160,7 +162,8 @@ def sampled(image: Tensor, places: Tensor) -> Tensor:
 
 def own_places(image: Tensor) -> Tensor:
     """[2, H, W], the row and the column of every pixel."""
-    rows, columns = (torch.arange(side, dtype=torch.float32) for side in image.shape[-2:])
+    rows = torch.arange(image.shape[-2], dtype=torch.float32)
+    columns = torch.arange(image.shape[-1], dtype=torch.float32)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
 
 
@@ -196,7 +199,9 @@ def height_map(draw: Draw, size: tuple[int, int], decay: float) -> Tensor:
     A large `decay` makes it smooth.
     """
     side = 1 << (max(size) - 1).bit_length()
-    heights, step, rough = np.zeros((side, side)), side, 100.0
+    heights = np.zeros((side, side))
+    step = side
+    rough = 100.0
 
     def middle(total: np.ndarray) -> np.ndarray:
         return total / 4 + rough * draw.uniform(-rough, rough, total.shape)
@@ -213,7 +218,8 @@ def height_map(draw: Draw, size: tuple[int, int], decay: float) -> Tensor:
         heights[half::step, ::step] = middle(
             middles + np.roll(middles, 1, 1) + corners + np.roll(corners, -1, 0)
         )
-        step, rough = half, rough / decay
+        step = half
+        rough /= decay
     heights = (heights - heights.min()) / (heights.max() - heights.min())
     return torch.from_numpy(heights[: size[0], : size[1]]).float()
 
@@ -222,7 +228,8 @@ def drawn_frost(draw: Draw, size: tuple[int, int]) -> Tensor:
     """A picture [3, h, w] of ice on a window: pale blue, thick in places, bright veins along a
     landscape's lines.
     """
-    thick, fine = height_map(draw, size, 1.9), height_map(draw, size, 1.6)
+    thick = height_map(draw, size, 1.9)
+    fine = height_map(draw, size, 1.6)
     veins = (1 - (2 * fine - 1).abs()) ** 8
     light = (0.25 + 0.45 * thick + 0.45 * veins * thick + 0.1 * fine).clamp(0, 1)
     return light * torch.tensor([0.88, 0.94, 1.0])[:, None, None]
@@ -233,20 +240,19 @@ def photograph(files: Sequence[Path], draw: Draw, size: tuple[int, int]) -> Tens
     enlarged to it.
 
     Raises:
-        ValueError: it is no image.
+        Refused: it is no image.
     """
     pixels = opened(files[draw.randint(len(files))])
     room = max(1.0, *(side / there for side, there in zip(size, pixels.shape[:2], strict=True)))
     shown = resize(pixels, (math.ceil(pixels.shape[0] * room), math.ceil(pixels.shape[1] * room)))
-    top, left = (
-        draw.randint(there - side + 1) for side, there in zip(size, shown.shape[1:], strict=True)
-    )
+    top = draw.randint(shown.shape[1] - size[0] + 1)
+    left = draw.randint(shown.shape[2] - size[1] + 1)
     return shown[:, top : top + size[0], left : left + size[1]].float() / 255
 
 
 @functools.lru_cache(maxsize=16)
 def opened(file: Path) -> np.ndarray:
-    """The pixels [H, W, 3] of a photograph. Raises ValueError, naming it."""
+    """The pixels [H, W, 3] of a photograph. Raises Refused, naming it."""
     try:
         return decode(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -285,9 +291,12 @@ def defocus_blur(image: Tensor, draw: Draw, radius: float, soft: float) -> Tenso
 
 def glass_blur(image: Tensor, draw: Draw, sigma: float, reach: float, times: float) -> Tensor:
     """Through frosted glass: blurred, each pixel replaced by a near one, blurred again."""
-    (height, width), scale, far = reference(image), scale_of(image), int(reach)
+    height, width = reference(image)
+    scale = scale_of(image)
+    far = int(reach)
     source = list(range(height * width))
-    rows, columns = np.arange(height - far, far, -1), np.arange(width - far, far, -1)
+    rows = np.arange(height - far, far, -1)
+    columns = np.arange(width - far, far, -1)
     targets = (rows[:, None] * width + columns).reshape(-1)
     for _ in range(int(times)):  # one after the other: a pixel passes on what it has got
         steps = draw.randint(-far, far, size=(len(targets), 2))
@@ -314,24 +323,28 @@ def zoom_blur(image: Tensor, draw: Draw, last: float, step: float) -> Tensor:
     return (image + zoomed(image, factors).sum(0)) / (len(factors) + 1)
 
 
-def snow(
-    image: Tensor,
-    draw: Draw,
-    mean: float,
-    deviation: float,
-    zoom: float,
-    least: float,
-    radius: float,
-    sigma: float,
-    kept: float,
-) -> Tensor:
+class Snow(NamedTuple):
+    """How heavily it snows."""
+
+    mean: float  # of the noise that flakes are made of
+    deviation: float
+    zoom: float  # size of a flake
+    least: float  # noise below this is no flake
+    radius: float  # of the blur by the fall, pixels at 224
+    sigma: float
+    kept: float  # share of the image that is not whitened
+
+
+def snow(image: Tensor, draw: Draw, *setting: float) -> Tensor:
     """Falling flakes, blurred by their fall, on a whitened image."""
-    flakes = torch.from_numpy(draw.normal(mean, deviation, (1, *reference(image)))).float()
-    flakes = zoomed(flakes, [zoom])[0]
-    flakes = torch.where(flakes < least, 0.0, flakes).clamp(0, 1)
-    flakes = convolved(flakes, *trail(radius, sigma, draw.uniform(-135, -45)))
+    how = Snow(*setting)
+    noise = draw.normal(how.mean, how.deviation, (1, *reference(image)))
+    flakes = zoomed(torch.from_numpy(noise).float(), [how.zoom])[0]
+    flakes = torch.where(flakes < how.least, 0.0, flakes).clamp(0, 1)
+    flakes = convolved(flakes, *trail(how.radius, how.sigma, draw.uniform(-135, -45)))
     white = torch.maximum(image, 1.5 * grey(image) + 0.5)
-    return kept * image + (1 - kept) * white + resized(flakes + flakes.flip(1, 2), image)
+    mixed = how.kept * image + (1 - how.kept) * white
+    return mixed + resized(flakes + flakes.flip(1, 2), image)
 
 
 def grey(image: Tensor) -> Tensor:
@@ -378,8 +391,10 @@ def elastic_transform(
     """Stretched and sheared: three points move by up to `shift`, then every pixel by a smooth
     random field.
     """
-    size, scale = reference(image), scale_of(image)
-    middle, arm = torch.tensor([size[0] // 2, size[1] // 2]).float(), min(size) // 3
+    size = reference(image)
+    scale = scale_of(image)
+    middle = torch.tensor([size[0] // 2, size[1] // 2]).float()
+    arm = min(size) // 3
     points = middle + arm * torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
     moved = points + torch.from_numpy(draw.uniform(-shift, shift, (3, 2))).float()
     # [3, 2]: from moved places to true ones

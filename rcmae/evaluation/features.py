@@ -49,7 +49,8 @@ def pixels(images: Tensor) -> Tensor:
     """The images themselves as features [B, C*h*w], brought down to at most PIXELS_SIDE a side
     by averaging.
     """
-    height, width = (min(side, PIXELS_SIDE) for side in images.shape[-2:])
+    height = min(images.shape[-2], PIXELS_SIDE)
+    width = min(images.shape[-1], PIXELS_SIDE)
     return F.adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
 
 

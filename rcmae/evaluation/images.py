@@ -100,13 +100,13 @@ def load_images(
             f"no image in {', '.join(map(str, paths))}; give files ending in {', '.join(SUFFIXES)}"
         )
     pixels = []
+    names = []
+    labels = []
     for image in images:
+        names.append(image.name)
+        labels.append(image.label)
         try:
             pixels.append(transform(image.data, 0, 0).image)
         except BadImage as error:
             raise Refused(f"{image.name} is no image that can be decoded: {error}") from error
-    return Shown(
-        pixels=Normalise(*statistics).images(torch.stack(pixels)),
-        names=[image.name for image in images],
-        labels=[image.label for image in images],
-    )
+    return Shown(Normalise(*statistics).images(torch.stack(pixels)), names, labels)

@@ -103,17 +103,20 @@ def _nearest(similarity: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
     most = max(k)
     top = similarity.topk(min(most + 1, similarity.shape[1]), dim=1)
-    values, columns = top.values, top.indices
+    values = top.values
+    columns = top.indices
     # topk takes any of equal values. That matters only where the last that counts equals the first
     # that does not.
     ends = torch.tensor(
         [each for each in k if each < values.shape[1]], device=values.device, dtype=torch.int64
     )
     tied = (values[:, ends - 1] == values[:, ends]).any(dim=1).nonzero()[:, 0]
-    values, columns = values[:, :most], columns[:, :most]
+    values = values[:, :most]
+    columns = columns[:, :most]
     if len(tied):
         ordered = similarity[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], columns[tied] = ordered.values[:, :most], ordered.indices[:, :most]
+        values[tied] = ordered.values[:, :most]
+        columns[tied] = ordered.indices[:, :most]
     return values, columns
 
 
@@ -191,7 +194,10 @@ def knn_rows(
             temperature=temperature,
         )
         shares = dist.gather(_correct(scores, test_labels))
-        rows[name] = {each: 100.0 * sum(hits[each] for hits in shares) / total for each in k}
+        rows[name] = {}
+        for each in k:
+            hits = sum(share[each] for share in shares)
+            rows[name][each] = 100.0 * hits / total
     return rows
 
 

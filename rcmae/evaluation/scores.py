@@ -97,53 +97,31 @@ def classify(
         among: score only these classes, as for a set that has some of them; None: all.
 
     Raises:
-        ValueError: a label is not below `num_classes` or not `among` them; the same on every rank.
+        Refused: a label is not below `num_classes` or not `among` them; the same on every rank.
     """
-    group = dist.control()
-    metrics = {
-        "top1": MulticlassAccuracy(
-            num_classes, average="micro", validate_args=False, process_group=group
-        ),
-        "top5": MulticlassAccuracy(
-            num_classes,
-            top_k=min(5, num_classes),
-            average="micro",
-            validate_args=False,
-            process_group=group,
-        ),
-        "calibration": MulticlassCalibrationError(
-            num_classes, n_bins=BINS, validate_args=False, process_group=group
-        ),
-        "confusion": MulticlassConfusionMatrix(
-            num_classes, validate_args=False, process_group=group
-        ),
-    }
+    metrics = _metrics(num_classes)
     left_out = torch.ones(num_classes, dtype=torch.bool)
     left_out[list(among) if among is not None else slice(None)] = False
-    loss, images, strange = 0.0, 0, set()
+    loss = 0.0
+    images = 0
+    strange: set[int] = set()
     with torch.no_grad():
         for batch in batches:
-            real = batch.positions >= 0
             assert batch.labels is not None
+            real = batch.positions >= 0
             labels = batch.labels[real]
-            scores = (
-                score(normalise(batch.images.to(device, non_blocking=True))).float().cpu()[real]
-            )
+            shown = normalise(batch.images.to(device, non_blocking=True))
+            scores = score(shown).float().cpu()[real]
             fits = (labels >= 0) & (labels < num_classes)
             fits &= ~left_out[labels.clamp(0, num_classes - 1)]
             strange |= set(labels[~fits].tolist())
-            scores, labels = scores[fits].masked_fill(left_out, float("-inf")), labels[fits]
+            labels = labels[fits]
+            scores = scores[fits].masked_fill(left_out, float("-inf"))
             loss += float(F.cross_entropy(scores.double(), labels, reduction="sum"))
             images += len(labels)
             for metric in metrics.values():
                 metric.update(scores.softmax(dim=1), labels)
-    strange = set().union(*dist.gather(strange))
-    if strange:
-        raise Refused(
-            f"labels {', '.join(map(str, sorted(strange)[:10]))} are none of the "
-            f"{num_classes if among is None else len(among)} classes that are scored; give "
-            "other shards"
-        )
+    _refuse(strange, num_classes if among is None else len(among))
     loss, total = dist.sum_numbers([loss, images])
     found = {name: metric.compute() for name, metric in metrics.items()}
     return Scores(
@@ -154,6 +132,28 @@ def classify(
         calibration_error=float(found["calibration"]),
         confusion=found["confusion"].long(),
     )
+
+
+def _refuse(strange: set[int], scored: int) -> None:
+    """Raise Refused on every rank where one has met labels that are not scored. Collective."""
+    met = sorted(set().union(*dist.gather(strange)))
+    if met:
+        raise Refused(
+            f"labels {', '.join(map(str, met[:10]))} are none of the {scored} classes that are "
+            "scored; give other shards"
+        )
+
+
+def _metrics(num_classes: int) -> dict[str, Any]:
+    """torchmetrics' metrics, joined over all ranks when they are computed."""
+    common: dict[str, Any] = {"validate_args": False, "process_group": dist.control()}
+    top = min(5, num_classes)
+    return {
+        "top1": MulticlassAccuracy(num_classes, average="micro", **common),
+        "top5": MulticlassAccuracy(num_classes, top_k=top, average="micro", **common),
+        "calibration": MulticlassCalibrationError(num_classes, n_bins=BINS, **common),
+        "confusion": MulticlassConfusionMatrix(num_classes, **common),
+    }
 
 
 def scores_table(rows: dict[str, Scores]) -> str:

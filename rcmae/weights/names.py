@@ -175,7 +175,8 @@ def _from_hugging_face(state: Mapping[str, Any]) -> dict[str, Any]:
 def _of_their_block(name: str, block: re.Match[str], state: Mapping[str, Any]) -> dict[str, Any]:
     """A weight of one of Hugging Face's blocks by our name; nothing where it is part of another."""
     place = f"{_OUR_BLOCKS[block['blocks']]}.{block['number']}"
-    inside, kind = block["inside"], block["kind"]
+    inside = block["inside"]
+    kind = block["kind"]
     if inside in _OURS_INSIDE:
         return {f"{place}.{_OURS_INSIDE[inside]}.{kind}": state[name]}
     if inside == "attention.attention.query":

@@ -1,9 +1,8 @@
 """Weights of a run, a checkpoint or a file of any family, read without running anything in them.
 
-Reading is local: one process reads, and none waits for another. What ends in `_together` is
-collective. A `.pth` is a pickle, which can run code when it is opened. It is read by torch's
-restricted reader, which builds tensors, plain containers and `argparse.Namespace` (the published
-files hold one) and refuses everything else."""
+Reading is local: one process reads, and none waits for another. A `.pth` is a pickle, which can run
+code when it is opened. It is read by torch's restricted reader, which builds tensors, plain
+containers and `argparse.Namespace` (the published files hold one) and refuses everything else."""
 
 from __future__ import annotations
 
@@ -23,12 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rcmae import __version__
-from rcmae.checkpoint import (
-    Manifest,
-    find_checkpoint,
-    find_checkpoint_together,
-    whole_tensors,
-)
+from rcmae.checkpoint import Manifest, find_checkpoint, whole_tensors
 from rcmae.errors import Refused
 from rcmae.files import json_lines
 from rcmae.weights.layouts import KIND, Which
@@ -89,19 +83,6 @@ def read_network(
     return _of_file(path, network, first)
 
 
-def read_network_together(
-    path: Path, network: Which | None = None, *, first: Which = "teacher"
-) -> NetworkWeights:
-    """`read_network` on every rank, a checkpoint's files verified by all ranks in shares.
-
-    Collective: every rank calls. Arguments and errors as there.
-    """
-    if _is_checkpoint(path):
-        manifest, passed_over = find_checkpoint_together(path)
-        return _of_checkpoint(manifest, passed_over, network, first)
-    return _of_file(path, network, first)
-
-
 def _is_checkpoint(path: Path) -> bool:
     """Whether a path is to be read as a run or a checkpoint, and not as a file of weights."""
     return not path.is_file() and not _is_hugging_face(path)
@@ -121,7 +102,7 @@ def _of_file(path: Path, network: Which | None, first: Which) -> NetworkWeights:
     there = contents.networks
     name: str = network or (first if first in there else next(iter(there)))
     if name not in there:
-        raise Refused(f"{path} has no {name}, only {', '.join(there)}; leave classify.network out")
+        raise Refused(f"{path} has no {name}, only {', '.join(there)}; ask for none, or for that")
 
     weights = published_names(there[name])
     strange = [key for key, value in weights.items() if not _is_dense(value)]

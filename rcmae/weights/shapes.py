@@ -145,17 +145,15 @@ def _differences(
     found: Mapping[str, Shape], wanted: Mapping[str, Shape], *, differ: str
 ) -> list[str]:
     """One line a kind of difference, which names five at most; `differ` begins that of shapes."""
-    kinds = {
-        "lacks": [name for name in wanted if name not in found],
-        "has unknown": [name for name in found if name not in wanted],
-        differ: [
-            f"{name} {_by(found[name])} instead of {_by(shape)}"
-            for name, shape in wanted.items()
-            if found.get(name, shape) != shape
-        ],
-    }
+    lacking = [name for name in wanted if name not in found]
+    unknown = [name for name in found if name not in wanted]
+    differing = [
+        f"{name} {_by(found[name])} instead of {_by(shape)}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
     lines = []
-    for kind, names in kinds.items():
+    for kind, names in (("lacks", lacking), ("has unknown", unknown), (differ, differing)):
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         if names:
             lines.append(f"{kind} {', '.join(names[:5])}{more}")

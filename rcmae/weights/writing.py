@@ -76,16 +76,9 @@ def export(
     if problems:
         raise Refused("\n".join(problems))
 
-    shapes: dict[str, Shape] = {}  # by network/name in the file
-    parts: dict[str, list[str]] = {}  # alike -> keys in the checkpoint, one after the other
-    for each in networks:
-        there = _shapes(manifest, each)
-        for name in shapes_of(sizes_of(there)):  # the same order, whoever saved
-            if LAYOUTS[layout].decoder or in_encoder(name):
-                shapes[f"{each}/{name}"] = there[name]
-                parts[f"{each}/{name}"] = _parts(manifest, each, name)
-    keys = list(itertools.chain.from_iterable(parts.values()))
-
+    contents = _contents(manifest, layout, networks)
+    shapes = {name: entry.shape for name, entry in contents.items()}
+    keys = list(itertools.chain.from_iterable(entry.keys for entry in contents.values()))
     with aside(out) as file:
         if out.suffix == ".safetensors":
             plain = {name.partition("/")[2]: shape for name, shape in shapes.items()}
@@ -102,7 +95,7 @@ def export(
         layout=layout,
         networks=networks,
         step=manifest.step,
-        tensors=len(parts),
+        tensors=len(contents),
         bytes=out.stat().st_size,
         use=_use(manifest, layout, out),
     )
@@ -170,6 +163,24 @@ def _file_problems(out: Path, layout: str, overwrite: bool) -> list[str]:
 
 
 # ------------------------------------------------------------------------------ out of a checkpoint
+
+
+class _Entry(NamedTuple):
+    """A tensor of the file."""
+
+    shape: Shape
+    keys: list[str]  # in the checkpoint, whose elements it has one after the other; "": zeros
+
+
+def _contents(manifest: Manifest, layout: str, networks: Iterable[Which]) -> dict[str, _Entry]:
+    """What a layout has of these networks, by network/name, in the file's order."""
+    contents = {}
+    for each in networks:
+        there = _shapes(manifest, each)
+        for name in shapes_of(sizes_of(there)):  # the same order, whoever saved
+            if LAYOUTS[layout].decoder or in_encoder(name):
+                contents[f"{each}/{name}"] = _Entry(there[name], _parts(manifest, each, name))
+    return contents
 
 
 def _shapes(manifest: Manifest, network: str) -> dict[str, Shape]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rcmae.data.batch import Batch
 from rcmae.evaluation.teacher_analysis.gradients import KINDS, OTHER, cosine
-from rcmae.evaluation.teacher_analysis.statistics import quartiles
+from rcmae.evaluation.teacher_analysis.statistics import shares_of
 from rcmae.models.patches import patchify
 
 
@@ -55,11 +55,11 @@ def linear_model(
     images = images.double()
     masked = _masked(images, ids[:, :num_visible])
     remasked = _masked(images, other_ids[:, :num_visible])
-    rate = descent.rate
-    momentum = descent.momentum
     draw = torch.Generator().manual_seed(descent.seed)
     order = torch.randint(count, (descent.steps + 1,), generator=draw).tolist()
 
+    rate = descent.rate
+    momentum = descent.momentum
     student = torch.zeros(size, size, dtype=torch.float64)
     teacher = student.clone()
     past = torch.zeros_like(student)  # sum over earlier steps of momentum^age x gradient
@@ -67,13 +67,11 @@ def linear_model(
     error = 0.0
     for now, after in pairwise(order):
         a = masked[now]
-        residual = 2 * student @ a - images[now] - teacher @ a
+        residual = 2 * student @ a - images[now] - teacher @ a  # of it the gradient is made
         gradient = torch.outer(residual, a)
         student = student - rate * gradient
         teacher = momentum * teacher + (1 - momentum) * student
         past = momentum * (past + gradient)
-        of_residual = residual.square().sum()
-        of_input = a.square().sum()
         for kind, b in zip(KINDS, (a, remasked[now], masked[after]), strict=True):
             if after == now and kind == OTHER:
                 continue
@@ -81,26 +79,28 @@ def linear_model(
             pull = (student - teacher) @ b
             by_algebra = -rate * past @ b
             error = max(error, float((pull - by_algebra).norm() / by_algebra.norm()))
-            unit = rate * momentum * b.square().sum() * of_residual * of_input
-            of_last = -rate * momentum * residual * (a @ b)
-            points.append(
-                {
-                    "kind": kind,
-                    "similarity": cosine(a, b),
-                    "share": float(-(pull @ residual) * (a @ b) / unit),
-                    "share_of_last": float(-(of_last @ residual) * (a @ b) / unit),
-                }
-            )
+            points.append({"kind": kind, **_point(a, b, residual, pull, descent)})
     return {
         "points": points,
         "error": error,
         "steps": descent.steps,
         "rate": rate,
         "momentum": momentum,
-        "taken_back": {
-            kind: quartiles([row["share"] for row in points if row["kind"] == kind])
-            for kind in KINDS
-        },
+        "taken_back": shares_of(points, KINDS),
+    }
+
+
+def _point(
+    a: Tensor, b: Tensor, residual: Tensor, pull: Tensor, descent: Descent
+) -> dict[str, float]:
+    """What is taken back, at b, of the step just taken at a."""
+    step = descent.rate * descent.momentum
+    unit = step * b.square().sum() * residual.square().sum() * a.square().sum()
+    of_last = -descent.rate * descent.momentum * residual * (a @ b)
+    return {
+        "similarity": cosine(a, b),
+        "share": float(-(pull @ residual) * (a @ b) / unit),
+        "share_of_last": float(-(of_last @ residual) * (a @ b) / unit),
     }
 
 

@@ -46,7 +46,10 @@ def _layers(
     """A figure of each layer at each checkpoint, as colours."""
     names = list(found[0]["layers"])
     steps = [each["step"] for each in found]
-    table = np.array([[each["layers"][name][which] for each in found] for name in names])
+    rows = []
+    for name in names:
+        rows.append([each["layers"][name][which] for each in found])
+    table = np.array(rows)
     signed = which == "cosine"
     shown = axis.imshow(
         table,
@@ -92,14 +95,9 @@ def _points(
     axis: Any, rows: Sequence[Mapping[str, Any]], kind: str, which: str, alpha: float
 ) -> None:
     of_kind = [row for row in rows if row["kind"] == kind]
-    axis.scatter(
-        [row["similarity"] for row in of_kind],
-        [row[which] for row in of_kind],
-        s=14,
-        alpha=alpha,
-        color=COLOURS[kind],
-        label=kind,
-    )
+    similarities = [row["similarity"] for row in of_kind]
+    shares = [row[which] for row in of_kind]
+    axis.scatter(similarities, shares, s=14, alpha=alpha, color=COLOURS[kind], label=kind)
 
 
 def _shares(axis: Any, found: Sequence[Mapping[str, Any]]) -> None:

@@ -42,7 +42,7 @@ from rcmae.evaluation.teacher_analysis.gradients import (
     taken_back,
 )
 from rcmae.evaluation.teacher_analysis.linear import linear_of
-from rcmae.evaluation.teacher_analysis.statistics import quartiles, rank_correlation
+from rcmae.evaluation.teacher_analysis.statistics import rank_correlation, shares_of
 from rcmae.models.build import new_network, student_sizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import make_objective
@@ -210,20 +210,17 @@ def look_at(run: AnalysedRun, manifest: Manifest, sizes: Sizes) -> dict[str, Any
         }
 
     pairs = list(conditional(run, networks, (last, coming), sizes))
-    shares = {
-        kind: quartiles([row["share"] for row in pairs if row["kind"] == kind]) for kind in KINDS
-    }
+    moved = [row for row in pairs if row["kind"] != SAME]
+    apart = [row for row in pairs if row["kind"] == OTHER]
     return {
         "step": manifest.step,
         "layers": rows,
         "own_teacher": own,
-        "taken_back": shares,
+        "taken_back": shares_of(pairs, KINDS),
         "distance": float(gone.norm() / at.norm()),
         "rank_correlation": {
-            "other masks and images": rank_correlation(
-                [row for row in pairs if row["kind"] != SAME]
-            ),
-            "other images": rank_correlation([row for row in pairs if row["kind"] == OTHER]),
+            "other masks and images": rank_correlation(moved),
+            "other images": rank_correlation(apart),
         },
         "pairs": pairs,
     }
@@ -287,9 +284,9 @@ def document(
     """
     first = run.batch(0, sizes.images)
     patch = student_sizes(run.recipe.model)["patch_size"]
-    checkpoints = [
-        {key: value for key, value in figures.items() if key != "pairs"} for figures in found
-    ]
+    checkpoints = []
+    for figures in found:
+        checkpoints.append({key: value for key, value in figures.items() if key != "pairs"})
     return {
         "tool": "analyze_teacher",
         "run": name,

@@ -14,6 +14,14 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     return {"q1": low, "median": middle, "q3": high}
 
 
+def shares_of(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Median and quartiles of the shares of each kind of input."""
+    found = {}
+    for kind in kinds:
+        found[kind] = quartiles([row["share"] for row in rows if row["kind"] == kind])
+    return found
+
+
 def rank_correlation(rows: Sequence[dict[str, Any]]) -> float:
     """Spearman's, of the similarity and the share."""
     alike = _ranks([row["similarity"] for row in rows])
