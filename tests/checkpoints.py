@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rcmae import checkpoint
 from rcmae.config import Recipe
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 
 # A network whose every size differs from every other, on a grid that is not square.
@@ -35,7 +36,7 @@ MODEL = {
 def network(seed: int, **sizes: Any) -> MaskedAutoencoder:
     """A network of MODEL's sizes, every weight drawn at random, biases and norms too."""
     sizes = {key: value for key, value in {**MODEL, **sizes}.items() if key != "name"}
-    model = MaskedAutoencoder(**sizes | {"image_size": tuple(sizes["image_size"])})
+    model = MaskedAutoencoder(NetworkSizes(**sizes | {"image_size": tuple(sizes["image_size"])}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():

@@ -30,6 +30,7 @@ from rcmae.evaluation.teacher_analysis.gradients import (
 )
 from rcmae.evaluation.teacher_analysis.linear import Descent, linear_model
 from rcmae.evaluation.teacher_analysis.run import OTHERS_EACH
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
 from rcmae.objectives.terms import Sum
@@ -42,15 +43,17 @@ OBJECTIVE = new("rcmae")
 @pytest.fixture
 def networks() -> Networks:
     student = MaskedAutoencoder(
-        image_size=(16, 16),
-        patch_size=4,
-        in_channels=3,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-        decoder_dim=8,
-        decoder_depth=2,
-        decoder_heads=2,
+        NetworkSizes(
+            image_size=(16, 16),
+            patch_size=4,
+            in_channels=3,
+            embed_dim=16,
+            depth=2,
+            num_heads=2,
+            decoder_dim=8,
+            decoder_depth=2,
+            decoder_heads=2,
+        )
     ).double()
     generator = torch.Generator().manual_seed(1)
     for param in student.parameters():

@@ -6,10 +6,11 @@ from test_classifier import SIZES
 
 from rcmae.evaluation.attention import attention_maps, class_attention, rollout
 from rcmae.models.classifier import Classifier
+from rcmae.models.sizes import NetworkSizes
 
 
 def test_maps_are_distributions_and_the_model_is_left_as_it_was() -> None:
-    model = Classifier(**SIZES, num_classes=3).eval()
+    model = Classifier(NetworkSizes(**SIZES), num_classes=3).eval()
     images = torch.randn(2, 3, 32, 32)
     before = model(images)
     maps = attention_maps(model, images)
@@ -34,7 +35,7 @@ def test_rollout_of_uniform_attention_is_uniform_and_of_one_patch_is_that() -> N
 
 
 def test_without_a_class_token_rollout_is_what_reaches_the_mean_of_the_patches() -> None:
-    model = Classifier(**SIZES, class_token=False, num_classes=3).eval()
+    model = Classifier(NetworkSizes(**SIZES), class_token=False, num_classes=3).eval()
     maps = attention_maps(model, torch.randn(1, 3, 32, 32))
     assert maps.shape == (3, 1, 4, 16, 16)
     mixed = [(layer.mean(0) + torch.eye(16)) / 2 for layer in maps[:, 0]]
@@ -48,7 +49,7 @@ def test_without_a_class_token_rollout_is_what_reaches_the_mean_of_the_patches()
 
 
 def test_class_attention_differs_by_class_and_is_not_negative() -> None:
-    model = Classifier(**SIZES, num_classes=3).eval()
+    model = Classifier(NetworkSizes(**SIZES), num_classes=3).eval()
     torch.nn.init.normal_(model.head.weight)
     images = torch.randn(1, 3, 32, 32)
     one, other = (class_attention(model, images, torch.tensor([label])) for label in (0, 2))

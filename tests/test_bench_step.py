@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
 from rcmae.planning.live import made_up_batch
@@ -33,7 +34,7 @@ SIZES = {
 
 @pytest.mark.parametrize("objective", ["mae", "rcmae"])
 def test_plain_path_gives_the_losses_and_gradients_of_the_lean_one(objective):
-    student = MaskedAutoencoder(**SIZES).double()
+    student = MaskedAutoencoder(NetworkSizes(**SIZES)).double()
     teacher = copy.deepcopy(student)
     generator = torch.Generator().manual_seed(1)
     for param in teacher.parameters():

@@ -26,6 +26,7 @@ from rcmae.checkpoint import retention
 from rcmae.checkpoint.lease import LeaseLost
 from rcmae.engines.local import LocalEngine
 from rcmae.engines.protocol import EngineSettings
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from runs import Folder, distance, equal, start
 from tests.conftest import ROOT, Ranks
@@ -633,15 +634,17 @@ def library_view(path: Path) -> dict[str, torch.Tensor]:
 def engine() -> LocalEngine:
     student, teacher = (
         MaskedAutoencoder(
-            image_size=(16, 16),
-            patch_size=8,
-            in_channels=3,
-            embed_dim=24,
-            depth=2,
-            num_heads=2,
-            decoder_dim=20,
-            decoder_depth=1,
-            decoder_heads=2,
+            NetworkSizes(
+                image_size=(16, 16),
+                patch_size=8,
+                in_channels=3,
+                embed_dim=24,
+                depth=2,
+                num_heads=2,
+                decoder_dim=20,
+                decoder_depth=1,
+                decoder_heads=2,
+            )
         )
         for _ in range(2)
     )
@@ -764,15 +767,17 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
     saved = saver.save(engine, step=1, images=32, meta={"recipe": {}})
     assert saved is not None
     deeper = MaskedAutoencoder(
-        image_size=(16, 16),
-        patch_size=8,
-        in_channels=3,
-        embed_dim=24,
-        depth=3,
-        num_heads=2,
-        decoder_dim=20,
-        decoder_depth=1,
-        decoder_heads=2,
+        NetworkSizes(
+            image_size=(16, 16),
+            patch_size=8,
+            in_channels=3,
+            embed_dim=24,
+            depth=3,
+            num_heads=2,
+            decoder_dim=20,
+            decoder_depth=1,
+            decoder_heads=2,
+        )
     )
     other = LocalEngine(deeper, None, EngineSettings())
     with pytest.raises(

@@ -14,6 +14,7 @@ from rcmae.models.classifier import (
     resample_positions,
 )
 from rcmae.models.flops import classifier_flops
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 
 import timm
@@ -30,7 +31,7 @@ SIZES = {
 
 def pretrained(**other: object) -> MaskedAutoencoder:
     sizes = {**SIZES, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, **other}
-    model = MaskedAutoencoder(**sizes)  # type: ignore[arg-type]
+    model = MaskedAutoencoder(NetworkSizes(**sizes))  # type: ignore[arg-type]
     model.init_weights(torch.Generator().manual_seed(5))
     return model
 
@@ -50,7 +51,7 @@ def batch_of(images: torch.Tensor, labels: torch.Tensor, first: int = 0) -> Batc
 
 def test_an_encoder_gives_its_own_features_in_the_classifier() -> None:
     encoder, images = pretrained().eval(), torch.randn(2, 3, 32, 32)
-    model = Classifier(**SIZES, num_classes=5, pool="cls").eval()
+    model = Classifier(NetworkSizes(**SIZES), num_classes=5, pool="cls").eval()
     fit = fit_weights(model, encoder.state_dict())
     assert fit.fresh == ("head.weight", "head.bias")
     assert all(name.startswith(("decoder", "mask_token")) for name in fit.unused)
@@ -60,7 +61,7 @@ def test_an_encoder_gives_its_own_features_in_the_classifier() -> None:
 
 @pytest.mark.parametrize(("pool", "theirs"), [("mean", "avg"), ("cls", "token")])
 def test_timm_has_the_same_scores(pool: str, theirs: str) -> None:
-    model = Classifier(**SIZES, num_classes=5, pool=pool).eval()  # type: ignore[arg-type]
+    model = Classifier(NetworkSizes(**SIZES), num_classes=5, pool=pool).eval()  # type: ignore[arg-type]
     torch.nn.init.normal_(model.head.weight)
     other = timm.create_model(
         "vit_tiny_patch16_224",
@@ -89,7 +90,7 @@ def test_positions_of_another_grid_keep_what_varies_along_one_axis() -> None:
 
 
 def test_weights_of_an_oblong_grid_are_fitted_by_it() -> None:
-    model = Classifier(**{**SIZES, "image_size": (16, 48)}, num_classes=2)
+    model = Classifier(NetworkSizes(**{**SIZES, "image_size": (16, 48)}), num_classes=2)
     fit = fit_weights(model, pretrained(image_size=(32, 24)).state_dict(), grid=(4, 3))
     assert fit.resampled == ((4, 3), (2, 6))
     with pytest.raises(ValueError, match="no 3x3 grid"):
@@ -108,7 +109,7 @@ def test_weights_of_an_oblong_grid_are_fitted_by_it() -> None:
 def test_weights_of_another_architecture_are_refused_and_nothing_is_touched(
     other: dict, message: str
 ) -> None:
-    model = Classifier(**SIZES, num_classes=2)
+    model = Classifier(NetworkSizes(**SIZES), num_classes=2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         fit_weights(model, pretrained(**other).state_dict())
@@ -116,9 +117,12 @@ def test_weights_of_another_architecture_are_refused_and_nothing_is_touched(
 
 
 def test_a_head_of_other_classes_is_left_out_and_one_of_as_many_taken() -> None:
-    weights = Classifier(**SIZES, num_classes=7).state_dict()
-    assert "head.weight" in fit_weights(Classifier(**SIZES, num_classes=2), weights).unused
-    assert fit_weights(Classifier(**SIZES, num_classes=7), weights).fresh == ()
+    weights = Classifier(NetworkSizes(**SIZES), num_classes=7).state_dict()
+    assert (
+        "head.weight"
+        in fit_weights(Classifier(NetworkSizes(**SIZES), num_classes=2), weights).unused
+    )
+    assert fit_weights(Classifier(NetworkSizes(**SIZES), num_classes=7), weights).fresh == ()
 
 
 def test_drop_path_hangs_on_positions_alone_and_has_the_right_mean() -> None:
@@ -131,7 +135,7 @@ def test_drop_path_hangs_on_positions_alone_and_has_the_right_mean() -> None:
 
 
 def test_loss_of_a_batch_is_that_of_its_parts_with_paths_dropped() -> None:
-    model = Classifier(**SIZES, num_classes=5, drop_path=0.5).train()
+    model = Classifier(NetworkSizes(**SIZES), num_classes=5, drop_path=0.5).train()
     torch.nn.init.normal_(model.head.weight)
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 5
     task = Classification(smoothing=0.1, seed=2)
@@ -161,4 +165,6 @@ def test_flops_of_vit_b_are_the_known_ones() -> None:
         "depth": 12,
     }
     # 17.56 G multiply-adds
-    assert classifier_flops(**sizes, num_heads=12) / 1e9 == pytest.approx(35.1, abs=0.2)
+    assert classifier_flops(NetworkSizes(**sizes, num_heads=12)) / 1e9 == pytest.approx(
+        35.1, abs=0.2
+    )

@@ -20,6 +20,7 @@ from rcmae.config import load
 from rcmae.evaluation import comparison
 from rcmae.models.build import new_network
 from rcmae.models.classifier import Classifier, fit_weights
+from rcmae.models.sizes import NetworkSizes
 from rcmae.weights.conversion import convert
 from rcmae.weights.encoder import load_encoder
 from rcmae.weights.names import published_names
@@ -150,12 +151,9 @@ def test_what_was_trained_without_a_class_token_is_fine_tuned_with_a_fresh_one(
     assert start(tiny, tmp_path / "run", "run.stop_after_steps=2", *options) == 75
     source = read_network(tmp_path / "run")
     model = Classifier(
-        image_size=(32, 32),
-        patch_size=8,
-        in_channels=3,
-        embed_dim=64,
-        depth=3,
-        num_heads=4,
+        NetworkSizes(
+            image_size=(32, 32), patch_size=8, in_channels=3, embed_dim=64, depth=3, num_heads=4
+        ),
         num_classes=8,
         pool="mean",
     )

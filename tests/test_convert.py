@@ -19,6 +19,7 @@ from test_classifier import batch_of
 
 import rcmae
 from rcmae.commands import convert as tool
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
 from rcmae.weights.encoder import load_classifier, to_onnx
@@ -44,7 +45,7 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def model() -> MaskedAutoencoder:
-    found = MaskedAutoencoder(**SIZES).eval()
+    found = MaskedAutoencoder(NetworkSizes(**SIZES)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for param in found.parameters():

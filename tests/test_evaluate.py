@@ -41,6 +41,7 @@ from rcmae.evaluation.pictures import (
     save_png,
 )
 from rcmae.models.patches import patchify
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 
 ROOT = Path(__file__).parent.parent
@@ -173,15 +174,17 @@ def a_batch(
 
 def a_model(image_size=(16, 16), *, channels: int = 3, seed: int = 0) -> MaskedAutoencoder:
     model = MaskedAutoencoder(
-        image_size=image_size,
-        patch_size=4,
-        in_channels=channels,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-        decoder_dim=16,
-        decoder_depth=2,
-        decoder_heads=2,
+        NetworkSizes(
+            image_size=image_size,
+            patch_size=4,
+            in_channels=channels,
+            embed_dim=16,
+            depth=2,
+            num_heads=2,
+            decoder_dim=16,
+            decoder_depth=2,
+            decoder_heads=2,
+        )
     )
     model.init_weights(torch.Generator().manual_seed(seed))
     return model

@@ -21,6 +21,7 @@ from test_classifier import SIZES
 from rcmae import checkpoint, finetune, probe
 from rcmae.data.index import ShardIndex
 from rcmae.models.classifier import Classifier
+from rcmae.models.sizes import NetworkSizes
 from runs import Folder, distance, equal, keeping_handlers
 from tests.conftest import Ranks
 from tools import replay
@@ -238,7 +239,7 @@ def test_wrong_weights_are_refused_by_name(
     said = refused(recipes["finetune"], run, capsys, f"classify.init={file}")
     assert "nothing was run" in said
     assert not (tmp_path / "ran").exists()
-    state = Classifier(**{**SIZES, "embed_dim": 64}, num_classes=0).state_dict()
+    state = Classifier(NetworkSizes(**{**SIZES, "embed_dim": 64}), num_classes=0).state_dict()
     del state["blocks.1.mlp.fc1.bias"]
     torch.save(state | {"surplus": torch.zeros(2)}, file)
     said = refused(recipes["finetune"], run, capsys, f"classify.init={file}")

@@ -18,6 +18,7 @@ import torch
 import reference
 from rcmae.engines.optim import param_groups
 from rcmae.models import kernels
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from reference import Sizes
 
@@ -26,7 +27,7 @@ STANDIN = Path(__file__).parent / "data" / "apex_standin"
 
 
 def small(sizes: Sizes = SIZES) -> MaskedAutoencoder:
-    model = MaskedAutoencoder(**sizes.model())
+    model = MaskedAutoencoder(NetworkSizes(**sizes.model()))
     model.load_state_dict(reference.weights(sizes, 3))
     return model
 
@@ -88,7 +89,7 @@ def test_apex_is_told_from_absence_and_from_its_namesake(
 
 def test_apex_layer_norm_takes_the_place_of_torchs(apex: pytest.MonkeyPatch) -> None:
     apex.syspath_prepend(STANDIN)
-    model = MaskedAutoencoder(**SIZES.model(), norm_layer=kernels.layer_norm("apex"))
+    model = MaskedAutoencoder(NetworkSizes(**SIZES.model()), norm_layer=kernels.layer_norm("apex"))
     kinds = {
         type(module).__name__
         for name, module in model.named_modules()

@@ -11,7 +11,8 @@ import reference
 from rcmae.data.batch import Batch
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.patches import patchify
-from rcmae.models.vit import MaskedAutoencoder
+from rcmae.models.sizes import NetworkSizes
+from rcmae.models.vit import Heads, MaskedAutoencoder
 from rcmae.objectives import OBJECTIVES, Context, Objective, new
 from rcmae.objectives.bootmae import Features
 from rcmae.objectives.supmae import Classification
@@ -24,7 +25,7 @@ KEPT = 6
 def networks(dtype: torch.dtype = torch.float64) -> tuple[MaskedAutoencoder, MaskedAutoencoder]:
     pair = []
     for seed in (1, 2):
-        model = MaskedAutoencoder(**SIZES.model())
+        model = MaskedAutoencoder(NetworkSizes(**SIZES.model()))
         model.load_state_dict(reference.weights(SIZES, seed))
         pair.append(model.to(dtype))
     return pair[0], pair[1].requires_grad_(False)
@@ -152,7 +153,9 @@ def seen_forwards(network: torch.nn.Module) -> list[tuple[str, ...]]:
 
 
 def test_unlabelled_images_count_in_the_reconstruction_alone() -> None:
-    model = MaskedAutoencoder(**SIZES.model(), num_classes=5, class_hidden=8).double()
+    model = MaskedAutoencoder(
+        NetworkSizes(**SIZES.model()), heads=Heads(num_classes=5, class_hidden=8)
+    ).double()
     images, noise = reference.inputs(SIZES, 4, seed=11)
     labels = torch.tensor([2, -100, 4, -100])
     batch = dataclasses.replace(batch_of(images.double(), noise), labels=labels)
@@ -176,7 +179,8 @@ def test_unlabelled_images_count_in_the_reconstruction_alone() -> None:
 
 def test_terms_share_the_forward_passes() -> None:
     student = MaskedAutoencoder(
-        **SIZES.model(), num_classes=5, class_hidden=0, predicts_features=True
+        NetworkSizes(**SIZES.model()),
+        heads=Heads(num_classes=5, class_hidden=0, predicts_features=True),
     ).double()
     teacher = copy.deepcopy(student)
     images, noise = reference.inputs(SIZES, 3, seed=12)
@@ -202,7 +206,7 @@ def test_terms_share_the_forward_passes() -> None:
 
 
 def test_a_teacher_of_features_is_the_encoder_alone() -> None:
-    student = BootstrappedAutoencoder(**SIZES.model())
+    student = BootstrappedAutoencoder(NetworkSizes(**SIZES.model()))
     teacher = copy.deepcopy(student)
     teacher.keep(new("bootmae").teacher_outputs)
     names = {name for name, _ in teacher.named_parameters()}
@@ -212,7 +216,7 @@ def test_a_teacher_of_features_is_the_encoder_alone() -> None:
     assert new("bootmae")(student, teacher, batch, 1.0).keys() == {"reconstruction", "features"}
     nothing = new("bootmae", feature_weight=0.0)
     assert not nothing.needs_teacher
-    bare = BootstrappedAutoencoder(**SIZES.model(), predicts_features=False)
+    bare = BootstrappedAutoencoder(NetworkSizes(**SIZES.model()), predicts_features=False)
     nothing(bare, None, batch, 0.0)["reconstruction"].backward()
     assert all(param.grad is not None for param in bare.parameters())
 

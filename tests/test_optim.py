@@ -14,14 +14,15 @@ from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.classifier import Classifier
 from rcmae.models.protocol import Place
-from rcmae.models.vit import Encoder, MaskedAutoencoder
+from rcmae.models.sizes import NetworkSizes
+from rcmae.models.vit import Encoder, Heads, MaskedAutoencoder
 from reference import Sizes
 
 SIZES = Sizes()
 
 
 def test_every_trainable_parameter_is_in_one_group_by_the_published_rule() -> None:
-    model = MaskedAutoencoder(**SIZES.model())
+    model = MaskedAutoencoder(NetworkSizes(**SIZES.model()))
     groups = param_groups(model, 0.05)
     assert tuple(group["name"] for group in groups) == GROUPS[:4]
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0, 0.05, 0.0]
@@ -45,7 +46,7 @@ def test_every_trainable_parameter_is_in_one_group_by_the_published_rule() -> No
 
 
 def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
-    model = MaskedAutoencoder(**SIZES.model())
+    model = MaskedAutoencoder(NetworkSizes(**SIZES.model()))
     for name, param in model.named_parameters():
         param.requires_grad_(name.startswith("blocks.0."))
     assert [group["name"] for group in param_groups(model, 0.05)] == [
@@ -56,7 +57,7 @@ def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.05])
 def test_optimizer_moves_weights_as_decoupled_adam_with_the_papers_betas(decay: float) -> None:
-    model = MaskedAutoencoder(**SIZES.model()).double()
+    model = MaskedAutoencoder(NetworkSizes(**SIZES.model())).double()
     state = {name: param.detach().clone() for name, param in model.named_parameters()}
     plain = reference.AdamW(decay)
     optimizer = kernels.adamw(param_groups(model, decay), betas=(0.9, 0.95))
@@ -82,14 +83,15 @@ def test_optimizer_moves_weights_as_decoupled_adam_with_the_papers_betas(decay: 
 
 def test_heads_and_regressors_are_no_part_of_what_teachers_share() -> None:
     model = MaskedAutoencoder(
-        **SIZES.model(), num_classes=3, class_hidden=8, predicts_features=True
+        NetworkSizes(**SIZES.model()),
+        heads=Heads(num_classes=3, class_hidden=8, predicts_features=True),
     )
     groups = {group["name"]: group["param_names"] for group in param_groups(model, 0.05)}
     assert tuple(groups) == GROUPS
     assert all(name.startswith(("cls_head.", "feature_head.")) for name in groups["head_decay"])
     assert "cls_head.1.weight" in groups["head_no_decay"]
 
-    regressors = BootstrappedAutoencoder(**SIZES.model())
+    regressors = BootstrappedAutoencoder(NetworkSizes(**SIZES.model()))
     boot = {group["name"]: group["param_names"] for group in param_groups(regressors, 0.05)}
     assert tuple(boot) == GROUPS[:4]
     assert "cls_token" in boot["encoder_no_decay"]  # as published, of this network alone
@@ -98,12 +100,9 @@ def test_heads_and_regressors_are_no_part_of_what_teachers_share() -> None:
 
 def test_layers_move_the_slower_the_lower_and_tokens_do_not_decay() -> None:
     model = Classifier(
-        image_size=(16, 16),
-        patch_size=8,
-        in_channels=3,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
+        NetworkSizes(
+            image_size=(16, 16), patch_size=8, in_channels=3, embed_dim=16, depth=2, num_heads=2
+        ),
         num_classes=3,
     )
     groups = {group["name"]: group for group in param_groups(model, 0.05, 0.5)}
@@ -133,7 +132,9 @@ class Around(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = SIZES.model()
-        self.backbone = Encoder(**{key: sizes[key] for key in sizes if "decoder" not in key})
+        self.backbone = Encoder(
+            NetworkSizes(**{key: sizes[key] for key in sizes if "decoder" not in key})
+        )
         self.neck = nn.Linear(4, 4)
 
     num_layers = SIZES.depth + 2

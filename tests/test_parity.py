@@ -26,7 +26,8 @@ import reference
 import relatives
 from parity.report import CHECKS
 from rcmae.models.bootmae import BootstrappedAutoencoder
-from rcmae.models.vit import MaskedAutoencoder
+from rcmae.models.sizes import NetworkSizes
+from rcmae.models.vit import Heads, MaskedAutoencoder
 from reference import Sizes
 from tools import check_parity as tool
 
@@ -488,7 +489,8 @@ def supmae_forward(folder: Path) -> Path:
     }
     with torch.device("meta"):
         model = MaskedAutoencoder(
-            **sizes.model(), num_classes=classes, class_hidden=hidden, class_pool="cls"
+            NetworkSizes(**sizes.model()),
+            heads=Heads(num_classes=classes, class_hidden=hidden, class_pool="cls"),
         )
     head = {name: shape for name, shape in published_shapes(model).items() if "cls_head" in name}
     start = reference.weights(sizes, 81) | relatives.drawn(head, 82)
@@ -618,15 +620,17 @@ def bootmae_forward(folder: Path) -> Path:
     }
     with torch.device("meta"):
         model = BootstrappedAutoencoder(
-            image_size=(side, side),
-            patch_size=patch,
-            in_channels=3,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
-            decoder_dim=narrow,
-            decoder_depth=decoder_depth,
-            decoder_heads=heads,
+            NetworkSizes(
+                image_size=(side, side),
+                patch_size=patch,
+                in_channels=3,
+                embed_dim=width,
+                depth=depth,
+                num_heads=heads,
+                decoder_dim=narrow,
+                decoder_depth=decoder_depth,
+                decoder_heads=heads,
+            ),
             low_layer=1,
             high_layer=2,
         )
@@ -794,15 +798,17 @@ def maepriv_pretrain(folder: Path) -> Path:
     ):
         with torch.device("meta"):
             model = MaskedAutoencoder(
-                image_size=(side, side),
-                patch_size=patch,
-                in_channels=3,
-                embed_dim=widths[0],
-                depth=depths[0],
-                num_heads=heads[0],
-                decoder_dim=widths[1],
-                decoder_depth=depths[1],
-                decoder_heads=heads[1],
+                NetworkSizes(
+                    image_size=(side, side),
+                    patch_size=patch,
+                    in_channels=3,
+                    embed_dim=widths[0],
+                    depth=depths[0],
+                    num_heads=heads[0],
+                    decoder_dim=widths[1],
+                    decoder_depth=depths[1],
+                    decoder_heads=heads[1],
+                ),
                 cls_token=has_cls,
                 decoder_cls=False,
                 qkv_bias="qv",

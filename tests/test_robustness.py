@@ -16,6 +16,7 @@ from rcmae.data.index import ShardIndex
 from rcmae.evaluation.labelled_sets import LabelledSet
 from rcmae.evaluation.robustness import Baselines, Loading, corruption_errors, judged
 from rcmae.models.classifier import Classifier
+from rcmae.models.sizes import NetworkSizes
 from rcmae.weights.encoder import load_classifier
 
 
@@ -24,12 +25,9 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of a classifier of 8 classes whose head is random."""
     path = tmp_path_factory.mktemp("classifier") / "w.safetensors"
     model = Classifier(
-        image_size=(32, 32),
-        patch_size=8,
-        in_channels=3,
-        embed_dim=192,
-        depth=1,
-        num_heads=3,
+        NetworkSizes(
+            image_size=(32, 32), patch_size=8, in_channels=3, embed_dim=192, depth=1, num_heads=3
+        ),
         num_classes=8,
     )
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ import reference
 from rcmae.models.blocks import Block, LastBlock
 from rcmae.models.flops import flops_per_image
 from rcmae.models.patches import patches_at, patchify, sincos_positions, unpatchify
-from rcmae.models.sizes import ARCHITECTURES
+from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from reference import Sizes
 
@@ -25,7 +25,7 @@ SHAPES = {
 
 
 def small(sizes: Sizes = SHAPES["tall"], seed: int = 3) -> MaskedAutoencoder:
-    model = MaskedAutoencoder(**sizes.model())
+    model = MaskedAutoencoder(NetworkSizes(**sizes.model()))
     model.load_state_dict(reference.weights(sizes, seed), strict=True)
     return model
 
@@ -124,13 +124,13 @@ def test_position_table_encodes_column_then_row() -> None:
 
 def test_names_and_shapes_are_the_published_ones() -> None:
     sizes = SHAPES["tall"]
-    state = MaskedAutoencoder(**sizes.model()).state_dict()
+    state = MaskedAutoencoder(NetworkSizes(**sizes.model())).state_dict()
     tables = {"pos_embed": (1, 25, 24), "decoder_pos_embed": (1, 25, 16)}
     assert {name: tuple(array.shape) for name, array in state.items()} == reference.shapes(
         sizes
     ) | tables
     assert list(reference.shapes(sizes)) == [
-        name for name, _ in MaskedAutoencoder(**sizes.model()).named_parameters()
+        name for name, _ in MaskedAutoencoder(NetworkSizes(**sizes.model())).named_parameters()
     ]
 
 
@@ -144,7 +144,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_build_and_count_as_published(name: str) -> None:
     with torch.device("meta"):
-        model = MaskedAutoencoder(image_size=(224, 224), in_channels=3, **ARCHITECTURES[name])
+        model = MaskedAutoencoder(
+            NetworkSizes(image_size=(224, 224), in_channels=3, **ARCHITECTURES[name])
+        )
     trainable = sum(param.numel() for param in model.parameters())
     everything = trainable + sum(buffer.numel() for buffer in model.buffers())
     assert (trainable, everything) == PUBLISHED.get(name, (trainable, everything))
@@ -162,11 +164,11 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_flops_agree_with_the_known_figures(name: str) -> None:
-    sizes = {"image_size": (224, 224), "in_channels": 3, **ARCHITECTURES[name]}
-    visible = (224 // sizes["patch_size"]) ** 2 // 4
-    published = flops_per_image(**sizes, num_visible=visible, hidden_only=False)
+    sizes = NetworkSizes(image_size=(224, 224), in_channels=3, **ARCHITECTURES[name])
+    visible = sizes.num_patches // 4
+    published = flops_per_image(sizes, num_visible=visible, hidden_only=False)
     assert round(published / 1e9, 1) == FIGURES[name]
-    assert 0.95 < flops_per_image(**sizes, num_visible=visible) / published < 1
+    assert 0.95 < flops_per_image(sizes, num_visible=visible) / published < 1
 
 
 def test_flops_are_those_that_the_model_runs() -> None:
@@ -176,7 +178,7 @@ def test_flops_are_those_that_the_model_runs() -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         # it does not know the fused kernel of CPUs
         model(images, noise.argsort(dim=1), 6)
-    assert counter.get_total_flops() == 3 * flops_per_image(**model.sizes, num_visible=6)
+    assert counter.get_total_flops() == 3 * flops_per_image(model.sizes, num_visible=6)
 
 
 def test_position_tables_stay_float32_whatever_the_weights_are() -> None:
@@ -194,7 +196,7 @@ def test_position_tables_stay_float32_whatever_the_weights_are() -> None:
 def test_initial_weights_depend_on_the_generator_alone() -> None:
     def drawn(seed: int) -> dict[str, torch.Tensor]:
         torch.rand(seed)  # the global generator plays no part
-        model = MaskedAutoencoder(**SHAPES["tall"].model())
+        model = MaskedAutoencoder(NetworkSizes(**SHAPES["tall"].model()))
         model.init_weights(torch.Generator().manual_seed(seed))
         return model.state_dict()
 
@@ -202,13 +204,15 @@ def test_initial_weights_depend_on_the_generator_alone() -> None:
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not torch.equal(one["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
     torch.rand(3)
-    first, second = (MaskedAutoencoder(**SHAPES["tall"].model()).state_dict() for _ in range(2))
+    first, second = (
+        MaskedAutoencoder(NetworkSizes(**SHAPES["tall"].model())).state_dict() for _ in range(2)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_initial_weights_are_distributed_as_published() -> None:
     sizes = Sizes(image=(32, 32), patch=8, width=192, heads=3, decoder_width=128, decoder_heads=4)
-    state = dict(MaskedAutoencoder(**sizes.model()).named_parameters())
+    state = dict(MaskedAutoencoder(NetworkSizes(**sizes.model())).named_parameters())
     for name, (made, given) in {
         "blocks.0.attn.qkv.weight": (576, 192),
         "patch_embed.proj.weight": (192, 192),  # as a linear layer
@@ -229,7 +233,7 @@ def test_initial_weights_are_distributed_as_published() -> None:
 def test_every_problem_of_sizes_is_named_at_once() -> None:
     wrong = Sizes(image=(30, 16), patch=4, width=26, heads=4, decoder_width=18).model()
     with pytest.raises(ValueError, match="image height 30") as caught:
-        MaskedAutoencoder(**wrong)
+        MaskedAutoencoder(NetworkSizes(**wrong))
     message = str(caught.value)
     for part in (
         "use 28 or 32",
@@ -238,7 +242,7 @@ def test_every_problem_of_sizes_is_named_at_once() -> None:
     ):
         assert part in message
     with pytest.raises(ValueError, match="decoder_depth=0 must be at least 1"):
-        MaskedAutoencoder(**SHAPES["tall"].model() | {"decoder_depth": 0})
+        MaskedAutoencoder(NetworkSizes(**SHAPES["tall"].model() | {"decoder_depth": 0}))
 
 
 def test_a_call_without_a_mask_is_refused() -> None:

@@ -50,7 +50,7 @@ from rcmae.engines.protocol import DTYPES, EngineSettings
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.flops import flops_per_image
-from rcmae.models.sizes import ARCHITECTURES
+from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import Objective, new
 from rcmae.objectives.mae import pixel_targets
@@ -219,7 +219,11 @@ class Bench:
         teacher: bool,
         bootmae: bool = False,
     ) -> None:
-        self.student = BootstrappedAutoencoder(**sizes) if bootmae else MaskedAutoencoder(**sizes)
+        self.student = (
+            BootstrappedAutoencoder(NetworkSizes(**sizes))
+            if bootmae
+            else MaskedAutoencoder(NetworkSizes(**sizes))
+        )
         self.teacher = copy.deepcopy(self.student) if teacher else None
         if bootmae and self.teacher is not None:
             self.teacher.keep(new("bootmae").teacher_outputs)
@@ -522,17 +526,15 @@ def describe(
     ceiling: float,
 ) -> dict[str, Any]:
     """One variant's figures."""
-    patches = (
-        sizes["image_size"][0]
-        // sizes["patch_size"]
-        * (sizes["image_size"][1] // sizes["patch_size"])
-    )
+    patches = NetworkSizes(**sizes).num_patches
     visible = visible_count(patches, MASK_RATIO)
-    forward = flops_per_image(**sizes, num_visible=visible, hidden_only=variant.path == "lean")
+    forward = flops_per_image(
+        NetworkSizes(**sizes), num_visible=visible, hidden_only=variant.path == "lean"
+    )
     flops = forward * (4 if variant.objective == "rcmae" else 3)
     if variant.objective == "bootmae":
         with torch.device("meta"):
-            network = BootstrappedAutoencoder(**sizes)
+            network = BootstrappedAutoencoder(NetworkSizes(**sizes))
         flops = 3 * network.flops(visible) + network.encoder_flops(patches)
     phases = [name for name in PHASES if name in rounds[0]]
     parts = {name: [seconds[name] for seconds in rounds] for name in phases}

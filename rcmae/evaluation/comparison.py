@@ -61,7 +61,7 @@ class Comparison:
         """What the recipe gets for an objective. Raises Refused."""
         given = [*self.overrides, *OBJECTIVES[name]]
         if name in LABELLED:
-            width = student_sizes(config.load(self.recipe, given).model)["embed_dim"]
+            width = student_sizes(config.load(self.recipe, given).model).embed_dim
             given += [f"model.num_classes={self.classes}", f"model.class_hidden={4 * width}"]
         return given
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from rcmae.models.blocks import SplitBiasAttention
 from rcmae.models.flops import block_flops
 from rcmae.models.patches import sincos_positions
 from rcmae.models.protocol import OF_WHOLE_IMAGES, Output, Outputs
-from rcmae.models.sizes import size_problems
+from rcmae.models.sizes import NetworkSizes, size_problems
 from rcmae.models.vit import Encoder
 
 from timm.layers import Mlp
@@ -109,11 +108,9 @@ class BootstrappedAutoencoder(Encoder):
     """Encoder and regressors. Weights are drawn at construction from a fixed seed.
 
     Args:
-        image_size: as `patch_size`, `in_channels`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio`
-            and `norm_layer` those of `Encoder`.
-        decoder_dim: width of the regressor of pixels; that of features is as wide as the encoder.
-        decoder_depth: blocks of each regressor, at least 1.
-        decoder_heads: of both regressors' attention.
+        sizes: of the encoder and of each regressor. `decoder_dim` is the width of that of pixels;
+            that of features is as wide as the encoder.
+        norm_layer: that of `Encoder`.
         low_layer: block whose output the regressor of pixels looks at, from 0.
         high_layer: the same for that of features; None: the last.
         predicts_features: whether there is a regressor of features.
@@ -128,80 +125,56 @@ class BootstrappedAutoencoder(Encoder):
 
     def __init__(
         self,
+        sizes: NetworkSizes,
         *,
-        image_size: tuple[int, int],
-        patch_size: int,
-        in_channels: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        decoder_dim: int,
-        decoder_depth: int,
-        decoder_heads: int,
-        mlp_ratio: float = 4.0,
         norm_layer: Callable[..., nn.Module] | None = None,
         low_layer: int = 0,
         high_layer: int | None = None,
         predicts_features: bool = True,
     ) -> None:
-        sizes: dict[str, Any] = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "decoder_dim": decoder_dim,
-            "decoder_depth": decoder_depth,
-            "decoder_heads": decoder_heads,
-            "mlp_ratio": mlp_ratio,
-        }
-        high_layer = depth - 1 if high_layer is None else high_layer
-        problems = size_problems(**sizes, heads_divide=False)
-        if decoder_dim < decoder_heads:
-            problems.append(f"decoder_dim={decoder_dim} is less than decoder_heads={decoder_heads}")
-        if not 0 <= low_layer < depth or not 0 <= high_layer < depth:
+        high_layer = sizes.depth - 1 if high_layer is None else high_layer
+        problems = size_problems(sizes, heads_divide=False)
+        width = sizes.decoder_dim
+        if width < sizes.decoder_heads:
+            problems.append(f"decoder_dim={width} is less than decoder_heads={sizes.decoder_heads}")
+        if not 0 <= low_layer < sizes.depth or not 0 <= high_layer < sizes.depth:
             problems.append(
-                f"layers {low_layer} and {high_layer} must be among the encoder's 0 to {depth - 1}"
+                f"layers {low_layer} and {high_layer} must be among the encoder's 0 to "
+                f"{sizes.depth - 1}"
             )
         if problems:
             raise Refused("\n".join(problems))
-        super().__init__(
-            image_size=image_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            norm_layer=norm_layer,
-            qkv_bias="qv",
-            positions="row_first",
-        )
-        self.sizes = sizes
+        super().__init__(sizes, norm_layer=norm_layer, qkv_bias="qv", positions="row_first")
         self.layers = (low_layer, high_layer)
         norm = norm_layer or kernels.layer_norm()
 
         def blocks(width: int) -> nn.ModuleList:
             return nn.ModuleList(
-                RegressorBlock(width, embed_dim, decoder_heads, mlp_ratio=mlp_ratio, norm=norm)
-                for _ in range(decoder_depth)
+                RegressorBlock(
+                    width,
+                    sizes.embed_dim,
+                    sizes.decoder_heads,
+                    mlp_ratio=sizes.mlp_ratio,
+                    norm=norm,
+                )
+                for _ in range(sizes.decoder_depth)
             )
 
-        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
-        table = sincos_positions(decoder_dim, self.grid, cls_token=True, order="row_first")
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        table = sincos_positions(width, self.grid, cls_token=True, order="row_first")
         self.register_buffer("de_pos_embed", table.float()[None])
-        self.decode_blocks = blocks(decoder_dim)
-        self.decode_norm = norm(decoder_dim)
-        self.down = nn.Linear(embed_dim, decoder_dim)
+        self.decode_blocks = blocks(width)
+        self.decode_norm = norm(width)
+        self.down = nn.Linear(sizes.embed_dim, width)
         self.lm_head = nn.Module()
-        self.lm_head.proj = PixelHead(decoder_dim, in_channels, patch_size, stride=patch_size)
+        patch = sizes.patch_size
+        self.lm_head.proj = PixelHead(width, sizes.in_channels, patch, stride=patch)
         if predicts_features:
-            self.mask_token_1 = nn.Parameter(torch.empty(1, 1, embed_dim))
-            self.decode_blocks_1 = blocks(embed_dim)
-            self.down_1 = nn.Linear(embed_dim, embed_dim)
-            self.decode_norm_1 = norm(embed_dim)
-            self.lm_head_1 = nn.Linear(embed_dim, embed_dim)
+            self.mask_token_1 = nn.Parameter(torch.empty(1, 1, sizes.embed_dim))
+            self.decode_blocks_1 = blocks(sizes.embed_dim)
+            self.down_1 = nn.Linear(sizes.embed_dim, sizes.embed_dim)
+            self.decode_norm_1 = norm(sizes.embed_dim)
+            self.lm_head_1 = nn.Linear(sizes.embed_dim, sizes.embed_dim)
         self.init_weights(torch.Generator().manual_seed(0))
 
     @torch.no_grad()
@@ -282,7 +255,7 @@ class BootstrappedAutoencoder(Encoder):
         hidden = self.num_patches - num_visible
         total = self.encoder_flops(num_visible)
         pixels = self.patch_size**2 * self.in_channels
-        regressors = [(self.sizes["decoder_dim"], pixels)]
+        regressors = [(self.sizes.decoder_dim, pixels)]
         if hasattr(self, "lm_head_1"):
             regressors.append((self.embed_dim, self.embed_dim))
         for width, outputs in regressors:

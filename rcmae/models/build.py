@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-from typing import Any
 
 import torch
 
@@ -12,13 +11,13 @@ from rcmae.config import ModelOptions, Recipe
 from rcmae.errors import Refused
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
-from rcmae.models.sizes import ARCHITECTURES, size_problems
-from rcmae.models.vit import MaskedAutoencoder
+from rcmae.models.sizes import ARCHITECTURES, NetworkSizes, size_problems
+from rcmae.models.vit import Heads, MaskedAutoencoder
 
 Network = MaskedAutoencoder | BootstrappedAutoencoder  # what pretrains
 
 
-def student_sizes(model: ModelOptions, *, heads_divide: bool = True) -> dict[str, int]:
+def student_sizes(model: ModelOptions, *, heads_divide: bool = True) -> NetworkSizes:
     """The sizes of the student: the architecture's, with the recipe's over them.
 
     Args:
@@ -32,13 +31,13 @@ def student_sizes(model: ModelOptions, *, heads_divide: bool = True) -> dict[str
         close = difflib.get_close_matches(model.name, ARCHITECTURES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(ARCHITECTURES)}"
         raise Refused(f"model.name: unknown architecture {model.name!r}; {hint}")
-    sizes = {key: getattr(model, key) or value for key, value in ARCHITECTURES[model.name].items()}
-    problems = size_problems(
-        **sizes,
+    named = ARCHITECTURES[model.name]
+    sizes = NetworkSizes(
         image_size=model.image_hw,
         in_channels=model.in_channels,
-        heads_divide=heads_divide,
+        **{key: getattr(model, key) or value for key, value in named.items()},
     )
+    problems = size_problems(sizes, heads_divide=heads_divide)
     if problems:
         raise Refused("\n".join(f"model: {problem}" for problem in problems))
     return sizes
@@ -58,27 +57,31 @@ def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Networ
     model = recipe.model
     outputs = recipe.objective.student_outputs
     regressors = recipe.decoder == "bootmae"
-    common: dict[str, Any] = {
-        **student_sizes(model, heads_divide=not regressors),
-        "image_size": model.image_hw,
-        "in_channels": model.in_channels,
-        "norm_layer": kernels.layer_norm(norm or recipe.engine.layer_norm),
-        "predicts_features": "features" in outputs,
-    }
+    sizes = student_sizes(model, heads_divide=not regressors)
+    norm_layer = kernels.layer_norm(norm or recipe.engine.layer_norm)
     if regressors:
         return BootstrappedAutoencoder(
-            **common, low_layer=model.low_layer, high_layer=model.high_layer
+            sizes,
+            norm_layer=norm_layer,
+            low_layer=model.low_layer,
+            high_layer=model.high_layer,
+            predicts_features="features" in outputs,
         )
+    heads = Heads(
+        num_classes=model.num_classes if "classes" in outputs else 0,
+        class_hidden=model.class_hidden,
+        class_pool=model.class_pool,
+        predicts_features="features" in outputs,
+    )
     return MaskedAutoencoder(
-        **common,
+        sizes,
+        norm_layer=norm_layer,
         cls_token=model.cls_token,
         qkv_bias=model.qkv_bias,
         positions=model.positions,
         decoder_cls=model.decoder_cls,
         pixel_order=model.pixel_order,
-        num_classes=model.num_classes if "classes" in outputs else 0,
-        class_hidden=model.class_hidden,
-        class_pool=model.class_pool,
+        heads=heads,
     )
 
 

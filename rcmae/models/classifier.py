@@ -26,6 +26,7 @@ from rcmae.models import kernels  # first: it makes timm importable beside a CPU
 from rcmae.models.batchnorm import GlobalBatchNorm
 from rcmae.models.patches import sincos_positions
 from rcmae.models.protocol import Place, layer_of, part_of
+from rcmae.models.sizes import NetworkSizes
 
 from timm.models.vision_transformer import VisionTransformer
 
@@ -66,17 +67,11 @@ class Classifier(VisionTransformer):
     start of a pretraining.
 
     Args:
-        image_size: (height, width) in pixels.
-        patch_size: side of a patch in pixels; divides both.
-        in_channels: of the images.
-        embed_dim: width; a multiple of 4 and of num_heads.
-        depth: blocks.
-        num_heads: of the attention.
+        sizes: of the encoder.
         num_classes: 0 for none: scores are then the pooled features.
         pool: "cls" takes the class token after the encoder's norm, "mean" the mean of the patches
             of the last block, then a norm of its own (`fc_norm`).
         drop_path: rate at the last block; it grows linearly from 0 at the first.
-        mlp_ratio: width of the hidden layer of an MLP over that of its block.
         norm_layer: makes a layer norm of a given width; see `kernels.layer_norm`.
         class_token: whether there is one. Without, pool "cls" takes the mean of the patches after
             the encoder's norm.
@@ -84,38 +79,33 @@ class Classifier(VisionTransformer):
 
     def __init__(
         self,
+        sizes: NetworkSizes,
         *,
-        image_size: tuple[int, int],
-        patch_size: int,
-        in_channels: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
         num_classes: int,
         pool: Pool = "mean",
         drop_path: float = 0.0,
-        mlp_ratio: float = 4.0,
         norm_layer: Callable[..., nn.Module] | None = None,
         class_token: bool = True,
     ) -> None:
         super().__init__(
-            img_size=image_size,
-            patch_size=patch_size,
-            in_chans=in_channels,
+            img_size=sizes.image_size,
+            patch_size=sizes.patch_size,
+            in_chans=sizes.in_channels,
             num_classes=num_classes,
             global_pool="token" if pool == "cls" and class_token else "avg",
             fc_norm=pool == "mean",
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
+            embed_dim=sizes.embed_dim,
+            depth=sizes.depth,
+            num_heads=sizes.num_heads,
+            mlp_ratio=sizes.mlp_ratio,
             qkv_bias=True,
             class_token=class_token,
             norm_layer=norm_layer or kernels.layer_norm(),
             weight_init="skip",
         )
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.drop_path_rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
+        self.grid = sizes.grid
+        last = max(sizes.depth - 1, 1)
+        self.drop_path_rates = [drop_path * index / last for index in range(sizes.depth)]
         self._draws = _Draws()
         for index, (block, rate) in enumerate(zip(self.blocks, self.drop_path_rates, strict=True)):
             for branch, name in enumerate(("drop_path1", "drop_path2")):

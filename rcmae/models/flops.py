@@ -7,52 +7,36 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rcmae.models.build import Network
+    from rcmae.models.sizes import NetworkSizes
 
 
-def flops_per_image(
-    *,
-    image_size: tuple[int, int],
-    patch_size: int,
-    in_channels: int,
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
-    decoder_dim: int,
-    decoder_depth: int,
-    decoder_heads: int,
-    mlp_ratio: float = 4.0,
-    num_visible: int,
-    hidden_only: bool = True,
-) -> float:
+def flops_per_image(sizes: NetworkSizes, *, num_visible: int, hidden_only: bool = True) -> float:
     """Floating-point operations of one image's forward pass: matrix products alone, a multiply-add
     counted as 2.
 
     A step is 3 times that (the backward pass has twice as many), 4 times with a teacher (RC-MAE).
 
     Args:
-        image_size: as the other sizes, those of `MaskedAutoencoder`; numbers of heads do not
-            matter.
+        sizes: those of `MaskedAutoencoder`; numbers of heads do not matter.
         num_visible: patches that the encoder sees.
         hidden_only: the training path of this package. Otherwise what the published code computes,
             the figure to compare models by: every patch embedded, every token through the last
             block and predicted.
     """
-    patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
-    pixels = patch_size**2 * in_channels
+    patches = sizes.num_patches
+    pixels = sizes.patch_pixels
+    width = sizes.decoder_dim
     visible = 1 + num_visible
     tokens = 1 + patches
     predicted = patches - num_visible if hidden_only else tokens
+    embedded = num_visible if hidden_only else patches
 
-    def block(width: int, keys: int, queries: int) -> float:
-        return block_flops(width, keys, queries, mlp_ratio)
-
-    embed = 2 * pixels * embed_dim * (num_visible if hidden_only else patches)
-    encoder = embed + depth * block(embed_dim, visible, visible)
-    decoder = 2 * embed_dim * decoder_dim * visible + (decoder_depth - 1) * block(
-        decoder_dim, tokens, tokens
-    )
-    head = 2 * decoder_dim * pixels * predicted
-    return encoder + decoder + block(decoder_dim, tokens, predicted) + head
+    encoder: float = 2 * pixels * sizes.embed_dim * embedded
+    encoder += sizes.depth * block_flops(sizes.embed_dim, visible, visible, sizes.mlp_ratio)
+    blocks = (sizes.decoder_depth - 1) * block_flops(width, tokens, tokens, sizes.mlp_ratio)
+    decoder = 2 * sizes.embed_dim * width * visible + blocks
+    last = block_flops(width, tokens, predicted, sizes.mlp_ratio)
+    return encoder + decoder + last + 2 * width * pixels * predicted
 
 
 def block_flops(width: int, keys: int, queries: int, mlp_ratio: float) -> float:
@@ -63,22 +47,14 @@ def block_flops(width: int, keys: int, queries: int, mlp_ratio: float) -> float:
     return projections + 4 * queries * keys * width + 4 * mlp_ratio * width**2 * queries
 
 
-def classifier_flops(
-    *,
-    image_size: tuple[int, int],
-    patch_size: int,
-    in_channels: int,
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
-) -> float:
+def classifier_flops(sizes: NetworkSizes) -> float:
     """Floating-point operations of one image's forward pass without the head, as
     `flops_per_image` counts them.
     """
-    patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
-    tokens = 1 + patches
-    block = 24 * embed_dim**2 * tokens + 4 * tokens**2 * embed_dim
-    return 2.0 * patch_size**2 * in_channels * embed_dim * patches + depth * block
+    tokens = 1 + sizes.num_patches
+    block = 24 * sizes.embed_dim**2 * tokens + 4 * tokens**2 * sizes.embed_dim
+    embedding = 2.0 * sizes.patch_pixels * sizes.embed_dim * sizes.num_patches
+    return embedding + sizes.depth * block
 
 
 def step_flops(student: Network, teacher_outputs: tuple[str, ...], num_visible: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 _DECODER = {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16}
 
 # Encoders of ViT (Dosovitskiy et al.; tiny and small of DeiT) with the decoders of MAE and RC-MAE.
@@ -58,65 +60,93 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
 }
 
 
-def size_problems(
-    *,
-    image_size: tuple[int, int],
-    patch_size: int,
-    in_channels: int,
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
-    decoder_dim: int,
-    decoder_depth: int,
-    decoder_heads: int,
-    mlp_ratio: float = 4.0,
-    heads_divide: bool = True,
-) -> list[str]:
-    """What stands against these sizes of a model, one line a problem, with the way out.
+@dataclass(frozen=True)
+class NetworkSizes:
+    """Sizes of an encoder, and of the decoder that it is pretrained with."""
+
+    image_size: tuple[int, int]  # (height, width) in pixels
+    patch_size: int  # side in pixels; divides both
+    in_channels: int
+    embed_dim: int  # a multiple of 4, for positions, and of num_heads
+    depth: int
+    num_heads: int
+    decoder_dim: int = 0  # alike; 0: there is no decoder
+    decoder_depth: int = 0
+    decoder_heads: int = 0
+    mlp_ratio: float = 4.0  # width of the hidden layer of an MLP over that of its block
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_pixels(self) -> int:
+        """Numbers that a patch has."""
+        return self.patch_size**2 * self.in_channels
+
+
+def size_problems(sizes: NetworkSizes, *, heads_divide: bool = True) -> list[str]:
+    """What stands against these sizes of an encoder with a decoder, one line a problem, with the
+    way out.
 
     `heads_divide`: whether the decoder's heads must divide its width (BootMAE's need not).
     """
     counts = {
-        "image height": image_size[0],
-        "image width": image_size[1],
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": num_heads,
-        "decoder_dim": decoder_dim,
-        "decoder_depth": decoder_depth,
-        "decoder_heads": decoder_heads,
+        "image height": sizes.image_size[0],
+        "image width": sizes.image_size[1],
+        "patch_size": sizes.patch_size,
+        "in_channels": sizes.in_channels,
+        "embed_dim": sizes.embed_dim,
+        "depth": sizes.depth,
+        "num_heads": sizes.num_heads,
+        "decoder_dim": sizes.decoder_dim,
+        "decoder_depth": sizes.decoder_depth,
+        "decoder_heads": sizes.decoder_heads,
     }
-    if problems := [
-        f"{name}={count} must be at least 1" for name, count in counts.items() if count < 1
-    ]:
-        return problems
-    for name, side in (("height", image_size[0]), ("width", image_size[1])):
-        if side % patch_size:
-            near = [
-                size
-                for size in (side // patch_size * patch_size, -(-side // patch_size) * patch_size)
-                if size
-            ]
+    small = [f"{name}={count} must be at least 1" for name, count in counts.items() if count < 1]
+    if small:
+        return small
+    problems = _grid_problems(sizes)
+    problems += _width_problems("embed_dim", sizes.embed_dim, "num_heads", sizes.num_heads)
+    heads = sizes.decoder_heads if heads_divide else 1
+    problems += _width_problems("decoder_dim", sizes.decoder_dim, "decoder_heads", heads)
+    if sizes.mlp_ratio <= 0:
+        problems.append(f"mlp_ratio={sizes.mlp_ratio} must be above 0")
+    return problems
+
+
+def _grid_problems(sizes: NetworkSizes) -> list[str]:
+    """What keeps images from being split into patches."""
+    problems = []
+    patch = sizes.patch_size
+    for name, side in zip(("height", "width"), sizes.image_size, strict=True):
+        if side % patch:
+            near = [side // patch * patch, -(-side // patch) * patch]
+            use = " or ".join(str(size) for size in near if size)
             problems.append(
-                f"patch_size={patch_size} does not divide the image {name} {side}; use "
-                f"{' or '.join(map(str, near))}"
+                f"patch_size={patch} does not divide the image {name} {side}; use {use}"
             )
-    if image_size[0] // patch_size * (image_size[1] // patch_size) < 2 and not problems:
+    if sizes.num_patches < 2 and not problems:
         problems.append(
-            f"an image of {image_size} has one patch of {patch_size}; masking needs two or more"
+            f"an image of {sizes.image_size} has one patch of {patch}; masking needs two or more"
         )
-    for name, width, key, heads in (
-        ("embed_dim", embed_dim, "num_heads", num_heads),
-        ("decoder_dim", decoder_dim, "decoder_heads", decoder_heads),
-    ):
-        if width % heads and (heads_divide or key != "decoder_heads"):
-            problems.append(f"{name}={width} is not divisible by {key}={heads}")
-        if width % 4:
-            problems.append(
-                f"{name}={width} must be a multiple of 4, for sines and cosines of two axes"
-            )
-    if mlp_ratio <= 0:
-        problems.append(f"mlp_ratio={mlp_ratio} must be above 0")
+    return problems
+
+
+def _width_problems(name: str, width: int, key: str, heads: int) -> list[str]:
+    """What keeps a width from having heads and positions."""
+    problems = []
+    if width % heads:
+        problems.append(f"{name}={width} is not divisible by {key}={heads}")
+    if width % 4:
+        problems.append(
+            f"{name}={width} must be a multiple of 4, for sines and cosines of two axes"
+        )
     return problems

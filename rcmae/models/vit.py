@@ -17,9 +17,11 @@ published names forbid a child of its own."""
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ from rcmae.models.protocol import (
     layer_of,
     part_of,
 )
-from rcmae.models.sizes import size_problems
+from rcmae.models.sizes import NetworkSizes, size_problems
 
 from timm.models.vision_transformer import Block
 
@@ -54,13 +56,7 @@ class Encoder(nn.Module):
     float32.
 
     Args:
-        image_size: (height, width) in pixels.
-        patch_size: side of a patch in pixels; divides both.
-        in_channels: of the images.
-        embed_dim: width; a multiple of 4 (positions) and of num_heads.
-        depth: blocks.
-        num_heads: of the attention.
-        mlp_ratio: width of the hidden layer of an MLP over that of its block.
+        sizes: those of the decoder play no part here.
         norm_layer: makes a layer norm of a given width; see `kernels.layer_norm`.
         cls_token: whether one goes before the patches.
         qkv_bias: of the attention.
@@ -73,44 +69,39 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
+        sizes: NetworkSizes,
         *,
-        image_size: tuple[int, int],
-        patch_size: int,
-        in_channels: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
         norm_layer: Callable[..., nn.Module] | None = None,
         cls_token: bool = True,
         qkv_bias: QKVBias = "qkv",
         positions: Positions = "column_first",
     ) -> None:
         super().__init__()
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.in_channels = in_channels
-        self.embed_dim = embed_dim
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.num_patches = self.grid[0] * self.grid[1]
+        width = sizes.embed_dim
+        self.sizes = sizes
+        self.image_size = sizes.image_size
+        self.patch_size = sizes.patch_size
+        self.in_channels = sizes.in_channels
+        self.embed_dim = width
+        self.grid = sizes.grid
+        self.num_patches = sizes.num_patches
         # num_prefix: tokens before the patches
         self.num_prefix = int(cls_token)
-        self.mlp_ratio = mlp_ratio
+        self.mlp_ratio = sizes.mlp_ratio
         norm = norm_layer or kernels.layer_norm()
         if cls_token:
-            self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        table = sincos_positions(embed_dim, self.grid, cls_token=cls_token, order=positions)
+            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        table = sincos_positions(width, self.grid, cls_token=cls_token, order=positions)
         self.register_buffer("pos_embed", table.float()[None])
         # one child, so that its parameters are called patch_embed.proj.*
-        projection = PatchProjection(in_channels, embed_dim, patch_size, stride=patch_size)
+        patch = sizes.patch_size
+        projection = PatchProjection(sizes.in_channels, width, patch, stride=patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
-        self.blocks = nn.ModuleList(
-            make_block(
-                Block, embed_dim, num_heads, mlp_ratio=mlp_ratio, norm=norm, qkv_bias=qkv_bias
-            )
-            for _ in range(depth)
+        block = functools.partial(
+            make_block, Block, width, mlp_ratio=sizes.mlp_ratio, norm=norm, qkv_bias=qkv_bias
         )
-        self.norm = norm(embed_dim)
+        self.blocks = nn.ModuleList(block(sizes.num_heads) for _ in range(sizes.depth))
+        self.norm = norm(width)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
         """Casts and moves of the module (`.to`, `.bfloat16`), except that position tables never
@@ -230,6 +221,16 @@ class Encoder(nn.Module):
                 delattr(self, name.removesuffix("."))
 
 
+@dataclass(frozen=True)
+class Heads:
+    """What a masked autoencoder predicts besides pixels."""
+
+    num_classes: int = 0  # from the visible tokens (SupMAE, section 3); 0: none
+    class_hidden: int = 0  # width of the hidden layer, with a batch norm; 0: one linear layer
+    class_pool: Literal["mean", "cls"] = "mean"  # what it reads: mean of the patches, or cls token
+    predicts_features: bool = False  # a linear head of the decoder for an encoder's tokens
+
+
 class MaskedAutoencoder(Encoder):
     """Encoder and decoder of MAE and RC-MAE, with the options of MAE-priv and heads for more
     targets.
@@ -237,21 +238,13 @@ class MaskedAutoencoder(Encoder):
     Weights are drawn at construction from a fixed seed.
 
     Args:
-        image_size: as `patch_size`, `in_channels`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio`,
-            `norm_layer`, `cls_token`, `qkv_bias` and `positions` those of `Encoder`.
-        decoder_dim: width of the decoder; a multiple of 4 and of decoder_heads.
-        decoder_depth: blocks of the decoder, at least 1.
-        decoder_heads: of its attention.
+        sizes: of encoder and decoder, which has at least one block.
+        norm_layer: as `cls_token`, `qkv_bias` and `positions` that of `Encoder`.
         decoder_cls: whether the cls token goes through the decoder, too (MAE; MAE-priv leaves it
             out).
         pixel_order: how the weights of the prediction count a patch's pixels: channels last (MAE)
             or first. What comes out is always in the order of `patchify`.
-        num_classes: of the classification branch on the visible tokens (SupMAE, section 3); 0:
-            none.
-        class_hidden: width of its hidden layer, which a batch norm over all ranks follows; 0: one
-            linear layer.
-        class_pool: what it reads: the mean of the visible patches, or the cls token.
-        predicts_features: whether the decoder has a second, linear head for an encoder's tokens.
+        heads: for more targets.
 
     Raises:
         ValueError: sizes that do not fit, all of them at once.
@@ -262,81 +255,56 @@ class MaskedAutoencoder(Encoder):
 
     def __init__(
         self,
+        sizes: NetworkSizes,
         *,
-        image_size: tuple[int, int],
-        patch_size: int,
-        in_channels: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        decoder_dim: int,
-        decoder_depth: int,
-        decoder_heads: int,
-        mlp_ratio: float = 4.0,
         norm_layer: Callable[..., nn.Module] | None = None,
         cls_token: bool = True,
         qkv_bias: QKVBias = "qkv",
         positions: Positions = "column_first",
         decoder_cls: bool = True,
         pixel_order: PixelOrder = "hwc",
-        num_classes: int = 0,
-        class_hidden: int = 0,
-        class_pool: Literal["mean", "cls"] = "mean",
-        predicts_features: bool = False,
+        heads: Heads | None = None,
     ) -> None:
-        sizes: dict[str, Any] = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "decoder_dim": decoder_dim,
-            "decoder_depth": decoder_depth,
-            "decoder_heads": decoder_heads,
-            "mlp_ratio": mlp_ratio,
-        }
-        if problems := size_problems(**sizes):
+        if problems := size_problems(sizes):
             raise Refused("\n".join(problems))
         super().__init__(
-            image_size=image_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
+            sizes,
             norm_layer=norm_layer,
             cls_token=cls_token,
             qkv_bias=qkv_bias,
             positions=positions,
         )
-        self.sizes = sizes
+        heads = heads or Heads()
         self.pixel_order = pixel_order
-        self.class_pool = class_pool
+        self.class_pool = heads.class_pool
+        width = sizes.decoder_dim
         norm = norm_layer or kernels.layer_norm()
-        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         # tokens that the decoder does not get
         self.num_dropped = self.num_prefix if not decoder_cls else 0
         self.decoder_prefix = self.num_prefix - self.num_dropped
         table = sincos_positions(
-            decoder_dim, self.grid, cls_token=self.decoder_prefix > 0, order=positions
+            width, self.grid, cls_token=self.decoder_prefix > 0, order=positions
         )
         self.register_buffer("decoder_pos_embed", table.float()[None])
-        self.decoder_embed = nn.Linear(embed_dim, decoder_dim)
-        kinds = [Block] * (decoder_depth - 1) + [LastBlock]
+        self.decoder_embed = nn.Linear(sizes.embed_dim, width)
         self.decoder_blocks = nn.ModuleList(
             make_block(
-                kind, decoder_dim, decoder_heads, mlp_ratio=mlp_ratio, norm=norm, qkv_bias=qkv_bias
+                kind,
+                width,
+                sizes.decoder_heads,
+                mlp_ratio=sizes.mlp_ratio,
+                norm=norm,
+                qkv_bias=qkv_bias,
             )
-            for kind in kinds
+            for kind in [Block] * (sizes.decoder_depth - 1) + [LastBlock]
         )
-        self.decoder_norm = norm(decoder_dim)
-        self.decoder_pred = nn.Linear(decoder_dim, patch_size**2 * in_channels)
-        if num_classes:
-            self.cls_head = class_head(embed_dim, class_hidden, num_classes)
-        if predicts_features:
-            self.feature_head = nn.Linear(decoder_dim, embed_dim)
+        self.decoder_norm = norm(width)
+        self.decoder_pred = nn.Linear(width, sizes.patch_pixels)
+        if heads.num_classes:
+            self.cls_head = class_head(sizes.embed_dim, heads.class_hidden, heads.num_classes)
+        if heads.predicts_features:
+            self.feature_head = nn.Linear(width, sizes.embed_dim)
         self.init_weights(torch.Generator().manual_seed(0))
 
     @torch.no_grad()
@@ -412,7 +380,7 @@ class MaskedAutoencoder(Encoder):
 
         Counted as in `flops_per_image`.
         """
-        return flops_per_image(**self.sizes, num_visible=num_visible)
+        return flops_per_image(self.sizes, num_visible=num_visible)
 
     def decode(self, latent: Tensor, ids_shuffle: Tensor, *, first: int) -> Tensor:
         """Normalised tokens [B, L - first, decoder_dim] of the patches from `first` on, in the

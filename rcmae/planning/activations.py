@@ -53,10 +53,10 @@ def activations(
     """
     sizes = model.sizes
     width = bytes_of(precision)
-    dim = sizes["embed_dim"]
-    pixels = sizes["patch_size"] ** 2 * sizes["in_channels"]
+    dim = sizes.embed_dim
+    pixels = sizes.patch_size**2 * sizes.in_channels
     tokens = model.num_prefix + num_visible
-    blocks = _Blocks(width, sizes["mlp_ratio"], checkpointing, fused_attention)
+    blocks = _Blocks(width, sizes.mlp_ratio, checkpointing, fused_attention)
     prefix = model.cls_token.numel() if model.num_prefix else 0
     embedding = Part(
         "embedding",
@@ -65,7 +65,7 @@ def activations(
         passing=(tokens + num_visible) * dim * width,
     )
     encoder = [
-        blocks.part(f"block {i}", block, _Tokens(dim, sizes["num_heads"], tokens, tokens))
+        blocks.part(f"block {i}", block, _Tokens(dim, sizes.num_heads, tokens, tokens))
         for i, block in enumerate(model.blocks)
     ]
     rest = _regressors if isinstance(model, BootstrappedAutoencoder) else _decoder
@@ -135,18 +135,18 @@ def _decoder(model: Network, num_visible: int, blocks: _Blocks, teacher: bool) -
     visible = model.num_prefix + num_visible
     hidden = model.num_patches - num_visible
     tokens = model.decoder_prefix + model.num_patches
-    dim = sizes["decoder_dim"]
-    pixels = sizes["patch_size"] ** 2 * sizes["in_channels"]
+    dim = sizes.decoder_dim
+    pixels = sizes.patch_size**2 * sizes.in_channels
     bridge = Part(
         "bridge",
         params=_numel(model.norm) + _numel(model.decoder_embed) + model.mask_token.numel(),
-        saved=2 * visible * sizes["embed_dim"] * width,
+        saved=2 * visible * sizes.embed_dim * width,
         passing=2 * tokens * dim * width,
     )
     decoder = []
     for i, block in enumerate(model.decoder_blocks):
         queries = hidden if i == len(model.decoder_blocks) - 1 else tokens
-        at = _Tokens(dim, sizes["decoder_heads"], tokens, queries)
+        at = _Tokens(dim, sizes.decoder_heads, tokens, queries)
         decoder.append(blocks.part(f"decoder block {i}", block, at))
     # what the last two keep is small
     heads = ("decoder_norm", "decoder_pred", "cls_head", "feature_head")
@@ -178,10 +178,10 @@ def _regressors(model: Network, num_visible: int, blocks: _Blocks, teacher: bool
     width = blocks.width
     visible = 1 + num_visible
     hidden = model.num_patches - num_visible
-    dim = sizes["embed_dim"]
-    pixels = sizes["patch_size"] ** 2 * sizes["in_channels"]
+    dim = sizes.embed_dim
+    pixels = sizes.patch_size**2 * sizes.in_channels
     parts = [Part("bridge", _numel(model.norm), 2 * visible * dim * width, visible * dim * width)]
-    of_pixels = _Regressor("pixels", "", sizes["decoder_dim"], pixels)
+    of_pixels = _Regressor("pixels", "", sizes.decoder_dim, pixels)
     of_features = _Regressor("features", "_1", dim, dim)
     for regressor in (of_pixels, of_features):
         parts += _regressor(model, regressor, hidden, blocks)
@@ -226,7 +226,7 @@ def _regressor(
     own_blocks = list(named[f"decode_blocks{of.suffix}"].children())
     for i, block in enumerate(own_blocks):
         queries = hidden if i == len(own_blocks) - 1 else tokens
-        at = _Tokens(of.width, sizes["decoder_heads"], tokens, queries, visible, sizes["embed_dim"])
+        at = _Tokens(of.width, sizes.decoder_heads, tokens, queries, visible, sizes.embed_dim)
         inner.append(blocks.part(f"{of.name} block {i}", block, at))
     head = Part(
         f"head of {of.name}",
@@ -242,10 +242,10 @@ def inference_bytes(
 ) -> float:
     """Bytes of one image at the height of a forward pass without gradients: inside an MLP."""
     sizes = model.sizes
-    widest = (1 + num_visible) * sizes["embed_dim"]
+    widest = (1 + num_visible) * sizes.embed_dim
     if decodes:
-        widest = max(widest, (1 + model.num_patches) * sizes["decoder_dim"])
-    return (2 + 2 * sizes["mlp_ratio"]) * widest * bytes_of(precision)
+        widest = max(widest, (1 + model.num_patches) * sizes.decoder_dim)
+    return (2 + 2 * sizes.mlp_ratio) * widest * bytes_of(precision)
 
 
 def bytes_of(precision: str) -> int:

@@ -137,7 +137,7 @@ class _Step:
         if not self.settings.teacher or "decoder" in self.settings.teacher:
             return 0
         tokens = self.settings.per_device * self.model.num_patches
-        return tokens * self.model.sizes["embed_dim"] * bytes_of(self.settings.precision)
+        return tokens * self.model.sizes.embed_dim * bytes_of(self.settings.precision)
 
     def backward(self) -> None:
         """Activations go while gradients come, part by part from the loss on."""

@@ -23,8 +23,6 @@ from rcmae.tasks import start
 from rcmae.tasks.protocol import Data, Evaluated, Evaluating, EvaluationSet, Judgement, Saved
 from rcmae.weights.reading import NetworkWeights
 
-ENCODER_SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
-
 
 class Found(NamedTuple):
     """What rank 0 read for a task that classifies."""
@@ -146,20 +144,10 @@ def mixing_of(recipe: Recipe) -> Mixing:
     return Mixing(options.mixup, options.cutmix, options.mix_probability, options.mix_switch)
 
 
-def encoder_sizes(recipe: Recipe) -> dict[str, Any]:
-    """The sizes of the recipe's encoder. Raises Refused."""
-    sizes = student_sizes(recipe.model)
-    return {
-        "image_size": recipe.model.image_hw,
-        "in_channels": recipe.model.in_channels,
-        **{key: sizes[key] for key in ENCODER_SIZES},
-    }
-
-
 def new_classifier(recipe: Recipe, num_classes: int) -> Classifier:
     """The classifier of a recipe with the weights of `run.seed`, the same on every rank."""
     model = Classifier(
-        **encoder_sizes(recipe),
+        student_sizes(recipe.model),
         num_classes=num_classes,
         pool=recipe.classify.pool,
         drop_path=recipe.classify.drop_path,
@@ -174,7 +162,7 @@ def fit_problems(recipe: Recipe, found: Found | None, num_classes: int) -> list[
     try:
         with torch.device("meta"):
             model = Classifier(
-                **encoder_sizes(recipe), num_classes=num_classes, pool=recipe.classify.pool
+                student_sizes(recipe.model), num_classes=num_classes, pool=recipe.classify.pool
             )
     except Refused as error:
         return [str(error)]

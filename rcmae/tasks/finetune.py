@@ -24,7 +24,6 @@ from rcmae.models.flops import classifier_flops
 from rcmae.objectives import Objective
 from rcmae.tasks.classify import (
     Found,
-    encoder_sizes,
     fit_problems,
     judge_classes,
     judged,
@@ -113,7 +112,7 @@ class Finetuning:
         self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
     ) -> float:
         """Forward and backward of the classifier; its average has neither."""
-        return 3 * classifier_flops(**encoder_sizes(recipe))
+        return 3 * classifier_flops(student_sizes(recipe.model))
 
     def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
         """Each image with the one that it is mixed with, where images are mixed."""

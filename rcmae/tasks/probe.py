@@ -8,6 +8,7 @@ linear layer), moved by LARS or SGD. The encoder runs beside it, replicated on e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -28,7 +29,6 @@ from rcmae.models.flops import classifier_flops
 from rcmae.objectives import Objective
 from rcmae.tasks.classify import (
     Found,
-    encoder_sizes,
     fit_problems,
     judge_classes,
     judged,
@@ -76,7 +76,7 @@ class LinearProbe:
         judgement.problems += fit_problems(recipe, found, 0)
         depth = recipe.classify.depth
         if depth is not None and not judgement.problems:
-            blocks = encoder_sizes(recipe)["depth"]
+            blocks = student_sizes(recipe.model).depth
             if depth > blocks:
                 judgement.problems.append(
                     f"classify.depth={depth}: {recipe.model.name} has {blocks} blocks"
@@ -132,9 +132,9 @@ class LinearProbe:
         self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
     ) -> float:
         """The encoder's forward; the head is nothing beside it."""
-        sizes = encoder_sizes(recipe)
-        sizes["depth"] = recipe.classify.depth or sizes["depth"]
-        return classifier_flops(**sizes)
+        sizes = student_sizes(recipe.model)
+        depth = recipe.classify.depth or sizes.depth
+        return classifier_flops(replace(sizes, depth=depth))
 
     def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
         """The same batches: no image needs another."""

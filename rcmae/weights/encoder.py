@@ -29,7 +29,7 @@ from rcmae.config import Recipe, stored
 from rcmae.errors import Refused
 from rcmae.models.build import Network, new_network
 from rcmae.models.classifier import Classifier, Fit, fit_weights
-from rcmae.models.sizes import ARCHITECTURES
+from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.weights.layouts import Which
 from rcmae.weights.names import family_names, of_autoencoder, published_names
@@ -174,9 +174,12 @@ def _of_shapes(
     heads_of_decoder = told or DECODER_HEADS.get(sizes["decoder_dim"])
     if heads is None or heads_of_decoder is None:
         raise Refused(f"{found.about}: its widths do not tell the numbers of heads; give both")
-    model = MaskedAutoencoder(
+    cls_token = sizes.pop("cls_token", True)
+    decoder_cls = sizes.pop("decoder_cls", True)
+    network = NetworkSizes(
         image_size=(pixels, pixels), num_heads=heads, decoder_heads=heads_of_decoder, **sizes
     )
+    model = MaskedAutoencoder(network, cls_token=cls_token, decoder_cls=decoder_cls)
     model.load_state_dict(whole_network(model, weights))
     return model
 
@@ -213,15 +216,17 @@ def model_of(
 
     own_norm = "fc_norm.weight" in weights and "norm.weight" not in weights
     model = Classifier(
-        image_size=size,
-        patch_size=patch,
-        in_channels=sizes["in_channels"],
-        embed_dim=width,
-        depth=sizes["depth"],
-        num_heads=heads,
+        NetworkSizes(
+            image_size=size,
+            patch_size=patch,
+            in_channels=sizes["in_channels"],
+            embed_dim=width,
+            depth=sizes["depth"],
+            num_heads=heads,
+            mlp_ratio=sizes["mlp_ratio"],
+        ),
         num_classes=len(weights["head.weight"]) if head else 0,
         pool="mean" if own_norm else "cls",
-        mlp_ratio=sizes["mlp_ratio"],
         class_token=sizes.get("cls_token", True),
     )
     try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rcmae.errors import Refused
 from rcmae.models.protocol import PUBLISHED
+from rcmae.models.sizes import NetworkSizes
 
 Shape = tuple[int, ...]
 
@@ -82,18 +83,21 @@ def shapes_of(sizes: Mapping[str, Any]) -> dict[str, Shape]:
     width = sizes["embed_dim"]
     patch = sizes["patch_size"]
     whole = "decoder_dim" in sizes
+    network = NetworkSizes(
+        image_size=(patch, patch * sizes["num_patches"]),  # any grid of as many patches
+        patch_size=patch,
+        in_channels=sizes["in_channels"],
+        embed_dim=width,
+        depth=sizes["depth"],
+        num_heads=1,
+        decoder_dim=sizes.get("decoder_dim", 4),
+        decoder_depth=sizes.get("decoder_depth", 1),
+        decoder_heads=1,
+        mlp_ratio=sizes["mlp_ratio"] + 0.5 / width,  # blocks round the width of their MLP down
+    )
     with torch.device("meta"):
         model = MaskedAutoencoder(
-            image_size=(patch, patch * sizes["num_patches"]),  # any grid of as many patches
-            patch_size=patch,
-            in_channels=sizes["in_channels"],
-            embed_dim=width,
-            depth=sizes["depth"],
-            num_heads=1,
-            decoder_dim=sizes.get("decoder_dim", 4),
-            decoder_depth=sizes.get("decoder_depth", 1),
-            decoder_heads=1,
-            mlp_ratio=sizes["mlp_ratio"] + 0.5 / width,  # blocks round the width of their MLP down
+            network,
             cls_token=sizes.get("cls_token", True),
             decoder_cls=sizes.get("decoder_cls", "cls_token" not in sizes),
         )

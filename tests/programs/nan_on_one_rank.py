@@ -15,6 +15,7 @@ from rcmae.engines.deepspeed import DeepSpeedEngine
 from rcmae.engines.deepspeed_config import read_config
 from rcmae.engines.fsdp2 import FSDP2Engine
 from rcmae.engines.protocol import EngineSettings
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
 
@@ -51,7 +52,7 @@ def train(engine, poisoned):
 
 
 def check(kind, precision):
-    student = MaskedAutoencoder(**SIZES)
+    student = MaskedAutoencoder(NetworkSizes(**SIZES))
     settings = EngineSettings(precision=precision, accumulation=2, per_device=2)
     if kind == "fsdp2":
         engine = FSDP2Engine(student, copy.deepcopy(student), settings)

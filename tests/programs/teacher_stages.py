@@ -18,6 +18,7 @@ from rcmae.engines.fsdp2 import FSDP2Engine
 from rcmae.engines.local import LocalEngine
 from rcmae.engines.protocol import EngineSettings
 from rcmae.engines.teacher import teacher_bytes
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.planning.states import teacher_groups
 
@@ -38,13 +39,13 @@ PARTS = tuple(sys.argv[2].split(","))
 
 
 def teacher_names():
-    teacher = MaskedAutoencoder(**SIZES)
+    teacher = MaskedAutoencoder(NetworkSizes(**SIZES))
     teacher.keep(("pixels",) if "decoder" in PARTS else ("tokens",))
     return {name for name, _ in teacher.named_parameters()}
 
 
 def make(kind, precision):
-    student = MaskedAutoencoder(**SIZES)
+    student = MaskedAutoencoder(NetworkSizes(**SIZES))
     settings = EngineSettings(precision=precision)
     teacher = copy.deepcopy(student)
     teacher.keep(("pixels",) if "decoder" in PARTS else ("tokens",))
@@ -120,7 +121,7 @@ def check(kind, precision, momentum):
         figures["whole_copy_is_rounding"] = all(
             torch.equal(named[name].detach().flatten(), wanted[name].to(dtype)) for name in wanted
         )
-    groups = teacher_groups(MaskedAutoencoder(**SIZES), PARTS)
+    groups = teacher_groups(MaskedAutoencoder(NetworkSizes(**SIZES)), PARTS)
     formula = teacher_bytes(kind, groups, rank=dist.rank(), world=dist.world(), precision=precision)
     if kind in ("zero3", "fsdp2"):
         copies = sum(c.numel() * c.element_size() for c in ema.copies)

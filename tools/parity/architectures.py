@@ -11,7 +11,7 @@ from torch import nn
 from rcmae.engines.optim import param_groups
 from rcmae.models.classifier import Classifier
 from rcmae.models.patches import sincos_positions
-from rcmae.models.sizes import ARCHITECTURES
+from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 
 from .fixture import PRECISIONS, Fixture, Limit, Unusable
@@ -48,18 +48,18 @@ def arch_names(fixture: Fixture) -> None:
         side = fixture.config["img_size"]
         sizes: dict[str, Any] = dict(ARCHITECTURES[ours])
         with torch.device("meta"):
-            model: nn.Module = MaskedAutoencoder(image_size=(side, side), in_channels=3, **sizes)
+            model: nn.Module = MaskedAutoencoder(
+                NetworkSizes(image_size=(side, side), in_channels=3, **sizes)
+            )
         shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
         wanted = dict(stated["state_dict"])
         if "mask_token" not in wanted:  # one that classifies
             sizes = {key: value for key, value in sizes.items() if not key.startswith("decoder")}
             with torch.device("meta"):
                 model = Classifier(
-                    image_size=(side, side),
-                    in_channels=3,
+                    NetworkSizes(image_size=(side, side), in_channels=3, **sizes),
                     num_classes=wanted["head.weight"][0],
                     pool="mean" if "fc_norm.weight" in wanted else "cls",
-                    **sizes,
                 )
             shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
         differing = sorted(

@@ -13,6 +13,7 @@ from rcmae.data.masking import BlockMask
 from rcmae.engines.schedules import epoch_momentum, warmup_half_cosine
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.patches import patchify
+from rcmae.models.sizes import NetworkSizes
 from rcmae.objectives import Context, new
 from rcmae.objectives.mae import crowding, pixel_targets
 
@@ -63,7 +64,7 @@ def _network(fixture: Fixture, file: str, precision: str) -> BootstrappedAutoenc
     config = fixture.config
     state = fixture.arrays(file)
     low, high = config["fea_list"]
-    model = BootstrappedAutoencoder(
+    sizes = NetworkSizes(
         image_size=(config["img_size"],) * 2,
         patch_size=config["patch_size"],
         in_channels=state["patch_embed.proj.weight"].shape[1],
@@ -74,9 +75,8 @@ def _network(fixture: Fixture, file: str, precision: str) -> BootstrappedAutoenc
         decoder_depth=config["decoder_depth"],
         decoder_heads=config["num_heads"],
         mlp_ratio=config["mlp_ratio"],
-        low_layer=low,
-        high_layer=high,
     )
+    model = BootstrappedAutoencoder(sizes, low_layer=low, high_layer=high)
     tables = {name: state[name] for name in model.TABLES}
     fixture.all_close(
         "position tables", dict(model.named_buffers()), tables, Limit(1e-6, 0.0), "float32"

@@ -25,6 +25,7 @@ from rcmae.models.classifier import (
     fit_weights,
     probe_head,
 )
+from rcmae.models.sizes import NetworkSizes
 from rcmae.weights.names import published_names
 
 from .fixture import PRECISIONS, Fixture, Limit, Unusable
@@ -48,16 +49,18 @@ def classifier(
         if config.get(key, ours) != ours:
             raise Unusable(f"config.{key}={config[key]}: this package has {ours}")
     model = Classifier(
-        image_size=(side, side) if isinstance(side, int) else tuple(side),
-        patch_size=config["patch_size"],
-        in_channels=weights["patch_embed.proj.weight"].shape[1],
-        embed_dim=config["embed_dim"],
-        depth=config["depth"],
-        num_heads=config["num_heads"],
+        NetworkSizes(
+            image_size=(side, side) if isinstance(side, int) else tuple(side),
+            patch_size=config["patch_size"],
+            in_channels=weights["patch_embed.proj.weight"].shape[1],
+            embed_dim=config["embed_dim"],
+            depth=config["depth"],
+            num_heads=config["num_heads"],
+            mlp_ratio=config.get("mlp_ratio", 4),
+        ),
         num_classes=config["num_classes"],
         pool=pool,
         drop_path=config.get("drop_path", 0.0),
-        mlp_ratio=config.get("mlp_ratio", 4),
     ).to(dtype)
     fit = fit_weights(
         model, published_names({name: weight.to(dtype) for name, weight in weights.items()})

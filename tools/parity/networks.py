@@ -15,6 +15,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.masking import visible_count
 from rcmae.engines.optim import param_groups
 from rcmae.models import kernels
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import Objective
 
@@ -43,16 +44,18 @@ def build(
     side = config["img_size"]
     state = fixture.arrays(weights) if state is None else state
     model = MaskedAutoencoder(
-        image_size=(side, side) if isinstance(side, int) else tuple(side),
-        patch_size=config["patch_size"],
-        in_channels=config.get("in_chans", state["patch_embed.proj.weight"].shape[1]),
-        embed_dim=config["embed_dim"],
-        depth=config["depth"],
-        num_heads=config["num_heads"],
-        decoder_dim=config["decoder_embed_dim"],
-        decoder_depth=config["decoder_depth"],
-        decoder_heads=config["decoder_num_heads"],
-        mlp_ratio=config.get("mlp_ratio", 4),
+        NetworkSizes(
+            image_size=(side, side) if isinstance(side, int) else tuple(side),
+            patch_size=config["patch_size"],
+            in_channels=config.get("in_chans", state["patch_embed.proj.weight"].shape[1]),
+            embed_dim=config["embed_dim"],
+            depth=config["depth"],
+            num_heads=config["num_heads"],
+            decoder_dim=config["decoder_embed_dim"],
+            decoder_depth=config["decoder_depth"],
+            decoder_heads=config["decoder_num_heads"],
+            mlp_ratio=config.get("mlp_ratio", 4),
+        ),
         **options,
     )
     # float32 as published

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rcmae.data.batch import Batch
-from rcmae.models.vit import MaskedAutoencoder
+from rcmae.models.vit import Heads, MaskedAutoencoder
 from rcmae.objectives import Objective, new
 
 from .fixture import PRECISIONS, Fixture, Limit, Unusable
@@ -35,10 +34,11 @@ def supmae_forward(fixture: Fixture) -> None:
     config = fixture.config
     if config.get("bn_eps", 1e-5) != 1e-5 or config.get("bn_momentum", 0.1) != 0.1:
         raise Unusable("config.bn_eps and bn_momentum: this package has 1e-5 and 0.1")
-    head = {
-        "num_classes": config["nb_classes"],
-        "class_pool": "mean" if config["global_pool"] else "cls",
-    }
+    head = Heads(
+        num_classes=config["nb_classes"],
+        class_hidden=config["cls_hidden_mlp"],
+        class_pool="mean" if config["global_pool"] else "cls",
+    )
     objective = new(
         "supmae",
         norm_pix_loss=config["norm_pix_loss"],
@@ -57,10 +57,9 @@ def supmae_forward(fixture: Fixture) -> None:
         supmae_linear(fixture, head, inputs, precision)
 
 
-def _model(fixture: Fixture, head: dict[str, Any], precision: str) -> MaskedAutoencoder:
-    hidden = fixture.config["cls_hidden_mlp"]
+def _model(fixture: Fixture, head: Heads, precision: str) -> MaskedAutoencoder:
     dtype = PRECISIONS[precision]
-    model = build(fixture, "model.safetensors", dtype, class_hidden=hidden, **head)
+    model = build(fixture, "model.safetensors", dtype, heads=head)
     model.cls_head.to(dtype)
     return model
 
@@ -156,9 +155,7 @@ def check_class_head(
     )
 
 
-def supmae_linear(
-    fixture: Fixture, head: dict[str, Any], inputs: dict[str, Tensor], precision: str
-) -> None:
+def supmae_linear(fixture: Fixture, head: Heads, inputs: dict[str, Tensor], precision: str) -> None:
     """The head of one layer."""
     dtype = PRECISIONS[precision]
     state = {
@@ -167,7 +164,9 @@ def supmae_linear(
         if "cls_head" not in name
     }
     state |= fixture.arrays("linear_head.safetensors")
-    model = build(fixture, "linear_head.safetensors", dtype, state, class_hidden=0, **head)
+    model = build(
+        fixture, "linear_head.safetensors", dtype, state, heads=replace(head, class_hidden=0)
+    )
     batch = masked(fixture, inputs["images"], inputs["noise"], dtype)
     logits = model(batch.images, batch.ids_shuffle, batch.num_visible, ("classes",))["classes"]
     want = fixture.arrays("expected.safetensors")["logits_linear_head"]
@@ -184,7 +183,7 @@ def supmae_linear(
 def supmae_steps(
     fixture: Fixture,
     objective: Objective,
-    head: dict[str, Any],
+    head: Heads,
     inputs: dict[str, Tensor],
     precision: str,
 ) -> None:

@@ -283,7 +283,7 @@ def document(
         found: of `look_at`, in order.
     """
     first = run.batch(0, sizes.images)
-    patch = student_sizes(run.recipe.model)["patch_size"]
+    patch = student_sizes(run.recipe.model).patch_size
     checkpoints = []
     for figures in found:
         checkpoints.append({key: value for key, value in figures.items() if key != "pairs"})
