@@ -47,6 +47,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.masking import visible_count
 from rcmae.engines.local import LocalEngine
 from rcmae.engines.protocol import DTYPES, EngineSettings
+from rcmae.errors import Refused
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.flops import flops_per_image
@@ -84,7 +85,7 @@ class Variant(NamedTuple):
         """The variant of a name.
 
         Raises:
-            ValueError: there is none of that name.
+            Refused: there is none of that name.
         """
         parts = name.split("-")
         known = (
@@ -97,14 +98,14 @@ class Variant(NamedTuple):
             part not in choices for part, choices in zip(parts, known, strict=True)
         ):
             ways = "-".join(f"{{{','.join(choices)}}}" for choices in known)
-            raise ValueError(f"unknown variant {name!r}: it is {ways}")
+            raise Refused(f"unknown variant {name!r}: it is {ways}")
         variant = cls(*parts)
         if variant.path == "plain" and variant.mode == "compiled":
-            raise ValueError(
+            raise Refused(
                 f"variant {name!r}: the plain path is the eager reference and is not compiled"
             )
         if variant.path == "plain" and variant.objective == "bootmae":
-            raise ValueError(f"variant {name!r}: bootmae has no plain path; use bootmae-lean")
+            raise Refused(f"variant {name!r}: bootmae has no plain path; use bootmae-lean")
         return variant
 
 
@@ -358,7 +359,6 @@ def measure_times(
     warmup: int,
     ceiling_size: int,
     clock: Clock,
-    progress: Callable[[str], None],
 ) -> tuple[dict[Variant, list[dict[str, float]]], dict[str, list[float]]]:
     """Each variant's rounds (phase -> seconds, "step" the whole), and each precision's products
     in FLOP/s.
@@ -666,7 +666,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     asked = parser.parse_args(argv)
     try:
         asked.variants = [Variant.parse(name) for name in dict.fromkeys(asked.variants)]
-    except ValueError as error:
+    except Refused as error:
         parser.error(str(error))
     if asked.quick:
         asked.image_size = 32
@@ -693,36 +693,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
     asked = arguments(argv)
-    sizes: dict[str, Any] = {
-        **ARCHITECTURES[asked.model],
-        "image_size": (asked.image_size,) * 2,
-        "in_channels": 3,
-    }
-    if asked.quick:
-        sizes |= {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-        sizes |= {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
     device = torch.device(asked.device)
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
-
-    def progress(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    memory: dict[Variant, dict[str, int]] = {}
-    note = "not asked for"
-    if not asked.no_memory:
-        # so that what the child frees leaves its resident memory
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-        for variant in asked.variants:
-            progress(f"memory of {variant}")
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-                job = child.submit(
-                    peak_memory, variant, sizes, device, batch=asked.batch, threads=asked.threads
-                )
-                try:
-                    memory[variant] = job.result()
-                except OSError as error:
-                    note = f"not measured: {error}"
+    sizes = sizes_of(asked)
+    memory, note = measure_memory(asked, sizes, device)
     side = 256 if asked.quick else 8192 if device.type == "cuda" else 2048
     rounds, rates = measure_times(
         asked.variants,
@@ -733,60 +708,117 @@ def main(argv: Sequence[str] | None = None) -> int:
         warmup=asked.warmup,
         ceiling_size=side,
         clock=asked.clock,
-        progress=progress,
     )
     ceilings = {
         name: {"best": max(values), **spread(values), "side": side}
         for name, values in rates.items()
     }
+    rows = []
+    for variant in asked.variants:
+        row = describe(
+            variant,
+            rounds[variant],
+            memory.get(variant),
+            sizes=sizes,
+            batch=asked.batch,
+            ceiling=ceilings[variant.precision]["best"],
+        )
+        rows.append(row)
     report = {
         "tool": "bench_step",
         "command": "python tools/bench_step.py " + " ".join(sys.argv[1:] if argv is None else argv),
         "commit": commit(),
-        "versions": {
-            "rcmae": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": importlib.metadata.version("timm"),
-        },
+        "versions": versions(),
         "hardware": hardware(device),
-        "settings": {
-            "model": asked.model,
-            **sizes,
-            "image_size": asked.image_size,
-            "batch": asked.batch,
-            "steps": asked.steps,
-            "warmup": asked.warmup,
-            "clock": asked.clock,
-            "mask_ratio": MASK_RATIO,
-            "quick": asked.quick,
-        },
+        "settings": settings_of(asked, sizes),
         "ceilings": ceilings,
-        "variants": [
-            describe(
-                variant,
-                rounds[variant],
-                memory.get(variant),
-                sizes=sizes,
-                batch=asked.batch,
-                ceiling=ceilings[variant.precision]["best"],
-            )
-            for variant in asked.variants
-        ],
+        "variants": rows,
         "comparisons": comparisons(rounds),
-        "memory_note": note
-        if not memory
-        else "tensors at the height of each phase, each variant in its own process",
+        "memory_note": note,
     }
-    document = json.dumps(report, indent=1)
-    if asked.json == "-":
-        print(document)
-        return 0
-    if asked.json:
-        Path(asked.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(asked.json).write_text(document + "\n")
-    print_report(report)
+    write(report, asked.json)
     return 0
+
+
+def sizes_of(asked: argparse.Namespace) -> dict[str, Any]:
+    """Sizes of the network that is measured."""
+    sizes: dict[str, Any] = {
+        **ARCHITECTURES[asked.model],
+        "image_size": (asked.image_size,) * 2,
+        "in_channels": 3,
+    }
+    if asked.quick:
+        sizes |= {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        sizes |= {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
+    return sizes
+
+
+def measure_memory(
+    asked: argparse.Namespace, sizes: dict[str, Any], device: torch.device
+) -> tuple[dict[Variant, dict[str, int]], str]:
+    """Bytes at the height of each phase of each variant, and a note on how they were measured."""
+    memory: dict[Variant, dict[str, int]] = {}
+    if asked.no_memory:
+        return memory, "not asked for"
+    note = "not measured"
+    # so that what the child frees leaves its resident memory
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    for variant in asked.variants:
+        progress(f"memory of {variant}")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+            job = child.submit(
+                peak_memory, variant, sizes, device, batch=asked.batch, threads=asked.threads
+            )
+            try:
+                memory[variant] = job.result()
+            except OSError as error:
+                note = f"not measured: {error}"
+    if memory:
+        note = "tensors at the height of each phase, each variant in its own process"
+    return memory, note
+
+
+def progress(text: str) -> None:
+    """Tell what is being done."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Of what a step is computed with."""
+    return {
+        "rcmae": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": importlib.metadata.version("timm"),
+    }
+
+
+def settings_of(asked: argparse.Namespace, sizes: dict[str, Any]) -> dict[str, Any]:
+    """What was measured."""
+    return {
+        "model": asked.model,
+        **sizes,
+        "image_size": asked.image_size,
+        "batch": asked.batch,
+        "steps": asked.steps,
+        "warmup": asked.warmup,
+        "clock": asked.clock,
+        "mask_ratio": MASK_RATIO,
+        "quick": asked.quick,
+    }
+
+
+def write(report: dict[str, Any], file: str | None) -> None:
+    """The report: tables, and the document to a file; for "-" the document alone."""
+    document = json.dumps(report, indent=1)
+    if file == "-":
+        print(document)
+        return
+    if file:
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document + "\n")
+    print_report(report)
 
 
 if __name__ == "__main__":

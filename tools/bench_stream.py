@@ -237,6 +237,22 @@ def all_cores(
 
 def main() -> int:
     """Run the command line."""
+    args = arguments()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    try:
+        report = measure(args)
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return 2
+    print_report(report)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -254,36 +270,42 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    try:
-        source = ShardIndex.open(args.shards)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            files = copy_samples(source, args.samples, args.longer_side, folder)
-            index = ShardIndex.open(str(folder / "set.tar"))
-            transform = TrainTransform((args.image_size, args.image_size))
-            report: dict[str, Any] = {
-                "images": len(files),
-                "mean_bytes": statistics.fmean(map(len, files)),
-                "image_size": args.image_size,
-                "longer_side": args.longer_side,
-                "machine": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "parts_of_jpegs": jpeg.decodes_parts(),
-                "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-                "likeness": likeness(files, transform),
-                "one_core": one_core(files, folder, index, args.image_size, args.rounds),
-                "workers": args.workers,
-                "all_cores": all_cores(files, folder, index, args.image_size, args.workers),
-            }
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures.
+
+    Raises:
+        Refused: the shards cannot be used.
+    """
+    source = ShardIndex.open(args.shards)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        files = copy_samples(source, args.samples, args.longer_side, folder)
+        index = ShardIndex.open(str(folder / "set.tar"))
+        transform = TrainTransform((args.image_size, args.image_size))
+        return {
+            "images": len(files),
+            "mean_bytes": statistics.fmean(map(len, files)),
+            "image_size": args.image_size,
+            "longer_side": args.longer_side,
+            "machine": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "parts_of_jpegs": jpeg.decodes_parts(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "likeness": likeness(files, transform),
+            "one_core": one_core(files, folder, index, args.image_size, args.rounds),
+            "workers": args.workers,
+            "all_cores": all_cores(files, folder, index, args.image_size, args.workers),
+        }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The figures for people."""
     print(
         f"{report['images']} photographs of {report['mean_bytes'] / 1000:.0f} kB to "
-        f"{args.image_size} px"
+        f"{report['image_size']} px"
     )
     print(f"{'one core':20}{'images/CPU s':>14}{'x torchvision':>15}   range")
     for side, row in report["one_core"].items():
@@ -292,16 +314,13 @@ def main() -> int:
             f"   {row['ratio_min']:.2f} to {row['ratio_max']:.2f}"
         )
     for key, value in report["all_cores"].items():
-        print(f"{key:30}{value:14.2f}   ({args.workers} workers)")
+        print(f"{key:30}{value:14.2f}   ({report['workers']} workers)")
     like = report["likeness"]
     print(f"likeness to PIL: mean {like['mean_db']:.1f} dB, least {like['min_db']:.1f} dB")
     print(
         f"decoded at half size or less: {like['shrunken_share']:.0%}; parts alone: "
         f"{report['parts_of_jpegs']}"
     )
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

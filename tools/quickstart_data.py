@@ -31,8 +31,11 @@ from PIL import Image
 from rcmae.data.packing.writer import PackingOptions, make_shards
 from rcmae.errors import Refused
 
-TILE, SQUARE, STEP = 32, 64, 16  # pixels; the tiles of a square stand STEP apart
-TRAIN_TILES, VAL_TILES = 150, 50  # of each photograph, at most
+TILE = 32  # pixels
+SQUARE = 64  # pixels
+STEP = 16  # pixels by which the tiles of a square stand apart
+TRAIN_TILES = 150  # of each photograph, at most
+VAL_TILES = 50
 # standard deviation of a tile's brightness, of 255: less is empty sky or shadow, and is left out
 CONTRAST = 8.0
 
@@ -95,7 +98,7 @@ def quickstart_data(out: Path) -> dict[str, Any]:
     """Write the shards, over those of an earlier call; what was made, as plain values.
 
     Raises:
-        ValueError: OUT has other shards named train or val, or another index.
+        Refused: OUT has other shards named train or val, or another index.
         OSError: OUT cannot be a folder.
     """
     out.mkdir(parents=True, exist_ok=True)  # before the work of cutting
@@ -131,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         made = quickstart_data(options.out)
-    except (ValueError, OSError) as error:
+    except (Refused, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:

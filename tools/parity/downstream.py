@@ -79,6 +79,7 @@ def vit_finetune(fixture: Fixture) -> None:
     training steps.
     """
     for precision in PRECISIONS:
+        fixture.limits(precision)  # or it is unusable
         for case in ("gap", "cls"):
             model = _started(fixture, case, precision)
             _check_scores(fixture, model, case, precision)

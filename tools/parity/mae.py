@@ -25,6 +25,7 @@ from .schedules import rate_at
 def mae_forward(fixture: Fixture) -> None:
     """Encoder, decoder, losses, gradients, then some training steps."""
     for precision in PRECISIONS:
+        fixture.limits(precision)  # or it is unusable
         model = build(fixture, "model.safetensors", PRECISIONS[precision])
         _check_pass(fixture, model, precision)
         _check_steps(fixture, model, precision)

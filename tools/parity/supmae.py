@@ -46,6 +46,7 @@ def supmae_forward(fixture: Fixture) -> None:
         class_temperature=config["temperature"],
     )
     for precision in PRECISIONS:
+        fixture.limits(precision)  # or it is unusable
         inputs = fixture.arrays("inputs.safetensors")
         for number, case in enumerate(fixture.value("losses")):
             model = _model(fixture, head, precision)
