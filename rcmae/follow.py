@@ -36,8 +36,8 @@ from rcmae.data.batch import Batch
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.sources import patience
-from rcmae.data.stream import labelled_batches
-from rcmae.data.transforms import Normalise
+from rcmae.data.stream import Readers, labelled_batches
+from rcmae.data.transforms import CentreTransform, Normalise
 from rcmae.engines.protocol import DTYPES
 from rcmae.engines.updates import cast_params
 from rcmae.errors import Refused
@@ -201,13 +201,11 @@ def answer(
     def batches(index: ShardIndex) -> Iterator[Batch]:
         for batch in labelled_batches(
             index,
-            image_size=recipe.model.image_hw,
-            in_channels=recipe.model.in_channels,
+            CentreTransform(recipe.model.image_hw, recipe.model.in_channels),
             batch=wanted.batch,
             rank=dist.rank(),
             world=dist.world(),
-            workers=data.workers,
-            cache=sets.cache,
+            readers=Readers(data.workers, cache=sets.cache),
         ):
             if dist.agree(stop.reason is not None or stop.is_late(0.0)):
                 raise Stopped

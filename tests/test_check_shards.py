@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from streams import flat_stream
 
 from rcmae.commands.shards import check as main
 from rcmae.commands.shards import index as index_command
@@ -105,7 +106,6 @@ def test_by_default_it_stops_and_says_why(tiny, damaged, tmp_path, capsys):
 
 def test_a_sample_of_no_bytes_is_replaced_too(tmp_path):
     from rcmae.data.masking import RandomMask
-    from rcmae.data.stream import Stream
     from rcmae.data.transforms import TrainTransform
 
     file = io.BytesIO()
@@ -116,7 +116,7 @@ def test_a_sample_of_no_bytes_is_replaced_too(tmp_path):
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     index = ShardIndex.open(str(tmp_path / "x.tar"))
-    stream = Stream(
+    stream = flat_stream(
         index=index,
         plan=Plan(index.counts, 0, 3, 1, 3),
         transform=TrainTransform((8, 8)),

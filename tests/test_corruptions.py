@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from rcmae.data.index import ShardIndex
-from rcmae.data.stream import labelled_batches
-from rcmae.data.transforms import resize
+from rcmae.data.stream import Readers, labelled_batches
+from rcmae.data.transforms import CentreTransform, resize
 from rcmae.evaluation.corruptions import KINDS, Corruption, convolved, height_map, smoothed
 
 
@@ -180,11 +180,11 @@ def test_ranks_and_workers_see_the_same_corrupted_images(photo_shards: str) -> N
             for rank in range(world)
             for batch in labelled_batches(
                 index,
-                image_size=(32, 32),
+                CentreTransform((32, 32)),
                 batch=40,
                 rank=rank,
                 world=world,
-                workers=workers,
+                readers=Readers(workers),
                 change=change,
             )
             for number, image in zip(batch.positions.tolist(), batch.images, strict=True)
@@ -194,5 +194,5 @@ def test_ranks_and_workers_see_the_same_corrupted_images(photo_shards: str) -> N
     alone, three = seen(1), seen(3)
     assert alone.keys() == three.keys() == set(range(len(index)))
     assert all(torch.equal(alone[number], three[number]) for number in alone)
-    plain = next(labelled_batches(index, image_size=(32, 32), batch=40))
+    plain = next(labelled_batches(index, CentreTransform((32, 32)), batch=40))
     assert not torch.equal(alone[0], plain.images[0])

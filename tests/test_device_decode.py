@@ -16,6 +16,7 @@ import pytest
 import simplejpeg
 import torch
 from PIL import Image
+from streams import flat_stream
 from torch import Tensor
 
 from rcmae.data.batch import Batch
@@ -23,8 +24,8 @@ from rcmae.data.device_decode import DeviceDecoder, OnDevice, nvjpeg
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask
 from rcmae.data.plan import Plan
-from rcmae.data.stream import BadSample, Stream, TooManyBadSamples
 from rcmae.data.transforms import TrainTransform
+from rcmae.data.views import BadSample, TooManyBadSamples
 from runs import Folder, start
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def read(
     plan = Plan(
         index.counts, seed=3, images=8 // int(options.get("repeats", 1)), streams=8, window=3
     )  # type: ignore[call-overload]
-    stream = Stream(
+    stream = flat_stream(
         index=index,
         plan=plan,
         transform=TrainTransform((16, 24), margin=math.inf),

@@ -10,7 +10,7 @@ import torch
 
 from rcmae.data.index import ShardIndex
 from rcmae.data.stream import labelled_batches
-from rcmae.data.transforms import Normalise
+from rcmae.data.transforms import CentreTransform, Normalise
 from rcmae.evaluation.features import features_of_both, pixels
 from rcmae.evaluation.knn import knn_rows
 from tools import quickstart_data
@@ -76,7 +76,9 @@ def test_pixels_tell_some_of_the_photographs_apart(made):
         {"pixels": pixels},
         *(
             labelled_batches(
-                ShardIndex.open(str(made / f"{name}-*.tar")), image_size=(TILE, TILE), batch=200
+                ShardIndex.open(str(made / f"{name}-*.tar")),
+                CentreTransform((TILE, TILE)),
+                batch=200,
             )
             for name in ("train", "val")
         ),

@@ -28,6 +28,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from streams import flat_stream
 
 from rcmae.commands.shards import index as main
 from rcmae.data import sources
@@ -36,7 +37,6 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask
 from rcmae.data.plan import Plan
 from rcmae.data.sources import Patience, SourceGone, identity, redacted
-from rcmae.data.stream import Stream
 from rcmae.data.transforms import TrainTransform
 from runs import Folder, start
 
@@ -165,7 +165,7 @@ def record(index, steps=10, world=1, first=0, **changes):
     plan = Plan(index.counts, seed=3, images=8, streams=8, window=3)
     seen = {}
     for rank in range(world):
-        stream = Stream(
+        stream = flat_stream(
             index=index,
             plan=plan,
             transform=TrainTransform((16, 24)),
@@ -629,7 +629,7 @@ def test_shards_are_copied_ahead_of_the_reader(folder, server, tmp_path):
     index = opened(f"{server.url}/photo-{{000000..000004}}.tar")
     plan = Plan(index.counts, seed=3, images=4, streams=1, window=4)
     make = partial(
-        Stream,
+        flat_stream,
         index=index,
         plan=plan,
         transform=TrainTransform((16, 16)),

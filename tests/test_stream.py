@@ -25,12 +25,14 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from streams import flat_stream
 
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask
 from rcmae.data.plan import Plan
-from rcmae.data.stream import Limits, Stream, TooManyBadSamples, labelled_batches
-from rcmae.data.transforms import TrainTransform, View
+from rcmae.data.stream import BadLimits, Limits, Readers, labelled_batches
+from rcmae.data.transforms import CentreTransform, TrainTransform, View
+from rcmae.data.views import TooManyBadSamples
 from runs import Folder, start
 
 pytestmark = pytest.mark.filterwarnings(
@@ -78,7 +80,7 @@ def stream_of(index, *, images=8, **changes):
         "seed": 5,
         "micro": 2,
     }
-    return Stream(index=index, plan=plan, **{**settings, **changes})
+    return flat_stream(index=index, plan=plan, **{**settings, **changes})
 
 
 def record(index, first_step, steps, *, world=1, killed_in=0, **changes):
@@ -200,7 +202,7 @@ def test_repeats_give_several_views_of_each_sample_each_with_its_own_key(index, 
     order = plan.requests(0, 24).samples
     seen = {}
     for rank in range(world):
-        stream = Stream(
+        stream = flat_stream(
             index=index,
             plan=plan,
             transform=TrainTransform((16, 24)),
@@ -465,7 +467,7 @@ def test_limits_count_samples_in_a_row_and_a_share_of_at_least_an_epoch(damaged)
     def check(limits, bad_positions, positions):
         limits.check([one._replace(position=position) for position in bad_positions], positions)
 
-    limits = Limits(1.0, 3, 100)
+    limits = Limits(BadLimits(1.0, 3), 100)
     check(limits, [1, 2, 3], [0, 1, 2, 3])
     check(limits, [], [4])
     check(limits, [6, 7], [5, 6, 7])
@@ -473,12 +475,12 @@ def test_limits_count_samples_in_a_row_and_a_share_of_at_least_an_epoch(damaged)
     with pytest.raises(TooManyBadSamples, match=r"max_bad_in_a_row=3"):
         check(limits, [9], [9])
 
-    limits = Limits(0.1, 100, 50)
+    limits = Limits(BadLimits(0.1, 100), 50)
     for position in range(5):
         check(limits, [position], [position])
     with pytest.raises(TooManyBadSamples, match=r"6 of 50 samples"):
         check(limits, [5], [5])
-    limits = Limits(0.1, 100, 50)
+    limits = Limits(BadLimits(0.1, 100), 50)
     for position in range(0, 200, 10):
         # exactly a tenth, beyond an epoch
         check(limits, [position], list(range(position, position + 10)))
@@ -534,7 +536,12 @@ def test_every_labelled_sample_is_seen_once_with_equal_batches_on_all_ranks(
     for rank in range(world):
         batches = list(
             labelled_batches(
-                index, image_size=(16, 24), batch=batch, rank=rank, world=world, workers=workers
+                index,
+                CentreTransform((16, 24)),
+                batch=batch,
+                rank=rank,
+                world=world,
+                readers=Readers(workers),
             )
         )
         shapes.add(tuple(tuple(batch.images.shape) for batch in batches))
@@ -551,11 +558,11 @@ def test_every_labelled_sample_is_seen_once_with_equal_batches_on_all_ranks(
 def test_an_unreadable_labelled_sample_is_left_out_and_told(damaged, caplog):
     index, bad = damaged
     told = []
-    batches = list(labelled_batches(index, image_size=(16, 16), batch=8, on_bad=told.append))
+    batches = list(labelled_batches(index, CentreTransform((16, 16)), batch=8, on_bad=told.append))
     numbers = [number for batch in batches for number in batch.positions.tolist() if number >= 0]
     assert sorted(numbers) == sorted(set(range(len(index))) - bad)
     assert {f"{entry.shard}/{entry.key}" for entry in told} == {index[number].id for number in bad}
-    list(labelled_batches(index, image_size=(16, 16), batch=8))
+    list(labelled_batches(index, CentreTransform((16, 16)), batch=8))
     assert "left out of the evaluation: photo-000000/p0_2" in caplog.text
 
 
@@ -564,7 +571,7 @@ def test_samples_without_labels_cannot_be_evaluated(tmp_path):
     with pytest.raises(
         ValueError, match=r"4 of 4 samples have no label \(\.cls\): photo-000000/p0_0"
     ):
-        next(labelled_batches(index, image_size=(16, 16), batch=2))
+        next(labelled_batches(index, CentreTransform((16, 16)), batch=2))
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -574,15 +581,16 @@ import multiprocessing, sys, time
 from rcmae.data.masking import RandomMask
 from rcmae.data.index import ShardIndex
 from rcmae.data.plan import Plan
-from rcmae.data.stream import Stream
+from rcmae.data.stream import Readers, Share, Stream
 from rcmae.data.transforms import TrainTransform
+from rcmae.data.views import Views
 
 if __name__ == "__main__":
     index = ShardIndex.open(sys.argv[1])
     plan = Plan(index.counts, 0, 8, 8, 4)
     transform = TrainTransform((16, 16))
-    stream = Stream(index=index, plan=plan, transform=transform, mask=RandomMask(16, 4),
-                    seed=0, micro=8, workers=2)
+    views = Views(transform, RandomMask(16, 4), seed=0)
+    stream = Stream(index=index, plan=plan, views=views, share=Share(8), readers=Readers(2))
     steps = stream.steps(0)
     next(steps)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
@@ -665,7 +673,7 @@ def test_workers_outlive_a_signal_to_all_and_end_with_the_stream_or_the_process(
 def test_real_photographs_make_an_epoch():
     index = ShardIndex.open(f"{REAL}/imagenet-sample-{{000000..000001}}.tar")
     plan = Plan(index.counts, seed=0, images=50, streams=8, window=16)
-    stream = Stream(
+    stream = flat_stream(
         index=index,
         plan=plan,
         transform=TrainTransform((224, 224)),

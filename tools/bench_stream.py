@@ -48,8 +48,9 @@ from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask, visible_count
 from rcmae.data.plan import Plan
-from rcmae.data.stream import Stream
+from rcmae.data.stream import Readers, Share, Stream
 from rcmae.data.transforms import TrainTransform, decode
+from rcmae.data.views import Views
 from rcmae.errors import Refused
 from rcmae.models.kernels import guard_torchvision
 
@@ -146,7 +147,11 @@ def stream_of(index: ShardIndex, transform: TrainTransform, workers: int) -> Str
     plan = Plan(index.counts, seed=0, images=BATCH, streams=8, window=4096)
     mask = RandomMask(patches, visible_count(patches, 0.75))
     return Stream(
-        index=index, plan=plan, transform=transform, mask=mask, seed=0, micro=BATCH, workers=workers
+        index=index,
+        plan=plan,
+        views=Views(transform, mask, seed=0),
+        share=Share(BATCH),
+        readers=Readers(workers),
     )
 
 

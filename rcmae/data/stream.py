@@ -14,7 +14,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from typing import Any
@@ -29,10 +29,9 @@ from rcmae.data.batch import NO_LABEL, Batch
 from rcmae.data.cache import Cache
 from rcmae.data.device_decode import DeviceDecoder, OnDevice
 from rcmae.data.index import ShardIndex
-from rcmae.data.masking import Mask
 from rcmae.data.plan import Plan, Requests
 from rcmae.data.sources import is_remote
-from rcmae.data.transforms import CentreTransform, TrainTransform, Transform
+from rcmae.data.transforms import CentreTransform, TrainTransform
 from rcmae.data.views import (
     Asked,
     BadSample,
@@ -41,6 +40,7 @@ from rcmae.data.views import (
     Read,
     TooManyBadSamples,
     TrainReading,
+    Views,
 )
 from rcmae.data.workers import end_with_owner, fork_server
 from rcmae.errors import Refused
@@ -48,6 +48,34 @@ from rcmae.errors import Refused
 _STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
 _NAMED = 20  # bad samples that a message lists before it counts the rest
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the steps a rank reads, and in what pieces."""
+
+    micro: int  # images of a micro-batch of this rank
+    rank: int = 0
+    world: int = 1
+    ranks_of_node: int = 1  # that share a cache
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads and decodes."""
+
+    workers: int = 0  # processes of this rank; 0: this one
+    prefetch: int = 2  # micro-batches that each worker keeps ready
+    # of the node, for shards from elsewhere; what comes next is copied there while training goes on
+    cache: Cache | None = None
+
+
+@dataclass(frozen=True)
+class BadLimits:
+    """How many unreadable samples stop a run."""
+
+    fraction: float = 0.001  # more than this, of an epoch's or of all read so far
+    in_a_row: int = 100  # more than these one after the other
 
 
 class Stream:
@@ -63,20 +91,10 @@ class Stream:
         *,
         index: ShardIndex,
         plan: Plan,
-        transform: Transform,
-        mask: Mask,
-        seed: int,
-        micro: int,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-        prefetch: int = 2,
-        max_bad_fraction: float = 0.001,
-        max_bad_in_a_row: int = 100,
-        cache: Cache | None = None,
-        ranks_of_node: int = 1,
-        repeats: int = 1,
-        teacher_masks: bool = False,
+        views: Views,
+        share: Share,
+        readers: Readers = Readers(),
+        bad: BadLimits = BadLimits(),
         device_decoder: DeviceDecoder | None = None,
     ) -> None:
         """Nothing is read and no worker started before the first step is asked for.
@@ -84,66 +102,52 @@ class Stream:
         Args:
             index: the samples.
             plan: their order; the same on every rank.
-            transform: image bytes -> view.
-            mask: which patches are seen.
-            seed: of crops, flips and masks.
-            micro: images of a micro-batch of this rank.
-            rank, world: who reads.
-            workers: decoding processes of this rank; 0 decodes in this process.
-            prefetch: micro-batches that each worker keeps ready.
-            max_bad_fraction: more unreadable samples than this, of an epoch's or of all read so
-                far, stop the run.
-            max_bad_in_a_row: so do more than this one after the other.
-            cache: of the node, for shards from elsewhere; what comes next is copied there while
-                training goes on.
-            ranks_of_node: how many share it.
-            repeats: views of each sample that is read, one after the other in a micro-batch: the
-                plan's position p gives the views at p x repeats and the following, each with its
-                own crop, flip and mask.
-            teacher_masks: whether each image has a second mask, for a teacher that sees other
-                patches.
-            device_decoder: decodes what it can of the JPEGs, with `transform` a TrainTransform; the
-                batches' images are then on its device.
+            views: what becomes of a sample.
+            share: what this rank reads.
+            readers: who reads and decodes.
+            bad: when unreadable samples stop the run.
+            device_decoder: decodes what it can of the JPEGs, with a TrainTransform; the batches'
+                images are then on its device.
 
         Raises:
-            ValueError: micro-batches do not divide this rank's part of a step, or ranks the batch
+            Refused: micro-batches do not divide this rank's part of a step, or ranks the batch
                 and the streams.
         """
-        plan.requests(0, 0, rank, world)  # whether the ranks divide what they must
-        per_rank = plan.images // world * repeats
+        micro = share.micro
+        repeats = views.repeats
+        plan.requests(0, 0, share.rank, share.world)  # whether the ranks divide what they must
+        per_rank = plan.images // share.world * repeats
         if micro < 1 or per_rank % micro or micro % repeats:
             of = f"{micro}, or that not of data.repeats={repeats}" if repeats > 1 else str(micro)
             raise Refused(
                 f"{per_rank} images a step and rank (batch.images={plan.images * repeats}) "
                 f"are no multiple of {of}"
             )
-        self._plan, self._per_rank, self._micros = plan, per_rank, per_rank // micro
-        self._limits = Limits(max_bad_fraction, max_bad_in_a_row, plan.samples_per_epoch // world)
+        self._plan = plan
+        self._micros = per_rank // micro
+        self._limits = Limits(bad, plan.samples_per_epoch // share.world)
         self._repeats = repeats
-        assert device_decoder is None or isinstance(transform, TrainTransform), (
+        assert device_decoder is None or isinstance(views.transform, TrainTransform), (
             "only a box can be cut on the device"
         )
         self._device_decoder = device_decoder
+        cache = readers.cache
         self._reading = TrainReading(
             index,
             plan,
-            transform,
-            mask,
-            seed,
-            max_bad_in_a_row,
+            views,
             cache,
-            repeats,
-            teacher_masks,
+            max_bad_in_a_row=bad.in_a_row,
             leaves_jpegs=device_decoder is not None,
         )
         remote = any(is_remote(shard.path) for shard in index.shards)
         assert not remote or cache is not None, "shards from elsewhere need a cache"
-        ahead = (
-            _Ahead(index, cache.limit // ranks_of_node) if remote and cache is not None else None
-        )
-        self._order = _MicroOrder(plan, rank, world, micro // repeats, ahead)
+        ahead = None
+        if remote and cache is not None:
+            ahead = _Ahead(index, cache.limit // share.ranks_of_node)
+        self._order = _MicroOrder(plan, share, micro // repeats, ahead)
         self._loader: DataLoader[Read | Exception] | None = _loader(
-            self._reading, self._order, workers, prefetch, persistent=True
+            self._reading, self._order, readers.workers, readers.prefetch, persistent=True
         )
         self._running: Generator[list[Batch], None, None] | None = None
         self._reads: Iterator[Read | Exception] = iter(())
@@ -170,7 +174,8 @@ class Stream:
     def _steps(self, loader: DataLoader[Read | Exception]) -> Generator[list[Batch], None, None]:
         self._reads = iter(loader)
         with contextlib.ExitStack() as stack:
-            reads, decoder = self._reads, self._device_decoder
+            reads = self._reads
+            decoder = self._device_decoder
             if decoder is not None:
                 decoded = OnDevice(
                     reads, partial(self._decoded, decoder), decoder.device, ahead=self._micros
@@ -197,9 +202,12 @@ class Stream:
         """
         if isinstance(read, Exception) or read.encoded is None:
             return read
-        batch, bad = read.batch, {each.position: each for each in read.bad}
+        batch = read.batch
+        bad = {each.position: each for each in read.bad}
         images, refused = decoder.images(batch.images, batch.crops, read.encoded)
-        labels, crops, keys = batch.labels, batch.crops, list(batch.keys)
+        labels = batch.labels
+        crops = batch.crops
+        keys = list(batch.keys)
         assert labels is not None
         for first in refused[:: self._repeats]:  # all views of an image are refused
             position = int(batch.positions[first]) // self._repeats
@@ -209,11 +217,9 @@ class Stream:
             bad |= {each.position: each for each in again}  # it may be what took a bad one's place
             for row, view in enumerate(views, first):
                 images[row] = view.image.to(images.device)
-                labels[row], crops[row], keys[row] = (
-                    sample.label,
-                    torch.tensor(view.crop),
-                    sample.id,
-                )
+                labels[row] = sample.label
+                crops[row] = torch.tensor(view.crop)
+                keys[row] = sample.id
         return Read(replace(batch, images=images, keys=tuple(keys)), list(bad.values()))
 
     @property
@@ -223,7 +229,8 @@ class Stream:
 
     def drain_bad(self) -> list[BadSample]:
         """The ledger's lines since the last call: samples of this rank that could not be read."""
-        bad, self._bad = self._bad, []
+        bad = self._bad
+        self._bad = []
         return bad
 
     def first_images(self, count: int) -> Batch:
@@ -254,13 +261,13 @@ class Limits:
     Counted from the start of the job on each rank by itself.
     """
 
-    def __init__(self, max_fraction: float, max_in_a_row: int, epoch_share: int) -> None:
-        self._max_fraction, self._max_in_a_row, self._epoch_share = (
-            max_fraction,
-            max_in_a_row,
-            epoch_share,
-        )
-        self._seen = self._count = self._in_a_row = 0
+    def __init__(self, limits: BadLimits, epoch_share: int) -> None:
+        self._max_fraction = limits.fraction
+        self._max_in_a_row = limits.in_a_row
+        self._epoch_share = epoch_share  # samples of an epoch that this rank reads
+        self._read = 0
+        self._count = 0
+        self._in_a_row = 0
         self._listed: list[BadSample] = []
 
     def check(self, bad: list[BadSample], positions: list[int]) -> None:
@@ -275,10 +282,10 @@ class Limits:
             self._in_a_row = self._in_a_row + 1 if position in at else 0
             if self._in_a_row > self._max_in_a_row:
                 break
-        self._seen += len(positions)
+        self._read += len(positions)
         self._count += len(bad)
         self._listed += bad[: _NAMED - len(self._listed)]
-        of = max(self._seen, self._epoch_share)
+        of = max(self._read, self._epoch_share)
         if self._in_a_row > self._max_in_a_row:
             why = (
                 f"more than data.max_bad_in_a_row={self._max_in_a_row} samples in a row could "
@@ -304,15 +311,12 @@ class Limits:
 
 def labelled_batches(
     index: ShardIndex,
+    transform: CentreTransform,
     *,
-    image_size: tuple[int, int],
-    in_channels: int = 3,
     batch: int,
     rank: int = 0,
     world: int = 1,
-    workers: int = 0,
-    prefetch: int = 2,
-    cache: Cache | None = None,
+    readers: Readers = Readers(),
     on_bad: Callable[[BadSample], None] | None = None,
     change: Change | None = None,
 ) -> Iterator[Batch]:
@@ -334,10 +338,10 @@ def labelled_batches(
     numbers = np.full(count * batch, -1)
     mine = np.arange(rank * share, min((rank + 1) * share, len(index)))
     numbers[: len(mine)] = mine
-    reading = LabelledReading(index, CentreTransform(image_size, in_channels), cache, change)
-    reads = iter(
-        _loader(reading, _Chunks(numbers, batch), min(workers, count), prefetch, persistent=False)
-    )
+    reading = LabelledReading(index, transform, readers.cache, change)
+    workers = min(readers.workers, count)
+    loader = _loader(reading, _Chunks(numbers, batch), workers, readers.prefetch, persistent=False)
+    reads = iter(loader)
     try:
         for read in reads:
             for bad in read.bad:
@@ -366,7 +370,8 @@ class _Ahead:
     """
 
     def __init__(self, index: ShardIndex, room: int) -> None:
-        self._index, self._room = index, room
+        self._index = index
+        self._room = room  # bytes
 
     def walk(self, steps: Iterator[Requests]) -> Iterator[tuple[Requests, list[int]]]:
         """Each step's requests, and the shards that it is time to copy when that step begins."""
@@ -397,21 +402,18 @@ class _Ahead:
 class _MicroOrder(Sampler[Asked]):
     """The requests of each micro-batch of a rank, from a step on, without end."""
 
-    def __init__(self, plan: Plan, rank: int, world: int, micro: int, ahead: _Ahead | None) -> None:
-        self._plan, self._rank, self._world, self._micro, self._ahead = (
-            plan,
-            rank,
-            world,
-            micro,
-            ahead,
-        )
+    def __init__(self, plan: Plan, share: Share, micro: int, ahead: _Ahead | None) -> None:
+        self._plan = plan
+        self._share = share
+        self._micro = micro  # samples of a micro-batch
+        self._ahead = ahead
         self.first_step = 0
 
     def __iter__(self) -> Iterator[Asked]:
         steps = self._steps()
-        for requests, shards in (
-            self._ahead.walk(steps) if self._ahead else ((each, []) for each in steps)
-        ):
+        none: list[int] = []
+        walked = self._ahead.walk(steps) if self._ahead else ((each, none) for each in steps)
+        for requests, shards in walked:
             cuts = range(0, len(requests.positions), self._micro)
             for number, at in enumerate(cuts):
                 part = slice(at, at + self._micro)
@@ -420,15 +422,18 @@ class _MicroOrder(Sampler[Asked]):
 
     def _steps(self) -> Iterator[Requests]:
         images = self._plan.images
+        rank = self._share.rank
+        world = self._share.world
         for step in count(self.first_step):
-            yield self._plan.requests(step * images, (step + 1) * images, self._rank, self._world)
+            yield self._plan.requests(step * images, (step + 1) * images, rank, world)
 
 
 class _Chunks(Sampler[Asked]):
     """Numbers of samples, cut into batches."""
 
     def __init__(self, numbers: NDArray[np.int64], batch: int) -> None:
-        self._numbers, self._batch = numbers, batch
+        self._numbers = numbers
+        self._batch = batch
 
     def __iter__(self) -> Iterator[Asked]:
         for at in range(0, len(self._numbers), self._batch):

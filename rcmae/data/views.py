@@ -11,7 +11,7 @@ import multiprocessing
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -36,6 +36,19 @@ from rcmae.errors import Refused
 _log = logging.getLogger(__name__)
 # (image [C, H, W] uint8, number of its sample) -> the same
 Change = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Views:
+    """What becomes of a sample that is read."""
+
+    transform: Transform  # image bytes -> view
+    mask: Mask  # which patches the encoder sees
+    seed: int  # of crops, flips and masks
+    # views of each sample, one after the other in a micro-batch: the plan's position p gives those
+    # at p x repeats and the following, each with its own crop, flip and mask
+    repeats: int = 1
+    teacher_masks: bool = False  # a second mask for each image: the teacher sees other patches
 
 
 class BadSample(NamedTuple):
@@ -112,22 +125,17 @@ class TrainReading(Dataset[Read | Exception]):
         self,
         index: ShardIndex,
         plan: Plan,
-        transform: Transform,
-        mask: Mask,
-        seed: int,
-        max_bad_in_a_row: int,
+        views: Views,
         cache: Cache | None,
-        repeats: int,
-        teacher_masks: bool,
+        *,
+        max_bad_in_a_row: int,
         leaves_jpegs: bool,
     ) -> None:
-        self._repeats, self._leaves_jpegs = repeats, leaves_jpegs
-        self._index, self._plan, self._transform, self._mask = index, plan, transform, mask
-        self._seed, self._max_bad_in_a_row, self._teacher_masks = (
-            seed,
-            max_bad_in_a_row,
-            teacher_masks,
-        )
+        self._index = index
+        self._plan = plan
+        self._views = views
+        self._max_bad_in_a_row = max_bad_in_a_row
+        self._leaves_jpegs = leaves_jpegs
         self._reader = Reader(cache)
         self._copying = _Copying(self._reader)
         # Saves looking again for bytes that are not there. Of what does not decode nothing is kept:
@@ -168,16 +176,16 @@ class TrainReading(Dataset[Read | Exception]):
             if encoded:
                 left.append((encoded, list(range(len(rows), len(rows) + len(views)))))
             rows += [(sample, view) for view in views]
-        positions = (
-            requests.positions[:, None] * self._repeats + np.arange(self._repeats)
-        ).reshape(-1)
-        batch = _batch(rows, positions, self._ids(positions), self._mask.num_visible)
-        if self._teacher_masks:
+        repeats = self._views.repeats
+        positions = (requests.positions[:, None] * repeats + np.arange(repeats)).reshape(-1)
+        batch = _batch(rows, positions, self._ids(positions), self._views.mask.num_visible)
+        if self._views.teacher_masks:
             batch = replace(batch, teacher_ids=self._ids(positions, draw=1))
         return Read(batch, bad, pack(left))
 
     def _ids(self, positions: NDArray[np.int64], draw: int = 0) -> Tensor:
-        ids = [self._mask.ids(self._seed, position, draw) for position in positions.tolist()]
+        views = self._views
+        ids = [views.mask.ids(views.seed, position, draw) for position in positions.tolist()]
         return torch.from_numpy(np.stack(ids))
 
     def views(
@@ -188,7 +196,9 @@ class TrainReading(Dataset[Read | Exception]):
 
         A JPEG that is left to the device comes as its bytes, with empty views; else there are none.
         """
-        reason, positions = "", range(position * self._repeats, (position + 1) * self._repeats)
+        reason = ""
+        repeats = self._views.repeats
+        positions = range(position * repeats, (position + 1) * repeats)
         beyond = int(self._index.counts[self._index.place(number)[0]]) + self._max_bad_in_a_row
         for tried in islice(self._candidates(position, number), beyond):
             sample = self._index[tried]
@@ -197,11 +207,10 @@ class TrainReading(Dataset[Read | Exception]):
                     raise BadImage(self._known_bad[tried])
                 data = self._read(tried, sample)
                 crops = self._crops(data, positions) if leaves_jpegs else None
-                views = (
-                    self._transform.views(data, self._seed, positions)
-                    if crops is None
-                    else [View(self._blank(), crop) for crop in crops]
-                )
+                if crops is None:
+                    views = self._views.transform.views(data, self._views.seed, positions)
+                else:
+                    views = [View(self._blank(), crop) for crop in crops]
             except BadImage as error:
                 reason = reason or str(error)
                 continue
@@ -217,13 +226,13 @@ class TrainReading(Dataset[Read | Exception]):
         )
 
     def _crops(self, data: bytes, positions: range) -> list[Crop] | None:
-        assert isinstance(self._transform, TrainTransform)
-        return self._transform.crops(data, self._seed, positions)
+        assert isinstance(self._views.transform, TrainTransform)
+        return self._views.transform.crops(data, self._views.seed, positions)
 
     def _blank(self) -> Tensor:
-        return torch.zeros((), dtype=torch.uint8).expand(
-            self._transform.in_channels, *self._transform.image_size
-        )
+        transform = self._views.transform
+        blank = torch.zeros((), dtype=torch.uint8)
+        return blank.expand(transform.in_channels, *transform.image_size)
 
     def _read(self, number: int, sample: Sample) -> bytes:
         try:
@@ -250,12 +259,10 @@ class LabelledReading(Dataset[Read]):
         cache: Cache | None,
         change: Change | None,
     ) -> None:
-        self._index, self._transform, self._reader, self._change = (
-            index,
-            transform,
-            Reader(cache),
-            change,
-        )
+        self._index = index
+        self._transform = transform
+        self._reader = Reader(cache)
+        self._change = change
 
     def __getitem__(self, asked: Asked) -> Read:
         requests = asked.requests

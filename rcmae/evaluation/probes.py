@@ -18,8 +18,8 @@ from torch import Tensor
 from rcmae.data.cache import node_cache
 from rcmae.data.draws import Purpose, permutation
 from rcmae.data.index import ShardIndex
-from rcmae.data.stream import labelled_batches
-from rcmae.data.transforms import Normalise
+from rcmae.data.stream import Readers, labelled_batches
+from rcmae.data.transforms import CentreTransform, Normalise
 from rcmae.errors import Refused
 from rcmae.evaluation.features import extract_features
 from rcmae.evaluation.knn import knn
@@ -97,11 +97,9 @@ def extracted(model: Classifier, index: ShardIndex, workers: int = 0) -> Labelle
     model.to(device)
     batches = labelled_batches(
         index,
-        image_size=pixels_of(model),
-        in_channels=model.in_chans,
+        CentreTransform(pixels_of(model), model.in_chans),
         batch=BATCH,
-        workers=workers,
-        cache=node_cache([index]),
+        readers=Readers(workers, cache=node_cache([index])),
     )
     config = model.pretrained_cfg
     normalise = Normalise(config["mean"], config["std"], device)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from rcmae import dist
 from rcmae.data.cache import node_cache
 from rcmae.data.index import ShardIndex
-from rcmae.data.stream import labelled_batches
-from rcmae.data.transforms import Normalise
+from rcmae.data.stream import Readers, labelled_batches
+from rcmae.data.transforms import CentreTransform, Normalise
 from rcmae.errors import Refused
 from rcmae.evaluation.corruptions import KINDS, SEVERITIES, Corruption, opened
 from rcmae.evaluation.labelled_sets import LabelledSet, document_of, relabelled
@@ -67,13 +67,11 @@ def judged(
     """
     batches = labelled_batches(
         index,
-        image_size=pixels_of(model),
-        in_channels=model.in_chans,
+        CentreTransform(pixels_of(model), model.in_chans),
         batch=loading.batch,
         rank=dist.rank(),
         world=dist.world(),
-        workers=loading.workers,
-        cache=node_cache([index]),
+        readers=Readers(loading.workers, cache=node_cache([index])),
         change=change,
     )
     if of.listed:

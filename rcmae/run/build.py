@@ -17,8 +17,9 @@ from rcmae.checkpoint.lease import Lease, LeaseHeld
 from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import Cache
 from rcmae.data.device_decode import device_decoder
-from rcmae.data.stream import Stream
+from rcmae.data.stream import BadLimits, Readers, Share, Stream
 from rcmae.data.transforms import Normalise
+from rcmae.data.views import Views
 from rcmae.engines.build import make_engine
 from rcmae.engines.protocol import Engine
 from rcmae.errors import Refused
@@ -310,19 +311,21 @@ def stream_of(verdict: Verdict, task: Task, cache: Cache | None) -> Stream:
     return Stream(
         index=verdict.data.train,
         plan=verdict.plan,
-        transform=task.transform(recipe),
-        mask=verdict.mask,
-        seed=data.seed,
-        micro=verdict.sizes.per_device,
-        rank=dist.rank(),
-        world=dist.world(),
-        workers=data.workers,
-        max_bad_fraction=data.max_bad_fraction,
-        max_bad_in_a_row=data.max_bad_in_a_row,
-        cache=cache,
-        ranks_of_node=dist.ranks_of_node(),
-        repeats=data.repeats,
-        teacher_masks=recipe.objective.teacher_sees == "different",
+        views=Views(
+            transform=task.transform(recipe),
+            mask=verdict.mask,
+            seed=data.seed,
+            repeats=data.repeats,
+            teacher_masks=recipe.objective.teacher_sees == "different",
+        ),
+        share=Share(
+            micro=verdict.sizes.per_device,
+            rank=dist.rank(),
+            world=dist.world(),
+            ranks_of_node=dist.ranks_of_node(),
+        ),
+        readers=Readers(workers=data.workers, cache=cache),
+        bad=BadLimits(fraction=data.max_bad_fraction, in_a_row=data.max_bad_in_a_row),
         device_decoder=device_decoder(recipe),
     )
 

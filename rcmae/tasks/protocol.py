@@ -23,8 +23,8 @@ from rcmae.data.cache import Cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.patterns import Patterns
-from rcmae.data.stream import labelled_batches
-from rcmae.data.transforms import Normalise, Transform
+from rcmae.data.stream import Readers, labelled_batches
+from rcmae.data.transforms import CentreTransform, Normalise, Transform
 from rcmae.objectives import Objective
 
 
@@ -102,13 +102,11 @@ class Evaluating:
         recipe = self.recipe
         return labelled_batches(
             self.sets[number],
-            image_size=recipe.model.image_hw,
-            in_channels=recipe.model.in_channels,
+            CentreTransform(recipe.model.image_hw, recipe.model.in_channels),
             batch=recipe.evaluate.batch,
             rank=self.rank,
             world=self.world,
-            workers=recipe.data.workers,
-            cache=self.cache,
+            readers=Readers(recipe.data.workers, cache=self.cache),
         )
 
 

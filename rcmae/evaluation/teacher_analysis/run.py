@@ -23,9 +23,9 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.plan import Plan
 from rcmae.data.sources import patience
-from rcmae.data.stream import Stream
+from rcmae.data.stream import Readers, Share, Stream
 from rcmae.data.transforms import Normalise
-from rcmae.data.views import train_transform
+from rcmae.data.views import Views, train_transform
 from rcmae.errors import Refused
 from rcmae.evaluation.teacher_analysis.gradients import (
     KINDS,
@@ -133,12 +133,9 @@ def open_run(folder: Path, images: int, shards: str | None = None) -> AnalysedRu
     stream = Stream(
         index=index,
         plan=plan,
-        transform=train_transform(recipe),
-        mask=mask,
-        seed=data.seed,
-        micro=sizes.per_device,
-        cache=node_cache([index], data.cache_dir, data.cache_gb, patience(recipe)),
-        repeats=data.repeats,
+        views=Views(train_transform(recipe), mask, data.seed, data.repeats),
+        share=Share(sizes.per_device),
+        readers=Readers(cache=node_cache([index], data.cache_dir, data.cache_gb, patience(recipe))),
     )
     made = make_objective(recipe, sizes)
     if not isinstance(made, Sum):
