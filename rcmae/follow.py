@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -279,11 +279,7 @@ def _recipe(asked: Asked) -> Recipe:
     # every checkpoint is evaluated
     mine = [f"run.dir={asked.run}", "evaluate.every_steps=null"]
     file = str(asked.run / "recipe.yaml")
-
-    def load() -> dict[str, Any]:
-        return config.load(file, [*asked.overrides, *mine]).model_dump(mode="json")
-
-    return config.stored(checkpoint.seen_by_first(load))
+    return checkpoint.seen_by_first(lambda: config.load(file, [*asked.overrides, *mine]))
 
 
 def _hold(recipe: Recipe) -> Lease | None:
