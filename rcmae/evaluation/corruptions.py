@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from rcmae.data.draws import Purpose, raw
-from rcmae.data.transforms import decode, resize
+from rcmae.data.transforms import BadImage, decode, resize
 from rcmae.errors import Refused
 
 SIDE = 224  # pixels of the shorter side that lengths are given for
@@ -255,7 +255,7 @@ def opened(file: Path) -> np.ndarray:
     """The pixels [H, W, 3] of a photograph. Raises Refused, naming it."""
     try:
         return decode(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, BadImage) as error:
         raise Refused(f"{file}: {error}") from error
 
 
