@@ -744,10 +744,36 @@ def _known_keys(place: Sequence[str], objective: Any = None) -> list[str]:
 
 def _contradictions(recipe: Recipe) -> list[str]:
     """Problems between keys that need neither the ranks nor the data to be seen."""
+    problems = _schedule_problems(recipe.schedule)
+    problems += _allow_problems(recipe)
+    problems += _data_problems(recipe)
+    if recipe.objective.name in CLASSIFYING:
+        problems += _classifying_problems(recipe)
+    elif recipe.evaluate.every_steps and not (
+        recipe.evaluate.train_shards and recipe.evaluate.test_shards
+    ):
+        problems.append(
+            "evaluate.every_steps is set: give evaluate.train_shards and test_shards, both labelled"
+        )
+    if recipe.engine.name == "deepspeed" and recipe.engine.config is None:
+        problems.append("engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json")
+    if recipe.engine.name != "deepspeed" and recipe.engine.config is not None:
+        problems.append(
+            f"engine.config={recipe.engine.config} is DeepSpeed's, but "
+            f"engine.name={recipe.engine.name}"
+        )
+    problems += _objective_problems(recipe)
+    if recipe.teacher.accumulate == "stochastic" and recipe.engine.precision != "bf16":
+        problems.append(
+            "teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use "
+            "fp32_shard"
+        )
+    return problems
+
+
+def _schedule_problems(schedule: ScheduleOptions) -> list[str]:
+    """Lengths and rates that are given twice, or not at all."""
     problems = []
-    schedule = recipe.schedule
-    data = recipe.data
-    evaluate = recipe.evaluate
     for one, other in (("epochs", "steps"), ("base_lr", "lr")):
         given = [name for name in (one, other) if getattr(schedule, name) is not None]
         if len(given) != 1:
@@ -758,6 +784,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
     if schedule.warmup_epochs is not None and schedule.warmup_steps is not None:
         problems.append("schedule: give warmup_epochs or warmup_steps, got both")
+    return problems
+
+
+def _allow_problems(recipe: Recipe) -> list[str]:
+    """Keys of checkpoint.allow that are none, or may not change."""
+    problems = []
     sections = list(Recipe.model_fields)
     for key in recipe.checkpoint.allow:
         section, dot, name = key.partition(".")
@@ -771,6 +803,13 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
         elif dot and name not in (known := _known_keys([section], dict(recipe.objective))):
             problems.append(f"checkpoint.allow: unknown key {key!r}; {_did_you_mean(name, known)}")
+    return problems
+
+
+def _data_problems(recipe: Recipe) -> list[str]:
+    """Shards that are not named, and numbers that no image could be prepared by."""
+    data = recipe.data
+    problems = []
     if not data.shards:
         problems.append(
             "data.shards: names no shards; give a path, a brace pattern, a glob or a list of them"
@@ -789,25 +828,6 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 f"data.{key}: wants 0 < low <= high{' <= 1' if top == 1 else ''}, got [{low}, "
                 f"{high}]"
             )
-    if recipe.objective.name in CLASSIFYING:
-        problems += _classifying_problems(recipe)
-    elif evaluate.every_steps and not (evaluate.train_shards and evaluate.test_shards):
-        problems.append(
-            "evaluate.every_steps is set: give evaluate.train_shards and test_shards, both labelled"
-        )
-    if recipe.engine.name == "deepspeed" and recipe.engine.config is None:
-        problems.append("engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json")
-    if recipe.engine.name != "deepspeed" and recipe.engine.config is not None:
-        problems.append(
-            f"engine.config={recipe.engine.config} is DeepSpeed's, but "
-            f"engine.name={recipe.engine.name}"
-        )
-    problems += _objective_problems(recipe)
-    if recipe.teacher.accumulate == "stochastic" and recipe.engine.precision != "bf16":
-        problems.append(
-            "teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use "
-            "fp32_shard"
-        )
     return problems
 
 

@@ -6,16 +6,12 @@ import pytest
 import torch
 
 from rcmae.data.batch import Batch
-from rcmae.models.classifier import (
-    Classification,
-    Classifier,
-    drop_path_draws,
-    fit_weights,
-    resample_positions,
-)
+from rcmae.models.classifier import Classifier, drop_path_draws
+from rcmae.models.fitting import fit_weights, resample_positions
 from rcmae.models.flops import classifier_flops
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
+from rcmae.objectives.classification import ClassifierLoss
 
 import timm
 
@@ -138,20 +134,20 @@ def test_loss_of_a_batch_is_that_of_its_parts_with_paths_dropped() -> None:
     model = Classifier(NetworkSizes(**SIZES), num_classes=5, drop_path=0.5).train()
     torch.nn.init.normal_(model.head.weight)
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 5
-    task = Classification(smoothing=0.1, seed=2)
+    task = ClassifierLoss(smoothing=0.1, seed=2)
     whole = task(model, None, batch_of(images, labels), 0.0)["classification"]
     parts = [
         task(model, None, batch_of(images[i : i + 2], labels[i : i + 2], i), 0.0) for i in (0, 2, 4)
     ]
     torch.testing.assert_close(whole, torch.stack([part["classification"] for part in parts]).sum())
-    other = Classification(smoothing=0.1, seed=3)(model, None, batch_of(images, labels), 0.0)[
+    other = ClassifierLoss(smoothing=0.1, seed=3)(model, None, batch_of(images, labels), 0.0)[
         "classification"
     ]
     assert abs((whole - other).item()) > 1e-3  # something was dropped
     model.eval()
     a, b = (
         t(model, None, batch_of(images, labels), 0.0)["classification"]
-        for t in (task, Classification(0.1, 9))
+        for t in (task, ClassifierLoss(0.1, 9))
     )
     assert torch.equal(a, b)
 

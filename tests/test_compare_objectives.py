@@ -19,7 +19,8 @@ from rcmae.commands import visualize
 from rcmae.config import load
 from rcmae.evaluation import comparison
 from rcmae.models.build import new_network
-from rcmae.models.classifier import Classifier, fit_weights
+from rcmae.models.classifier import Classifier
+from rcmae.models.fitting import fit_weights
 from rcmae.models.sizes import NetworkSizes
 from rcmae.weights.conversion import convert
 from rcmae.weights.encoder import load_encoder

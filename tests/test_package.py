@@ -99,6 +99,7 @@ LEARNT = (
     "models/vit.py",
     "models/bootmae",
     "models/classifier",
+    "models/fitting",
     "engines/teacher.py",
     "engines/schedules.py",
     "engines/optim.py",

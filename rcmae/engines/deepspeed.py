@@ -103,7 +103,8 @@ class _Whole:
 
     def refresh(self) -> None:
         if self.masters[0].dtype != self.params[0].dtype:
-            torch._foreach_copy_([p.data for p in self.params], [m.data for m in self.masters])
+            masters = [master.data for master in self.masters]
+            torch._foreach_copy_([param.data for param in self.params], masters)
 
 
 class _Partitioned:
@@ -386,13 +387,13 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
 
 
 def _groups_of_teacher(teacher: nn.Module, stage: _Partitioned) -> list[int]:
-    """Groups that the teacher has."""
+    """Indices of the optimizer groups that the teacher has."""
     theirs = dict(teacher.named_parameters())
-    return [
-        i
-        for i, group in enumerate(stage.groups)
-        if has_all(theirs, [stage.names[param] for param in group])
-    ]
+    found = []
+    for index, group in enumerate(stage.groups):
+        if has_all(theirs, [stage.names[param] for param in group]):
+            found.append(index)
+    return found
 
 
 def _whole_copies(

@@ -222,7 +222,7 @@ def teacher_bytes(
     rows of each parameter in chunks of ceil(rows / world), the last ranks getting fewer or none.
     """
     width = 2 if precision == "bf16" else 4
-    sizes = [[math.prod(shape) for shape in group] for group in groups]
+    sizes = [list(map(math.prod, group)) for group in groups]
     whole = sum(map(sum, sizes))
     if placement in ("local", "zero0"):
         copied = held = whole

@@ -2,26 +2,20 @@
 probes and users read.
 
 It is timm's own model, so whatever knows timm knows it (`forward_features`,
-`forward_intermediates`, `get_intermediate_layers`, `feature_info`). Two things are ours. Drop path
-takes its draws from the caller, keyed by sample, so that a training does not depend on ranks,
-resumes or recomputed activations. And weights of another grid, class count or family are fitted by
-name, with a table of what matched; positions are trained here (MAE, appendix A.1), starting from
+`forward_intermediates`, `get_intermediate_layers`, `feature_info`). Drop path is ours: it takes its
+draws from the caller, keyed by sample, so that a training does not depend on ranks, resumes or
+recomputed activations. Positions are trained here (MAE, appendix A.1); `fitting` starts them from
 the interpolated table of the pretraining."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rcmae.data.batch import Batch
 from rcmae.data.draws import Purpose, uniform
-from rcmae.errors import Refused
 from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
 from rcmae.models.batchnorm import GlobalBatchNorm
 from rcmae.models.patches import sincos_positions
@@ -177,201 +171,6 @@ def drop_path_draws(seed: int, positions: Sequence[int], rates: Sequence[float])
     return torch.stack([torch.from_numpy(row).view(-1, 2) >= drop for row in draws])
 
 
-# ---------------------------------------------------------------------------------- fitting weights
-
-
-def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A position table [1, 1 + rows * columns, D] for another grid: the class token's row (if there
-    is one) stays, the others are interpolated bicubically between patch centres (MAE, appendix
-    A.1)."""
-    if old == new:
-        return table
-    first = table.shape[1] - old[0] * old[1]
-    patches = table[:, first:].unflatten(1, old).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    patches = F.interpolate(patches, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :first], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-
-
-def only_pretraining(name: str) -> bool:
-    """Whether a weight of this published name is of no use to a classifier."""
-    try:
-        return part_of(name) != "encoder"
-    except LookupError:  # a classifier's own, or nobody's
-        return False
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Which weights of a file went into a model."""
-
-    matched: tuple[str, ...]
-    fresh: tuple[str, ...]  # the model's own that the file has not: drawn anew
-    unused: tuple[str, ...]  # the file's that the model has no place for
-    resampled: tuple[tuple[int, int], tuple[int, int]] | None  # positions: from grid, to grid
-
-    def table(self) -> str:
-        """What matched, as lines of text."""
-        lines = [f"{len(self.matched)} weights and tables taken"]
-        if self.resampled:
-            (rows, columns), (to_rows, to_columns) = self.resampled
-            lines.append(
-                f"positions interpolated from a grid of {rows}x{columns} to {to_rows}x{to_columns}"
-            )
-        for what, names in (("drawn anew", self.fresh), ("left in the file", self.unused)):
-            if names:
-                kinds = sorted({name.split(".")[0] for name in names})
-                lines.append(f"{len(names)} {what}: {', '.join(kinds)}")
-        return "\n".join(f"  {line}" for line in lines)
-
-
-@torch.no_grad()
-def fit_weights(
-    model: Classifier, weights: Mapping[str, Tensor], grid: tuple[int, int] | None = None
-) -> Fit:
-    """Put weights of published names, pretrained or fine-tuned, into a classifier.
-
-    Args:
-        model: of the same architecture and patch size; any image size and number of classes.
-        weights: an encoder, with or without a decoder or a head. A head of another number of
-            classes is left out. One that was trained without a class token gets the model's own,
-            without a position.
-        grid: rows and columns of patches of its position table; None for a square one.
-
-    Raises:
-        ValueError: it is of another architecture or patch size, lacks weights of the encoder or has
-            unknown ones; everything at once. The model is untouched.
-    """
-    wanted = model.state_dict()
-    found = {name: value for name, value in weights.items() if not only_pretraining(name)}
-    first = model.num_prefix_tokens
-    fresh_token = bool(first) and "cls_token" not in found and "pos_embed" in found
-    if fresh_token:
-        found["pos_embed"] = F.pad(found["pos_embed"], (0, 0, 1, 0))
-    unused = {name for name in weights if name not in found}
-    resampled = None
-    problems = []
-    table = found.get("pos_embed")
-    if table is not None and table.shape[2:] == wanted["pos_embed"].shape[2:]:
-        patches = table.shape[1] - first
-        side = math.isqrt(patches)
-        old = grid or (side, side)
-        if old[0] * old[1] != patches:
-            problems.append(f"pos_embed has {patches} patches, which are no {old[0]}x{old[1]} grid")
-        elif old != model.grid:
-            found["pos_embed"] = resample_positions(table, old, model.grid)
-            resampled = (old, model.grid)
-    head = [name for name in found if name.startswith("head.")]
-    if any(name not in wanted or found[name].shape != wanted[name].shape for name in head):
-        unused |= set(head)
-        found = {name: value for name, value in found.items() if name not in head}
-    # a mean has a norm of its own
-    norm = {name for name in found if name.startswith("norm.") and name not in wanted}
-    unused |= norm
-    found = {name: value for name, value in found.items() if name not in norm}
-    new = (*NEW, "cls_token") if fresh_token else NEW
-    lacking = [name for name in wanted if name not in found and not name.startswith(new)]
-    unknown = [name for name in found if name not in wanted]
-    for what, names in (("lacks", lacking), ("has unknown", unknown)):
-        if names:
-            problems.append(
-                f"{what} {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5)
-            )
-    differing = [
-        name for name in found if name in wanted and found[name].shape != wanted[name].shape
-    ]
-    if differing:
-        name = "patch_embed.proj.weight"
-        if name in differing and found[name].shape[2:] != wanted[name].shape[2:]:
-            problems.append(
-                f"it has patches of {found[name].shape[3]} pixels, the model "
-                f"{wanted[name].shape[3]}"
-            )
-        shapes = [
-            f"{name} {_by(found[name])} instead of {_by(wanted[name])}" for name in differing[:5]
-        ]
-        problems.append(
-            f"has {', '.join(shapes)}"
-            + f" and {len(differing) - 5} more" * (len(differing) > 5)
-            + ": set model.name (or embed_dim, depth, num_heads), image_size and patch_size to "
-            "those of the weights"
-        )
-    if problems:
-        raise Refused("; ".join(problems))
-    model.load_state_dict({**wanted, **found})
-    fresh = tuple(name for name in wanted if name not in found)
-    return Fit(tuple(sorted(found)), fresh, tuple(sorted(unused)), resampled)
-
-
-def _by(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-# ----------------------------------------------------------------------------------------- the task
-
-
-@dataclass(frozen=True)
-class Classification:
-    """Cross-entropy with smoothed labels, or with the targets of mixed images.
-
-    Args:
-        smoothing: share of a target that is spread over all classes.
-        seed: of drop path.
-        keeps_average: whether the engine is to keep a moving average of the classifier, as its
-            teacher.
-    """
-
-    smoothing: float = 0.0
-    seed: int = 0
-    keeps_average: bool = False
-    weights: dict[str, float] = field(default_factory=lambda: {"classification": 1.0}, init=False)
-    teacher_outputs: tuple[str, ...] = field(default=(), init=False)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether there is an average."""
-        return self.keeps_average
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """Images of the micro-batch."""
-        return {"classification": len(batch)}
-
-    def __call__(
-        self, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float
-    ) -> dict[str, Tensor]:
-        """Sum over the images; `teacher` and `progress` play no part."""
-        rates = _classifier_of(student).drop_path_rates
-        keep = None
-        if any(rates):
-            keep = drop_path_draws(self.seed, batch.positions.tolist(), rates).to(
-                batch.images.device
-            )
-        return {"classification": cross_entropy(student(batch.images, keep), batch, self.smoothing)}
-
-
-def _classifier_of(wrapper: nn.Module) -> Any:
-    """The model inside an engine's wrapper."""
-    return wrapper if hasattr(wrapper, "drop_path_rates") else wrapper.module
-
-
-def cross_entropy(scores: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Sum over the images, in float32 (float64 for float64 scores).
-
-    Args:
-        scores: [B, classes].
-        batch: with targets [B, classes], or labels [B].
-        smoothing: (1 - s) of a target is its label's, s is spread over all classes; targets are
-            smooth already.
-    """
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    if batch.targets is not None:
-        return F.cross_entropy(scores, batch.targets.to(scores.dtype), reduction="sum")
-    assert batch.labels is not None
-    return F.cross_entropy(scores, batch.labels, reduction="sum", label_smoothing=smoothing)
-
-
-# ------------------------------------------------------------------------------------- linear probe
-
-
 def probe_head(width: int, num_classes: int) -> nn.Module:
     """What a linear probe trains (MAE, appendix A.1): a batch norm without an affine part (`0.`),
     whose statistics are of all ranks' images, and a linear layer (`1.`), its weights near 0."""
@@ -399,30 +198,3 @@ class ProbeHead(nn.Sequential):
         """Scores [B, classes]."""
         norm, linear = self
         return linear(norm(input).to(linear.weight.dtype))
-
-
-@dataclass(frozen=True)
-class Probing:
-    """Cross-entropy of a head on what a frozen encoder makes of the images.
-
-    Args:
-        encoder: images [B, C, H, W] -> features [B, D], in evaluation mode, not moved by any
-            engine.
-    """
-
-    encoder: Callable[[Tensor], Tensor]
-    weights: dict[str, float] = field(default_factory=lambda: {"classification": 1.0}, init=False)
-    teacher_outputs: tuple[str, ...] = field(default=(), init=False)
-    needs_teacher: bool = field(default=False, init=False)
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """Images of the micro-batch."""
-        return {"classification": len(batch)}
-
-    def __call__(
-        self, student: nn.Module, teacher: nn.Module | None, batch: Batch, progress: float
-    ) -> dict[str, Tensor]:
-        """Sum over the images; `teacher` and `progress` play no part."""
-        with torch.no_grad():
-            features = self.encoder(batch.images)
-        return {"classification": cross_entropy(student(features), batch, 0.0)}

@@ -173,9 +173,8 @@ def compile_blocks(model: nn.Module) -> None:
     of it. Together with `checkpoint_blocks`, in either order, what is computed again is compiled
     too. A deep copy computes with its own weights.
     """
-    compiled = {
-        kind: torch.compile(kind.forward) for kind in {type(block) for block in blocks_of(model)}
-    }
+    kinds = {type(block) for block in blocks_of(model)}
+    compiled = {kind: torch.compile(kind.forward) for kind in kinds}
     for block in blocks_of(model):
         forward = compiled[type(block)]
         # checkpoint_blocks: a partial over (forward, block, ...)
@@ -249,56 +248,62 @@ def table(
         compile: whether blocks are compiled.
         checkpointing: what keeps activations small.
     """
-    apex = apex_status()
-    instead = f"{apex.found}; engine.{{}}=apex uses it" if apex.usable else apex.found
-    asked = "as asked for"
-    norms = {"torch": "torch LayerNorm", "apex": "apex FusedLayerNorm"}
-    optimizers = {"torch": "torch AdamW, fused", "apex": "apex FusedAdam"}
-    activations = {
-        "none": "all kept",
-        "torch": "recomputed (torch)",
-        "fairscale": "recomputed (fairscale)",
-        "fairscale_offload": "recomputed from block inputs in host memory (fairscale)",
-    }
     return [
-        Choice(
-            "attention",
-            f"scaled_dot_product_attention: {_sdpa_backends(device)}",
-            "torch picks by shape and type",
-        )
-        if attention_is_fused(device, precision)
-        else Choice(
-            "attention",
-            "matrix products and softmax",
-            "the fused kernel's backward pass is slow here",
-        ),
-        Choice(
-            "layer norm",
-            norms[layer_norm],
-            asked if layer_norm == "apex" else instead.format("layer_norm"),
-        ),
-        Choice(
-            "optimizer",
-            optimizers.get(optimizer, optimizer),
-            {"torch": instead.format("optimizer"), "apex": asked}.get(
-                optimizer, "the engine's own"
-            ),
-        ),
-        Choice(
-            "compile",
-            "each block" if compile else "off",
-            asked
-            if compile
-            else "engine.compile=true is faster after some seconds at the first step",
-        ),
+        _attention(device, precision),
+        _layer_norm(layer_norm),
+        _optimizer(optimizer),
+        _compile(compile),
         Choice(
             "activations",
-            activations[checkpointing],
+            ACTIVATIONS[checkpointing],
             "engine.activation_checkpointing trades time for memory"
             if checkpointing == "none"
-            else asked,
+            else ASKED,
         ),
     ]
+
+
+ASKED = "as asked for"
+ACTIVATIONS: dict[Checkpointing, str] = {
+    "none": "all kept",
+    "torch": "recomputed (torch)",
+    "fairscale": "recomputed (fairscale)",
+    "fairscale_offload": "recomputed from block inputs in host memory (fairscale)",
+}
+
+
+def _why_not_apex(key: str) -> str:
+    apex = apex_status()
+    return f"{apex.found}; engine.{key}=apex uses it" if apex.usable else apex.found
+
+
+def _attention(device: torch.device, precision: str) -> Choice:
+    if not attention_is_fused(device, precision):
+        why = "the fused kernel's backward pass is slow here"
+        return Choice("attention", "matrix products and softmax", why)
+    used = f"scaled_dot_product_attention: {_sdpa_backends(device)}"
+    return Choice("attention", used, "torch picks by shape and type")
+
+
+def _layer_norm(kind: Source) -> Choice:
+    if kind == "apex":
+        return Choice("layer norm", "apex FusedLayerNorm", ASKED)
+    return Choice("layer norm", "torch LayerNorm", _why_not_apex("layer_norm"))
+
+
+def _optimizer(kind: str) -> Choice:
+    if kind == "torch":
+        return Choice("optimizer", "torch AdamW, fused", _why_not_apex("optimizer"))
+    if kind == "apex":
+        return Choice("optimizer", "apex FusedAdam", ASKED)
+    return Choice("optimizer", kind, "the engine's own")
+
+
+def _compile(compile: bool) -> Choice:
+    if compile:
+        return Choice("compile", "each block", ASKED)
+    why = "engine.compile=true is faster after some seconds at the first step"
+    return Choice("compile", "off", why)
 
 
 def _sdpa_backends(device: torch.device) -> str:

@@ -18,7 +18,8 @@ from rcmae.evaluation.features import evaluating
 from rcmae.evaluation.scores import Scores, classify, confusion_picture, scores_table
 from rcmae.models import kernels
 from rcmae.models.build import student_sizes
-from rcmae.models.classifier import Classifier, fit_weights
+from rcmae.models.classifier import Classifier
+from rcmae.models.fitting import fit_weights
 from rcmae.tasks import start
 from rcmae.tasks.protocol import Data, Evaluated, Evaluating, EvaluationSet, Judgement, Saved
 from rcmae.weights.reading import NetworkWeights

@@ -19,9 +19,9 @@ from rcmae.data.masking import Mask, NoMask
 from rcmae.data.transforms import Transform
 from rcmae.data.views import train_transform
 from rcmae.models.build import student_sizes
-from rcmae.models.classifier import Classification
 from rcmae.models.flops import classifier_flops
 from rcmae.objectives import Objective
+from rcmae.objectives.classification import ClassifierLoss
 from rcmae.tasks.classify import (
     Found,
     fit_problems,
@@ -96,7 +96,7 @@ class Finetuning:
     def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:
         """Cross-entropy."""
         options = recipe.classify
-        return Classification(
+        return ClassifierLoss(
             smoothing=options.smoothing, seed=recipe.run.seed, keeps_average=options.average
         )
 

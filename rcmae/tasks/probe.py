@@ -24,9 +24,10 @@ from rcmae.data.views import train_transform
 from rcmae.engines.protocol import DTYPES
 from rcmae.engines.updates import cast_params
 from rcmae.models.build import student_sizes
-from rcmae.models.classifier import Classifier, Probing, probe_head
+from rcmae.models.classifier import Classifier, probe_head
 from rcmae.models.flops import classifier_flops
 from rcmae.objectives import Objective
+from rcmae.objectives.classification import ProbeLoss
 from rcmae.tasks.classify import (
     Found,
     fit_problems,
@@ -112,7 +113,7 @@ class LinearProbe:
 
     def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:
         """Cross-entropy of the head on the encoder's features."""
-        return Probing(self.features())
+        return ProbeLoss(self.features())
 
     def features(self) -> Callable[[Tensor], Tensor]:
         """Images to pooled features [B, D]."""

@@ -28,7 +28,8 @@ from torch import nn
 from rcmae.config import Recipe, stored
 from rcmae.errors import Refused
 from rcmae.models.build import Network, new_network
-from rcmae.models.classifier import Classifier, Fit, fit_weights
+from rcmae.models.classifier import Classifier
+from rcmae.models.fitting import Fit, fit_weights
 from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.weights.layouts import Which

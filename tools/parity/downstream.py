@@ -15,17 +15,10 @@ from rcmae.data.batch import Batch
 from rcmae.engines.optim import LARS, param_groups, set_rates
 from rcmae.engines.updates import clip
 from rcmae.models import kernels
-from rcmae.models.classifier import (
-    Classification,
-    Classifier,
-    Fit,
-    Pool,
-    Probing,
-    cross_entropy,
-    fit_weights,
-    probe_head,
-)
+from rcmae.models.classifier import Classifier, Pool, probe_head
+from rcmae.models.fitting import Fit, fit_weights
 from rcmae.models.sizes import NetworkSizes
+from rcmae.objectives.classification import ClassifierLoss, ProbeLoss, cross_entropy
 from rcmae.weights.names import published_names
 
 from .fixture import PRECISIONS, Fixture, Limit, Unusable
@@ -187,7 +180,7 @@ def _check_steps(
     stated = fixture.value(case)
     inputs = fixture.arrays("inputs.safetensors")
     optimizer = kernels.adamw(groups, betas=tuple(config["adam_betas"]))
-    objective = Classification(smoothing=config["smoothing"])
+    objective = ClassifierLoss(smoothing=config["smoothing"])
     per_epoch = len(stated["train_rows"])
     for index, row in enumerate(stated["train_rows"]):
         lr = rate_at(config, config["start_epoch"] * per_epoch + index, per_epoch)
@@ -229,7 +222,7 @@ def linprobe_lars(fixture: Fixture) -> None:
         groups = param_groups(head, config["weight_decay"], 1.0)
         lars = config["lars"]
         optimizer = LARS(groups, momentum=lars["momentum"], trust=lars["trust_coefficient"])
-        objective = Probing(encode)
+        objective = ProbeLoss(encode)
         for index, row in enumerate(fixture.value("train_rows")):
             lr = rate_at(config, index, config["iters_per_epoch"])
             batch = images_of(
