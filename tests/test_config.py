@@ -519,7 +519,7 @@ def test_the_command_in_a_recipes_header_runs_that_recipe(name):
     assert Path(recipe).stem == name
     loaded = config.load(recipe, overrides)
     assert loaded.data.shards
-    assert module[0] == config.module_of(loaded)
+    assert module[0].replace(" ", ".") == config.module_of(loaded)
     assert task_of(loaded).name == module[1].replace("train", "pretrain")
 
 
