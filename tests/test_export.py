@@ -18,14 +18,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rcmae import checkpoint
 from rcmae.checkpoint import find_checkpoint
 from rcmae.commands import export as tool
+from rcmae.errors import Refused
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.weights.layouts import LAYOUTS
-from rcmae.weights.reading import load_weights
+from rcmae.weights.reading import load_weights, read_network
 from rcmae.weights.writing import export, timm_arguments
 from tests.checkpoints import MODEL, network, state_of, write_checkpoint
 from tests.runs import Folder
@@ -268,6 +270,14 @@ def test_no_checkpoint_is_a_mistake_and_a_damaged_one_is_not_exported(run, netwo
         find_checkpoint(tmp_path / "run")
     with pytest.raises(checkpoint.CheckpointError, match="never committed"):
         find_checkpoint(good)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "[" * 100_000, "x", '{"model": {"image_size": []}}'])
+def test_metadata_that_is_no_recipe_is_refused_by_the_files_name(networks, tmp_path, text):
+    weights = {name: value.detach() for name, value in networks["student"].named_parameters()}
+    save_file(weights, tmp_path / "odd.safetensors", {"recipe": text})
+    with pytest.raises(Refused, match=r"odd\.safetensors: the recipe in its metadata"):
+        read_network(tmp_path / "odd.safetensors")
 
 
 def flip(path: Path) -> None:

@@ -167,13 +167,22 @@ def _architecture(
 
 
 def _recipe_of(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The recipe in a file's metadata, if there is one. Raises Refused."""
+    """The recipe in a file's metadata, if there is one, as far as it says how large the model is.
+
+    Raises:
+        Refused: it is none.
+    """
     if "recipe" not in about:
         return None
     try:
-        return json.loads(about["recipe"])
-    except ValueError as error:
-        raise Refused(f"{path}: the recipe in its metadata is not JSON: {error}") from error
+        recipe = json.loads(about["recipe"])
+        size = recipe["model"]["image_size"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Refused(f"{path}: the recipe in its metadata is none: {error!r}") from error
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise Refused(f"{path}: the recipe in its metadata has model.image_size={size!r}")
+    return dict(recipe)
 
 
 def _hugging_face_heads(path: Path) -> dict[str, int]:
