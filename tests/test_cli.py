@@ -160,3 +160,13 @@ def test_folders_that_come_with_the_package_are_found():
     assert json.loads((shipped("ds_configs") / "zero1.json").read_text())
     assert (shipped("slurm") / "pretrain.sbatch").is_file()
     assert list(shipped("results").glob("step_*.json"))
+
+
+@pytest.mark.slow
+def test_ranks_train_through_the_command_and_refuse_a_typo_together(tiny, ranks, tmp_path):
+    words = ["-m", "rcmae", "train", str(tiny), "engine.name=fsdp2", f"run.dir={tmp_path}/run"]
+    ranks(*words, "schedule.steps=2", "schedule.warmup_steps=1", world=2).succeed()
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["step"] == 2
+    typo = ranks(*words, "model.dpeth=2", world=2)
+    assert typo.wait() == [2, 2]
+    assert "did you mean 'depth'?" in typo.said()
