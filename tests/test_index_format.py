@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rcmae.data import index as index_module
+from rcmae.data import patterns
 from rcmae.data.cache import Reader
 from rcmae.data.index import INDEX, ShardIndex
 from rcmae.data.packing.indexing import refresh
@@ -209,7 +209,7 @@ def test_a_changed_table_is_made_anew_and_said(folder, caplog, save):
 def test_a_table_too_large_to_read_on_opening_is_checked_where_it_is_used(folder, monkeypatch):
     ShardIndex.open(pattern(folder)).save(folder)
     damage(folder)
-    monkeypatch.setattr(index_module, "_CHECKED_AT_ONCE", 0)
+    monkeypatch.setattr(patterns, "_CHECKED_AT_ONCE", 0)
     index = ShardIndex.open(pattern(folder))
     assert index[7].key == "t1"
     with pytest.raises(Refused, match=r"index-.*\.bin: what it says of .*x-0\.tar is damaged"):

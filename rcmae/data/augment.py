@@ -211,7 +211,8 @@ def mates_of(micros: Sequence[Batch]) -> list[Batch]:
     labels = torch.cat([batch.labels for batch in micros if batch.labels is not None])
     positions = torch.cat([batch.positions for batch in micros])
     half = len(images) // 2
-    paired, start = [], 0
+    paired = []
+    start = 0
     for batch in micros:
         rows = (torch.arange(start, start + len(batch)) + half) % len(images)
         start += len(batch)

@@ -63,7 +63,7 @@ class Cache:
         folder.
 
         Raises:
-            ValueError: the folder cannot be used.
+            Refused: the folder cannot be used.
         """
         place = folder or os.path.join(
             os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir(), f"rcmae-shards-{os.getuid()}"
@@ -200,11 +200,10 @@ class Cache:
             with open(self.folder / ".lock", "a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 held = self.shards()
-                used = sum(size for _, size, _ in held) + sum(
-                    size
-                    for _, size, part in self._entries(".part")
-                    if part != mine and not _is_abandoned(part)
-                )
+                used = sum(size for _, size, _ in held)
+                for _, size, part in self._entries(".part"):
+                    if part != mine and not _is_abandoned(part):
+                        used += size
                 while held and used + shard.size > self.limit:
                     _, size, oldest = held.pop(0)
                     oldest.unlink(missing_ok=True)
@@ -302,7 +301,7 @@ class Reader:
             os.close(file)
 
 
-# -------------------------------------------------------------------------- its size
+# ---------------------------------------------------------------------------------- its size
 
 
 def open_bytes(index: ShardIndex, *, streams: int, window: int, nodes: int) -> int:
@@ -311,12 +310,12 @@ def open_bytes(index: ShardIndex, *, streams: int, window: int, nodes: int) -> i
 
     It is what a cache has to hold for no shard to be copied twice in a pass.
     """
-    sizes, samples = (
-        np.array([shard.size for shard in index.shards]),
-        min(window, math.ceil(len(index) / streams)),
-    )
+    sizes = np.array([shard.size for shard in index.shards])
+    samples = min(window, math.ceil(len(index) / streams))
     sets = index.weights or [(len(sizes), 1.0)]
-    weight, each, first = sum(weight for _, weight in sets), 0.0, 0
+    weight = sum(weight for _, weight in sets)
+    each = 0.0
+    first = 0
     for count, share in sets:
         mine = slice(first, first + count)
         each += (

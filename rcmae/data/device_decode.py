@@ -47,12 +47,20 @@ def pack(files: list[tuple[bytes, list[int]]]) -> Encoded | None:
     """Files and the batch's rows that each gives, ready to travel; None if there are none."""
     if not files:
         return None
-    sizes = torch.tensor([len(data) for data, _ in files])
+    joined = bytearray()
+    ends: list[int] = []
+    rows: list[int] = []
+    numbers: list[int] = []
+    for number, (data, views) in enumerate(files):
+        joined += data
+        ends.append(len(joined))
+        rows += views
+        numbers += [number] * len(views)
     return Encoded(
-        data=torch.frombuffer(bytearray().join(data for data, _ in files), dtype=torch.uint8),
-        ends=sizes.cumsum(0),
-        rows=torch.tensor([row for _, rows in files for row in rows]),
-        files=torch.tensor([number for number, (_, rows) in enumerate(files) for _ in rows]),
+        data=torch.frombuffer(joined, dtype=torch.uint8),
+        ends=torch.tensor(ends),
+        rows=torch.tensor(rows),
+        files=torch.tensor(numbers),
     )
 
 
@@ -85,7 +93,9 @@ class DeviceDecoder:
     """Makes a batch's images from encoded ones."""
 
     def __init__(self, decode: Decode, device: torch.device) -> None:
-        self._decode, self.device, self._refused = decode, device, False
+        self._decode = decode
+        self.device = device
+        self._refused = False
 
     def images(self, images: Tensor, crops: Tensor, encoded: Encoded) -> tuple[Tensor, list[int]]:
         """The images on the device, and the rows that could not be decoded there.
@@ -97,7 +107,8 @@ class DeviceDecoder:
             encoded: the files.
         """
         out = images.to(self.device, non_blocking=True)
-        bad, decoded = [], self._pixels(encoded)
+        bad = []
+        decoded = self._pixels(encoded)
         for row, number in zip(encoded.rows.tolist(), encoded.files.tolist(), strict=True):
             pixels = decoded[number]
             if pixels is None or pixels.shape[0] != images.shape[1]:
@@ -147,7 +158,9 @@ class OnDevice(Generic[Item]):
     def __init__(
         self, items: Iterator[Item], make: Callable[[Item], Item], device: torch.device, ahead: int
     ) -> None:
-        self._items, self._make, self._device = items, make, device
+        self._items = items
+        self._make = make
+        self._device = device
         self._made: queue.Queue[tuple[Item | None, Exception | None, torch.cuda.Event | None]] = (
             queue.Queue(ahead)
         )
@@ -203,7 +216,8 @@ def device_decoder(recipe: Recipe) -> DeviceDecoder | None:
     """
     if recipe.data.decode == "cpu":
         return None
-    decode, why = None, None
+    decode = None
+    why = None
     try:
         decode = nvjpeg(dist.device(), recipe.model.in_channels)
     except (RuntimeError, ImportError, OSError) as error:

@@ -6,19 +6,17 @@ mapped, not read); for shards without one it is built in memory by reading their
 from elsewhere (rcmae/data/sources.py) are indexed alike, and their index may lie beside them
 there.
 
-An index is believed of a shard that is still what it was by size and time. A shard that was written
-since has its headers read again: it may be a copy. Tables carry hashes, which are compared before
-rows are used."""
+Tables carry hashes, which are compared before rows are used. Which index is believed of a shard:
+rcmae/data/patterns.py."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcmae.data import sources
-from rcmae.data.patterns import Patterns, named_twice, refuse_shards, shards_named
-from rcmae.data.sources import USUAL, Patience, Stat
+from rcmae.data.patterns import (
+    Indexed,
+    Patterns,
+    Search,
+    named_twice,
+    refuse_shards,
+    shards_named,
+    unlike,
+)
+from rcmae.data.sources import USUAL, Patience
 from rcmae.data.tars import (
     Member,
     Scan,
@@ -46,9 +52,6 @@ INDEX = "index.json"
 FORMAT = "rcmae shard index"
 VERSION = 2  # 1 is read, too
 _TABLE = re.compile(r"index-[\w-]+\.bin")
-# bytes of tables that are read on opening; what is more is checked where it is first used
-_CHECKED_AT_ONCE = 2**30
-_log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -135,7 +138,7 @@ class ShardIndex:
             weights.append((len(found), weight))
         problems += named_twice(paths)
         caches = [cache] if isinstance(cache, str | Path) else cache
-        search = _Search(paths, [str(folder) for folder in caches], patience)
+        search = Search(paths, [str(folder) for folder in caches], _indexed, patience)
         picks = {path: search.pick(path, needs) for path in paths}
         known = {
             path: pick.shard
@@ -204,9 +207,10 @@ class ShardIndex:
         as it is done.
 
         Raises:
-            ValueError: names every shard that is no tar, ends too early or holds no image.
+            Refused: names every shard that is no tar, ends too early or holds no image.
         """
-        shards, problems = [], []
+        shards = []
+        problems = []
         for scan in scan_all(paths, jobs, patience):
             on_scan(scan)
             if scan.shard is None:
@@ -340,159 +344,16 @@ class _View(NamedTuple):
     headed: NDArray[np.void] | None
 
 
-# ----------------------------------------------------------------------------------- in the folders
-
-
-class _Known(NamedTuple):
-    """What an index says of a shard."""
-
-    shard: Shard
-    folder: str  # of the index
-    written_ns: int  # when the index was; 0: not known
-
-
-class _Pick(NamedTuple):
-    """What is to be believed of a shard."""
-
-    shard: Shard | None = None
-    is_sure: bool = False  # else its headers have to be read, and compared
-
-
-class _Search:
-    """What the indexes in some folders, and beside the shards, say of shards.
-
-    The newest is believed: of two that differ the one that describes the shard as it is."""
-
-    def __init__(self, paths: Sequence[str], caches: Sequence[str], patience: Patience) -> None:
-        self.problems: list[str] = []
-        self.short: list[str] = []  # shards with fewer bytes than they were indexed with
-        self._unchecked = _CHECKED_AT_ONCE  # bytes of tables that may still be read
-        self._known: dict[str, list[_Known]] = {}
-        gone: set[str] = set()
-        folders = [*caches, *filter(None, map(sources.folder_of, paths))]
-        for folder in dict.fromkeys(folders):
-            try:
-                index = ShardIndex.found_in(folder, patience)
-            except (Refused, OSError) as error:
-                self.problems.append(str(error))
-                gone.add(folder)
-                continue
-            written_ns = _written_ns(folder)
-            for shard in () if index is None else index.shards:
-                known = _Known(shard, folder, written_ns)
-                self._known.setdefault(sources.identity(shard.path), []).append(known)
-        here = [path for path in paths if not sources.is_remote(path)]
-        elsewhere = [path for path in paths if sources.is_remote(path)]
-        asked = [path for path in elsewhere if sources.folder_of(path) not in gone]
-        self._stats = sources.stats(asked, patience)
-        for path in here:
-            self._stats[path] = stat_here(path)
-        for path, stat in self._stats.items():
-            if isinstance(stat, OSError) and "://" in path:
-                self.problems.append(str(stat))
-
-    def pick(self, path: str, needs: Collection[str]) -> _Pick:
-        """What is to be believed of a shard."""
-        candidates = self._known.get(sources.identity(path), [])
-        if not candidates:
-            return _Pick()
-        stat = self._stats.get(path)
-        if not isinstance(stat, Stat) or stat.size is None:
-            chosen, is_sure = candidates[0], True
-        else:
-            chosen, is_sure = self._choose(path, stat, candidates)
-        shard = replace(chosen.shard, path=path)
-        shown = sources.redacted(path)
-        if shard.fingerprint != candidates[0].shard.fingerprint:
-            _log.warning(
-                "%s: the index in %s says otherwise than the newer one in %s, which is used",
-                shown,
-                candidates[0].folder,
-                chosen.folder,
-            )
-        if not set(needs) <= {"image", "label", *shard.kinds}:
-            kinds = " and ".join(needs)
-            _log.warning("%s: its index lacks where the %s lie; read again", shown, kinds)
-            return _Pick()
-        if self._unchecked > 0 and isinstance(shard.table, str):
-            self._unchecked -= shard.length
-            try:
-                shard.check_table()
-            except Refused as error:
-                _log.warning("%s; its headers are read again", str(error).partition(";")[0])
-                return _Pick()
-        return _Pick(shard, is_sure)
-
-    def _choose(self, path: str, stat: Stat, candidates: list[_Known]) -> tuple[_Known, bool]:
-        """(the candidate that describes a shard as it is, whether that is sure)."""
-        assert stat.size is not None
-        by_age = sorted(candidates, key=lambda known: -known.written_ns)
-        alike = [known for known in by_age if known.shard.size == stat.size]
-        is_here = not sources.is_remote(path)
-        if not alike:
-            newest = by_age[0]
-            if is_here and stat.size < newest.shard.size:
-                self.short.append(path)
-            else:
-                self.problems.append(_another(path))
-            return newest, True
-        for known in candidates:
-            if known.shard.stamp and known.shard.stamp == stat.stamp:
-                return known, True
-        if is_here:
-            # format 1 has no times: one that was written after the shard is believed
-            written_ns = int(stat.stamp.split(" ")[1])
-            for known in alike:
-                if not known.shard.stamp and known.written_ns >= written_ns:
-                    return known, True
-            return alike[0], False
-        known = next(each for each in candidates if each.shard.size == stat.size)
-        if not known.shard.sha256 and sources.is_other(stat.stamp, known.shard.stamp):
-            self.problems.append(_another(path))  # else its copy is compared with the hash
-        return known, True
-
-
-def _another(path: str) -> str:
-    return (
-        f"{sources.redacted(path)}: is not the file that its index describes; run rcmae shards "
-        "index --rebuild on it"
-    )
-
-
-def unlike(before: Shard, now: Shard) -> list[str]:
-    """In what a shard that was written since is not what was indexed: a line, or none."""
-    if before.fingerprint == now.fingerprint:
-        return []
-    fields = ["offset", "size", "label", "key", "key_size"]
-    count = min(before.samples, now.samples)
-    same = np.all(
-        [before.rows[field][:count] == now.rows[field][:count] for field in fields], axis=0
-    )
-    other = max(before.samples, now.samples) - int(np.count_nonzero(same))
-    what = f"{other} of its {now.samples} samples lie elsewhere or have other labels"
-    if not other:
-        what = "its samples have other keys"
-    path = sources.redacted(now.path)
-    return [
-        f"{path}: was written after it was indexed, and {what}; run rcmae shards index "
-        f"{path} --rebuild"
-    ]
-
-
-def stat_here(path: str) -> Stat | None:
-    """Size and stamp of a file here; None where there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
+def _indexed(folder: str, patience: Patience) -> Indexed | None:
+    """What an index in a folder says, if there is one. Raises as `ShardIndex.found_in`."""
+    index = ShardIndex.found_in(folder, patience)
+    if index is None:
         return None
-    return Stat(found.st_size, sources.stamp_of(found))
-
-
-def _written_ns(folder: str) -> int:
-    try:
-        return os.stat(os.path.join(folder, INDEX)).st_mtime_ns
-    except OSError:
-        return 0
+    written_ns = 0
+    if "://" not in folder:
+        with contextlib.suppress(OSError):
+            written_ns = os.stat(os.path.join(folder, INDEX)).st_mtime_ns
+    return Indexed(index.shards, written_ns)
 
 
 def is_ours(folder: str | Path) -> bool:

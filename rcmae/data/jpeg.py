@@ -31,7 +31,11 @@ _END = b"\xff\xd9"
 _COLOURS = ("YCbCr", "Gray", "RGB")
 # channels -> names of simplejpeg and of turbojpeg.h
 _PIXEL_FORMATS = {3: ("RGB", 0), 1: ("GRAY", 6)}
-_INIT_DECOMPRESS, _STOP_ON_WARNING, _SUBSAMPLING, _WIDTH = 1, 0, 4, 5  # of turbojpeg.h, too
+# of turbojpeg.h, too
+_INIT_DECOMPRESS = 1
+_STOP_ON_WARNING = 0
+_SUBSAMPLING = 4
+_WIDTH = 5
 # pixels; by chroma subsampling as numbered there: 444 422 420 grey 440 411 441
 _MCU_WIDTHS = (8, 16, 16, 8, 8, 32, 8)
 _log = logging.getLogger(__name__)
@@ -160,10 +164,8 @@ def _library() -> ctypes.CDLL | None:
                 ctypes.c_int,
                 ctypes.c_int,
             ]
-            library.tj3GetErrorStr.argtypes, library.tj3GetErrorStr.restype = (
-                [ctypes.c_void_p],
-                ctypes.c_char_p,
-            )
+            library.tj3GetErrorStr.argtypes = [ctypes.c_void_p]
+            library.tj3GetErrorStr.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:  # version 2 has no tj3 functions
             _log.debug("%s: %s", path, error)
         else:
@@ -186,7 +188,8 @@ class _Decoder:
 
     def decode(self, data: bytes, box: Box, shrink: int, channels: int) -> NDArray[np.uint8]:
         """The pixels of a box, given in pixels of the shrunken image."""
-        library, handle = self._library, self._handle
+        library = self._library
+        handle = self._handle
         self._check(library.tj3SetCroppingRegion(handle, _Region(0, 0, 0, 0)))  # of the last image
         self._check(library.tj3DecompressHeader(handle, data, len(data)))
         self._check(library.tj3SetScalingFactor(handle, _Fraction(1, shrink)))

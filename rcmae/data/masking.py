@@ -126,10 +126,12 @@ class BlockMask:
                     return boxed
                 area = self.smallest + size * (min(left, self.largest) - self.smallest)
                 aspect = math.exp((2 * shape - 1) * math.log(_ASPECT))
-                height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+                height = round(math.sqrt(area * aspect))
+                width = round(math.sqrt(area / aspect))
                 if not (0 < height < rows and 0 < width < columns):
                     continue
-                top, start = int(down * (rows - height + 1)), int(across * (columns - width + 1))
+                top = int(down * (rows - height + 1))
+                start = int(across * (columns - width + 1))
                 box = boxed[top : top + height, start : start + width]
                 new = box.size - int(box.sum())
                 if 0 < new <= min(left, self.largest):

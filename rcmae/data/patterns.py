@@ -1,19 +1,30 @@
-"""Which shards a user names: paths, braces, globs, URLs, commands, lists of them, and mixtures."""
+"""Which shards a user names (paths, braces, globs, URLs, commands, lists of them, mixtures), and
+which of the indexes that are found is believed of each.
+
+An index is believed of a shard that is still what it was by size and time. A shard that was written
+since has its headers read again: it may be a copy."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
+import numpy as np
 from braceexpand import braceexpand
 
 from rcmae.data import sources
-from rcmae.data.sources import USUAL, Patience
+from rcmae.data.sources import USUAL, Patience, Stat
+from rcmae.data.tars import Shard
 from rcmae.errors import Refused
 
 _NAMED = 20  # problems that a message lists before it counts the rest
+# bytes of tables that are read on opening; what is more is checked where it is first used
+_CHECKED_AT_ONCE = 2**30
+_log = logging.getLogger(__name__)
 
 
 class Weighted(Protocol):
@@ -36,7 +47,7 @@ def expand(patterns: str | Sequence[str], *, even_empty: bool = False) -> list[s
     `data/*.tar`, plain paths, URLs with either, `pipe:` commands with braces.
 
     Raises:
-        ValueError: names each pattern that matches nothing and each shard that is missing, empty
+        Refused: names each pattern that matches nothing and each shard that is missing, empty
             (unless `even_empty`), unreadable or named twice, all at once.
     """
     paths, problems = shards_named(patterns, even_empty=even_empty)
@@ -118,3 +129,165 @@ def refuse_shards(problems: Sequence[str]) -> None:
     if problems:
         rest = [f"... and {len(problems) - _NAMED} more"] if len(problems) > _NAMED else []
         raise Refused("\n".join(["shards that cannot be used:", *problems[:_NAMED], *rest]))
+
+
+# ------------------------------------------------------------------------- what is believed of them
+
+
+class Indexed(NamedTuple):
+    """What an index says."""
+
+    shards: Sequence[Shard]
+    written_ns: int  # when it was written; 0: not known
+
+
+class _Known(NamedTuple):
+    """What an index says of a shard."""
+
+    shard: Shard
+    folder: str  # of the index
+    written_ns: int  # when the index was; 0: not known
+
+
+class Pick(NamedTuple):
+    """What is to be believed of a shard."""
+
+    shard: Shard | None = None
+    is_sure: bool = False  # else its headers have to be read, and compared
+
+
+class Search:
+    """What the indexes in some folders, and beside the shards, say of shards.
+
+    The newest is believed: of two that differ the one that describes the shard as it is."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        caches: Sequence[str],
+        indexed: Callable[[str, Patience], Indexed | None],
+        patience: Patience,
+    ) -> None:
+        """Read the indexes.
+
+        Args:
+            paths: of the shards.
+            caches: folders to look into, beside those of the shards.
+            indexed: gives what an index in a folder says; may raise Refused and OSError.
+            patience: with shards from elsewhere.
+        """
+        self.problems: list[str] = []
+        self.short: list[str] = []  # shards with fewer bytes than they were indexed with
+        self._unchecked = _CHECKED_AT_ONCE  # bytes of tables that may still be read
+        self._known: dict[str, list[_Known]] = {}
+        gone: set[str] = set()
+        folders = [*caches, *filter(None, map(sources.folder_of, paths))]
+        for folder in dict.fromkeys(folders):
+            try:
+                found = indexed(folder, patience)
+            except (Refused, OSError) as error:
+                self.problems.append(str(error))
+                gone.add(folder)
+                continue
+            if found is None:
+                continue
+            for shard in found.shards:
+                known = _Known(shard, folder, found.written_ns)
+                self._known.setdefault(sources.identity(shard.path), []).append(known)
+        here = [path for path in paths if not sources.is_remote(path)]
+        elsewhere = [path for path in paths if sources.is_remote(path)]
+        asked = [path for path in elsewhere if sources.folder_of(path) not in gone]
+        self._stats = sources.stats(asked, patience)
+        for path in here:
+            self._stats[path] = sources.stat_here(path)
+        for path, stat in self._stats.items():
+            if isinstance(stat, OSError) and "://" in path:
+                self.problems.append(str(stat))
+
+    def pick(self, path: str, needs: Collection[str]) -> Pick:
+        """What is to be believed of a shard."""
+        candidates = self._known.get(sources.identity(path), [])
+        if not candidates:
+            return Pick()
+        stat = self._stats.get(path)
+        if not isinstance(stat, Stat) or stat.size is None:
+            chosen = candidates[0]
+            is_sure = True
+        else:
+            chosen, is_sure = self._choose(path, stat, candidates)
+        shard = replace(chosen.shard, path=path)
+        shown = sources.redacted(path)
+        if shard.fingerprint != candidates[0].shard.fingerprint:
+            _log.warning(
+                "%s: the index in %s says otherwise than the newer one in %s, which is used",
+                shown,
+                candidates[0].folder,
+                chosen.folder,
+            )
+        if not set(needs) <= {"image", "label", *shard.kinds}:
+            kinds = " and ".join(needs)
+            _log.warning("%s: its index lacks where the %s lie; read again", shown, kinds)
+            return Pick()
+        if self._unchecked > 0 and isinstance(shard.table, str):
+            self._unchecked -= shard.length
+            try:
+                shard.check_table()
+            except Refused as error:
+                _log.warning("%s; its headers are read again", str(error).partition(";")[0])
+                return Pick()
+        return Pick(shard, is_sure)
+
+    def _choose(self, path: str, stat: Stat, candidates: list[_Known]) -> tuple[_Known, bool]:
+        """(the candidate that describes a shard as it is, whether that is sure)."""
+        assert stat.size is not None
+        by_age = sorted(candidates, key=lambda known: -known.written_ns)
+        alike = [known for known in by_age if known.shard.size == stat.size]
+        is_here = not sources.is_remote(path)
+        if not alike:
+            newest = by_age[0]
+            if is_here and stat.size < newest.shard.size:
+                self.short.append(path)
+            else:
+                self.problems.append(_another(path))
+            return newest, True
+        for known in candidates:
+            if known.shard.stamp and known.shard.stamp == stat.stamp:
+                return known, True
+        if is_here:
+            # format 1 has no times: one that was written after the shard is believed
+            written_ns = int(stat.stamp.split(" ")[1])
+            for known in alike:
+                if not known.shard.stamp and known.written_ns >= written_ns:
+                    return known, True
+            return alike[0], False
+        known = next(each for each in candidates if each.shard.size == stat.size)
+        if not known.shard.sha256 and sources.is_other(stat.stamp, known.shard.stamp):
+            self.problems.append(_another(path))  # else its copy is compared with the hash
+        return known, True
+
+
+def _another(path: str) -> str:
+    return (
+        f"{sources.redacted(path)}: is not the file that its index describes; run rcmae shards "
+        "index --rebuild on it"
+    )
+
+
+def unlike(before: Shard, now: Shard) -> list[str]:
+    """In what a shard that was written since is not what was indexed: a line, or none."""
+    if before.fingerprint == now.fingerprint:
+        return []
+    fields = ["offset", "size", "label", "key", "key_size"]
+    count = min(before.samples, now.samples)
+    same = np.all(
+        [before.rows[field][:count] == now.rows[field][:count] for field in fields], axis=0
+    )
+    other = max(before.samples, now.samples) - int(np.count_nonzero(same))
+    what = f"{other} of its {now.samples} samples lie elsewhere or have other labels"
+    if not other:
+        what = "its samples have other keys"
+    path = sources.redacted(now.path)
+    return [
+        f"{path}: was written after it was indexed, and {what}; run rcmae shards index "
+        f"{path} --rebuild"
+    ]

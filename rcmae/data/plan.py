@@ -57,7 +57,8 @@ class Plan:
     _blocks: dict[tuple[int, int, int], NDArray[np.int64]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        available, problems = self._pass_samples, []
+        available = self._pass_samples
+        problems = []
         for key, value in (
             ("batch.images", self.images),
             ("data.canonical_streams", self.streams),
@@ -112,7 +113,7 @@ class Plan:
         position.
 
         Raises:
-            ValueError: `world` does not divide the batch and the streams.
+            Refused: `world` does not divide the batch and the streams.
         """
         if self.images % world or self.streams % world:
             raise Refused(
@@ -138,7 +139,8 @@ class Plan:
         (number,), (place,) = self._dealt(np.array([position], np.int64))
         order, _, _ = self._pass(int(number), int(place) // self._parts[number].samples)
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        start, count = int(self._starts[shard]), int(self.counts[shard])
+        start = int(self._starts[shard])
+        count = int(self.counts[shard])
         yield from range(sample + 1, start + count)
         yield from range(start, sample)
         turn = int(np.flatnonzero(order == shard)[0])
@@ -156,7 +158,8 @@ class Plan:
 
     @cached_property
     def _parts(self) -> list[_Part]:
-        epoch, ends = self.samples_per_epoch, np.cumsum([0, *self.counts]).tolist()
+        epoch = self.samples_per_epoch
+        ends = np.cumsum([0, *self.counts]).tolist()
         if not self.weights:
             moves = epoch if self.epoch_samples is not None else self._pass_samples
             return [_Part(0, len(self.counts), self._pass_samples, epoch, moves)]
@@ -167,7 +170,8 @@ class Plan:
         rest = sorted(range(len(exact)), key=lambda number: shares[number] - exact[number])
         for number in rest[: epoch - sum(shares)]:
             shares[number] += 1
-        parts, first = [], 0
+        parts = []
+        first = 0
         for (count, _), share in zip(self.weights, shares, strict=True):
             parts.append(
                 _Part(first, first + count, ends[first + count] - ends[first], share, share)
@@ -219,7 +223,9 @@ class Plan:
         for group in np.split(grouped, changes[1:]):
             if group.size:
                 one = group[0]
-                epoch, stream, block = int(epochs[one]), int(streams[one]), int(blocks[one])
+                epoch = int(epochs[one])
+                stream = int(streams[one])
+                block = int(blocks[one])
                 size = int(ends[one]) - block * self.window
                 places[group] = self._block(epoch, stream, block, size)[places[group]]
         return epochs, starts + blocks * self.window + places

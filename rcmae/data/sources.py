@@ -6,7 +6,9 @@ A shard that lies on a file system is read where it lies, by offset. One from el
 the node's disk, which all processes of the node share, and read from there: shards are made to be
 read whole, and a store sees one reader a node. Clients find their credentials in their usual places
 (environment, ~/.aws, metadata service); nothing here shows a URL's password or query. A `pipe:`
-command is the user's own, run by the shell word for word; none is ever put together here."""
+command is the user's own, run by the shell word for word; none is ever put together here.
+
+Long for a module: names, questions and copies share one way to wait and to fail."""
 
 from __future__ import annotations
 
@@ -158,7 +160,7 @@ def find(pattern: str, patience: Patience = USUAL) -> list[str]:
     """The shards that a path, URL or glob of either names, sorted; a command is itself.
 
     Raises:
-        ValueError: the URL holds a password, or its client is not installed.
+        Refused: the URL holds a password, or its client is not installed.
         OSError: the store cannot be asked.
     """
     pattern = local(pattern)
@@ -306,6 +308,15 @@ class Stat(NamedTuple):
 def stamp_of(stat: os.stat_result) -> str:
     """The stamp of a file here."""
     return f"mtime {stat.st_mtime_ns}"
+
+
+def stat_here(path: str) -> Stat | None:
+    """Size and stamp of a file here; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return Stat(found.st_size, stamp_of(found))
 
 
 def stat_of(path: str, patience: Patience = USUAL) -> Stat:
@@ -477,7 +488,8 @@ def _run(pipe: str, file: BinaryIO, timeout_s: float, size: int | None) -> str:
     Raises OSError where it fails or stalls.
     """
     file.seek(0)
-    digest, came = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    came = 0
     with subprocess.Popen(
         pipe.removeprefix(PIPE),
         shell=True,

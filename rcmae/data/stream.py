@@ -329,7 +329,7 @@ def labelled_batches(
     `change` is made to each image by the worker that decodes it.
 
     Raises:
-        ValueError: samples have no label; names the first of them. The same on every rank.
+        Refused: samples have no label; names the first of them. The same on every rank.
     """
     refuse_unlabelled(index)
     share = -(-len(index) // world)

@@ -40,20 +40,8 @@ KINDS = ("image", "label", "map", "annotation")
 _KIND_OF_SUFFIX = {"cls": "label", "seg.png": "map", "json": "annotation"}
 HEADER = tarfile.BLOCKSIZE  # bytes of a member's header, right before its content
 NO_LABEL = -100
-IMAGE_SUFFIXES = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "bmp",
-    "ppm",
-    "pgm",
-    "pbm",
-    "pnm",
-    "tif",
-    "tiff",
-    "gif",
-    "npy",
+IMAGE_SUFFIXES = tuple(
+    ["jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy"]
 )
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 # of reading headers before other processes are started to help: that takes seconds itself
@@ -127,7 +115,8 @@ class Shard:
         table = np.frombuffer(self._buffer, MEMBER, self.others, start)
         first = int(head["first"])
         for kind, offset, size, checksum in table[first : first + int(head["others"])].tolist():
-            found.append(Member(KINDS[kind], offset, size, checksum))
+            if kind < len(KINDS):  # a newer package may know more
+                found.append(Member(KINDS[kind], offset, size, checksum))
         return found
 
     @property
@@ -302,7 +291,8 @@ class Scan(NamedTuple):
 def scan_all(paths: Sequence[str], jobs: int, patience: Patience) -> Iterator[Scan]:
     """`scan` of each tar, in their order; other processes help where it takes seconds."""
     one = partial(scan, patience=patience)
-    began, left = time.monotonic(), deque(paths)
+    began = time.monotonic()
+    left = deque(paths)
     while left and (jobs <= 1 or len(left) == 1 or time.monotonic() - began < _ALONE_S):
         yield one(left.popleft())
     if not left:
@@ -456,11 +446,13 @@ def groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInf
         match = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", member.name, re.DOTALL)
         if match is None or not member.isreg() or member.issparse():
             continue
-        key, suffix = match.group(1), match.group(2).lower()
+        key = match.group(1)
+        suffix = match.group(2).lower()
         if key != current:
             if members:
                 yield str(current), members
-            current, members = key, {}
+            current = key
+            members = {}
         members.setdefault(suffix, member)
     if members:
         yield str(current), members

@@ -38,7 +38,8 @@ Crop = tuple[int, int, int, int, int]  # top, left, height, width in the source 
 _TRIES = 10  # random boxes that may stick out before the centre is taken
 # channels -> PIL's name of the colour space; others have to be there as they are asked for
 _MODES = {1: "L", 3: "RGB"}
-NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NPY = b"\x93NUMPY"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class BadImage(ValueError):
@@ -115,7 +116,8 @@ class TrainTransform:
         """
         if len(positions) == 1:
             return [self(data, seed, positions[0])]
-        pixels, views = decode(data, self.in_channels), []
+        pixels = decode(data, self.in_channels)
+        views = []
         for position in positions:
             box = self._box(pixels.shape[0], pixels.shape[1], self._draws(seed, position, 0))
             views.append(self._view(box.of(pixels), box, seed, position, 0))
@@ -190,13 +192,15 @@ class CentreTransform:
     def __call__(self, data: bytes, seed: int, position: int, draw: int = 0) -> View:
         """The view of an encoded image, the same at every position. Raises BadImage."""
         pixels = decode(data, self.in_channels)
-        (height, width), (rows, columns) = self.image_size, pixels.shape[:2]
+        height, width = self.image_size
+        rows, columns = pixels.shape[:2]
         needed = max(height / rows, width / columns)
         factor = max(needed, min(needed / CENTRE_SHARE, 1.0))
         # As torchvision's Resize: the longer side is rounded down; the tolerance keeps the shorter
         # one exact.
         size = (math.floor(rows * factor + 1e-6), math.floor(columns * factor + 1e-6))
-        top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
+        top = round((size[0] - height) / 2)
+        left = round((size[1] - width) / 2)
         image = resize(pixels, size)[:, top : top + height, left : left + width]
         box = tuple(round(length / factor) for length in (top, left, height, width))
         return View(image, (box[0], box[1], box[2], box[3], 0))
@@ -396,16 +400,16 @@ def random_box(
         draws: four numbers in [0, 1) for each try; where no box fits, the largest centred one
             within `ratio` is taken.
     """
-    low, high = math.log(ratio[0]), math.log(ratio[1])
+    low = math.log(ratio[0])
+    high = math.log(ratio[1])
     for at in range(0, len(draws), 4):
         area = rows * columns * (scale[0] + (scale[1] - scale[0]) * draws[at])
         aspect = math.exp(low + (high - low) * draws[at + 1])
-        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        width = round(math.sqrt(area * aspect))
+        height = round(math.sqrt(area / aspect))
         if 0 < width <= columns and 0 < height <= rows:
-            top, left = (
-                int(draws[at + 2] * (rows - height + 1)),
-                int(draws[at + 3] * (columns - width + 1)),
-            )
+            top = int(draws[at + 2] * (rows - height + 1))
+            left = int(draws[at + 3] * (columns - width + 1))
             return top, left, height, width
     height = min(rows, max(1, round(columns / ratio[0])))
     width = min(columns, max(1, round(rows * ratio[1])))

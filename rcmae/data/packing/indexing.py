@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rcmae.data import sources
-from rcmae.data.index import ShardIndex, is_ours, stat_here
+from rcmae.data.index import ShardIndex, is_ours
 from rcmae.data.patterns import expand
 from rcmae.data.tars import NO_LABEL, Scan, Shard
 from rcmae.errors import Refused
@@ -105,7 +105,7 @@ def _holds(shard: Shard, path: str, *, is_wanted: bool, rebuild: bool) -> bool:
         return False
     if sources.is_remote(path):
         return True
-    stat = stat_here(path)
+    stat = sources.stat_here(path)
     if stat is None or stat.size != shard.size:
         return False
     return not is_wanted or (bool(shard.digest) and stat.stamp == shard.stamp)

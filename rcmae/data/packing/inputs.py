@@ -130,7 +130,8 @@ def _in_list(path: Path) -> Found:
             )
         labels = [None] * len(rows)
     are_numbers = all(label is not None and label.isdecimal() for label in labels)
-    images, gone = [], []
+    images = []
+    gone = []
     for row, line, label in zip(rows, lines, labels, strict=True):
         file = path.parent / row["path"]
         if not file.is_file():
