@@ -40,9 +40,8 @@ KINDS = ("image", "label", "map", "annotation")
 _KIND_OF_SUFFIX = {"cls": "label", "seg.png": "map", "json": "annotation"}
 HEADER = tarfile.BLOCKSIZE  # bytes of a member's header, right before its content
 NO_LABEL = -100
-IMAGE_SUFFIXES = tuple(
-    ["jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "pnm", "tif", "tiff", "gif", "npy"]
-)
+_NETPBM = ("ppm", "pgm", "pbm", "pnm")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", *_NETPBM, "tif", "tiff", "gif", "npy")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 # of reading headers before other processes are started to help: that takes seconds itself
 _ALONE_S = 2.0
