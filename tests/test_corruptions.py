@@ -18,7 +18,8 @@ from torch import Tensor
 from rcmae.data.index import ShardIndex
 from rcmae.data.stream import Readers, labelled_batches
 from rcmae.data.transforms import CentreTransform, resize
-from rcmae.evaluation.corruptions import KINDS, Corruption, convolved, height_map, smoothed
+from rcmae.evaluation.corruptions import KINDS, Corruption, height_map
+from rcmae.evaluation.warping import convolved, smoothed
 
 
 @pytest.fixture(scope="module")

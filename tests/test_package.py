@@ -105,7 +105,7 @@ LEARNT = (
     "engines/optim.py",
 )
 LEARNT += ("data/masking.py", "data/transforms.py", "data/augment.py", "evaluation/attention.py")
-LEARNT += ("evaluation/corruptions.py",)
+LEARNT += ("evaluation/corruptions.py", "evaluation/warping.py")
 
 
 def test_what_is_learnt_knows_no_engine_rank_or_recipe():
