@@ -1,5 +1,10 @@
 """The one error that is the user's: everything else that is raised is ours, or the machine's."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class Refused(ValueError):
     """Something that a user gave cannot be used: says what, what was got, and the way out.
@@ -7,3 +12,10 @@ class Refused(ValueError):
     Entry points print it and exit with 2. A plain ValueError is a bug of this package: it ends with
     a traceback and exit status 1.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The way out of a name that nobody has: the one that is near, else all there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

@@ -152,27 +152,26 @@ def main(argv: Sequence[str] | None = None, task: str = "pretrain") -> int:
     startup.begin()
     module = "train" if task == "pretrain" else task
     command = training.parse(argv, f"python -m rcmae.{module}")
-    if training.refused(command):
+    if training.refused(command, task):
         return preempt.REFUSED
-    from rcmae.tasks.registry import task_named
-
-    return start(command, task_named(task), stop)
+    return start(command, task, stop)
 
 
-def start(command: Command, task: Task, stop: preempt.StopRequest) -> int:
+def start(command: Command, task: str, stop: preempt.StopRequest) -> int:
     """Join the other ranks and train; the exit status of this rank. Every rank calls."""
     from rcmae import dist
     from rcmae.checkpoint.lease import exit_status
     from rcmae.errors import Refused
     from rcmae.run.ending import say_error
     from rcmae.run.look import meet
+    from rcmae.tasks.registry import task_named
 
     folder = None
     try:
-        recipe = meet(command)
-        folder = dist.from_first(recipe.run_dir if recipe else None)
+        met = meet(command, task)
+        folder = met.run_dir
         startup.mark("process group")
-        status = train(recipe, stop, task, command)
+        status = train(met.recipe, stop, task_named(met.task), command)
     except Refused as error:  # on all ranks together
         say_error(error)
         status = preempt.REFUSED

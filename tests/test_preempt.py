@@ -28,7 +28,7 @@ def at_step(step: int, action: Callable[[], object]) -> Callable[..., float]:
 
     In this step something happens first.
     """
-    rate = schedule.warmup_half_cosine
+    rate = schedule.learning_rate
 
     def asked(now: int, **named: Any) -> float:
         if now == step:
@@ -41,7 +41,7 @@ def at_step(step: int, action: Callable[[], object]) -> Callable[..., float]:
 def test_a_signal_in_the_first_step_commits_it(
     tiny: Path, folder: Folder, uninterrupted: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schedule, "warmup_half_cosine", at_step(0, send(signal.SIGTERM)))
+    monkeypatch.setattr(schedule, "learning_rate", at_step(0, send(signal.SIGTERM)))
     assert start(tiny, folder.path) == 75
     assert (folder.outcome()["step"], folder.committed(), folder.steps()) == (1, [1], [1])
     monkeypatch.undo()
@@ -125,7 +125,7 @@ def test_a_deadline_ends_a_job_in_time_with_its_step_committed(
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(deadline))
         overrides = ["run.deadline_s=5000"]  # the earlier one counts
     monkeypatch.setattr(
-        schedule, "warmup_half_cosine", at_step(6, clock.leap_to(deadline - preempt.MARGIN_S))
+        schedule, "learning_rate", at_step(6, clock.leap_to(deadline - preempt.MARGIN_S))
     )
     assert start(tiny, folder.path, *overrides) == 75
     assert folder.outcome()["reason"] == "stopped, asked by the deadline is near"
@@ -169,7 +169,7 @@ def test_no_save_is_begun_that_would_not_end_in_time(
 ) -> None:
     # a step that took longer than any before
     late = clock.leap_to(clock.now + 1000 - 0.9 * slow_disk)
-    monkeypatch.setattr(schedule, "warmup_half_cosine", at_step(7, late))
+    monkeypatch.setattr(schedule, "learning_rate", at_step(7, late))
     often = "checkpoint.every_steps=3"
     assert start(tiny, folder.path, often, "run.deadline_s=1000") == 75
     assert [event["step"] for event in folder.events("checkpoint_left_out")] == [8]

@@ -1,9 +1,18 @@
 """Learning rate and momentum, number by number. The recorded ones come from the released code."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 import reference
-from rcmae.engines.schedules import teacher_momentum, warmup_half_cosine
+from rcmae.engines.schedules import (
+    Shape,
+    Warmup,
+    learning_rate,
+    teacher_momentum,
+    warmup_half_cosine,
+)
 
 
 @pytest.mark.parametrize(
@@ -109,3 +118,85 @@ def test_the_momentum_by_epochs_is_bootmaes(epoch: int, dynamic: bool, momentum:
     }
     assert len(found) == 1
     assert found.pop() == pytest.approx(momentum, abs=1e-12)
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 7, 11, 12])
+def test_mae_rate_is_the_cosine_whose_shape_begins_after_the_warmup(step: int) -> None:
+    named = {"total_steps": 12, "lr": 3e-4, "min_lr": 1e-6}
+    old = warmup_half_cosine(step, warmup_steps=4, **named)
+    assert learning_rate(step, shape=Shape(), warmup=Warmup(4), **named) == old
+
+
+def test_poly_with_a_warmup_that_multiplies_is_mmcv_s() -> None:
+    """PolyLrUpdaterHook's formula: min_lr + (lr - min_lr) (1 - i/total)^power, and in the warm-up
+    times 1 - (1 - i/warmup) (1 - ratio).
+    """
+    total, warmup, ratio, lr, power = 12, 5, 1e-6, 4e-4, 0.9
+    for step in range(total):
+        expected = lr * (1 - step / total) ** power
+        if step < warmup:
+            expected *= 1 - (1 - step / warmup) * (1 - ratio)
+        rate = learning_rate(
+            step,
+            total_steps=total,
+            lr=lr,
+            min_lr=0.0,
+            shape=Shape("poly", power=power),
+            warmup=Warmup(warmup, ratio, "multiply"),
+        )
+        assert rate == pytest.approx(expected, rel=1e-12)
+
+
+def test_steps_with_a_warmup_to_the_schedule_are_detectron2_s() -> None:
+    shape = Shape("steps", milestones=(0.5, 0.9))
+    rates = [
+        learning_rate(
+            step,
+            total_steps=20,
+            lr=1.0,
+            min_lr=0.0,
+            shape=shape,
+            warmup=Warmup(4, 0.001, "to_schedule"),
+        )
+        for step in (0, 2, 4, 9, 10, 17, 18, 19)
+    ]
+    assert rates == pytest.approx([0.001, 0.5005, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_wsd_stays_and_then_falls_linearly() -> None:
+    shape = Shape("wsd", cooldown=0.2)
+    assert [shape.at(done) for done in (0.0, 0.5, 0.8)] == [1.0, 1.0, pytest.approx(1.0)]
+    assert shape.at(0.9) == pytest.approx(0.5)
+    assert shape.at(1.0) == pytest.approx(0.0)
+
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="recorded numbers lie beside the project alone")
+def test_recorded_rates_of_segmentation_and_detection_are_ours() -> None:
+    recorded = json.loads((GOLDEN / "seg-schedule" / "fixture.json").read_text())["values"]
+    for case in recorded["schedules"]["value"]:
+        for step, expected in case["rows"]:
+            rate = learning_rate(
+                step,
+                total_steps=case["total"],
+                lr=case["lr"],
+                min_lr=case["min_lr"],
+                shape=Shape("poly", power=case["power"]),
+                warmup=Warmup(case["warmup"], case["warmup_ratio"], "multiply"),
+            )
+            assert rate == pytest.approx(expected, rel=1e-9, abs=1e-18)
+    recorded = json.loads((GOLDEN / "detect-inputs" / "fixture.json").read_text())["values"]
+    for case in recorded["schedules"]["value"].values():
+        milestones = tuple(step / case["steps"] for step in case.get("milestones") or ())
+        for step, expected in case["factor_at"].items():
+            rate = learning_rate(
+                int(step),
+                total_steps=case["steps"],
+                lr=1.0,
+                min_lr=0.0,
+                shape=Shape(case["kind"], milestones=milestones),
+                warmup=Warmup(case["warmup_steps"], 0.001, "to_schedule"),
+            )
+            assert rate == pytest.approx(expected, rel=1e-9, abs=1e-12)

@@ -20,7 +20,7 @@ from rcmae.commands import training
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and train; the exit status of this rank."""
     asked = training.parse(arguments, "rcmae finetune", __doc__ or "")
-    if training.refused(asked):
+    if training.refused(asked, "finetune"):
         return 2
     from rcmae.finetune import main as run
 

@@ -20,7 +20,7 @@ from rcmae.commands import training
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and train; the exit status of this rank."""
     asked = training.parse(arguments, "rcmae train", __doc__ or "")
-    if training.refused(asked):
+    if training.refused(asked, "pretrain"):
         return 2
     from rcmae.train import main as run
 

@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None, prog: str, about: str = "Train by a r
     return Command(args.recipe, tuple(overrides))
 
 
-def refused(asked: Command) -> bool:
+def refused(asked: Command, task: str) -> bool:
     """Whether the recipe is wrong, which is then told on stderr: a matter of a moment, without
     torch.
 
@@ -59,7 +59,7 @@ def refused(asked: Command) -> bool:
     if any(key in os.environ for key in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
         return False
     try:
-        config.load(asked.recipe, asked.overrides)
+        config.load(asked.recipe, asked.overrides, task=task)
     except Refused as error:
         print(f"rcmae: {error}", file=sys.stderr)
         return True

@@ -7,15 +7,18 @@ from typing import Any
 from torch import nn
 
 from rcmae import dist
-from rcmae.config import CLASSIFYING, Recipe, Resolved
+from rcmae.config import Recipe, Resolved
 from rcmae.engines.local import LocalEngine
-from rcmae.engines.protocol import Engine, EngineSettings
+from rcmae.engines.protocol import Engine, EngineSettings, Optimizing
 from rcmae.models import kernels
 
+ADAMW = Optimizing()  # one learning rate for all layers
 
-def engine_settings(recipe: Recipe, sizes: Resolved) -> EngineSettings:
+
+def engine_settings(
+    recipe: Recipe, sizes: Resolved, optimizing: Optimizing = ADAMW
+) -> EngineSettings:
     """The values an engine is made with."""
-    classifies = recipe.objective.name in CLASSIFYING
     return EngineSettings(
         precision=recipe.engine.precision,
         betas=recipe.schedule.betas,
@@ -24,8 +27,8 @@ def engine_settings(recipe: Recipe, sizes: Resolved) -> EngineSettings:
         accumulation=sizes.accumulation,
         per_device=sizes.per_device,
         optimizer=recipe.engine.optimizer,
-        rule=recipe.classify.rule if classifies else "adamw",
-        layer_decay=recipe.classify.layer_decay if classifies else None,
+        rule=optimizing.rule,
+        layer_decay=optimizing.layer_decay,
         teacher_accumulate=recipe.teacher.accumulate,
         seed=recipe.run.seed,
         device=dist.device(),
@@ -38,6 +41,7 @@ def make_engine(
     student: nn.Module,
     teacher: nn.Module | None,
     engine_config: dict[str, Any],
+    optimizing: Optimizing = ADAMW,
 ) -> Engine:
     """The engine of a recipe, around the student and the teacher. Collective: every rank calls."""
     for model in filter(None, (student, teacher)):
@@ -45,7 +49,7 @@ def make_engine(
         if recipe.engine.compile:
             kernels.compile_blocks(model)
     kernels.checkpoint_blocks(student, recipe.engine.activation_checkpointing)
-    settings = engine_settings(recipe, sizes)
+    settings = engine_settings(recipe, sizes, optimizing)
     if recipe.engine.name == "deepspeed":
         from rcmae.engines.deepspeed import DeepSpeedEngine
 

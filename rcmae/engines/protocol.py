@@ -56,6 +56,13 @@ class EngineState:
     teacher_updates: int
 
 
+class Optimizing(NamedTuple):
+    """How a task's weights are moved."""
+
+    rule: Rule = "adamw"
+    layer_decay: float | None = None  # learning rate of a layer over that of the one above it
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """Values an engine is made with."""

@@ -5,6 +5,7 @@ no state.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -20,6 +21,78 @@ def warmup_half_cosine(
         return lr * step / warmup_steps
     done = (step - warmup_steps) / (total_steps - warmup_steps)
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a learning rate falls over a training, apart from its warm-up.
+
+    `cosine`: half a cosine (SGDR, Loshchilov and Hutter, 2017). `poly`: (1 - done) to a power
+    (DeepLab). `steps`: a tenth at each milestone (Mask R-CNN). `wsd`: stays, then falls linearly
+    over the last part (warm-up, stable, decay; Hu et al., 2024).
+    """
+
+    name: Literal["cosine", "poly", "steps", "wsd"] = "cosine"
+    power: float = 1.0
+    milestones: tuple[float, ...] = ()  # parts of the training
+    cooldown: float = 0.2  # part of the training
+
+    def at(self, done: float) -> float:
+        """The part of the full rate at a part of the training: 1 at its beginning; both 0 to 1."""
+        if self.name == "poly":
+            return (1.0 - done) ** self.power
+        if self.name == "steps":
+            return 0.1 ** sum(done >= milestone for milestone in self.milestones)
+        if self.name == "wsd":
+            return min(1.0, (1.0 - done) / self.cooldown)
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """How a learning rate rises at first.
+
+    Args:
+        steps: how long.
+        start: part of the rate that the very first step has.
+        kind: None: the shape begins after the warm-up, as MAE has it. "multiply": the warm-up is a
+            factor on the falling rate, as mmcv has it. "to_schedule": a line to the value that the
+            shape has at the end of the warm-up, as detectron2 has it.
+    """
+
+    steps: float
+    start: float = 0.0
+    kind: Literal["multiply", "to_schedule"] | None = None
+
+
+def learning_rate(
+    step: float, *, total_steps: float, lr: float, min_lr: float, shape: Shape, warmup: Warmup
+) -> float:
+    """The learning rate of an optimizer step, counted from 0.
+
+    Args:
+        step: which one.
+        total_steps: of the training; the shape ends at it.
+        lr: the full rate.
+        min_lr: what the shape falls to; no part of the warm-up.
+        shape, warmup: how it falls and rises.
+    """
+
+    def falling(done: float) -> float:
+        return min_lr + (lr - min_lr) * shape.at(done)
+
+    if warmup.kind is None:
+        if step < warmup.steps:
+            first = lr * warmup.start
+            return first + lr * (1.0 - warmup.start) * step / warmup.steps
+        return falling((step - warmup.steps) / (total_steps - warmup.steps))
+    if step >= warmup.steps:
+        return falling(step / total_steps)
+    risen = step / warmup.steps
+    if warmup.kind == "multiply":
+        return falling(step / total_steps) * (1.0 - (1.0 - risen) * (1.0 - warmup.start))
+    first = lr * warmup.start
+    return first + (falling(warmup.steps / total_steps) - first) * risen
 
 
 def teacher_momentum(

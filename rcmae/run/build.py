@@ -157,7 +157,7 @@ def assemble(
     manifest, damaged = choose_checkpoint(recipe)
     saved = saved_from(recipe, manifest) if manifest else None
     if damaged:  # the run was judged by one that it does not resume from
-        refuse_mismatches(verdict, saved)
+        refuse_mismatches(verdict, task, saved)
     startup.mark("checkpoint")
     student = task.network(recipe, verdict.found, saved)
     objective = task.objective(recipe, sizes)
@@ -165,7 +165,9 @@ def assemble(
     teacher = task.teacher(student, objective)
     step_flops = task.step_flops(recipe, student, objective, verdict.mask.num_visible)
     startup.mark("model")
-    engine = make_engine(recipe, sizes, student, teacher, verdict.engine_config)
+    engine = make_engine(
+        recipe, sizes, student, teacher, verdict.engine_config, task.optimizing(recipe)
+    )
     startup.mark("engine")
     if manifest is not None:
         checkpoint.load(manifest, engine)
@@ -277,14 +279,19 @@ def choose_checkpoint(recipe: Recipe) -> tuple[checkpoint.Manifest | None, list[
     return found, damaged
 
 
-def refuse_mismatches(verdict: Verdict, saved: Saved | None) -> None:
+def refuse_mismatches(verdict: Verdict, task: Task, saved: Saved | None) -> None:
     """Judge the recipe against the checkpoint that is valid. The same on every rank.
 
     Raises:
         Refused: it is another training's.
     """
     problems = mismatches(
-        verdict.recipe, saved, written=None, index=verdict.data.train, sizes=verdict.sizes
+        verdict.recipe,
+        saved,
+        task=task,
+        written=None,
+        index=verdict.data.train,
+        sizes=verdict.sizes,
     )
     if problems:
         raise Refused("\n".join(problems))

@@ -9,13 +9,14 @@ from typing import Any
 from rcmae import config
 from rcmae.config import Recipe, Resolved
 from rcmae.data.index import ShardIndex
-from rcmae.tasks.protocol import Saved
+from rcmae.tasks.protocol import Saved, Task
 
 
 def mismatches(
     recipe: Recipe,
     saved: Saved | None,
     *,
+    task: Task,
     written: Mapping[str, Any] | None,
     index: ShardIndex | None,
     sizes: Resolved | None = None,
@@ -25,11 +26,12 @@ def mismatches(
     Args:
         recipe: as it is asked for.
         saved: the checkpoint it would resume from.
+        task: what the recipe trains.
         written: recipe.yaml of a run without a checkpoint.
         index: of data.shards.
         sizes: resolved from the recipe, where that was possible.
     """
-    problems = recipe_mismatches(recipe, saved, written)
+    problems = recipe_mismatches(recipe, saved, task, written)
     if saved is None:
         return problems
     if sizes is not None:
@@ -41,7 +43,7 @@ def mismatches(
 
 
 def recipe_mismatches(
-    recipe: Recipe, saved: Saved | None, written: Mapping[str, Any] | None
+    recipe: Recipe, saved: Saved | None, task: Task, written: Mapping[str, Any] | None
 ) -> list[str]:
     """Frozen keys with other values."""
     theirs = copy.deepcopy(saved.meta["recipe"] if saved else written)
@@ -52,7 +54,8 @@ def recipe_mismatches(
         theirs["data"]["canonical_streams"] = saved.meta["sizes"]["canonical_streams"]
     where = saved.path if saved else recipe.run_dir / "recipe.yaml"
     problems = []
-    for line in config.differences(recipe.model_dump(mode="json"), theirs):
+    mine = recipe.model_dump(mode="json")
+    for line in config.differences(mine, theirs, task.frozen, task.reports):
         key = line.partition(":")[0]
         override = "" if key.startswith("model.") else f", or checkpoint.allow=[{key}] to override"
         problems.append(f"{where} is of another recipe: {line}; use another run.dir{override}")

@@ -23,7 +23,7 @@ from rcmae.engines.build import engine_settings
 from rcmae.errors import Refused
 from rcmae.run.differences import mismatches
 from rcmae.run.look import Sight
-from rcmae.tasks.protocol import Data, Saved, Task
+from rcmae.tasks.protocol import Data, Saved, Task, options_of
 
 NAMED = 5  # ranks or shards that a message names before it counts the rest
 
@@ -77,6 +77,8 @@ def judge(sight: Sight, task: Task) -> Verdict:
                 refuse_unlabelled(tested)
     if facts.data.train is not None and "classes" in recipe.objective.student_outputs:
         problems += label_problems(facts.data.train, recipe.model.num_classes)
+    with problems.collected():
+        options_of(task, recipe)
     judgement = task.judge(recipe, facts.task, facts.data, facts.saved, sight.world)
     problems += judgement.problems
     recipe = config.with_values(recipe, judgement.values)
@@ -88,7 +90,9 @@ def judge(sight: Sight, task: Task) -> Verdict:
     if sizes is not None and recipe.engine.name == "deepspeed":
         problems += deepspeed_problems(recipe, sizes, task, facts.engine_config)
     index = facts.data.train
-    against = mismatches(recipe, facts.saved, written=facts.written, index=index, sizes=sizes)
+    against = mismatches(
+        recipe, facts.saved, task=task, written=facts.written, index=index, sizes=sizes
+    )
     if against:
         raise AnotherTraining("\n".join(dict.fromkeys([*problems, *against])))
     if problems:
@@ -261,5 +265,5 @@ def deepspeed_problems(recipe: Recipe, sizes: Resolved, task: Task, document: An
         config_problems,  # costs seconds: only where it is used
     )
 
-    settings = engine_settings(recipe, sizes)
+    settings = engine_settings(recipe, sizes, task.optimizing(recipe))
     return config_problems(document, settings, lr=sizes.lr, world=sizes.world)

@@ -72,10 +72,22 @@ class Sight:
         return len(self.views)
 
 
-def meet(command: Command) -> Recipe | None:
-    """Join the other ranks; rank 0's recipe, None on the others. Collective: every rank calls.
+class Met(NamedTuple):
+    """What ranks know once they have met."""
+
+    recipe: Recipe | None  # rank 0's; None on the others
+    task: str  # its name
+    run_dir: Path
+
+
+def meet(command: Command, task: str | None) -> Met:
+    """Join the other ranks and learn what is trained. Collective: every rank calls.
 
     Rank 0 alone reads the recipe. The others learn its time-out, or that it is refused.
+
+    Args:
+        command: this rank's.
+        task: of the command that was started; None: any.
 
     Raises:
         Refused: on every rank; the recipe is wrong, or the launcher's variables are incomplete.
@@ -86,7 +98,7 @@ def meet(command: Command) -> Recipe | None:
     problem = None
     if launched["rank"] == 0:
         try:
-            recipe = config.load(command.recipe, command.overrides)
+            recipe = config.load(command.recipe, command.overrides, task=task)
         except Refused as error:
             if launched["world"] == 1:
                 raise
@@ -94,10 +106,12 @@ def meet(command: Command) -> Recipe | None:
     startup.mark("recipe")
     required = launched["world"] > 1 or (recipe is not None and recipe.engine.name != "local")
     dist.start(required=required, timeout_s=recipe.engine.timeout_s if recipe else None)
-    problem = dist.from_first(problem)
+    told = (recipe.task.name, recipe.run_dir) if recipe else None
+    problem, told = dist.from_first((problem, told))
     if problem:
         raise Refused(problem)
-    return recipe
+    name, run_dir = told
+    return Met(recipe, name, run_dir)
 
 
 def look(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rcmae.config import Recipe, Resolved
-from rcmae.engines.schedules import teacher_momentum, warmup_half_cosine
+from rcmae.engines.schedules import Shape, Warmup, learning_rate, teacher_momentum
 
 
 class Schedule:
@@ -13,17 +13,23 @@ class Schedule:
         self.weight_decay = recipe.schedule.weight_decay
         # whether the teacher moves after each micro-batch, not after each step alone
         self.teacher_each_micro = recipe.teacher.update == "micro_step"
+        options = recipe.schedule
+        self._shape = Shape(
+            options.shape, options.power, tuple(options.milestones), options.cooldown
+        )
+        self._warmup = Warmup(sizes.warmup_steps, options.warmup_from, options.warmup)
         self._recipe = recipe
         self._sizes = sizes
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        return warmup_half_cosine(
+        return learning_rate(
             step,
-            warmup_steps=self._sizes.warmup_steps,
             total_steps=self._sizes.total_steps,
             lr=self._sizes.lr,
             min_lr=self._recipe.schedule.min_lr,
+            shape=self._shape,
+            warmup=self._warmup,
         )
 
     def momentum(self, step: int, micro: int) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pydantic
 import torch
 from torch import nn
 
@@ -25,6 +26,8 @@ from rcmae.data.masking import Mask
 from rcmae.data.patterns import Patterns
 from rcmae.data.stream import Readers, labelled_batches
 from rcmae.data.transforms import CentreTransform, Normalise, Transform
+from rcmae.engines.protocol import Optimizing
+from rcmae.errors import Refused, did_you_mean
 from rcmae.objectives import Objective
 
 
@@ -67,13 +70,6 @@ class Score(NamedTuple):
 
     metric: str  # as in "knn"; higher is better
     value: float
-
-
-class Optimizing(NamedTuple):
-    """How a task's weights are moved."""
-
-    rule: str = "adamw"  # or lars, sgd
-    layer_decay: float | None = None  # learning rate of a layer over that of the one above it
 
 
 @dataclass(frozen=True)
@@ -219,3 +215,28 @@ class Task(Protocol):
 
     def hints(self, ended: Ended) -> list[tuple[str, str]]:
         """What to run next: (what it does, command line)."""
+
+
+def options_of(task: Task, recipe: Recipe) -> Section | None:
+    """`task.options` of a recipe, as the task's own class; None where it has none.
+
+    Raises:
+        Refused: an option that the task does not have, or a value that does not fit, all named.
+    """
+    given = recipe.task.options
+    if task.options is None:
+        if given:
+            raise Refused(f"task.options: task.name={recipe.task.name} has none; leave it out")
+        return None
+    try:
+        return task.options.model_validate(given)
+    except pydantic.ValidationError as error:
+        known = task.options.model_fields
+        problems = []
+        for item in error.errors():
+            key = ".".join(map(str, item["loc"]))
+            if item["type"] == "extra_forbidden":
+                problems.append(f"task.options: unknown option {key!r}; {did_you_mean(key, known)}")
+            else:
+                problems.append(f"task.options.{key}: {item['msg'].lower()}, got {item['input']!r}")
+        raise Refused("\n".join(problems)) from error

@@ -1,11 +1,12 @@
-"""Tasks by name; a task is imported when it is asked for."""
+"""Tasks by name: the shipped ones, and MODULE:NAME of anybody's module. Imported when asked for."""
 
 from __future__ import annotations
 
-import importlib
 from typing import cast
 
+from rcmae import plugins
 from rcmae.config import Recipe
+from rcmae.errors import Refused, did_you_mean
 from rcmae.tasks.protocol import Task
 
 TASKS = {
@@ -16,12 +17,16 @@ TASKS = {
 
 
 def task_named(name: str) -> Task:
-    """A new task of a name."""
-    module, _, kind = TASKS[name].partition(":")
-    return cast(Task, getattr(importlib.import_module(module), kind)())
+    """A new task of a name.
+
+    Raises:
+        Refused: there is none of that name, or its module does not import.
+    """
+    if name not in TASKS and not plugins.is_plugin(name):
+        raise Refused(f"task.name: unknown task {name!r}; {did_you_mean(name, TASKS)}")
+    return cast(Task, plugins.find(TASKS.get(name, name), key="task.name")())
 
 
 def task_of(recipe: Recipe) -> Task:
-    """A new task of the kind that a recipe asks for."""
-    name = recipe.objective.name
-    return task_named(name if name in TASKS else "pretrain")
+    """A new task of the kind that a recipe asks for. Raises Refused."""
+    return task_named(recipe.task.name)

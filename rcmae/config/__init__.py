@@ -1,0 +1,82 @@
+"""The recipe: one typed tree of every setting, read from YAML and `key=value`, checked whole.
+
+`load()` gives a `Recipe` or one `Refused` that names every problem. `resolve()` derives the numbers
+that depend on the ranks and the data (micro-batch, accumulation, steps, learning rate); nothing
+else computes them again. Reading it takes no torch.
+"""
+
+from rcmae.config.loading import load, recipe_path
+from rcmae.config.objective import (
+    CLASSIFYING,
+    Catalogue,
+    ObjectiveOptions,
+    OwnOptions,
+    Reads,
+    objective_class,
+    shipped,
+)
+from rcmae.config.recipe import FROZEN, Recipe, differences, module_of, stored, with_values
+from rcmae.config.resolve import Resolved, batch_problems, per_device, resolve, streams_for
+from rcmae.config.sections import (
+    RECIPES,
+    BatchOptions,
+    CheckpointOptions,
+    ClassifyOptions,
+    DataOptions,
+    EngineOptions,
+    EvaluateOptions,
+    Fraction,
+    GuardOptions,
+    LogOptions,
+    ModelOptions,
+    Natural,
+    Positive,
+    RunOptions,
+    ScheduleOptions,
+    Section,
+    TaskOptions,
+    TeacherOptions,
+    WeightedShards,
+)
+
+__all__ = [
+    "CLASSIFYING",
+    "FROZEN",
+    "RECIPES",
+    "BatchOptions",
+    "Catalogue",
+    "CheckpointOptions",
+    "ClassifyOptions",
+    "DataOptions",
+    "EngineOptions",
+    "EvaluateOptions",
+    "Fraction",
+    "GuardOptions",
+    "LogOptions",
+    "ModelOptions",
+    "Natural",
+    "ObjectiveOptions",
+    "OwnOptions",
+    "Positive",
+    "Reads",
+    "Recipe",
+    "Resolved",
+    "RunOptions",
+    "ScheduleOptions",
+    "Section",
+    "TaskOptions",
+    "TeacherOptions",
+    "WeightedShards",
+    "batch_problems",
+    "differences",
+    "load",
+    "module_of",
+    "objective_class",
+    "per_device",
+    "recipe_path",
+    "resolve",
+    "shipped",
+    "stored",
+    "streams_for",
+    "with_values",
+]

@@ -1,0 +1,180 @@
+"""Problems between keys of a recipe that need neither the ranks nor the data to be seen."""
+
+from __future__ import annotations
+
+import math
+
+from rcmae.config.objective import CLASSIFYING, Reads
+from rcmae.config.recipe import Recipe, known_keys
+from rcmae.config.sections import ScheduleOptions
+from rcmae.errors import did_you_mean
+
+
+def contradictions(recipe: Recipe) -> list[str]:
+    """Problems between keys that need neither the ranks nor the data to be seen."""
+    problems = _schedule_problems(recipe.schedule)
+    problems += _allow_problems(recipe)
+    problems += _data_problems(recipe)
+    if recipe.task.name in CLASSIFYING:
+        problems += _classifying_problems(recipe)
+    elif recipe.evaluate.every_steps and not (
+        recipe.evaluate.train_shards and recipe.evaluate.test_shards
+    ):
+        problems.append(
+            "evaluate.every_steps is set: give evaluate.train_shards and test_shards, both labelled"
+        )
+    if recipe.engine.name == "deepspeed" and recipe.engine.config is None:
+        problems.append("engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json")
+    if recipe.engine.name != "deepspeed" and recipe.engine.config is not None:
+        problems.append(
+            f"engine.config={recipe.engine.config} is DeepSpeed's, but "
+            f"engine.name={recipe.engine.name}"
+        )
+    problems += _objective_problems(recipe)
+    if recipe.teacher.accumulate == "stochastic" and recipe.engine.precision != "bf16":
+        problems.append(
+            "teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use "
+            "fp32_shard"
+        )
+    return problems
+
+
+def _schedule_problems(schedule: ScheduleOptions) -> list[str]:
+    """Lengths and rates that are given twice, or not at all."""
+    problems = []
+    for one, other in (("epochs", "steps"), ("base_lr", "lr")):
+        given = [name for name in (one, other) if getattr(schedule, name) is not None]
+        if len(given) != 1:
+            way_out = f"; schedule.{one}=null leaves out the recipe's" if len(given) == 2 else ""
+            problems.append(
+                f"schedule: give exactly one of {one} and {other}, got "
+                f"{' and '.join(given) or 'neither'}{way_out}"
+            )
+    if schedule.warmup_epochs is not None and schedule.warmup_steps is not None:
+        problems.append("schedule: give warmup_epochs or warmup_steps, got both")
+    return problems
+
+
+def _allow_problems(recipe: Recipe) -> list[str]:
+    """Keys of checkpoint.allow that are none, or may not change."""
+    problems = []
+    sections = list(Recipe.model_fields)
+    for key in recipe.checkpoint.allow:
+        section, dot, name = key.partition(".")
+        if section == "model":
+            problems.append(
+                f"checkpoint.allow: {key} cannot change within a run, the weights would be others'"
+            )
+        elif section not in sections:
+            problems.append(
+                f"checkpoint.allow: unknown section {section!r}; {did_you_mean(section, sections)}"
+            )
+        elif dot and name not in (known := known_keys([section], dict(recipe.objective))):
+            problems.append(f"checkpoint.allow: unknown key {key!r}; {did_you_mean(name, known)}")
+    return problems
+
+
+def _data_problems(recipe: Recipe) -> list[str]:
+    """Shards that are not named, and numbers that no image could be prepared by."""
+    data = recipe.data
+    problems = []
+    if not data.shards:
+        problems.append(
+            "data.shards: names no shards; give a path, a brace pattern, a glob or a list of them"
+        )
+    if len(data.mean) != recipe.model.in_channels or len(data.std) != recipe.model.in_channels:
+        problems.append(
+            f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values for "
+            f"model.in_channels={recipe.model.in_channels}; give one a channel"
+        )
+    if min(data.std, default=1.0) <= 0:
+        problems.append(f"data.std: values must be above 0, got {list(data.std)}")
+    for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+        low, high = getattr(data, key)
+        if not 0 < low <= high <= top:
+            problems.append(
+                f"data.{key}: wants 0 < low <= high{' <= 1' if top == 1 else ''}, got [{low}, "
+                f"{high}]"
+            )
+    return problems
+
+
+def _objective_problems(recipe: Recipe) -> list[str]:
+    """Problems between what is to be learnt and the network that learns it."""
+    problems = []
+    objective = recipe.objective
+    model = recipe.model
+    regressors = recipe.decoder == "bootmae"
+    own_features = "features" in getattr(objective.own, "reads", Reads()).student
+    if objective.own_decoder == "bootmae" and not regressors and own_features:
+        problems.append(
+            f"objective.name={objective.name} has regressors: leave model.decoder out, or use mae "
+            "with terms"
+        )
+    if regressors:
+        needs = {
+            "cls_token": True,
+            "decoder_cls": True,
+            "qkv_bias": "qkv",
+            "positions": "column_first",
+        }
+        needs |= {"pixel_order": "hwc"}
+        given = [key for key, default in needs.items() if getattr(model, key) != default]
+        if given:
+            problems.append(
+                f"model.{' and '.join(given)}: bootmae's network has its own; leave it out"
+            )
+        if "classes" in objective.student_outputs:
+            problems.append(
+                "objective: bootmae's network has no class head; use a class term with mae or rcmae"
+            )
+        if objective.teacher_sees == "different":
+            problems.append(
+                "objective.teacher_mask is of a consistency term; bootmae's teacher sees the "
+                "whole image"
+            )
+    elif not model.cls_token and (model.class_pool == "cls" or recipe.evaluate.pool == "cls"):
+        problems.append(
+            "model.cls_token=false: there is no token to pool; use class_pool=mean and "
+            "evaluate.pool=mean"
+        )
+    return problems
+
+
+def _classifying_problems(recipe: Recipe) -> list[str]:
+    """Problems of a recipe that fine-tunes or probes."""
+    problems = []
+    evaluate = recipe.evaluate
+    classify = recipe.classify
+    probes = recipe.task.name == "probe"
+    if evaluate.every_steps and not evaluate.test_shards:
+        problems.append("evaluate.every_steps is set: give evaluate.test_shards, labelled")
+    if evaluate.picture_every_steps:
+        problems.append(
+            "evaluate.picture_every_steps is of a pretraining, which alone reconstructs; leave "
+            "it out"
+        )
+    if recipe.data.decode != "cpu":
+        problems.append(
+            f"data.decode={recipe.data.decode} is of a pretraining: here images are augmented on "
+            "the CPU"
+        )
+    if not probes and classify.rule != "adamw":
+        problems.append(f"classify.rule={classify.rule} is for probes; fine-tuning uses adamw")
+    if not probes and classify.depth is not None:
+        problems.append("classify.depth is for probes; fine-tuning trains all blocks")
+    trains = {
+        "drop_path": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "smoothing": 0.0,
+        "average": False,
+        "layer_decay": 1.0,
+    }
+    if probes and (set_ := [key for key, off in trains.items() if getattr(classify, key) != off]):
+        problems.append(
+            f"classify.{' and '.join(set_)} is for fine-tuning; a probe's encoder is frozen"
+        )
+    if classify.average and recipe.teacher.update != "step":
+        problems.append("classify.average moves at each step: leave teacher.update=step")
+    return problems

@@ -1,0 +1,181 @@
+"""A recipe from YAML and `key=value`, or one refusal that names every problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from rcmae import plugins
+from rcmae.config.checks import contradictions
+from rcmae.config.objective import (
+    CLASSIFYING,
+    TASKS_OWN,
+    Catalogue,
+    ObjectiveOptions,
+    own_objective,
+    shipped,
+)
+from rcmae.config.recipe import Recipe, known_keys
+from rcmae.config.sections import RECIPES
+from rcmae.errors import Refused, did_you_mean
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        ValueError: there is no such file, with the shipped names.
+    """
+    for candidate in (Path(name), RECIPES / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise Refused(
+        f"no recipe {name!r}: it is no file, and the shipped ones are {', '.join(shipped)}"
+    )
+
+
+def load(
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    task: str | None = None,
+    objectives: Catalogue | None = None,
+) -> Recipe:
+    """The recipe of a file with `key=value` set over it.
+
+    Args:
+        name: a path or a shipped recipe's name.
+        overrides: `section.key=value`, values in YAML.
+        task: of the command that loads it; None: any.
+        objectives: what `objective.name` may be and which keys belong to it; None: as shipped.
+
+    Raises:
+        Refused: one message that names every problem.
+    """
+    path = recipe_path(name)
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise Refused(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
+    problems = _override(tree, overrides)
+    problems += name_task(tree, task)
+    name_run(tree, path.stem)
+    recipe, more = _parse(tree, objectives or shipped())
+    problems += more
+    if recipe is not None:
+        problems += contradictions(recipe)
+    if problems or recipe is None:
+        raise Refused(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return recipe
+
+
+def name_run(tree: dict[str, Any], stem: str) -> None:
+    """Fill in the run's name and folder, after the recipe's file."""
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run["name"] = run.get("name") or stem
+        run["dir"] = run.get("dir") or f"runs/{run['name']}"
+
+
+def name_task(tree: dict[str, Any], task: str | None) -> list[str]:
+    """Fill in the task, and the objective of a task that brings its own; what stands against it.
+
+    Args:
+        task: of the command that loads the recipe; None: any.
+    """
+    section = tree.get("task", {})
+    objective = tree.get("objective", {})
+    if not isinstance(section, dict) or not isinstance(objective, dict):
+        return []  # refused by its type
+    own = own_objective(objective.get("name"))
+    name = section.get("name") or own or task or "pretrain"
+    tree["task"] = {**section, "name": name}
+    if name != "pretrain":
+        mine = name if name in CLASSIFYING else TASKS_OWN
+        tree["objective"] = {**objective, "name": mine}
+        if objective.get("name") not in (None, mine):
+            return [
+                f"objective.name={objective['name']} is of a pretraining, and task.name={name} has "
+                "its own; leave one of them out"
+            ]
+    if task is None or name == task or (task == "pretrain" and plugins.is_plugin(str(name))):
+        return []
+    command = {"pretrain": "train"}.get(str(name), name)
+    return [f"task.name={name} is trained by `rcmae {command}`, not by `rcmae {COMMANDS[task]}`"]
+
+
+COMMANDS = {"pretrain": "train", "finetune": "finetune", "probe": "probe"}
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    problems = []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        *sections, last = key.split(".")
+        if not equals or not last:
+            problems.append(f"{item!r} is no key=value")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"{item!r}: the value is not YAML")
+            continue
+        node = tree
+        for section in sections:
+            if not isinstance(node.get(section), dict):
+                node[section] = {}
+            node = node[section]
+        node[last] = value
+    return problems
+
+
+def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None, list[str]]:
+    try:
+        return Recipe.model_validate(tree, context={"objectives": catalogue}), []
+    except pydantic.ValidationError as error:
+        lines: dict[str, str] = {}  # one line a key, though each branch of a union complains
+        for item in error.errors():
+            place = [str(part) for part in item["loc"]]
+            key = ".".join(place[: 3 if place[:2] == ["objective", "options"] else 2])
+            if item["type"] == "refused":
+                lines[key] = item["msg"]
+            elif item["type"] == "extra_forbidden":
+                lines[".".join(place)] = _unknown(place, tree, catalogue)
+            elif key == "data.shards":
+                lines[key] = (
+                    f"{key}: wants a pattern, a list of patterns, or, for a mixture, a list "
+                    f"of {{shards: PATTERN, "
+                    f"weight: above 0}}, got {tree['data']['shards']!r}"
+                )
+            elif key in lines:
+                lines[key] += f", or {item['msg'].lower()}"
+            else:
+                told = f"{item['msg'][0].lower()}{item['msg'][1:]}"
+                lines[key] = f"{key}: {told}, got {item['input']!r}"
+        return None, list(lines.values())
+
+
+def _unknown(place: Sequence[str], tree: Mapping[str, Any], catalogue: Catalogue) -> str:
+    """What to say of a key that is nobody's, or another objective's."""
+    key = place[-1]
+    section = tree.get("objective")
+    if len(place) == 2 and place[0] == "objective" and isinstance(section, Mapping):
+        owners = [name for name, each in catalogue.objectives.items() if key in each.model_fields]
+        for name, each in catalogue.terms.items():
+            if key in each.model_fields:
+                owners.append(f"the term {name}")
+        if owners:
+            name = section.get("name", ObjectiveOptions.model_fields["name"].default)
+            others = ", ".join(owners[:-1])
+            whose = f"{others} and {owners[-1]}" if others else owners[-1]
+            return f"objective.{key} is of {whose}, and without effect in {name}; leave it out"
+    named = ".".join(part for part in place[:-1] if "[" not in part)  # not the branch of a union
+    hint = did_you_mean(key, known_keys(place[:-1], section))
+    return f"unknown key {key!r}{f' in {named}' if named else ''}; {hint}"

@@ -1,0 +1,231 @@
+"""The recipe: one typed tree of every setting, and what makes two of them the same training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import BaseModel, Field, SerializeAsAny
+
+from rcmae.config.objective import (
+    CLASSIFYING,
+    ObjectiveOptions,
+    foreign_keys,
+    objective_class,
+    own_objective,
+    read_objective,
+    shipped,
+)
+from rcmae.config.sections import (
+    BatchOptions,
+    CheckpointOptions,
+    ClassifyOptions,
+    DataOptions,
+    EngineOptions,
+    EvaluateOptions,
+    GuardOptions,
+    LogOptions,
+    ModelOptions,
+    RunOptions,
+    ScheduleOptions,
+    Section,
+    TaskOptions,
+    TeacherOptions,
+)
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    objective: Annotated[
+        ObjectiveOptions, SerializeAsAny(), pydantic.WrapValidator(read_objective)
+    ] = Field(default_factory=dict, validate_default=True)
+    task: TaskOptions = Field(default_factory=TaskOptions)
+    model: ModelOptions = Field(default_factory=ModelOptions)
+    teacher: TeacherOptions = Field(default_factory=TeacherOptions)
+    engine: EngineOptions = Field(default_factory=EngineOptions)
+    data: DataOptions = Field(default_factory=DataOptions)
+    batch: BatchOptions = Field(default_factory=BatchOptions)
+    schedule: ScheduleOptions = Field(default_factory=ScheduleOptions)
+    checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
+    guard: GuardOptions = Field(default_factory=GuardOptions)
+    evaluate: EvaluateOptions = Field(default_factory=EvaluateOptions)
+    classify: ClassifyOptions = Field(default_factory=ClassifyOptions)
+    log: LogOptions = Field(default_factory=LogOptions)
+    run: RunOptions = Field(default_factory=RunOptions)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to other ranks as values: the class of the objective section is made anew."""
+        return stored, (self.model_dump(mode="json"),)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        assert self.run.dir is not None, "load() names the run"
+        return Path(self.run.dir)
+
+    @property
+    def decoder(self) -> str:
+        """The student's decoder: model.decoder, else as the objective has it."""
+        return self.model.decoder or self.objective.own_decoder
+
+
+# What makes two runs the same training. A resume may change anything else (engine, ranks, workers,
+# logging, ...). data.shards is not here: the fingerprint of the index is compared instead, so
+# shards may move to another disk.
+FROZEN = (
+    "task",
+    "objective",
+    "model",
+    "teacher",
+    "schedule",
+    "batch.images",
+    "run.seed",
+    "data.seed",
+    "data.epoch_samples",
+    "data.canonical_streams",
+    "data.shuffle_window",
+    "data.repeats",
+    "data.crop_scale",
+    "data.crop_ratio",
+    "data.flip",
+    "data.decode_margin",
+    "data.decode",
+    "data.mean",
+    "data.std",
+)
+
+
+def stored(tree: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run's folder or a checkpoint, of this version or one before.
+
+    Keys of objectives that the run does not train are left out: once, every recipe had all of them.
+
+    Raises:
+        pydantic.ValidationError: it is no recipe.
+    """
+    return Recipe.model_validate(with_task(tree), context={"stored": True})
+
+
+def with_task(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A dumped recipe with its task: before there was that section, the objective told it."""
+    if "task" in tree or not isinstance(tree.get("objective"), Mapping):
+        return tree
+    name = own_objective(tree["objective"].get("name"))
+    return {**tree, "task": {"name": name}} if name else tree
+
+
+def differences(
+    mine: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    frozen: Sequence[str] = (),
+    reports: Sequence[str] = (),
+) -> list[str]:
+    """Lines `key: saved -> mine` for every frozen key that differs between two dumped recipes.
+
+    Args:
+        mine, saved: the two.
+        frozen: keys or sections that are frozen beside FROZEN: the task's own.
+        reports: keys among those that change nothing in the training.
+    """
+    left = dict(leaves(mine))
+    right = _leaves_with_defaults(with_task(saved))
+    allowed = [*(left.get("checkpoint.allow") or []), *reports]
+    lines = []
+    for key in sorted(left.keys() | right.keys()):
+        if not is_under(key, (*FROZEN, *frozen)) or is_under(key, allowed):
+            continue
+        if key == "data.canonical_streams" and left.get(key) is None:
+            continue
+        if _is_of_one_objective(key, left, right):
+            continue
+        if _plain(left.get(key)) != _plain(right.get(key)):
+            lines.append(f"{key}: {right.get(key)!r} in the run, {left.get(key)!r} asked for")
+    return lines
+
+
+def _leaves_with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a dumped recipe, with the default where it is from before a key was there.
+
+    Without keys of objectives that it does not train.
+    """
+    section = saved.get("objective", {})
+    kind = objective_class(section)
+    catalogue = shipped()
+    defaults = Recipe().model_dump(mode="json")
+    defaults["objective"] = {
+        key: field.get_default(call_default_factory=True)
+        for key, field in kind.model_fields.items()
+        if key != "options"
+    }
+    foreign = foreign_keys(section, kind, catalogue)
+    told = {key: value for key, value in section.items() if key not in foreign}
+    return {**dict(leaves(defaults)), **dict(leaves({**saved, "objective": told}))}
+
+
+def _is_of_one_objective(key: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether a key is an option that one of two objectives lacks: then their names or terms
+    differ, which is said.
+    """
+    section, _, name = key.partition(".")
+    if section != "objective" or (key in left and key in right):
+        return False
+    return name.partition(".")[0] not in ObjectiveOptions.model_fields
+
+
+def is_under(key: str, names: Sequence[str]) -> bool:
+    """Whether a key is one of some keys or sections, or lies in one."""
+    return any(key == name or key.startswith(name + ".") for name in names)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`section.key`, value of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A copy of the recipe with other values: `section.key` -> value."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = value
+    changed = {
+        section: getattr(recipe, section).model_copy(update=keys)
+        for section, keys in sections.items()
+    }
+    return recipe.model_copy(update=changed)
+
+
+def module_of(recipe: Recipe) -> str:
+    """The module that trains a recipe, as in `python -m rcmae.train`."""
+    name = recipe.task.name
+    return f"rcmae.{name}" if name in CLASSIFYING else "rcmae.train"
+
+
+def known_keys(place: Sequence[str], objective: Any = None) -> list[str]:
+    """The keys of a place in the recipe; `objective`: that section, whose keys depend on it."""
+    fields = Recipe.model_fields
+    for part in place:
+        if part not in fields:  # a branch of a union, or a place in a list
+            fields = next(
+                (each.model_fields for each in Section.__subclasses__() if each.__name__ in part),
+                fields,
+            )
+            continue
+        section = fields[part].annotation
+        if section is ObjectiveOptions:
+            section = objective_class(objective if isinstance(objective, Mapping) else {})
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            fields = section.model_fields
+    return list(fields)

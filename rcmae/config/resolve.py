@@ -1,0 +1,137 @@
+"""The numbers that follow from a recipe, the ranks and the data: derived once, here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rcmae.config.recipe import Recipe
+from rcmae.errors import Refused
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Numbers that follow from the recipe, the world and the data.
+
+    Counts, unless a unit is named.
+    """
+
+    world: int
+    images_per_step: int
+    images_per_rank: int
+    per_device: int
+    accumulation: int
+    canonical_streams: int
+    samples_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: float
+    lr: float
+
+    def asdict(self) -> dict[str, Any]:
+        """Plain numbers, for the log."""
+        return asdict(self)
+
+
+def streams_for(recipe: Recipe, world: int) -> int:
+    """V: as the recipe says, else 256 raised to the next multiple of the world."""
+    return recipe.data.canonical_streams or world * math.ceil(256 / world)
+
+
+def batch_problems(recipe: Recipe, world: int) -> list[str]:
+    """What stands against this batch on this many ranks, one line a problem."""
+    problems = []
+    images = recipe.batch.images
+    streams = streams_for(recipe, world)
+    repeats = recipe.data.repeats
+    if images % (world * repeats) and repeats > 1:
+        problems.append(
+            f"batch.images={images} is not divisible by {world} ranks x "
+            f"data.repeats={repeats}; use "
+            f"{max(1, images // (world * repeats)) * world * repeats}"
+        )
+    if images % world:
+        unit = world * min(recipe.batch.per_device or 1, max(1, images // world))
+        near = sorted({max(unit, images // unit * unit), (images // unit + 1) * unit})
+        each = f" x {recipe.batch.per_device} per_device" if recipe.batch.per_device else ""
+        problems.append(
+            f"batch.images={images} is not divisible by {world} ranks{each}; use "
+            f"{' or '.join(map(str, near))}"
+        )
+    if streams % world:
+        near = sorted({max(world, streams // world * world), (streams // world + 1) * world})
+        problems.append(
+            f"data.canonical_streams={streams} is not divisible by {world} ranks; "
+            f"use {' or '.join(map(str, near))}, or a number of ranks that divides it"
+        )
+    return problems
+
+
+def per_device(recipe: Recipe, world: int) -> int:
+    """Images of a micro-batch of a rank: the largest divisor of its part of a step that the recipe
+    allows.
+
+    Raises:
+        ValueError: that is less than data.repeats.
+    """
+    per_rank = recipe.batch.images // world
+    repeats = recipe.data.repeats
+    limit = min(recipe.batch.per_device or per_rank, per_rank)
+    if limit < repeats:
+        raise Refused(
+            f"batch.per_device={limit} is less than data.repeats={repeats}, which belong "
+            "together; raise it"
+        )
+    return next(
+        size for size in range(limit, 0, -1) if per_rank % size == 0 and size % repeats == 0
+    )
+
+
+def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
+    """The derived numbers, once.
+
+    Args:
+        recipe: a checked recipe.
+        world: ranks that train.
+        samples_per_epoch: what the plan takes of an epoch, times data.repeats: a multiple of
+            batch.images.
+
+    Raises:
+        ValueError: the batch does not divide, with the nearest that do.
+    """
+    problems = batch_problems(recipe, world)
+    if problems:
+        raise Refused("\n".join(problems))
+    schedule = recipe.schedule
+    images = recipe.batch.images
+    steps_per_epoch = samples_per_epoch // images
+    total = (
+        schedule.steps
+        if schedule.steps is not None
+        else round((schedule.epochs or 0) * steps_per_epoch)
+    )
+    warmup = schedule.warmup_steps if schedule.warmup_steps is not None else 0.0
+    if schedule.warmup_epochs is not None:
+        warmup = schedule.warmup_epochs * steps_per_epoch
+    if warmup >= total:
+        raise Refused(
+            f"schedule: the warm-up of {warmup:g} steps does not end before the last of {total} "
+            "steps"
+        )
+    lr = schedule.lr if schedule.lr is not None else (schedule.base_lr or 0.0) * images / 256
+    per_rank = images // world
+    size = per_device(recipe, world)
+    return Resolved(
+        world=world,
+        images_per_step=images,
+        images_per_rank=per_rank,
+        per_device=size,
+        accumulation=per_rank // size,
+        canonical_streams=streams_for(recipe, world),
+        samples_per_epoch=samples_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        warmup_steps=warmup,
+        lr=lr,
+    )
