@@ -130,6 +130,7 @@ class Stream:
         assert device_decoder is None or isinstance(views.transform, TrainTransform), (
             "only a box can be cut on the device"
         )
+        assert device_decoder is None or views.members is None, "the device reads images alone"
         self._device_decoder = device_decoder
         cache = readers.cache
         self._reading = TrainReading(
@@ -213,13 +214,13 @@ class Stream:
             position = int(batch.positions[first]) // self._repeats
             number = int(self._plan.requests(position, position + 1).samples[0])
             again: list[BadSample] = []
-            sample, views, _ = self._reading.views(position, number, again)
+            viewed = self._reading.viewed(position, number, again)
             bad |= {each.position: each for each in again}  # it may be what took a bad one's place
-            for row, view in enumerate(views, first):
+            for row, view in enumerate(viewed.views, first):
                 images[row] = view.image.to(images.device)
-                labels[row] = sample.label
+                labels[row] = viewed.sample.label
                 crops[row] = torch.tensor(view.crop)
-                keys[row] = sample.id
+                keys[row] = viewed.sample.id
         return Read(replace(batch, images=images, keys=tuple(keys)), list(bad.values()))
 
     @property

@@ -10,10 +10,10 @@ import math
 import multiprocessing
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rcmae.config import Recipe
-from rcmae.data.batch import NO_LABEL, Batch
+from rcmae.data.batch import NO_LABEL, Batch, Extra
 from rcmae.data.cache import Cache, Reader
 from rcmae.data.device_decode import Encoded, pack
 from rcmae.data.index import Sample, ShardIndex
@@ -38,6 +38,25 @@ _log = logging.getLogger(__name__)
 Change = Callable[[Tensor, int], Tensor]
 
 
+class Members(Protocol):
+    """What a task reads of a sample beside its image and label."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of members (tars.KINDS); a sample without one of them is a bad sample."""
+
+    def read(self, content: Mapping[str, bytes], view: View) -> Mapping[str, Tensor]:
+        """What a view shows of the members, by names. Raises BadImage.
+
+        Args:
+            content: kind -> bytes of the member.
+            view: of the image; its crop says which part of it, and whether it is flipped.
+        """
+
+    def collate(self, rows: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Extra]:
+        """`Batch.extra` of a micro-batch: tensors of all rows, or of ragged values one a row."""
+
+
 @dataclass(frozen=True)
 class Views:
     """What becomes of a sample that is read."""
@@ -49,6 +68,7 @@ class Views:
     # at p x repeats and the following, each with its own crop, flip and mask
     repeats: int = 1
     teacher_masks: bool = False  # a second mask for each image: the teacher sees other patches
+    members: Members | None = None  # what is read beside the image and label
 
 
 class BadSample(NamedTuple):
@@ -64,6 +84,15 @@ class BadSample(NamedTuple):
 
 class TooManyBadSamples(Refused):
     """The limit on unreadable samples is passed; the message lists them."""
+
+
+class Viewed(NamedTuple):
+    """A sample as its positions' keys have it."""
+
+    sample: Sample
+    views: list[View]  # empty images where the device decodes them
+    encoded: bytes  # a JPEG that is left to the device; else none
+    extra: list[Mapping[str, Tensor]]  # of each view, where a task reads other members
 
 
 class Asked(NamedTuple):
@@ -148,6 +177,7 @@ class TrainReading(Dataset[Read | Exception]):
         rows: list[tuple[Sample, View]] = []
         # to the device: files, and the rows of their views
         left: list[tuple[bytes, list[int]]] = []
+        extra: list[Mapping[str, Tensor]] = []
         bad: list[BadSample] = []
         self._copying.ask([self._index.shards[number] for number in asked.ahead])
         try:
@@ -160,9 +190,7 @@ class TrainReading(Dataset[Read | Exception]):
             requests.positions.tolist(), requests.samples.tolist(), strict=True
         ):
             try:
-                sample, views, encoded = self.views(
-                    position, number, bad, leaves_jpegs=self._leaves_jpegs
-                )
+                viewed = self.viewed(position, number, bad, leaves_jpegs=self._leaves_jpegs)
             except TooManyBadSamples as error:
                 return error
             except OSError as error:
@@ -173,14 +201,18 @@ class TrainReading(Dataset[Read | Exception]):
                 raise RuntimeError(
                     f"{self._index[number].id} at position {position}: {error!r}"
                 ) from error
-            if encoded:
-                left.append((encoded, list(range(len(rows), len(rows) + len(views)))))
-            rows += [(sample, view) for view in views]
+            if viewed.encoded:
+                end = len(rows) + len(viewed.views)
+                left.append((viewed.encoded, list(range(len(rows), end))))
+            rows += [(viewed.sample, view) for view in viewed.views]
+            extra += viewed.extra
         repeats = self._views.repeats
         positions = (requests.positions[:, None] * repeats + np.arange(repeats)).reshape(-1)
         batch = _batch(rows, positions, self._ids(positions), self._views.mask.num_visible)
         if self._views.teacher_masks:
             batch = replace(batch, teacher_ids=self._ids(positions, draw=1))
+        if self._views.members is not None:
+            batch = replace(batch, extra=self._views.members.collate(extra))
         return Read(batch, bad, pack(left))
 
     def _ids(self, positions: NDArray[np.int64], draw: int = 0) -> Tensor:
@@ -188,13 +220,21 @@ class TrainReading(Dataset[Read | Exception]):
         ids = [views.mask.ids(views.seed, position, draw) for position in positions.tolist()]
         return torch.from_numpy(np.stack(ids))
 
-    def views(
+    def viewed(
         self, position: int, number: int, bad: list[BadSample], *, leaves_jpegs: bool = False
-    ) -> tuple[Sample, list[View], bytes]:
+    ) -> Viewed:
         """The sample of a number, or else the next that can be read, seen as its positions' keys
         have it.
 
-        A JPEG that is left to the device comes as its bytes, with empty views; else there are none.
+        Args:
+            position: in the plan.
+            number: of the sample that stands there.
+            bad: gets a line if another takes its place.
+            leaves_jpegs: to the device, where it may decode them.
+
+        Raises:
+            TooManyBadSamples: no sample can be read in its place.
+            OSError: a shard is gone.
         """
         reason = ""
         repeats = self._views.repeats
@@ -211,12 +251,13 @@ class TrainReading(Dataset[Read | Exception]):
                     views = self._views.transform.views(data, self._views.seed, positions)
                 else:
                     views = [View(self._blank(), crop) for crop in crops]
+                extra = self._extra(tried, views)
             except BadImage as error:
                 reason = reason or str(error)
                 continue
             if tried != number:
                 bad.append(_bad_sample(positions[0], self._index[number], reason, sample.id))
-            return sample, views, data if crops is not None else b""
+            return Viewed(sample, views, data if crops is not None else b"", extra)
         sample = self._index[number]
         raise TooManyBadSamples(
             f"nothing can be read in place of {sample.id} ({redacted(sample.path)} at byte "
@@ -224,6 +265,14 @@ class TrainReading(Dataset[Read | Exception]):
             f"the rest of its shard and data.max_bad_in_a_row={self._max_bad_in_a_row} "
             "samples after it failed as well"
         )
+
+    def _extra(self, number: int, views: Sequence[View]) -> list[Mapping[str, Tensor]]:
+        """What each view shows of the other members of a sample."""
+        members = self._views.members
+        if members is None:
+            return []
+        content = member_bytes(self._reader, self._index, number, members.kinds)
+        return [members.read(content, view) for view in views]
 
     def _crops(self, data: bytes, positions: range) -> list[Crop] | None:
         assert isinstance(self._views.transform, TrainTransform)
@@ -308,6 +357,27 @@ def image_bytes(reader: Reader, sample: Sample) -> bytes:
             f"index {path} --rebuild"
         )
     return data[HEADER:]
+
+
+def member_bytes(
+    reader: Reader, index: ShardIndex, number: int, kinds: Sequence[str]
+) -> dict[str, bytes]:
+    """Kind -> bytes of some members of a sample, each read with the tar header before it.
+
+    Raises:
+        BadImage: one is missing, cut short, or not what was indexed.
+        OSError: the shard is gone or cannot be had.
+    """
+    sample = index[number]
+    there = {member.kind: member for member in index.members(number)}
+    content = {}
+    for kind in kinds:
+        member = there.get(kind)
+        if member is None:
+            raise BadImage(f"it has no {kind}")
+        placed = sample._replace(offset=member.offset, size=member.size, checksum=member.checksum)
+        content[kind] = image_bytes(reader, placed)
+    return content
 
 
 def _batch(

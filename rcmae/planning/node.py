@@ -349,6 +349,7 @@ def _try_samples(
 ) -> tuple[list[str], float]:
     """Samples that cannot be read or decoded, and bytes/s of the others."""
     from rcmae.data.transforms import BadImage, CentreTransform  # as above
+    from rcmae.data.views import image_bytes
 
     transform = CentreTransform(recipe.model.image_hw, recipe.model.in_channels)
     reader = Reader()
@@ -358,7 +359,7 @@ def _try_samples(
     for number in numbers:
         sample = index[number]
         try:
-            data = reader.read(sample.shard, sample.offset, sample.size)
+            data = image_bytes(reader, sample)
             size += len(data)
             transform(data, 0, number)
         except (OSError, BadImage) as error:
