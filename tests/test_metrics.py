@@ -17,7 +17,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rcmae.planning.hardware import peak_flops
-from rcmae.run.meter import Meter
+from rcmae.run.loop.meter import Meter
 from rcmae.run.metrics import MetricsLog, closing_summary, cut_back
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from rcmae.run import preempt, schedule
+from rcmae.run import preempt
+from rcmae.run.loop import schedule
 from rcmae.tasks import pretrain
 from runs import Folder, equal, keeping_handlers, send, start
 

@@ -47,8 +47,8 @@ from rcmae.files import json_lines
 from rcmae.models.build import new_student
 from rcmae.planning.states import checkpoint_bytes
 from rcmae.run import preempt
-from rcmae.run.agreement import Agreement
 from rcmae.run.folder import versions
+from rcmae.run.loop.agreement import Agreement
 from rcmae.tasks.registry import task_of
 
 ROOT = Path(__file__).resolve().parents[1]

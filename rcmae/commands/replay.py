@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rcmae.checkpoint import CheckpointError
     from rcmae.errors import Refused
-    from rcmae.run.agreement import DataUnreadable
+    from rcmae.run.loop.agreement import DataUnreadable
 
     try:
         found = _replayed(asked.bundle, asked.checkpoint)

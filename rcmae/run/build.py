@@ -26,22 +26,22 @@ from rcmae.errors import Refused
 from rcmae.models import kernels
 from rcmae.objectives import Objective
 from rcmae.run import preempt, startup
-from rcmae.run.agreement import Agreement
-from rcmae.run.batches import Batches
 from rcmae.run.differences import mismatches
-from rcmae.run.evaluation import Evaluation
 from rcmae.run.folder import start_folder, unwritable, versions
 from rcmae.run.guard import Guard
 from rcmae.run.judge import Verdict
 from rcmae.run.look import cache_of, saved_from
-from rcmae.run.meter import Meter
+from rcmae.run.loop.agreement import Agreement
+from rcmae.run.loop.batches import Batches
+from rcmae.run.loop.evaluation import Evaluation
+from rcmae.run.loop.meter import Meter
+from rcmae.run.loop.progress import Progress
+from rcmae.run.loop.recording import Recorder
+from rcmae.run.loop.recovery import Recovery
+from rcmae.run.loop.saving import BYTES_A_WEIGHT, DISK_RATE, Saving
+from rcmae.run.loop.schedule import Schedule
 from rcmae.run.metrics import MetricsLog, events_of
 from rcmae.run.presence import Presence
-from rcmae.run.progress import Progress
-from rcmae.run.recording import Recorder
-from rcmae.run.recovery import Recovery
-from rcmae.run.saving import BYTES_A_WEIGHT, DISK_RATE, Saving
-from rcmae.run.schedule import Schedule
 from rcmae.tasks.protocol import Evaluating, Saved, Task
 
 

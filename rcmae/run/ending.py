@@ -10,8 +10,8 @@ from rcmae import dist
 from rcmae.checkpoint import CheckpointError
 from rcmae.checkpoint.lease import LeaseLost, newest_generation
 from rcmae.run import preempt
-from rcmae.run.agreement import DataUnreadable
 from rcmae.run.guard import NonFiniteLoss
+from rcmae.run.loop.agreement import DataUnreadable
 from rcmae.run.metrics import closing_summary
 from rcmae.tasks.protocol import Ended
 

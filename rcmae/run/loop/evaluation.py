@@ -9,11 +9,11 @@ from collections.abc import Callable
 from rcmae import dist
 from rcmae.evaluation.pictures import save_png
 from rcmae.files import write_aside
-from rcmae.run.batches import Batches
-from rcmae.run.meter import Meter
+from rcmae.run.loop.batches import Batches
+from rcmae.run.loop.meter import Meter
+from rcmae.run.loop.progress import Progress
 from rcmae.run.metrics import MetricsLog
 from rcmae.run.presence import Presence
-from rcmae.run.progress import Progress
 from rcmae.tasks.protocol import Evaluated, Evaluating, Task
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from rcmae import checkpoint, dist
 from rcmae.config import CheckpointOptions
 from rcmae.engines.protocol import Engine
-from rcmae.run.meter import Meter
+from rcmae.run.loop.meter import Meter
+from rcmae.run.loop.progress import Progress
 from rcmae.run.metrics import MetricsLog
 from rcmae.run.preempt import StopRequest
 from rcmae.run.presence import Presence
-from rcmae.run.progress import Progress
 
 FAILURES = 3  # saves that fail one after the other end the run
 DISK_RATE = 1e8  # bytes/s: the guess of how long a save takes, before one was measured

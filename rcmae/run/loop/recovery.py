@@ -12,9 +12,9 @@ from rcmae.config import Recipe
 from rcmae.data.batch import Batch
 from rcmae.engines.protocol import Engine
 from rcmae.run.guard import Guard, NonFiniteLoss, bundle
+from rcmae.run.loop.progress import Progress
+from rcmae.run.loop.saving import Saving
 from rcmae.run.metrics import MetricsLog
-from rcmae.run.progress import Progress
-from rcmae.run.saving import Saving
 
 
 class Recovery:

@@ -10,9 +10,9 @@ from torch import Tensor
 from rcmae import dist
 from rcmae.objectives import Objective
 from rcmae.run import startup
-from rcmae.run.meter import Meter
+from rcmae.run.loop.meter import Meter
+from rcmae.run.loop.progress import Progress
 from rcmae.run.metrics import MetricsLog
-from rcmae.run.progress import Progress
 
 
 class Recorder:

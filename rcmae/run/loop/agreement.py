@@ -15,13 +15,13 @@ from rcmae.checkpoint.lease import Lease, LeaseLost
 from rcmae.config import Recipe
 from rcmae.data.batch import Batch
 from rcmae.objectives import Objective
-from rcmae.run.batches import Batches
-from rcmae.run.evaluation import Evaluation
+from rcmae.run.loop.batches import Batches
+from rcmae.run.loop.evaluation import Evaluation
+from rcmae.run.loop.progress import Progress
+from rcmae.run.loop.saving import Saving
 from rcmae.run.metrics import MetricsLog
 from rcmae.run.preempt import StopRequest
 from rcmae.run.presence import Presence
-from rcmae.run.progress import Progress
-from rcmae.run.saving import Saving
 
 
 class DataUnreadable(RuntimeError):

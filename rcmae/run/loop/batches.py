@@ -13,9 +13,9 @@ from rcmae.data.batch import Batch
 from rcmae.data.stream import BadSample, Stream, TooManyBadSamples
 from rcmae.data.transforms import Normalise
 from rcmae.run import startup
-from rcmae.run.meter import Meter
+from rcmae.run.loop.meter import Meter
+from rcmae.run.loop.progress import Progress
 from rcmae.run.presence import Presence
-from rcmae.run.progress import Progress
 
 if TYPE_CHECKING:
     from rcmae.tasks.protocol import Task
