@@ -538,22 +538,23 @@ def describe(
         flops = 3 * network.flops(visible) + network.encoder_flops(patches)
     phases = [name for name in PHASES if name in rounds[0]]
     parts = {name: [seconds[name] for seconds in rounds] for name in phases}
+    wholes = [seconds["step"] for seconds in rounds]
+    named = [sum(of_round) for of_round in zip(*parts.values(), strict=True)]
     # losses, targets
-    parts["rest"] = [seconds["step"] - sum(seconds[name] for name in phases) for seconds in rounds]
-    step = spread([seconds["step"] for seconds in rounds])
+    parts["rest"] = [whole - phases_ for whole, phases_ in zip(wholes, named, strict=True)]
+    step = spread(wholes)
     rate = flops * batch / step["median"]
     if "encoder_forward" in rounds[0]:  # beside the step, not in it
         parts["encoder_forward"] = [seconds["encoder_forward"] for seconds in rounds]
+    shares = {}
+    for name, values in parts.items():
+        of_rounds = [value / whole for value, whole in zip(values, wholes, strict=True)]
+        shares[name] = statistics.median(of_rounds)
     return {
         "variant": str(variant),
         "step_s": step,
         "phases_s": {name: spread(values) for name, values in parts.items()},
-        "share_of_step": {
-            name: statistics.median(
-                part / s["step"] for part, s in zip(values, rounds, strict=True)
-            )
-            for name, values in parts.items()
-        },
+        "share_of_step": shares,
         "images_per_s": batch / step["median"],
         "model_flops_per_s": rate,
         "share_of_ceiling": rate / ceiling,

@@ -34,7 +34,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +175,15 @@ def one_core(
         for _ in items:
             pass
 
+    def pil_decode(data: bytes) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
     sides: dict[str, Callable[[int], None]] = {
         "torchvision": lambda turn: consume(iter(DataLoader(images, BATCH, shuffle=True))),
         "webdataset": lambda turn: consume(iter(tar)),
-        "PIL decode alone": lambda turn: consume(
-            np.asarray(Image.open(io.BytesIO(d)).convert("RGB")) for d in files
-        ),
-        "decode alone": lambda turn: consume(decode(data) for data in files),
-        "decode and crop": lambda turn: consume(transform(d, turn, i) for i, d in enumerate(files)),
+        "PIL decode alone": lambda turn: consume(map(pil_decode, files)),
+        "decode alone": lambda turn: consume(map(decode, files)),
+        "decode and crop": lambda turn: consume(map(transform, files, repeat(turn), count())),
         "stream": lambda turn: consume(islice(stream.steps(turn * steps), steps)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}

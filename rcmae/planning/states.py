@@ -47,15 +47,13 @@ def states(model: Network, settings: MemorySettings) -> dict[str, int]:
     """Elements: `whole` of the model, `shard` of this rank, `group` the largest optimizer
     group's part of that.
     """
-    groups = [
-        [tuple(param.shape) for param in group["params"]] for group in param_groups(model, 0.0)
-    ]
+    groups = [_shapes(group) for group in param_groups(model, 0.0)]
 
     def held(of: Sequence[Sequence[Sequence[int]]]) -> int:
         return _bytes_of_teacher(settings, of, "bf16", "fp32_shard").accumulator // FP32
 
     return {
-        "whole": sum(math.prod(shape) for group in groups for shape in group),
+        "whole": _elements(groups),
         "shard": held(groups),
         "group": max(held([group]) for group in groups),
     }
@@ -65,10 +63,15 @@ def teacher_groups(model: nn.Module, parts: Sequence[str]) -> list[list[tuple[in
     """Shapes of the optimizer groups that a teacher of these parts has, for
     `teacher.teacher_bytes`.
     """
-    groups = [
-        group for group in param_groups(model, 0.0) if group["name"].partition("_")[0] in parts
+    return [
+        _shapes(group)
+        for group in param_groups(model, 0.0)
+        if group["name"].partition("_")[0] in parts
     ]
-    return [[tuple(param.shape) for param in group["params"]] for group in groups]
+
+
+def _shapes(group: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    return [tuple(param.shape) for param in group["params"]]
 
 
 def checkpoint_bytes(model: nn.Module, *, teacher: Sequence[str]) -> int:
@@ -79,7 +82,8 @@ def checkpoint_bytes(model: nn.Module, *, teacher: Sequence[str]) -> int:
     """
     params = 3 * sum(param.numel() for param in model.parameters())
     params += _elements(teacher_groups(model, teacher))
-    return FP32 * params + sum(table.numel() * table.element_size() for table in model.buffers())
+    tables = sum(table.numel() * table.element_size() for table in model.buffers())
+    return FP32 * params + tables
 
 
 def _elements(groups: Sequence[Sequence[Sequence[int]]]) -> int:

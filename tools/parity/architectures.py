@@ -80,10 +80,9 @@ def arch_names(fixture: Fixture) -> None:
                 for group in param_groups(model, 0.05)
                 for param_name in group["param_names"]
             }
-            order = [
-                [key for key, _ in model.named_parameters() if decays[key] == decay]
-                for decay in (False, True)
-            ]
+            keys = [key for key, _ in model.named_parameters()]
+            order = [[key for key in keys if not decays[key]]]
+            order.append([key for key in keys if decays[key]])
             fixture.true(
                 "optimizer order",
                 name,

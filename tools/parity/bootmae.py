@@ -188,11 +188,11 @@ def check_bootmae_outputs(
     patch = fixture.config["patch_size"]
     hidden = batch.ids_shuffle[:, batch.num_visible :]
     outputs = student(batch.images, batch.ids_shuffle, batch.num_visible, ("features", "pixels"))
-    taught = teacher(batch.images, None, None, ("tokens",))["tokens"]
+    features_of_teacher = teacher(batch.images, None, None, ("tokens",))["tokens"]
     fixture.close(
         "predictions and targets",
         "feature_target",
-        taught,
+        features_of_teacher,
         expected["feature_target"],
         limit,
         "float64",

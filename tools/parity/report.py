@@ -55,14 +55,13 @@ class Verdict:
 
     def document(self) -> dict[str, Any]:
         """Plain values for JSON, null for what is not finite."""
-        rows = [
-            {
+        rows = []
+        for row in self.rows:
+            finite = {
                 key: None if value in (math.inf, -math.inf) else value
                 for key, value in vars(row).items()
             }
-            | {"passed": not row.failures}
-            for row in self.rows
-        ]
+            rows.append(finite | {"passed": not row.failures})
         return vars(self) | {"rows": rows}
 
 
