@@ -13,9 +13,10 @@ from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.patches import patchify
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import Heads, MaskedAutoencoder
-from rcmae.objectives import OBJECTIVES, Context, Objective, new
+from rcmae.objectives import OBJECTIVES, TERMS, Context, Objective, new
 from rcmae.objectives.bootmae import Features
 from rcmae.objectives.supmae import Classification
+from rcmae.plugins import find
 from reference import Sizes
 
 SIZES = Sizes()
@@ -143,6 +144,22 @@ def test_objectives_are_made_from_values_and_say_what_they_need() -> None:
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
         new("mae").terms = {}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_options_say_what_the_loss_reads_and_belong_to_what_makes_it(name: str) -> None:
+    listed, objective = OBJECTIVES[name], new(name)
+    assert find(listed.factory, key="objective.name").Options is listed.options
+    reads = listed.options().reads
+    assert objective.student_outputs == tuple(sorted(reads.student))
+    assert objective.teacher_outputs == tuple(sorted(reads.teacher))
+
+
+def test_terms_say_what_they_read() -> None:
+    for listed in TERMS.values():
+        term = find(listed.factory, key="objective.terms").make(1.0, listed.options(), Context())
+        assert (term.student_output,) == listed.options.reads.student
+        assert (term.teacher_output or None,) == (listed.options.reads.teacher or (None,))
 
 
 def seen_forwards(network: torch.nn.Module) -> list[tuple[str, ...]]:

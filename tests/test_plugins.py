@@ -120,6 +120,31 @@ def test_a_module_that_does_not_import_is_the_users(inside: Path, tiny: Path) ->
         config.load(str(tiny), ["objective.name=broken:Absolute"])
 
 
+def test_options_that_are_no_model_are_the_users(inside: Path, tiny: Path) -> None:
+    (inside / "plain.py").write_text("class Plain:\n    Options = dict\n")
+    with pytest.raises(ValueError, match="plain:Plain: its Options are no pydantic model"):
+        config.load(str(tiny), ["objective.name=plain:Plain"])
+
+
+def test_an_option_that_came_later_has_its_default_in_an_old_run(inside: Path, tiny: Path) -> None:
+    saved = config.load(str(tiny), [NAME]).model_dump(mode="json")
+    del saved["objective"]["options"]["visible_weight"]  # the module had no such option yet
+    for weight, lines in ((0.1, 0), (0.2, 1)):
+        given = [NAME, f"objective.options={{visible_weight: {weight}}}"]
+        mine = config.load(str(tiny), given).model_dump(mode="json")
+        assert len(config.differences(mine, saved)) == lines
+
+
+def test_a_stored_recipe_is_read_without_the_module(inside: Path, tiny: Path) -> None:
+    dumped = config.load(str(tiny), [NAME]).model_dump(mode="json")
+    dumped["objective"]["name"] = "gone_since:Absolute"
+    read = config.stored(dumped, imports=False)
+    assert read.objective.student_outputs == ("pixels",)
+    assert read.model_dump(mode="json") == dumped
+    with pytest.raises(ValueError, match="no module 'gone_since'"):
+        config.stored(dumped)
+
+
 def test_outputs_that_are_read_without_being_said_are_refused(inside: Path, tiny: Path) -> None:
     from rcmae import objectives
 

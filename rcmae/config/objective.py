@@ -118,9 +118,14 @@ class NoOptions(OwnOptions):
 
 
 def objective_class(
-    section: Mapping[str, Any], catalogue: Catalogue | None = None
+    section: Mapping[str, Any], catalogue: Catalogue | None = None, *, imports: bool = True
 ) -> type[ObjectiveOptions]:
     """The class of a section `objective`: the common keys, and those of what it names.
+
+    Args:
+        section: as read.
+        catalogue: None for what is shipped.
+        imports: whether MODULE:NAME is imported; if not, its options may be anything.
 
     Raises:
         pydantic.ValidationError: no such objective, at `name`.
@@ -129,7 +134,7 @@ def objective_class(
     terms = section.get("terms")
     named = sorted(map(str, terms)) if isinstance(terms, Mapping) else []
     try:
-        return _made_class(str(name), tuple(named), catalogue or shipped())
+        return _made_class(str(name), tuple(named), catalogue or shipped(), imports)
     except Refused as error:
         told = PydanticCustomError("refused", "{why}", {"why": str(error)})
         details = InitErrorDetails(type=told, loc=("name",), input=name)
@@ -137,7 +142,9 @@ def objective_class(
 
 
 @functools.cache
-def _made_class(name: str, terms: tuple[str, ...], catalogue: Catalogue) -> type[ObjectiveOptions]:
+def _made_class(
+    name: str, terms: tuple[str, ...], catalogue: Catalogue, imports: bool
+) -> type[ObjectiveOptions]:
     known = [*catalogue.objectives, *CLASSIFYING, TASKS_OWN]
     bases: list[type[BaseModel]] = [
         catalogue.terms[term] for term in terms if term in catalogue.terms
@@ -145,8 +152,10 @@ def _made_class(name: str, terms: tuple[str, ...], catalogue: Catalogue) -> type
     addable: Any = Literal[tuple(catalogue.terms)]
     weights = dict[addable, Annotated[float, Field(ge=0.0)]]
     fields: dict[str, Any] = {"terms": (weights, Field(default_factory=dict))}
-    if plugins.is_plugin(name):
-        options = _strict(getattr(plugins.find(name, key="objective.name"), "Options", OwnOptions))
+    if plugins.is_plugin(name) and not imports:
+        fields["options"] = (dict[str, Any], Field(default_factory=dict))
+    elif plugins.is_plugin(name):
+        options = _strict(plugins.find(name, key="objective.name"), name)
         fields["options"] = (options, Field(default_factory=dict, validate_default=True))
     elif name in known:
         bases.insert(0, catalogue.objectives.get(name, NoOptions))
@@ -159,8 +168,11 @@ def _made_class(name: str, terms: tuple[str, ...], catalogue: Catalogue) -> type
     return made
 
 
-def _strict(options: type[BaseModel]) -> type[BaseModel]:
-    """The same options, unknown ones refused."""
+def _strict(factory: Any, name: str) -> type[BaseModel]:
+    """The `Options` of an objective, unknown ones refused."""
+    options = getattr(factory, "Options", OwnOptions)
+    if not isinstance(options, type) or not issubclass(options, BaseModel):
+        raise Refused(f"objective.name={name}: its Options are no pydantic model")
     refusing = pydantic.ConfigDict(extra="forbid")
     return type(options.__name__, (options,), {"model_config": refusing, "__module__": __name__})
 
@@ -175,7 +187,7 @@ def read_objective(
         return section
     context = info.context or {}
     catalogue = context.get("objectives") or shipped()
-    kind = objective_class(value, catalogue)
+    kind = objective_class(value, catalogue, imports=context.get("imports", True))
     mine = dict(value)
     for key, options in foreign_keys(value, kind, catalogue).items():
         if context.get("stored") or mine[key] == options.model_fields[key].get_default():

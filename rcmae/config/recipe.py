@@ -99,15 +99,20 @@ FROZEN = (
 )
 
 
-def stored(tree: Mapping[str, Any]) -> Recipe:
+def stored(tree: Mapping[str, Any], *, imports: bool = True) -> Recipe:
     """The recipe of a run's folder or a checkpoint, of this version or one before.
 
     Keys of objectives that the run does not train are left out: once, every recipe had all of them.
 
+    Args:
+        tree: as it was dumped.
+        imports: whether an objective's own module is imported; not where a file is only read,
+            which may come from anybody.
+
     Raises:
         pydantic.ValidationError: it is no recipe.
     """
-    return Recipe.model_validate(with_task(tree), context={"stored": True})
+    return Recipe.model_validate(with_task(tree), context={"stored": True, "imports": imports})
 
 
 def with_task(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -132,7 +137,7 @@ def differences(
         reports: keys among those that change nothing in the training.
     """
     left = dict(leaves(mine))
-    right = _leaves_with_defaults(with_task(saved))
+    right = _leaves_with_defaults(with_task(saved), mine)
     allowed = [*(left.get("checkpoint.allow") or []), *reports]
     lines = []
     for key in sorted(left.keys() | right.keys()):
@@ -147,23 +152,33 @@ def differences(
     return lines
 
 
-def _leaves_with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+def _leaves_with_defaults(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of a dumped recipe, with the default where it is from before a key was there.
 
-    Without keys of objectives that it does not train.
+    Without keys of objectives that it does not train. A module that is named in it is imported only
+    if `mine` names it, too.
     """
     section = saved.get("objective", {})
-    kind = objective_class(section)
-    catalogue = shipped()
+    same = section.get("name") == mine.get("objective", {}).get("name")
+    kind = objective_class(section, imports=same)
     defaults = Recipe().model_dump(mode="json")
-    defaults["objective"] = {
-        key: field.get_default(call_default_factory=True)
-        for key, field in kind.model_fields.items()
-        if key != "options"
-    }
-    foreign = foreign_keys(section, kind, catalogue)
+    defaults["objective"] = _defaults(kind)
+    options = kind.model_fields.get("options")
+    if options is not None and same:
+        assert isinstance(options.annotation, type)
+        defaults["objective"]["options"] = _defaults(options.annotation)
+    foreign = foreign_keys(section, kind, shipped())
     told = {key: value for key, value in section.items() if key not in foreign}
     return {**dict(leaves(defaults)), **dict(leaves({**saved, "objective": told}))}
+
+
+def _defaults(kind: type[BaseModel]) -> dict[str, Any]:
+    """The values of a section in which nothing is set; without those that must be."""
+    return {
+        key: field.get_default(call_default_factory=True)
+        for key, field in kind.model_fields.items()
+        if not field.is_required()
+    }
 
 
 def _is_of_one_objective(key: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
@@ -173,6 +188,8 @@ def _is_of_one_objective(key: str, left: Mapping[str, Any], right: Mapping[str, 
     section, _, name = key.partition(".")
     if section != "objective" or (key in left and key in right):
         return False
+    if name.startswith("options."):
+        return left.get("objective.name") != right.get("objective.name")
     return name.partition(".")[0] not in ObjectiveOptions.model_fields
 
 

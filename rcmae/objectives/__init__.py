@@ -5,7 +5,7 @@ Without torch until one is made."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rcmae import plugins
 from rcmae.config import Catalogue, ObjectiveOptions, Recipe, Resolved
@@ -16,31 +16,29 @@ from rcmae.objectives.protocol import Context, Objective
 if TYPE_CHECKING:
     from rcmae.objectives.terms import Sum
 
-# Names of a recipe: what makes the objective, and its options.
+
+class Shipped(NamedTuple):
+    """What a name of a recipe stands for."""
+
+    factory: str  # MODULE:NAME, imported when one is made
+    options: type[options.OwnOptions]
+
+
 OBJECTIVES = {
-    "mae": "rcmae.objectives.mae:MAE",
-    "rcmae": "rcmae.objectives.rcmae:RCMAE",
-    "supmae": "rcmae.objectives.supmae:SupMAE",
-    "bootmae": "rcmae.objectives.bootmae:BootMAE",
+    "mae": Shipped("rcmae.objectives.mae:MAE", options.MAEOptions),
+    "rcmae": Shipped("rcmae.objectives.rcmae:RCMAE", options.RCMAEOptions),
+    "supmae": Shipped("rcmae.objectives.supmae:SupMAE", options.SupMAEOptions),
+    "bootmae": Shipped("rcmae.objectives.bootmae:BootMAE", options.BootMAEOptions),
 }
 # Terms that can be added to a sum of terms (`objective.terms`).
 TERMS = {
-    "consistency": "rcmae.objectives.rcmae:Consistency",
-    "class": "rcmae.objectives.supmae:Classification",
-    "features": "rcmae.objectives.bootmae:Features",
+    "consistency": Shipped("rcmae.objectives.rcmae:Consistency", options.ConsistencyOptions),
+    "class": Shipped("rcmae.objectives.supmae:Classification", options.ClassOptions),
+    "features": Shipped("rcmae.objectives.bootmae:Features", options.FeatureOptions),
 }
 CATALOGUE = Catalogue(
-    objectives={
-        "mae": options.MAEOptions,
-        "rcmae": options.RCMAEOptions,
-        "supmae": options.SupMAEOptions,
-        "bootmae": options.BootMAEOptions,
-    },
-    terms={
-        "consistency": options.ConsistencyOptions,
-        "class": options.ClassOptions,
-        "features": options.FeatureOptions,
-    },
+    objectives={name: each.options for name, each in OBJECTIVES.items()},
+    terms={name: each.options for name, each in TERMS.items()},
 )
 
 
@@ -50,8 +48,8 @@ def make(asked: ObjectiveOptions, context: Context) -> Objective:
     Raises:
         Refused: it cannot be made, or is no sum that terms can be added to.
     """
-    name = OBJECTIVES.get(asked.name, asked.name)
-    factory = plugins.find(name, key="objective.name")
+    listed = OBJECTIVES.get(asked.name)
+    factory = plugins.find(listed.factory if listed else asked.name, key="objective.name")
     if not callable(getattr(factory, "make", None)):
         raise Refused(f"objective.name={asked.name}: it has no `make(options, context)`")
     objective: Objective = factory.make(asked.own, context)
@@ -76,8 +74,8 @@ def make_objective(recipe: Recipe, sizes: Resolved) -> Objective:
 
 def new(name: str, context: Context | None = None, **values: Any) -> Sum:
     """A shipped objective of values: `new("rcmae", consistency_weight=0.5)`."""
-    factory = plugins.find(OBJECTIVES[name], key="objective.name")
-    made: Sum = factory.make(CATALOGUE.objectives[name](**values), context or Context())
+    factory = plugins.find(OBJECTIVES[name].factory, key="objective.name")
+    made: Sum = factory.make(OBJECTIVES[name].options(**values), context or Context())
     return made
 
 
@@ -90,7 +88,7 @@ def _plus(objective: Objective, asked: ObjectiveOptions, context: Context) -> Su
         )
     more = {}
     for name, weight in asked.terms.items():
-        term = plugins.find(TERMS[name], key="objective.terms")
+        term = plugins.find(TERMS[name].factory, key="objective.terms")
         more[name] = term.make(weight, asked, context)
     return objective.plus(more)
 

@@ -139,7 +139,7 @@ def load_autoencoder(
 def recipe_of(source: NetworkWeights) -> Recipe:
     """The recipe in the metadata of weights. Raises Refused: it is none that this rcmae knows."""
     try:
-        return stored(json.loads(source.metadata["recipe"]))
+        return stored(json.loads(source.metadata["recipe"]), imports=False)
     except (json.JSONDecodeError, pydantic.ValidationError) as error:
         raise Refused(f"{source.about}: its recipe cannot be read: {error}") from error
 
