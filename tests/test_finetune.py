@@ -19,12 +19,12 @@ import yaml
 from test_classifier import SIZES
 
 from rcmae import checkpoint, finetune, probe
+from rcmae.commands import replay
 from rcmae.data.index import ShardIndex
 from rcmae.models.classifier import Classifier
 from rcmae.models.sizes import NetworkSizes
 from runs import Folder, distance, equal, keeping_handlers
 from tests.conftest import Ranks
-from tools import replay
 
 PROGRAMS = Path(__file__).parent / "programs"
 ENGINES = {
