@@ -17,9 +17,7 @@ def contradictions(recipe: Recipe) -> list[str]:
     problems += _data_problems(recipe)
     if recipe.task.name in CLASSIFYING:
         problems += _classifying_problems(recipe)
-    elif recipe.evaluate.every_steps and not (
-        recipe.evaluate.train_shards and recipe.evaluate.test_shards
-    ):
+    elif recipe.task.name == "pretrain" and knn_lacks_sets(recipe):
         problems.append(
             "evaluate.every_steps is set: give evaluate.train_shards and test_shards, both labelled"
         )
@@ -178,3 +176,9 @@ def _classifying_problems(recipe: Recipe) -> list[str]:
     if classify.average and recipe.teacher.update != "step":
         problems.append("classify.average moves at each step: leave teacher.update=step")
     return problems
+
+
+def knn_lacks_sets(recipe: Recipe) -> bool:
+    """Whether k-NN is asked for without both labelled sets."""
+    options = recipe.evaluate
+    return bool(options.every_steps) and not (options.train_shards and options.test_shards)

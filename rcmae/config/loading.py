@@ -65,6 +65,8 @@ def load(
     if not isinstance(tree, dict):
         raise Refused(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
     problems = _override(tree, overrides)
+    if any(item.startswith("task.name=") for item in overrides):
+        drop_objective(tree, overrides)
     problems += name_task(tree, task)
     name_run(tree, path.stem)
     recipe, more = _parse(tree, objectives or shipped())
@@ -82,6 +84,15 @@ def name_run(tree: dict[str, Any], stem: str) -> None:
     if isinstance(run, dict):
         run["name"] = run.get("name") or stem
         run["dir"] = run.get("dir") or f"runs/{run['name']}"
+
+
+def drop_objective(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Leave out the objective of the file, where the command line has another task with its own."""
+    task, objective = tree.get("task"), tree.get("objective")
+    brings_its_own = isinstance(task, dict) and task.get("name") != "pretrain"
+    asked = any(item.startswith(("objective.name=", "objective=")) for item in overrides)
+    if brings_its_own and not asked and isinstance(objective, dict):
+        tree["objective"] = {}
 
 
 def name_task(tree: dict[str, Any], task: str | None) -> list[str]:
@@ -107,10 +118,13 @@ def name_task(tree: dict[str, Any], task: str | None) -> list[str]:
             ]
     if task is None or name == task or (task == "pretrain" and plugins.is_plugin(str(name))):
         return []
-    command = {"pretrain": "train"}.get(str(name), name)
-    return [f"task.name={name} is trained by `rcmae {command}`, not by `rcmae {COMMANDS[task]}`"]
+    if name not in COMMANDS:
+        return [f"task.name: unknown task {name!r}; {did_you_mean(str(name), COMMANDS)}"]
+    right, wrong = COMMANDS[str(name)], COMMANDS[task]
+    return [f"task.name={name} is trained by `rcmae {right}`, not by `rcmae {wrong}`"]
 
 
+# tasks that are shipped -> the command that trains each
 COMMANDS = {"pretrain": "train", "finetune": "finetune", "probe": "probe"}
 
 

@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     ERASE = 23
     MIX = 24
     CORRUPTION = 25
+    TASK = 26  # what a task from outside draws
 
 
 def raw(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.uint64]:
