@@ -3,6 +3,7 @@ that keeps its limit.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -74,6 +75,7 @@ class Server:
     def __init__(self, folder):
         self.folder, self.fault, self.requests = Path(folder), lambda method, path: None, []
         self.stalling = threading.Event()
+        self.tags = False  # whether files have an ETag
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -115,6 +117,10 @@ class Server:
             request.send_error(404)
             return
         body, status = path.read_bytes(), 200
+        tag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+        if self.tags and request.headers.get("If-Match", tag) != tag:
+            request.send_error(412)
+            return
         whole = len(body)
         if (wanted := request.headers.get("Range")) and fault != "no ranges":
             first, last = wanted.removeprefix("bytes=").split("-")
@@ -124,6 +130,8 @@ class Server:
         request.send_response(status)
         if status == 206:
             request.send_header("Content-Range", f"bytes {first}-{last}/{whole}")
+        if self.tags:
+            request.send_header("ETag", tag)
         request.send_header("Accept-Ranges", "bytes")
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()
@@ -359,6 +367,44 @@ def test_bytes_that_are_not_those_of_the_index_are_never_used(folder, server, tm
         cache.fetch(index.shards[0])
     assert not list(cache.folder.glob("*.tar"))
     assert cache.shards() == []
+
+
+def test_an_object_that_is_replaced_while_it_is_copied_is_no_mixture(folder, server, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE", 4096)
+    server.tags = True
+    server.folder = Path(shutil.copytree(folder, folder.parent / "replaced"))
+    path = server.folder / "photo-000000.tar"
+    size = path.stat().st_size
+
+    class Changing(io.BytesIO):
+        def write(self, piece):
+            path.write_bytes(bytes(size))
+            return super().write(piece)
+
+    with pytest.raises(SourceGone, match=r"photo-000000\.tar: changed while it was copied"):
+        sources.copy(f"{server.url}/photo-000000.tar", Changing(), PATIENT, size)
+
+
+def test_a_shard_of_another_version_is_told_apart_by_its_tag(folder, server, tmp_path):
+    server.tags = True
+    server.folder = Path(shutil.copytree(folder, tmp_path / "store"))
+    url = f"{server.url}/photo-000000.tar"
+    index = opened(url)
+    (shard,) = index.shards
+    assert shard.stamp.startswith('etag "')
+    plain = dataclasses.replace(shard, sha256="")
+    ShardIndex([plain]).save(tmp_path / "index")
+    assert opened(url, cache=tmp_path / "index").is_saved
+    path = server.folder / "photo-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[-2000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"photo-000000\.tar: is not the file that its index"):
+        opened(url, cache=tmp_path / "index")
+    with pytest.raises(SourceGone, match=r"is not what was indexed \(etag"):
+        cache_in(tmp_path / "cache").fetch(plain)
+    index.save(tmp_path / "hashed")
+    assert opened(url, cache=tmp_path / "hashed").is_saved  # its copy will be compared by hash
 
 
 # ------------------------------------------------------------------------------------ other clients
