@@ -149,7 +149,7 @@ def test_verify_names_what_is_wrong_and_repair_leaves_it_out(damaged, tmp_path, 
     assert [row["reason"] for row in told["rejected"] if row["shard"] == "photo-000000.tar"] == [
         "the tar breaks off: unexpected end of data",
         "its index names 40 samples: 20 of them were not found, and 0 were that it does not name;"
-        " get the tar anew, or run rcmae shards index --rebuild on it",
+        f" get the tar anew, or run rcmae shards index {index.shards[0].path} --rebuild",
     ]
     assert (
         told["samples"]

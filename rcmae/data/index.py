@@ -151,7 +151,7 @@ class ShardIndex:
         if not scan:
             for path in unread:
                 problems.append(
-                    f"{sources.redacted(path)}: has no index; run rcmae shards index on it"
+                    f"{sources.redacted(path)}: has no index; run {sources.indexing(path)}"
                 )
         refuse_shards(problems)
         if unread:

@@ -176,7 +176,7 @@ class NoMask:
     num_visible: int = 0
 
     def ids(self, seed: int, position: int, draw: int = 0) -> NDArray[np.int64]:
-        """[0]."""
+        """[0] no order."""
         return np.zeros(0, np.int64)
 
 

@@ -268,8 +268,8 @@ class Search:
 
 def _another(path: str) -> str:
     return (
-        f"{sources.redacted(path)}: is not the file that its index describes; run rcmae shards "
-        "index --rebuild on it"
+        f"{sources.redacted(path)}: is not the file that its index describes; run "
+        f"{sources.indexing(path)}"
     )
 
 
@@ -288,6 +288,5 @@ def unlike(before: Shard, now: Shard) -> list[str]:
         what = "its samples have other keys"
     path = sources.redacted(now.path)
     return [
-        f"{path}: was written after it was indexed, and {what}; run rcmae shards index "
-        f"{path} --rebuild"
+        f"{path}: was written after it was indexed, and {what}; run {sources.indexing(now.path)}"
     ]

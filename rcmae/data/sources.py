@@ -125,6 +125,12 @@ def redacted(text: str) -> str:
     return _URL.sub(shown, text)
 
 
+def indexing(path: str) -> str:
+    """The command that indexes a shard again, as messages name it."""
+    out = " --out FOLDER" if is_remote(path) else ""
+    return f"rcmae shards index {redacted(path)}{out} --rebuild"
+
+
 def identity(path: str) -> str:
     """What tells a shard from others wherever it is named: absolute path, or URL without
     password and query.

@@ -141,7 +141,7 @@ class Shard:
         ):
             raise Refused(
                 f"{self.table if isinstance(self.table, str) else 'its table'}: what it says of "
-                f"{sources.redacted(self.path)} is damaged; run rcmae shards index --rebuild on it"
+                f"{sources.redacted(self.path)} is damaged; run {sources.indexing(self.path)}"
             )
 
     @property

@@ -28,7 +28,7 @@ from rcmae.data.device_decode import Encoded, pack
 from rcmae.data.index import Sample, ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.plan import Plan, Requests
-from rcmae.data.sources import redacted
+from rcmae.data.sources import indexing, redacted
 from rcmae.data.tars import HEADER, Shard, unlike_header
 from rcmae.data.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
 from rcmae.errors import Refused
@@ -351,10 +351,9 @@ def image_bytes(reader: Reader, sample: Sample) -> bytes:
     if len(data) < HEADER + sample.size:
         raise BadImage(f"only {max(0, len(data) - HEADER)} of its {sample.size} bytes are there")
     if unlike_header(data[:HEADER], sample.key, sample.size, sample.checksum):
-        path = redacted(sample.path)
         raise BadImage(
-            f"{path} is not the tar that was indexed: another member lies there; run rcmae shards "
-            f"index {path} --rebuild"
+            f"{redacted(sample.path)} is not the tar that was indexed: another member lies there; "
+            f"run {indexing(sample.path)}"
         )
     return data[HEADER:]
 

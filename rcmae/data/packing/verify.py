@@ -253,7 +253,7 @@ def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
         yield (
             f"its index names {len(offsets)} samples: {gone} of them were not found, and "
             f"{len(good - offsets)} were "
-            "that it does not name; get the tar anew, or run rcmae shards index --rebuild on it"
+            f"that it does not name; get the tar anew, or run {sources.indexing(known.path)}"
         )
     says = {}
     for offset, _, label, at, length in rows.tolist():
@@ -263,8 +263,8 @@ def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
         other += says.get(offset, (key, label)) != (key, label)
     if other:
         yield (
-            f"its index gives {other} samples another key or label; run rcmae shards index "
-            "--rebuild on it"
+            f"its index gives {other} samples another key or label; run "
+            f"{sources.indexing(known.path)}"
         )
 
 
