@@ -35,6 +35,15 @@ OBJECTIVES = {
         "teacher.momentum=0.9",
     ],
 }
+TERMS = {
+    "mae": ["reconstruction"],
+    "mae as MAE-priv has it": ["reconstruction"],
+    "rcmae": ["reconstruction", "consistency"],
+    "rcmae, other masks": ["reconstruction", "consistency"],
+    "supmae": ["reconstruction", "class"],
+    "rcsupmae": ["reconstruction", "consistency", "class"],
+    "bootmae": ["reconstruction", "features"],
+}
 GOLDEN = {
     "mae": [1.288801, 1.298635, 1.233965, 1.090182, 1.050785, 1.014847],
     "mae as MAE-priv has it": [1.311255, 1.314596, 1.243207, 1.102709, 1.068555, 1.040651],
@@ -56,3 +65,5 @@ def test_losses_are_those_written_down(objective: str, tiny: Path, tmp_path: Pat
         == 0
     )
     assert folder.losses() == pytest.approx(GOLDEN[objective], rel=1e-4)
+    written = [key for key in folder.rows()[0] if key.startswith("loss_")]
+    assert written == [f"loss_{term}" for term in TERMS[objective]], "its own terms and no other"
