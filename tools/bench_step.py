@@ -541,7 +541,7 @@ def describe(
     wholes = [seconds["step"] for seconds in rounds]
     named = [sum(of_round) for of_round in zip(*parts.values(), strict=True)]
     # losses, targets
-    parts["rest"] = [whole - phases_ for whole, phases_ in zip(wholes, named, strict=True)]
+    parts["rest"] = [whole - of_phases for whole, of_phases in zip(wholes, named, strict=True)]
     step = spread(wholes)
     rate = flops * batch / step["median"]
     if "encoder_forward" in rounds[0]:  # beside the step, not in it
