@@ -107,8 +107,7 @@ def _positive(text: str) -> int:
 # --------------------------------------------------------------------------------------------- make
 
 
-def make(arguments: Sequence[str] | None = None) -> int:
-    """Make shards; the exit status."""
+def _make_arguments() -> argparse.ArgumentParser:
     parser = _parser("make", MAKE)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGES", help="a folder, a list, .parquet or .tar files"
@@ -145,7 +144,12 @@ def make(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this name")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    asked = parser.parse_args(arguments)
+    return parser
+
+
+def make(arguments: Sequence[str] | None = None) -> int:
+    """Make shards; the exit status."""
+    asked = _make_arguments().parse_args(arguments)
     from rcmae.data.packing.writer import PackingOptions, make_shards
     from rcmae.errors import Refused
 
@@ -254,21 +258,26 @@ def index(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"indexes": told}, indent=1))
         return 0
     for facts in told:
-        print(
-            f"{facts['folder']}: {facts['samples']:,} samples in {facts['shards']} shards "
-            f"({facts['read']} read now)"
-        )
-        for name, what in (
-            ("unlabelled", "samples have no label"),
-            (
-                "bad_labels",
-                "of the read ones have a .cls that is no number: they count as unlabelled",
-            ),
-            ("without_image", "samples of the read shards have no image: left out"),
-        ):
-            if facts[name]:
-                print(f"  {facts[name]:,} {what}")
+        print_index(facts)
     return 0
+
+
+def print_index(facts: dict[str, Any]) -> None:
+    """Print what is in an index, for people."""
+    print(
+        f"{facts['folder']}: {facts['samples']:,} samples in {facts['shards']} shards "
+        f"({facts['read']} read now)"
+    )
+    for name, what in (
+        ("unlabelled", "samples have no label"),
+        (
+            "bad_labels",
+            "of the read ones have a .cls that is no number: they count as unlabelled",
+        ),
+        ("without_image", "samples of the read shards have no image: left out"),
+    ):
+        if facts[name]:
+            print(f"  {facts[name]:,} {what}")
 
 
 # -------------------------------------------------------------------------------------------- check

@@ -29,9 +29,8 @@ from rcmae.data.patterns import (
     Indexed,
     Patterns,
     Search,
-    named_twice,
     refuse_shards,
-    shards_named,
+    sets_named,
     unlike,
 )
 from rcmae.data.sources import USUAL, Patience
@@ -126,17 +125,7 @@ class ShardIndex:
         Raises:
             Refused: names every pattern and shard that cannot be used.
         """
-        sets = [(one.shards, one.weight) for one in patterns if not isinstance(one, str)]
-        paths: list[str] = []
-        problems: list[str] = []
-        weights: list[tuple[int, float]] = []
-        alone: list[tuple[Patterns, float]] = [(patterns, 1.0)]
-        for shards, weight in sets or alone:
-            found, wrong = shards_named(shards, patience)
-            paths += found
-            problems += wrong
-            weights.append((len(found), weight))
-        problems += named_twice(paths)
+        paths, problems, weights = sets_named(patterns, patience)
         caches = [cache] if isinstance(cache, str | Path) else cache
         search = Search(paths, [str(folder) for folder in caches], _indexed, patience)
         picks = {path: search.pick(path, needs) for path in paths}
@@ -161,7 +150,7 @@ class ShardIndex:
                 problems += [] if before is None else unlike(before, shard)
                 known[path] = shard
         refuse_shards(problems)
-        return cls([known[path] for path in paths], search.short, weights if sets else ())
+        return cls([known[path] for path in paths], search.short, weights)
 
     @staticmethod
     def lies_in(folder: str, patience: Patience = USUAL) -> bool:
@@ -258,6 +247,7 @@ class ShardIndex:
         digests = [shard.digest or shard.fingerprint for shard in self.shards]
         content = hashlib.sha256("\n".join(digests).encode()).hexdigest()
         table = f"index-{content[:16]}.bin"
+        entries = [entry_of(shard, name(shard.path)) for shard in self.shards]
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -265,7 +255,7 @@ class ShardIndex:
             "samples": len(self),
             "table": table,
             "bytes": sum(shard.length for shard in self.shards),
-            "shards": [entry_of(shard, name(shard.path)) for shard in self.shards],
+            "shards": entries,
         }
         with aside(folder / table) as file:
             file.writelines(shard.part for shard in self.shards)

@@ -100,6 +100,27 @@ def shards_named(
     return paths, problems
 
 
+def sets_named(
+    patterns: Patterns, patience: Patience = USUAL
+) -> tuple[list[str], list[str], list[tuple[int, float]]]:
+    """(the shards of all sets, in order; what is wrong with them, a line each; of a mixture the
+    number of shards and the weight of each set).
+    """
+    sets = [(one.shards, one.weight) for one in patterns if not isinstance(one, str)]
+    if not sets:
+        paths, problems = shards_named(patterns, patience)
+        return paths, [*problems, *named_twice(paths)], []
+    paths = []
+    problems = []
+    weights = []
+    for shards, weight in sets:
+        found, wrong = shards_named(shards, patience)
+        paths += found
+        problems += wrong
+        weights.append((len(found), weight))
+    return paths, [*problems, *named_twice(paths)], weights
+
+
 def named_twice(paths: Sequence[str]) -> list[str]:
     """A line for each shard that is named more than once."""
     times = Counter(map(sources.identity, paths))

@@ -113,20 +113,11 @@ class Stream:
             Refused: micro-batches do not divide this rank's part of a step, or ranks the batch
                 and the streams.
         """
-        micro = share.micro
-        repeats = views.repeats
-        plan.requests(0, 0, share.rank, share.world)  # whether the ranks divide what they must
-        per_rank = plan.images // share.world * repeats
-        if micro < 1 or per_rank % micro or micro % repeats:
-            of = f"{micro}, or that not of data.repeats={repeats}" if repeats > 1 else str(micro)
-            raise Refused(
-                f"{per_rank} images a step and rank (batch.images={plan.images * repeats}) "
-                f"are no multiple of {of}"
-            )
+        per_rank = _images_of_a_rank(plan, share, views.repeats)
         self._plan = plan
-        self._micros = per_rank // micro
+        self._micros = per_rank // share.micro
         self._limits = Limits(bad, plan.samples_per_epoch // share.world)
-        self._repeats = repeats
+        self._repeats = views.repeats
         assert device_decoder is None or isinstance(views.transform, TrainTransform), (
             "only a box can be cut on the device"
         )
@@ -146,7 +137,7 @@ class Stream:
         ahead = None
         if remote and cache is not None:
             ahead = _Ahead(index, cache.limit // share.ranks_of_node)
-        self._order = _MicroOrder(plan, share, micro // repeats, ahead)
+        self._order = _MicroOrder(plan, share, share.micro // views.repeats, ahead)
         self._loader: DataLoader[Read | Exception] | None = _loader(
             self._reading, self._order, readers.workers, readers.prefetch, persistent=True
         )
@@ -254,6 +245,21 @@ class Stream:
             self._running.close()
         _stop(self._reads)
         self._running = self._loader = None
+
+
+def _images_of_a_rank(plan: Plan, share: Share, repeats: int) -> int:
+    """Images of a step that a rank makes. Raises Refused where they do not divide."""
+    plan.requests(0, 0, share.rank, share.world)  # whether the ranks divide what they must
+    per_rank = plan.images // share.world * repeats
+    if share.micro < 1 or per_rank % share.micro or share.micro % repeats:
+        of = str(share.micro)
+        if repeats > 1:
+            of += f", or that not of data.repeats={repeats}"
+        raise Refused(
+            f"{per_rank} images a step and rank (batch.images={plan.images * repeats}) "
+            f"are no multiple of {of}"
+        )
+    return per_rank
 
 
 class Limits:

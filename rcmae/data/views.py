@@ -385,14 +385,17 @@ def _batch(
     images = _images(len(rows), *rows[0][1].image.shape)
     for row, (_, view) in enumerate(rows):
         images[row] = view.image
+    labels = [sample.label for sample, _ in rows]
+    keys = tuple(sample.id for sample, _ in rows)
+    crops = [view.crop for _, view in rows]
     return Batch(
         images=images,
         ids_shuffle=ids,
         num_visible=num_visible,
-        labels=torch.tensor([sample.label for sample, _ in rows], dtype=torch.int64),
-        keys=tuple(sample.id for sample, _ in rows),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        keys=keys,
         positions=torch.from_numpy(positions),
-        crops=torch.tensor([view.crop for _, view in rows], dtype=torch.int64),
+        crops=torch.tensor(crops, dtype=torch.int64),
     )
 
 

@@ -87,14 +87,16 @@ def indexed_folder(
     """
     scans: list[Scan] = []
     index = refresh(folder, paths, rebuild=rebuild, jobs=jobs, on_scan=scans.append)
+    without_image = sum(scan.without_image for scan in scans)
+    bad_labels = sum(scan.bad_labels for scan in scans)
     return {
         "folder": folder,
         "shards": len(index.shards),
         "read": len(scans),
         "samples": len(index),
         "unlabelled": int((index.labels == NO_LABEL).sum()),
-        "without_image": sum(scan.without_image for scan in scans),
-        "bad_labels": sum(scan.bad_labels for scan in scans),
+        "without_image": without_image,
+        "bad_labels": bad_labels,
         "fingerprint": index.fingerprint,
     }
 

@@ -164,18 +164,23 @@ def check(path: str, out: Path | None = None) -> Checked:
                     add(tar, f"{sample.key}.{suffix}", data)
             good.append(sample._replace(members={}))
         size = os.fstat(file.fileno()).st_size
+    labels = [sample.label for sample in good]
+    sides = Counter(sample.side for sample in good)
+    channels = Counter(sample.channels for sample in good)
+    keys = [sample.key for sample in good]
+    offsets = [sample.offset for sample in good]
     return Checked(
         path=path,
         bytes=size,
         sha256=digest,
         samples=len(good),
         rejected=rejected,
-        classes=dict(Counter(sample.label for sample in good)),
-        sides=dict(Counter(sample.side for sample in good)),
-        channels=dict(Counter(sample.channels for sample in good)),
-        keys=[sample.key for sample in good],
-        offsets=[sample.offset for sample in good],
-        labels=[sample.label for sample in good],
+        classes=dict(Counter(labels)),
+        sides=dict(sides),
+        channels=dict(channels),
+        keys=keys,
+        offsets=offsets,
+        labels=labels,
     )
 
 
@@ -296,12 +301,15 @@ def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any
                 "rejected": len(bad),
             }
         )
+    samples = sum(row["samples"] for row in rows)
+    size = sum(row["bytes"] for row in rows)
+    twice = {key: names for key, names in where.items() if len(names) > 1}
     return {
         "shards": rows,
-        "samples": sum(row["samples"] for row in rows),
-        "bytes": sum(row["bytes"] for row in rows),
+        "samples": samples,
+        "bytes": size,
         "rejected": rejected,
-        "keys_in_several_shards": {key: names for key, names in where.items() if len(names) > 1},
+        "keys_in_several_shards": twice,
         "classes": _sorted(classes),
         "shorter_sides": _sorted(sides),
         "channels": _sorted(channels),

@@ -212,12 +212,18 @@ def _each(write: partial[Written], tasks: Iterable[Task], jobs: int) -> Iterator
 
 
 def _report(written: Sequence[Written], labels: list[str], found: Found, kept: int) -> Report:
+    paths = [shard.path for shard in written]
+    rejected: list[Rejected] = []
+    samples = 0
+    for shard in written:
+        rejected += shard.rejected
+        samples += shard.samples
     return Report(
-        shards=[shard.path for shard in written],
-        samples=sum(shard.samples for shard in written),
-        bytes=sum(os.path.getsize(shard.path) for shard in written),
+        shards=paths,
+        samples=samples,
+        bytes=sum(map(os.path.getsize, paths)),
         classes=labels,
-        rejected=[reject for shard in written for reject in shard.rejected],
+        rejected=rejected,
         other_files=len(found.others),
         such_as=sorted(found.others)[:_NAMED],
         kept=kept,
