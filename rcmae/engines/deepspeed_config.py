@@ -18,7 +18,7 @@ def read_config(name: str) -> dict[str, Any]:
     """DeepSpeed's JSON, from a path or by the name of a shipped one.
 
     Raises:
-        ValueError: there is no such file, or it is not a JSON object.
+        Refused: there is no such file, or it is not a JSON object.
     """
     path = next(
         (p for p in (Path(name), CONFIGS / name, CONFIGS / f"{name}.json") if p.is_file()), None

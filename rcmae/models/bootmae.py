@@ -116,7 +116,7 @@ class BootstrappedAutoencoder(Encoder):
         predicts_features: whether there is a regressor of features.
 
     Raises:
-        ValueError: sizes that do not fit, all of them at once.
+        Refused: sizes that do not fit, all of them at once.
     """
 
     de_pos_embed: Tensor  # [1, 1 + L, decoder_dim]

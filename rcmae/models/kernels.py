@@ -101,7 +101,7 @@ def layer_norm(kind: Source = "torch") -> NormFactory:
     """What makes a layer norm of a given width: torch's, or apex's FusedLayerNorm.
 
     Raises:
-        ValueError: apex was asked for and is not there.
+        Refused: apex was asked for and is not there.
     """
     if kind == "torch":
         return functools.partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
@@ -125,7 +125,7 @@ def adamw(
     with it.
 
     Raises:
-        ValueError: apex was asked for and is not there.
+        Refused: apex was asked for and is not there.
     """
     groups = list(groups)
     if kind == "torch":

@@ -247,7 +247,7 @@ class MaskedAutoencoder(Encoder):
         heads: for more targets.
 
     Raises:
-        ValueError: sizes that do not fit, all of them at once.
+        Refused: sizes that do not fit, all of them at once.
     """
 
     decoder_pos_embed: Tensor  # [1, c + L, decoder_dim]
