@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rcmae import checkpoint, dist
 from rcmae.checkpoint.lease import Lease, LeaseHeld
@@ -34,6 +34,7 @@ from rcmae.run.look import cache_of, saved_from
 from rcmae.run.loop.agreement import Agreement
 from rcmae.run.loop.batches import Batches
 from rcmae.run.loop.evaluation import Evaluation
+from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.meter import Meter
 from rcmae.run.loop.progress import Progress
 from rcmae.run.loop.recording import Recorder
@@ -154,27 +155,11 @@ def assemble(
 ) -> Run:
     """The parts, at the newest valid checkpoint. Collective; rank 0 has the lease."""
     recipe, sizes = verdict.recipe, verdict.sizes
-    manifest, damaged = choose_checkpoint(recipe)
-    saved = saved_from(recipe, manifest) if manifest else None
-    if damaged:  # the run was judged by one that it does not resume from
-        refuse_mismatches(verdict, task, saved)
-    startup.mark("checkpoint")
-    student = task.network(recipe, verdict.found, saved)
-    objective = task.objective(recipe, sizes)
-    num_weights = sum(param.numel() for param in student.parameters())
-    teacher = task.teacher(student, objective)
-    step_flops = task.step_flops(recipe, student, objective, verdict.mask.num_visible)
-    startup.mark("model")
-    engine = make_engine(
-        recipe, sizes, student, teacher, verdict.engine_config, task.optimizing(recipe)
-    )
-    startup.mark("engine")
-    if manifest is not None:
-        checkpoint.load(manifest, engine)
-        startup.mark("checkpoint")
-    assert verdict.data.train is not None
-    start_folder(recipe, saved, verdict.data.train)
-    progress = progress_of(sizes, saved)
+    index = verdict.data.train
+    assert index is not None
+    trained = restored(verdict, task)
+    start_folder(recipe, trained.saved, index)
+    progress = progress_of(sizes, trained.saved)
     log = MetricsLog(
         recipe.run_dir,
         resume_step=progress.step,
@@ -186,72 +171,108 @@ def assemble(
         device=dist.device(),
         world=dist.world(),
         precision=recipe.engine.precision,
-        step_flops_per_image=step_flops,
+        step_flops_per_image=trained.step_flops,
     )
+    instruments = Instruments(log, meter, presence, stop)
+    parts = parts_of(verdict, task, trained, progress, instruments, lease)
+    run = Run(task, recipe, sizes, parts, log, lease, presence, len(index))
+    announce(run, verdict, trained)
+    startup.mark("files")
+    return run
+
+
+class Trained(NamedTuple):
+    """What is trained, at the checkpoint that the run resumes from."""
+
+    engine: Engine
+    objective: Objective
+    step_flops: float  # of a whole training step for one image
+    num_weights: int  # of the student
+    saved: Saved | None
+    damaged: list[str]  # what was wrong with newer checkpoints
+
+
+def restored(verdict: Verdict, task: Task) -> Trained:
+    """Student, teacher and optimizer on the ranks, with the newest valid checkpoint in them.
+    Collective.
+
+    Raises:
+        CheckpointError: on every rank; there are checkpoints and none can be used.
+        Refused: on every rank; weights cannot be read, or the run is another training's.
+    """
+    recipe = verdict.recipe
+    manifest, damaged = choose_checkpoint(recipe)
+    saved = saved_from(recipe, manifest) if manifest else None
+    if damaged:  # the run was judged by one that it does not resume from
+        refuse_mismatches(verdict, task, saved)
+    startup.mark("checkpoint")
+    student = task.network(recipe, verdict.found, saved)
+    objective = task.objective(recipe, verdict.sizes)
+    num_weights = sum(param.numel() for param in student.parameters())
+    teacher = task.teacher(student, objective)
+    step_flops = task.step_flops(recipe, student, objective, verdict.mask.num_visible)
+    startup.mark("model")
+    engine = make_engine(
+        recipe, verdict.sizes, student, teacher, verdict.engine_config, task.optimizing(recipe)
+    )
+    startup.mark("engine")
+    if manifest is not None:
+        checkpoint.load(manifest, engine)
+        startup.mark("checkpoint")
+    return Trained(engine, objective, step_flops, num_weights, saved, damaged)
+
+
+def parts_of(
+    verdict: Verdict,
+    task: Task,
+    trained: Trained,
+    progress: Progress,
+    instruments: Instruments,
+    lease: Lease | None,
+) -> Parts:
+    """What the loop works with. Collective."""
+    recipe = verdict.recipe
+    engine, objective = trained.engine, trained.objective
     cache = cache_of(recipe, verdict.data)
-    batches = Batches(
-        stream_of(verdict, task, cache),
-        task,
-        recipe,
-        progress,
-        normalise=Normalise(recipe.data.mean, recipe.data.std, dist.device()),
-        meter=meter,
-        presence=presence,
-    )
-    guard = guard_of(recipe, objective, saved)
+    stream = stream_of(verdict, task, cache)
+    normalise = Normalise(recipe.data.mean, recipe.data.std, dist.device())
+    batches = Batches(stream, task, recipe, progress, instruments, normalise)
+    guard = guard_of(recipe, objective, trained.saved)
     saving = Saving(
-        saver_of(recipe, presence, lease),
+        saver_of(recipe, instruments.presence, lease),
         engine,
         progress,
+        instruments,
         options=recipe.checkpoint,
         about=lambda: about(verdict, guard, progress),
-        stop=stop,
-        log=log,
-        meter=meter,
-        presence=presence,
     )
-    saving.save_s = BYTES_A_WEIGHT * num_weights / DISK_RATE
-    if saved is not None and saved.is_own:
+    saving.save_s = BYTES_A_WEIGHT * trained.num_weights / DISK_RATE
+    if trained.saved is not None and trained.saved.is_own:
         events = events_of(recipe.run_dir, "checkpoint")
         saving.resume([event["seconds"] for event in events[-5:]])
     evaluation = Evaluation(
         task,
-        lambda: evaluating(verdict, engine, objective, batches, progress, cache),
+        lambda: evaluating(verdict, trained, batches, progress, cache),
         batches,
         progress,
-        log=log,
-        meter=meter,
-        presence=presence,
+        instruments,
     )
     agreement = Agreement(
-        recipe,
-        objective,
-        progress,
-        batches,
-        saving,
-        evaluation,
-        stop=stop,
-        lease=lease,
-        log=log,
-        presence=presence,
+        recipe, objective, progress, batches, saving, evaluation, instruments, lease=lease
     )
-    parts = Parts(
+    return Parts(
         engine=engine,
         objective=objective,
         progress=progress,
-        schedule=Schedule(recipe, sizes),
+        schedule=Schedule(recipe, verdict.sizes),
         batches=batches,
         agreement=agreement,
         guard=guard,
-        recovery=Recovery(recipe, engine, guard, progress, saving, log),
-        recorder=Recorder(log, meter, objective, progress),
+        recovery=Recovery(recipe, engine, guard, progress, saving, instruments),
+        recorder=Recorder(objective, progress, instruments),
         evaluation=evaluation,
         saving=saving,
     )
-    run = Run(task, recipe, sizes, parts, log, lease, presence, len(verdict.data.train))
-    announce(run, verdict, saved, damaged)
-    startup.mark("files")
-    return run
 
 
 def choose_checkpoint(recipe: Recipe) -> tuple[checkpoint.Manifest | None, list[str]]:
@@ -380,8 +401,7 @@ def about(verdict: Verdict, guard: Guard, progress: Progress) -> Mapping[str, An
 
 def evaluating(
     verdict: Verdict,
-    engine: Engine,
-    objective: Objective,
+    trained: Trained,
     batches: Batches,
     progress: Progress,
     cache: Cache | None,
@@ -390,9 +410,9 @@ def evaluating(
     return Evaluating(
         recipe=verdict.recipe,
         step=progress.step,
-        student=engine.student,
-        teacher=engine.teacher,
-        objective=objective,
+        student=trained.engine.student,
+        teacher=trained.engine.teacher,
+        objective=trained.objective,
         found=verdict.found,
         sets=verdict.data.sets,
         cache=cache,
@@ -403,8 +423,9 @@ def evaluating(
     )
 
 
-def announce(run: Run, verdict: Verdict, saved: Saved | None, damaged: list[str]) -> None:
+def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
     """Say what will run, and where it resumes from."""
+    saved = trained.saved
     recipe, sizes, log = run.recipe, run.sizes, run.log
     index = verdict.data.train
     assert index is not None
@@ -415,7 +436,7 @@ def announce(run: Run, verdict: Verdict, saved: Saved | None, damaged: list[str]
         versions=versions(),
         engine=recipe.engine.model_dump(mode="json"),
         from_checkpoint=str(saved.path) if saved else None,
-        passed_over=damaged,
+        passed_over=trained.damaged,
         generation=run.lease.generation if run.lease else None,
         undone=log.undone,
         **preempt.this_start(),

@@ -17,11 +17,9 @@ from rcmae.data.batch import Batch
 from rcmae.objectives import Objective
 from rcmae.run.loop.batches import Batches
 from rcmae.run.loop.evaluation import Evaluation
+from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
 from rcmae.run.loop.saving import Saving
-from rcmae.run.metrics import MetricsLog
-from rcmae.run.preempt import StopRequest
-from rcmae.run.presence import Presence
 
 
 class DataUnreadable(RuntimeError):
@@ -68,11 +66,9 @@ class Agreement:
         batches: Batches,
         saving: Saving,
         evaluation: Evaluation,
+        instruments: Instruments,
         *,
-        stop: StopRequest,
         lease: Lease | None,
-        log: MetricsLog,
-        presence: Presence,
     ) -> None:
         self.recipe = recipe
         self._objective = objective
@@ -80,10 +76,8 @@ class Agreement:
         self._batches = batches
         self._saving = saving
         self._evaluation = evaluation
-        self._stop = stop
         self._lease = lease
-        self._log = log
-        self._presence = presence
+        self._instruments = instruments
 
     def before_step(self, micros: Sequence[Batch]) -> Agreed:
         """The step's global counts, and whether the run stops. Collective: every rank calls.
@@ -94,7 +88,7 @@ class Agreement:
         """
         self._look_at_the_clock()
         mine = self._counts(micros)
-        self._presence.at(self.progress.step, "agreeing on the step")
+        self._instruments.presence.at(self.progress.step, "agreeing on the step")
         flags = self._flags()
         totals = dist.sum_numbers([*mine.values(), *flags])
         told = Flags(*totals[len(mine) :])
@@ -110,7 +104,7 @@ class Agreement:
         counts = dict(zip(mine, totals, strict=False))
         stop = self._why_stop(asked=told.stop > 0)
         if stop is None:
-            self._presence.at(self.progress.step, "computing the step")
+            self._instruments.presence.at(self.progress.step, "computing the step")
         return Agreed(counts, stop)
 
     def _look_at_the_clock(self) -> None:
@@ -120,8 +114,8 @@ class Agreement:
         step_s = self._batches.longest_step_s
         if self.progress.is_due(self.recipe.evaluate.every_steps):
             step_s += self._evaluation.longest_s
-        if self._stop.is_late(save_s=self._saving.save_s, step_s=step_s):
-            self._stop.ask("the deadline is near")
+        if self._instruments.stop.is_late(save_s=self._saving.save_s, step_s=step_s):
+            self._instruments.stop.ask("the deadline is near")
 
     def _counts(self, micros: Sequence[Batch]) -> dict[str, float]:
         totals = dict.fromkeys(self._objective.weights, 0.0)
@@ -135,7 +129,7 @@ class Agreement:
         since_save_s = time.monotonic() - self._saving.saved_at
         save = minutes is not None and dist.rank() == 0 and since_save_s >= 60 * minutes
         return Flags(
-            stop=self._stop.reason is not None,
+            stop=self._instruments.stop.reason is not None,
             save=save,
             trouble=self._batches.trouble is not None,
             lost=self._lease is not None and self._lease.lost,
@@ -145,7 +139,7 @@ class Agreement:
 
     def _note_bad_samples(self) -> None:
         for bad in itertools.chain(*dist.gather(self._batches.bad)):
-            self._log.event("bad_sample", step=self.progress.step, **bad._asdict())
+            self._instruments.log.event("bad_sample", step=self.progress.step, **bad._asdict())
 
     def _raise_trouble(self) -> None:
         told = enumerate(dist.gather(self._batches.trouble))
@@ -155,9 +149,9 @@ class Agreement:
     def _why_stop(self, *, asked: bool) -> str | None:
         progress = self.progress
         if asked:
-            reasons = enumerate(dist.gather(self._stop.reason))
+            reasons = enumerate(dist.gather(self._instruments.stop.reason))
             by_rank = {rank: reason for rank, reason in reasons if reason}
-            self._log.event("signal", step=progress.step, asked=by_rank)
+            self._instruments.log.event("signal", step=progress.step, asked=by_rank)
             return f"asked by {' and '.join(sorted(set(by_rank.values())))}"
         limit = self.recipe.run.stop_after_steps
         if limit is not None and progress.step - progress.first_step >= limit:

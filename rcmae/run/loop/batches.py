@@ -13,9 +13,8 @@ from rcmae.data.batch import Batch
 from rcmae.data.stream import BadSample, Stream, TooManyBadSamples
 from rcmae.data.transforms import Normalise
 from rcmae.run import startup
-from rcmae.run.loop.meter import Meter
+from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
-from rcmae.run.presence import Presence
 
 if TYPE_CHECKING:
     from rcmae.tasks.protocol import Task
@@ -34,10 +33,8 @@ class Batches:
         task: Task,
         recipe: Recipe,
         progress: Progress,
-        *,
+        instruments: Instruments,
         normalise: Normalise,
-        meter: Meter,
-        presence: Presence,
     ) -> None:
         self.stream = stream
         self.trouble: str | None = None  # why this rank has no samples
@@ -46,9 +43,8 @@ class Batches:
         self._task = task
         self._progress = progress
         self.normalise = normalise
-        self._meter = meter
-        self._presence = presence
         self._recipe = recipe
+        self._instruments = instruments
         self._began = math.inf
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -61,7 +57,7 @@ class Batches:
                 expected = progress.data_step
                 steps = self.stream.steps(expected)
             expected += 1
-            self._presence.at(progress.step, "reading samples")
+            self._instruments.presence.at(progress.step, "reading samples")
             self._began = time.monotonic()
             micros = self._read(steps)
             self.bad = self.stream.drain_bad()
@@ -82,7 +78,7 @@ class Batches:
 
     def _read(self, steps: Iterator[Sequence[Batch]]) -> list[Batch]:
         try:
-            with self._meter.waiting():
+            with self._instruments.meter.waiting():
                 micros = self._task.pair(self._recipe, list(next(steps)))
         except (TooManyBadSamples, OSError, RuntimeError) as error:
             self.trouble = str(error)

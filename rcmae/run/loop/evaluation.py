@@ -10,10 +10,8 @@ from rcmae import dist
 from rcmae.evaluation.pictures import save_png
 from rcmae.files import write_aside
 from rcmae.run.loop.batches import Batches
-from rcmae.run.loop.meter import Meter
+from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
-from rcmae.run.metrics import MetricsLog
-from rcmae.run.presence import Presence
 from rcmae.tasks.protocol import Evaluated, Evaluating, Task
 
 
@@ -26,10 +24,7 @@ class Evaluation:
         context: Callable[[], Evaluating],
         batches: Batches,
         progress: Progress,
-        *,
-        log: MetricsLog,
-        meter: Meter,
-        presence: Presence,
+        instruments: Instruments,
     ) -> None:
         self.last: Evaluated | None = None  # for the summary
         self.longest_s = 0.0
@@ -37,16 +32,14 @@ class Evaluation:
         self._context = context
         self._batches = batches
         self._progress = progress
-        self._log = log
-        self._meter = meter
-        self._presence = presence
+        self._instruments = instruments
 
     def when_due(self) -> None:
         """Judge and draw, if this step is one for it."""
         context = self._context()
         options = context.recipe.evaluate
-        self._presence.at(self._progress.step, "evaluating or saving")
-        with self._meter.away():
+        self._instruments.presence.at(self._progress.step, "evaluating or saving")
+        with self._instruments.meter.away():
             if self._progress.was_due(options.every_steps):
                 self.judge(context)
             if self._progress.was_due(options.picture_every_steps):
@@ -62,10 +55,10 @@ class Evaluation:
         seconds = time.monotonic() - began
         self.longest_s = max(self.longest_s, seconds)
         best = {"best": self._progress.best} if found.best else {}
-        self._log.event("evaluate", step=step, **found.event, **best, seconds=seconds)
+        self._instruments.log.event("evaluate", step=step, **found.event, **best, seconds=seconds)
         for group, values in found.scalars.items():
-            self._log.scalars(group, values, step)
-        self._log.say(f"{found.says.format(step=step)}\n{found.table}")
+            self._instruments.log.scalars(group, values, step)
+        self._instruments.log.say(f"{found.says.format(step=step)}\n{found.table}")
         if dist.rank() == 0:
             self._write(context, found)
 
@@ -76,7 +69,7 @@ class Evaluation:
         if picture is not None and dist.rank() == 0:
             step = self._progress.step
             save_png(picture, context.recipe.run_dir / "pictures" / f"step-{step:08d}.png")
-            self._log.picture("reconstruction", picture, step)
+            self._instruments.log.picture("reconstruction", picture, step)
 
     def _write(self, context: Evaluating, found: Evaluated) -> None:
         folder = context.recipe.run_dir

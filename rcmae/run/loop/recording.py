@@ -10,21 +10,17 @@ from torch import Tensor
 from rcmae import dist
 from rcmae.objectives import Objective
 from rcmae.run import startup
-from rcmae.run.loop.meter import Meter
+from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
-from rcmae.run.metrics import MetricsLog
 
 
 class Recorder:
     """Writes steps to metrics.jsonl, the console and TensorBoard."""
 
-    def __init__(
-        self, log: MetricsLog, meter: Meter, objective: Objective, progress: Progress
-    ) -> None:
-        self._log = log
-        self._meter = meter
+    def __init__(self, objective: Objective, progress: Progress, instruments: Instruments) -> None:
         self._objective = objective
         self._progress = progress
+        self._instruments = instruments
 
     def step_done(self) -> None:
         """Count the step under way; tell of the first of this job."""
@@ -32,8 +28,8 @@ class Recorder:
         if progress.is_first_of_job:
             startup.mark("first step")
             seconds = startup.seconds()
-            self._log.event("first_step", step=progress.step + 1, startup_s=seconds)
-        self._meter.step(progress.images_per_step)
+            self._instruments.log.event("first_step", step=progress.step + 1, startup_s=seconds)
+        self._instruments.meter.step(progress.images_per_step)
 
     def record(self, losses: Sequence[dict[str, Tensor]], **figures: float) -> None:
         """Write the step just done. Collective: every rank calls; waits for the device.
@@ -47,7 +43,7 @@ class Recorder:
         means = dist.all_sum(torch.stack(shares).double()).tolist()
         terms = dict(zip(weights, means, strict=True))
         total = sum(weights[term] * mean for term, mean in terms.items())
-        self._log.step(
+        self._instruments.log.step(
             {
                 "step": self._progress.step,
                 "images_seen": self._progress.images,
@@ -55,6 +51,6 @@ class Recorder:
                 "loss": total,
                 **{f"loss_{term}": mean for term, mean in terms.items()},
                 **figures,
-                **self._meter.read(),
+                **self._instruments.meter.read(),
             }
         )

@@ -12,9 +12,9 @@ from rcmae.config import Recipe
 from rcmae.data.batch import Batch
 from rcmae.engines.protocol import Engine
 from rcmae.run.guard import Guard, NonFiniteLoss, bundle
+from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
 from rcmae.run.loop.saving import Saving
-from rcmae.run.metrics import MetricsLog
 
 
 class Recovery:
@@ -27,14 +27,14 @@ class Recovery:
         guard: Guard,
         progress: Progress,
         saving: Saving,
-        log: MetricsLog,
+        instruments: Instruments,
     ) -> None:
         self._recipe = recipe
         self._engine = engine
         self._guard = guard
         self._progress = progress
         self._saving = saving
-        self._log = log
+        self._instruments = instruments
 
     def skips(
         self,
@@ -74,7 +74,7 @@ class Recovery:
         }
         report = bundle(self._recipe.run_dir, about, micros, losses)
         action = self._guard.decide(can_rewind=last is not None)
-        self._log.event(
+        self._instruments.log.event(
             "not_finite" if jumped is None else "spike",
             action=action,
             bundle=str(report.path),
@@ -103,6 +103,6 @@ class Recovery:
         checkpoint.load(last, self._engine)
         progress.rewind(last.step, read_on)
         self._saving.saved_step = last.step
-        self._log.rewind(last.step)
+        self._instruments.log.rewind(last.step)
         skipped = read_on - last.step
-        self._log.say(f"rewound to {last.path}; skips the samples of {skipped} steps")
+        self._instruments.log.say(f"rewound to {last.path}; skips the samples of {skipped} steps")

@@ -9,11 +9,8 @@ from typing import Any
 from rcmae import checkpoint, dist
 from rcmae.config import CheckpointOptions
 from rcmae.engines.protocol import Engine
-from rcmae.run.loop.meter import Meter
+from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
-from rcmae.run.metrics import MetricsLog
-from rcmae.run.preempt import StopRequest
-from rcmae.run.presence import Presence
 
 FAILURES = 3  # saves that fail one after the other end the run
 DISK_RATE = 1e8  # bytes/s: the guess of how long a save takes, before one was measured
@@ -37,13 +34,10 @@ class Saving:
         saver: checkpoint.Saver,
         engine: Engine,
         progress: Progress,
+        instruments: Instruments,
         *,
         options: CheckpointOptions,
         about: Callable[[], Mapping[str, Any]],
-        stop: StopRequest,
-        log: MetricsLog,
-        meter: Meter,
-        presence: Presence,
     ) -> None:
         self.asked = False  # by checkpoint.every_minutes
         self.saved_at = time.monotonic()
@@ -56,10 +50,7 @@ class Saving:
         self._progress = progress
         self._options = options
         self._about = about
-        self._stop = stop
-        self._log = log
-        self._meter = meter
-        self._presence = presence
+        self._instruments = instruments
         self._failures = 0
 
     def resume(self, seconds: list[float]) -> None:
@@ -92,13 +83,15 @@ class Saving:
         step = self._progress.step
         if self.saved_step == step:
             return True
-        self._presence.at(step, "waiting for the save before, or copying for the next")
-        if not dist.from_first(not self.is_measured or self._stop.has_time(self.save_s)):
+        self._instruments.presence.at(step, "waiting for the save before, or copying for the next")
+        if not dist.from_first(
+            not self.is_measured or self._instruments.stop.has_time(self.save_s)
+        ):
             reason = f"a save takes {self.save_s:.1f} s, and the deadline is nearer"
-            self._log.event("checkpoint_left_out", step=step, reason=reason)
+            self._instruments.log.event("checkpoint_left_out", step=step, reason=reason)
             return False
-        with self._meter.away():
-            self._log.sync()
+        with self._instruments.meter.away():
+            self._instruments.log.sync()
             self.saved_at = time.monotonic()
             begun = self._note(self._copy)
             if not begun and self._options.background:  # it was the one before that failed
@@ -119,7 +112,7 @@ class Saving:
 
     def finish(self) -> None:
         """Commit this step, if there is time, and wait for it. Raises as `collect`."""
-        self._presence.at(self._progress.step, "waiting for the last save")
+        self._instruments.presence.at(self._progress.step, "waiting for the last save")
         self.collect()
         while self.saved_step != self._progress.step and self.begin():
             self.collect()
@@ -136,15 +129,19 @@ class Saving:
         except checkpoint.CheckpointError as error:
             self.saved_step = -1
             self._failures += 1
-            self._log.event("checkpoint_failed", step=self._progress.step, reason=str(error))
+            self._instruments.log.event(
+                "checkpoint_failed", step=self._progress.step, reason=str(error)
+            )
             if self._failures >= FAILURES:
                 raise
-            self._log.say(f"continuing without a checkpoint: {error}")
+            self._instruments.log.say(f"continuing without a checkpoint: {error}")
             return False
         if saved is not None:
             self.save_s = max(self.save_s, saved.seconds) if self.is_measured else saved.seconds
             self.is_measured = True
             self._failures = 0
             self.committed_step = saved.step
-            self._log.event("checkpoint", **{**saved._asdict(), "path": str(saved.path)})
+            self._instruments.log.event(
+                "checkpoint", **{**saved._asdict(), "path": str(saved.path)}
+            )
         return True

@@ -1,0 +1,19 @@
+"""What every part of the loop writes to, or is watched by."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rcmae.run.loop.meter import Meter
+from rcmae.run.metrics import MetricsLog
+from rcmae.run.preempt import StopRequest
+from rcmae.run.presence import Presence
+
+
+class Instruments(NamedTuple):
+    """Of this rank."""
+
+    log: MetricsLog
+    meter: Meter
+    presence: Presence
+    stop: StopRequest
