@@ -391,7 +391,7 @@ def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:
         pytest.approx(0.4),
         "b.json",
     )
-    recipe.engine.compile = True
+    recipe = config.load("rcmae_vit_l_16", ["data.shards=x.tar", "engine.compile=true"])
     assert estimates.measured_utilisation(recipe, "h200", tmp_path) == (
         pytest.approx(0.5),
         "b.json",
