@@ -267,7 +267,7 @@ def test_recipes_of_another_command_are_sent_there(
     run = tmp_path / "run"
     with keeping_handlers():
         assert finetune.main([str(tiny), f"run.dir={run}"]) == 2
-        assert "pretraining is rcmae.train" in capsys.readouterr().err
+        assert "train it by `rcmae train`, not by `rcmae finetune`" in capsys.readouterr().err
     said = refused(recipes["finetune"], run, capsys, "classify.rule=lars", "classify.depth=2")
     assert "classify.rule=lars is for probes" in said
     assert "classify.depth is for probes" in said

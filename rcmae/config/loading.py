@@ -112,10 +112,10 @@ def name_task(tree: dict[str, Any], task: str | None) -> list[str]:
         mine = name if name in CLASSIFYING else TASKS_OWN
         tree["objective"] = {**objective, "name": mine}
         if objective.get("name") not in (None, mine):
-            return [
-                f"objective.name={objective['name']} is of a pretraining, and task.name={name} has "
-                "its own; leave one of them out"
-            ]
+            said = f"objective.name={objective['name']} is a pretraining's"
+            if not section.get("name") and name in COMMANDS:
+                return [f"{said}: train it by `rcmae train`, not by `rcmae {COMMANDS[str(name)]}`"]
+            return [f"{said}, and task.name={name} has its own; leave one of them out"]
     if task is None or name == task or (task == "pretrain" and plugins.is_plugin(str(name))):
         return []
     if name not in COMMANDS:
