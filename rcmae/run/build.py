@@ -336,6 +336,9 @@ def stream_of(verdict: Verdict, task: Task, cache: Cache | None) -> Stream:
     """This rank's samples."""
     recipe, data = verdict.recipe, verdict.recipe.data
     assert verdict.data.train is not None
+    members = task.members(recipe)
+    # the device decodes images alone
+    decoder = device_decoder(recipe) if members is None else None
     return Stream(
         index=verdict.data.train,
         plan=verdict.plan,
@@ -345,6 +348,7 @@ def stream_of(verdict: Verdict, task: Task, cache: Cache | None) -> Stream:
             seed=data.seed,
             repeats=data.repeats,
             teacher_masks=recipe.objective.teacher_sees == "different",
+            members=members,
         ),
         share=Share(
             micro=verdict.sizes.per_device,
@@ -354,7 +358,7 @@ def stream_of(verdict: Verdict, task: Task, cache: Cache | None) -> Stream:
         ),
         readers=Readers(workers=data.workers, cache=cache),
         bad=BadLimits(fraction=data.max_bad_fraction, in_a_row=data.max_bad_in_a_row),
-        device_decoder=device_decoder(recipe),
+        device_decoder=decoder,
     )
 
 

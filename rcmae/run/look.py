@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,7 +146,9 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
             return None
 
     saved = attempt(saved_of, recipe, verified)
-    train = attempt(open_index, recipe, recipe.data.shards)
+    members = task.members(recipe)
+    needs = () if members is None else members.kinds
+    train = attempt(open_index, recipe, recipe.data.shards, needs)
     sets = [attempt(open_index, recipe, each.shards) for each in task.evaluation_sets(recipe)]
     data = Data(train, tuple(each for each in sets if each is not None))
     config = attempt(engine_config, recipe)
@@ -203,8 +205,13 @@ def written_recipe(recipe: Recipe) -> Mapping[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-def open_index(recipe: Recipe, shards: Patterns) -> ShardIndex:
+def open_index(recipe: Recipe, shards: Patterns, needs: Sequence[str] = ()) -> ShardIndex:
     """The index of shards; where there is none, the headers of all shards are read.
+
+    Args:
+        recipe: says where an index may lie.
+        shards: their patterns.
+        needs: kinds of members (tars.KINDS) whose places the index has to know.
 
     Raises:
         Refused: naming what cannot be used.
@@ -220,7 +227,7 @@ def open_index(recipe: Recipe, shards: Patterns) -> ShardIndex:
             )
         folders.append(given)
     jobs = min(8, os.cpu_count() or 1)
-    return ShardIndex.open(shards, cache=folders, jobs=jobs, patience=patience)
+    return ShardIndex.open(shards, cache=folders, jobs=jobs, patience=patience, needs=needs)
 
 
 def engine_config(recipe: Recipe) -> dict[str, Any]:

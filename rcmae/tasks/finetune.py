@@ -17,7 +17,7 @@ from rcmae.data.augment import AugmentTransform
 from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask, NoMask
 from rcmae.data.transforms import Transform
-from rcmae.data.views import train_transform
+from rcmae.data.views import Members, train_transform
 from rcmae.models.build import student_sizes
 from rcmae.models.flops import classifier_flops
 from rcmae.objectives import Objective
@@ -83,6 +83,10 @@ class Finetuning:
         base = train_transform(recipe)
         policy = recipe.classify.rand_augment
         return AugmentTransform(base, policy, recipe.data.mean) if policy else base
+
+    def members(self, recipe: Recipe) -> Members | None:
+        """Nothing but image and label."""
+        return None
 
     def network(self, recipe: Recipe, found: Found | None, saved: Saved | None) -> nn.Module:
         """The classifier; a new run's encoder has the weights of classify.init. Collective."""

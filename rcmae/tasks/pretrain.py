@@ -13,7 +13,7 @@ from rcmae.config import Recipe, Resolved, Section
 from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask
 from rcmae.data.transforms import Transform
-from rcmae.data.views import train_transform
+from rcmae.data.views import Members, train_transform
 from rcmae.errors import Refused
 from rcmae.evaluation.features import evaluating, features_of_both, pixels, pooled
 from rcmae.evaluation.knn import knn_rows, knn_table
@@ -96,6 +96,10 @@ class Pretraining:
     def transform(self, recipe: Recipe) -> Transform:
         """A random box of the image, flipped or not. Raises Refused."""
         return train_transform(recipe)
+
+    def members(self, recipe: Recipe) -> Members | None:
+        """Nothing but image and label."""
+        return None
 
     def network(
         self, recipe: Recipe, found: NetworkWeights | None, saved: Saved | None

@@ -20,7 +20,7 @@ from rcmae.config import Recipe, Resolved, Section
 from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask, NoMask
 from rcmae.data.transforms import Transform
-from rcmae.data.views import train_transform
+from rcmae.data.views import Members, train_transform
 from rcmae.engines.protocol import DTYPES
 from rcmae.engines.updates import cast_params
 from rcmae.models.build import student_sizes
@@ -96,6 +96,10 @@ class LinearProbe:
     def transform(self, recipe: Recipe) -> Transform:
         """A random box of the image, flipped or not. Raises Refused."""
         return train_transform(recipe)
+
+    def members(self, recipe: Recipe) -> Members | None:
+        """Nothing but image and label."""
+        return None
 
     def network(self, recipe: Recipe, found: Found | None, saved: Saved | None) -> nn.Module:
         """The head; the encoder stands beside it. Collective."""

@@ -26,6 +26,7 @@ from rcmae.data.masking import Mask
 from rcmae.data.patterns import Patterns
 from rcmae.data.stream import Readers, labelled_batches
 from rcmae.data.transforms import CentreTransform, Normalise, Transform
+from rcmae.data.views import Members
 from rcmae.engines.protocol import Optimizing
 from rcmae.errors import Refused, did_you_mean
 from rcmae.objectives import Objective
@@ -170,6 +171,11 @@ class Task(Protocol):
 
     def transform(self, recipe: Recipe) -> Transform:
         """Image bytes to views. Raises Refused."""
+
+    def members(self, recipe: Recipe) -> Members | None:
+        """What is read of a sample of data.shards beside its image and label, and how it becomes
+        `Batch.extra`; None: nothing.
+        """
 
     # to build; `found` is what `look` gave, the recipe has what `judge` added
 
