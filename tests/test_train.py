@@ -780,16 +780,15 @@ def test_what_it_says_to_run_next_runs(
         ["schedule.steps=2", "schedule.warmup_steps=0", "run.stop_after_steps=1"],
     )
     assert start(tiny, run.path, *words) == 75
-    (command,) = re.findall(r"python -m rcmae.train (.*?)    # go on", capsys.readouterr().out)
+    resume = r"python -m rcmae.train (.*?)    # resume"
+    (command,) = re.findall(resume, capsys.readouterr().out)
     recipe, *overrides = command.split()
     assert start(recipe, run.path, *overrides) == 0  # it does not stop after another step
-    (command,) = re.findall(
-        r"python tools/(export.py .*?)    # the encoder", capsys.readouterr().out
-    )
+    (command,) = re.findall(r"(rcmae export .*?)    # the encoder", capsys.readouterr().out)
     done = subprocess.run(
-        [sys.executable, *f"{ROOT}/tools/{command}".split()],
+        [sys.executable, "-m", *command.split()],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0
     assert (tmp_path / "run.safetensors").is_file()
