@@ -12,7 +12,7 @@ import torch
 from rcmae import checkpoint
 from rcmae.engines.local import LocalEngine
 from rcmae.engines.protocol import EngineSettings
-from rcmae.models.protocol import PUBLISHED
+from rcmae.models.protocol import PUBLISHED, Place
 from tests.conftest import Ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -327,6 +327,9 @@ def quadratic() -> tuple[torch.nn.Module, LocalEngine]:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(x)
+
+        def place_of(self, name: str) -> Place:
+            return Place("encoder", layer=0, decays=name.endswith("weight"))
 
     model = Model()
     return model, LocalEngine(model, None, EngineSettings(clip_grad=0.5))
