@@ -9,20 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-def warmup_half_cosine(
-    step: float, *, warmup_steps: float, total_steps: float, lr: float, min_lr: float
-) -> float:
-    """The learning rate of an optimizer step, counted from 0 (MAE, appendix A.1).
-
-    Linear from 0, which the very first step has, to `lr` over `warmup_steps`; then half a cosine
-    down to `min_lr` at `total_steps`. `min_lr` plays no part in the warm-up.
-    """
-    if step < warmup_steps:
-        return lr * step / warmup_steps
-    done = (step - warmup_steps) / (total_steps - warmup_steps)
-    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
 @dataclass(frozen=True)
 class Shape:
     """How a learning rate falls over a training, apart from its warm-up.
@@ -93,6 +79,22 @@ def learning_rate(
         return falling(step / total_steps) * (1.0 - (1.0 - risen) * (1.0 - warmup.start))
     first = lr * warmup.start
     return first + (falling(warmup.steps / total_steps) - first) * risen
+
+
+def warmup_half_cosine(
+    step: float, *, warmup_steps: float, total_steps: float, lr: float, min_lr: float
+) -> float:
+    """The rate that MAE trains with (appendix A.1): linear from 0 to `lr`, then half a cosine down
+    to `min_lr`, which plays no part in the warm-up.
+    """
+    return learning_rate(
+        step,
+        total_steps=total_steps,
+        lr=lr,
+        min_lr=min_lr,
+        shape=Shape(),
+        warmup=Warmup(warmup_steps),
+    )
 
 
 def teacher_momentum(

@@ -71,7 +71,8 @@ def judge(sight: Sight, task: Task) -> Verdict:
     problems = Problems(facts.problems)
     problems += node_problems(sight)
     problems += engine_problems(recipe, sight)
-    for tested, asked in zip(facts.data.sets, task.evaluation_sets(recipe), strict=False):
+    asked_for = task.evaluation_sets(recipe) if facts.data.sets else []
+    for tested, asked in zip(facts.data.sets, asked_for, strict=True):
         if asked.labelled:
             with problems.collected():
                 refuse_unlabelled(tested)

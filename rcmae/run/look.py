@@ -150,7 +150,9 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
     needs = () if members is None else members.kinds
     train = attempt(open_index, recipe, recipe.data.shards, needs)
     sets = [attempt(open_index, recipe, each.shards) for each in task.evaluation_sets(recipe)]
-    data = Data(train, tuple(each for each in sets if each is not None))
+    # all of them or none: a set stands for the place that it has in the task's list
+    readable = tuple(each for each in sets if each is not None)
+    data = Data(train, readable if len(readable) == len(sets) else ())
     config = attempt(engine_config, recipe)
     found = attempt(task.look, recipe, saved)
     written = written_recipe(recipe) if saved is None else None

@@ -55,7 +55,7 @@ class Data:
     """The samples that a recipe names. What could not be read is None, and a problem already."""
 
     train: ShardIndex | None
-    sets: tuple[ShardIndex, ...]  # in the order of `Task.evaluation_sets`
+    sets: tuple[ShardIndex, ...]  # as `Task.evaluation_sets` lists them; none if one is unreadable
 
 
 @dataclass
