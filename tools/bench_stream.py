@@ -52,7 +52,7 @@ from rcmae.data.stream import Readers, Share, Stream
 from rcmae.data.transforms import TrainTransform, decode
 from rcmae.data.views import Views
 from rcmae.errors import Refused
-from rcmae.models.kernels import guard_torchvision
+from rcmae.extensions import guard_torchvision
 
 guard_torchvision()
 import webdataset  # noqa: E402

@@ -24,9 +24,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rcmae import dist
+from rcmae import (
+    dist,
+    extensions,  # noqa: F401, it makes torchvision importable beside a CPU torch
+)
 from rcmae.config import Recipe
-from rcmae.models import kernels  # noqa: F401, it makes torchvision importable beside a CPU torch
 
 # encoded bytes [N] uint8 -> pixels [C, H, W] uint8 on the device
 Decode = Callable[[list[Tensor]], list[Tensor]]

@@ -17,10 +17,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from rcmae import dist
+from rcmae import (
+    dist,
+    extensions,  # noqa: F401, it makes torchvision importable beside a CPU torch
+)
 from rcmae.data.batch import Batch
 from rcmae.errors import Refused
-from rcmae.models import kernels  # noqa: F401, kernels first: it makes torchvision importable beside a CPU torch
 
 from torchmetrics.classification import (
     MulticlassAccuracy,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rcmae import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 from rcmae.errors import Refused
 from rcmae.models.protocol import blocks_of
 
@@ -31,33 +32,6 @@ NormFactory = Callable[..., nn.Module]  # called with the width, and device and 
 
 LAYER_NORM_EPS = 1e-6  # as in the published models
 ADAM_EPS = 1e-8
-
-_torchvision_ops: torch.library.Library | None = None  # the definitions live as long as this does
-
-
-def guard_torchvision() -> bool:
-    """Let `import torchvision` succeed beside a torch that its compiled extension was not built
-    for.
-
-    torchvision's wheels carry a CUDA extension that a CPU torch cannot load; it then fails at
-    import for want of two operators that nothing here calls. They are declared (calling them still
-    fails, clearly). Where the extension loads nothing is touched. True where the declaration was
-    needed."""
-    global _torchvision_ops
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations or _torchvision_ops is not None:
-        return _torchvision_ops is not None
-    try:
-        torch.ops.load_library(str(Path(spec.submodule_search_locations[0]) / "_C.so"))
-    except (OSError, RuntimeError):
-        _torchvision_ops = torch.library.Library("torchvision", "DEF")
-        _torchvision_ops.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _torchvision_ops.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return _torchvision_ops is not None
-
-
-guard_torchvision()
-
 
 # --------------------------------------------------------------------------------------------- apex
 
