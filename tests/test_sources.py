@@ -232,7 +232,7 @@ def test_through_a_faulty_server_the_stream_is_that_from_disk(
 
 
 def test_a_drop_costs_a_piece_not_the_shard(folder, server, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 4096)
+    monkeypatch.setattr(sources.asking, "PIECE", 4096)
     server.fault = faults(0.3, ("drop", "truncate", "short", "no ranges"))
     name = "photo-000001.tar"
     with sources.fetched(f"{server.url}/{name}", PATIENT) as (file, copied):
@@ -322,7 +322,9 @@ def test_who_waits_for_a_server_is_told_why_once(caplog):
         raise ConnectionError("no route to host")
 
     with pytest.raises(SourceGone, match=r"5 attempts in a row failed .* no route to host"):
-        sources._persist("https://user:hush@host/x.tar", Patience(attempts=5, pause_s=0.01), away)
+        sources.asking.persist(
+            "https://user:hush@host/x.tar", Patience(attempts=5, pause_s=0.01), away
+        )
     assert [record.getMessage() for record in caplog.records] == [
         "https://***@host/x.tar: no answer yet (no route to host); attempt 4 of 5 is next"
     ]
@@ -370,7 +372,7 @@ def test_bytes_that_are_not_those_of_the_index_are_never_used(folder, server, tm
 
 
 def test_an_object_that_is_replaced_while_it_is_copied_is_no_mixture(folder, server, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 4096)
+    monkeypatch.setattr(sources.asking, "PIECE", 4096)
     server.tags = True
     server.folder = Path(shutil.copytree(folder, folder.parent / "replaced"))
     path = server.folder / "photo-000000.tar"

@@ -1,0 +1,67 @@
+"""Where shards come from: this machine's file systems, any URL that fsspec knows, and the output of
+a command.
+
+A shard that lies on a file system is read where it lies, by offset. One from elsewhere (`https://`,
+`s3://`, `gs://`, ..., or `pipe:COMMAND` as webdataset has it) is first copied whole into a cache on
+the node's disk, which all processes of the node share, and read from there: shards are made to be
+read whole, and a store sees one reader a node. A `pipe:` command is the user's own, run by the
+shell word for word; none is ever put together here.
+
+`names` says what is called how, `asking` what is there, `copying` gets it."""
+
+from rcmae.data.sources.asking import (
+    USUAL,
+    AccessDenied,
+    Patience,
+    SourceGone,
+    Stat,
+    find,
+    is_other,
+    patience,
+    small_file,
+    stamp_of,
+    stat_here,
+    stat_of,
+    stats,
+)
+from rcmae.data.sources.copying import Copied, Stored, copy, fetched, part, pread
+from rcmae.data.sources.names import (
+    PIPE,
+    basename,
+    folder_of,
+    identity,
+    indexing,
+    is_remote,
+    local,
+    redacted,
+)
+
+__all__ = [
+    "PIPE",
+    "USUAL",
+    "AccessDenied",
+    "Copied",
+    "Patience",
+    "SourceGone",
+    "Stat",
+    "Stored",
+    "basename",
+    "copy",
+    "fetched",
+    "find",
+    "folder_of",
+    "identity",
+    "indexing",
+    "is_other",
+    "is_remote",
+    "local",
+    "part",
+    "patience",
+    "pread",
+    "redacted",
+    "small_file",
+    "stamp_of",
+    "stat_here",
+    "stat_of",
+    "stats",
+]
