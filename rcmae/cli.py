@@ -18,14 +18,14 @@ from rcmae import __version__
 class Command(NamedTuple):
     """A command of the command line."""
 
-    module: str  # of rcmae.commands, with the `main` to call
+    module: str  # of rcmae.commands; with MODULE:FUNCTION, another than its `main` is called
     about: str  # a line of `rcmae --help`
 
 
 COMMANDS = {
-    "train": Command("train", "pretrain by a recipe"),
-    "finetune": Command("finetune", "fine-tune a pretrained encoder on labelled shards"),
-    "probe": Command("probe", "train a linear head on a frozen encoder"),
+    "train": Command("training:train", "pretrain by a recipe"),
+    "finetune": Command("training:finetune", "fine-tune a pretrained encoder on labelled shards"),
+    "probe": Command("training:probe", "train a linear head on a frozen encoder"),
     "follow": Command("follow", "evaluate each checkpoint of a run, from beside it"),
     "plan": Command("plan", "whether a run fits, divides, and how long it takes, before the queue"),
     "doctor": Command("doctor", "whether what a run needs is on this node, or these, and sound"),
@@ -34,12 +34,20 @@ COMMANDS = {
     "checkpoint": Command("checkpoint", "list, show, verify, diff and prune checkpoints"),
     "export": Command("export", "write a run's weights to a file that others read"),
     "convert": Command("convert", "turn weights of one family into those of another"),
-    "probes": Command("probes", "tell what the features know, in minutes"),
-    "visualize": Command("visualize", "draw reconstructions, attention, features and filters"),
-    "robustness": Command("robustness", "judge a classifier on other sets and corrupted images"),
+    "probes": Command("evaluation.probes", "tell what the features know, in minutes"),
+    "visualize": Command(
+        "evaluation.visualize", "draw reconstructions, attention, features and filters"
+    ),
+    "robustness": Command(
+        "evaluation.robustness", "judge a classifier on other sets and corrupted images"
+    ),
     "replay": Command("replay", "run a step that went bad again, on one process"),
-    "analyze-teacher": Command("analyze_teacher", "see what the teacher does to the gradients"),
-    "compare": Command("compare", "train objectives by one recipe and judge them side by side"),
+    "analyze-teacher": Command(
+        "evaluation.analyze_teacher", "see what the teacher does to the gradients"
+    ),
+    "compare": Command(
+        "evaluation.compare", "train objectives by one recipe and judge them side by side"
+    ),
     "recipe": Command("recipe", "list the shipped recipes, or print one with all its settings"),
     "slurm-templates": Command("slurm_templates", "copy the templates of SLURM jobs to a folder"),
     "slurm-job": Command("slurm_job", "what the templates ask; a job submitted if it can run"),
@@ -64,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"rcmae: no command {name!r}; {_way_out(name)}", file=sys.stderr)
         return WRONG_INPUT
-    command = importlib.import_module(f"rcmae.commands.{COMMANDS[name].module}")
-    return int(command.main(words[1:]))
+    module, _, function = COMMANDS[name].module.partition(":")
+    command = importlib.import_module(f"rcmae.commands.{module}")
+    return int(getattr(command, function or "main")(words[1:]))
 
 
 def overview() -> str:

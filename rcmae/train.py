@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 
 from rcmae.commands import training
 from rcmae.run import preempt, startup
+from rcmae.run.command import Command
 
-if (
-    TYPE_CHECKING
-):  # heavy: imported where a run is sure to start, so that a typo is answered at once
+if TYPE_CHECKING:  # heavy: imported where a run is sure to start, so that a typo is told at once
     from rcmae.config import Recipe
     from rcmae.run.build import Run
-    from rcmae.run.command import Command
+    from rcmae.run.judge import Verdict
     from rcmae.tasks.protocol import Task
 
 # -------------------------------------------------------------------------------------- the method
@@ -45,10 +44,10 @@ def fit(run: Run) -> str | None:
     """
     parts, progress, schedule = run.parts, run.parts.progress, run.parts.schedule
     engine, objective = run.parts.engine, run.parts.objective
+    parts.evaluation.resume()
     for micros in parts.batches:
-        agreed = parts.agreement.before_step(
-            micros
-        )  # an all-reduce: global counts, who asks to stop
+        # an all-reduce: global counts, who asks to stop
+        agreed = parts.agreement.before_step(micros)
         if agreed.stop:
             return agreed.stop
         losses = []
@@ -103,16 +102,24 @@ def train(
     from rcmae.errors import Refused
     from rcmae.run import ending
 
+    command = command or Command("")
     try:
-        run = ready(recipe, stop, task, command)
+        verdict = judged(recipe, task, command)
+        if command.check:
+            ending.say(verdict.shown())
+            return preempt.FINISHED
+        run = built(verdict, task, stop)
     except (Refused, CheckpointError) as error:  # on all ranks together
         ending.say_error(error)
         return preempt.REFUSED if isinstance(error, Refused) else preempt.FAILED
     try:
-        why_stop = fit(run)
-        run.parts.saving.finish()
-        outcome = ending.outcome_of(run, why_stop)
-        run.log.say(ending.summary(run, outcome))
+        if command.evaluate_only:
+            outcome = ending.evaluated(run)
+        else:
+            why_stop = fit(run)
+            run.parts.saving.finish()
+            outcome = ending.outcome_of(run, why_stop)
+            run.log.say(ending.summary(run, outcome))
     except ending.TOGETHER as error:  # on all ranks together
         ending.say_error(error)
         outcome = ending.Outcome(preempt.FAILED, str(error))
@@ -123,16 +130,12 @@ def train(
     return outcome.status
 
 
-def ready(
-    recipe: Recipe | None, stop: preempt.StopRequest, task: Task, command: Command | None = None
-) -> Run:
-    """A run that can start: look, judge, build. Collective: every rank calls. Arguments of `train`.
+def judged(recipe: Recipe | None, task: Task, command: Command | None = None) -> Verdict:
+    """Look and judge; nothing is written. Collective: every rank calls. Arguments of `train`.
 
     Raises:
-        Refused: on every rank; nothing was written, or another job trains in this folder.
-        CheckpointError: on every rank; there are checkpoints and none can be used.
+        Refused: on every rank; the run cannot start.
     """
-    from rcmae.run.build import build
     from rcmae.run.judge import AnotherTraining, judge
     from rcmae.run.look import look
 
@@ -141,17 +144,35 @@ def ready(
     except AnotherTraining:  # than a manifest's: it counts only if the checkpoint is whole
         verdict = judge(look(recipe, command, task, verified=True), task)
     startup.mark("checks")
+    return verdict
+
+
+def built(verdict: Verdict, task: Task, stop: preempt.StopRequest) -> Run:
+    """The run, at its newest complete checkpoint. Collective: every rank calls.
+
+    Raises:
+        Refused: on every rank; another job trains in this folder.
+        CheckpointError: on every rank; there are checkpoints and none can be used.
+    """
+    from rcmae.run.build import build
+
     if verdict.recipe.run.deadline_s is not None:
         stop.within(verdict.recipe.run.deadline_s)
     return build(verdict, task, stop)
 
 
-def main(argv: Sequence[str] | None = None, task: str = "pretrain") -> int:
-    """Train by a command line; the exit status of this rank."""
+def main(argv: Sequence[str] | None = None, task: str = "pretrain", prog: str | None = None) -> int:
+    """Train by a command line; the exit status of this rank.
+
+    Args:
+        argv: its arguments; None for those of this process.
+        task: of the command.
+        prog: the command as the user gave it; None for the module's.
+    """
     stop = preempt.StopRequest()  # first: Python's default for SIGUSR1 is to die
     startup.begin()
     module = "train" if task == "pretrain" else task
-    command = training.parse(argv, f"python -m rcmae.{module}")
+    command = training.parse(argv, prog or f"python -m rcmae.{module}")
     if training.refused(command, task):
         return preempt.REFUSED
     return start(command, task, stop)

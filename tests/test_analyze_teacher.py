@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from rcmae.commands import analyze_teacher as command
+from rcmae.commands.evaluation import analyze_teacher as command
 from rcmae.data.batch import Batch
 from rcmae.evaluation.teacher_analysis.gradients import (
     OTHER,

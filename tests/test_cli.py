@@ -16,7 +16,6 @@ from rcmae.files import shipped
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ROOT / "rcmae" / "commands"
-SHARED = {"__init__", "training"}  # what several commands have in common
 HEAVY = ("torch", "numpy", "deepspeed", "timm", "rich", "matplotlib", "fsspec", "pydantic")
 
 
@@ -37,12 +36,15 @@ def imported_by(*arguments: str) -> set[str]:
 
 
 def test_the_table_and_the_modules_agree():
-    modules = {path.stem for path in COMMANDS.glob("*.py")} - SHARED
-    assert {command.module for command in cli.COMMANDS.values()} == modules
-    for command in cli.COMMANDS.values():
-        tree = ast.parse((COMMANDS / f"{command.module}.py").read_text())
-        assert ast.get_docstring(tree), command.module
-        assert "main" in {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+    paths = [path for path in COMMANDS.rglob("*.py") if path.stem != "__init__"]
+    modules = {".".join(path.relative_to(COMMANDS).with_suffix("").parts) for path in paths}
+    named = [command.module.partition(":") for command in cli.COMMANDS.values()]
+    assert {module for module, _, _ in named} == modules
+    for module, _, function in named:
+        tree = ast.parse((COMMANDS / f"{module.replace('.', '/')}.py").read_text())
+        assert ast.get_docstring(tree), module
+        functions = {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+        assert (function or "main") in functions
 
 
 def test_help_lists_each_command_with_a_line(capsys):

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from rcmae.checkpoint import newest_unverified, tensor_of
-from rcmae.commands import compare as command
 from rcmae.commands import export as export_tool
-from rcmae.commands import visualize
+from rcmae.commands.evaluation import compare as command
+from rcmae.commands.evaluation import visualize
 from rcmae.config import load
 from rcmae.evaluation import comparison
 from rcmae.models.build import new_network

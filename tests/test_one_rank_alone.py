@@ -24,7 +24,8 @@ ranks.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
 if ranks.get_rank() == 0:
     run, folder, train, test = map(Path, sys.argv[1:])
     import rcmae
-    from rcmae.commands import convert, export, probes
+    from rcmae.commands import convert, export
+    from rcmae.commands.evaluation import probes
     from rcmae.weights.encoder import load_autoencoder
     from rcmae.weights.reading import find_checkpoint, read_network
 

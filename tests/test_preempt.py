@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rcmae.run import preempt
 from rcmae.run.loop import schedule
-from rcmae.tasks import pretrain
+from rcmae.tasks import pretrain, protocol
 from runs import Folder, equal, keeping_handlers, send, start
 
 
@@ -79,6 +80,69 @@ def test_a_signal_during_an_evaluation_commits_its_step_after_it(
         seen = [max(event["knn"][name].values()) for event in folder.events("evaluate")]
         assert best[name] == {"knn": max(seen), "step": 4 * (1 + seen.index(max(seen)))}
     assert equal(folder.state(), uninterrupted.state())
+
+
+@pytest.mark.parametrize("step", [4, 20], ids=["on the way", "the last"])
+def test_a_signal_ends_an_evaluation_which_the_next_job_makes(
+    tiny: Path,
+    photo_shards: str,
+    folder: Folder,
+    uninterrupted: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    evaluated = [
+        f"evaluate.every_steps={step}",
+        *(f"evaluate.{each}_shards={photo_shards}" for each in ("train", "test")),
+    ]
+    reading = protocol.labelled_batches
+
+    def interrupted(*args: Any, **named: Any) -> Any:
+        for number, batch in enumerate(reading(*args, **named)):
+            if number == 0:
+                send(signal.SIGUSR1)()
+            yield batch
+
+    monkeypatch.setattr(protocol, "labelled_batches", interrupted)
+    assert start(tiny, folder.path, *evaluated) == 75
+    assert folder.events("evaluate") == []
+    assert [event["step"] for event in folder.events("evaluation_left")] == [step]
+    assert (folder.outcome()["step"], folder.committed()[-1]) == (step, step)
+    assert folder.outcome()["again"]
+    monkeypatch.undo()
+    for _ in range(2):  # a finished run that is started again evaluates nothing again
+        assert start(tiny, folder.path, *evaluated) == 0
+        made = [event["step"] for event in folder.events("evaluate")]
+        assert made == list(range(step, 21, step))
+    assert equal(folder.state(), uninterrupted.state())
+
+
+def test_evaluate_only_judges_the_newest_checkpoint_and_trains_nothing(
+    tiny: Path, photo_shards: str, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = [f"evaluate.{each}_shards={photo_shards}" for each in ("train", "test")]
+    assert start(tiny, folder.path, "run.stop_after_steps=6") == 75
+    before = (folder.committed(), folder.outcome(), folder.steps())
+    assert start(tiny, folder.path, *shards, "--evaluate-only") == 2
+    assert "set evaluate.every_steps" in capsys.readouterr().err
+    evaluated = [*shards, "evaluate.every_steps=10"]
+    assert start(tiny, folder.path, *evaluated, "--evaluate-only") == 0
+    assert [event["step"] for event in folder.events("evaluate")] == [6]
+    assert "k-NN at step 6" in capsys.readouterr().out
+    assert (folder.committed(), folder.outcome(), folder.steps()) == before
+
+
+def test_check_prints_what_would_run_and_writes_nothing(
+    tiny: Path, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tiny, folder.path, "--check") == 0
+    shown = capsys.readouterr().out
+    assert "# This run can start; it starts anew." in shown
+    assert "# total_steps: 20" in shown
+    assert yaml.safe_load(shown)["run"]["dir"] == str(folder.path)
+    assert not folder.path.exists()
+    assert start(tiny, folder.path, "--check", "data.shards=/nowhere/*.tar") == 2
+    assert not folder.path.exists()
 
 
 class Clock:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from rcmae.commands import probes as command
+from rcmae.commands.evaluation import probes as command
 from rcmae.evaluation import probes
 from rcmae.weights.encoder import load_encoder
 from runs import Folder

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rcmae.commands import robustness as command
+from rcmae.commands.evaluation import robustness as command
 from rcmae.data.index import ShardIndex
 from rcmae.evaluation.labelled_sets import LabelledSet
 from rcmae.evaluation.robustness import Baselines, Loading, corruption_errors, judged

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from test_convert import file, model  # noqa: F401, fixtures
 
-from rcmae.commands import visualize as command
+from rcmae.commands.evaluation import visualize as command
 from rcmae.data.batch import Batch
 from rcmae.data.masking import random_ids
 from rcmae.errors import Refused

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """`rcmae compare`, as a script."""
 
-from rcmae.commands.compare import main
+from rcmae.commands.evaluation.compare import main
 
 raise SystemExit(main())

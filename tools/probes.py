@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """`rcmae probes`, as a script."""
 
-from rcmae.commands.probes import main
+from rcmae.commands.evaluation.probes import main
 
 raise SystemExit(main())

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """`rcmae robustness`, as a script."""
 
-from rcmae.commands.robustness import main
+from rcmae.commands.evaluation.robustness import main
 
 raise SystemExit(main())

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """`rcmae visualize`, as a script."""
 
-from rcmae.commands.visualize import main
+from rcmae.commands.evaluation.visualize import main
 
 raise SystemExit(main())

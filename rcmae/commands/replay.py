@@ -65,7 +65,8 @@ def _replayed(path: Path, checkpoint_folder: Path | None) -> Replayed:
     dist.start(required=False)
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(bundle, Path(folder) / "replay", checkpoint_folder)
-        run = train.ready(recipe, preempt.StopRequest(), task_of(recipe))
+        task = task_of(recipe)
+        run = train.built(train.judged(recipe, task), task, preempt.StopRequest())
         return replay(run, bundle, train.fit)
 
 

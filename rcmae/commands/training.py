@@ -1,5 +1,5 @@
-"""What the commands that train by a recipe have in common: their arguments, and a recipe that is
-wrong refused before torch is imported.
+"""`rcmae train`, `finetune` and `probe`: their arguments, and a recipe that is wrong refused before
+torch is imported.
 """
 
 from __future__ import annotations
@@ -11,17 +11,58 @@ from collections.abc import Sequence
 
 from rcmae.run.command import Command
 
+ABOUT = {
+    "train": "Pretrain by a recipe: masked autoencoding, with a teacher where the objective has "
+    "one.",
+    "finetune": "Fine-tune a pretrained encoder on labelled shards, by a recipe.",
+    "probe": "Train a linear head on a frozen encoder, by a recipe.",
+}
+HELP = """{about}
 
-def parse(arguments: Sequence[str] | None, prog: str, about: str = "Train by a recipe.") -> Command:
-    """Recipe and overrides of a command line; takes what launchers add.
+    rcmae {name} RECIPE [key=value ...]
+        one process
+    torchrun --no-python rcmae {name} RECIPE ...
+        or srun rcmae {name}, or deepspeed --module rcmae.{name}
+
+The same command on the same run.dir resumes from the newest complete checkpoint. Exit status: 0
+finished; 75 stopped on request with a checkpoint committed (run it again); 2 the user's input is
+wrong; 1 anything else.
+"""
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """Pretrain; the exit status of this rank."""
+    return _run("train", "pretrain", arguments)
+
+
+def finetune(arguments: Sequence[str] | None = None) -> int:
+    """Fine-tune; the exit status of this rank."""
+    return _run("finetune", "finetune", arguments)
+
+
+def probe(arguments: Sequence[str] | None = None) -> int:
+    """Train a linear head; the exit status of this rank."""
+    return _run("probe", "probe", arguments)
+
+
+def _run(name: str, task: str, arguments: Sequence[str] | None) -> int:
+    from rcmae.train import main as run  # it imports what is heavy once the recipe is right
+
+    return run(arguments, task, prog=f"rcmae {name}")
+
+
+def parse(arguments: Sequence[str] | None, prog: str) -> Command:
+    """Recipe, overrides and options of a command line; takes what launchers add.
 
     Args:
         arguments: None for those of this process.
-        prog: the command as the user gave it.
-        about: the first lines of its help.
+        prog: the command as the user gave it; its last word is its name.
     """
+    name = prog.replace(".", " ").split()[-1]
     parser = argparse.ArgumentParser(
-        prog=prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=HELP.format(name=name, about=ABOUT[name]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument(
@@ -30,6 +71,17 @@ def parse(arguments: Sequence[str] | None, prog: str, about: str = "Train by a r
         default=[],
         metavar="key=value",
         help="set a recipe key, such as batch.images=256",
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument(
+        "--check",
+        action="store_true",
+        help="say whether the run can start, and print the recipe with all that follows from it",
+    )
+    only.add_argument(
+        "--evaluate-only",
+        action="store_true",
+        help="evaluate the newest checkpoint of run.dir (or the first weights), and train nothing",
     )
     parser.add_argument("--deepspeed", action="store_true", help="use the DeepSpeed engine")
     parser.add_argument(
@@ -44,7 +96,9 @@ def parse(arguments: Sequence[str] | None, prog: str, about: str = "Train by a r
         overrides.append("engine.name=deepspeed")
     if args.deepspeed_config:
         overrides.append(f"engine.config={args.deepspeed_config}")
-    return Command(args.recipe, tuple(overrides))
+    return Command(
+        args.recipe, tuple(overrides), check=args.check, evaluate_only=args.evaluate_only
+    )
 
 
 def refused(asked: Command, task: str) -> bool:

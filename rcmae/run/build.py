@@ -158,8 +158,10 @@ def assemble(
     index = verdict.data.train
     assert index is not None
     trained = restored(verdict, task)
-    start_folder(recipe, trained.saved, index)
-    progress = progress_of(sizes, trained.saved)
+    saved = trained.saved
+    if verdict.trains or saved is None or not saved.is_own:
+        start_folder(recipe, saved, index)
+    progress = progress_of(recipe, sizes, trained.saved)
     log = MetricsLog(
         recipe.run_dir,
         resume_step=progress.step,
@@ -256,6 +258,7 @@ def parts_of(
         batches,
         progress,
         instruments,
+        save_s=lambda: saving.save_s,
     )
     agreement = Agreement(
         recipe, objective, progress, batches, saving, evaluation, instruments, lease=lease
@@ -318,8 +321,16 @@ def refuse_mismatches(verdict: Verdict, task: Task, saved: Saved | None) -> None
         raise Refused("\n".join(problems))
 
 
-def progress_of(sizes: Resolved, saved: Saved | None) -> Progress:
-    """Where the run stands."""
+def owes_evaluation(recipe: Recipe, saved: Saved) -> bool:
+    """Whether the evaluation of this checkpoint was left, and not made since. Collective."""
+    if saved.meta.get("evaluated", True):
+        return False
+    made = events_of(recipe.run_dir, "evaluate") if dist.rank() == 0 else []
+    return dist.from_first(all(event["step"] != saved.step for event in made))
+
+
+def progress_of(recipe: Recipe, sizes: Resolved, saved: Saved | None) -> Progress:
+    """Where the run stands. Collective."""
     progress = Progress(
         total_steps=sizes.total_steps,
         images_per_step=sizes.images_per_step,
@@ -329,6 +340,7 @@ def progress_of(sizes: Resolved, saved: Saved | None) -> Progress:
     )
     if saved is not None and saved.is_own:
         progress.best = dict(saved.meta.get("best", {}))
+        progress.owes_evaluation = owes_evaluation(recipe, saved)
     return progress
 
 
@@ -399,6 +411,7 @@ def about(verdict: Verdict, guard: Guard, progress: Progress) -> Mapping[str, An
         "data_fingerprint": verdict.data.train.fingerprint,
         "guard": guard.state(),
         "best": progress.best,
+        "evaluated": not progress.owes_evaluation,
         "versions": versions(),
     }
 
@@ -422,8 +435,6 @@ def evaluating(
         cache=cache,
         normalise=batches.normalise,
         device=dist.device(),
-        rank=dist.rank(),
-        world=dist.world(),
     )
 
 

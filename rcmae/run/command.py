@@ -10,3 +10,5 @@ class Command(NamedTuple):
 
     recipe: str  # a path, or the name of a shipped recipe
     overrides: tuple[str, ...] = ()  # key=value
+    check: bool = False  # judge, say so, start nothing
+    evaluate_only: bool = False  # judge the networks as they are, train nothing

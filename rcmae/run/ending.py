@@ -28,6 +28,7 @@ class Outcome(NamedTuple):
 
     status: int  # exit status of every rank
     reason: str
+    is_told: bool = True  # in outcome.json: not of a job that only evaluates a run
 
 
 def outcome_of(run: Run, why_stop: str | None) -> Outcome:
@@ -41,9 +42,21 @@ def outcome_of(run: Run, why_stop: str | None) -> Outcome:
             f"stopped, {why}; no time was left to save step {step}, the run resumes from step "
             f"{committed}",
         )
+    if run.parts.progress.owes_evaluation:
+        why = why_stop or "asked to stop"
+        return Outcome(preempt.STOPPED, f"stopped, {why}; the evaluation of step {step} is left")
     if why_stop and not run.parts.progress.is_over:
         return Outcome(preempt.STOPPED, f"stopped, {why_stop}")
     return Outcome(preempt.FINISHED, "finished")
+
+
+def evaluated(run: Run) -> Outcome:
+    """Evaluate the networks of a run as they are, and train nothing. Collective."""
+    run.parts.evaluation.alone()
+    step = run.parts.progress.step
+    if run.parts.progress.owes_evaluation:
+        return Outcome(preempt.STOPPED, f"stopped in the evaluation of step {step}", is_told=False)
+    return Outcome(preempt.FINISHED, f"evaluated step {step}", is_told=False)
 
 
 def note_end(run: Run, outcome: Outcome) -> None:
@@ -55,7 +68,8 @@ def note_end(run: Run, outcome: Outcome) -> None:
     run.presence.leave()
     if run.lease is not None and run.lease.holds():
         folder = run.recipe.run_dir
-        preempt.write_outcome(folder, status=outcome.status, step=step, reason=outcome.reason)
+        if outcome.is_told:
+            preempt.write_outcome(folder, status=outcome.status, step=step, reason=outcome.reason)
         run.lease.release()
 
 
@@ -83,6 +97,12 @@ def note_failure(run: Run, error: Exception) -> None:
         run.log.close()
     if run.lease is not None:
         run.lease.release()
+
+
+def say(text: str) -> None:
+    """One text for all ranks, on standard output."""
+    if dist.launched_first():
+        print(text, flush=True)
 
 
 def say_error(error: Exception) -> None:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from rcmae import config
 from rcmae.config import Recipe, Resolved
 from rcmae.data.batch import NO_LABEL
@@ -40,6 +42,15 @@ class Verdict:
     saved: Saved | None
     found: Any  # what the task looked at
     engine_config: dict[str, Any]
+    trains: bool = True  # else the run is evaluated as it is
+
+    def shown(self) -> str:
+        """The resolved recipe as YAML, under the numbers that follow from it, for people."""
+        sizes = [f"# {name}: {value}" for name, value in self.sizes.asdict().items()]
+        state = f"resumes from step {self.saved.step}" if self.saved else "starts anew"
+        tree = self.recipe.model_dump(mode="json")
+        body = yaml.safe_dump(tree, sort_keys=False)
+        return "\n".join([f"# This run can start; it {state}. In numbers:", *sizes, body])
 
 
 class AnotherTraining(Refused):
@@ -70,6 +81,12 @@ def judge(sight: Sight, task: Task) -> Verdict:
     recipe = with_streams(facts.recipe, facts.saved, sight.world)
     problems = Problems(facts.problems)
     problems += node_problems(sight)
+    command = sight.views[0].command
+    if command.evaluate_only and not facts.recipe.evaluate.every_steps:
+        problems.append(
+            "--evaluate-only: this recipe evaluates nothing; set evaluate.every_steps and the "
+            "shards that it needs"
+        )
     problems += engine_problems(recipe, sight)
     asked_for = task.evaluation_sets(recipe) if facts.data.sets else []
     for tested, asked in zip(facts.data.sets, asked_for, strict=True):
@@ -110,6 +127,7 @@ def judge(sight: Sight, task: Task) -> Verdict:
         saved=facts.saved,
         found=facts.task,
         engine_config=dict(facts.engine_config),
+        trains=not command.evaluate_only,
     )
 
 
@@ -126,6 +144,9 @@ def refuse_differing_ranks(sight: Sight) -> None:
     asked = [named_values(view.command.overrides) for view in sight.views]
     recipes = [view.command.recipe for view in sight.views]
     problems += differing("the recipe", recipes)
+    problems += differing("--check", [str(view.command.check) for view in sight.views])
+    evaluate_only = [str(view.command.evaluate_only) for view in sight.views]
+    problems += differing("--evaluate-only", evaluate_only)
     for key in sorted({key for each in asked for key in each}):
         problems += differing(key, [each.get(key, "not given") for each in asked])
     versions = [view.versions for view in sight.views]

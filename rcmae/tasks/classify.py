@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rcmae import dist
 from rcmae.config import Recipe
 from rcmae.data.augment import Mixing
 from rcmae.data.index import ShardIndex
@@ -217,7 +218,7 @@ def judged(context: Evaluating, networks: Mapping[str, Callable[[Tensor], Tensor
         scalars[f"scores_{name}"] = {key: value for key, value in row.items() if key != "images"}
     images = rows["student"].images
     names = context.found.class_names if context.found else ()
-    first = context.rank == 0
+    first = dist.rank() == 0
     return Evaluated(
         event={"scores": figures},
         table=scores_table(rows),

@@ -18,6 +18,7 @@ import pydantic
 import torch
 from torch import nn
 
+from rcmae import dist
 from rcmae.config import Recipe, Resolved, Section
 from rcmae.data.batch import Batch
 from rcmae.data.cache import Cache
@@ -66,6 +67,10 @@ class Judgement:
     values: dict[str, Any] = field(default_factory=dict)  # keys of the recipe that follow from them
 
 
+class Interrupted(Exception):
+    """A stop was asked for in the middle of an evaluation. Raised on all ranks together."""
+
+
 class Score(NamedTuple):
     """How good one network was, by the metric that its task ranks by."""
 
@@ -75,7 +80,12 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluating:
-    """What an evaluation may use. Collective: every rank evaluates, each its part of the sets."""
+    """What an evaluation may use. Collective: every rank evaluates, each its part of the sets.
+
+    Raises:
+        Interrupted: by `batches` and `pause`; the evaluation is left, and made again by the job
+            that resumes. A task has nothing to do for it.
+    """
 
     recipe: Recipe
     step: int
@@ -87,24 +97,29 @@ class Evaluating:
     cache: Cache | None  # of this node, for shards from elsewhere
     normalise: Normalise
     device: torch.device
-    rank: int
-    world: int
+    # lets a stop request end the evaluation here. Collective: every rank calls
+    pause: Callable[[], None] = lambda: None
 
     def batches(self, number: int) -> Iterator[Batch]:
-        """This rank's batches of a set, in order, views cut from the centre.
+        """This rank's batches of a set, in order, views cut from the centre; as many on each rank.
+
+        A stop request is heard before each. Collective: every rank iterates to the end.
 
         Args:
             number: which of `sets`.
         """
         recipe = self.recipe
-        return labelled_batches(
+        found = labelled_batches(
             self.sets[number],
             CentreTransform(recipe.model.image_hw, recipe.model.in_channels),
             batch=recipe.evaluate.batch,
-            rank=self.rank,
-            world=self.world,
+            rank=dist.rank(),
+            world=dist.world(),
             readers=Readers(recipe.data.workers, cache=self.cache),
         )
+        for batch in found:
+            self.pause()
+            yield batch
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from rcmae.files import write_aside
 from rcmae.run.loop.batches import Batches
 from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
-from rcmae.tasks.protocol import Evaluated, Evaluating, Task
+from rcmae.tasks.protocol import Evaluated, Evaluating, Interrupted, Task
 
 
 class Evaluation:
@@ -25,6 +26,8 @@ class Evaluation:
         batches: Batches,
         progress: Progress,
         instruments: Instruments,
+        *,
+        save_s: Callable[[], float],
     ) -> None:
         self.last: Evaluated | None = None  # for the summary
         self.longest_s = 0.0
@@ -33,6 +36,20 @@ class Evaluation:
         self._batches = batches
         self._progress = progress
         self._instruments = instruments
+        self._save_s = save_s  # how long a save takes, as far as is known
+
+    def resume(self) -> None:
+        """Make the evaluation that the job before left for a stop request, if it left one."""
+        if self._progress.owes_evaluation:
+            with self._instruments.meter.away():
+                self.judge(self._context())
+
+    def alone(self) -> None:
+        """Judge and draw now, where the recipe asks for it at all."""
+        context = self._context()
+        self.judge(context)
+        if context.recipe.evaluate.picture_every_steps:
+            self.draw(context)
 
     def when_due(self) -> None:
         """Judge and draw, if this step is one for it."""
@@ -46,10 +63,21 @@ class Evaluation:
                 self.draw(context)
 
     def judge(self, context: Evaluating) -> None:
-        """Evaluate the networks as they are now and write it down."""
+        """Evaluate the networks as they are now and write it down; not where a stop is asked for
+        meanwhile, which the loop hears next.
+        """
         began = time.monotonic()
         step = self._progress.step
-        found = self._task.evaluate(context)
+        try:
+            found = self._task.evaluate(dataclasses.replace(context, pause=self._pause))
+        except Interrupted:
+            self._progress.owes_evaluation = True
+            self._instruments.log.event("evaluation_left", step=step)
+            self._instruments.log.say(
+                f"asked to stop: the evaluation of step {step} is left to the job that resumes"
+            )
+            return
+        self._progress.owes_evaluation = False
         self.last = found
         self._progress.note_scores(found.best)
         seconds = time.monotonic() - began
@@ -70,6 +98,14 @@ class Evaluation:
             step = self._progress.step
             save_png(picture, context.recipe.run_dir / "pictures" / f"step-{step:08d}.png")
             self._instruments.log.picture("reconstruction", picture, step)
+
+    def _pause(self) -> None:
+        """Leave the evaluation if any rank was asked to stop, or the deadline leaves no time."""
+        stop = self._instruments.stop
+        if stop.is_late(self._save_s()):
+            stop.ask("the deadline is near")
+        if dist.agree(stop.reason is not None):
+            raise Interrupted
 
     def _write(self, context: Evaluating, found: Evaluated) -> None:
         folder = context.recipe.run_dir

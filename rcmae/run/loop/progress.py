@@ -17,9 +17,9 @@ class Progress:
     samples_per_epoch: int
     step: int = 0  # optimizer steps done
     data_step: int = 0  # the same in the stream: ahead of `step` by what a rewind skipped
-    best: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # network -> metric and its step
+    # network -> metric and its step
+    best: dict[str, dict[str, float]] = field(default_factory=dict)
+    owes_evaluation: bool = False  # the one of this step was left for a stop request
 
     def __post_init__(self) -> None:
         self.first_step = self.step  # of this job
