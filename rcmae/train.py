@@ -68,10 +68,11 @@ def fit(run: Run) -> str | None:
         # all ranks agree that the gradient is finite before any weight moves
         stats = engine.step(lr=lr, weight_decay=schedule.weight_decay, discard=jumped is not None)
         if jumped is not None or not stats.finite:
-            if parts.recovery.skips(micros, losses, grad_norm=stats.grad_norm, jumped=jumped):
-                parts.advance()  # else the run was rewound
-            continue
-        telemetry = engine.update_teacher(momentum, measure=logs)
+            if not parts.recovery.skips(micros, losses, grad_norm=stats.grad_norm, jumped=jumped):
+                continue  # the run was rewound
+            telemetry = {"skipped": 1.0}  # the update alone: whatever is due is done
+        else:
+            telemetry = engine.update_teacher(momentum, measure=logs)
         parts.advance()
         if logs:
             rates = {"lr": lr, "momentum": momentum, "grad_norm": stats.grad_norm}
@@ -122,7 +123,7 @@ def train(
             run.log.say(ending.summary(run, outcome))
     except ending.TOGETHER as error:  # on all ranks together
         ending.say_error(error)
-        outcome = ending.Outcome(preempt.FAILED, str(error))
+        outcome = ending.outcome_of_error(error)
     except Exception as error:  # of this rank alone, or of all that have lost one
         ending.note_failure(run, error)
         raise

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -187,10 +188,10 @@ def test_a_folder_that_cannot_be_written_loses_the_run_in_time(
 ) -> None:
     held = take(tmp_path, timeout_s=0.3)
 
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def refuse(*_: object) -> None:
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(lease_module, "write_aside", refuse)
+    monkeypatch.setattr(Lease, "_write_beat", refuse)
     deadline = time.monotonic() + 10
     while not held.lost and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -198,6 +199,76 @@ def test_a_folder_that_cannot_be_written_loses_the_run_in_time(
             held.check()
     with pytest.raises(LeaseLost, match="no beat could be written"):
         held.check()
+
+
+def test_a_lease_that_cannot_be_read_for_a_moment_ends_neither_the_beat_nor_the_look(
+    tmp_path: Path,
+) -> None:
+    held = take(tmp_path, timeout_s=0.6)
+    mine = tmp_path / "leases" / "00000001.json"
+    whole = mine.read_bytes()
+    mine.write_bytes(b"")
+    time.sleep(0.4)
+    assert held._thread.is_alive()
+    held.check()
+    mine.write_bytes(whole)
+    with pytest.raises(LeaseHeld, match="which is alive"):
+        take(tmp_path, timeout_s=0.6, wait_s=0.0)
+    mine.write_bytes(b"[" * 100_000)
+    foreign(tmp_path, generation=2).with_suffix(".json").write_text("half a fi")
+    deadline = time.monotonic() + 10
+    while not held.lost and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(LeaseLost, match=r"another job \(generation 2\) took this run over"):
+        held.check()
+
+
+def test_a_lease_that_stays_unreadable_refuses_a_start_and_fails_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "_READ_AGAIN_S", 0.2)
+    foreign(tmp_path).with_suffix(".json").write_text('{"generation": "1"}')
+    with pytest.raises(LeaseHeld, match=r"00000001.json cannot be read .* delete it"):
+        take(tmp_path)
+    with pytest.raises(OSError, match="cannot be read"):
+        fence(tmp_path)
+
+
+def test_a_holder_whose_beating_thread_is_stuck_stops_or_beats_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = take(tmp_path, timeout_s=0.3)
+    monkeypatch.setattr(Lease, "_keep_beating", lambda self: None)
+    dead = take(tmp_path / "other", timeout_s=0.3)
+    dead._thread.join()
+    time.sleep(0.4)
+    assert not dead.lost  # nobody took it: the loop itself has beaten
+    monkeypatch.setattr(dead, "_write_beat", lambda text: os.open("/nowhere/at/all", os.O_RDONLY))
+    time.sleep(0.4)
+    assert dead.lost
+    assert "no beat could be written" in dead.why_lost
+    assert dead.holds()  # still, nobody has: its outcome may be written down
+    held.release()
+
+
+def test_a_folder_that_was_deleted_is_taken_again_unless_another_job_has_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    held = take(run, timeout_s=0.6)
+    shutil.rmtree(run)
+    held.check()
+    assert held.holds()
+    with pytest.raises(LeaseHeld):
+        take(run, timeout_s=0.6, wait_s=0.0)
+    held._done.set()
+    held._thread.join()
+    shutil.rmtree(run)
+    other = take(run, timeout_s=60)
+    assert other.generation == held.generation
+    with pytest.raises(LeaseLost, match=r"its folder was deleted, process .* took this run over"):
+        held.check()
+    assert not held.holds()
+    other.check()
+    other.release()
 
 
 # ---------------------------------------------------------------------- two trainings on one folder

@@ -146,16 +146,20 @@ def test_check_prints_what_would_run_and_writes_nothing(
 
 
 class Clock:
-    """Seconds since 1970 as the scheduler's deadline has them.
+    """Seconds since 1970 as the scheduler's deadline has them, and since the machine began.
 
     They pass only where a test says so.
     """
 
     def __init__(self) -> None:
         self.now = 1e9
+        self.set_by = 0.0  # somebody set the machine's clock
 
     def time(self) -> float:
-        return self.now
+        return self.now + self.set_by
+
+    def monotonic(self) -> float:
+        return self.now - 9e8
 
     def leap_to(self, seconds: float) -> Callable[[], None]:
         return lambda: setattr(self, "now", seconds)
@@ -196,6 +200,23 @@ def test_a_deadline_ends_a_job_in_time_with_its_step_committed(
     assert folder.outcome()["reason"] == "stopped, asked by the deadline is near"
     assert (folder.outcome()["step"], folder.committed(), folder.steps()[-1]) == (7, [7], 7)
     assert folder.events("signal")[0]["asked"] == {"0": "the deadline is near"}
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_while_the_run_trains_moves_no_deadline(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(clock.now + 2000))
+    with keeping_handlers():
+        by_scheduler, by_recipe = preempt.StopRequest(), preempt.StopRequest()
+    by_recipe.within(1000.0)
+    clock.set_by = 3600.0 * hours
+    for stop, seconds in ((by_recipe, 1000), (by_scheduler, 2000)):
+        clock.now = 1e9 + seconds - preempt.MARGIN_S - 1
+        assert not stop.is_late(save_s=0.0)
+        assert stop.has_time(5.0)
+        clock.now += 2
+        assert stop.is_late(save_s=0.0)
 
 
 def test_two_saves_and_a_step_must_fit_before_the_deadline(clock: Clock) -> None:

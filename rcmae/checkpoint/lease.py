@@ -9,6 +9,9 @@ the count on its own clock; clocks of two nodes are never compared. A count that
 that starts a job again has given its earlier start up, whatever still runs of it on a node it
 cannot reach: the later start takes the run over at once.
 
+A network's disk may not answer for a while. A file that cannot be read is read again; a holder
+looks by names alone for a later generation, and stops when its own beat is as old as others wait.
+
 A holder that was paused or cut off can wake up at any instant, so being careful is not enough:
 every manifest carries its writer's generation, and readers ignore what an older generation wrote
 beyond the step a take-over started from (`Fence`). Its last checkpoints are then as if they never
@@ -30,9 +33,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rcmae.errors import Refused
-from rcmae.files import write_aside
 
-_OURS = re.compile(r"\d{8}\.json")  # others may lie in the folder, a file system's or an editor's
+# others may lie in the folder, a file system's or an editor's
+_OURS = re.compile(r"(\d{8})\.json")
+_READ_AGAIN_S = 3.0  # for so long a file that cannot be read is tried again
 
 
 class LeaseLost(RuntimeError):
@@ -41,6 +45,10 @@ class LeaseLost(RuntimeError):
 
 class LeaseHeld(Refused):
     """Another job is training in this folder."""
+
+
+class LeaseUnreadable(LeaseHeld, OSError):
+    """A lease's file cannot be read, so nobody can know who trains in this folder."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,14 @@ class Fence:
 
 
 def fence(run_dir: Path) -> Fence:
-    """The fence of a run as it stands now."""
+    """The fence of a run as it stands now. Raises LeaseUnreadable."""
     holders = _holders(run_dir / "leases")
     return Fence(tuple((holder.generation, holder.from_step) for holder in holders))
 
 
 def newest_generation(run_dir: Path) -> int:
-    """Of the run's leases; 0 where nobody ever took one."""
-    return max((holder.generation for holder in _holders(run_dir / "leases")), default=0)
+    """Of the run's leases, by their names; 0 where nobody ever took one. Raises OSError."""
+    return max(_generations(run_dir / "leases"), default=0)
 
 
 def exit_status(run_dir: Path, status: int) -> int:
@@ -89,7 +97,7 @@ def exit_status(run_dir: Path, status: int) -> int:
     seen to fail: its srun would end the job's step of that number, and that is the later start's by
     now.
     """
-    with contextlib.suppress(LeaseHeld):
+    with contextlib.suppress(LeaseHeld, OSError):
         job, restart = _this_start()
         last = _newest(_holders(run_dir / "leases"))
         if last is not None and last.job == job != "" and last.restart > restart:
@@ -114,7 +122,7 @@ class Lease:
         say: told what is waited for.
 
     Raises:
-        LeaseHeld: another job holds it and is alive.
+        LeaseHeld: another job holds it and is alive, or nobody can know.
     """
 
     def __init__(
@@ -149,24 +157,28 @@ class Lease:
         Raises:
             LeaseLost: it is not, or the folder could not be written for so long that others may
                 think us gone.
+            OSError: the folder cannot be read now.
         """
-        new = _newest(_holders(self._folder))
-        if new is not None and new.generation > self.generation:
-            self._lost = f"{_who(new)} took this run over from step {new.from_step}"
-        elif time.monotonic() - self._written > self._timeout_s:
-            self._lost = f"no beat could be written for {time.monotonic() - self._written:.0f} s"
+        self._look()
         if self._lost:
             raise LeaseLost(self.why_lost)
 
     def holds(self) -> bool:
-        """Whether the lease is ours, looked at now."""
-        with contextlib.suppress(LeaseLost):
-            self.check()
-        return not self.lost
+        """Whether nobody has taken the run over, looked at now; False where that cannot be seen."""
+        try:
+            return _generations(self._folder)[-1:] == [self.generation] and self._is_mine()
+        except OSError:
+            return False
 
     @property
     def lost(self) -> bool:
-        """Whether the beating thread has seen that the lease passed on. Cheap."""
+        """Whether the lease has passed on, or may have: this job's own beat is too old. Cheap."""
+        if self._lost is None and self._silent_s() > self._timeout_s:
+            # the thread is stuck, or this process was paused
+            with contextlib.suppress(OSError):
+                self._beat()
+            with contextlib.suppress(OSError):
+                self._look()
         return self._lost is not None
 
     @property
@@ -181,9 +193,10 @@ class Lease:
         """
         if not self._done.is_set():
             self._done.set()
-            self._thread.join()
-            if not self.lost:
-                write_aside(self._beat_file(self.generation), "released", durable=False)
+            self._thread.join(self._timeout_s)  # it may hang in a disk that does not answer
+            if self.holds():
+                with contextlib.suppress(OSError):  # others see that this process is gone
+                    self._write_beat("released")
 
     # acquiring
 
@@ -248,19 +261,52 @@ class Lease:
 
     def _beat(self) -> None:
         self._beats += 1
-        # lost in a power loss: the next one comes
-        write_aside(self._beat_file(self.generation), str(self._beats), durable=False)
+        self._write_beat(f"{self._beats:08d}")
         self._written = time.monotonic()
 
+    def _write_beat(self, text: str) -> None:
+        # in place and of one length: a full disk takes that, and a network's disk shows it soon
+        handle = os.open(self._beat_file(self.generation), os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, text.encode())
+        finally:
+            os.close(handle)
+
+    def _silent_s(self) -> float:
+        """Seconds since the last beat that was written."""
+        return time.monotonic() - self._written
+
+    def _look(self) -> None:
+        """See whether the lease has passed on. Raises OSError."""
+        there = _generations(self._folder)
+        if there[-1:] > [self.generation]:
+            self._lost = _taken_by(self._folder / f"{there[-1]:08d}.json")
+        elif not there:  # somebody deleted the folder, and nobody trains there: it is ours still
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _link(self._folder, self.holder)
+            self._beat()
+        elif self.generation not in there or not self._is_mine():
+            self._lost = (
+                f"its folder was deleted, {_taken_by(self._folder / f'{there[-1]:08d}.json')}"
+            )
+        elif self._silent_s() > self._timeout_s:
+            self._lost = f"no beat could be written for {self._silent_s():.0f} s"
+
+    def _is_mine(self) -> bool:
+        """Whether the file of this generation is this job's; also where it cannot be read."""
+        try:
+            holder = _holder(self._folder / f"{self.generation:08d}.json")
+        except (OSError, ValueError, TypeError, RecursionError):
+            return True
+        return holder.token == self.holder.token
+
     def _keep_beating(self) -> None:
-        while not self._done.wait(self._timeout_s / 6):
-            try:
-                self._beat()
-                self.check()
-            except LeaseLost:
-                return
-            except OSError:
-                continue  # check() of the loop sees how long it lasts
+        while self._lost is None and not self._done.wait(self._timeout_s / 6):
+            # whatever comes of one beat or look, the next is tried: without this thread two jobs
+            # would train
+            for act in (self._beat, self._look):
+                with contextlib.suppress(Exception):
+                    act()
 
 
 def _this_start() -> tuple[str, int]:
@@ -302,23 +348,57 @@ def _newest(holders: Sequence[Holder]) -> Holder | None:
     return max(holders, key=lambda holder: holder.generation, default=None)
 
 
+def _generations(folder: Path) -> list[int]:
+    """Those whose files are there, from the first, can they be read or not. Raises OSError."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(int(found[1]) for found in map(_OURS.fullmatch, names) if found)
+
+
 def _holders(folder: Path) -> list[Holder]:
-    """Who held the lease so far, by generation.
+    """Who held the lease so far, by generation. Waits a little for what cannot be read.
 
     Raises:
-        LeaseHeld: a holder's file cannot be read, so nobody can know.
+        LeaseUnreadable: a holder's file cannot be read, so nobody can know.
     """
+    give_up = time.monotonic() + _READ_AGAIN_S
     found = []
-    for path in sorted(folder.glob("*.json")):
-        if not _OURS.fullmatch(path.name):
-            continue
-        try:
-            found.append(Holder(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError) as error:
-            raise LeaseHeld(
-                f"{path} cannot be read ({error}); if no job trains here, delete it"
-            ) from error
+    try:
+        generations = _generations(folder)
+    except OSError as error:
+        raise LeaseUnreadable(f"{folder} cannot be read: {error}") from error
+    for generation in generations:
+        path = folder / f"{generation:08d}.json"
+        while True:
+            try:
+                found.append(_holder(path))
+                break
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                if time.monotonic() > give_up:
+                    raise LeaseUnreadable(
+                        f"{path} cannot be read ({error}); if no job trains here, delete it"
+                    ) from error
+            time.sleep(0.1)
     return found
+
+
+def _holder(path: Path) -> Holder:
+    """Who took a generation. Raises OSError, ValueError, TypeError or RecursionError."""
+    holder = Holder(**json.loads(path.read_text()))
+    if type(holder.generation) is not int or type(holder.from_step) is not int:
+        raise TypeError("it names no generation and step")
+    return holder
+
+
+def _taken_by(path: Path) -> str:
+    """Who took the run over, for a message, whether its file can be read or not."""
+    try:
+        holder = _holder(path)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return f"another job (generation {int(path.stem)}) took this run over"
+    return f"{_who(holder)} took this run over from step {holder.from_step}"
 
 
 def _link(folder: Path, holder: Holder) -> bool:

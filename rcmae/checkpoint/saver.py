@@ -166,6 +166,14 @@ class Saver:
         """Whether a save was under way on this rank and has ended. Not collective; cheap."""
         return self._thread is not None and not self._thread.is_alive()
 
+    def ends_within(self, seconds: float) -> bool:
+        """Wait so long at most for the save under way, if any; whether none is any more. Not
+        collective.
+        """
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
+
     def wait(self) -> Saved | None:
         """Wait for the save under way, if any, and give what it committed.
 

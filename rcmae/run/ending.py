@@ -29,6 +29,7 @@ class Outcome(NamedTuple):
     status: int  # exit status of every rank
     reason: str
     is_told: bool = True  # in outcome.json: not of a job that only evaluates a run
+    again: bool | None = None  # whether a new start helps; None: if it was stopped on request
 
 
 def outcome_of(run: Run, why_stop: str | None) -> Outcome:
@@ -59,41 +60,53 @@ def evaluated(run: Run) -> Outcome:
     return Outcome(preempt.FINISHED, f"evaluated step {step}", is_told=False)
 
 
+def outcome_of_error(error: Exception) -> Outcome:
+    """Of a training that all ranks ended together, for a reason that is told."""
+    # a lease that passed on has its outcome written by who has it now; one whose beat could not
+    # be written may be had again
+    return Outcome(preempt.FAILED, str(error), again=isinstance(error, LeaseLost))
+
+
 def note_end(run: Run, outcome: Outcome) -> None:
-    """Write how the job ended, and give the run's folder back. Every rank calls."""
+    """Write how the job ended, and give the run's folder back: after the save under way.
+
+    Collective: every rank calls.
+    """
+    run.parts.saving.settle()
     step = run.parts.progress.step
     run.log.event("stop", step=step, status=outcome.status, reason=outcome.reason)
     run.log.close()
     run.parts.batches.stream.close()
     run.presence.leave()
-    if run.lease is not None and run.lease.holds():
-        folder = run.recipe.run_dir
-        if outcome.is_told:
-            preempt.write_outcome(folder, status=outcome.status, step=step, reason=outcome.reason)
+    if run.lease is not None:
+        if outcome.is_told and run.lease.holds():
+            preempt.write_outcome(
+                run.recipe.run_dir,
+                status=outcome.status,
+                step=step,
+                reason=outcome.reason,
+                again=outcome.again,
+            )
         run.lease.release()
 
 
 def note_failure(run: Run, error: Exception) -> None:
     """Say to the error which rank this one lost, if it did, and write it down.
 
-    For an error of this rank alone, or of all that have lost one: they never meet again.
+    For an error of this rank alone, or of all that have lost one: they never meet again. A save
+    under way is waited for first, half the time-out of collectives at most: others still write.
     """
+    run.parts.saving.settle_alone(run.recipe.engine.timeout_s / 2)
     loss = run.presence.explain(error)
     error.add_note(loss.message)
     reason = loss.message if loss.of_a_peer else f"rank {dist.rank()}: {error!r}"
-    folder = run.recipe.run_dir
     step = run.parts.progress.step
+    if loss.speaks:
+        run.presence.write_outcome(reason, again=loss.of_a_peer)
     with contextlib.suppress(OSError, ValueError):  # a full disk, or a log that is closed
-        if newest_generation(folder) == run.presence.generation:  # else it is another job's
+        # else it is another job's
+        if newest_generation(run.recipe.run_dir) == run.presence.generation:
             run.log.event("stop", step=step, status=preempt.FAILED, reason=reason)
-            if loss.speaks:
-                preempt.write_outcome(
-                    folder,
-                    status=preempt.FAILED,
-                    step=step,
-                    reason=reason,
-                    again=loss.of_a_peer,
-                )
         run.log.close()
     if run.lease is not None:
         run.lease.release()

@@ -46,25 +46,28 @@ class StopRequest:
 
     def within(self, seconds: float) -> None:
         """Set a deadline so many seconds from now, if it is before the scheduler's."""
-        self._deadline = min(self._deadline, time.time() + seconds)
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
 
     def is_late(self, save_s: float, step_s: float = 0.0) -> bool:
         """Whether there is no time for another step: after it two saves (one may be under way)
         and some must fit.
         """
-        return time.time() + step_s + 2 * save_s + MARGIN_S > self._deadline
+        return time.monotonic() + step_s + 2 * save_s + MARGIN_S > self._deadline
 
     def has_time(self, seconds: float) -> bool:
         """Whether something that takes so long ends before the deadline."""
-        return time.time() + seconds < self._deadline
+        return time.monotonic() + seconds < self._deadline
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         self.ask(signal.Signals(number).name)
 
 
 def _scheduler_deadline() -> float:
-    """When the scheduler ends this job, in seconds since 1970; never, where it does not tell."""
-    return float(os.environ.get("SLURM_JOB_END_TIME", math.inf))
+    """When the scheduler ends this job, by the monotonic clock; never, where it does not tell.
+
+    Its own clock is compared once, now: one that is set while the run trains moves no deadline.
+    """
+    return time.monotonic() + float(os.environ.get("SLURM_JOB_END_TIME", math.inf)) - time.time()
 
 
 def this_start() -> dict[str, Any]:

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from rcmae.checkpoint.lease import exit_status
-from rcmae.run.preempt import FAILED
+from rcmae.checkpoint.lease import exit_status, newest_generation
+from rcmae.run.preempt import FAILED, write_outcome
 
 _OURS = re.compile(r"\d{8}")  # a generation's folder
 NAMED = 8  # ranks that a message names at most
@@ -174,11 +174,26 @@ class Presence:
         step, phase = self._at
         waited = f"waited {time.monotonic() - self._since:.0f} s at step {step}, {phase}"
         lost = silent[0] if silent else ended[0].rank
+        told = f"{self._told(silent, ended)}. {WAY_OUT}"
         self._ended = f"rank {lost} lost: {waited}"
-        told = f"rcmae: rank {self._rank} {waited}; {self._told(silent, ended)}. {WAY_OUT}"
-        print(told, file=sys.stderr, flush=True)
-        self._beat()
-        os._exit(exit_status(self._run_dir, FAILED))
+        try:
+            self._beat()
+            self.write_outcome(told, again=True)
+            print(f"rcmae: rank {self._rank} {waited}; {told}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(exit_status(self._run_dir, FAILED))
+
+    def write_outcome(self, reason: str, *, again: bool) -> None:
+        """Say in outcome.json that the run ended so, unless a rank of this job has said how, or
+        another job has the run.
+
+        Any rank may call, whoever comes first.
+        """
+        with contextlib.suppress(OSError):  # a full disk: the exit status has to do
+            path = self._run_dir / "outcome.json"  # an earlier job's is deleted at every start
+            if not path.exists() and newest_generation(self._run_dir) == self.generation:
+                step, _ = self._at
+                write_outcome(self._run_dir, status=FAILED, step=step, reason=reason, again=again)
 
     def _beat(self) -> bool:
         """Write where this rank is; whether that could be done."""

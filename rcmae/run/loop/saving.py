@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rcmae import checkpoint, dist
+from rcmae.checkpoint.lease import LeaseLost
 from rcmae.config import CheckpointOptions
 from rcmae.engines.protocol import Engine
 from rcmae.run.loop.instruments import Instruments
@@ -20,7 +22,8 @@ BYTES_A_WEIGHT = 16  # weight, two moments and the teacher, in float32
 class Saving:
     """Begins saves when they are due and notes what they committed.
 
-    Every method but `is_done` is collective: every rank calls, in the same order.
+    Every method but `is_done` and `settle_alone` is collective: every rank calls, in the same
+    order.
 
     Args:
         saver: writes in a thread of its own.
@@ -116,6 +119,27 @@ class Saving:
         self.collect()
         while self.saved_step != self._progress.step and self.begin():
             self.collect()
+
+    def settle(self) -> None:
+        """Wait for the save under way, at an end that is no good one, and note what it committed.
+
+        Raises nothing of what a save does: the run ends of another error.
+        """
+        step = self._progress.step
+        self._instruments.presence.at(step, "waiting for the save under way, before it ends")
+        with contextlib.suppress(checkpoint.CheckpointError, LeaseLost):
+            self.collect()
+
+    def settle_alone(self, seconds: float) -> None:
+        """The same where this rank alone fails: its peers' threads write on, for so long at most.
+        Not collective.
+        """
+        step = self._progress.step
+        self._instruments.presence.at(step, "waiting for the save under way, before it ends")
+        if self._saver.ends_within(seconds):
+            # whatever came of it: the error that ends this rank is another
+            with contextlib.suppress(Exception):
+                self.collect()
 
     def _copy(self) -> checkpoint.Saved | None:
         progress = self._progress

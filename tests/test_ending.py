@@ -1,0 +1,155 @@
+"""However a run ends, what it has is kept, and a word is left for who starts it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rcmae.run.guard import NonFiniteLoss
+from rcmae.run.loop import schedule
+from rcmae.run.loop.batches import Batches
+from rcmae.run.presence import Presence
+from runs import Folder, start
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "run")
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's file takes a second to reach the disk."""
+    fsync = os.fsync
+
+    def slow(file: int) -> None:
+        if os.readlink(f"/proc/self/fd/{file}").endswith("safetensors"):
+            time.sleep(1.0)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+
+
+def failing_at(step: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the schedule of the rate raise in this step."""
+    rate = schedule.learning_rate
+
+    def asked(now: int, **named: Any) -> float:
+        if now == step:
+            raise error
+        return rate(now, **named)
+
+    monkeypatch.setattr(schedule, "learning_rate", asked)
+
+
+OFTEN = "checkpoint.every_steps=4"
+
+
+@pytest.mark.usefixtures("slow_disk")
+def test_samples_that_cannot_be_read_lose_no_save_under_way(
+    tiny: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Batches._read
+
+    def troubled(self: Batches, steps: Any) -> Any:
+        if self._progress.step == 5:
+            self.trouble = "the disk is gone"
+            return []
+        return read(self, steps)
+
+    monkeypatch.setattr(Batches, "_read", troubled)
+    assert start(tiny, folder.path, OFTEN) == 1
+    assert 4 in folder.committed()
+    assert folder.leftovers() == []
+    assert folder.events("checkpoint")[0]["step"] == 4
+    assert folder.events("stop")[0]["time"] >= folder.events("checkpoint")[0]["time"]
+
+
+@pytest.mark.usefixtures("slow_disk")
+def test_an_error_that_all_ranks_raise_loses_no_save_under_way(
+    tiny: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_at(5, NonFiniteLoss("it jumped"), monkeypatch)
+    assert start(tiny, folder.path, OFTEN) == 1
+    assert folder.committed() == [4]
+    assert folder.outcome()["status"] == "failed"
+    assert (folder.path / "leases" / "00000001.beat").read_text() == "released"
+
+
+@pytest.mark.usefixtures("slow_disk")
+def test_a_mistake_of_the_program_loses_no_save_under_way(
+    tiny: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_at(5, KeyError("a mistake"), monkeypatch)
+    with pytest.raises(AssertionError, match="ended its process with 1"):
+        start(tiny, folder.path, OFTEN)
+    assert folder.committed() == [4]
+    assert folder.outcome()["reason"] == "rank 0: KeyError('a mistake')"
+    assert folder.outcome()["again"] is False
+
+
+GIVES_UP = """
+import sys, time
+from pathlib import Path
+from rcmae.checkpoint.lease import Lease
+from rcmae.run.presence import Presence
+run = Path(sys.argv[1])
+lease = Lease(run, timeout_s=60, wait_s=0, newest_step=lambda: 0)
+mine = Presence(run, generation=int(sys.argv[2]), rank=0, world=2, timeout_s=1.0, interval_s=0.1)
+mine.at(7, "computing the step")
+if sys.argv[3] == "deaf":
+    sys.stderr.close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("ears", ["hearing", "deaf"])
+def test_a_rank_that_waits_in_vain_for_a_peer_leaves_an_outcome_that_says_again(
+    tmp_path: Path, ears: str
+) -> None:
+    command = [sys.executable, "-c", GIVES_UP, str(tmp_path), "1", ears]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    told = {key: outcome[key] for key in ("status", "exit_status", "step", "again")}
+    assert told == {"status": "failed", "exit_status": 1, "step": 7, "again": True}
+    assert outcome["reason"].startswith("lost rank 1 silent")
+    assert b"lost rank 1 silent" in done.stderr or ears == "deaf"
+
+
+def test_who_comes_first_writes_the_outcome_and_only_of_its_own_job(tmp_path: Path) -> None:
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases" / "00000002.json").write_text("whoever took it over")
+    for generation, reason in ((1, "of the job before"), (2, "the first"), (2, "the second")):
+        alone = Presence(tmp_path, generation=generation, rank=0, world=1, timeout_s=10.0)
+        alone.write_outcome(reason, again=True)
+    assert json.loads((tmp_path / "outcome.json").read_text())["reason"] == "the first"
+
+
+@pytest.mark.parametrize("step", [4, 20])
+def test_a_step_that_the_guard_skips_keeps_its_save_its_row_and_its_evaluation(
+    tiny: Path, folder: Folder, photo_shards: str, step: int
+) -> None:
+    settings = [
+        "guard.action=skip",
+        f"guard.drill_nan_position={32 * (step - 1) + 5}",
+        "checkpoint.keep=9",
+        "evaluate.every_steps=4",
+        *(f"evaluate.{each}_shards={photo_shards}" for each in ("train", "test")),
+    ]
+    assert start(tiny, folder.path, OFTEN, *settings) == 0
+    assert folder.events("not_finite")[0]["step"] == step - 1
+    assert step in folder.committed()
+    assert folder.steps() == list(range(1, 21))
+    skipped = folder.rows()[step - 1]
+    assert (skipped["loss"], skipped["skipped"]) == (None, 1.0)
+    assert sum("skipped" in row for row in folder.rows()) == 1
+    assert [event["step"] for event in folder.events("evaluate")] == [4, 8, 12, 16, 20]
