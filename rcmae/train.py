@@ -123,7 +123,7 @@ def train(
             run.log.say(ending.summary(run, outcome))
     except ending.TOGETHER as error:  # on all ranks together
         ending.say_error(error)
-        outcome = ending.outcome_of_error(error)
+        outcome = ending.outcome_of_error(run, error)
     except Exception as error:  # of this rank alone, or of all that have lost one
         ending.note_failure(run, error)
         raise

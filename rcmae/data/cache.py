@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import math
@@ -34,6 +35,9 @@ from rcmae.errors import Refused
 
 _OPEN_SHARDS = 128  # local files that a process keeps open; the usual limit is 1,024
 _AT_ONCE = 16  # shards that are copied together
+# A file system on a network loses a server for a moment, or a file's handle; a disk a sector.
+_PASSING = (errno.EIO, errno.ESTALE)
+_PAUSES_S = (0.2, 1.0, 3.0)  # before each further attempt at a local file
 
 
 class CacheTooSmall(SourceGone):
@@ -261,15 +265,35 @@ class Reader:
     def read(self, shard: Stored, offset: int, size: int) -> bytes:
         """`size` bytes, or as many as are there.
 
+        What passes on a file system is tried again, in a file that is opened anew.
+
         Raises:
             OSError: the shard is gone or cannot be had.
         """
+        for pause_s in (*_PAUSES_S, None):
+            try:
+                return self._read(shard, offset, size)
+            except OSError as error:
+                if pause_s is None or error.errno not in _PASSING:
+                    raise
+                self._forget(shard.path)
+                time.sleep(pause_s)
+        raise AssertionError("the last attempt raises")
+
+    def _read(self, shard: Stored, offset: int, size: int) -> bytes:
         if is_remote(shard.path):
             if self.cache is None:
                 return sources.part(shard.path, offset, size)
             with self.cache.opened(shard) as file:
                 return sources.pread(file, size, offset)
         return sources.pread(self._local(shard.path), size, offset)
+
+    def _forget(self, path: str) -> None:
+        """Close a file, so that it is opened anew."""
+        file = self._open.pop(path, None)
+        if file is not None:
+            with contextlib.suppress(OSError):
+                os.close(file)
 
     def prepare(self, shards: Sequence[Stored]) -> None:
         """Copy these shards into the cache, several at once. Raises as `Cache.opened`."""

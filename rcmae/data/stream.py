@@ -17,18 +17,17 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data import Sampler
 
 from rcmae.data.batch import NO_LABEL, Batch
 from rcmae.data.cache import Cache
 from rcmae.data.device_decode import DeviceDecoder, OnDevice
 from rcmae.data.index import ShardIndex
+from rcmae.data.loading import Workers, WorkersLost, loader
 from rcmae.data.plan import Plan, Requests
 from rcmae.data.sources import is_remote
 from rcmae.data.transforms import CentreTransform, TrainTransform
@@ -42,7 +41,6 @@ from rcmae.data.views import (
     TrainReading,
     Views,
 )
-from rcmae.data.workers import end_with_owner, fork_server
 from rcmae.errors import Refused
 
 _STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
@@ -138,11 +136,17 @@ class Stream:
         if remote and cache is not None:
             ahead = _Ahead(index, cache.limit // share.ranks_of_node)
         self._order = _MicroOrder(plan, share, share.micro // views.repeats, ahead)
-        self._loader: DataLoader[Read | Exception] | None = _loader(
-            self._reading, self._order, readers.workers, readers.prefetch, persistent=True
+        self._workers = Workers(
+            lambda: loader(
+                self._reading,
+                self._order,
+                readers.workers,
+                readers.prefetch,
+                persistent=True,
+                preload=__name__,
+            )
         )
         self._running: Generator[list[Batch], None, None] | None = None
-        self._reads: Iterator[Read | Exception] = iter(())
         self._bad: list[BadSample] = []
 
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
@@ -155,18 +159,19 @@ class Stream:
         Raises:
             TooManyBadSamples: on this rank; the others do not know.
             OSError: a shard is gone or cannot be read; names the sample.
+            WorkersLost: workers were killed again and again.
         """
-        assert self._loader is not None, "the stream is closed"
         if self._running is not None:
             self._running.close()
-        self._order.first_step = first_step
-        self._running = self._steps(self._loader)
+        self._running = self._steps(first_step)
         return self._running
 
-    def _steps(self, loader: DataLoader[Read | Exception]) -> Generator[list[Batch], None, None]:
-        self._reads = iter(loader)
+    def _steps(self, first_step: int) -> Generator[list[Batch], None, None]:
+        def start_at(micro: int) -> None:
+            self._order.first_micro = first_step * self._micros + micro
+
         with contextlib.ExitStack() as stack:
-            reads = self._reads
+            reads: Iterator[Read | Exception] = self._workers.reads(start_at)
             decoder = self._device_decoder
             if decoder is not None:
                 decoded = OnDevice(
@@ -225,6 +230,16 @@ class Stream:
         self._bad = []
         return bad
 
+    def drain_losses(self) -> list[str]:
+        """Workers of this rank that were killed and replaced since the last call: what is known of
+        each.
+        """
+        return self._workers.drain()
+
+    def missing_workers(self) -> WorkersLost | None:
+        """What to raise in a wait for samples that nobody will bring: a worker is dead."""
+        return self._workers.missing()
+
     def first_images(self, count: int) -> Batch:
         """The first `count` samples of the run, the same on every rank, read here and now: for
         pictures.
@@ -243,8 +258,8 @@ class Stream:
         """
         if self._running is not None:
             self._running.close()
-        _stop(self._reads)
-        self._running = self._loader = None
+        self._workers.close()
+        self._running = None
 
 
 def _images_of_a_rank(plan: Plan, share: Share, repeats: int) -> int:
@@ -346,11 +361,17 @@ def labelled_batches(
     mine = np.arange(rank * share, min((rank + 1) * share, len(index)))
     numbers[: len(mine)] = mine
     reading = LabelledReading(index, transform, readers.cache, change)
-    workers = min(readers.workers, count)
-    loader = _loader(reading, _Chunks(numbers, batch), workers, readers.prefetch, persistent=False)
-    reads = iter(loader)
+    order = _Chunks(numbers, batch)
+    here = min(readers.workers, count)
+    workers = Workers(
+        lambda: loader(reading, order, here, readers.prefetch, persistent=False, preload=__name__)
+    )
+
+    def start_at(chunk: int) -> None:
+        order.first_chunk = chunk
+
     try:
-        for read in reads:
+        for read in workers.reads(start_at):
             for bad in read.bad:
                 if on_bad is not None:
                     on_bad(bad)
@@ -360,7 +381,9 @@ def labelled_batches(
                     )
             yield read.batch
     finally:
-        _stop(reads)
+        workers.close()
+        for loss in workers.drain():
+            _log.warning("%s", loss)
 
 
 def refuse_unlabelled(index: ShardIndex) -> None:
@@ -414,10 +437,15 @@ class _MicroOrder(Sampler[Asked]):
         self._share = share
         self._micro = micro  # samples of a micro-batch
         self._ahead = ahead
-        self.first_step = 0
+        self.first_micro = 0  # of all since the run's first step
 
     def __iter__(self) -> Iterator[Asked]:
-        steps = self._steps()
+        per_step = self._plan.images // self._share.world // self._micro
+        first_step, skipped = divmod(self.first_micro, per_step)
+        return islice(self._micros(first_step), skipped, None)
+
+    def _micros(self, first_step: int) -> Iterator[Asked]:
+        steps = self._steps(first_step)
         none: list[int] = []
         walked = self._ahead.walk(steps) if self._ahead else ((each, none) for each in steps)
         for requests, shards in walked:
@@ -427,11 +455,11 @@ class _MicroOrder(Sampler[Asked]):
                 share = tuple(shards[number :: len(cuts)])
                 yield Asked(Requests(requests.positions[part], requests.samples[part]), share)
 
-    def _steps(self) -> Iterator[Requests]:
+    def _steps(self, first_step: int) -> Iterator[Requests]:
         images = self._plan.images
         rank = self._share.rank
         world = self._share.world
-        for step in count(self.first_step):
+        for step in count(first_step):
             yield self._plan.requests(step * images, (step + 1) * images, rank, world)
 
 
@@ -441,52 +469,9 @@ class _Chunks(Sampler[Asked]):
     def __init__(self, numbers: NDArray[np.int64], batch: int) -> None:
         self._numbers = numbers
         self._batch = batch
+        self.first_chunk = 0
 
     def __iter__(self) -> Iterator[Asked]:
-        for at in range(0, len(self._numbers), self._batch):
+        for at in range(self.first_chunk * self._batch, len(self._numbers), self._batch):
             part = self._numbers[at : at + self._batch]
             yield Asked(Requests(part, part))
-
-
-# ------------------------------------------------------------------------------------ the processes
-
-
-def _loader(
-    reading: Dataset[Any], order: Sampler[Asked], workers: int, prefetch: int, *, persistent: bool
-) -> DataLoader[Any]:
-    processes: dict[str, Any] = {}
-    if workers:
-        processes = {
-            "num_workers": workers,
-            "prefetch_factor": prefetch,
-            "multiprocessing_context": fork_server("torch", __name__),
-            "persistent_workers": persistent,
-            "worker_init_fn": _start_worker,
-        }
-    return DataLoader(
-        reading,
-        sampler=order,
-        batch_size=None,  # an item of the order is a whole batch
-        collate_fn=_as_is,
-        pin_memory=torch.cuda.is_available(),
-        # it draws a seed for workers that we do not use: not from the run's generator
-        generator=torch.Generator(),
-        **processes,
-    )
-
-
-def _stop(reads: Iterator[Any]) -> None:
-    """End the workers now. torch offers no public way: it waits for the iterator to be collected,
-    and where that is left to the collector of cycles (after an exception), the queues go first and
-    it waits 5 s for each worker."""
-    if isinstance(reads, _MultiProcessingDataLoaderIter):
-        reads._shutdown_workers()
-
-
-def _as_is(read: Any) -> Any:
-    return read
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    end_with_owner()

@@ -28,7 +28,7 @@ from rcmae.data.device_decode import Encoded, pack
 from rcmae.data.index import Sample, ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.plan import Plan, Requests
-from rcmae.data.sources import indexing, redacted
+from rcmae.data.sources import AccessDenied, indexing, redacted
 from rcmae.data.tars import HEADER, Shard, unlike_header
 from rcmae.data.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
 from rcmae.errors import Refused
@@ -194,9 +194,9 @@ class TrainReading(Dataset[Read | Exception]):
             except TooManyBadSamples as error:
                 return error
             except OSError as error:
-                return OSError(
-                    f"{self._index[number].id} at position {position} cannot be read: {error}"
-                )
+                told = f"{self._index[number].id} at position {position} cannot be read: {error}"
+                refused = isinstance(error, PermissionError | AccessDenied)
+                return PermissionError(told) if refused else OSError(told)
             except Exception as error:
                 raise RuntimeError(
                     f"{self._index[number].id} at position {position}: {error!r}"

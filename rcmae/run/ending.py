@@ -60,11 +60,20 @@ def evaluated(run: Run) -> Outcome:
     return Outcome(preempt.FINISHED, f"evaluated step {step}", is_told=False)
 
 
-def outcome_of_error(error: Exception) -> Outcome:
-    """Of a training that all ranks ended together, for a reason that is told."""
-    # a lease that passed on has its outcome written by who has it now; one whose beat could not
-    # be written may be had again
-    return Outcome(preempt.FAILED, str(error), again=isinstance(error, LeaseLost))
+def outcome_of_error(run: Run, error: Exception) -> Outcome:
+    """Of a training that all ranks ended together, for a reason that is told. Collective.
+
+    Ranks that cannot read on stand at a step's boundary: that step is committed.
+    """
+    if not isinstance(error, DataUnreadable):
+        # a lease that passed on has its outcome written by who has it now; one whose beat could
+        # not be written may be had again
+        return Outcome(preempt.FAILED, str(error), again=isinstance(error, LeaseLost))
+    try:
+        run.parts.saving.finish()
+    except (CheckpointError, LeaseLost) as other:  # on all ranks together
+        say_error(other)
+    return Outcome(preempt.FAILED, str(error), again=error.may_pass)
 
 
 def note_end(run: Run, outcome: Outcome) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -23,7 +22,14 @@ from rcmae.run.loop.saving import Saving
 
 
 class DataUnreadable(RuntimeError):
-    """A rank could not read its samples; says which rank and why."""
+    """A rank could not read its samples; says which rank and why.
+
+    All ranks stand at a step's boundary, so what is done can still be committed.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass  # a new start can help
 
 
 class Agreed(NamedTuple):
@@ -52,7 +58,7 @@ class Flags(NamedTuple):
     trouble: float
     lost: float
     saved: float
-    bad: float
+    noted: float  # bad samples or lost workers
 
 
 class Agreement:
@@ -97,8 +103,8 @@ class Agreement:
             raise LeaseLost(dist.from_first(self._lease.why_lost if self._lease else None))
         if told.saved == dist.world():
             self._saving.collect()
-        if told.bad:
-            self._note_bad_samples()
+        if told.noted:
+            self._note_reading()
         if told.trouble:
             self._raise_trouble()
         counts = dict(zip(mine, totals, strict=False))
@@ -134,17 +140,26 @@ class Agreement:
             trouble=self._batches.trouble is not None,
             lost=self._lease is not None and self._lease.lost,
             saved=self._saving.is_done(),
-            bad=bool(self._batches.bad),
+            noted=bool(self._batches.bad or self._batches.losses),
         )
 
-    def _note_bad_samples(self) -> None:
-        for bad in itertools.chain(*dist.gather(self._batches.bad)):
-            self._instruments.log.event("bad_sample", step=self.progress.step, **bad._asdict())
+    def _note_reading(self) -> None:
+        """Write down what went wrong in reading and was made good."""
+        log, step = self._instruments.log, self.progress.step
+        ranks = dist.gather((self._batches.bad, self._batches.losses))
+        for rank, (samples, losses) in enumerate(ranks):
+            for bad in samples:
+                log.event("bad_sample", step=step, **bad._asdict())
+            for loss in losses:
+                log.event("worker_lost", step=step, rank=rank, reason=loss)
+                log.say(f"step {step}, rank {rank}: {loss}")
 
     def _raise_trouble(self) -> None:
-        told = enumerate(dist.gather(self._batches.trouble))
-        lines = [f"rank {rank}: {text}" for rank, text in told if text]
-        raise DataUnreadable(f"step {self.progress.step}: " + "\n".join(lines))
+        ranks = dist.gather(self._batches.trouble)
+        troubles = {rank: trouble for rank, trouble in enumerate(ranks) if trouble is not None}
+        lines = [f"rank {rank}: {trouble.told}" for rank, trouble in troubles.items()]
+        may_pass = all(trouble.may_pass for trouble in troubles.values())
+        raise DataUnreadable(f"step {self.progress.step}: " + "\n".join(lines), may_pass=may_pass)
 
     def _why_stop(self, *, asked: bool) -> str | None:
         progress = self.progress

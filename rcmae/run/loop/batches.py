@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rcmae import dist
 from rcmae.config import Recipe
 from rcmae.data.batch import Batch
+from rcmae.data.loading import WorkersLost
+from rcmae.data.sources import AccessDenied
 from rcmae.data.stream import BadSample, Stream, TooManyBadSamples
 from rcmae.data.transforms import Normalise
 from rcmae.run import startup
@@ -18,6 +20,13 @@ from rcmae.run.loop.progress import Progress
 
 if TYPE_CHECKING:
     from rcmae.tasks.protocol import Task
+
+
+class Trouble(NamedTuple):
+    """Why a rank has no samples."""
+
+    told: str
+    may_pass: bool  # a new start can help: a store that is away, a lost disk, killed workers
 
 
 class Batches:
@@ -37,7 +46,8 @@ class Batches:
         normalise: Normalise,
     ) -> None:
         self.stream = stream
-        self.trouble: str | None = None  # why this rank has no samples
+        self.trouble: Trouble | None = None  # why this rank has no samples
+        self.losses: list[str] = []  # workers that were killed and replaced in the step
         self.bad: list[BadSample] = []  # samples of the step that were replaced
         self.longest_step_s = 0.0
         self._task = task
@@ -61,6 +71,7 @@ class Batches:
             self._began = time.monotonic()
             micros = self._read(steps)
             self.bad = self.stream.drain_bad()
+            self.losses = self.stream.drain_losses()
             yield micros
 
     def ready(self, batch: Batch) -> Batch:
@@ -81,7 +92,9 @@ class Batches:
             with self._instruments.meter.waiting():
                 micros = self._task.pair(self._recipe, list(next(steps)))
         except (TooManyBadSamples, OSError, RuntimeError) as error:
-            self.trouble = str(error)
+            passes = isinstance(error, OSError | WorkersLost)
+            denied = isinstance(error, PermissionError | AccessDenied)
+            self.trouble = Trouble(str(error), passes and not denied)
             return []
         if self._progress.is_first_of_job:
             startup.mark("first batch")

@@ -1,0 +1,200 @@
+"""The processes that read for a rank, and what becomes of them when the system kills one.
+
+A worker keeps no state, so one that is gone (out of memory, or its fork server was killed) takes
+nothing with it: all of a rank's workers are started anew from the read that is next. torch's loader
+cannot replace one of several. How often is counted, and limited: what kills them every time is not
+mended by more of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from rcmae.data.workers import end_with_owner, fork_server
+
+LOSSES_IN_A_ROW = 3  # without a read in between; then there is no use in another
+LOSSES = 50  # of a job
+_SEEN_WITHIN_S = 1.0  # a process that was killed shows it by then
+
+
+class WorkersLost(RuntimeError):
+    """Workers were killed too often; says how, and what to look at."""
+
+
+class Workers:
+    """Who reads the items of an order, one after the other.
+
+    Args:
+        make: a loader of that order, whose processes start when it is iterated over.
+    """
+
+    def __init__(self, make: Callable[[], DataLoader[Any]]) -> None:
+        self._make = make
+        self._loader: DataLoader[Any] | None = make()  # its server imports torch from now on
+        self._iterator: Iterator[Any] = iter(())
+        self._told: list[str] = []
+        self._count = 0
+
+    def reads(self, start_at: Callable[[int], None]) -> Generator[Any, None, None]:
+        """What they read, from the first item on; whoever was killed is replaced.
+
+        Args:
+            start_at: told at which item the order is to begin, before its processes start.
+
+        Raises:
+            WorkersLost: they are killed again and again.
+        """
+        done = in_a_row = 0
+        started = False
+        while True:
+            assert self._loader is not None, "the workers are closed"
+            try:
+                if not started:
+                    start_at(done)
+                    self._iterator = iter(self._loader)
+                    started = True
+                read = next(self._iterator)
+            except StopIteration:
+                return
+            except Exception as error:
+                in_a_row += 1
+                self._replace(error, in_a_row)
+                started = False
+                continue
+            yield read
+            done += 1
+            in_a_row = 0
+
+    def missing(self) -> WorkersLost | None:
+        """What to raise where a rank waits for a read: one of them is dead. Any thread may ask."""
+        lost = _lost(self._iterator)
+        return WorkersLost("; ".join(lost)) if lost else None
+
+    def drain(self) -> list[str]:
+        """Losses since the last call, in words."""
+        told = self._told
+        self._told = []
+        return told
+
+    def close(self) -> None:
+        """End them now."""
+        _stop(self._iterator)
+        self._loader = None
+        self._iterator = iter(())
+
+    def _replace(self, error: Exception, in_a_row: int) -> None:
+        """Make another loader. Raises the error where no worker was lost, or WorkersLost."""
+        lost = _lost(self._iterator, wait_s=_SEEN_WITHIN_S)
+        starting = isinstance(error, OSError) and self._iterator_is_new()
+        if not lost and not starting:
+            raise error
+        told = "; ".join(lost) or f"data workers could not be started ({error})"
+        self._count += 1
+        if in_a_row > LOSSES_IN_A_ROW or self._count > LOSSES:
+            raise WorkersLost(
+                f"{told}; lost {self._count} times in this job, {in_a_row} in a row: see the "
+                "memory of the node (dmesg), and lower data.workers or batch.per_device"
+            ) from error
+        self._told.append(f"{told}; started anew ({self._count} of {LOSSES} times)")
+        _stop(self._iterator)
+        self._iterator = iter(())
+        self._loader = self._make()
+
+    def _iterator_is_new(self) -> bool:
+        """Whether the loader has workers and none of them has started."""
+        wants = self._loader is not None and self._loader.num_workers > 0
+        return wants and not isinstance(self._iterator, _MultiProcessingDataLoaderIter)
+
+
+def _lost(reads: Iterator[Any], wait_s: float = 0.0) -> list[str]:
+    """How each worker that should be alive came to its end, in words."""
+    if not isinstance(reads, _MultiProcessingDataLoaderIter):
+        return []
+    end = time.monotonic() + wait_s
+    while True:
+        dead = [worker for worker in reads._workers if not worker.is_alive()]
+        gone = [worker for worker in dead if worker.exitcode != 0]  # 0: its work was done
+        if gone or time.monotonic() >= end:
+            return [_fate(worker.pid, worker.exitcode) for worker in gone]
+        time.sleep(0.05)
+
+
+def _fate(pid: int | None, exitcode: int | None) -> str:
+    how = f"ended with status {exitcode}"
+    if exitcode is not None and exitcode < 0:
+        with contextlib.suppress(ValueError):
+            how = f"was killed by {signal.Signals(-exitcode).name}"
+    elif exitcode == 255:  # nobody is left to tell
+        how = "was lost with its fork server"
+    return f"data worker {pid} {how}"
+
+
+def loader(
+    reading: Dataset[Any],
+    order: Sampler[Any],
+    workers: int,
+    prefetch: int,
+    *,
+    persistent: bool,
+    preload: str,
+) -> DataLoader[Any]:
+    """Reads of the items of an order, by so many processes; 0: by this one.
+
+    Args:
+        reading: item -> read.
+        order: the items.
+        workers: processes.
+        prefetch: reads that each keeps ready.
+        persistent: whether they outlive an iteration.
+        preload: the module that their server imports once for all of them.
+    """
+    processes: dict[str, Any] = {}
+    if workers:
+        processes = {
+            "num_workers": workers,
+            "prefetch_factor": prefetch,
+            "multiprocessing_context": fork_server("torch", preload),
+            "persistent_workers": persistent,
+            "worker_init_fn": _start_worker,
+        }
+    return DataLoader(
+        reading,
+        sampler=order,
+        batch_size=None,  # an item of the order is a whole batch
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_available(),
+        # it draws a seed for workers that we do not use: not from the run's generator
+        generator=torch.Generator(),
+        **processes,
+    )
+
+
+def _stop(reads: Iterator[Any]) -> None:
+    """End the workers now, whatever they wait for. torch offers no public way: it waits for the
+    iterator to be collected, and where that is left to the collector of cycles (after an
+    exception), the queues go first and it waits 5 s for each worker."""
+    if not isinstance(reads, _MultiProcessingDataLoaderIter):
+        return
+    for worker in reads._workers:
+        if worker.pid is not None and worker.is_alive():
+            with contextlib.suppress(OSError):
+                os.kill(worker.pid, signal.SIGTERM)  # from its owner: it ends at once
+    reads._shutdown_workers()
+
+
+def _as_is(read: Any) -> Any:
+    return read
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    end_with_owner()

@@ -1,0 +1,178 @@
+"""Trouble with data costs no good state: killed workers are replaced, a disk's hiccup is read
+again, and what cannot be had ends the run with its last step committed.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streams import flat_stream
+
+from rcmae.data import cache, loading
+from rcmae.data.index import ShardIndex
+from rcmae.data.loading import WorkersLost
+from rcmae.data.masking import RandomMask
+from rcmae.data.plan import Plan
+from rcmae.data.stream import Readers, Stream, labelled_batches
+from rcmae.data.transforms import CentreTransform, TrainTransform
+from rcmae.run.loop import schedule
+from runs import Folder, equal, start
+
+
+@pytest.fixture
+def index(photo_shards: str) -> ShardIndex:
+    return ShardIndex.open(photo_shards)
+
+
+def stream_of(index: ShardIndex, **changes: Any) -> Stream:
+    plan = Plan(index.counts, seed=3, images=16, streams=8, window=8)
+    settings = {"transform": TrainTransform((16, 16)), "mask": RandomMask(4, 1), "micro": 4}
+    return flat_stream(index=index, plan=plan, seed=5, **settings, **changes)
+
+
+def keys_of(stream: Stream, steps: int, after_first: Callable[[], object]) -> list[tuple[str, ...]]:
+    seen = []
+    for number, micros in zip(range(steps), stream.steps(2), strict=False):
+        seen += [batch.keys for batch in micros]
+        if number == 0:
+            after_first()
+    stream.close()
+    return seen
+
+
+def workers_of() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+
+
+def kill_workers() -> None:
+    for pid in workers_of():
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_server() -> None:
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("mishap", [kill_workers, kill_server])
+def test_killed_workers_are_replaced_and_bring_the_same_batches(
+    index: ShardIndex, mishap: Callable[[], None]
+) -> None:
+    wanted = keys_of(stream_of(index), 6, lambda: None)
+    stream = stream_of(index, workers=2)
+    assert keys_of(stream, 6, mishap) == wanted
+    told = stream.drain_losses()
+    assert len(told) == 1
+    assert "data worker" in told[0]
+    assert "started anew (1 of 50 times)" in told[0]
+
+
+def test_workers_that_are_killed_every_time_end_the_reading(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "LOSSES", 2)
+    stream = stream_of(index, workers=1)
+
+    def read_on() -> None:
+        for _ in stream.steps(0):
+            kill_workers()
+
+    with pytest.raises(WorkersLost, match=r"lost 3 times in this job.*lower data.workers"):
+        read_on()
+    stream.close()
+
+
+def test_an_evaluation_outlives_a_killed_worker(
+    index: ShardIndex, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = []
+    for batch in labelled_batches(
+        index, CentreTransform((16, 16)), batch=32, readers=Readers(workers=1)
+    ):
+        if not seen:
+            kill_workers()
+        seen += batch.positions.tolist()
+    assert [number for number in seen if number >= 0] == list(range(len(index)))
+    assert "killed by SIGKILL" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_hiccup_of_a_file_system_is_read_again_in_a_file_opened_anew(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(cache, "_PAUSES_S", (0.0, 0.0))
+    pread, opened, left = os.pread, [], [2]
+
+    def failing(file: int, size: int, offset: int) -> bytes:
+        opened.append(file)
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return pread(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    shard = index.shards[0]
+    assert len(cache.Reader().read(shard, 0, 512)) == 512
+    left[0] = 3
+    with pytest.raises(OSError, match=os.strerror(number)):
+        cache.Reader().read(shard, 0, 512)
+
+
+def when_step(step: int, action: Callable[[], object]) -> Callable[..., float]:
+    """The schedule of the rate, which every step asks once; in this step something happens."""
+    rate = schedule.learning_rate
+
+    def asked(now: int, **named: Any) -> float:
+        if now == step:
+            action()
+        return rate(now, **named)
+
+    return asked
+
+
+@pytest.mark.parametrize(("error", "again"), [(errno.EIO, True), (errno.EACCES, False)])
+def test_shards_that_cannot_be_read_commit_the_last_step_and_say_whether_to_start_again(
+    tiny: Path,
+    uninterrupted: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: int,
+    again: bool,
+) -> None:
+    folder = Folder(tmp_path / "run")
+
+    def failing(*_: Any) -> bytes:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(cache, "_PAUSES_S", (0.0,))
+    monkeypatch.setattr(
+        schedule,
+        "learning_rate",
+        when_step(6, lambda: monkeypatch.setattr(cache.Reader, "_read", failing)),
+    )
+    assert start(tiny, folder.path) == 1
+    outcome = folder.outcome()
+    assert (outcome["exit_status"], outcome["again"], outcome["step"]) == (1, again, 7)
+    assert folder.committed() == [7]
+    monkeypatch.undo()
+    assert start(tiny, folder.path) == 0
+    assert equal(folder.state(), uninterrupted.state())
+
+
+def test_a_killed_worker_is_noted_and_the_run_goes_on(
+    tiny: Path, uninterrupted: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(tmp_path / "run")
+    monkeypatch.setattr(schedule, "learning_rate", when_step(3, kill_workers))
+    assert start(tiny, folder.path, "data.workers=1") == 0
+    events = folder.events("worker_lost")
+    assert [event["rank"] for event in events] == [0]
+    assert "killed by SIGKILL" in events[0]["reason"]
+    assert equal(folder.state(), uninterrupted.state())
