@@ -113,7 +113,10 @@ def photo_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("photo-shards")
     images = Path(sklearn.__file__).parent / "datasets" / "images"
     # [427, 640, 3]
-    photographs = [np.asarray(Image.open(images / name)) for name in ("china.jpg", "flower.jpg")]
+    photographs = [
+        np.asarray(Image.open(images / name, formats=["JPEG"]))
+        for name in ("china.jpg", "flower.jpg")
+    ]
     draw = np.random.default_rng(0)
     for shard in range(6):
         with tarfile.open(folder / f"photo-{shard:06d}.tar", "w") as tar:

@@ -14,7 +14,7 @@ from rcmae.data.batch import Batch, Kind, fields_of
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask
 from rcmae.data.plan import Plan
-from rcmae.data.transforms import TrainTransform
+from rcmae.data.transforms import FORMATS, TrainTransform
 
 META = torch.device("meta")
 
@@ -94,7 +94,7 @@ class Maps:
     kinds = ("map", "annotation")
 
     def read(self, content, view):
-        with Image.open(io.BytesIO(content["map"])) as image:
+        with Image.open(io.BytesIO(content["map"]), formats=FORMATS) as image:
             pixels = torch.from_numpy(np.array(image))
         top, left, height, width, _ = view.crop
         boxes = torch.tensor(json.loads(content["annotation"])["boxes"]).view(-1, 4)

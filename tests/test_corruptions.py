@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rcmae.data.index import ShardIndex
 from rcmae.data.stream import Readers, labelled_batches
-from rcmae.data.transforms import CentreTransform, resize
+from rcmae.data.transforms import FORMATS, CentreTransform, resize
 from rcmae.evaluation.corruptions import KINDS, Corruption, height_map
 from rcmae.evaluation.warping import convolved, smoothed
 
@@ -26,7 +26,7 @@ from rcmae.evaluation.warping import convolved, smoothed
 def photograph() -> Tensor:
     """[3, 224, 224] uint8."""
     path = Path(sklearn.__file__).parent / "datasets" / "images" / "flower.jpg"
-    return resize(np.array(Image.open(path))[:400, 100:500], (224, 224))
+    return resize(np.array(Image.open(path, formats=FORMATS))[:400, 100:500], (224, 224))
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -120,7 +120,7 @@ def test_pointwise_kinds_are_their_formulas(photograph: Tensor) -> None:
     assert torch.allclose(flat, (pixels - mean) * 0.1 + mean, atol=3e-3)
     file = io.BytesIO()
     Image.fromarray(photograph.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=7)
-    wanted = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    wanted = torch.from_numpy(np.array(Image.open(file, formats=FORMATS))).permute(2, 0, 1)
     assert torch.equal(Corruption("jpeg_compression", 5)(photograph, 0), wanted)
     blocks = Corruption("pixelate", 5)(photograph, 0)
     assert torch.equal(blocks, blocks[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2))

@@ -24,7 +24,7 @@ from rcmae.data.device_decode import DeviceDecoder, OnDevice, nvjpeg
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask
 from rcmae.data.plan import Plan
-from rcmae.data.transforms import TrainTransform
+from rcmae.data.transforms import FORMATS, TrainTransform
 from rcmae.data.views import BadSample, TooManyBadSamples
 from runs import Folder, start
 
@@ -98,7 +98,7 @@ def damaged(photo_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Shar
         jpegs = [
             source.extractfile(m).read() for m in source.getmembers() if m.name.endswith("jpg")
         ]  # type: ignore[union-attr]
-    image = Image.open(io.BytesIO(jpegs[0]))
+    image = Image.open(io.BytesIO(jpegs[0]), formats=FORMATS)
     png, cmyk = io.BytesIO(), io.BytesIO()
     image.save(png, "PNG")
     image.convert("CMYK").save(cmyk, "JPEG")

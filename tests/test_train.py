@@ -121,7 +121,7 @@ def test_evaluation_and_picture_are_written(
     assert found[0]["knn"]["random"] == found[1]["knn"]["random"]
     pictures = sorted(path.name for path in (folder.path / "pictures").iterdir())
     assert pictures == ["step-00000004.png", "step-00000007.png"]
-    with Image.open(folder.path / "pictures" / pictures[0]) as sheet:
+    with Image.open(folder.path / "pictures" / pictures[0], formats=["PNG"]) as sheet:
         assert sheet.width >= 4 * 32  # input, masked, student, teacher
         assert sheet.height >= 3 * 32
     assert list((folder.path / "tensorboard").glob("events.out.*"))

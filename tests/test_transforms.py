@@ -21,6 +21,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.index import ShardIndex
 from rcmae.data.jpeg import Box, decode_box
 from rcmae.data.transforms import (
+    FORMATS,
     BadImage,
     CentreTransform,
     Normalise,
@@ -69,7 +70,7 @@ def photographs():
 def test_jpeg_is_decoded_to_the_pixels_of_pil():
     for data in photographs():
         np.testing.assert_array_equal(
-            decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            decode(data), np.asarray(Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB"))
         )
 
 
@@ -98,7 +99,7 @@ def test_jpeg_is_decoded_to_the_pixels_of_pil():
 )
 def test_every_mode_becomes_rgb_as_pil_makes_it(kind, mode, options):
     data = encoded(PHOTOGRAPHS[0][:60, :80], kind, mode, **options)
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
     expected = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
     got = decode(data)
     assert got.shape == (60, 80, 3)
@@ -129,7 +130,8 @@ def test_grey_models_get_one_channel():
     ):
         got = decode(data, 1)
         assert got.shape == (427, 640, 1)
-        assert psnr(got[:, :, 0], np.asarray(Image.open(io.BytesIO(data)).convert("L"))) > 45
+        grey = Image.open(io.BytesIO(data), formats=FORMATS).convert("L")
+        assert psnr(got[:, :, 0], np.asarray(grey)) > 45
     view = TrainTransform((16, 16), in_channels=1)(encoded(PHOTOGRAPHS[0]), 0, 0)
     assert view.image.shape == (1, 16, 16)
 
@@ -184,7 +186,7 @@ def test_arrays_and_multi_band_tiff_feed_models_of_other_channels():
             saved(np.zeros((1, 1, 5), np.uint8)).replace(
                 b"(1, 1, 5), }     ", b"(30000, 30000,5)}"
             ),
-            "are too many",
+            "buffer is smaller",
         ),
         (np.lib.format.MAGIC_PREFIX + b"\x01\x00", "Error"),
         (
@@ -239,15 +241,15 @@ PNG = encoded(PHOTOGRAPHS[0])
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "of a format that Pillow knows"),
-        (b"this is text in place of a photograph", "of a format that Pillow knows"),
-        (bytes(5000), "of a format that Pillow knows"),
+        (b"", "of a format that is read"),
+        (b"this is text in place of a photograph", "of a format that is read"),
+        (bytes(5000), "of a format that is read"),
         (JPEG[: len(JPEG) // 2], "truncated"),
         (JPEG[:2], "of a format"),
         (PNG[: len(PNG) // 2], "truncated"),
         (PNG[:40] + bytes(1000) + PNG[1040:], "Error|of a format"),
-        (bomb(30_000), "DecompressionBombError"),
-        (jpeg_bomb(), "30000 x 30000 pixels are too many"),
+        (bomb(30_000), "Decompression|more than data.max_pixels"),
+        (jpeg_bomb(), "30000 x 30000 pixels are more than data.max_pixels"),
         (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point"),
     ],
 )
@@ -448,7 +450,7 @@ def test_the_centre_view_is_that_of_torchvision():
 
     theirs = Compose([Resize(256, interpolation=InterpolationMode.BICUBIC), CenterCrop(224)])
     for data in photographs():
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
         if min(image.size) >= 256:
             view = CentreTransform((224, 224))(data, 0, 0)
             assert psnr(view.image.permute(1, 2, 0).numpy(), theirs(image)) > 50

@@ -123,7 +123,7 @@ def test_every_kind_of_a_run_is_drawn_and_put_on_one_page(
         assert command.main([kind, str(uninterrupted.path), "--out", str(out), *where, *count]) == 0
     names = {path.stem for path in out.glob("*.png")}
     assert names == {"reconstruction", "attention", "features", "tsne", "filters", "positions"}
-    picture = np.asarray(Image.open(out / "reconstruction.png"))
+    picture = np.asarray(Image.open(out / "reconstruction.png", formats=["PNG"]))
     assert picture.shape[1] > 6 * 160  # input, masked, and two of each network
     assert command.main(["page", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "pictures.html").read_text()

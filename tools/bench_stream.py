@@ -49,7 +49,7 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask, visible_count
 from rcmae.data.plan import Plan
 from rcmae.data.stream import Readers, Share, Stream
-from rcmae.data.transforms import TrainTransform, decode
+from rcmae.data.transforms import FORMATS, TrainTransform, decode
 from rcmae.data.views import Views
 from rcmae.errors import Refused
 from rcmae.extensions import guard_torchvision
@@ -113,7 +113,7 @@ def likeness(files: list[bytes], transform: TrainTransform) -> dict[str, float]:
     for position, data in enumerate(files):
         view = transform(data, 0, position)
         top, left, rows, columns, flipped = view.crop
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             theirs = image.convert("RGB").crop((left, top, left + columns, top + rows))
         pixels = np.asarray(theirs.resize((width, height), Image.Resampling.BICUBIC))
         mine = (view.image.flip(-1) if flipped else view.image).permute(1, 2, 0).numpy()
@@ -125,6 +125,12 @@ def likeness(files: list[bytes], transform: TrainTransform) -> dict[str, float]:
         "min_db": min(found),
         "shrunken_share": shrunk / len(files),
     }
+
+
+def opened(path: str) -> Image.Image:
+    """What torchvision's own loader gives, of the formats that are read here."""
+    with Image.open(path, formats=FORMATS) as image:
+        return image.convert("RGB")
 
 
 def theirs_of(size: int) -> Callable[[Image.Image], torch.Tensor]:
@@ -161,7 +167,7 @@ def one_core(
     """Images per CPU second of each side, and its ratio to torchvision's."""
     transform = TrainTransform((size, size))
     theirs = theirs_of(size)
-    images = ImageFolder(str(folder / "images"), theirs)
+    images = ImageFolder(str(folder / "images"), theirs, loader=opened)
     steps = len(files) // BATCH
     stream = stream_of(index, transform, 0)
     tar = (
@@ -176,7 +182,7 @@ def one_core(
             pass
 
     def pil_decode(data: bytes) -> np.ndarray:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        return np.asarray(Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB"))
 
     sides: dict[str, Callable[[int], None]] = {
         "torchvision": lambda turn: consume(iter(DataLoader(images, BATCH, shuffle=True))),
@@ -225,7 +231,7 @@ def all_cores(
     next(stream.steps(steps // 2))
     resumed = time.perf_counter()
     stream.close()
-    images = ImageFolder(str(folder / "images"), theirs_of(size))
+    images = ImageFolder(str(folder / "images"), theirs_of(size), loader=opened)
     loader = DataLoader(images, BATCH, shuffle=True, num_workers=workers, persistent_workers=True)
     for _ in loader:
         pass

@@ -134,6 +134,8 @@ class DataOptions(Section):
     # Who decodes JPEGs: the workers, or the GPU (nvJPEG, whose pixels differ in their last bits);
     # auto: the GPU where it can. Where it cannot the workers do, with a warning under gpu.
     decode: Literal["cpu", "gpu", "auto"] = "cpu"
+    # an image of more is a bad sample, before it takes memory: up to 15 bytes a pixel
+    max_pixels: Positive = 100_000_000
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     max_bad_fraction: Fraction = 0.001

@@ -14,6 +14,7 @@ import ctypes
 import ctypes.util
 import importlib.util
 import logging
+import re
 import threading
 from functools import cache
 from glob import glob
@@ -28,6 +29,9 @@ from numpy.typing import NDArray
 from rcmae.errors import Refused
 
 _END = b"\xff\xd9"
+_SCAN = 0xDA  # the marker that a scan begins with
+# a marker and the length of its segment; not those that have none, and may stand within a scan
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])(..)", re.DOTALL)
 _COLOURS = ("YCbCr", "Gray", "RGB")
 # channels -> names of simplejpeg and of turbojpeg.h
 _PIXEL_FORMATS = {3: ("RGB", 0), 1: ("GRAY", 6)}
@@ -71,6 +75,21 @@ def header(data: bytes) -> Header:
     """The header of a JPEG. Raises ValueError."""
     height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
     return Header(height, width, colour)
+
+
+def scans(data: bytes, above: int) -> int:
+    """How many scans a JPEG has, as soon as that may be more than `above`; else 0.
+
+    Each scan of a progressive JPEG goes over all of its pixels, and a few bytes make one.
+    """
+    if data.count(bytes((0xFF, _SCAN))) <= above:
+        return 0  # as good as always, and without looking at markers
+    found = 0
+    at = 2
+    while (marker := _MARKER.search(data, at)) is not None and marker[1] != _END[1:]:
+        found += marker[1][0] == _SCAN
+        at = marker.start(2) + max(2, int.from_bytes(marker[2], "big"))
+    return found
 
 
 def is_whole(data: bytes) -> bool:

@@ -29,10 +29,19 @@ from torch.nn.functional import interpolate
 
 from rcmae.data.batch import Batch
 from rcmae.data.draws import Purpose, uniform
-from rcmae.data.jpeg import Box, Header, decode_box, decode_cmyk, header, is_whole
+from rcmae.data.jpeg import Box, Header, decode_box, decode_cmyk, header, is_whole, scans
 from rcmae.errors import Refused
 
-MAX_PIXELS = 178_956_970  # of an encoded image; PIL's limit against decompression bombs
+MAX_PIXELS = 100_000_000  # of an encoded image: data.max_pixels, where nobody says otherwise
+# A file of more pixels to the byte than a photograph ever has, and of more than these in all, is
+# empty, or made to fill the memory.
+_MAX_PIXELS_A_BYTE = 2000
+_FEW_PIXELS = 2**24
+_MAX_SCANS = 100  # of a JPEG: each goes over all pixels
+# All formats that are ever opened. Pillow goes by the content, whatever a file is called, and of
+# some kinds it starts other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+_MAX_ASPECT = 64  # of an image over its view's; beyond, only its middle is resized
 CENTRE_SHARE = 0.875  # of the shorter side that a centre crop keeps, as the field evaluates
 Crop = tuple[int, int, int, int, int]  # top, left, height, width in the source image, 1 = flipped
 _TRIES = 10  # random boxes that may stick out before the centre is taken
@@ -84,6 +93,7 @@ class TrainTransform:
     flip: float = 0.5  # probability
     # JPEGs are decoded at 1/2, 1/4 or 1/8 where the box keeps this many times the target's pixels
     margin: float = 2.5
+    max_pixels: int = MAX_PIXELS  # of the image
 
     def __post_init__(self) -> None:
         _check_channels(self.in_channels)
@@ -116,7 +126,7 @@ class TrainTransform:
         """
         if len(positions) == 1:
             return [self(data, seed, positions[0])]
-        pixels = decode(data, self.in_channels)
+        pixels = decode(data, self.in_channels, max_pixels=self.max_pixels)
         views = []
         for position in positions:
             box = self._box(pixels.shape[0], pixels.shape[1], self._draws(seed, position, 0))
@@ -128,9 +138,9 @@ class TrainTransform:
         should not.
 
         Raises:
-            BadImage: it would take more than MAX_PIXELS.
+            BadImage: it would take more than max_pixels.
         """
-        head = plain_jpeg(data) if self.in_channels in _MODES else None
+        head = plain_jpeg(data, self.max_pixels) if self.in_channels in _MODES else None
         if head is None or head.colours == "RGB" or not is_whole(data):
             # YCbCr and grey are what all decoders know
             return None
@@ -161,9 +171,9 @@ class TrainTransform:
 
     def _part(self, data: bytes, draws: Sequence[float]) -> tuple[NDArray[np.uint8], Box]:
         """The pixels of a random box, shrunken or not, and the box."""
-        head = plain_jpeg(data) if self.in_channels in _MODES else None
+        head = plain_jpeg(data, self.max_pixels) if self.in_channels in _MODES else None
         if head is None:
-            pixels = decode(data, self.in_channels)
+            pixels = decode(data, self.in_channels, max_pixels=self.max_pixels)
             box = self._box(pixels.shape[0], pixels.shape[1], draws)
             return box.of(pixels), box
         box, shrink = shrunken(
@@ -172,7 +182,8 @@ class TrainTransform:
         try:
             return decode_box(data, box, shrink, self.in_channels), box
         except ValueError:
-            return box.of(decode(data, self.in_channels)), box  # if PIL can
+            pixels = decode(data, self.in_channels, max_pixels=self.max_pixels)  # if PIL can
+            return box.of(pixels), box
 
 
 @dataclass(frozen=True)
@@ -185,14 +196,17 @@ class CentreTransform:
 
     image_size: tuple[int, int]  # (height, width) in pixels
     in_channels: int = 3
+    max_pixels: int = MAX_PIXELS  # of the image
 
     def __post_init__(self) -> None:
         _check_channels(self.in_channels)
 
     def __call__(self, data: bytes, seed: int, position: int, draw: int = 0) -> View:
         """The view of an encoded image, the same at every position. Raises BadImage."""
-        pixels = decode(data, self.in_channels)
+        pixels = decode(data, self.in_channels, max_pixels=self.max_pixels)
         height, width = self.image_size
+        middle = _middle(pixels.shape[0], pixels.shape[1], height / width)
+        pixels = middle.of(pixels)
         rows, columns = pixels.shape[:2]
         needed = max(height / rows, width / columns)
         factor = max(needed, min(needed / CENTRE_SHARE, 1.0))
@@ -203,7 +217,7 @@ class CentreTransform:
         left = round((size[1] - width) / 2)
         image = resize(pixels, size)[:, top : top + height, left : left + width]
         box = tuple(round(length / factor) for length in (top, left, height, width))
-        return View(image, (box[0], box[1], box[2], box[3], 0))
+        return View(image, (box[0] + middle.top, box[1] + middle.left, box[2], box[3], 0))
 
 
 class Normalise:
@@ -246,7 +260,9 @@ def channels_of(data: bytes) -> int:
     return 3 if channels in _MODES and not data.startswith(NPY) else channels
 
 
-def decode(data: bytes, channels: int = 3, *, strict: bool = False) -> NDArray[np.uint8]:
+def decode(
+    data: bytes, channels: int = 3, *, strict: bool = False, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
     """The pixels of an encoded image, [H, W, channels].
 
     Args:
@@ -254,45 +270,61 @@ def decode(data: bytes, channels: int = 3, *, strict: bool = False) -> NDArray[n
         channels: as many are wanted.
         strict: refuse damage that decoders can get over: a JPEG that libjpeg-turbo warns of, a PNG
             with a wrong CRC.
+        max_pixels: an image of more is refused before it takes memory.
 
     Raises:
-        BadImage: the bytes are no image, are cut short or damaged, or would take more than
-            MAX_PIXELS.
+        BadImage: the bytes are no image, are cut short or damaged, or would take more pixels or
+            more memory than there is.
     """
-    head = plain_jpeg(data) if channels in _MODES else None
+    head = plain_jpeg(data, max_pixels)
+    if channels not in _MODES:
+        head = None
     if head is not None:
         try:
             return decode_box(data, Box(0, 0, head.height, head.width), channels=channels)
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             if strict:
                 raise BadImage(str(error)) from None
             # PIL has the last word on what is readable
     try:
         if data.startswith(NPY):
-            return _bands(_array(data), channels)
+            values = _array(data)
+            _refuse_bombs(values.shape, channels, len(data), max_pixels)
+            return _bands(values, channels)
         if channels not in _MODES and data[:4] in TIFF:
             with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-                _refuse_bombs(tiff.series[0].shape)
+                _refuse_bombs(tiff.series[0].shape, channels, len(data), max_pixels)
                 return _bands(tiff.series[0].asarray(), channels)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd metadata, and on large images below the limit
             if strict:
                 if data.startswith(b"\xff\xd8"):
                     decode_cmyk(data)
-                with Image.open(io.BytesIO(data)) as image:
+                with _opened(data, max_pixels) as image:
                     image.verify()  # reads the CRCs; nothing can be read of the image then
-            with Image.open(io.BytesIO(data)) as image:
+            with _opened(data, max_pixels) as image:
                 return (
                     _pixels(image, channels)
                     if channels in _MODES
                     else _bands(np.array(image), channels)
                 )
-    except (MemoryError, BadImage):
+    except BadImage:
         raise
+    except MemoryError as error:
+        raise BadImage("there is not enough memory to decode it") from error
     except UnidentifiedImageError:  # its message is the address of our buffer
-        raise BadImage("no image of a format that Pillow knows") from None
+        raise BadImage(f"no image of a format that is read ({', '.join(FORMATS)})") from None
     except Exception as error:  # PIL's plugins raise whatever damaged bytes lead them to
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    """An image of one of the FORMATS, of which only the header is read. Raises as Pillow does."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # the user's limit, not Pillow's
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _refuse_bombs((image.height, image.width), 1, len(data), max_pixels)
+    return image
 
 
 def _array(data: bytes) -> NDArray[np.generic]:
@@ -310,14 +342,25 @@ def _array(data: bytes) -> NDArray[np.generic]:
     shape, fortran, kind = read_header(file)
     if kind.hasobject:
         raise BadImage("its array holds objects, not numbers")
-    _refuse_bombs(shape)
     values = np.frombuffer(data, kind, math.prod(shape), file.tell())
     return values.reshape(shape, order="F" if fortran else "C")
 
 
-def _refuse_bombs(shape: Sequence[int]) -> None:
-    if math.prod(sorted(shape)[-2:]) > MAX_PIXELS:
-        raise BadImage(f"{' x '.join(map(str, shape))} values are too many")
+def _refuse_bombs(shape: Sequence[int], channels: int, size: int, max_pixels: int) -> None:
+    """Raise BadImage where an image would fill the memory.
+
+    Args:
+        shape: its sides in pixels, or of an array with its channels.
+        channels: that are in `shape`; 1: none.
+        size: bytes of the file.
+        max_pixels: the limit.
+    """
+    pixels = math.prod(shape) // channels
+    told = " x ".join(map(str, shape))
+    if pixels > max_pixels:
+        raise BadImage(f"{told} pixels are more than data.max_pixels={max_pixels}")
+    if pixels > max(_FEW_PIXELS, _MAX_PIXELS_A_BYTE * size):
+        raise BadImage(f"{told} pixels in {size} bytes: it is empty, or made to fill the memory")
 
 
 def _bands(values: NDArray[np.generic], channels: int) -> NDArray[np.uint8]:
@@ -342,19 +385,21 @@ def _bands(values: NDArray[np.generic], channels: int) -> NDArray[np.uint8]:
     return np.array(values, np.uint8, order="C")
 
 
-def plain_jpeg(data: bytes) -> Header | None:
+def plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> Header | None:
     """The header of a JPEG that libjpeg-turbo turns into RGB or grey; None for all else.
 
-    Raises BadImage.
+    Raises:
+        BadImage: it would take more pixels, or goes over them more often, than any image needs.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
+    if (found := scans(data, above=_MAX_SCANS)) > _MAX_SCANS:
+        raise BadImage(f"a JPEG of {found} scans, more than {_MAX_SCANS}")
     try:
         head = header(data)
     except ValueError:
         return None
-    if head.height * head.width > MAX_PIXELS:
-        raise BadImage(f"{head.height} x {head.width} pixels are too many")
+    _refuse_bombs((head.height, head.width), 1, len(data), max_pixels)
     return head if head.plain else None
 
 
@@ -417,11 +462,32 @@ def random_box(
 
 
 def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
-    """[h, w, C] resized to [C, *size] uint8: bicubic, antialiased."""
+    """[h, w, C] resized to [C, *size] uint8: bicubic, antialiased.
+
+    Raises MemoryError.
+    """
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     if image.shape[1:] == size:
         return image
-    return interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+    try:
+        return interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+    except RuntimeError as error:
+        if "alloc" in str(error):  # torch has no class of its own for it
+            raise MemoryError(str(error)) from error
+        raise
+
+
+def _middle(rows: int, columns: int, aspect: float) -> Box:
+    """The part of an image that a centre crop looks at: all, but of a thread of pixels, whose
+    resized length no memory would hold, the middle.
+
+    Args:
+        rows, columns: size of the image.
+        aspect: height over width of the view.
+    """
+    height = min(rows, math.ceil(columns * aspect * _MAX_ASPECT))
+    width = min(columns, math.ceil(rows / aspect * _MAX_ASPECT))
+    return Box((rows - height) // 2, (columns - width) // 2, height, width)
 
 
 def _check_channels(channels: int) -> None:

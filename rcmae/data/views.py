@@ -252,8 +252,8 @@ class TrainReading(Dataset[Read | Exception]):
                 else:
                     views = [View(self._blank(), crop) for crop in crops]
                 extra = self._extra(tried, views)
-            except BadImage as error:
-                reason = reason or str(error)
+            except (BadImage, MemoryError) as error:
+                reason = reason or _why(error)
                 continue
             if tried != number:
                 bad.append(_bad_sample(positions[0], self._index[number], reason, sample.id))
@@ -334,8 +334,8 @@ class LabelledReading(Dataset[Read]):
                 view = self._transform(image_bytes(self._reader, sample), 0, number)
                 changed = self._change(view.image, number) if self._change else view.image
                 rows[row] = (sample, view._replace(image=changed))
-            except BadImage as error:
-                bad.append(_bad_sample(number, sample, str(error), ""))
+            except (BadImage, MemoryError) as error:
+                bad.append(_bad_sample(number, sample, _why(error), ""))
                 positions[row] = -1
         return Read(_batch(rows, positions, torch.zeros(len(rows), 0, dtype=torch.int64), 0), bad)
 
@@ -417,6 +417,13 @@ def _bad_sample(position: int, sample: Sample, reason: str, replaced_by: str) ->
     return BadSample(position, shard, key, sample.offset, reason, replaced_by)
 
 
+def _why(error: BadImage | MemoryError) -> str:
+    """What is wrong with a sample."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
+    return str(error)
+
+
 def train_transform(recipe: Recipe) -> TrainTransform:
     """A random box of an image, flipped or not. Raises Refused."""
     data = recipe.data
@@ -427,4 +434,5 @@ def train_transform(recipe: Recipe) -> TrainTransform:
         data.crop_ratio,
         data.flip,
         data.decode_margin,
+        data.max_pixels,
     )

@@ -149,13 +149,20 @@ def photograph(files: Sequence[Path], draw: Draw, size: tuple[int, int]) -> Tens
     return shown[:, top : top + size[0], left : left + size[1]].float() / 255
 
 
+_MAX_ASPECT = 16  # of a photograph of frost: it is resized until it covers the image
+
+
 @functools.lru_cache(maxsize=16)
 def opened(file: Path) -> np.ndarray:
     """The pixels [H, W, 3] of a photograph. Raises Refused, naming it."""
     try:
-        return decode(file.read_bytes())
+        pixels = decode(file.read_bytes())
     except (OSError, BadImage) as error:
         raise Refused(f"{file}: {error}") from error
+    height, width = pixels.shape[:2]
+    if max(height, width) > _MAX_ASPECT * min(height, width):
+        raise Refused(f"{file}: {height} x {width} pixels are too thin for a photograph of frost")
+    return pixels
 
 
 # -------------------------------------------------------------------------------------- the fifteen
@@ -325,7 +332,7 @@ def jpeg_compression(image: Tensor, draw: Draw, quality: float) -> Tensor:
     def through(layer: Image.Image) -> Image.Image:
         file = io.BytesIO()
         layer.save(file, "JPEG", quality=int(quality))
-        return Image.open(file)
+        return Image.open(file, formats=["JPEG"])
 
     return by_pillow(image, through)
 

@@ -111,7 +111,9 @@ class Evaluating:
         recipe = self.recipe
         found = labelled_batches(
             self.sets[number],
-            CentreTransform(recipe.model.image_hw, recipe.model.in_channels),
+            CentreTransform(
+                recipe.model.image_hw, recipe.model.in_channels, recipe.data.max_pixels
+            ),
             batch=recipe.evaluate.batch,
             rank=dist.rank(),
             world=dist.world(),

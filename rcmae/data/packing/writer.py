@@ -27,7 +27,7 @@ from rich.progress import track
 from rcmae.data.packing.indexing import refresh
 from rcmae.data.packing.inputs import Found, Source, find_images, ordered
 from rcmae.data.tars import IMAGE_SUFFIXES
-from rcmae.data.transforms import NPY, TIFF, BadImage, channels_of, decode, resize
+from rcmae.data.transforms import FORMATS, NPY, TIFF, BadImage, channels_of, decode, resize
 from rcmae.data.workers import fork_server, mapped
 from rcmae.errors import Refused
 from rcmae.files import aside, json_lines, write_aside
@@ -355,6 +355,6 @@ def kind_of(data: bytes) -> str:
         return "npy"
     if data[:4] in TIFF:
         return "tif"  # Pillow does not know all of them
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         name = (image.format or "jpeg").lower()
     return {"jpeg": "jpg", "mpo": "jpg"}.get(name, name if name in IMAGE_SUFFIXES else "png")
