@@ -1,5 +1,6 @@
 """One training and one teacher, whatever moves the weights. Two real ranks over gloo."""
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from rcmae import checkpoint
 from rcmae.engines.local import LocalEngine
 from rcmae.engines.protocol import EngineSettings
-from rcmae.models.protocol import PUBLISHED, Place
+from rcmae.models.protocol import PUBLISHED, Place, running_buffers
 from tests.conftest import Ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -366,3 +367,36 @@ def test_the_local_engine_is_plain_adamw() -> None:
             value, twin.get_parameter(name.removeprefix("norm.")), rtol=1e-6, atol=1e-7
         )
     assert engine.state().optimizer_step == 5
+
+
+def test_an_average_takes_running_statistics_as_they_are_and_after_a_load_too() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2)
+            self.norm = torch.nn.BatchNorm1d(2)
+            self.register_buffer("table", torch.ones(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.linear(x)) * self.table
+
+        def place_of(self, name: str) -> Place:
+            return Place("encoder", layer=0, decays=False)
+
+    model = Model()
+    assert set(running_buffers(model)) == {
+        f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    engine = LocalEngine(model, copy.deepcopy(model), EngineSettings())
+    assert engine.teacher is not None
+    for _ in range(3):
+        loss = engine.student(torch.randn(8, 3)).square().sum()
+        engine.backward(loss, last=True)
+        engine.step(lr=1e-2, weight_decay=0.0)
+        engine.update_teacher(0.9)
+        for name, value in engine.teacher.named_buffers():
+            assert torch.equal(value, model.get_buffer(name)), name
+    assert not torch.equal(engine.teacher.linear.weight, model.linear.weight)
+    engine.state().buffers["norm.running_mean"].fill_(7.0)  # as a load writes
+    engine.restored(optimizer_step=3, teacher_updates=3)
+    assert torch.equal(engine.teacher.get_buffer("norm.running_mean"), torch.full((2,), 7.0))

@@ -13,11 +13,14 @@ from rcmae.commands import plan as command
 from rcmae.data.masking import visible_count
 from rcmae.files import shipped
 from rcmae.models import kernels
+from rcmae.models.activations import Computing, activations, classifier_activations
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.build import new_network, new_student
+from rcmae.models.classifier import Classifier
+from rcmae.models.sizes import NetworkSizes
+from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
 from rcmae.planning import estimates, planner
-from rcmae.planning.activations import activations
 from rcmae.planning.hardware import GPUS, peak_flops
 from rcmae.planning.live import made_up_batch
 from rcmae.planning.memory import footprint
@@ -148,10 +151,12 @@ def test_saved_activations_are_those_that_autograd_saves(
     parts = activations(
         model,
         num_visible=batch.num_visible,
-        precision=precision,
+        computing=Computing(
+            precision,
+            checkpointing,
+            kernels.attention_is_fused(torch.device("cpu"), precision),
+        ),
         teacher="pixels" in objective.teacher_outputs,
-        checkpointing=checkpointing,
-        fused_attention=kernels.attention_is_fused(torch.device("cpu"), precision),
     )
     # the head of BootMAE's pixels is a matrix with its weights in another order: once, however many
     # images there are
@@ -165,13 +170,13 @@ def test_saved_activations_are_those_that_autograd_saves(
 
 def test_the_largest_batch_fits_and_the_next_does_not(middling: Path) -> None:
     recipe = config.load(str(middling), ["batch.images=3072"])
-    model = planner.student(recipe)
     sizes = config.resolve(recipe, world=2, samples_per_epoch=3072)
-    row = estimates.memory_row(recipe, model, "fsdp2", sizes, estimates.RESERVED + 2**30)
+    row = estimates.memory_row(recipe, "fsdp2", sizes, estimates.RESERVED + 2**30)
     largest = row["kept"]["largest_per_device"]
     next_one = min(size for size in estimates.divisors(1536) if size > largest)
     for images, fits in ((largest, True), (next_one, False)):
-        found = footprint(model, estimates.settings_of(recipe, model, "fsdp2", 2, images))
+        settings = estimates.settings_of(recipe, "fsdp2", 2, images)
+        found = footprint(estimates.cost_of(recipe), settings)
         assert (estimates.needed(found) <= estimates.RESERVED + 2**30) is fits
     assert row["recomputed"]["largest_per_device"] > largest
     assert not row["kept"]["fits"], "it was asked for all 1,536 at once"
@@ -179,23 +184,22 @@ def test_the_largest_batch_fits_and_the_next_does_not(middling: Path) -> None:
 
 @pytest.mark.parametrize("where", PLACEMENTS)
 def test_more_ranks_never_need_more_memory(middling: Path, where: str) -> None:
-    model = planner.student(config.load(str(middling)))
+    cost = estimates.cost_of(config.load(str(middling)))
     needs = []
     for world in (1, 2, 8, 64):
-        settings = MemorySettings(where, world=world, per_device=4, num_visible=16)
-        needs.append(footprint(model, settings).peak)
+        needs.append(footprint(cost, MemorySettings(where, world=world, per_device=4)).peak)
     assert needs == sorted(needs, reverse=True)
     if where in ("local", "zero0"):
         assert len(set(needs)) == 1
-    alone = footprint(
-        model, MemorySettings(where, world=8, per_device=4, num_visible=16, teacher=())
+    without = estimates.cost_of(config.load(str(middling), ["objective.name=mae"]))
+    alone, with_teacher = (
+        footprint(each, MemorySettings(where, world=8, per_device=4)) for each in (without, cost)
     )
-    with_teacher = footprint(model, MemorySettings(where, world=8, per_device=4, num_visible=16))
     assert alone.peak < with_teacher.peak
 
 
 def test_offload_moves_states_to_the_host(middling: Path) -> None:
-    model = planner.student(config.load(str(middling)))
+    cost = estimates.cost_of(config.load(str(middling)))
     kept = MemorySettings(
         "zero3",
         world=2,
@@ -206,9 +210,9 @@ def test_offload_moves_states_to_the_host(middling: Path) -> None:
         "data_types": {"grad_accum_dtype": "fp32"},
     }
     there, here = (
-        footprint(model, each) for each in (kept, MemorySettings("zero3", world=2, deepspeed=moved))
+        footprint(cost, each) for each in (kept, MemorySettings("zero3", world=2, deepspeed=moved))
     )
-    shard = states(model, kept)["shard"]
+    shard = states(cost.student, kept)["shard"]
     assert here.host == (4 + 8 + 4 + 4) * shard  # master, moments, gradients, teacher
     assert there.host == 0
     assert sum(there.resident.values()) - sum(here.resident.values()) == pytest.approx(here.host)
@@ -247,7 +251,7 @@ def test_bootmaes_step_is_its_regressors_too_and_a_teacher_of_the_whole_image(
 ) -> None:
     _, whole = run(capsys, "bootmae_vit_b_16")
     _, alone = run(capsys, "bootmae_vit_b_16", "objective.feature_weight=0")
-    model = planner.student(planner.load("bootmae_vit_b_16", []))
+    model = new_network(planner.load("bootmae_vit_b_16", []), norm="torch")
     flops = [report["speed"]["forward_flops_per_image"] for report in (whole, alone)]
     width, seen, tokens, hidden = 768, 50, 197, 147
     regressor = 2 * width**2 * seen + 2 * width**2 * hidden  # from the encoder, to the features
@@ -431,10 +435,43 @@ def test_the_command_runs(middling: Path, ranks: Callable[..., Ranks]) -> None:
 
 
 def test_visible_patches_are_those_of_the_run(middling: Path) -> None:
-    recipe = config.load(str(middling))
-    model = planner.student(recipe)
-    assert (
-        estimates.settings_of(recipe, model, "fsdp2", 2, 1).num_visible
-        == visible_count(64, 0.75)
-        == 16
-    )
+    cost = estimates.cost_of(config.load(str(middling)))
+    assert isinstance(cost.student, MaskedAutoencoder)
+    assert cost.forward_flops == cost.student.flops(visible_count(64, 0.75))
+
+
+@pytest.mark.parametrize("objective", ["finetune", "probe"])
+def test_fine_tuning_and_probes_have_a_plan(
+    objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, report = run(capsys, f"{objective}_rcmae_vit_b_16", "--nodes", "2")
+    assert status == 0, report["problems"]
+    forward = 2 * 17.6e9  # a ViT-B/16 at 224 px, a multiply-add counted as 2
+    passes = 3 if objective == "finetune" else 1
+    assert report["speed"]["step_flops_per_image"] == pytest.approx(passes * forward, rel=0.02)
+    params = 86.6e6 if objective == "finetune" else 768 * 1000 + 1000
+    assert report["parameters"] == pytest.approx(params, rel=0.01)
+    weights = report["memory"][0]["kept"]["at_peak"]["weights"]
+    assert weights > 85e6 * 2  # the probe's encoder, too
+
+
+def test_saved_activations_of_a_classifier_are_those_that_autograd_saves() -> None:
+    sizes = NetworkSizes((32, 32), 8, 3, embed_dim=64, depth=3, num_heads=4)
+    model = Classifier(sizes, num_classes=10)
+    saved: dict[int, int] = {}
+    alive = []
+    known = {param.untyped_storage().data_ptr() for param in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.randn(4, 3, 32, 32)).sum()
+    fused = kernels.attention_is_fused(torch.device("cpu"), "fp32")
+    parts = classifier_activations(model, sizes, computing=Computing("fp32", fused_attention=fused))
+    assert sum(part.params for part in parts) == sum(p.numel() for p in model.parameters())
+    assert 4 * sum(part.saved for part in parts) == pytest.approx(sum(saved.values()), rel=0.05)

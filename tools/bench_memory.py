@@ -14,7 +14,6 @@ height of a step above that. Exit status: 0 all within the tolerances; 1 not; 2 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
 import sys
@@ -34,6 +33,7 @@ from rcmae.planning.hardware import commit, hardware
 from rcmae.planning.live import measure
 from rcmae.planning.memory import footprint
 from rcmae.run.folder import versions
+from rcmae.tasks.registry import task_of
 
 # relative tolerances: of what lies there when all is built, and of the height of a step above it
 RESIDENT = 0.01
@@ -58,24 +58,23 @@ def compare(recipe: Recipe, measured: Sequence[dict[str, int]]) -> dict[str, Any
     """What the planner tells of a case beside what each rank took, and how far off it is."""
     world = len(measured)
     sizes = config.resolve(recipe, world=world, samples_per_epoch=recipe.batch.images)
-    model = planner.student(recipe)
-    settings = settings_of(recipe, model, placement(recipe), world, sizes.per_device)
+    settings = settings_of(recipe, placement(recipe), world, sizes.per_device)
     # the planner's own is a GPU's
     fused = kernels.attention_is_fused(dist.device(), settings.precision)
-    settings = dataclasses.replace(settings, fused_attention=fused)
-    told = footprint(model, settings)
+    cost = task_of(recipe).cost(recipe, fused_attention=fused)
+    told = footprint(cost, settings)
     resident = sum(told.resident.values())
     # the teacher's first publication, which has left by the second step: half of what its update
     # takes
     update = told.moments["teacher's update"]["teacher"] - told.resident["teacher"]
     on_its_way = (
-        round(update / 2) if settings.placement in ("zero1", "zero2") and settings.teacher else 0
+        round(update / 2) if settings.placement in ("zero1", "zero2") and cost.teacher else 0
     )
     ready = [each["ready"] - on_its_way for each in measured]
     above = [each["peak"] - base for each, base in zip(measured, ready, strict=True)]
     return {
         "placement": settings.placement,
-        "checkpointing": settings.checkpointing,
+        "checkpointing": recipe.engine.activation_checkpointing,
         "precision": settings.precision,
         "per_device": settings.per_device,
         "accumulation": settings.accumulation,

@@ -35,6 +35,7 @@ from rcmae.engines.updates import (
     has_all,
     optimizer_for,
     restore_teacher,
+    statistics,
     update,
     updates_of,
     verdict,
@@ -293,6 +294,7 @@ class DeepSpeedEngine:
             copies,
             accumulate=self._settings.teacher_accumulate,
             publication=publication,
+            statistics=statistics(self.student.module, teacher),
             seed=self._settings.seed,
             offset=dist.rank() if self._stage.sharded else 0,
         )

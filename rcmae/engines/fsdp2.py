@@ -26,6 +26,7 @@ from rcmae.engines.updates import (
     global_norm,
     optimizer_for,
     restore_teacher,
+    statistics,
     update,
     updates_of,
     verdict,
@@ -67,6 +68,7 @@ class FSDP2Engine:
                 _local(student, self._teacher_keys),
                 _local(teacher, self._teacher_keys),
                 accumulate=settings.teacher_accumulate,
+                statistics=statistics(student, teacher),
                 seed=settings.seed,
                 offset=dist.rank(),
             )

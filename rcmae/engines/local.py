@@ -18,6 +18,7 @@ from rcmae.engines.updates import (
     has_all,
     optimizer_for,
     restore_teacher,
+    statistics,
     update,
     updates_of,
     verdict,
@@ -82,6 +83,7 @@ class LocalEngine:
                 [self._masters[index].data for index in self._teacher_keys],
                 flats,
                 accumulate=settings.teacher_accumulate,
+                statistics=statistics(student, teacher),
                 seed=settings.seed,
             )
             self._ema.start_from_student()

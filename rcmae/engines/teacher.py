@@ -61,6 +61,8 @@ class Teacher:
             their own accumulators.
         accumulate: "fp32_shard" or "stochastic".
         publication: begun after each update, waited for before anything touches the shards again.
+        statistics: running buffers of the student, each with the teacher's: taken over as they
+            are, not averaged.
         seed: of the stochastic rounding.
         offset: of this rank's shards, so that different shards round with different draws.
     """
@@ -72,6 +74,7 @@ class Teacher:
         *,
         accumulate: str = "fp32_shard",
         publication: Publication | None = None,
+        statistics: Sequence[tuple[Tensor, Tensor]] = (),
         seed: int = 0,
         offset: int = 0,
     ) -> None:
@@ -82,6 +85,7 @@ class Teacher:
         self.masters = list(masters)
         self.copies = list(copies)
         self._publication = publication
+        self._statistics = list(statistics)
         self.stochastic = accumulate == "stochastic"
         self.updates = 0  # part of the draw of the stochastic rounding; restored with the run
         self._seed = seed
@@ -114,6 +118,8 @@ class Teacher:
         self.settle()
         if self.accumulators is not self.copies:
             torch._foreach_copy_(self.copies, self.accumulators)
+        for ours, theirs in self._statistics:
+            theirs.copy_(ours)
         if self._publication is not None:
             self._publication.begin()
 

@@ -14,6 +14,7 @@ from rcmae.engines.optim import LARS
 from rcmae.engines.protocol import EngineSettings, StepStats
 from rcmae.engines.teacher import Teacher, Telemetry
 from rcmae.models.kernels import adamw
+from rcmae.models.protocol import running_buffers
 
 
 def global_norm(grads: Sequence[Tensor], *, sharded: bool, device: torch.device) -> Tensor:
@@ -96,6 +97,13 @@ def update(
 def updates_of(ema: Teacher | None) -> int:
     """How often the teacher was updated."""
     return ema.updates if ema is not None else 0
+
+
+def statistics(student: nn.Module, teacher: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The student's running buffers, each with that of the teacher, where it has it."""
+    ours = dict(student.named_buffers())
+    theirs = dict(teacher.named_buffers())
+    return [(ours[name], theirs[name]) for name in running_buffers(student) if name in theirs]
 
 
 def restore_teacher(ema: Teacher | None, updates: int) -> None:

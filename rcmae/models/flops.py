@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rcmae.models.build import Network
     from rcmae.models.sizes import NetworkSizes
 
 
@@ -55,15 +54,3 @@ def classifier_flops(sizes: NetworkSizes) -> float:
     block = 24 * sizes.embed_dim**2 * tokens + 4 * tokens**2 * sizes.embed_dim
     embedding = 2.0 * sizes.patch_pixels * sizes.embed_dim * sizes.num_patches
     return embedding + sizes.depth * block
-
-
-def step_flops(student: Network, teacher_outputs: tuple[str, ...], num_visible: int) -> float:
-    """Floating-point operations of a step for one image: the student's forward pass three times,
-    as a backward pass is two, and the teacher's once for what it is asked.
-    """
-    total = 3 * student.flops(num_visible)
-    if "pixels" in teacher_outputs:
-        total += student.flops(num_visible)
-    if "tokens" in teacher_outputs:
-        total += student.encoder_flops(student.num_patches)
-    return total

@@ -67,6 +67,20 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def running_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that training changes: statistics that run along (batch norm's), the
+    same on every rank. All other buffers are tables, which nothing changes.
+
+    A checkpoint carries both kinds; an average takes the student's running ones at each update.
+    """
+    found = []
+    for prefix, module in model.named_modules():
+        if getattr(module, "track_running_stats", False):
+            place = f"{prefix}." if prefix else ""
+            found += [f"{place}{name}" for name, _ in module.named_buffers(recurse=False)]
+    return found
+
+
 def part_of(name: str) -> str:
     """The part of a pretraining network that a weight or table of this published name is in.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import dataclasses
 import glob
 import json
 import math
@@ -23,25 +22,27 @@ from typing import Any
 import torch
 from braceexpand import braceexpand
 
+from rcmae import config
 from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import Reader, open_bytes
 from rcmae.data.index import INDEX, ShardIndex
-from rcmae.data.masking import visible_count
 from rcmae.data.patterns import flat
 from rcmae.data.sources import is_remote
 from rcmae.data.transforms import BadImage, TrainTransform
 from rcmae.errors import Refused
 from rcmae.files import json_lines, shipped
-from rcmae.models.build import Network
+from rcmae.models.cost import StepCost
 from rcmae.planning.hardware import GIB, GPUS, peak_flops
 from rcmae.planning.memory import Footprint, footprint
 from rcmae.planning.site import DECODE_PER_CORE, UTILISATION, Site
 from rcmae.planning.states import MemorySettings, checkpoint_bytes
+from rcmae.tasks.registry import task_of
 
 with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
     from rcmae.engines.deepspeed_config import read_config
 
 RESULTS = shipped("results")
+CHECKPOINTING = "engine.activation_checkpointing"
 RESERVED = 2.0 * GIB  # CUDA's context, workspaces of libraries, NCCL's channels
 FRAGMENTED = 1.05  # what the caching allocator holds over what lives in it
 _MANY_SHARDS = 64  # without an index, headers of more shards than this are not read
@@ -57,9 +58,7 @@ def placement(recipe: Recipe) -> str:
     return f"zero{zero.get('stage', 0)}"
 
 
-def settings_of(
-    recipe: Recipe, model: Network, where: str, world: int, per_device: int
-) -> MemorySettings:
+def settings_of(recipe: Recipe, where: str, world: int, per_device: int) -> MemorySettings:
     """What `footprint` wants to know of a recipe in a place that may not be its own."""
     deepspeed: Mapping[str, Any] = {}
     if where.startswith("zero"):
@@ -72,11 +71,13 @@ def settings_of(
         per_device=per_device,
         accumulation=recipe.batch.images // world // per_device,
         accumulate=recipe.teacher.accumulate,
-        num_visible=visible_count(model.num_patches, recipe.objective.mask_ratio),
-        teacher=recipe.objective.teacher_parts,
-        checkpointing=recipe.engine.activation_checkpointing,
         deepspeed=deepspeed,
     )
+
+
+def cost_of(recipe: Recipe) -> StepCost:
+    """What a step takes for one image, as the recipe's task has it. Raises Refused."""
+    return task_of(recipe).cost(recipe)
 
 
 def needed(found: Footprint) -> float:
@@ -84,9 +85,7 @@ def needed(found: Footprint) -> float:
     return found.peak * FRAGMENTED + RESERVED
 
 
-def memory_row(
-    recipe: Recipe, model: Network, where: str, sizes: Resolved, memory: float
-) -> dict[str, Any]:
+def memory_row(recipe: Recipe, where: str, sizes: Resolved, memory: float) -> dict[str, Any]:
     """One engine's memory on a GPU, with activations kept and recomputed, and the largest
     micro-batches that fit.
 
@@ -97,10 +96,10 @@ def memory_row(
     candidates = divisors(sizes.images_per_rank)
     row: dict[str, Any] = {"engine": where, "own": where == placement(recipe)}
     for way, checkpointing in ways.items():
+        cost = cost_of(config.with_values(recipe, {CHECKPOINTING: checkpointing}))
 
-        def at(images: int, checkpointing: str = checkpointing) -> Footprint:
-            settings = settings_of(recipe, model, where, sizes.world, images)
-            return footprint(model, dataclasses.replace(settings, checkpointing=checkpointing))
+        def at(images: int, cost: StepCost = cost) -> Footprint:
+            return footprint(cost, settings_of(recipe, where, sizes.world, images))
 
         fitting = bisect.bisect_right(candidates, memory, key=lambda images: needed(at(images)))
         here = at(sizes.per_device)
@@ -123,7 +122,7 @@ def divisors(number: int) -> list[int]:
 # -------------------------------------------------------------------------------------------- speed
 
 
-def speed(recipe: Recipe, model: Network, sizes: Resolved, site: Site) -> dict[str, Any]:
+def speed(recipe: Recipe, cost: StepCost, sizes: Resolved, site: Site) -> dict[str, Any]:
     """FLOPs, images/s and hours.
 
     Raises:
@@ -137,9 +136,9 @@ def speed(recipe: Recipe, model: Network, sizes: Resolved, site: Site) -> dict[s
         )
     measured = measured_utilisation(recipe, site.gpu) if site.utilisation is None else None
     share, source = measured or (site.utilisation or UTILISATION, "stated")
-    forward = model.flops(visible_count(model.num_patches, recipe.objective.mask_ratio))
-    passes = 3 if recipe.engine.activation_checkpointing == "none" else 4  # a backward pass is two
-    step = passes * forward + teacher_flops(recipe, model, forward)
+    forward = cost.forward_flops
+    recomputes = recipe.engine.activation_checkpointing != "none"
+    step = cost.step_flops + (forward if recomputes else 0.0)
     per_gpu = share * peak / step
     seconds = sizes.images_per_step / (per_gpu * site.world)
     return {
@@ -156,14 +155,6 @@ def speed(recipe: Recipe, model: Network, sizes: Resolved, site: Site) -> dict[s
     }
 
 
-def teacher_flops(recipe: Recipe, model: Network, forward: float) -> float:
-    """FLOPs of the teacher's forward pass for one image, given the student's."""
-    parts = recipe.objective.teacher_parts
-    if "decoder" in parts:
-        return forward
-    return model.encoder_flops(model.num_patches) if parts else 0.0
-
-
 def measured_utilisation(
     recipe: Recipe, gpu: str, results: Path = RESULTS
 ) -> tuple[float, str] | None:
@@ -175,6 +166,8 @@ def measured_utilisation(
     Raises:
         Refused: a file among the results is none.
     """
+    if recipe.task.name != "pretrain":
+        return None  # it measures steps of pretraining
     wanted = GPUS[gpu].device_name
     variant = _variant(recipe)
     found = []
@@ -323,10 +316,10 @@ def _decode_per_core(recipe: Recipe, site: Site, index: ShardIndex | None) -> tu
 # --------------------------------------------------------------------------------------- checkpoint
 
 
-def checkpoint_needs(recipe: Recipe, model: Network, site: Site, step_s: float) -> dict[str, Any]:
+def checkpoint_needs(recipe: Recipe, cost: StepCost, site: Site, step_s: float) -> dict[str, Any]:
     """Bytes and seconds of a checkpoint: those of this run's own where it has written some."""
     often = recipe.checkpoint
-    size = checkpoint_bytes(model, teacher=recipe.objective.teacher_parts)
+    size = checkpoint_bytes(cost.student, teacher=cost.teacher)
     seconds = size / (site.write_gbps * 1e9)
     source = f"{site.write_gbps:g} GB/s, stated"
     for line in json_lines(recipe.run_dir / "events.jsonl"):

@@ -13,11 +13,10 @@ top, and kernels that `torch.compile` fuses (which keep less).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from rcmae.models.build import Network
-from rcmae.planning.activations import FP32, activations, bytes_of, inference_bytes
+from rcmae.models.activations import bytes_of
+from rcmae.models.cost import StepCost
 from rcmae.planning.states import MemorySettings, engine_bytes
 
 
@@ -48,16 +47,16 @@ class Footprint:
         return self.moments[self.when]
 
 
-def footprint(model: Network, settings: MemorySettings) -> Footprint:
+def footprint(cost: StepCost, settings: MemorySettings) -> Footprint:
     """The memory of one rank.
 
     Args:
-        model: the student, also on the meta device: only its sizes are read.
+        cost: of the step, for one image.
         settings: how it is trained.
     """
-    step = _Step(model, settings)
-    if settings.teacher:
-        step.teacher_forward()
+    step = _Step(cost, settings)
+    if cost.beside_bytes:
+        step.forward_beside()
     step.forward()
     step.backward()
     step.update()
@@ -67,25 +66,18 @@ def footprint(model: Network, settings: MemorySettings) -> Footprint:
 class _Step:
     """Walks through a step and notes each moment's bytes."""
 
-    def __init__(self, model: Network, settings: MemorySettings) -> None:
-        self.model = model
+    def __init__(self, cost: StepCost, settings: MemorySettings) -> None:
+        self.cost = cost
         self.settings = settings
-        self.engine = engine_bytes(model, settings)
-        self.parts = activations(
-            model,
-            num_visible=settings.num_visible,
-            precision=settings.precision,
-            teacher="decoder" in settings.teacher,
-            checkpointing=settings.checkpointing,
-            fused_attention=settings.fused_attention,
-        )
+        self.engine = engine_bytes(cost.student, cost.teacher, settings)
+        self.parts = cost.parts
         self.params = sum(part.params for part in self.parts)
         self.moments: dict[str, dict[str, float]] = {}
-        tables = sum(table.numel() * table.element_size() for table in model.buffers())
+        tables = sum(table.numel() * table.element_size() for table in cost.student.buffers())
         self.resident = {**self.engine.resident, "activations": 0.0}
-        self.resident["weights"] += tables * (2 if settings.teacher else 1)
-        pixels = math.prod(model.image_size) * model.in_channels
-        self.batch = settings.per_device * (FP32 * pixels + 8 * model.num_patches)
+        self.resident["weights"] += tables * (2 if cost.teacher else 1)
+        self.resident["weights"] += cost.frozen_params * bytes_of(settings.precision)
+        self.batch = settings.per_device * cost.input_bytes
         gradients = self.engine.gradients
         several = settings.accumulation > 1
         self.carried = gradients.carried if several else 0.0
@@ -97,26 +89,21 @@ class _Step:
             kind: size + more.get(kind, 0.0) for kind, size in self.resident.items()
         }
 
-    def teacher_forward(self) -> None:
-        """It keeps nothing; its parameters are gathered and its widest layer is alive."""
-        decodes = "decoder" in self.settings.teacher
-        passing = inference_bytes(
-            self.model,
-            num_visible=self.settings.num_visible if decodes else self.model.num_patches,
-            precision=self.settings.precision,
-            decodes=decodes,
-        )
+    def forward_beside(self) -> None:
+        """Of a teacher or a frozen encoder: it keeps nothing; its parameters are gathered and its
+        widest layer is alive.
+        """
         self.moment(
-            "teacher's forward",
+            "teacher's forward" if self.cost.teacher else "encoder's forward",
             gradients=self.carried,
             communication=self.engine.gathered.teacher,
-            activations=self.batch + self.settings.per_device * passing,
+            activations=self.batch + self.settings.per_device * self.cost.beside_bytes,
         )
 
     def forward(self) -> None:
         """Activations pile up."""
         gathered = self.engine.gathered
-        waiting = self._teacher_tokens()
+        waiting = self.settings.per_device * self.cost.waiting_bytes
         saved = 0.0
         behind = 0  # parameters of the part before
         for part in self.parts:
@@ -131,13 +118,6 @@ class _Step:
                 activations=self.batch + waiting + self.settings.per_device * (saved + passing),
             )
             behind = part.params
-
-    def _teacher_tokens(self) -> int:
-        """Bytes of a teacher's tokens of the whole image, which wait for the student's."""
-        if not self.settings.teacher or "decoder" in self.settings.teacher:
-            return 0
-        tokens = self.settings.per_device * self.model.num_patches
-        return tokens * self.model.sizes.embed_dim * bytes_of(self.settings.precision)
 
     def backward(self) -> None:
         """Activations go while gradients come, part by part from the loss on."""

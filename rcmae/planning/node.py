@@ -309,12 +309,11 @@ def _shared_memory(recipe: Recipe, local_world: int) -> Iterator[Finding]:
 def checkpoints_bytes(recipe: Recipe) -> float:
     """Bytes that a run's checkpoints take at most: those it keeps, and one in the making."""
     # here, where timm and torchvision are known to import: these need them
-    from rcmae.models.build import new_network
     from rcmae.planning.states import checkpoint_bytes
+    from rcmae.tasks.registry import task_of
 
-    with torch.device("meta"):
-        model = new_network(recipe, norm="torch")
-    size = checkpoint_bytes(model, teacher=recipe.objective.teacher_parts)
+    cost = task_of(recipe).cost(recipe)
+    size = checkpoint_bytes(cost.student, teacher=cost.teacher)
     return size * (max(2, recipe.checkpoint.keep) + 1)
 
 

@@ -11,8 +11,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from rcmae import config
 from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import cache_problem
@@ -20,10 +18,11 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.plan import Plan
 from rcmae.engines.build import engine_settings
 from rcmae.errors import Refused
-from rcmae.models.build import Network, new_network
+from rcmae.models.cost import StepCost
 from rcmae.planning import recipe as recipes
 from rcmae.planning.estimates import (
     checkpoint_needs,
+    cost_of,
     data_needs,
     memory_row,
     placement,
@@ -42,28 +41,12 @@ ROWS = ("zero0", "zero1", "zero2", "zero3", "fsdp2")  # engines that are told si
 
 
 def load(name: str, overrides: Sequence[str]) -> Recipe:
-    """A recipe of pretraining, also one that leaves the shards to the command line: they may not be
-    there yet.
+    """A recipe, also one that leaves the shards to the command line: they may not be there yet.
 
     Raises:
         Refused: every problem.
     """
-    recipe = recipes.load(name, overrides)
-    if (module := config.module_of(recipe)) != "rcmae.train":
-        raise Refused(
-            f"{name} is trained by {module}; memory and hours are known of pretraining only"
-        )
-    return recipe
-
-
-def student(recipe: Recipe) -> Network:
-    """The student without its weights.
-
-    Raises:
-        Refused: sizes that do not fit together.
-    """
-    with torch.device("meta"):
-        return new_network(recipe, norm="torch")
+    return recipes.load(name, overrides)
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -75,12 +58,13 @@ def plan(recipe: Recipe, site: Site) -> dict[str, Any]:
     Raises:
         Refused: the model's sizes do not fit together.
     """
-    model = student(recipe)
+    cost = cost_of(recipe)
     report: dict[str, Any] = {
         "recipe": recipe.run.name,
+        "task": recipe.task.name,
         "objective": recipe.objective.name,
         "model": recipe.model.name,
-        "parameters": sum(param.numel() for param in model.parameters()),
+        "parameters": sum(param.numel() for param in cost.student.parameters()),
         "engine": placement(recipe),
         "precision": recipe.engine.precision,
         "activation_checkpointing": recipe.engine.activation_checkpointing,
@@ -98,7 +82,7 @@ def plan(recipe: Recipe, site: Site) -> dict[str, Any]:
             sizes = resolve(recipe, site, index)
             if index is not None:
                 problems += _cache_problems(recipe, site, sizes, index)
-            report |= figures(recipe, model, site, sizes, index)
+            report |= figures(recipe, cost, site, sizes, index)
             problems += run_problems(recipe, site, sizes, report)
             advice += [
                 *memory_advice(recipe, sizes, report),
@@ -140,7 +124,7 @@ def resolve(recipe: Recipe, site: Site, index: ShardIndex | None) -> Resolved:
 
 
 def figures(
-    recipe: Recipe, model: Network, site: Site, sizes: Resolved, index: ShardIndex | None
+    recipe: Recipe, cost: StepCost, site: Site, sizes: Resolved, index: ShardIndex | None
 ) -> dict[str, Any]:
     """The sections of the report.
 
@@ -149,13 +133,13 @@ def figures(
     """
     rows = ROWS if site.world > 1 else ("local", *ROWS)
     memory = GPUS[site.gpu].memory
-    rate = speed(recipe, model, sizes, site)
+    rate = speed(recipe, cost, sizes, site)
     return {
         "sizes": sizes.asdict(),
-        "memory": [memory_row(recipe, model, where, sizes, memory) for where in rows],
+        "memory": [memory_row(recipe, where, sizes, memory) for where in rows],
         "speed": rate,
         "data": data_needs(recipe, sizes, site, index, rate["images_per_s"] / site.nodes),
-        "checkpoint": checkpoint_needs(recipe, model, site, rate["step_s"]),
+        "checkpoint": checkpoint_needs(recipe, cost, site, rate["step_s"]),
     }
 
 

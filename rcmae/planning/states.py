@@ -16,8 +16,7 @@ from torch import nn
 
 from rcmae.engines.optim import param_groups
 from rcmae.engines.teacher import TeacherBytes, teacher_bytes
-from rcmae.models.build import Network
-from rcmae.planning.activations import FP32, bytes_of
+from rcmae.models.activations import FP32, bytes_of
 
 PLACEMENTS = ("local", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 _FLUSH = 500_000_000  # elements of DeepSpeed's all-reduce at stage 0, and of its default buckets
@@ -34,16 +33,11 @@ class MemorySettings:
     world: int = 1
     per_device: int = 1  # images of a micro-batch
     accumulation: int = 1  # micro-batches of a step
-    num_visible: int = 1
-    # parts of the student that it has; none: there is no teacher
-    teacher: tuple[str, ...] = ("encoder", "decoder")
     accumulate: str = "fp32_shard"  # the teacher's, as in `teacher.Teacher`
-    checkpointing: str = "none"
-    fused_attention: bool = True
     deepspeed: Mapping[str, Any] = field(default_factory=dict)  # its JSON
 
 
-def states(model: Network, settings: MemorySettings) -> dict[str, int]:
+def states(model: nn.Module, settings: MemorySettings) -> dict[str, int]:
     """Elements: `whole` of the model, `shard` of this rank, `group` the largest optimizer
     group's part of that.
     """
@@ -156,7 +150,7 @@ class EngineBytes:
 class _States:
     """Sizes of the states of a model under an engine: what the engines' formulas are made of."""
 
-    def __init__(self, model: Network, settings: MemorySettings) -> None:
+    def __init__(self, model: nn.Module, teacher: Sequence[str], settings: MemorySettings) -> None:
         count = states(model, settings)
         self.whole = count["whole"]  # elements
         self.shard = count["shard"]
@@ -164,11 +158,11 @@ class _States:
         self.sizes = [param.numel() for param in model.parameters()]
         self.width = bytes_of(settings.precision)
         self.master = (2 + 4 if settings.precision == "bf16" else 4) * self.whole  # and a copy
-        groups = teacher_groups(model, settings.teacher)
+        groups = teacher_groups(model, teacher)
         self.teacher = _elements(groups)
         kept = _bytes_of_teacher(settings, groups, settings.precision, settings.accumulate)
-        self.copy = kept.copy if settings.teacher else 0  # bytes
-        self.accumulator = kept.accumulator if settings.teacher else 0
+        self.copy = kept.copy if teacher else 0  # bytes
+        self.accumulator = kept.accumulator if teacher else 0
         # a logged step keeps the old copy
         sharded = _bytes_of_teacher(settings, groups, "bf16", "fp32_shard").accumulator
         self.publishing = float(self.width * sharded // FP32)
@@ -216,9 +210,9 @@ class _Zero:
         return found
 
 
-def engine_bytes(model: Network, settings: MemorySettings) -> EngineBytes:
-    """What the engine of these settings takes."""
-    size = _States(model, settings)
+def engine_bytes(model: nn.Module, teacher: Sequence[str], settings: MemorySettings) -> EngineBytes:
+    """What the engine of these settings takes; `teacher`: the parts that an average has."""
+    size = _States(model, teacher, settings)
     if settings.placement == "local":
         return _local(size)
     if settings.placement == "zero0":

@@ -212,7 +212,7 @@ def restored(verdict: Verdict, task: Task) -> Trained:
     objective = task.objective(recipe, verdict.sizes)
     num_weights = sum(param.numel() for param in student.parameters())
     teacher = task.teacher(student, objective)
-    step_flops = task.step_flops(recipe, student, objective, verdict.mask.num_visible)
+    step_flops = task.cost(recipe).step_flops
     startup.mark("model")
     engine = make_engine(
         recipe, verdict.sizes, student, teacher, verdict.engine_config, task.optimizing(recipe)

@@ -25,6 +25,8 @@ from rcmae.tasks import start
 from rcmae.tasks.protocol import Data, Evaluated, Evaluating, EvaluationSet, Judgement, Saved
 from rcmae.weights.reading import NetworkWeights
 
+USUAL_CLASSES = 1000  # for a plan made before the labels are seen
+
 
 class Found(NamedTuple):
     """What rank 0 read for a task that classifies."""

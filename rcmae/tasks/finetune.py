@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from rcmae import dist
@@ -18,11 +19,14 @@ from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask, NoMask
 from rcmae.data.transforms import Transform
 from rcmae.data.views import Members, train_transform
+from rcmae.models.activations import Computing
 from rcmae.models.build import student_sizes
-from rcmae.models.flops import classifier_flops
+from rcmae.models.classifier import Classifier
+from rcmae.models.cost import StepCost, classifier_cost
 from rcmae.objectives import Objective
 from rcmae.objectives.classification import ClassifierLoss
 from rcmae.tasks.classify import (
+    USUAL_CLASSES,
     Found,
     fit_problems,
     judge_classes,
@@ -112,11 +116,22 @@ class Finetuning:
         """AdamW, with a learning rate that falls from layer to layer."""
         return Optimizing(recipe.classify.rule, recipe.classify.layer_decay)
 
-    def step_flops(
-        self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
-    ) -> float:
-        """Forward and backward of the classifier; its average has neither."""
-        return 3 * classifier_flops(student_sizes(recipe.model))
+    def cost(self, recipe: Recipe, *, fused_attention: bool = True) -> StepCost:
+        """Forward and backward of the classifier; its average computes nothing."""
+        engine = recipe.engine
+        sizes = student_sizes(recipe.model)
+        with torch.device("meta"):
+            student = Classifier(
+                sizes,
+                num_classes=recipe.classify.num_classes or USUAL_CLASSES,
+                pool=recipe.classify.pool,
+            )
+        return classifier_cost(
+            student,
+            sizes,
+            averaged=recipe.classify.average,
+            computing=Computing(engine.precision, engine.activation_checkpointing, fused_attention),
+        )
 
     def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
         """Each image with the one that it is mixed with, where images are mixed."""

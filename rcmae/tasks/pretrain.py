@@ -19,8 +19,9 @@ from rcmae.evaluation.features import evaluating, features_of_both, pixels, pool
 from rcmae.evaluation.knn import knn_rows, knn_table
 from rcmae.evaluation.logistic import logistic_rows
 from rcmae.evaluation.pictures import reconstruction_picture
+from rcmae.models.activations import Computing
 from rcmae.models.build import Network, new_network, new_student, new_teacher
-from rcmae.models.flops import step_flops
+from rcmae.models.cost import StepCost, pretraining_cost
 from rcmae.objectives import Objective, make_objective, pixel_options
 from rcmae.objectives.masks import make_mask
 from rcmae.tasks import start
@@ -125,12 +126,18 @@ class Pretraining:
         """AdamW, one learning rate for all layers."""
         return Optimizing()
 
-    def step_flops(
-        self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
-    ) -> float:
-        """Forward and backward of the student, and the teacher's forward."""
-        assert isinstance(student, Network)
-        return step_flops(student, objective.teacher_outputs, num_visible)
+    def cost(self, recipe: Recipe, *, fused_attention: bool = True) -> StepCost:
+        """Student and teacher on the visible patches, or a teacher's encoder on all."""
+        with torch.device("meta"):
+            student = new_network(recipe, norm="torch")
+        engine = recipe.engine
+        return pretraining_cost(
+            student,
+            teacher_outputs=recipe.objective.teacher_outputs,
+            teacher=recipe.objective.teacher_parts,
+            num_visible=make_mask(recipe, student.grid).num_visible,
+            computing=Computing(engine.precision, engine.activation_checkpointing, fused_attention),
+        )
 
     def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
         """The same batches: no image needs another."""

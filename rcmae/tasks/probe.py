@@ -8,7 +8,6 @@ linear layer), moved by LARS or SGD. The encoder runs beside it, replicated on e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -23,12 +22,14 @@ from rcmae.data.transforms import Transform
 from rcmae.data.views import Members, train_transform
 from rcmae.engines.protocol import DTYPES
 from rcmae.engines.updates import cast_params
+from rcmae.models.batchnorm import GlobalBatchNorm
 from rcmae.models.build import student_sizes
-from rcmae.models.classifier import Classifier, probe_head
-from rcmae.models.flops import classifier_flops
+from rcmae.models.classifier import Classifier, ProbeHead, probe_head
+from rcmae.models.cost import StepCost, probe_cost
 from rcmae.objectives import Objective
 from rcmae.objectives.classification import ProbeLoss
 from rcmae.tasks.classify import (
+    USUAL_CLASSES,
     Found,
     fit_problems,
     judge_classes,
@@ -133,13 +134,17 @@ class LinearProbe:
         """LARS or SGD, as the recipe says."""
         return Optimizing(recipe.classify.rule, recipe.classify.layer_decay)
 
-    def step_flops(
-        self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
-    ) -> float:
-        """The encoder's forward; the head is nothing beside it."""
+    def cost(self, recipe: Recipe, *, fused_attention: bool = True) -> StepCost:
+        """The encoder's forward, and the head."""
         sizes = student_sizes(recipe.model)
+        num_classes = recipe.classify.num_classes or USUAL_CLASSES
+        with torch.device("meta"):
+            head = ProbeHead(
+                GlobalBatchNorm(sizes.embed_dim, affine=False),
+                nn.Linear(sizes.embed_dim, num_classes),
+            )
         depth = recipe.classify.depth or sizes.depth
-        return classifier_flops(replace(sizes, depth=depth))
+        return probe_cost(head, sizes, depth=depth, precision=recipe.engine.precision)
 
     def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
         """The same batches: no image needs another."""

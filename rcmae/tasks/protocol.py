@@ -30,6 +30,7 @@ from rcmae.data.transforms import CentreTransform, Normalise, Transform
 from rcmae.data.views import Members
 from rcmae.engines.protocol import Optimizing
 from rcmae.errors import Refused, did_you_mean
+from rcmae.models.cost import StepCost
 from rcmae.objectives import Objective
 
 
@@ -208,10 +209,15 @@ class Task(Protocol):
     def optimizing(self, recipe: Recipe) -> Optimizing:
         """The optimizer's rule and groups."""
 
-    def step_flops(
-        self, recipe: Recipe, student: nn.Module, objective: Objective, num_visible: int
-    ) -> float:
-        """Floating-point operations of a whole training step for one image."""
+    def cost(self, recipe: Recipe, *, fused_attention: bool = True) -> StepCost:
+        """What a step takes for one image, by sizes alone: for the planner, and for MFU. Pure.
+
+        Args:
+            fused_attention: as in `kernels.attention`.
+
+        Raises:
+            Refused: sizes that do not fit together.
+        """
 
     # each step
 

@@ -15,6 +15,8 @@ from torch import nn
 
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.build import Network
+from rcmae.models.classifier import Classifier
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 
 FP32 = 4  # bytes of a number
@@ -31,32 +33,37 @@ class Part:
     passing: float  # more than that, while the backward pass is in it
 
 
+class Computing(NamedTuple):
+    """How a forward is computed."""
+
+    precision: str = "bf16"  # or "fp32"
+    checkpointing: str = "none"  # as in `kernels.checkpoint_blocks`
+    # as in `kernels.attention`; what is not keeps the attention of each pair of tokens
+    fused_attention: bool = True
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number."""
+        return bytes_of(self.precision)
+
+
 def activations(
-    model: Network,
-    *,
-    num_visible: int,
-    precision: str,
-    teacher: bool,
-    checkpointing: str = "none",
-    fused_attention: bool = True,
+    model: Network, *, num_visible: int, computing: Computing, teacher: bool
 ) -> list[Part]:
     """The student's parts in the order of the forward pass, the loss last.
 
     Args:
         model: any, also on the meta device: only its sizes are read.
         num_visible: patches that the encoder sees.
-        precision: "fp32" or "bf16".
+        computing: how.
         teacher: whether the loss has a term to a teacher's pixels.
-        checkpointing: as in `kernels.checkpoint_blocks`.
-        fused_attention: as in `kernels.attention`; what is not keeps the attention of each pair of
-            tokens.
     """
     sizes = model.sizes
-    width = bytes_of(precision)
+    width = computing.width
     dim = sizes.embed_dim
     pixels = sizes.patch_size**2 * sizes.in_channels
     tokens = model.num_prefix + num_visible
-    blocks = _Blocks(width, sizes.mlp_ratio, checkpointing, fused_attention)
+    blocks = _Blocks(computing, sizes.mlp_ratio)
     prefix = model.cls_token.numel() if model.num_prefix else 0
     embedding = Part(
         "embedding",
@@ -70,6 +77,39 @@ def activations(
     ]
     rest = _regressors if isinstance(model, BootstrappedAutoencoder) else _decoder
     return [embedding, *encoder, *rest(model, num_visible, blocks, teacher)]
+
+
+def classifier_activations(
+    model: Classifier, sizes: NetworkSizes, *, computing: Computing
+) -> list[Part]:
+    """The parts of a classifier in the order of the forward pass, its head with the loss last.
+
+    Args:
+        model: any, also on the meta device.
+        sizes: of its encoder.
+        computing: how.
+    """
+    width = computing.width
+    dim = sizes.embed_dim
+    tokens = 1 + sizes.num_patches
+    blocks = _Blocks(computing, sizes.mlp_ratio)
+    at = _Tokens(dim, sizes.num_heads, tokens, tokens)
+    encoder = [blocks.part(f"block {i}", block, at) for i, block in enumerate(model.blocks)]
+    named = ("pos_embed", "cls_token", "patch_embed.")
+    start = sum(param.numel() for name, param in model.named_parameters() if name.startswith(named))
+    embedding = Part(
+        "embedding",
+        params=start,
+        saved=sizes.num_patches * sizes.patch_pixels * width,
+        passing=2 * tokens * dim * width,
+    )
+    head = Part(
+        "head",
+        params=_numel(model) - start - sum(part.params for part in encoder),
+        saved=(tokens + 3) * dim * width,  # the last norm, and the pooled features
+        passing=tokens * dim * width,
+    )
+    return [embedding, *encoder, head]
 
 
 class _Tokens(NamedTuple):
@@ -87,18 +127,25 @@ class _Tokens(NamedTuple):
 class _Blocks:
     """How blocks are computed."""
 
-    width: int  # bytes of a number
+    computing: Computing
     mlp_ratio: float
-    checkpointing: str
-    fused_attention: bool
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number."""
+        return self.computing.width
 
     def part(self, name: str, block: nn.Module, at: _Tokens) -> Part:
         """A block with these tokens in it."""
         kept = self._kept(at)
         passing = self._gradients(at)
-        if self.checkpointing == "none":
+        if self.computing.checkpointing == "none":
             return Part(name, _numel(block), kept, passing)
-        held = 0 if self.checkpointing == "fairscale_offload" else at.keys * at.dim * self.width
+        held = (
+            0
+            if self.computing.checkpointing == "fairscale_offload"
+            else at.keys * at.dim * self.width
+        )
         return Part(name, _numel(block), held, kept - held + passing)
 
     def _kept(self, at: _Tokens) -> float:
@@ -113,7 +160,9 @@ class _Blocks:
             statistics = at.heads * at.queries + 2 * at.queries + 2 * at.others
             kept += numbers * self.width
             kept += FP32 * statistics
-        if not self.fused_attention:  # the matrix of attention, in the place of its log-sums
+        if (
+            not self.computing.fused_attention
+        ):  # the matrix of attention, in the place of its log-sums
             matrix = at.heads * at.queries * (at.keys + at.others) * self.width
             attentions = 2 if at.others else 1
             kept += matrix - LOG_SUMS * at.heads * at.queries * attentions
@@ -121,7 +170,7 @@ class _Blocks:
 
     def _gradients(self, at: _Tokens) -> float:
         of_mlp = (1 + self.mlp_ratio) * at.queries * at.dim * self.width
-        if self.fused_attention:
+        if self.computing.fused_attention:
             return of_mlp
         matrices = 2 * at.heads * at.queries * at.keys * self.width
         return max(of_mlp, matrices + at.queries * at.dim * self.width)
@@ -238,13 +287,12 @@ def _regressor(
 
 
 def inference_bytes(
-    model: Network, *, num_visible: int, precision: str, decodes: bool = True
+    sizes: NetworkSizes, *, num_visible: int, precision: str, decodes: bool = True
 ) -> float:
     """Bytes of one image at the height of a forward pass without gradients: inside an MLP."""
-    sizes = model.sizes
     widest = (1 + num_visible) * sizes.embed_dim
     if decodes:
-        widest = max(widest, (1 + model.num_patches) * sizes.decoder_dim)
+        widest = max(widest, (1 + sizes.num_patches) * sizes.decoder_dim)
     return (2 + 2 * sizes.mlp_ratio) * widest * bytes_of(precision)
 
 
