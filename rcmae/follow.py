@@ -1,7 +1,5 @@
-"""Evaluate a run from beside it: k-NN of each checkpoint, once, as it is committed, until the run
-is finished.
-
-Logistic regression on the same features, too, with evaluate.logistic=true.
+"""Evaluate a run from beside it: each checkpoint, once, as it is committed, until the run is
+finished, as its task does: k-NN of a pretraining, scores of a classifier.
 
     python -m rcmae.follow RUN_DIR evaluate.train_shards=... evaluate.test_shards=... [key=value]
 
@@ -21,42 +19,37 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from rcmae import checkpoint, config, dist
 from rcmae.checkpoint.lease import Lease, LeaseHeld, LeaseLost, exit_status, fence
 from rcmae.commands.follow import Asked, parse
-from rcmae.config import Recipe
-from rcmae.data.batch import Batch
+from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.sources import patience
-from rcmae.data.stream import Readers, labelled_batches
-from rcmae.data.transforms import CentreTransform, Normalise
+from rcmae.data.stream import refuse_unlabelled
+from rcmae.data.transforms import Normalise
 from rcmae.engines.protocol import DTYPES
 from rcmae.engines.updates import cast_params
 from rcmae.errors import Refused
-from rcmae.evaluation.features import evaluating, features_of_both, pooled
-from rcmae.evaluation.knn import Rows, knn_rows, knn_table
-from rcmae.evaluation.logistic import logistic_rows
 from rcmae.models import kernels
-from rcmae.models.build import Network, new_student
 from rcmae.run import preempt
 from rcmae.run.ending import say_error
-from rcmae.run.look import open_index
+from rcmae.run.look import open_index, saved_from
+from rcmae.run.loop.evaluation import write_evaluated
 from rcmae.run.metrics import MetricsLog, events_of
+from rcmae.tasks.protocol import Evaluating, Interrupted, Task
+from rcmae.tasks.registry import task_of
 from rcmae.weights.layouts import KIND, Which
 
 FOLDER = "evaluations"  # in the run's folder
-
-
-class Stopped(Exception):
-    """Asked to stop in the middle of an evaluation; raised on all ranks together."""
 
 
 # ---------------------------------------------------------------------------- the run, from outside
@@ -130,98 +123,77 @@ def evaluated(folder: Path) -> int:
 
 
 class Sets(NamedTuple):
-    """The labelled images."""
+    """What a task's evaluation reads."""
 
-    train: ShardIndex
-    test: ShardIndex
+    opened: tuple[ShardIndex, ...]
     cache: Cache | None  # of this node, where shards come from elsewhere
 
 
-def open_sets(recipe: Recipe) -> Sets:
-    """The labelled shards that a recipe names. Collective: every rank calls.
+def open_sets(recipe: Recipe, task: Task) -> Sets:
+    """The shards that a task's evaluation reads. Collective: every rank calls.
 
     Raises:
         Refused: on every rank; there are none, or they cannot be used.
     """
-    given = {
-        "train_shards": recipe.evaluate.train_shards,
-        "test_shards": recipe.evaluate.test_shards,
-    }
-    if missing := [f"evaluate.{key}" for key, shards in given.items() if not shards]:
-        raise Refused(
-            f"k-NN needs labelled shards: the run's recipe has no {' and '.join(missing)}; give "
-            "them here"
-        )
-    train, test = (open_index(recipe, shards) for shards in given.values())
-    cache = node_cache((train, test), recipe.data.cache_dir, recipe.data.cache_gb, patience(recipe))
-    return Sets(train, test, cache)
+    wanted = task.evaluation_sets(recipe)
+    if missing := [each.key for each in wanted if not each.shards]:
+        raise Refused(f"the run's recipe has no {' and '.join(missing)}; give them here")
+    opened = tuple(open_index(recipe, each.shards) for each in wanted)
+    for each, index in zip(wanted, opened, strict=True):
+        if each.labelled:
+            refuse_unlabelled(index)
+    cache = node_cache(opened, recipe.data.cache_dir, recipe.data.cache_gb, patience(recipe))
+    return Sets(opened, cache)
 
 
-@torch.no_grad()
-def networks(recipe: Recipe, manifest: checkpoint.Manifest) -> dict[str, Network]:
-    """Student and, where there is one, teacher with the weights of a checkpoint, in the precision
-    they train in.
+class Networks:
+    """Student and teacher of a run's task, whole on each rank, in the precision they train in.
 
-    Raises:
-        CheckpointError, OSError: it could not be read.
-    """
-    models: dict[str, Network] = {}
-    teacher_parts = recipe.objective.teacher_parts
-    names: list[Which] = ["student", "teacher"] if teacher_parts else ["student"]
-    with checkpoint.Reader(manifest) as reader:
-        for name in names:
-            model = new_student(recipe)
-            if name == "teacher":  # it may be the encoder alone
-                model.keep(("pixels",) if "decoder" in teacher_parts else ())
-            for weight, value in model.state_dict().items():  # live
-                key = f"buffer/{weight}"
-                if key not in manifest.tensors:
-                    key = f"{KIND[name]}/{weight}"
-                flat = torch.empty(value.numel(), dtype=value.dtype)
-                reader.read(key, 0, flat)
-                value.copy_(flat.view_as(value))
-            kernels.choose_attention(model, dist.device(), recipe.engine.precision)
-            cast_params(model, DTYPES[recipe.engine.precision])
-            models[name] = model.to(dist.device())
-    return models
+    Collective: every rank calls.
 
-
-def answer(
-    recipe: Recipe, sets: Sets, models: dict[str, Network], stop: preempt.StopRequest
-) -> tuple[Rows, dict[str, float]]:
-    """k-NN of these networks, and logistic regression where it is asked for. Collective: every rank
-    calls, and gets the same rows.
+    Args:
+        task: of the run.
+        recipe: the run's.
+        manifest: of its first checkpoint that is evaluated: the others fit the same networks.
 
     Raises:
-        Stopped: on all ranks.
+        Refused: on every rank; what the task starts from cannot be read.
     """
-    wanted = recipe.evaluate
-    data = recipe.data
 
-    def batches(index: ShardIndex) -> Iterator[Batch]:
-        for batch in labelled_batches(
-            index,
-            CentreTransform(recipe.model.image_hw, recipe.model.in_channels),
-            batch=wanted.batch,
-            rank=dist.rank(),
-            world=dist.world(),
-            readers=Readers(data.workers, cache=sets.cache),
-        ):
-            if dist.agree(stop.reason is not None or stop.is_late(0.0)):
-                raise Stopped
-            yield batch
+    def __init__(self, task: Task, recipe: Recipe, manifest: checkpoint.Manifest) -> None:
+        saved = saved_from(recipe, manifest)
+        self.found = checkpoint.seen_by_first(lambda: task.look(recipe, saved))
+        student = task.network(recipe, self.found, saved)
+        self.objective = task.objective(recipe, Resolved(**manifest.meta["sizes"]))
+        teacher = task.teacher(student, self.objective)
+        self.student = self._ready(student, recipe)
+        self.teacher = self._ready(teacher, recipe) if teacher is not None else None
 
-    device = dist.device()
-    with evaluating(*models.values()):
-        features = features_of_both(
-            {name: pooled(model, wanted.pool) for name, model in models.items()},
-            batches(sets.train),
-            batches(sets.test),
-            device=device,
-            normalise=Normalise(data.mean, data.std, device).images,
-        )
-    rows = knn_rows(*features, k=wanted.k, device=device, temperature=wanted.temperature)
-    return rows, logistic_rows(*features, device=device) if wanted.logistic else {}
+    @staticmethod
+    def _ready(model: nn.Module, recipe: Recipe) -> nn.Module:
+        kernels.choose_attention(model, dist.device(), recipe.engine.precision)
+        cast_params(model, DTYPES[recipe.engine.precision])
+        return model.to(dist.device())
+
+    @torch.no_grad()
+    def load(self, manifest: checkpoint.Manifest) -> None:
+        """Take the weights of a checkpoint. Not collective.
+
+        Raises:
+            CheckpointError, OSError: it could not be read.
+        """
+        networks: dict[Which, nn.Module | None] = {"student": self.student, "teacher": self.teacher}
+        with checkpoint.Reader(manifest) as reader:
+            for which, model in networks.items():
+                if model is None:
+                    continue
+                for name, value in model.state_dict().items():  # live
+                    key = f"buffer/{name}"
+                    if key not in manifest.tensors:
+                        key = f"{KIND[which]}/{name}"
+                    flat = torch.empty(value.numel(), dtype=value.dtype)
+                    reader.read(key, 0, flat)
+                    value.copy_(flat.view_as(value))
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -246,7 +218,8 @@ def follow(asked: Asked, stop: preempt.StopRequest) -> int:
             return preempt.STOPPED
         time.sleep(asked.poll_s)
     recipe = _recipe(asked)
-    sets = open_sets(recipe)
+    task = task_of(recipe)
+    sets = open_sets(recipe, task)
     lease = _hold(recipe)
     try:
         watch.last_step = dist.from_first(evaluated(folder) if first else 0)
@@ -258,7 +231,7 @@ def follow(asked: Asked, stop: preempt.StopRequest) -> int:
             tensorboard=recipe.log.tensorboard,
             bar=False,
         ) as log:
-            return SideCar(recipe, sets, watch, stop, lease, log).run(asked.poll_s)
+            return SideCar(recipe, task, sets, watch, stop, lease, log).run(asked.poll_s)
     finally:
         if lease is not None:
             lease.release()
@@ -276,10 +249,15 @@ def _recipe(asked: Asked) -> Recipe:
     Raises:
         Refused: on every rank; it is wrong.
     """
-    # every checkpoint is evaluated
-    mine = [f"run.dir={asked.run}", "evaluate.every_steps=null"]
     file = str(asked.run / "recipe.yaml")
-    return checkpoint.seen_by_first(lambda: config.load(file, [*asked.overrides, *mine]))
+
+    def load() -> Recipe:
+        # without its own evaluations: what those ask for is asked of the keys given here, by name
+        mine = [f"run.dir={asked.run}", "evaluate.every_steps=null"]
+        recipe = config.load(file, [*asked.overrides, *mine])
+        return config.with_values(recipe, {"evaluate.every_steps": 1})  # each checkpoint
+
+    return checkpoint.seen_by_first(load)
 
 
 def _hold(recipe: Recipe) -> Lease | None:
@@ -312,11 +290,13 @@ class SideCar:
     """Evaluates one checkpoint after the other. Every method is collective: every rank calls."""
 
     recipe: Recipe
+    task: Task
     sets: Sets
     watch: Watch
     stop: preempt.StopRequest
     lease: Lease | None  # rank 0's
     log: MetricsLog
+    networks: Networks | None = None  # from the first checkpoint on
 
     def run(self, poll_s: float) -> int:
         """Evaluate until there is nothing more to come; the exit status.
@@ -356,41 +336,58 @@ class SideCar:
         begin = time.monotonic()
         step = checkpoint.step_of(path)
         assert step is not None
-        models = self._models(path, step)
-        if models is None:
+        networks = self._networks(path, step)
+        if networks is None:
             self.watch.last_step = step
             return
         try:
-            rows, linear = answer(self.recipe, self.sets, models, self.stop)
-        except Stopped:
+            found = self.task.evaluate(self._context(networks, step))
+        except Interrupted:
             return
         if dist.agree(self.lease is not None and self.lease.lost):
             raise LeaseLost(
                 f"another side-car took the evaluation of {self.recipe.run_dir} over; this one "
                 "stops"
             )
-        more = {"logistic": linear} if linear else {}
-        seconds = time.monotonic() - begin
-        self.log.event("evaluate", step=step, knn=rows, **more, seconds=seconds)
+        self.log.event("evaluate", step=step, **found.event, seconds=time.monotonic() - begin)
         self.log.sync()
-        for name, row in rows.items():
-            curves = {f"k{k}": accuracy for k, accuracy in row.items()}
-            self.log.scalars(f"knn_{name}", curves, step)
-        self.log.scalars("logistic", linear, step)
-        self.log.say(f"k-NN at step {step}, top-1 in %\n{knn_table(rows, linear)}")
+        write_evaluated(found, self.log, self.recipe.run_dir / FOLDER, step)
         self.watch.last_step = step
 
-    def _models(self, path: Path, step: int) -> dict[str, Network] | None:
-        """The networks of a checkpoint; None where it is left out."""
-        models = None
+    def _context(self, networks: Networks, step: int) -> Evaluating:
+        recipe = self.recipe
+        device = dist.device()
+        return Evaluating(
+            recipe=recipe,
+            step=step,
+            student=networks.student,
+            teacher=networks.teacher,
+            objective=networks.objective,
+            found=networks.found,
+            sets=self.sets.opened,
+            cache=self.sets.cache,
+            normalise=Normalise(recipe.data.mean, recipe.data.std, device),
+            device=device,
+            pause=self._pause,
+            baselines=False,  # the training has them, and they do not change
+        )
+
+    def _pause(self) -> None:
+        if dist.agree(self.stop.reason is not None or self.stop.is_late(0.0)):
+            raise Interrupted
+
+    def _networks(self, path: Path, step: int) -> Networks | None:
+        """The networks with a checkpoint's weights; None where it is left out."""
         problem = None
         try:
-            models = networks(self.recipe, checkpoint.open_verified_together(path))
+            manifest = checkpoint.open_verified_together(path)
+            self.networks = self.networks or Networks(self.task, self.recipe, manifest)
+            self.networks.load(manifest)
         except (checkpoint.CheckpointError, OSError) as error:
             problem = str(error)
         told = [text for text in dist.gather(problem) if text]
         if not told:
-            return models
+            return self.networks
         gone = ""
         if not path.exists():
             gone = "; it was pruned meanwhile, checkpoint.keep and keep_every keep more"

@@ -18,7 +18,7 @@ import torch
 import yaml
 from test_classifier import SIZES
 
-from rcmae import checkpoint, finetune, probe
+from rcmae import checkpoint, finetune, follow, probe
 from rcmae.commands import replay
 from rcmae.data.index import ShardIndex
 from rcmae.models.classifier import Classifier
@@ -116,6 +116,21 @@ def test_a_run_leaves_losses_scores_and_pictures(whole: dict[str, Folder]) -> No
         assert (folder.path / "pictures" / "confusion-student-00000006.png").stat().st_size > 100
     heads = {key for key in whole["probe"].state() if key.startswith("weight/")}
     assert heads == {"weight/1.weight", "weight/1.bias"}
+
+
+@pytest.mark.parametrize("name", ["finetune", "probe"])
+def test_from_beside_a_checkpoint_gets_the_scores_that_the_training_gave_it(
+    name: str, whole: dict[str, Folder], tmp_path: Path
+) -> None:
+    run = Folder(shutil.copytree(whole[name].path, tmp_path / "run"))
+    with keeping_handlers():
+        assert follow.main([str(run.path), "--poll-s=0.1"]) == 0
+    beside = Folder(run.path / follow.FOLDER)
+    [told] = [event["scores"] for event in run.events("evaluate") if event["step"] == 6]
+    [found] = [event["scores"] for event in beside.events("evaluate") if event["step"] == 6]
+    assert found == told
+    document = Path("evaluation") / "step-00000006.json"
+    assert (beside.path / document).read_text() == (run.path / document).read_text()
 
 
 @pytest.mark.parametrize("name", ["finetune", "probe"])

@@ -14,6 +14,7 @@ import pytest
 
 from rcmae import follow
 from rcmae.run import preempt
+from rcmae.tasks import protocol
 from runs import Folder, keeping_handlers, start, wait_for
 from tests.conftest import Ranks
 
@@ -142,7 +143,7 @@ def test_stopped_or_killed_it_goes_on_where_it_was(
 def test_an_evaluation_under_way_is_left_when_asked(
     run: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = follow.labelled_batches, []
+    real, seen = protocol.labelled_batches, []
 
     def interrupted(*args: object, **kwargs: object) -> object:
         for batch in real(*args, **kwargs):
@@ -150,7 +151,7 @@ def test_an_evaluation_under_way_is_left_when_asked(
             signal.raise_signal(signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(follow, "labelled_batches", interrupted)
+    monkeypatch.setattr(protocol, "labelled_batches", interrupted)
     assert followed(run) == preempt.STOPPED
     assert (seen, answers(run)) == ([0], {})
 

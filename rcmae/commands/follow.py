@@ -1,8 +1,9 @@
-"""Evaluate a run from beside it: k-NN of each checkpoint, as it is committed.
+"""Evaluate a run from beside it: each checkpoint, as it is committed.
 
     rcmae follow RUN_DIR evaluate.train_shards=... evaluate.test_shards=... [key=value ...]
 
-With evaluate.logistic=true logistic regression on the same features, too. Answers go to
+A pretraining gets k-NN (with evaluate.logistic=true logistic regression, too), a fine-tuning or a
+probe the scores of its classifier. Answers go to
 RUN_DIR/evaluations; what is there already is not done again. Exit status: 0 the run is finished and
 all its checkpoints are evaluated; 75 it is not (run this again); 2 the input is wrong; 1 anything
 else.

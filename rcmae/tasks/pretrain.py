@@ -152,12 +152,13 @@ class Pretraining:
     def evaluate(self, context: Evaluating) -> Evaluated:
         """k-NN of student and teacher beside a random network and raw pixels."""
         options = context.recipe.evaluate
-        untrained = new_student(context.recipe).to(context.device)
         networks = {"student": pooled(context.student, options.pool)}
         if context.teacher is not None:
             networks["teacher"] = pooled(context.teacher, options.pool)
-        networks["random"] = pooled(untrained, options.pool)
-        networks["pixels"] = pixels
+        if context.baselines:
+            untrained = new_student(context.recipe).to(context.device)
+            networks["random"] = pooled(untrained, options.pool)
+            networks["pixels"] = pixels
         with evaluating(context.student, context.teacher):
             features = features_of_both(
                 networks,

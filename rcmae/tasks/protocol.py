@@ -100,6 +100,7 @@ class Evaluating:
     device: torch.device
     # lets a stop request end the evaluation here. Collective: every rank calls
     pause: Callable[[], None] = lambda: None
+    baselines: bool = True  # whether to judge networks, too, that training does not change
 
     def batches(self, number: int) -> Iterator[Batch]:
         """This rank's batches of a set, in order, views cut from the centre; as many on each rank.

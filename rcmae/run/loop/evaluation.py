@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from rcmae import dist
 from rcmae.evaluation.pictures import save_png
@@ -13,6 +14,7 @@ from rcmae.files import write_aside
 from rcmae.run.loop.batches import Batches
 from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
+from rcmae.run.metrics import MetricsLog
 from rcmae.tasks.protocol import Evaluated, Evaluating, Interrupted, Task
 
 
@@ -84,11 +86,7 @@ class Evaluation:
         self.longest_s = max(self.longest_s, seconds)
         best = {"best": self._progress.best} if found.best else {}
         self._instruments.log.event("evaluate", step=step, **found.event, **best, seconds=seconds)
-        for group, values in found.scalars.items():
-            self._instruments.log.scalars(group, values, step)
-        self._instruments.log.say(f"{found.says.format(step=step)}\n{found.table}")
-        if dist.rank() == 0:
-            self._write(context, found)
+        write_evaluated(found, self._instruments.log, context.recipe.run_dir, step)
 
     def draw(self, context: Evaluating) -> None:
         """Write what the networks make of a few images of the stream's beginning."""
@@ -107,13 +105,18 @@ class Evaluation:
         if dist.agree(stop.reason is not None):
             raise Interrupted
 
-    def _write(self, context: Evaluating, found: Evaluated) -> None:
-        folder = context.recipe.run_dir
-        step = self._progress.step
-        if found.document is not None:
-            path = folder / "evaluation" / f"step-{step:08d}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = json.dumps({"step": step, **found.document}, indent=1)
-            write_aside(path, content, durable=False)
-        for name, picture in found.pictures.items():
-            save_png(picture, folder / "pictures" / f"{name}-{step:08d}.png")
+
+def write_evaluated(found: Evaluated, log: MetricsLog, folder: Path, step: int) -> None:
+    """Curves, the table for people, and under `folder` the task's document and pictures."""
+    for group, values in found.scalars.items():
+        log.scalars(group, values, step)
+    log.say(f"{found.says.format(step=step)}\n{found.table}")
+    if dist.rank() != 0:
+        return
+    if found.document is not None:
+        path = folder / "evaluation" / f"step-{step:08d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"step": step, **found.document}, indent=1)
+        write_aside(path, content, durable=False)
+    for name, picture in found.pictures.items():
+        save_png(picture, folder / "pictures" / f"{name}-{step:08d}.png")
