@@ -38,6 +38,7 @@ from rcmae.config.sections import (
     TeacherOptions,
     WeightedShards,
 )
+from rcmae.config.statistics import first_batch_doubts, statistics_doubts
 
 __all__ = [
     "CLASSIFYING",
@@ -69,6 +70,7 @@ __all__ = [
     "WeightedShards",
     "batch_problems",
     "differences",
+    "first_batch_doubts",
     "load",
     "module_of",
     "objective_class",
@@ -76,6 +78,7 @@ __all__ = [
     "recipe_path",
     "resolve",
     "shipped",
+    "statistics_doubts",
     "stored",
     "streams_for",
     "with_values",

@@ -7,6 +7,7 @@ import math
 from rcmae.config.objective import CLASSIFYING, Reads
 from rcmae.config.recipe import Recipe, known_keys
 from rcmae.config.sections import ScheduleOptions
+from rcmae.config.statistics import statistics_problems
 from rcmae.errors import did_you_mean
 
 
@@ -80,16 +81,10 @@ def _data_problems(recipe: Recipe) -> list[str]:
         problems.append(
             "data.shards: names no shards; give a path, a brace pattern, a glob or a list of them"
         )
-    if len(data.mean) != recipe.model.in_channels or len(data.std) != recipe.model.in_channels:
-        problems.append(
-            f"data.mean and data.std have {len(data.mean)} and {len(data.std)} values for "
-            f"model.in_channels={recipe.model.in_channels}; give one a channel"
-        )
-    if min(data.std, default=1.0) <= 0:
-        problems.append(f"data.std: values must be above 0, got {list(data.std)}")
+    problems += statistics_problems(recipe)
     for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
         low, high = getattr(data, key)
-        if not 0 < low <= high <= top:
+        if not (0 < low <= high <= top and math.isfinite(high)):
             problems.append(
                 f"data.{key}: wants 0 < low <= high{' <= 1' if top == 1 else ''}, got [{low}, "
                 f"{high}]"

@@ -485,5 +485,7 @@ def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
             f"{len(index.short)} shards are shorter than their index says, their last samples are "
             f"bad: {shown}"
         )
+    for told in verdict.warnings:
+        log.warn(told)
     if saved:
         log.say(f"resumes from {saved.path}, step {saved.step}")

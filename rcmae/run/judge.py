@@ -42,15 +42,19 @@ class Verdict:
     saved: Saved | None
     found: Any  # what the task looked at
     engine_config: dict[str, Any]
+    warnings: tuple[str, ...]  # what may be meant, but seldom is
     trains: bool = True  # else the run is evaluated as it is
 
     def shown(self) -> str:
         """The resolved recipe as YAML, under the numbers that follow from it, for people."""
         sizes = [f"# {name}: {value}" for name, value in self.sizes.asdict().items()]
         state = f"resumes from step {self.saved.step}" if self.saved else "starts anew"
+        warnings = [f"# warning: {told}" for told in self.warnings]
         tree = self.recipe.model_dump(mode="json")
         body = yaml.safe_dump(tree, sort_keys=False)
-        return "\n".join([f"# This run can start; it {state}. In numbers:", *sizes, body])
+        return "\n".join(
+            [f"# This run can start; it {state}. In numbers:", *sizes, *warnings, body]
+        )
 
 
 class AnotherTraining(Refused):
@@ -127,6 +131,7 @@ def judge(sight: Sight, task: Task) -> Verdict:
         saved=facts.saved,
         found=facts.task,
         engine_config=dict(facts.engine_config),
+        warnings=(*config.statistics_doubts(recipe), *judgement.warnings),
         trains=not command.evaluate_only,
     )
 

@@ -209,6 +209,11 @@ class MetricsLog:
         if self.writes:
             _write_line(self._events, {"event": kind, "time": time.time(), **details})
 
+    def warn(self, text: str) -> None:
+        """Say what a user should look at, and keep it as an event."""
+        self.event("warning", told=text)
+        self.say(f"warning: {text}")
+
     def rewind(self, step: int) -> None:
         """Forget the logged steps beyond `step`: the run goes back to it."""
         if not self.writes:

@@ -7,8 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+from torch import Tensor
+
 from rcmae import dist
-from rcmae.config import Recipe
+from rcmae.config import Recipe, first_batch_doubts
 from rcmae.data.batch import Batch
 from rcmae.data.loading import WorkersLost
 from rcmae.data.sources import AccessDenied
@@ -56,6 +59,7 @@ class Batches:
         self._recipe = recipe
         self._instruments = instruments
         self._began = math.inf
+        self._is_looked_at = False  # the first batch of the job
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each remaining step, from wherever the run stands."""
@@ -77,11 +81,20 @@ class Batches:
     def ready(self, batch: Batch) -> Batch:
         """The batch on this rank's device, images normalised, as the task's objective wants it."""
         batch = self.normalise(batch.to(dist.device()))
+        if not self._is_looked_at:
+            self._is_looked_at = True
+            self._look_at(batch.images)
         drill = self._recipe.guard.drill_nan_position
         if drill is not None and drill in batch.positions:
             hit = (batch.positions == drill).to(batch.images.device)
             batch.images[hit] = math.nan
         return self._task.ready(self._recipe, batch, self.normalise, self._progress.data_step)
+
+    def _look_at(self, images: Tensor) -> None:
+        """Warn where normalised images are not as they should be. Waits for the device: once."""
+        std, mean = torch.std_mean(images.float(), dim=(0, 2, 3))
+        for told in first_batch_doubts(self._recipe, mean.tolist(), std.tolist()):
+            self._instruments.log.warn(told)
 
     def end_step(self) -> None:
         """Note how long the step took."""
