@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import reference
 from reference import State
 
 
@@ -31,10 +30,16 @@ def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> State:
 
 
 def row_first(width: int, grid: tuple[int, int], *, cls_token: bool) -> Tensor:
-    """[1, c + L, width] float32: the row's angles, then the column's."""
-    table = reference.positions_exact(width, grid)
-    table = torch.cat([table[:, width // 2 :], table[:, : width // 2]], dim=1)
-    return table[0 if cls_token else 1 :].float()[None]
+    """[1, c + L, width]: the row's angles, then the column's, each step in float32."""
+    quarter = width // 4
+    table = torch.zeros(int(cls_token) + grid[0] * grid[1], width, dtype=torch.float32)
+    rates = torch.tensor(10000.0).pow(torch.arange(quarter).float() / quarter).reciprocal()
+    for place in range(grid[0] * grid[1]):
+        for half, index in enumerate((place // grid[1], place % grid[1])):
+            angles = torch.tensor(float(index)) * rates
+            row = torch.cat([angles.sin(), angles.cos()])
+            table[int(cls_token) + place, 2 * half * quarter : 2 * (half + 1) * quarter] = row
+    return table[None]
 
 
 def norm(state: State, name: str, x: Tensor) -> Tensor:

@@ -421,6 +421,9 @@ def pos_embed(folder: Path) -> Path:
             f"mae.dim{width}.grid{grid}.cls1": table,
             f"mae.dim{width}.grid{grid}.cls0": table[1:].clone(),
         }
+        for family in ("bootmae", "moco-v3"):
+            own = relatives.row_first(width, (grid, grid), cls_token=True)[0].double()
+            tables[f"{family}.dim{width}.grid{grid}.cls1"] = own
     files = {"expected.safetensors": ("[rows, dim]", tables)}
     return write(
         folder,
@@ -430,16 +433,17 @@ def pos_embed(folder: Path) -> Path:
     )
 
 
-def arch_names(folder: Path) -> Path:
-    sizes = Sizes((64, 64), 16, 3, 192, 12, 3, 128, 2, 4)
+def architecture(decoder: tuple[int, int]) -> dict[str, Any]:
+    """Of a tiny encoder at 64 pixels, with a decoder of this width and depth."""
+    sizes = Sizes((64, 64), 16, 3, 192, 12, 3, *decoder, 4)
     shapes: dict[str, Any] = dict(reference.shapes(sizes)) | {
         "pos_embed": (1, 17, 192),
-        "decoder_pos_embed": (1, 17, 128),
+        "decoder_pos_embed": (1, 17, decoder[0]),
     }
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     trained = {name: shape for name, shape in shapes.items() if "pos_embed" not in name}
     decays = {name: len(shape) > 1 for name, shape in trained.items()}
-    architecture = {
+    return {
         "state_dict": [[name, list(shape)] for name, shape in shapes.items()],
         "trainable": sum(counts[name] for name in trained),
         "all_parameters": sum(counts.values()),
@@ -447,10 +451,15 @@ def arch_names(folder: Path) -> Path:
             [name for name, decay in decays.items() if decay == wanted] for wanted in (False, True)
         ],
     }
+
+
+def arch_names(folder: Path) -> Path:
     values = {
         "architectures": {
-            "rc_vit_tiny_patch16": architecture,
-            "mae_vit_tiny_patch16_dec128d2b": architecture,
+            "rc_vit_tiny_patch16": architecture((128, 2)),
+            "mae_vit_tiny_patch16_dec128d2b": architecture((128, 2)),
+            "mae_vit_tiny_patch16_dec512d8b": architecture((512, 8)),
+            "rc_mae_vit_tiny_patch16_dec48d1b": architecture((48, 1)),
         }
     }
     return write(

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import reference
+import relatives
 from rcmae.models.blocks import Block, LastBlock
 from rcmae.models.flops import flops_per_image
 from rcmae.models.patches import patches_at, patchify, sincos_positions, unpatchify
@@ -120,6 +121,15 @@ def test_position_table_encodes_column_then_row() -> None:
         49: 0.8460091102817079,
     }
     assert without[7, list(recorded)].tolist() == pytest.approx(list(recorded.values()), abs=1e-12)
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+@pytest.mark.parametrize(("dim", "grid"), [(24, (3, 5)), (36, (8, 8)), (192, (14, 14))])
+def test_row_first_tables_are_those_of_float32(
+    dim: int, grid: tuple[int, int], cls_token: bool
+) -> None:
+    table = sincos_positions(dim, grid, cls_token=cls_token, order="row_first")
+    assert torch.equal(table, relatives.row_first(dim, grid, cls_token=cls_token)[0].double())
 
 
 def test_names_and_shapes_are_the_published_ones() -> None:

@@ -52,13 +52,13 @@ def sincos_positions(
 
     The first half of the columns encodes the patch's column, the second its row, each as sines then
     cosines of geometric frequencies 1 ... 1/10000. "row_first" has it the other way round (MoCo v3,
-    BootMAE, MAE-priv)."""
-    quarter = dim // 4
-    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, column = torch.meshgrid(
-        *(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij"
-    )
+    BootMAE, MAE-priv) and is computed in float32, as those tables were: rounded from float64, up to
+    half of their numbers are others by a unit in the last place or more."""
+    dtype = torch.float64 if order == "column_first" else torch.float32
+    share = torch.arange(dim // 4, dtype=dtype) / (dim // 4)
+    frequencies = 10000.0**-share if order == "column_first" else 1.0 / 10000.0**share
+    row, column = torch.meshgrid(*(torch.arange(side, dtype=dtype) for side in grid), indexing="ij")
     axes = (column, row) if order == "column_first" else (row, column)
     angles = [axis.reshape(-1, 1) * frequencies for axis in axes]  # each [L, dim/4]
     table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return F.pad(table, (0, 0, 1, 0)) if cls_token else table
+    return F.pad(table.double(), (0, 0, 1, 0)) if cls_token else table.double()

@@ -13,7 +13,7 @@ from rcmae.objectives import new
 from rcmae.objectives.mae import pixel_targets
 
 from .fixture import EXACT, PRECISIONS, Fixture
-from .networks import build, check_grads, gradients, losses, masked
+from .networks import build, check_grads, gradients, image_size, losses, masked
 
 MAEPRIV_NAMES = (
     ("encoder_to_decoder.", "decoder_embed."),
@@ -35,7 +35,8 @@ def maepriv_name(name: str) -> str:
 def maepriv_pretrain(fixture: Fixture) -> None:
     """Each variant: masks, encoder's and decoder's output, targets, loss and gradients."""
     config = fixture.config
-    side = fixture.config["img_size"] // fixture.config["patch_size"]
+    height, width = image_size(config)
+    num_patches = (height // config["patch_size"]) * (width // config["patch_size"])
     for key in ("embed_dim", "depth", "num_heads"):
         config.setdefault(key, config[f"encoder_{key}"])
     for precision, dtype in PRECISIONS.items():
@@ -52,7 +53,7 @@ def maepriv_pretrain(fixture: Fixture) -> None:
                 else inputs["noise"]
             )
             batch = masked(
-                fixture, inputs["images"], noise, dtype, side**2 - stated["visible_size"]
+                fixture, inputs["images"], noise, dtype, num_patches - stated["visible_size"]
             )
             expected = {
                 name.partition(".")[2]: array
@@ -63,11 +64,11 @@ def maepriv_pretrain(fixture: Fixture) -> None:
                 "masks", f"{case} shuffle", batch.ids_shuffle, expected.pop("shuffle"), EXACT
             )
             latent = model.encode(batch.images, batch.ids_shuffle[:, : batch.num_visible])
-            everything = torch.arange(side**2).expand(len(batch), -1)
+            everything = torch.arange(num_patches).expand(len(batch), -1)
             target = pixel_targets(
                 batch.images,
                 everything,
-                side**2,
+                num_patches,
                 norm_pix=stated["normalized_pixel"],
                 kind="biased",
             )

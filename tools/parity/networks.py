@@ -5,7 +5,7 @@ losses, gradients and steps.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +41,10 @@ def build(
     ):
         if config.get(key, ours) != ours:
             raise Unusable(f"config.{key}={config[key]}: this package has {ours}")
-    side = config["img_size"]
     state = fixture.arrays(weights) if state is None else state
     model = MaskedAutoencoder(
         NetworkSizes(
-            image_size=(side, side) if isinstance(side, int) else tuple(side),
+            image_size=image_size(config),
             patch_size=config["patch_size"],
             in_channels=config.get("in_chans", state["patch_embed.proj.weight"].shape[1]),
             embed_dim=config["embed_dim"],
@@ -65,11 +64,18 @@ def build(
     )
     problem = ""
     try:
-        model.load_state_dict(state, strict=True)
+        computed = {name: getattr(model, name) for name in model.TABLES}  # where none is recorded
+        model.load_state_dict(computed | state, strict=True)
     except RuntimeError as error:
         problem = str(error)
     fixture.true("weights load strictly", weights, not problem, problem)
     return model.to(dtype)
+
+
+def image_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the folder's images in pixels."""
+    side = config["img_size"]
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
 
 
 def masked(
