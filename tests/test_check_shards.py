@@ -148,8 +148,9 @@ def test_verify_names_what_is_wrong_and_repair_leaves_it_out(damaged, tmp_path, 
     }
     assert named | {index[number].id for number in range(20, 40)} == bad
     assert [row["reason"] for row in told["rejected"] if row["shard"] == "photo-000000.tar"] == [
-        "the tar breaks off: unexpected end of data",
-        "its index names 40 samples: 20 of them were not found, and 0 were that it does not name;"
+        "only 7 of the 3876 bytes of 0_20.jpg are there",
+        "the tar breaks off: ends within '0_20.jpg'",
+        "its index names 40 samples: 19 of them were not found, and 0 were that it does not name;"
         f" get the tar anew, or run rcmae shards index {index.shards[0].path} --rebuild",
     ]
     assert (

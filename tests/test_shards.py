@@ -305,8 +305,8 @@ def test_shards_are_indexed_by_several_processes_alike(folder, monkeypatch):
     paths = expand(f"{folder}/*.tar")
     alone = ShardIndex.build(paths, jobs=2)  # reading a few takes less time than starting processes
     pools = []
-    monkeypatch.setattr(tars, "_ALONE_S", 0)
-    monkeypatch.setattr(tars, "mapped", lambda *a: pools.append(1) or workers.mapped(*a))
+    monkeypatch.setattr(tars.scanning, "_ALONE_S", 0)
+    monkeypatch.setattr(tars.scanning, "mapped", lambda *a: pools.append(1) or workers.mapped(*a))
     assert ShardIndex.build(paths, jobs=2).fingerprint == alone.fingerprint
     assert pools == [1]
 

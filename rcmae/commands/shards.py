@@ -52,15 +52,18 @@ killed or stopped goes on where it was when the same command is started again.
 INDEX = """Index WebDataset tars where they lie: training then starts at once and reads by offset.
 
 Of files here only headers are read, and nothing is rewritten: `index.json` and `index-*.bin` are
-put beside the shards, or all into --out. Tars from elsewhere are read whole, once, and hashed, so
-that each later copy is verified; they need --out: upload its two files beside the shards, or give
-the folder as data.index. What an index already says of shards that still have their size is kept.
-If a shard or a folder cannot be used, nothing is changed in its folder.
+put beside the shards, or all into --out. What of a tar is not used is counted, with names. A key
+ends at the first dot of a name, as in WebDataset; --keys last-dot reads `trip v1.07.jpg` as an
+image with the key `trip v1.07`, and the index remembers it. Tars from elsewhere are read whole,
+once, and hashed, so that each later copy is verified; they need --out: upload its two files beside
+the shards, or give the folder as data.index. What an index already says of shards that still have
+their size and time is kept. If a shard or a folder cannot be used, nothing is changed in its
+folder.
 """
 CHECK = """Look at every byte of a shard set: what is in it, what is wrong, and a clean copy of it.
 
     rcmae shards check verify PATTERN [PATTERN ...] [--picture FILE.png] [--json]
-    rcmae shards check repair PATTERN [PATTERN ...] --out FOLDER [--jobs N] [--json]
+    rcmae shards check repair PATTERN [PATTERN ...] --out FOLDER [--drop] [--jobs N] [--json]
     rcmae shards check report PATTERN [PATTERN ...] [--json]
     rcmae shards check report --ledger RUN [--json]
 
@@ -70,7 +73,9 @@ and sizes (--picture draws the sizes). It names any flaw that a decoder warns of
 training would read the image with a smear in it. What it cannot see is damage that leaves a valid
 image: other colours in a JPEG, other pixels in a file without a checksum (.npy, .bmp, .tif).
 `repair` writes what can be read into FOLDER under the same names, with an index: images without a
-flaw, the first of each key, and of a tar that is cut short what comes before the cut. `report`
+flaw, the first of each key, and of a tar that is cut short what comes before the cut. A shard of
+which a copy would lose what is not understood (files without a suffix, links that lead nowhere,
+several images under one key, bytes behind the end) is written with --drop only. `report`
 tells what the index says, without reading images; with --ledger, which samples a run (its folder,
 or its events.jsonl) could not read, and what took their place.
 """
@@ -224,6 +229,11 @@ def index(arguments: Sequence[str] | None = None) -> int:
         help="read these shards again, whatever an index says of them",
     )
     parser.add_argument(
+        "--keys",
+        choices=("first-dot", "last-dot"),
+        help="where the key of a member's name ends (default: what it was; at first first-dot)",
+    )
+    parser.add_argument(
         "--jobs",
         type=int,
         default=os.cpu_count() or 1,
@@ -245,7 +255,7 @@ def index(arguments: Sequence[str] | None = None) -> int:
             disable=not sys.stderr.isatty(),
         )
         told = [
-            indexed_folder(folder, paths, rebuild=asked.rebuild, jobs=asked.jobs)
+            indexed_folder(folder, paths, rebuild=asked.rebuild, jobs=asked.jobs, keys=asked.keys)
             for folder, paths in folders
         ]
     except (Refused, OSError) as error:
@@ -268,16 +278,10 @@ def print_index(facts: dict[str, Any]) -> None:
         f"{facts['folder']}: {facts['samples']:,} samples in {facts['shards']} shards "
         f"({facts['read']} read now)"
     )
-    for name, what in (
-        ("unlabelled", "samples have no label"),
-        (
-            "bad_labels",
-            "of the read ones have a .cls that is no number: they count as unlabelled",
-        ),
-        ("without_image", "samples of the read shards have no image: left out"),
-    ):
-        if facts[name]:
-            print(f"  {facts[name]:,} {what}")
+    if facts["unlabelled"]:
+        print(f"  {facts['unlabelled']:,} samples have no label")
+    for note in facts["notes"]:
+        print(f"  {note['text']}")
 
 
 # -------------------------------------------------------------------------------------------- check
@@ -293,6 +297,11 @@ def check(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="of the clean shards, for repair"
+    )
+    parser.add_argument(
+        "--drop",
+        action="store_true",
+        help="leave out of a repaired shard what is not understood of it",
     )
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="of the sizes, for verify")
     parser.add_argument(
@@ -323,7 +332,7 @@ def check(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    wrong = ("bad_samples", "rejected", "keys_in_several_shards", "short")
+    wrong = ("bad_samples", "rejected", "keys_in_several_shards", "short", "not_written")
     return 1 if any(told.get(name) for name in wrong) else 0
 
 
@@ -333,6 +342,8 @@ def _checked(asked: argparse.Namespace) -> dict[str, Any]:
 
     if (asked.command == "repair") != (asked.out is not None):
         raise Refused("repair writes into a new folder: give --out with it, and with nothing else")
+    if asked.drop and asked.command != "repair":
+        raise Refused("--drop belongs to repair")
     if asked.ledger is not None and asked.command != "report":
         raise Refused("--ledger belongs to report")
     if asked.ledger is not None:
@@ -340,7 +351,8 @@ def _checked(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.command == "report":
         return verify.described(asked.patterns)
     if asked.command == "repair":
-        told = verify.repaired(asked.patterns, asked.out, asked.jobs, _shown)
+        copying = verify.Copying(asked.out, asked.drop)
+        told = verify.repaired(asked.patterns, copying, asked.jobs, _shown)
     else:
         told = verify.verified(asked.patterns, asked.jobs, _shown)
     if asked.picture is not None:
@@ -374,7 +386,14 @@ def print_verdict(found: dict[str, Any], what: str) -> None:
             print(f"  {count:,} images have {number} channels")
     if left_out := found.get("left_out"):
         print(f"  left out, for nothing in them can be read: {', '.join(left_out)}")
+    for note in found.get("notes", []):
+        print(f"  {note['text']}")
     lines = []
+    for name in found.get("not_written", []):
+        lines.append(
+            f"{name}: not written, for a copy would lose what the lines above tell; mend it, or "
+            "leave that out with --drop"
+        )
     for key, names in found.get("keys_in_several_shards", {}).items():
         lines.append(f"the same key in several shards: {key}: in {', '.join(names)}")
     for row in found.get("rejected", []):

@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,14 +36,18 @@ from rcmae.data.patterns import (
 )
 from rcmae.data.sources import USUAL, Patience
 from rcmae.data.tars import (
+    FIRST_DOT,
+    NO_LABEL,
     Member,
+    Note,
     Scan,
     Shard,
     entry_of,
     forget_table,
-    not_a_tar,
+    is_no_tar,
     scan_all,
     shard_of,
+    together,
 )
 from rcmae.errors import Refused
 from rcmae.files import aside
@@ -51,6 +56,7 @@ INDEX = "index.json"
 FORMAT = "rcmae shard index"
 VERSION = 2  # 1 is read, too
 _TABLE = re.compile(r"index-[\w-]+\.bin")
+_log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -136,7 +142,7 @@ class ShardIndex:
         }
         unread = [path for path in paths if path not in known]
         problems += search.problems
-        problems += filter(None, map(not_a_tar, unread))
+        problems += filter(None, map(is_no_tar, unread))
         if not scan:
             for path in unread:
                 problems.append(
@@ -144,13 +150,17 @@ class ShardIndex:
                 )
         refuse_shards(problems)
         if unread:
-            built = cls.build(unread, jobs=jobs, patience=patience).shards
+            rules = {path: shard.rule for path in unread if (shard := picks[path].shard)}
+            built = cls.build(unread, jobs=jobs, patience=patience, rules=rules).shards
             for path, shard in zip(unread, built, strict=True):
                 before = picks[path].shard
                 problems += [] if before is None else unlike(before, shard)
                 known[path] = shard
         refuse_shards(problems)
-        return cls([known[path] for path in paths], search.short, weights)
+        index = cls([known[path] for path in paths], search.short, weights)
+        for note in index.notes:
+            _log.warning("shards: %s", note)
+        return index
 
     @staticmethod
     def lies_in(folder: str, patience: Patience = USUAL) -> bool:
@@ -191,16 +201,25 @@ class ShardIndex:
         jobs: int = 1,
         on_scan: Callable[[Scan], None] = lambda scan: None,
         patience: Patience = USUAL,
+        rules: Mapping[str, str] | None = None,
     ) -> ShardIndex:
-        """The index of these tars from their headers alone, in memory; `on_scan` sees each shard's
-        as it is done.
+        """The index of these tars from their headers alone, in memory.
+
+        Args:
+            paths: of the tars.
+            jobs: processes.
+            on_scan: sees each shard's as it is done.
+            patience: with shards from elsewhere.
+            rules: path -> where keys end (tars.RULES), of shards that have another rule than
+                WebDataset's.
 
         Raises:
             Refused: names every shard that is no tar, ends too early or holds no image.
         """
         shards = []
         problems = []
-        for scan in scan_all(paths, jobs, patience):
+        others = {path: rule for path, rule in (rules or {}).items() if rule != FIRST_DOT}
+        for scan in scan_all(paths, jobs, patience, others):
             on_scan(scan)
             if scan.shard is None:
                 problems.append(scan.problem)
@@ -278,6 +297,11 @@ class ShardIndex:
         ).hexdigest()
 
     @property
+    def notes(self) -> list[Note]:
+        """What of the tars is not used and why; nothing for indexes of before."""
+        return together((shard.name, note) for shard in self.shards for note in shard.notes)
+
+    @property
     def is_saved(self) -> bool:
         """Whether all of it lies in files, so that opening it again reads no tar."""
         return not any(isinstance(shard.table, bytes) for shard in self.shards)
@@ -291,6 +315,7 @@ class ShardIndex:
         shard = self.shards[which]
         name, rows, headed = self._views.get(which) or self._view(which)
         offset, size, label, at, length = rows[row].item()
+        label = label if label >= 0 else NO_LABEL
         checksum = -1 if headed is None else int(headed[row]["checksum"])
         key = shard.key_at(at, length)
         return Sample(shard, f"{name}/{key}", offset, size, label, checksum)
@@ -323,7 +348,8 @@ class ShardIndex:
     def labels(self) -> NDArray[np.int64]:
         """[samples] the label of each, NO_LABEL where it has none. Reads the whole table."""
         views = [self._views.get(which) or self._view(which) for which in range(len(self.shards))]
-        return np.concatenate([view.rows["label"] for view in views]).astype(np.int64)
+        labels = np.concatenate([view.rows["label"] for view in views]).astype(np.int64)
+        return np.where(labels < 0, NO_LABEL, labels)
 
 
 class _View(NamedTuple):

@@ -3,16 +3,16 @@ normalised."""
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rcmae.data import tars
+from rcmae.data.sources import pread
+from rcmae.data.tars import BrokenTar, Contents, Place, image_suffix, label_in
 from rcmae.data.transforms import BadImage, CentreTransform, Normalise
 from rcmae.errors import Refused
 
@@ -61,26 +61,21 @@ def _is_image_or_shard(path: Path) -> bool:
 def _in_shard(path: Path) -> Iterator[Encoded]:
     """The images of a WebDataset shard with their labels. Raises Refused."""
     try:
-        with tarfile.open(path) as tar:
-            for key, members in tars.groups(tar):
-                suffix = tars.image_suffix(members)
+        with path.open("rb") as file:
+            for key, members in Contents(file.fileno()).surveyed():
+                suffix = image_suffix(members)
                 if suffix is None:
                     continue
-                label = _label(tar, members.get("cls"))
-                yield Encoded(key, _bytes(tar, members[suffix]), label)
-    except tarfile.TarError as error:
+                label = label_in(_bytes(file, members["cls"])) if "cls" in members else None
+                if label is None or label < 0:
+                    label = NO_LABEL
+                yield Encoded(key, _bytes(file, members[suffix]), label)
+    except BrokenTar as error:
         raise Refused(f"{path} cannot be read as a tar: {error}") from error
 
 
-def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None, "groups are of regular files"
-    return file.read()
-
-
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> int:
-    text = _bytes(tar, member).strip() if member is not None else b""
-    return int(text) if text.isdigit() else NO_LABEL
+def _bytes(file: BinaryIO, place: Place) -> bytes:
+    return pread(file.fileno(), place.size, place.offset)
 
 
 def load_images(

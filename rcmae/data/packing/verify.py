@@ -11,10 +11,11 @@ import hashlib
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -26,7 +27,19 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.packing.indexing import refresh
 from rcmae.data.packing.writer import add
 from rcmae.data.patterns import expand
-from rcmae.data.tars import NO_LABEL, Shard, groups, image_suffix
+from rcmae.data.tars import (
+    FIRST_DOT,
+    LOST,
+    NO_LABEL,
+    BrokenTar,
+    Contents,
+    Note,
+    Place,
+    Shard,
+    image_suffix,
+    label_in,
+    together,
+)
 from rcmae.data.transforms import BadImage, channels_of, decode
 from rcmae.data.workers import fork_server, mapped
 from rcmae.errors import Refused
@@ -34,6 +47,9 @@ from rcmae.files import aside, json_lines
 
 # pixels: classes of sizes
 SIDES = (32, 64, 96, 128, 160, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
+# what of a tar makes it a damaged one; a sample without an image is named by itself, and a file
+# without a suffix does no harm
+_FLAWS = tuple(what for what in LOST if what not in ("without_image", "unnamed"))
 # (shards, how many) -> the same shards, shown as they come
 Progress = Callable[[Iterable["Checked"], int], Iterable["Checked"]]
 
@@ -60,6 +76,8 @@ class Checked(NamedTuple):
     keys: list[str]  # of the good ones
     offsets: list[int]  # of the good ones
     labels: list[int]  # of the good ones
+    notes: tuple[Note, ...] = ()  # what of the tar is not used, and what is peculiar about it
+    is_written: bool = True  # False: a copy would have lost what the notes tell, so there is none
 
 
 class Sample(NamedTuple):
@@ -76,7 +94,9 @@ class Sample(NamedTuple):
 # ------------------------------------------------------------------------------------------ a shard
 
 
-def samples_of(file: BinaryIO, reject: Callable[[Rejected], None]) -> Iterator[Sample]:
+def samples_of(
+    file: BinaryIO, contents: Contents, reject: Callable[[Rejected], None]
+) -> Iterator[Sample]:
     """The samples of an open tar whose images decode.
 
     All others go to `reject`, also what breaks the tar off.
@@ -84,54 +104,50 @@ def samples_of(file: BinaryIO, reject: Callable[[Rejected], None]) -> Iterator[S
     met: set[str] = set()
     key = None
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for key, members in groups(tar):
-                sample = _sample(file, key, members, reject)
-                if sample is None:
-                    continue
-                if key in met:
-                    reject(Rejected(key, sample.offset, "its key is there before in this shard"))
-                    continue
-                met.add(key)
-                yield sample
-            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-            if end != bytes(tarfile.BLOCKSIZE):
-                reject(Rejected("", -1, "the tar has no end mark: it is cut short"))
-            elif key is None:
-                reject(Rejected("", -1, "the tar holds no files"))
-    except (tarfile.TarError, OSError) as error:
+        for key, members in contents:
+            sample = _sample(file, key, members, reject)
+            if sample is None:
+                continue
+            if key in met:
+                reject(Rejected(key, sample.offset, "its key is there before in this shard"))
+                continue
+            met.add(key)
+            yield sample
+        if key is None:
+            reject(Rejected("", -1, "the tar holds no files"))
+    except (BrokenTar, OSError) as error:
         reject(Rejected("", -1, f"the tar breaks off: {error}"))
 
 
 def _sample(
     file: BinaryIO,
     key: str,
-    members: dict[str, tarfile.TarInfo],
+    members: dict[str, Place],
     reject: Callable[[Rejected], None],
 ) -> Sample | None:
     suffix = image_suffix(members)
     if suffix is None:
-        reject(Rejected(key, next(iter(members.values())).offset_data, "it has no image"))
+        reject(Rejected(key, next(iter(members.values())).offset, "it has no image"))
         return None
-    at = members[suffix].offset_data
+    at = members[suffix].offset
     try:
-        content = {name: _content(file, member) for name, member in members.items()}
+        content = {name: _content(file, f"{key}.{name}", place) for name, place in members.items()}
         pixels = decode(content[suffix], channels_of(content[suffix]), strict=True)
     except BadImage as error:
         reject(Rejected(key, at, str(error)))
         return None
-    try:
-        label = int(content.get("cls", b""))
-    except ValueError:
-        label = NO_LABEL
+    label = label_in(content.get("cls", b""))
+    if label is None and "cls" in content:
+        reject(Rejected(key, at, f"its .cls holds {content['cls'][:20]!r}, no number of a class"))
+    label = NO_LABEL if label is None else label
     return Sample(key, content, label, min(pixels.shape[:2]), pixels.shape[2], at)
 
 
-def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    data = os.pread(file.fileno(), member.size, member.offset_data)
-    if len(data) < member.size:
-        raise BadImage(f"only {len(data)} of the {member.size} bytes of {member.name} are there")
-    return data
+def _content(file: BinaryIO, name: str, place: Place) -> bytes:
+    there = max(0, os.fstat(file.fileno()).st_size - place.offset)
+    if there < place.size:
+        raise BadImage(f"only {there} of the {place.size} bytes of {name} are there")
+    return sources.pread(file.fileno(), place.size, place.offset)
 
 
 @contextlib.contextmanager
@@ -147,18 +163,36 @@ def opened(path: str) -> Iterator[tuple[BinaryIO, str]]:
         yield file, digest
 
 
-def check(path: str, out: Path | None = None) -> Checked:
-    """Read a shard to its end; with `out`, write its good samples there under its name."""
+class Copying(NamedTuple):
+    """What a clean copy is to be."""
+
+    out: Path | None = None  # folder of the copy; None: there is to be none
+    drops: bool = False  # write one, too, that lacks what is not understood
+
+
+NO_COPY = Copying()
+
+
+def check(
+    path: str, rules: Mapping[str, str] = MappingProxyType({}), copying: Copying = NO_COPY
+) -> Checked:
+    """Read a shard to its end, and write its good samples under its name if that is asked for.
+
+    `rules`: path -> where keys end, of shards that have another rule than WebDataset's."""
     rejected: list[Rejected] = []
     good: list[Sample] = []
     with opened(path) as (file, digest), contextlib.ExitStack() as stack:
         tar = None
+        contents = Contents(file.fileno(), rules.get(path, FIRST_DOT)).surveyed()
+        out = copying.out
+        if out is not None and not copying.drops and would_lose(contents):
+            out = None
         if out is not None:
             written = stack.enter_context(aside(out / sources.basename(path)))
             tar = stack.enter_context(
                 tarfile.open(fileobj=written, mode="w", format=tarfile.PAX_FORMAT)
             )
-        for sample in samples_of(file, rejected.append):
+        for sample in samples_of(file, contents, rejected.append):
             if tar is not None:
                 for suffix, data in sample.members.items():
                     add(tar, f"{sample.key}.{suffix}", data)
@@ -181,12 +215,24 @@ def check(path: str, out: Path | None = None) -> Checked:
         keys=keys,
         offsets=offsets,
         labels=labels,
+        notes=tuple(contents.notes),
+        is_written=out is copying.out,
     )
 
 
-def check_all(paths: Sequence[str], jobs: int, out: Path | None = None) -> Iterator[Checked]:
+def would_lose(contents: Contents) -> bool:
+    """Whether a copy of a tar's samples would lose what is not understood of it."""
+    with contextlib.suppress(BrokenTar):
+        for _ in contents:
+            pass
+    return any(note.what in LOST for note in contents.notes)
+
+
+def check_all(
+    paths: Sequence[str], jobs: int, rules: Mapping[str, str], copying: Copying = NO_COPY
+) -> Iterator[Checked]:
     """`check` of each shard, in their order, by so many processes."""
-    one = partial(check, out=out)
+    one = partial(check, rules=rules, copying=copying)
     if jobs <= 1 or len(paths) <= 1:
         yield from map(one, paths)
         return
@@ -203,29 +249,40 @@ def verified(patterns: Sequence[str], jobs: int, progress: Progress) -> dict[str
         Refused: a pattern names nothing, or a shard is not there.
     """
     paths = expand(patterns, even_empty=True)
-    return verdict(progress(check_all(paths, jobs), len(paths)), indexed(paths))
+    known = indexed(paths)
+    return verdict(progress(check_all(paths, jobs, rules_of(known)), len(paths)), known)
 
 
-def repaired(patterns: Sequence[str], out: Path, jobs: int, progress: Progress) -> dict[str, Any]:
+def repaired(
+    patterns: Sequence[str], copying: Copying, jobs: int, progress: Progress
+) -> dict[str, Any]:
     """Write the good samples of shards into another folder, with an index; tells what `verified`
-    does, the fingerprint of the copy and the shards that have no good sample.
+    does, the fingerprint of the copy, the shards that have no good sample, and those that were not
+    written because a copy would have lost what is not understood of them.
 
     Raises:
         Refused: as `verified`, or the folder has a shard of one of the names.
     """
     paths = expand(patterns, even_empty=True)
+    out = copying.out
+    assert out is not None
     out.mkdir(parents=True, exist_ok=True)
     there = [path for path in paths if (out / sources.basename(path)).exists()]
     if there:
         raise Refused(f"{out} has {sources.basename(there[0])} already; give an empty folder")
-    told = verdict(progress(check_all(paths, jobs, out), len(paths)), indexed(paths))
-    names = {sources.basename(row["shard"]): row["samples"] for row in told["shards"]}
+    known = indexed(paths)
+    rules = rules_of(known)
+    told = verdict(progress(check_all(paths, jobs, rules, copying), len(paths)), known)
+    written = [row for row in told["shards"] if row["shard"] not in told["not_written"]]
+    names = {sources.basename(row["shard"]): row["samples"] for row in written}
     told["left_out"] = [name for name, count in names.items() if not count]
     for name in told["left_out"]:
         (out / name).unlink()
     clean = [str(out / name) for name, count in names.items() if count]
     if clean:
-        told["fingerprint"] = refresh(out, clean).fingerprint
+        named = {sources.basename(path): rule for path, rule in rules.items()}
+        kept = {path: named[name] for path in clean if (name := os.path.basename(path)) in named}
+        told["fingerprint"] = refresh(out, clean, rules=kept).fingerprint
     return told
 
 
@@ -239,6 +296,11 @@ def indexed(paths: Sequence[str]) -> dict[str, Shard]:
                 found[sources.identity(shard.path)] = shard
     known = {path: found.get(sources.identity(path)) for path in paths}
     return {path: shard for path, shard in known.items() if shard is not None}
+
+
+def rules_of(known: Mapping[str, Shard]) -> dict[str, str]:
+    """Path -> where its keys end, as its index has it, where that is not WebDataset's rule."""
+    return {path: shard.rule for path, shard in known.items() if shard.rule != FIRST_DOT}
 
 
 def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
@@ -260,12 +322,12 @@ def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
             f"{len(good - offsets)} were "
             f"that it does not name; get the tar anew, or run {sources.indexing(known.path)}"
         )
-    says = {}
+    says: dict[int, set[tuple[str, int]]] = {}  # links give an image to several samples
     for offset, _, label, at, length in rows.tolist():
-        says[offset] = (known.key_at(at, length), label)
+        says.setdefault(offset, set()).add((known.key_at(at, length), label))
     other = 0
     for offset, key, label in zip(found.offsets, found.keys, found.labels, strict=True):
-        other += says.get(offset, (key, label)) != (key, label)
+        other += offset in says and (key, label) not in says[offset]
     if other:
         yield (
             f"its index gives {other} samples another key or label; run "
@@ -281,6 +343,8 @@ def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any
     where: dict[str, list[str]] = {}
     rows: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
+    notes: list[tuple[str, Note]] = []
+    not_written = []
     for shard in shards:
         classes.update(shard.classes)
         sides.update(shard.sides)
@@ -289,6 +353,10 @@ def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any
         for key in shard.keys:
             where.setdefault(key, []).append(name)
         bad = list(shard.rejected)
+        bad += [Rejected("", -1, str(note)) for note in shard.notes if note.what in _FLAWS]
+        notes += [(name.removesuffix(".tar"), note) for note in shard.notes]
+        if not shard.is_written:
+            not_written.append(sources.redacted(shard.path))
         if shard.path in known:
             bad += [Rejected("", -1, why) for why in unlike_index(shard, known[shard.path])]
         rejected += [{**reject._asdict(), "shard": name} for reject in bad]
@@ -309,6 +377,8 @@ def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any
         "samples": samples,
         "bytes": size,
         "rejected": rejected,
+        "notes": [note._asdict() | {"text": str(note)} for note in together(notes)],
+        "not_written": not_written,
         "keys_in_several_shards": twice,
         "classes": _sorted(classes),
         "shorter_sides": _sorted(sides),

@@ -1,7 +1,6 @@
-"""What lies where in a tar: its members grouped into samples, read from the headers alone.
+"""A shard: a tar, and the part of an index table that says what lies where in it.
 
-A shard's part of an index is a table of rows, one a sample, and the samples' keys. Images are then
-read by offset, without a tar library."""
+The part is a row for each sample and the samples' keys; format 2 adds their members."""
 
 from __future__ import annotations
 
@@ -10,21 +9,14 @@ import json
 import mmap
 import os
 import re
-import tarfile
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from multiprocessing import get_context
-from typing import Any, BinaryIO, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rcmae.data import sources
-from rcmae.data.sources import USUAL, Patience
-from rcmae.data.workers import mapped
+from rcmae.data.tars.samples import FIRST_DOT, RULES, WORDS, Note
 from rcmae.errors import Refused
 
 # A shard's part of an index table: a ROW for each sample, then the samples' keys. Format 2 adds a
@@ -37,14 +29,8 @@ HEADED = np.dtype([("checksum", "<u4"), ("first", "<u4"), ("others", "u1")])
 MEMBER = np.dtype([("kind", "u1"), ("offset", "<u8"), ("size", "<u8"), ("checksum", "<u4")])
 # what the members of a sample are; their places in this list are in tables: add at its end only
 KINDS = ("image", "label", "map", "annotation")
-_KIND_OF_SUFFIX = {"cls": "label", "seg.png": "map", "json": "annotation"}
-HEADER = tarfile.BLOCKSIZE  # bytes of a member's header, right before its content
+HEADER = 512  # bytes of a member's header, right before its content
 NO_LABEL = -100
-_NETPBM = ("ppm", "pgm", "pbm", "pnm")
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", *_NETPBM, "tif", "tiff", "gif", "npy")
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
-# of reading headers before other processes are started to help: that takes seconds itself
-_ALONE_S = 2.0
 _PLAIN_NAME = 90  # bytes of a member's name that every kind of header has room for
 
 
@@ -75,6 +61,8 @@ class Shard:
     digest: str = ""  # of what the fingerprint is of, and the members; empty in format 1
     others: int = 0  # members of all samples but their images
     kinds: tuple[str, ...] = ()  # that were looked for; empty in format 1
+    rule: str = FIRST_DOT  # where keys end
+    notes: tuple[Note, ...] = ()  # what of the tar is not used
 
     @property
     def name(self) -> str:
@@ -208,6 +196,10 @@ def entry_of(shard: Shard, name: str) -> dict[str, Any]:
         entry["stamp"] = shard.stamp
     if shard.digest:
         entry |= {"digest": shard.digest, "others": shard.others, "kinds": len(shard.kinds)}
+    if shard.rule != FIRST_DOT:
+        entry["keys"] = shard.rule
+    if shard.notes:
+        entry["not_used"] = {note.what: [note.number, *note.such_as] for note in shard.notes}
     return entry
 
 
@@ -247,7 +239,11 @@ def shard_of(entry: Any, folder: str, table: str | bytes, at: int) -> Shard:
         digest=digest,
         others=_count(entry, "others") if digest else 0,
         kinds=KINDS[: _count(entry, "kinds")] if digest else (),
+        rule=entry.get("keys", FIRST_DOT),
+        notes=_notes(entry),
     )
+    if shard.rule not in RULES:
+        raise Refused(f"{name}: keys={shard.rule!r:.80} is none of {', '.join(RULES)}")
     if not isinstance(shard.stamp, str):
         raise Refused(f"{name}: stamp={shard.stamp!r}")
     least = ROW.itemsize * shard.samples
@@ -256,6 +252,21 @@ def shard_of(entry: Any, folder: str, table: str | bytes, at: int) -> Shard:
     if shard.length < least:
         raise Refused(f"{name}: {shard.samples} samples do not fit into {shard.length} bytes")
     return shard
+
+
+def _notes(entry: dict[str, Any]) -> tuple[Note, ...]:
+    """What an entry says to be not used; kinds of a newer package are passed over."""
+    said = entry.get("not_used", {})
+    if not isinstance(said, dict):
+        raise Refused(f"{entry['name']}: not_used={said!r:.80}")
+    notes = []
+    for what, count_and_names in said.items():
+        match count_and_names:
+            case [int(count), *names] if all(isinstance(name, str) for name in names):
+                notes.append(Note(what, count, tuple(names)))
+            case _:
+                raise Refused(f"{entry['name']}: not_used={said!r:.80}")
+    return tuple(note for note in notes if note.what in WORDS)
 
 
 def _count(entry: dict[str, Any], name: str) -> int:
@@ -272,138 +283,6 @@ def _hash(entry: dict[str, Any], name: str, *, optional: bool = False) -> str:
     if not isinstance(value, str) or not _HASH.fullmatch(value):
         raise Refused(f"{entry['name']}: {name}={value!r:.80} is no hash")
     return value
-
-
-# -------------------------------------------------------------------------------------- the headers
-
-
-class Scan(NamedTuple):
-    """What reading a tar's headers gave: a shard or a problem."""
-
-    path: str
-    shard: Shard | None = None
-    problem: str = ""
-    without_image: int = 0  # samples (groups of members with one key) without an image: left out
-    bad_labels: int = 0  # samples whose .cls holds no class number: they count as unlabelled
-
-
-def scan_all(paths: Sequence[str], jobs: int, patience: Patience) -> Iterator[Scan]:
-    """`scan` of each tar, in their order; other processes help where it takes seconds."""
-    one = partial(scan, patience=patience)
-    began = time.monotonic()
-    left = deque(paths)
-    while left and (jobs <= 1 or len(left) == 1 or time.monotonic() - began < _ALONE_S):
-        yield one(left.popleft())
-    if not left:
-        return
-    # Not from the fork server: whoever uses it first decides what it has imported, and the stream
-    # wants torch there.
-    yield from mapped(one, left, min(jobs, len(left)), get_context("spawn"))
-
-
-def scan(path: str, patience: Patience = USUAL) -> Scan:
-    """Read the headers of a tar (USTAR, GNU and PAX) and group its members into samples as
-    WebDataset does.
-
-    A key is the member's path up to the first dot of its base name; neighbours with one key are one
-    sample. Its image is the member with the plainest image suffix, its label the number in `.cls`.
-    A tar from elsewhere is copied whole to do so, and hashed.
-    """
-    try:
-        if not sources.is_remote(path):
-            with open(path, "rb") as file:
-                return _scan(path, file, "", sources.stamp_of(os.fstat(file.fileno())))
-        with sources.fetched(path, patience) as (file, copied):
-            return _scan(path, file, copied.sha256, copied.stamp)
-    except (tarfile.TarError, OSError) as error:
-        told = (
-            str(error)
-            if isinstance(error, sources.SourceGone | FileNotFoundError) and error.errno is None
-            else ""
-        )
-        return Scan(path, problem=told or f"{sources.redacted(path)}: is no complete tar ({error})")
-
-
-def _scan(path: str, file: BinaryIO, sha256: str, stamp: str) -> Scan:
-    table = _Table()
-    names: list[str] = []  # the first few, for the message when no sample is found
-    without_image = 0
-    bad_labels = 0
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for key, members in groups(tar):
-            names += [member.name for member in members.values()][: max(0, 3 - len(names))]
-            suffix = image_suffix(members)
-            if suffix is None:
-                without_image += 1
-                continue
-            label = NO_LABEL
-            if (cls := members.get("cls")) is not None:
-                try:
-                    label = int(os.pread(file.fileno(), min(cls.size, 32), cls.offset_data))
-                except ValueError:
-                    bad_labels += 1
-            table.add(key, label, suffix, members)
-        if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-            # tarfile takes one cut between members, or in a header, as whole
-            raise tarfile.ReadError("no end mark")
-        size = os.fstat(file.fileno()).st_size
-    if not table.rows:
-        shown = ", ".join(names) or "none"
-        return Scan(
-            path, problem=f"{sources.redacted(path)}: holds no image (its first members: {shown})"
-        )
-    where = path if sources.is_remote(path) else os.path.abspath(path)
-    shard = table.shard(where, size, sha256, stamp)
-    return Scan(path, shard, "", without_image, bad_labels)
-
-
-class _Table:
-    """A shard's part of an index table, while its tar is read."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, int, int, int, int]] = []
-        self._keys: list[bytes] = []
-        self._key_at = 0
-        self._headed: list[tuple[int, int, int]] = []
-        self._members: list[tuple[int, int, int, int]] = []
-
-    def add(
-        self, key: str, label: int, image_suffix: str, members: dict[str, tarfile.TarInfo]
-    ) -> None:
-        """A sample, whose members are named by their suffixes."""
-        image = members[image_suffix]
-        raw_key = key.encode("utf-8", "surrogateescape")
-        self.rows.append((image.offset_data, image.size, label, self._key_at, len(raw_key)))
-        self._keys.append(raw_key)
-        self._key_at += len(raw_key)
-        first = len(self._members)
-        for suffix, member in members.items():
-            kind = _KIND_OF_SUFFIX.get(suffix)
-            if kind is not None and suffix != image_suffix:
-                number = KINDS.index(kind)
-                self._members.append((number, member.offset_data, member.size, member.chksum))
-        self._headed.append((image.chksum, first, len(self._members) - first))
-
-    def shard(self, path: str, size: int, sha256: str, stamp: str) -> Shard:
-        """The shard that was read, with its table in memory."""
-        rows_and_keys = np.array(self.rows, ROW).tobytes() + b"".join(self._keys)
-        members = np.array(self._headed, HEADED).tobytes()
-        members += np.array(self._members, MEMBER).tobytes()
-        part = rows_and_keys + members
-        shard = Shard(
-            path=path,
-            size=size,
-            samples=len(self.rows),
-            fingerprint="",
-            table=part,
-            length=len(part),
-            sha256=sha256,
-            stamp=stamp,
-            others=len(self._members),
-            kinds=KINDS,
-        )
-        fingerprint, digest = hashes(shard, rows_and_keys, members)
-        return replace(shard, fingerprint=fingerprint, digest=digest)
 
 
 def unlike_header(header: bytes, key: str, size: int, checksum: int) -> bool:
@@ -431,59 +310,3 @@ def unlike_header(header: bytes, key: str, size: int, checksum: int) -> bool:
     wanted = key.encode("utf-8", "surrogateescape") + b"."
     fits = key.isascii() and len(wanted) < _PLAIN_NAME
     return fits and not name.startswith(wanted)
-
-
-def groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """(key, suffix -> member) of each sample of an open tar, in its order.
-
-    Links, folders and devices are left out.
-    """
-    current: str | None = None
-    members: dict[str, tarfile.TarInfo] = {}
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # a shard may have millions: tarfile would keep them all
-        match = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", member.name, re.DOTALL)
-        if match is None or not member.isreg() or member.issparse():
-            continue
-        key = match.group(1)
-        suffix = match.group(2).lower()
-        if key != current:
-            if members:
-                yield str(current), members
-            current = key
-            members = {}
-        members.setdefault(suffix, member)
-    if members:
-        yield str(current), members
-
-
-def image_suffix(members: Iterable[str]) -> str | None:
-    """The suffix of the member that is a sample's image, if it has one."""
-    images = [suffix for suffix in members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
-    # "jpg" before "mask.png" and before an array; else the first
-    return min(images, key=lambda suffix: (suffix.endswith("npy"), suffix.count(".")), default=None)
-
-
-def not_a_tar(path: str) -> str | None:
-    """Why a file here cannot be a tar that is read by offset, by its first bytes; else None."""
-    if sources.is_remote(path):
-        return None
-    try:
-        with open(path, "rb") as file:
-            block = file.read(tarfile.BLOCKSIZE)
-    except OSError as error:
-        # absent: _not_a_shard has said it
-        return None if not os.path.isfile(path) else f"{path}: {error.strerror}"
-    if block.startswith(_COMPRESSED):
-        return f"{path}: is compressed; images are read by offset, so unpack it to a plain tar"
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return (
-            None
-            if not block
-            else f"{path}: is not a tar file"
-            if any(block)
-            else f"{path}: holds no files"
-        )
-    return None

@@ -1,0 +1,67 @@
+"""What lies where in a tar, read from its headers alone.
+
+`headers` walks through the members, `samples` groups them by keys and says what is not used,
+`shard` is the part of an index table that describes a tar, `scanning` makes it. Images are then
+read by offset, without a tar library."""
+
+from rcmae.data.tars.headers import BrokenTar
+from rcmae.data.tars.samples import (
+    FIRST_DOT,
+    IMAGE_SUFFIXES,
+    LAST_DOT,
+    LOST,
+    RULES,
+    Contents,
+    Note,
+    Place,
+    image_suffix,
+    together,
+)
+from rcmae.data.tars.scanning import Scan, is_no_tar, label_in, scan, scan_all
+from rcmae.data.tars.shard import (
+    HEADED,
+    HEADER,
+    KINDS,
+    MEMBER,
+    NO_LABEL,
+    ROW,
+    Member,
+    Shard,
+    entry_of,
+    forget_table,
+    hashes,
+    shard_of,
+    unlike_header,
+)
+
+__all__ = [
+    "FIRST_DOT",
+    "HEADED",
+    "HEADER",
+    "IMAGE_SUFFIXES",
+    "KINDS",
+    "LAST_DOT",
+    "LOST",
+    "MEMBER",
+    "NO_LABEL",
+    "ROW",
+    "RULES",
+    "BrokenTar",
+    "Contents",
+    "Member",
+    "Note",
+    "Place",
+    "Scan",
+    "Shard",
+    "entry_of",
+    "forget_table",
+    "hashes",
+    "image_suffix",
+    "is_no_tar",
+    "label_in",
+    "scan",
+    "scan_all",
+    "shard_of",
+    "together",
+    "unlike_header",
+]
