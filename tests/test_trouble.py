@@ -107,7 +107,7 @@ def test_an_evaluation_outlives_a_killed_worker(
 def test_a_hiccup_of_a_file_system_is_read_again_in_a_file_opened_anew(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(cache, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(cache.reader, "_PAUSES_S", (0.0, 0.0))
     pread, opened, left = os.pread, [], [2]
 
     def failing(file: int, size: int, offset: int) -> bytes:
@@ -151,7 +151,7 @@ def test_shards_that_cannot_be_read_commit_the_last_step_and_say_whether_to_star
     def failing(*_: Any) -> bytes:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(cache, "_PAUSES_S", (0.0,))
+    monkeypatch.setattr(cache.reader, "_PAUSES_S", (0.0,))
     monkeypatch.setattr(
         schedule,
         "learning_rate",

@@ -241,23 +241,14 @@ class TrainReading(Dataset[Read | Exception]):
         positions = range(position * repeats, (position + 1) * repeats)
         beyond = int(self._index.counts[self._index.place(number)[0]]) + self._max_bad_in_a_row
         for tried in islice(self._candidates(position, number), beyond):
-            sample = self._index[tried]
             try:
-                if tried in self._known_bad:
-                    raise BadImage(self._known_bad[tried])
-                data = self._read(tried, sample)
-                crops = self._crops(data, positions) if leaves_jpegs else None
-                if crops is None:
-                    views = self._views.transform.views(data, self._views.seed, positions)
-                else:
-                    views = [View(self._blank(), crop) for crop in crops]
-                extra = self._extra(tried, views)
+                viewed = self._viewed(tried, positions, leaves_jpegs=leaves_jpegs)
             except (BadImage, MemoryError) as error:
                 reason = reason or _why(error)
                 continue
             if tried != number:
-                bad.append(_bad_sample(positions[0], self._index[number], reason, sample.id))
-            return Viewed(sample, views, data if crops is not None else b"", extra)
+                bad.append(_bad_sample(positions[0], self._index[number], reason, viewed.sample.id))
+            return viewed
         sample = self._index[number]
         raise TooManyBadSamples(
             f"nothing can be read in place of {sample.id} ({redacted(sample.path)} at byte "
@@ -265,6 +256,30 @@ class TrainReading(Dataset[Read | Exception]):
             f"the rest of its shard and data.max_bad_in_a_row={self._max_bad_in_a_row} "
             "samples after it failed as well"
         )
+
+    def _viewed(self, number: int, positions: range, *, leaves_jpegs: bool) -> Viewed:
+        """The sample of a number itself. Raises BadImage, MemoryError, OSError."""
+
+        def attempt() -> Viewed:
+            if number in self._known_bad:
+                raise BadImage(self._known_bad[number])
+            sample = self._index[number]
+            data = self._read(number, sample)
+            crops = self._crops(data, positions) if leaves_jpegs else None
+            if crops is None:
+                views = self._views.transform.views(data, self._views.seed, positions)
+            else:
+                views = [View(self._blank(), crop) for crop in crops]
+            extra = self._extra(number, views)
+            return Viewed(sample, views, data if crops is not None else b"", extra)
+
+        try:
+            return attempt()
+        except BadImage:
+            if not self._reader.renewed(self._index[number].shard):
+                raise
+            self._known_bad.clear()  # of a copy that is no more
+            return attempt()
 
     def _extra(self, number: int, views: Sequence[View]) -> list[Mapping[str, Tensor]]:
         """What each view shows of the other members of a sample."""
@@ -331,13 +346,21 @@ class LabelledReading(Dataset[Read]):
                 continue
             sample = self._index[number]
             try:
-                view = self._transform(image_bytes(self._reader, sample), 0, number)
+                view = self._view(sample, number)
                 changed = self._change(view.image, number) if self._change else view.image
                 rows[row] = (sample, view._replace(image=changed))
             except (BadImage, MemoryError) as error:
                 bad.append(_bad_sample(number, sample, _why(error), ""))
                 positions[row] = -1
         return Read(_batch(rows, positions, torch.zeros(len(rows), 0, dtype=torch.int64), 0), bad)
+
+    def _view(self, sample: Sample, number: int) -> View:
+        try:
+            return self._transform(image_bytes(self._reader, sample), 0, number)
+        except BadImage:
+            if not self._reader.renewed(sample.shard):
+                raise
+            return self._transform(image_bytes(self._reader, sample), 0, number)
 
 
 def image_bytes(reader: Reader, sample: Sample) -> bytes:

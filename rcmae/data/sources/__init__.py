@@ -10,6 +10,7 @@ shell word for word; none is ever put together here.
 `names` says what is called how, `asking` what is there, `copying` gets it."""
 
 from rcmae.data.sources.asking import (
+    FULL,
     USUAL,
     AccessDenied,
     Patience,
@@ -37,6 +38,7 @@ from rcmae.data.sources.names import (
 )
 
 __all__ = [
+    "FULL",
     "PIPE",
     "USUAL",
     "AccessDenied",

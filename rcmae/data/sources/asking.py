@@ -5,6 +5,7 @@ Clients find their credentials in their usual places (environment, ~/.aws, metad
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
 import os
@@ -22,6 +23,7 @@ from rcmae.data.sources.names import PASSWORD, PIPE, local, redacted
 from rcmae.errors import Refused
 
 PIECE = 8 * 2**20  # bytes of a request; each is tried again by itself
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk says that has no room
 _LONGEST_PAUSE_S = 30.0
 _SILENT_ATTEMPTS = 3  # a hiccup is nobody's news; then who waits is told why, once
 _AT_ONCE = 16  # requests for sizes under way together
@@ -117,6 +119,8 @@ def persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
         except MemoryError:
             raise
         except Exception as error:  # clients raise what they like
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise  # of our own disk
             cause = error.__cause__ if isinstance(error, FileNotFoundError | TimeoutError) else None
             text = redacted(str(cause or error)) or type(cause or error).__name__
             status = _status(error)

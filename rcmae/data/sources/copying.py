@@ -107,20 +107,39 @@ def copy(
         digest.update(piece)
         at += len(piece)
         end = at if end is None else end
-    if begin.stamp and not _condition(path, begin.stamp):
-        after = stat_of(path, patience)
-        if is_other(after.stamp, begin.stamp):
-            raise SourceGone(f"{redacted(path)}: {CHANGED}")
+    if at > asking.PIECE:  # one request gives one version
+        _refuse_changed(path, file, begin, patience)
     return Copied(digest.hexdigest(), begin.stamp)
+
+
+def _refuse_changed(path: str, file: BinaryIO, begin: Stat, patience: Patience) -> None:
+    """Raise SourceGone where a file that was copied in pieces is another one now.
+
+    A server need not heed conditions, so the version is asked for again; where it tells none, the
+    first piece is."""
+    client_of(path)[0].invalidate_cache()  # some remember what they were told before
+    after = stat_of(path, patience)
+    is_changed = is_other(after.stamp, begin.stamp) or after.size != begin.size
+    if not is_changed and not (after.stamp and begin.stamp) and begin.size is not None:
+        again = _piece(path, 0, begin.size, patience)
+        file.seek(0)
+        is_changed = file.read(len(again)) != again
+        file.seek(0, os.SEEK_END)
+    if is_changed:
+        raise SourceGone(f"{redacted(path)}: {CHANGED}")
 
 
 def _condition(url: str, stamp: str) -> dict[str, Any]:
     """Options of a request that a server refuses (412) once the file is another; empty where that
     cannot be asked. A weak tag never matches there.
     """
-    tag = stamp.removeprefix("etag ")
-    if url.startswith(("http://", "https://")) and tag != stamp and tag.startswith('"'):
-        return {"headers": {"If-Match": tag}}
+    kind, _, value = stamp.partition(" ")
+    if not url.startswith(("http://", "https://")):
+        return {}
+    if kind == "etag" and value.startswith('"'):
+        return {"headers": {"If-Match": value}}
+    if kind == "modified" and value.endswith("GMT"):
+        return {"headers": {"If-Unmodified-Since": value}}
     return {}
 
 
