@@ -41,7 +41,14 @@ from rcmae.data.cache import store as cache_store
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask
 from rcmae.data.plan import Plan
-from rcmae.data.sources import Patience, SourceGone, identity, redacted
+from rcmae.data.sources import (
+    Patience,
+    SourceGone,
+    basename,
+    folder_of,
+    identity,
+    redacted,
+)
 from rcmae.data.transforms import TrainTransform
 from runs import Folder, start
 
@@ -682,6 +689,33 @@ def test_queries_are_no_part_of_a_shards_name_nor_of_its_index(folder, server, t
     assert again.shards[0].path == other
     assert [method for method, path, _ in server.requests if path.endswith("000.tar")] == ["HEAD"]
     assert Cache(tmp_path, 1).place(index.shards[0]) == Cache(tmp_path, 1).place(again.shards[0])
+
+
+QUERIES = "https://host/download?path=/{0}&files=x-{1}.tar"
+
+
+def test_urls_that_name_their_file_in_the_query_are_told_apart(folder, server, tmp_path):
+    one, other = QUERIES.format("a", 0), QUERIES.format("a", 1)
+    assert identity(one) != identity(other) != identity(QUERIES.format("b", 1))
+    signed = "&X-Amz-Signature=hush&Expires=9&response-content-disposition=filename%3Dy.tar"
+    assert identity(one + signed) == identity(one)
+    assert basename(one + signed) == "x-0.tar"
+    assert redacted(other + signed) == "https://host/download?...x-1.tar"
+    assert identity("https://host/get?id=17&token=hush") == "https://host/get?id=17"
+    plain = "https://host/a/x-0.tar"
+    assert identity(plain + "?" + signed) == plain
+    assert (basename(plain), folder_of(one)) == ("x-0.tar", "https://host")
+
+    url = f"{server.url}/photo-{{000000,000001}}.tar?path=a&files={{x-0,x-1}}.tar"
+    index = opened(url)  # each of two by two names
+    assert [shard.name for shard in index.shards] == ["x-0", "x-1"] * 2
+    index.save(tmp_path)
+    assert opened(f"{url}&signature=5", cache=tmp_path).is_saved
+
+
+def test_an_index_of_before_knows_urls_without_their_queries(folder, server, tmp_path):
+    opened(f"{server.url}/photo-000000.tar").save(tmp_path)
+    assert opened(f"{server.url}/photo-000000.tar?download=1", cache=tmp_path).is_saved
 
 
 @pytest.mark.parametrize(

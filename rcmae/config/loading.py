@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
 
 from rcmae import plugins
 from rcmae.config.checks import contradictions
@@ -21,6 +20,7 @@ from rcmae.config.objective import (
 )
 from rcmae.config.recipe import Recipe, known_keys
 from rcmae.config.sections import RECIPES
+from rcmae.config.trees import tree_of
 from rcmae.errors import Refused, did_you_mean
 
 
@@ -59,9 +59,11 @@ def load(
     """
     path = recipe_path(name)
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = tree_of(path.read_text()) or {}
+    except UnicodeDecodeError as error:
         raise Refused(f"{path} is not YAML: {error}") from error
+    except Refused as error:
+        raise Refused(f"{path} {error}") from error
     if not isinstance(tree, dict):
         raise Refused(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
     problems = _override(tree, overrides)
@@ -137,9 +139,10 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             problems.append(f"{item!r} is no key=value")
             continue
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            problems.append(f"{item!r}: the value is not YAML")
+            value = tree_of(text)
+        except Refused as error:
+            told = "is not YAML" if str(error).startswith("is not YAML") else error
+            problems.append(f"{item[:100]!r}: the value {told}")
             continue
         node = tree
         for section in sections:

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from braceexpand import braceexpand
 
 from rcmae.data import sources
+from rcmae.data.braces import MOST, expanded
 from rcmae.data.sources import USUAL, Patience, Stat
 from rcmae.data.tars import Shard
 from rcmae.errors import Refused
@@ -73,11 +73,10 @@ def shards_named(
     problems: list[str] = []
     for pattern in flat(patterns):
         try:
-            pieces = list(
-                braceexpand(pattern if sources.is_remote(pattern) else os.path.expanduser(pattern))
-            )
-        except ValueError:
-            problems.append(f"{sources.redacted(pattern)}: its braces do not pair")
+            here = pattern if sources.is_remote(pattern) else os.path.expanduser(pattern)
+            pieces = expanded(here, MOST - len(paths))
+        except Refused as error:
+            problems.append(f"{sources.redacted(pattern):.200}: {error}")
             continue
         for piece in pieces:
             try:
@@ -215,6 +214,7 @@ class Search:
             for shard in found.shards:
                 known = _Known(shard, folder, found.written_ns)
                 self._known.setdefault(sources.identity(shard.path), []).append(known)
+        self._times_bare = Counter(map(sources.bare, paths))
         here = [path for path in paths if not sources.is_remote(path)]
         elsewhere = [path for path in paths if sources.is_remote(path)]
         asked = [path for path in elsewhere if sources.folder_of(path) not in gone]
@@ -228,6 +228,8 @@ class Search:
     def pick(self, path: str, needs: Collection[str]) -> Pick:
         """What is to be believed of a shard."""
         candidates = self._known.get(sources.identity(path), [])
+        if not candidates and self._times_bare[sources.bare(path)] == 1:
+            candidates = self._known.get(sources.bare(path), [])  # of an index of before
         if not candidates:
             return Pick()
         stat = self._stats.get(path)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from braceexpand import braceexpand
 
 from rcmae import config
 from rcmae.config import Recipe, Resolved
+from rcmae.data.braces import expanded
 from rcmae.data.cache import Reader, open_bytes
 from rcmae.data.index import INDEX, ShardIndex
 from rcmae.data.patterns import flat
@@ -218,7 +218,7 @@ def see_shards(recipe: Recipe) -> tuple[ShardIndex | None, str]:
         return ShardIndex.open(recipe.data.shards, cache=caches, scan=False), ""
     paths = []
     for pattern in patterns:
-        for piece in braceexpand(os.path.expanduser(pattern)):
+        for piece in expanded(os.path.expanduser(pattern)):
             paths += glob.glob(piece) or [piece]
     folders = {os.path.dirname(path) for path in paths}
     has_folder = any(folder and os.path.isdir(folder) for folder in folders)

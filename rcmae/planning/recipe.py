@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import yaml
-
 from rcmae import config
 from rcmae.config import Recipe
+from rcmae.config.trees import tree_of
 from rcmae.errors import Refused
 
 NO_SHARDS = "shards-are-not-given.tar"  # stands for the shards of a recipe that names none
@@ -21,9 +20,11 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = config.recipe_path(name)
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = tree_of(path.read_text()) or {}
+    except UnicodeDecodeError as error:
         raise Refused(f"{path} is not YAML: {error}") from error
+    except Refused as error:
+        raise Refused(f"{path} {error}") from error
     section = tree.get("data") if isinstance(tree, dict) else None
     in_file = isinstance(section, dict) and bool(section.get("shards"))
     in_overrides = any(item.startswith("data.shards=") for item in overrides)

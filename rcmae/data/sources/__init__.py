@@ -28,6 +28,7 @@ from rcmae.data.sources.asking import (
 from rcmae.data.sources.copying import Copied, Stored, copy, fetched, part, pread
 from rcmae.data.sources.names import (
     PIPE,
+    bare,
     basename,
     folder_of,
     identity,
@@ -47,6 +48,7 @@ __all__ = [
     "SourceGone",
     "Stat",
     "Stored",
+    "bare",
     "basename",
     "copy",
     "fetched",

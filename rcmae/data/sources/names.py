@@ -6,9 +6,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import urllib.parse
 
 PIPE = "pipe:"
 PASSWORD = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
+_TAR = re.compile(r"[^\s/\"'=?&]+\.tar\b")
+# names of what signs a request, says when it ends or how the answer is sent; they change each time
+_SIGNS = re.compile(
+    r"(x-[a-z]+-|awsaccesskeyid|googleaccessid|ossaccesskeyid|key-pair-id|policy|sign|sig=|hmac|"
+    r"expir|se=|sp=|sv=|sr=|st=|spr=|sip=|ss=|srt=|sk[a-z]+=|ts=|timestamp|nonce|auth|cred|"
+    r"[^=]*(token|secret|passw|apikey|api_key|access_key|session)[^=]*|key=|response-)",
+    re.IGNORECASE,
+)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>)\]]+", re.IGNORECASE)
 
 
@@ -31,7 +40,9 @@ def redacted(text: str) -> str:
 
     def shown(url: re.Match[str]) -> str:
         plain, *query = re.split(r"[?#]", url.group(), maxsplit=1)
-        return PASSWORD.sub(r"\1***@", plain) + ("?..." if query else "")
+        named = [name for part in _asked_for(url.group()) for name in _TAR.findall(part)]
+        more = f"?...{named[-1]}" if named else "?..."
+        return PASSWORD.sub(r"\1***@", plain) + (more if query else "")
 
     return _URL.sub(shown, text)
 
@@ -43,31 +54,53 @@ def indexing(path: str) -> str:
 
 
 def identity(path: str) -> str:
-    """What tells a shard from others wherever it is named: absolute path, or URL without
-    password and query.
+    """What tells a shard from others wherever it is named: absolute path, or URL without password
+    and signature. Signed anew, a URL keeps it.
     """
+    said = _asked_for(path)
+    return bare(path) + (f"?{'&'.join(said)}" if said else "")
+
+
+def bare(path: str) -> str:
+    """A URL without password and query; an absolute path; a command as it is."""
     if path.startswith(PIPE):
         return path
-    return (
-        PASSWORD.sub(r"\1", re.split(r"[?#]", path, maxsplit=1)[0])
-        if "://" in path
-        else os.path.abspath(path)
-    )
+    if "://" not in path:
+        return os.path.abspath(path)
+    return PASSWORD.sub(r"\1", re.split(r"[?#]", path, maxsplit=1)[0])
+
+
+def _asked_for(path: str) -> list[str]:
+    """The parts `name=value` of a URL's query but those that sign it or say how it is sent."""
+    if path.startswith(PIPE) or "://" not in path:
+        return []
+    query = path.partition("#")[0].partition("?")[2]
+    parts = [part for part in query.split("&") if part]
+    return [part for part in parts if not _SIGNS.match(part) or _names_a_tar(part)]
+
+
+def _names_a_tar(part: str) -> bool:
+    is_about_sending = part.lower().startswith("response-")
+    return not is_about_sending and _TAR.search(urllib.parse.unquote(part)) is not None
 
 
 def basename(path: str) -> str:
     """The file name of a shard.
 
-    Of a command the last word that names a tar, else a name made of its hash.
+    Of a command the last word that names a tar, else a name made of its hash; of a URL the tar that
+    its query names, if it does.
     """
     if path.startswith(PIPE):
-        tars = re.findall(r"[^\s/\"'=?&]+\.tar\b", path)
+        tars = _TAR.findall(path)
         return tars[-1] if tars else f"pipe-{hashlib.sha256(path.encode()).hexdigest()[:12]}.tar"
-    return identity(path).rstrip("/").rpartition("/")[2]
+    for part in _asked_for(path):
+        if _names_a_tar(part):
+            return _TAR.findall(urllib.parse.unquote(part))[-1]
+    return bare(path).rstrip("/").rpartition("/")[2]
 
 
 def folder_of(path: str) -> str:
     """The folder that a shard lies in; empty for a command."""
     if path.startswith(PIPE):
         return ""
-    return identity(path).rpartition("/")[0] if "://" in path else os.path.dirname(path) or "."
+    return bare(path).rpartition("/")[0] if "://" in path else os.path.dirname(path) or "."
