@@ -1,17 +1,23 @@
 """Files that are whole or not there, and records that survive a kill: one way to write and to read.
 
-`aside` and `write_aside` write every file whose reader must never see half of it. `json_lines`
-reads every file to which lines are appended: a kill or a full disk may have torn the last one.
+`aside` and `write_aside` write every file whose reader must never see half of it. `Lines` appends
+to a file of lines and outlives a full disk; `json_lines` reads it, `json_lines_back` from its end:
+a kill may have torn the last one.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
+
+_BLOCK = 1 << 16  # bytes read at a time
 
 
 @contextmanager
@@ -34,9 +40,11 @@ def aside(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
             if durable:
                 os.fsync(file.fileno())
         os.replace(scratch, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             scratch.unlink()
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # a write does not say where
         raise
     if durable:
         flush_folder(path.parent)
@@ -86,7 +94,105 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if not line.endswith(b"\n"):
                 return
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 found = json.loads(line)
                 if isinstance(found, dict):
                     yield found
+
+
+def json_lines_back(path: Path) -> Iterator[dict[str, Any]]:
+    """The same objects, the last one first: who wants the end of a long file reads only that."""
+    for line in _lines_back(path):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
+
+
+def _lines_back(path: Path) -> Iterator[bytes]:
+    """The whole lines of a file, without their ends, the last one first."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        at = file.seek(0, os.SEEK_END)
+        later = b""  # the beginning of what was read: the end of a line that begins before it
+        is_whole = False  # a line end has been seen: what comes before it are whole lines
+        while at > 0:
+            size = min(_BLOCK, at)
+            at = file.seek(at - size)
+            head, *lines = (file.read(size) + later).split(b"\n")
+            if lines and not is_whole:
+                lines.pop()  # behind the last line end
+                is_whole = True
+            yield from reversed(lines)
+            later = head
+        if is_whole:
+            yield later
+
+
+class Lines:
+    """A file that grows by whole lines. What its disk does not take waits in memory, and goes with
+    the next line: a full disk is never a reason to stop. One process writes.
+
+    A file that somebody deleted is begun anew; one that was replaced is another job's, and left.
+
+    Args:
+        path: the file; made with its folder if it is not there.
+        most: lines that wait at most, the newest.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, *, most: int = 100_000) -> None:
+        self.path = path
+        self.problem: str | None = None  # what the disk said, until all lines are written
+        self._waiting: deque[bytes] = deque(maxlen=most)
+        self._file = self._open()
+
+    @property
+    def waiting(self) -> int:
+        """Lines that are not written yet."""
+        return len(self._waiting)
+
+    def write(self, line: str) -> None:
+        """Append a line, given without its end. Raises nothing."""
+        self._waiting.append(line.encode() + b"\n")
+        try:
+            is_gone = self._file.closed or not self.path.exists()
+            if is_gone:
+                self._file.close()
+                self._file = self._open()
+            self._write_waiting()
+            self.problem = f"{self.path} was deleted, and is begun anew" if is_gone else None
+        except OSError as error:
+            self.problem = f"{self.path}: {error.strerror or error}"
+
+    def sync(self) -> None:
+        """Put the lines on the disk, as far as it takes them."""
+        with suppress(OSError, ValueError):  # it could not be opened again
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Finish the file. A second call does nothing."""
+        if not self._file.closed:
+            with suppress(OSError):
+                self._write_waiting()
+            self.sync()
+            self._file.close()
+
+    def _open(self) -> FileIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return FileIO(self.path, "a")
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            end = os.fstat(self._file.fileno()).st_size
+            # one write: a kill tears at most this line
+            if self._file.write(line) != len(line):
+                self._file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self._waiting.popleft()

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from rcmae import checkpoint, config, dist
+from rcmae import checkpoint, config, console, dist
 from rcmae.checkpoint.lease import Lease, LeaseHeld, LeaseLost, exit_status, fence
 from rcmae.commands.follow import Asked, parse
 from rcmae.config import Recipe, Resolved
@@ -404,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(asked: Asked) -> int:
     """Follow a run as asked; the exit status of this rank. Collective: every rank calls."""
     stop = preempt.StopRequest()
+    console.outlive()
     try:
         dist.start(required=False)
         status = follow(asked, stop)

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rcmae import console
 from rcmae.commands import training
 from rcmae.run import preempt, startup
 from rcmae.run.command import Command
@@ -171,6 +172,7 @@ def main(argv: Sequence[str] | None = None, task: str = "pretrain", prog: str | 
         prog: the command as the user gave it; None for the module's.
     """
     stop = preempt.StopRequest()  # first: Python's default for SIGUSR1 is to die
+    console.outlive()
     startup.begin()
     module = "train" if task == "pretrain" else task
     command = training.parse(argv, prog or f"python -m rcmae.{module}")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rcmae.checkpoint import saver
+from rcmae.files import Lines
 from rcmae.run.guard import NonFiniteLoss
-from rcmae.run.loop import schedule
-from rcmae.run.loop.batches import Batches
+from rcmae.run.loop import saving, schedule
+from rcmae.run.loop.batches import Batches, Trouble
 from rcmae.run.presence import Presence
 from runs import Folder, start
 from tests.conftest import ROOT
@@ -61,7 +65,7 @@ def test_samples_that_cannot_be_read_lose_no_save_under_way(
 
     def troubled(self: Batches, steps: Any) -> Any:
         if self._progress.step == 5:
-            self.trouble = "the disk is gone"
+            self.trouble = Trouble("the disk is gone", may_pass=False)
             return []
         return read(self, steps)
 
@@ -153,3 +157,86 @@ def test_a_step_that_the_guard_skips_keeps_its_save_its_row_and_its_evaluation(
     assert (skipped["loss"], skipped["skipped"]) == (None, 1.0)
     assert sum("skipped" in row for row in folder.rows()) == 1
     assert [event["step"] for event in folder.events("evaluate")] == [4, 8, 12, 16, 20]
+
+
+def disk_full_while(is_full: Callable[[], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have lines and checkpoints meet a full disk while a condition holds."""
+    lines, checkpoint = Lines._write_waiting, saver.write_safetensors
+
+    def refuse(path: Path) -> None:
+        if is_full():
+            raise OSError(28, "No space left on device", str(path))
+
+    def write_lines(self: Lines) -> None:
+        refuse(self.path)
+        lines(self)
+
+    def write_checkpoint(path: Path, entries: Any) -> Any:
+        refuse(path)
+        return checkpoint(path, entries)
+
+    monkeypatch.setattr(Lines, "_write_waiting", write_lines)
+    monkeypatch.setattr(saver, "write_safetensors", write_checkpoint)
+    monkeypatch.setattr(saving, "AGAIN_S", 0.0)
+
+
+RARELY = "checkpoint.every_steps=1000"
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_line_and_a_save_is_tried(
+    tiny: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    write = Lines.write
+
+    def count(self: Lines, line: str) -> None:
+        tried.extend(["checkpoint_failed"] * ("checkpoint_failed" in line))
+        write(self, line)
+
+    monkeypatch.setattr(Lines, "write", count)
+    rows = folder.path / "metrics.jsonl"
+    disk_full_while(lambda: rows.exists() and bool(folder.rows()) and not tried, monkeypatch)
+    assert start(tiny, folder.path, RARELY) == 0
+    assert folder.steps() == list(range(1, 21))
+    assert len(folder.events("checkpoint_failed")) == 1
+    assert folder.committed()[-1] == 20
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_one_message_that_names_it(
+    tiny: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = folder.path / "metrics.jsonl"
+    disk_full_while(lambda: rows.exists() and len(folder.rows()) > 2, monkeypatch)
+    assert start(tiny, folder.path, RARELY, "schedule.steps=100000") == 1
+    said = capsys.readouterr()
+    assert f"{rows}: No space left on device" in said.out
+    assert "was not written" in said.err
+    assert "No space left on device" in said.err
+    assert "Traceback" not in said.err
+    assert folder.outcome()["status"] == "failed"
+    monkeypatch.undo()
+    assert start(tiny, folder.path, RARELY, "schedule.steps=100000", "run.stop_after_steps=3") == 75
+    assert folder.steps() == [1, 2, 3]
+
+
+def test_a_folder_that_is_deleted_while_the_run_trains_is_begun_anew_and_saved_into(
+    tiny: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate = schedule.learning_rate
+
+    def asked(now: int, **named: Any) -> float:
+        if now == 9:
+            shutil.rmtree(folder.path)
+        return rate(now, **named)
+
+    monkeypatch.setattr(schedule, "learning_rate", asked)
+    lease = "run.lease_timeout_s=0.6"
+    assert start(tiny, folder.path, RARELY, lease, "run.stop_after_steps=12") == 75
+    assert folder.steps() == [10, 11, 12]
+    assert "metrics.jsonl was deleted, and is begun anew" in capsys.readouterr().out
+    assert folder.committed()[-1] == 12
+    assert folder.outcome()["status"] == "stopped"
+    monkeypatch.undo()
+    again = [str(folder.path / "recipe.yaml"), folder.path, "run.stop_after_steps=null"]
+    assert start(*again) == 0
+    assert folder.steps() == list(range(10, 21))

@@ -5,6 +5,8 @@ truth.
 import io
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +18,13 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rcmae import files
+from rcmae.files import json_lines_back
 from rcmae.planning.hardware import peak_flops
+from rcmae.run import board
+from rcmae.run.ending import closing_summary
 from rcmae.run.loop.meter import Meter
-from rcmae.run.metrics import MetricsLog, closing_summary, cut_back
+from rcmae.run.metrics import MetricsLog, cut_back, events_of, undone
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -119,6 +125,119 @@ def test_a_torn_event_is_dropped_and_earlier_ones_stay(tmp_path):
     path.write_text("torn without any line")
     a_log(tmp_path).close()
     assert path.read_text() == ""
+
+
+def test_the_end_of_a_long_file_is_found_from_its_end(tmp_path):
+    path = tmp_path / "events.jsonl"
+    rows = [{"event": f"kind{n % 3}", "n": n, "text": "x" * (n * 37 % 3000)} for n in range(300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": "kind0", "to')
+    assert list(json_lines_back(path)) == rows[::-1]
+    assert [row["n"] for row in events_of(tmp_path, "kind1", last=2)] == [295, 298]
+    assert [row["n"] for row in events_of(tmp_path, "kind2")] == list(range(2, 300, 3))
+    assert events_of(tmp_path / "none", "kind1", last=2) == []
+    for text in ("", "torn", "\n", "3\n"):
+        path.write_text(text)
+        assert list(json_lines_back(path)) == []
+
+
+def test_a_million_lines_are_not_read_to_know_what_was_undone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 33)  # 8 GB of nothing, which no disk holds
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n{"step": 7, "time": 5.0}\n{"step": 8, "time": 6.0}\n{"step": 9, "ti')
+    assert undone(path, 7) == {"step": 8, "time": 6.0}
+    assert undone(path, 8) is None
+
+
+def test_a_full_disk_keeps_lines_waiting_and_is_told_once(tmp_path, monkeypatch):
+    out = io.StringIO()
+    log = a_log(tmp_path, console=Console(file=out, width=200), tensorboard=False)
+    log.step({"step": 1})
+    written = files.Lines._write_waiting
+    taken = [b'{"step": 2, "']  # of a line, before the disk is full
+
+    def full(self):
+        if taken:
+            self._file.write(taken.pop())
+            self._file.truncate(os.fstat(self._file.fileno()).st_size - 13)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.Lines, "_write_waiting", full)
+    for step in (2, 3, 4):
+        log.step({"step": step})
+        log.event("bad_sample", step=step)
+    assert log.problem == f"{tmp_path}/metrics.jsonl: No space left on device"
+    assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1]
+    monkeypatch.setattr(files.Lines, "_write_waiting", written)
+    log.step({"step": 5})
+    log.event("checkpoint")
+    assert log.problem is None
+    log.close()
+    assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert len(rows_of(tmp_path / "events.jsonl")) == 4
+    said = out.getvalue()
+    assert said.count("metrics.jsonl: No space left on device; its lines wait") == 1
+    assert said.count("metrics.jsonl is written again") == 1
+
+
+def test_a_line_that_went_in_half_is_cut_off_again(tmp_path):
+    lines = files.Lines(tmp_path / "metrics.jsonl")
+    lines.write('{"step": 1}')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        lines.write('{"step": 2}')
+        told = lines.problem
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert told is not None
+    assert lines.path.read_text() == '{"step": 1}\n'
+    lines.write('{"step": 3}')
+    assert [row["step"] for row in rows_of(lines.path)] == [1, 2, 3]
+    assert (lines.problem, lines.waiting) == (None, 0)
+    lines.close()
+
+
+def test_a_file_that_was_deleted_is_begun_anew_and_one_that_was_replaced_is_not(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = files.Lines(path)
+    lines.write('{"step": 1}')
+    shutil.rmtree(path.parent)
+    lines.write('{"step": 2}')
+    assert lines.problem == f"{path} was deleted, and is begun anew"
+    lines.write('{"step": 3}')
+    assert lines.problem is None
+    assert [row["step"] for row in rows_of(path)] == [2, 3]
+    path.with_name("of another job").write_text("")
+    os.replace(path.with_name("of another job"), path)
+    lines.write('{"step": 4}')
+    lines.close()
+    lines.close()
+    assert path.read_text() == ""
+
+
+def test_trouble_with_tensorboard_is_told_and_ends_nothing(tmp_path, monkeypatch):
+    out = io.StringIO()
+    (tmp_path / "tensorboard").write_text("no folder")
+    with a_log(tmp_path, console=Console(file=out, width=200)) as log:
+        for step in (1, 2):
+            log.step({"step": step, "loss": 1.0})
+        assert len(rows_of(tmp_path / "events.jsonl")) == 1
+        (tmp_path / "tensorboard").unlink()
+        monkeypatch.setattr(board, "AGAIN_S", 0.0)
+        log._board._retry_at = 0.0
+        log.step({"step": 3, "loss": 3.0})
+        worker = log._board._writer._get_file_writer().event_writer._async_writer._worker
+        worker.exception = OSError(28, "No space left on device")
+        log.step({"step": 4, "loss": 4.0})
+        log.step({"step": 5, "loss": 5.0})
+    assert out.getvalue().count("continuing without") == 2
+    assert [row["event"] for row in rows_of(tmp_path / "events.jsonl")] == ["not_written"] * 2
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in seen] == [3, 5]
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):

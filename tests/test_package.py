@@ -35,7 +35,7 @@ ROWS = (
     {"config"},
     {"dist"},
     {"plugins"},
-    {"files", "errors", "extensions"},
+    {"files", "errors", "console", "extensions"},
 )
 HOMES = {"finetune": "train", "probe": "train", "follow": "train"}
 HOMES |= {"cli": "commands", "__main__": "commands"}

@@ -27,7 +27,7 @@ from rcmae.models import kernels
 from rcmae.objectives import Objective
 from rcmae.run import preempt, startup
 from rcmae.run.differences import mismatches
-from rcmae.run.folder import start_folder, unwritable, versions
+from rcmae.run.folder import renew, start_folder, unwritable, versions
 from rcmae.run.guard import Guard
 from rcmae.run.judge import Verdict
 from rcmae.run.look import cache_of, saved_from
@@ -235,6 +235,8 @@ def parts_of(
     """What the loop works with. Collective."""
     recipe = verdict.recipe
     engine, objective = trained.engine, trained.objective
+    index = verdict.data.train
+    assert index is not None
     cache = cache_of(recipe, verdict.data)
     stream = stream_of(verdict, task, cache)
     normalise = Normalise(recipe.data.mean, recipe.data.std, dist.device())
@@ -247,11 +249,12 @@ def parts_of(
         instruments,
         options=recipe.checkpoint,
         about=lambda: about(verdict, guard, progress),
+        renew=lambda: renew(recipe, index),
     )
     saving.save_s = BYTES_A_WEIGHT * trained.num_weights / DISK_RATE
     if trained.saved is not None and trained.saved.is_own:
-        events = events_of(recipe.run_dir, "checkpoint")
-        saving.resume([event["seconds"] for event in events[-5:]])
+        events = events_of(recipe.run_dir, "checkpoint", last=5)
+        saving.resume([event["seconds"] for event in events])
     evaluation = Evaluation(
         task,
         lambda: evaluating(verdict, trained, batches, progress, cache),

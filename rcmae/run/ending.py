@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rcmae import dist
@@ -12,7 +14,6 @@ from rcmae.checkpoint.lease import LeaseLost, newest_generation
 from rcmae.run import preempt
 from rcmae.run.guard import NonFiniteLoss
 from rcmae.run.loop.agreement import DataUnreadable
-from rcmae.run.metrics import closing_summary
 from rcmae.tasks.protocol import Ended
 
 if TYPE_CHECKING:
@@ -89,14 +90,22 @@ def note_end(run: Run, outcome: Outcome) -> None:
     run.presence.leave()
     if run.lease is not None:
         if outcome.is_told and run.lease.holds():
-            preempt.write_outcome(
-                run.recipe.run_dir,
-                status=outcome.status,
-                step=step,
-                reason=outcome.reason,
-                again=outcome.again,
-            )
+            write_outcome(run, outcome)
         run.lease.release()
+
+
+def write_outcome(run: Run, outcome: Outcome) -> None:
+    """Leave outcome.json; where the disk refuses it, say so: the exit status has to do."""
+    try:
+        preempt.write_outcome(
+            run.recipe.run_dir,
+            status=outcome.status,
+            step=run.parts.progress.step,
+            reason=outcome.reason,
+            again=outcome.again,
+        )
+    except OSError as error:
+        print(f"rcmae: outcome.json is not written: {error}", file=sys.stderr, flush=True)
 
 
 def note_failure(run: Run, error: Exception) -> None:
@@ -173,6 +182,44 @@ def summary(run: Run, outcome: Outcome) -> str:
         },
         commands=next_commands(run),
     )
+
+
+def closing_summary(
+    title: str,
+    *,
+    ran: Mapping[str, str],
+    table: str,
+    places: Mapping[str, Path],
+    commands: Sequence[tuple[str, str]],
+    caption: str = "k-NN, top-1 in %",
+) -> str:
+    """The text a run ends with.
+
+    Args:
+        title: the run and how it ended.
+        ran: what ran, name and figure.
+        table: the last evaluation as text, empty where there was none.
+        places: what lies where; files that are not there are left out.
+        commands: what to run next, (what it does, command line).
+        caption: of the table.
+    """
+    there = {name: str(place) for name, place in places.items() if place.exists()}
+    width = max((len(name) for name in [*ran, *there]), default=0)
+
+    def section(heading: str, entries: Mapping[str, str]) -> list[str]:
+        rows = [f"  {name:<{width}}  {value}" for name, value in entries.items()]
+        return [heading, *rows] if rows else []
+
+    lines = [f"== {title} =="]
+    lines += section("what ran", ran)
+    if table:
+        lines.append(caption)
+        lines += [f"  {line}" for line in table.splitlines()]
+    lines += section("where it lies", there)
+    if commands:
+        lines.append("what to run next")
+        lines += [f"  {command}    # {what}" for what, command in commands]
+    return "\n".join(lines)
 
 
 def next_commands(run: Run) -> list[tuple[str, str]]:

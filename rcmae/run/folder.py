@@ -44,8 +44,24 @@ def write_start(recipe: Recipe, saved: Saved | None, index: ShardIndex) -> None:
         checkpoint.start_from(root, saved.step if saved and saved.is_own else -1)
     if not index.is_saved:
         index.save(folder / "index")  # the next job need not read all the headers again
+    write_recipe(recipe)
+
+
+def renew(recipe: Recipe, index: ShardIndex) -> None:
+    """Put recipe and index back where somebody has deleted the folder while the run trains. Raises
+    OSError.
+    """
+    if not (recipe.run_dir / "recipe.yaml").exists():
+        recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe)
+        if not index.is_saved:
+            index.save(recipe.run_dir / "index")
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """The recipe, as the next job takes it. Raises OSError."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    write_aside(folder / "recipe.yaml", text)
+    write_aside(recipe.run_dir / "recipe.yaml", text)
 
 
 def unwritable(recipe: Recipe, error: OSError) -> str:

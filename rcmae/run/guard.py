@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -120,9 +121,10 @@ def bundle(
     ranks = dist.gather(mine)
     path = run_dir / "replay" / f"step-{about['step']:08d}.json"
     if dist.rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Python's JSON, which has NaN
-        write_aside(path, json.dumps({**about, "ranks": ranks}), durable=False)
+        with suppress(OSError):  # a full disk: what is told of the step has to do
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Python's JSON, which has NaN
+            write_aside(path, json.dumps({**about, "ranks": ranks}), durable=False)
     bad = _not_finite(ranks)
     what = "a loss" if bad else "the gradient, but no loss,"
     return Report(

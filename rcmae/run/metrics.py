@@ -4,29 +4,38 @@
 step it resumes from. `events.jsonl` is only ever appended to, so a step that was run twice shows
 there. TensorBoard gets the same numbers and is told to forget what lies beyond the resume.
 Everything takes plain numbers: nothing here waits for a GPU, so whoever calls decides when a tensor
-becomes a number (on log steps).
+becomes a number (on log steps). What a disk does not take is told and waits: no line is a reason to
+stop.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from torch.utils.tensorboard import SummaryWriter
 
-from rcmae.files import aside, json_lines
+from rcmae import console as standard
+from rcmae.files import Lines, aside, json_lines_back
+from rcmae.run.board import Board
 
 # ---------------------------------------------------------------------------------------- the files
+
+
+# a line as this module writes it
+_OURS = re.compile(rb'\{"step": (\d{1,15}), "')
 
 
 def cut_back(path: Path, step: int) -> int:
@@ -57,16 +66,22 @@ def undone(path: Path, step: int) -> dict[str, float] | None:
 
     Steps up to there were done once and will be done again.
     """
-    last = None
-    for row in json_lines(path):
-        if isinstance(row.get("step"), int) and row["step"] > step:
-            last = row
-    return {"step": last["step"], "time": last.get("time", 0.0)} if last else None
+    for row in json_lines_back(path):
+        if isinstance(row.get("step"), int):
+            if row["step"] <= step:
+                return None
+            return {"step": row["step"], "time": row.get("time", 0.0)}
+    return None
 
 
-def events_of(directory: Path, kind: str) -> list[dict[str, Any]]:
-    """The events of a kind in a run's folder, oldest first; none where there is no file yet."""
-    return [row for row in json_lines(directory / "events.jsonl") if row.get("event") == kind]
+def events_of(directory: Path, kind: str, last: int | None = None) -> list[dict[str, Any]]:
+    """The events of a kind in a run's folder, oldest first; none where there is no file yet.
+
+    With `last`: so many at most, the latest. Then only the file's end is read.
+    """
+    rows = json_lines_back(directory / "events.jsonl")
+    found = (row for row in rows if row.get("event") == kind)
+    return list(itertools.islice(found, last))[::-1]
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -79,9 +94,12 @@ def _step_of(line: bytes) -> int | None:
     """The step of a whole line, None for a torn or foreign one."""
     if not line.endswith(b"\n"):
         return None
+    ours = _OURS.match(line)  # a million lines are read in a second so
+    if ours and line.endswith(b"}\n"):
+        return int(ours[1])
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     step = row.get("step") if isinstance(row, dict) else None
     return step if isinstance(step, int) else None
@@ -117,10 +135,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _write_line(file: IO[str], row: Mapping[str, Any]) -> None:
-    # one write: a kill tears at most this line
-    file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
-    file.flush()
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), allow_nan=False)
 
 
 class MetricsLog:
@@ -159,7 +175,8 @@ class MetricsLog:
         self.total_steps = total_steps
         self._first = resume_step
         self._started = time.monotonic()
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
+        self._troubles: set[str] = set()  # that were told
         self._bar: Progress | None = None
         self.undone: dict[str, float] | None = None
         if not writes:
@@ -170,11 +187,13 @@ class MetricsLog:
         self.undone = undone(metrics, resume_step)
         self.dropped_lines = cut_back(metrics, resume_step)
         _drop_torn_line(events)
-        self._metrics = metrics.open("a", encoding="utf-8")
-        self._events = events.open("a", encoding="utf-8")
-        if tensorboard:
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
+        self._metrics = Lines(metrics)
+        self._events = Lines(events)
         self._console = console or Console()
+        if tensorboard:
+            self._board = Board(
+                directory / "tensorboard", step=resume_step, told=self._tell_of_trouble
+            )
         if sys.stdout.isatty() if bar is None else bar:
             self._bar = Progress(
                 TextColumn("step"),
@@ -194,20 +213,20 @@ class MetricsLog:
         if not self.writes:
             return
         row = {**row, "time": time.time()}
-        _write_line(self._metrics, row)
+        self._write(self._metrics, row)
         if self._board:
             for name, value in row.items():
                 if isinstance(value, int | float) and name not in ("step", "time"):
-                    self._board.add_scalar(f"train/{name}", value, row["step"])
+                    self._board.scalar(f"train/{name}", value, row["step"])
         if self._bar:
-            self._bar.update(self._task, completed=row["step"], description=self._line(row))
+            self._bar.update(self._task, completed=row["step"], description=self._shown(row))
         else:
-            self.say(f"step {row['step']}/{self.total_steps}  {self._line(row)}")
+            self.say(f"step {row['step']}/{self.total_steps}  {self._shown(row)}")
 
     def event(self, kind: str, **details: Any) -> None:
         """Append to events.jsonl: start, resume, checkpoint, signal, bad_sample, evaluate, stop."""
         if self.writes:
-            _write_line(self._events, {"event": kind, "time": time.time(), **details})
+            self._write(self._events, {"event": kind, "time": time.time(), **details})
 
     def warn(self, text: str) -> None:
         """Say what a user should look at, and keep it as an event."""
@@ -220,11 +239,11 @@ class MetricsLog:
             return
         self.sync()
         self._metrics.close()
-        cut_back(self.directory / "metrics.jsonl", step)
-        self._metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
+        with self.sparing("the steps of metrics.jsonl that the run goes back on stay there"):
+            cut_back(self._metrics.path, step)
+        self._metrics = Lines(self._metrics.path)
         if self._board:
-            self._board.close()
-            self._board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
+            self._board.rewind(step)
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Numbers that belong to no logged step (an evaluation's) for TensorBoard, as
@@ -232,25 +251,62 @@ class MetricsLog:
         """
         if self._board:
             for name, value in values.items():
-                self._board.add_scalar(f"{group}/{name}", value, step)
+                self._board.scalar(f"{group}/{name}", value, step)
 
     def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
         """A picture for TensorBoard: uint8 [height, width, 3]."""
         if self._board:
-            self._board.add_image(name, pixels, step, dataformats="HWC")
+            self._board.picture(name, pixels, step)
 
     def say(self, text: str) -> None:
         """Print above the bar, or just print; as it is, without wrapping or colours."""
         if self.writes:
             self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
             self._console.file.flush()
+            reason = standard.lost()
+            if reason is not None and "console" not in self._troubles:
+                self._troubles.add("console")
+                self.event("console_lost", reason=reason)
+
+    @property
+    def problem(self) -> str | None:
+        """What the disk says, while lines wait for it; None where this rank does not write."""
+        return (self._metrics.problem or self._events.problem) if self.writes else None
+
+    @contextlib.contextmanager
+    def sparing(self, what: str) -> Iterator[None]:
+        """Write something that the run can do without: where the disk refuses, that is told.
+
+        Args:
+            what: comes of it, or is not written then.
+        """
+        try:
+            yield
+        except OSError as error:
+            self._tell_of_trouble(f"{what}: {error}")
+
+    def _tell_of_trouble(self, text: str) -> None:
+        """Say, once, what cannot be written, and go on."""
+        if text not in self._troubles:
+            self._troubles.add(text)
+            self.event("not_written", reason=text)
+            self.say(f"continuing without: {text}")
+
+    def _write(self, lines: Lines, row: Mapping[str, Any]) -> None:
+        """Append a line; tell of the first that must wait, and of the first that need not."""
+        before = lines.problem
+        lines.write(_line(row))
+        if lines.problem and not before:
+            self.say(f"{lines.problem}; its lines wait in memory, and a save is tried")
+        elif before and not lines.problem:
+            self.say(f"{lines.path} is written again")
 
     def sync(self) -> None:
         """Put all lines on the disk. To be called before a checkpoint is committed: a power loss
         after the commit then finds every line up to the checkpoint's step."""
         if self.writes:
-            for file in (self._metrics, self._events):
-                os.fsync(file.fileno())
+            self._metrics.sync()
+            self._events.sync()
 
     def close(self) -> None:
         """Finish the files and the bar. A second call does nothing."""
@@ -260,10 +316,10 @@ class MetricsLog:
             self._bar.stop()
         if self._board:
             self._board.close()
-        if not self._metrics.closed:
-            self.sync()
-            self._metrics.close()
-            self._events.close()
+        for lines in (self._metrics, self._events):
+            lines.close()
+            if lines.waiting:
+                self.say(f"{lines.path}: {lines.waiting} lines could not be written")
         self._bar = self._board = None
 
     def __enter__(self) -> MetricsLog:
@@ -277,7 +333,7 @@ class MetricsLog:
     ) -> None:
         self.close()
 
-    def _line(self, row: Mapping[str, Any]) -> str:
+    def _shown(self, row: Mapping[str, Any]) -> str:
         """A logged step for people."""
         parts = []
         if row.get("epoch") is not None:
@@ -318,44 +374,3 @@ def _duration(seconds: float) -> str:
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
     return f"{days}d {h:02d}:{m:02d}:{s:02d}" if days else f"{h}:{m:02d}:{s:02d}"
-
-
-# ------------------------------------------------------------------------------------------ the end
-
-
-def closing_summary(
-    title: str,
-    *,
-    ran: Mapping[str, str],
-    table: str,
-    places: Mapping[str, Path],
-    commands: Sequence[tuple[str, str]],
-    caption: str = "k-NN, top-1 in %",
-) -> str:
-    """The text a run ends with.
-
-    Args:
-        title: the run and how it ended.
-        ran: what ran, name and figure.
-        table: the last evaluation as text, empty where there was none.
-        places: what lies where; files that are not there are left out.
-        commands: what to run next, (what it does, command line).
-        caption: of the table.
-    """
-    there = {name: str(place) for name, place in places.items() if place.exists()}
-    width = max((len(name) for name in [*ran, *there]), default=0)
-
-    def section(heading: str, entries: Mapping[str, str]) -> list[str]:
-        rows = [f"  {name:<{width}}  {value}" for name, value in entries.items()]
-        return [heading, *rows] if rows else []
-
-    lines = [f"== {title} =="]
-    lines += section("what ran", ran)
-    if table:
-        lines.append(caption)
-        lines += [f"  {line}" for line in table.splitlines()]
-    lines += section("where it lies", there)
-    if commands:
-        lines.append("what to run next")
-        lines += [f"  {command}    # {what}" for what, command in commands]
-    return "\n".join(lines)

@@ -200,15 +200,19 @@ class Presence:
         self._beats += 1
         step, phase = self._at
         place = Place(self._rank, self._host, os.getpid(), step, phase, self._beats, self._ended)
-        try:
-            # in place and of one length: NFS shows who opens a file its last bytes, but a renamed
-            # one minutes late
-            handle = os.open(self._file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
-            with open(handle, "w") as file:
-                file.write(json.dumps(asdict(place)).ljust(1024))
-        except OSError:
-            return False
-        return True
+        text = json.dumps(asdict(place)).ljust(1024)
+        for _ in range(2):
+            try:
+                # in place and of one length: NFS shows who opens a file its last bytes, but a
+                # renamed one minutes late
+                handle = os.open(self._file(self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+                with open(handle, "w") as file:
+                    file.write(text)
+                return True
+            except OSError:  # somebody deleted the folder, or the disk refuses
+                with contextlib.suppress(OSError):
+                    self._folder.mkdir(parents=True, exist_ok=True)
+        return False
 
     def _stop(self) -> None:
         self._done.set()

@@ -133,7 +133,9 @@ class Agreement:
     def _flags(self) -> Flags:
         minutes = self.recipe.checkpoint.every_minutes
         since_save_s = time.monotonic() - self._saving.saved_at
-        save = minutes is not None and dist.rank() == 0 and since_save_s >= 60 * minutes
+        save = self._saving.is_called_for()
+        if minutes is not None and dist.rank() == 0:
+            save |= since_save_s >= 60 * minutes
         return Flags(
             stop=self._instruments.stop.reason is not None,
             save=save,

@@ -94,7 +94,8 @@ class Evaluation:
         picture = self._task.picture(context, self._batches.ready(first))
         if picture is not None and dist.rank() == 0:
             step = self._progress.step
-            save_png(picture, context.recipe.run_dir / "pictures" / f"step-{step:08d}.png")
+            with self._instruments.log.sparing("pictures"):
+                save_png(picture, context.recipe.run_dir / "pictures" / f"step-{step:08d}.png")
             self._instruments.log.picture("reconstruction", picture, step)
 
     def _pause(self) -> None:
@@ -113,10 +114,11 @@ def write_evaluated(found: Evaluated, log: MetricsLog, folder: Path, step: int) 
     log.say(f"{found.says.format(step=step)}\n{found.table}")
     if dist.rank() != 0:
         return
-    if found.document is not None:
-        path = folder / "evaluation" / f"step-{step:08d}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"step": step, **found.document}, indent=1)
-        write_aside(path, content, durable=False)
-    for name, picture in found.pictures.items():
-        save_png(picture, folder / "pictures" / f"{name}-{step:08d}.png")
+    with log.sparing("what an evaluation draws and lists"):
+        if found.document is not None:
+            path = folder / "evaluation" / f"step-{step:08d}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({"step": step, **found.document}, indent=1)
+            write_aside(path, content, durable=False)
+        for name, picture in found.pictures.items():
+            save_png(picture, folder / "pictures" / f"{name}-{step:08d}.png")

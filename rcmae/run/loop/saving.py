@@ -15,6 +15,7 @@ from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
 
 FAILURES = 3  # saves that fail one after the other end the run
+AGAIN_S = 10.0  # after which a failed save is tried again, while lines of the log wait, too
 DISK_RATE = 1e8  # bytes/s: the guess of how long a save takes, before one was measured
 BYTES_A_WEIGHT = 16  # weight, two moments and the teacher, in float32
 
@@ -22,13 +23,13 @@ BYTES_A_WEIGHT = 16  # weight, two moments and the teacher, in float32
 class Saving:
     """Begins saves when they are due and notes what they committed.
 
-    Every method but `is_done` and `settle_alone` is collective: every rank calls, in the same
-    order.
+    Every method is collective unless it says other: every rank calls, in the same order.
 
     Args:
         saver: writes in a thread of its own.
         options: the recipe's.
         about: what a checkpoint says of the run beside its tensors, at the moment of the save.
+        renew: puts what the run's folder needs beside checkpoints back, where somebody deleted it.
         guess_s: how long a save may take, until one was measured.
     """
 
@@ -41,6 +42,7 @@ class Saving:
         *,
         options: CheckpointOptions,
         about: Callable[[], Mapping[str, Any]],
+        renew: Callable[[], None],
     ) -> None:
         self.asked = False  # by checkpoint.every_minutes
         self.saved_at = time.monotonic()
@@ -53,6 +55,8 @@ class Saving:
         self._progress = progress
         self._options = options
         self._about = about
+        self._renew = renew
+        self._is_called = False  # by a log whose lines wait
         self._instruments = instruments
         self._failures = 0
 
@@ -71,6 +75,17 @@ class Saving:
     def is_done(self) -> bool:
         """Whether a save was under way on this rank and has ended. Not collective."""
         return self._saver.is_done()
+
+    def is_called_for(self) -> bool:
+        """Whether the disk does not take the lines of the log: then a save is tried, and again
+        where it fails, so that the run ends while it can. Not collective.
+        """
+        if self._instruments.log.problem is None:
+            self._is_called = False
+            return False
+        if not self._is_called:
+            return True
+        return self._failures > 0 and time.monotonic() - self.saved_at >= AGAIN_S
 
     def when_due(self) -> None:
         """Begin a save if this step is one for it. Raises as `collect`."""
@@ -95,7 +110,11 @@ class Saving:
             return False
         with self._instruments.meter.away():
             self._instruments.log.sync()
+            if dist.rank() == 0:
+                with self._instruments.log.sparing("recipe and index"):
+                    self._renew()
             self.saved_at = time.monotonic()
+            self._is_called = True
             begun = self._note(self._copy)
             if not begun and self._options.background:  # it was the one before that failed
                 begun = self._note(self._copy)
