@@ -12,7 +12,6 @@ import datetime
 import gc
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,9 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from rcmae import cores, launchers, meeting, waits
 from rcmae.errors import Refused
+from rcmae.launchers import Launched, launched
 
 _control: torch_dist.ProcessGroup | None = None
 USUAL_TIMEOUT_S = 1800.0
@@ -43,52 +44,19 @@ def world() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
-def launched() -> dict[str, int]:
-    """rank, world, local_rank and local_world as the launcher set them; all of one process when
-    none did.
-
-    Raises:
-        ValueError: the launcher's variables are incomplete.
-    """
-    env = os.environ
-    if "RANK" in env or "WORLD_SIZE" in env:  # torchrun, deepspeed
-        missing = [
-            key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in env
-        ]
-        if missing:
-            raise Refused(
-                f"RANK or WORLD_SIZE is set but not {', '.join(missing)}; use a launcher, or "
-                "unset them"
-            )
-        world_size = int(env["WORLD_SIZE"])
-        return {
-            "rank": int(env["RANK"]),
-            "world": world_size,
-            "local_rank": int(env.get("LOCAL_RANK", 0)),
-            "local_world": int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world_size))),
-        }
-    if "SLURM_STEP_NUM_TASKS" in env:
-        # inside srun; the batch shell itself has SLURM_NTASKS but no step
-        tasks, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_STEP_NUM_NODES", 1))
-        return {
-            "rank": int(env["SLURM_PROCID"]),
-            "world": tasks,
-            "local_rank": int(env["SLURM_LOCALID"]),
-            "local_world": -(-tasks // nodes),
-        }
-    return {"rank": 0, "world": 1, "local_rank": 0, "local_world": 1}
-
-
 def ranks_of_node() -> int:
     """Ranks on this node."""
-    return min(launched()["local_world"], world())
+    return min(launched().local_world, world())
 
 
 def launched_first() -> bool:
     """Whether the launcher made this rank 0, also where its variables are incomplete: who speaks
     for all ranks.
     """
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    try:
+        return launched().rank == 0
+    except Refused:
+        return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def device() -> torch.device:
@@ -96,7 +64,7 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # srun can show each task only its own GPU: then the local rank is no index
-    return torch.device("cuda", launched()["local_rank"] % torch.cuda.device_count())
+    return torch.device("cuda", launched().local_rank % torch.cuda.device_count())
 
 
 def start(*, required: bool, timeout_s: float | None = USUAL_TIMEOUT_S) -> None:
@@ -114,43 +82,41 @@ def start(*, required: bool, timeout_s: float | None = USUAL_TIMEOUT_S) -> None:
     where = launched()
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // where["local_world"]))
-    if where["world"] == 1 and not required:
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores.of_a_rank(where.local_world, bound=where.who == "srun"))
+    if where.world == 1 and not required:
         return
-    _set_variables(where)
+    address = "127.0.0.1" if where.world == 1 else launchers.host(where)
+    tried = f"{address}:{launchers.ports(where)[0]}"
     try:
-        _join(where["rank"], where["world"], timeout_s or USUAL_TIMEOUT_S)
+        port = _join(where, address, timeout_s or USUAL_TIMEOUT_S)
     except (RuntimeError, ValueError) as error:  # torch has no narrower one for all that can fail
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).strip().splitlines()[0]
         raise Unreachable(
-            f"rank {where['rank']} of {where['world']} on {platform.node()} cannot join the others "
-            f"at {address}: {reason}; see that rank 0 runs there, that MASTER_ADDR and MASTER_PORT "
+            f"rank {where.rank} of {where.world} on {platform.node()} cannot join the others "
+            f"at {tried}: {reason}; see that rank 0 runs there, that MASTER_ADDR and MASTER_PORT "
             "are the same on all ranks, and that no other program has the port"
         ) from error
+    _set_variables(where, address, port)
 
 
-def _set_variables(where: dict[str, int]) -> None:
+def _set_variables(where: Launched, address: str, port: int) -> None:
     """What DeepSpeed reads, whatever the launcher was."""
-    os.environ.setdefault("RANK", str(where["rank"]))
-    os.environ.setdefault("WORLD_SIZE", str(where["world"]))
-    os.environ.setdefault("LOCAL_RANK", str(where["local_rank"]))
+    os.environ.setdefault("MASTER_ADDR", address)
+    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.setdefault("RANK", str(where.rank))
+    os.environ.setdefault("WORLD_SIZE", str(where.world))
+    os.environ.setdefault("LOCAL_RANK", str(where.local_rank))
     if device().type == "cuda":
         # DeepSpeed takes it for the index of a GPU: 0 where a rank sees only its own
         os.environ["LOCAL_RANK"] = str(device().index)
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = _slurm_master() if where["world"] > 1 else "127.0.0.1"
-        # one a job, below the range that Linux gives to outgoing connections
-        job = int(os.environ.get("SLURM_JOB_ID", 0))
-        os.environ.setdefault("MASTER_PORT", str(10000 + job % 20000))
 
 
-def _join(rank: int, world: int, timeout_s: float) -> None:
-    """Make the two groups, with rank 0's time-out."""
+def _join(where: Launched, address: str, timeout_s: float) -> int:
+    """Make the two groups, with rank 0's time-out; the port at which the ranks met."""
     global _control, _timeout
-    store = _store(rank, world, timeout_s)
-    if rank == 0:
+    store, link, port = meeting.meet(where, address, timeout_s)
+    if where.rank == 0:
         store.set("timeout_s", str(timeout_s))
     _timeout = datetime.timedelta(seconds=float(store.get("timeout_s")))
     # DeepSpeed makes groups of its own, without a word about time: 10 minutes under NCCL, 30 under
@@ -159,39 +125,12 @@ def _join(rank: int, world: int, timeout_s: float) -> None:
     distributed_c10d.default_pg_nccl_timeout = _timeout
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
     torch_dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world, timeout=_timeout
+        backend, store=store, rank=where.rank, world_size=where.world, timeout=_timeout
     )
     _control = torch_dist.new_group(backend="gloo", timeout=_timeout)
-
-
-def _store(rank: int, world: int, timeout_s: float) -> torch_dist.Store:
-    """Where the ranks find each other; in memory for one process, which needs no port."""
-    if world == 1:
-        return torch_dist.HashStore()
-    address = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
-    timeout = datetime.timedelta(seconds=timeout_s)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps its store over restarts of the ranks: without a prefix each would find
-        # addresses of the dead
-        store = torch_dist.TCPStore(address, port, world, False, timeout=timeout)
-        start = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        return torch_dist.PrefixStore(f"start-{start}", store)
-    return torch_dist.TCPStore(address, port, world, rank == 0, timeout=timeout)
-
-
-def _slurm_master() -> str:
-    """The first host of this SLURM step."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
-    try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise Refused(
-            f"cannot tell the first host of {nodes!r} ({error}); export MASTER_ADDR in the job"
-        ) from error
-    return listed.stdout.split()[0]
+    if link is not None:
+        waits.connect(link, meeting.asks_each_s(where.world))
+    return port
 
 
 def control() -> torch_dist.ProcessGroup | None:

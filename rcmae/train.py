@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rcmae import console
+from rcmae import console, waits
 from rcmae.commands import training
 from rcmae.run import preempt, startup
 from rcmae.run.command import Command
@@ -111,6 +111,7 @@ def train(
             ending.say(verdict.shown())
             return preempt.FINISHED
         run = built(verdict, task, stop)
+        stop.has_begun = True
     except (Refused, CheckpointError) as error:  # on all ranks together
         ending.say_error(error)
         return preempt.REFUSED if isinstance(error, Refused) else preempt.FAILED
@@ -176,9 +177,10 @@ def main(argv: Sequence[str] | None = None, task: str = "pretrain", prog: str | 
     startup.begin()
     module = "train" if task == "pretrain" else task
     command = training.parse(argv, prog or f"python -m rcmae.{module}")
-    if training.refused(command, task):
-        return preempt.REFUSED
-    return start(command, task, stop)
+    try:
+        return preempt.REFUSED if training.refused(command, task) else start(command, task, stop)
+    finally:
+        stop.close()
 
 
 def start(command: Command, task: str, stop: preempt.StopRequest) -> int:
@@ -202,10 +204,14 @@ def start(command: Command, task: str, stop: preempt.StopRequest) -> int:
     except dist.Unreachable as error:
         print(f"rcmae: {error}", file=sys.stderr, flush=True)
         return preempt.FAILED
+    except waits.StopAsked:  # in a wait before the first step
+        stop.leave()
     except Exception:
+        if stop.reason is not None and not stop.has_begun:
+            stop.leave()  # and so did the peers, whom this rank waited for
         # a bug, or this rank's peers are gone: they are in another collective and will not come to
         # a barrier
-        print(f"rcmae: rank {dist.launched()['rank']} failed", file=sys.stderr)
+        print(f"rcmae: rank {dist.launched().rank} failed", file=sys.stderr)
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -33,9 +33,9 @@ ROWS = (
     {"models"},
     {"data"},
     {"config"},
-    {"dist"},
+    {"dist", "meeting"},
     {"plugins"},
-    {"files", "errors", "console", "extensions"},
+    {"waits", "launchers", "cores", "files", "errors", "console", "extensions"},
 )
 HOMES = {"finetune": "train", "probe": "train", "follow": "train"}
 HOMES |= {"cli": "commands", "__main__": "commands"}

@@ -25,7 +25,6 @@ import importlib.metadata
 import io
 import json
 import math
-import os
 import platform
 import statistics
 import sys
@@ -43,6 +42,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from rcmae import cores
 from rcmae.data import jpeg
 from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
@@ -280,7 +280,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, default=200, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument("--workers", type=int, default=cores.usable(), metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     return parser.parse_args()
 
@@ -303,7 +303,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "image_size": args.image_size,
             "longer_side": args.longer_side,
             "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
+            "cores": cores.usable(),
             "parts_of_jpegs": jpeg.decodes_parts(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "likeness": likeness(files, transform),

@@ -40,7 +40,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rcmae import checkpoint, config, dist, train
+from rcmae import checkpoint, config, cores, dist, train
 from rcmae.checkpoint import retention, saver
 from rcmae.errors import Refused
 from rcmae.files import json_lines
@@ -710,7 +710,7 @@ def about(arguments: Sequence[str], recipe: config.Recipe) -> dict[str, Any]:
     command = " ".join(
         ["tools/drill.py", *(f"'{word}'" if " " in word else word for word in arguments)]
     )
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    machine = f"{platform.machine()}, {cores.usable()} cores"
     return {
         "command": command,
         "recipe": recipe.model_dump(mode="json"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rcmae import cores
 from rcmae.checkpoint.lease import fence
 from rcmae.checkpoint.manifest import (
     CheckpointError,
@@ -78,7 +79,7 @@ def look_at(path: Path, *, every_byte: bool) -> Found:
         return Found(path, None, [str(error)])
     names = sorted(manifest.files)
     if every_byte:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(8, cores.usable())) as pool:
             judged = list(pool.map(lambda name: file_problem(manifest, name), names))
     else:
         judged = [size_problem(manifest, name) for name in names]

@@ -32,6 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rcmae import launchers
 from rcmae.errors import Refused
 
 # others may lie in the folder, a file system's or an editor's
@@ -311,7 +312,7 @@ class Lease:
 
 def _this_start() -> tuple[str, int]:
     """The scheduler's job, empty without one, and how often it had started that before."""
-    return os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return os.environ.get("SLURM_JOB_ID", ""), launchers.restarts()
 
 
 def _who(holder: Holder) -> str:

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, *, now: Callable[[], float] = t
         return 2
     world = dist.world()
     worst = COLOURS[max(COLOURS.index(each.finding.colour) for each in found)]
-    if dist.launched()["rank"] == 0:
+    if dist.launched().rank == 0:
         if asked.json:
             rows = [{**each.finding._asdict(), "ranks": each.ranks} for each in found]
             print(json.dumps({"verdict": worst, "world": world, "findings": rows}, indent=1))

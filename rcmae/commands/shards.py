@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcmae import cores
+
 if TYPE_CHECKING:
     from rcmae.data.packing.verify import Checked
     from rcmae.data.packing.writer import Report
@@ -145,7 +147,7 @@ def _make_arguments() -> argparse.ArgumentParser:
         "--classes", type=Path, help="file with a class on each line, in the order of the labels"
     )
     parser.add_argument(
-        "--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: the cores)"
+        "--jobs", type=_positive, default=cores.usable(), help="processes (default: the cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this name")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -236,7 +238,7 @@ def index(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs",
         type=int,
-        default=os.cpu_count() or 1,
+        default=cores.usable(),
         help="processes (default: one for each core)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -307,7 +309,7 @@ def check(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs",
         type=int,
-        default=os.cpu_count() or 1,
+        default=cores.usable(),
         help="processes (default: one for each core)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")

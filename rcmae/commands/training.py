@@ -5,7 +5,6 @@ torch is imported.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -107,12 +106,12 @@ def refused(asked: Command, task: str) -> bool:
 
     Only of a process alone: ranks look at a recipe together, and would wait for one that left.
     """
-    from rcmae import config
+    from rcmae import config, launchers
     from rcmae.errors import Refused
 
-    if any(key in os.environ for key in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
-        return False
     try:
+        if launchers.launched().world > 1:
+            return False
         config.load(asked.recipe, asked.overrides, task=task)
     except Refused as error:
         print(f"rcmae: {error}", file=sys.stderr)

@@ -63,7 +63,7 @@ def look(
         if rows:
             facts["driver"] = rows[0]["driver_version"]
     mine = [*node.check_software(facts), *check_gpus(rows, gpus, recipe)]
-    local_world = dist.launched()["local_world"]
+    local_world = dist.launched().local_world
     mine += node.check_caches(node.caches(recipe), recipe, local_world)
     if recipe is not None:
         mine += node.check_kernels(recipe)

@@ -6,11 +6,12 @@ Importing it imports nothing heavy: a command offers the kinds among its argumen
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rcmae import cores
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
+        "cores": cores.usable(),
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rcmae import checkpoint, dist
+from rcmae import checkpoint, dist, waits
 from rcmae.checkpoint.lease import Lease, LeaseHeld
 from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import Cache
@@ -25,7 +25,7 @@ from rcmae.engines.protocol import Engine
 from rcmae.errors import Refused
 from rcmae.models import kernels
 from rcmae.objectives import Objective
-from rcmae.run import preempt, startup
+from rcmae.run import ending, preempt, startup
 from rcmae.run.differences import mismatches
 from rcmae.run.folder import renew, start_folder, unwritable, versions
 from rcmae.run.guard import Guard
@@ -102,7 +102,9 @@ def build(verdict: Verdict, task: Task, stop: preempt.StopRequest) -> Run:
         timeout_s=recipe.engine.timeout_s,
     )
     try:
-        return assemble(verdict, task, stop, lease, presence)
+        run = assemble(verdict, task, stop, lease, presence)
+        waits.last_word(lambda: ending.note_left(run))
+        return run
     except BaseException as error:
         if isinstance(error, Refused | checkpoint.CheckpointError):  # on all ranks together
             presence.leave()
@@ -129,18 +131,23 @@ def hold(recipe: Recipe) -> Lease | None:
     problem = None
     if dist.rank() == 0:
         try:
-            lease = Lease(
-                recipe.run_dir,
-                timeout_s=recipe.run.lease_timeout_s,
-                wait_s=recipe.run.lease_wait_s,
-                newest_step=newest_step,
-                say=lambda text: print(text, flush=True),
-            )
+            with waits.waiting(f"the lease of {recipe.run_dir}", saved=True):
+                lease = Lease(
+                    recipe.run_dir,
+                    timeout_s=recipe.run.lease_timeout_s,
+                    wait_s=recipe.run.lease_wait_s,
+                    newest_step=newest_step,
+                    say=lambda text: print(text, flush=True),
+                )
+            waits.last_word(lease.release)
         except LeaseHeld as error:
             problem = str(error)
         except OSError as error:
             problem = unwritable(recipe, error)
-    problem = dist.from_first(problem)
+    with waits.waiting(
+        f"rank 0, which takes the lease of {recipe.run_dir}", breaks=False, saved=True
+    ):
+        problem = dist.from_first(problem)
     if problem:
         raise Refused(problem)
     return lease

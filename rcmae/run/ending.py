@@ -108,6 +108,17 @@ def write_outcome(run: Run, outcome: Outcome) -> None:
         print(f"rcmae: outcome.json is not written: {error}", file=sys.stderr, flush=True)
 
 
+def note_left(run: Run) -> None:
+    """Write how the job ended where a second Ctrl-C ends a wait for ranks that do not come."""
+    if run.lease is not None and run.lease.holds():
+        preempt.write_outcome(
+            run.recipe.run_dir,
+            status=preempt.STOPPED,
+            step=max(0, run.parts.saving.committed_step),
+            reason=f"stopped at step {run.parts.progress.step} in a wait, without a save",
+        )
+
+
 def note_failure(run: Run, error: Exception) -> None:
     """Say to the error which rank this one lost, if it did, and write it down.
 

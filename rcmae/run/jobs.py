@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rcmae import config
+from rcmae import config, launchers
 from rcmae.config import Recipe
 from rcmae.errors import Refused
 from rcmae.files import json_lines
@@ -165,7 +165,7 @@ def idle_starts(folder: Path, job: str, step: int) -> int:
 
 def this_restart() -> int:
     """How often the scheduler had started this job before this start."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return launchers.restarts()
 
 
 class Shape(NamedTuple):

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from rcmae import checkpoint, config, dist
+from rcmae import checkpoint, config, cores, dist, waits
 from rcmae.config import Recipe
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.patterns import Patterns
-from rcmae.data.sources import is_remote
+from rcmae.data.sources import is_remote, redacted
 from rcmae.data.sources import patience as patience_of
 from rcmae.errors import Refused
 from rcmae.run import startup
@@ -96,18 +96,19 @@ def meet(command: Command, task: str | None) -> Met:
     launched = dist.launched()
     recipe = None
     problem = None
-    if launched["rank"] == 0:
+    if launched.rank == 0:
         try:
             recipe = config.load(command.recipe, command.overrides, task=task)
         except Refused as error:
-            if launched["world"] == 1:
+            if launched.world == 1:
                 raise
             problem = str(error)
     startup.mark("recipe")
-    required = launched["world"] > 1 or (recipe is not None and recipe.engine.name != "local")
+    required = launched.world > 1 or (recipe is not None and recipe.engine.name != "local")
     dist.start(required=required, timeout_s=recipe.engine.timeout_s if recipe else None)
     told = (recipe.task.name, recipe.run_dir) if recipe else None
-    problem, told = dist.from_first((problem, told))
+    with waits.waiting("rank 0, which reads the recipe", breaks=False, saved=True):
+        problem, told = dist.from_first((problem, told))
     if problem:
         raise Refused(problem)
     name, run_dir = told
@@ -127,10 +128,21 @@ def look(
     facts = None
     if dist.rank() == 0:
         assert recipe is not None
-        facts = facts_of(recipe, task, verified=verified)
-    facts = dist.from_first(facts)
+        with waits.waiting(f"the index of data.shards={shown(recipe)}", saved=True):
+            facts = facts_of(recipe, task, verified=verified)
+    with waits.waiting("rank 0, which looks at shards and checkpoints", breaks=False, saved=True):
+        facts = dist.from_first(facts)
     startup.mark("facts")
-    return Sight(facts, tuple(dist.gather(view_of(facts, command or Command("")))))
+    with waits.waiting("this node's look at the shards", saved=True):
+        view = view_of(facts, command or Command(""))
+    with waits.waiting("the other ranks' look at the shards", breaks=False, saved=True):
+        return Sight(facts, tuple(dist.gather(view)))
+
+
+def shown(recipe: Recipe) -> str:
+    """The training's shards for a message: short, and without secrets."""
+    text = str(recipe.data.shards)
+    return redacted(text if len(text) < 120 else text[:120] + "...")
 
 
 def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
@@ -228,7 +240,7 @@ def open_index(recipe: Recipe, shards: Patterns, needs: Sequence[str] = ()) -> S
                 f"{given}"
             )
         folders.append(given)
-    jobs = min(8, os.cpu_count() or 1)
+    jobs = min(8, cores.usable())
     return ShardIndex.open(shards, cache=folders, jobs=jobs, patience=patience, needs=needs)
 
 
@@ -246,7 +258,7 @@ def view_of(facts: Facts, command: Command) -> View:
     device = dist.device()
     cuda = device.type == "cuda"
     launched = dist.launched()
-    looks = launched["local_rank"] == 0  # one rank a node
+    looks = launched.local_rank == 0  # one rank a node
     return View(
         command=command,
         versions=versions(),

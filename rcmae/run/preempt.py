@@ -1,8 +1,8 @@
 """Requests to stop: a signal becomes a flag, the ranks agree on it at a step's boundary, the loop
 commits and leaves.
 
-SIGUSR1 (a scheduler's warning), SIGTERM and SIGINT all ask the same thing. A handler only sets the
-flag, so no signal ever breaks a step or a commit; further ones change nothing. Install it first
+SIGUSR1 (a scheduler's warning), SIGTERM and SIGINT all ask the same thing, and so does a launcher
+that is gone. No signal breaks a step or a commit, only waits (`rcmae.waits`). Install it first
 thing: Python's default for SIGUSR1 is to die.
 """
 
@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
+import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
+from rcmae import launchers, waits
 from rcmae.files import write_aside
 
 # exit statuses of a rank
@@ -28,21 +28,33 @@ REFUSED = 2  # the user's input is wrong
 STOPPED = 75  # run me again
 
 MARGIN_S = 5.0  # for the exit; in practice also for what takes longer than it did before
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+SIGNALS = waits.SIGNALS
 
 
 class StopRequest:
     """Why this rank was asked to stop, if it was. Sets the process's handlers."""
 
     def __init__(self) -> None:
-        self.reason: str | None = None
+        self._heard = waits.listen()
+        self.has_begun = False  # a run is built, and would be saved
         self._deadline = _scheduler_deadline()
-        for number in SIGNALS:
-            signal.signal(number, self._asked)
+
+    @property
+    def reason(self) -> str | None:
+        """Who asked: a signal's name, or words; None where nobody did."""
+        return self._heard.reason
 
     def ask(self, reason: str) -> None:
         """Ask for a stop; the first reason stands."""
-        self.reason = self.reason or reason
+        self._heard.ask(reason)
+
+    def leave(self) -> NoReturn:
+        """End this process with 75, before the first step: there is nothing to save."""
+        self._heard.leave("")
+
+    def close(self) -> None:
+        """At the end of the process: no thread listens any more."""
+        self._heard.close()
 
     def within(self, seconds: float) -> None:
         """Set a deadline so many seconds from now, if it is before the scheduler's."""
@@ -58,16 +70,29 @@ class StopRequest:
         """Whether something that takes so long ends before the deadline."""
         return time.monotonic() + seconds < self._deadline
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
-        self.ask(signal.Signals(number).name)
-
 
 def _scheduler_deadline() -> float:
     """When the scheduler ends this job, by the monotonic clock; never, where it does not tell.
 
     Its own clock is compared once, now: one that is set while the run trains moves no deadline.
     """
-    return time.monotonic() + float(os.environ.get("SLURM_JOB_END_TIME", math.inf)) - time.time()
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not text:
+        return math.inf
+    try:
+        left_s = float(text) - time.time()
+    except ValueError:
+        left_s = math.nan
+    if left_s > 0:
+        return time.monotonic() + left_s
+    said = "it is over" if left_s <= 0 else "that is no time"
+    print(
+        f"rcmae: SLURM_JOB_END_TIME={text} is not taken for this job's end ({said}); it is left of "
+        "another job: unset it",
+        file=sys.stderr,
+        flush=True,
+    )
+    return math.inf
 
 
 def this_start() -> dict[str, Any]:
@@ -75,7 +100,7 @@ def this_start() -> dict[str, Any]:
     where there is one.
     """
     env = os.environ
-    restart = int(env.get("SLURM_RESTART_COUNT") or 0) if "SLURM_JOB_ID" in env else None
+    restart = launchers.restarts() if "SLURM_JOB_ID" in env else None
     return {
         "process_started": psutil.Process().create_time(),
         "job": env.get("SLURM_JOB_ID"),

@@ -115,6 +115,14 @@ class Presence:
         self._at = (step, phase)
         self._since = time.monotonic()
 
+    def awaited(self) -> str:
+        """Which other ranks are not where this one waits, by what they last said."""
+        mine = self._at[1]
+        others = [place for place in self._peers().values() if place is None or place.phase != mine]
+        shown = [str(place) if place else "a rank that says nothing" for place in others[:NAMED]]
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        return f"{'; '.join(shown) or 'the other ranks'}{more}"
+
     def leave(self) -> None:
         """Stop beating, at a good end. A second call does nothing."""
         self._stop()

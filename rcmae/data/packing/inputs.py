@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rcmae import cores
 from rcmae.data.index import ShardIndex
 from rcmae.data.patterns import expand
 from rcmae.data.tars import IMAGE_SUFFIXES, NO_LABEL
@@ -171,7 +172,7 @@ def _rows_of(path: Path) -> tuple[list[dict[str, str]], list[int]]:
 
 
 def _in_tars(patterns: Sequence[str]) -> Found:
-    index = ShardIndex.open(expand(patterns), jobs=min(8, os.cpu_count() or 1))
+    index = ShardIndex.open(expand(patterns), jobs=min(8, cores.usable()))
     found = []
     for number in range(len(index)):
         sample = index[number]

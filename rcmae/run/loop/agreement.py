@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rcmae import dist
+from rcmae import dist, waits
 from rcmae.checkpoint.lease import Lease, LeaseLost
 from rcmae.config import Recipe
 from rcmae.data.batch import Batch
@@ -96,7 +96,8 @@ class Agreement:
         mine = self._counts(micros)
         self._instruments.presence.at(self.progress.step, "agreeing on the step")
         flags = self._flags()
-        totals = dist.sum_numbers([*mine.values(), *flags])
+        with waits.waiting(self._instruments.presence.awaited, breaks=False):
+            totals = dist.sum_numbers([*mine.values(), *flags])
         told = Flags(*totals[len(mine) :])
         self._saving.asked = told.save > 0
         if told.lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rcmae import dist
+from rcmae import dist, waits
 from rcmae.config import Recipe, first_batch_doubts
 from rcmae.data.batch import Batch
 from rcmae.data.loading import WorkersLost
@@ -100,10 +101,19 @@ class Batches:
         """Note how long the step took."""
         self.longest_step_s = max(self.longest_step_s, time.monotonic() - self._began)
 
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        step, workers = self._progress.step, self._recipe.data.workers
+        return waits.waiting(
+            f"the samples of step {step} (data.workers={workers})",
+            check=self.stream.missing_workers,
+        )
+
     def _read(self, steps: Iterator[Sequence[Batch]]) -> list[Batch]:
         try:
-            with self._instruments.meter.waiting():
+            with self._instruments.meter.waiting(), self._waiting():
                 micros = self._task.pair(self._recipe, list(next(steps)))
+        except waits.StopAsked:  # all ranks hear it, in the agreement
+            return []
         except (TooManyBadSamples, OSError, RuntimeError) as error:
             passes = isinstance(error, OSError | WorkersLost)
             denied = isinstance(error, PermissionError | AccessDenied)

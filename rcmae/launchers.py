@@ -1,0 +1,283 @@
+"""Which process this is among all, as the variables of whoever started it say.
+
+torchrun and DeepSpeed set RANK and WORLD_SIZE; srun, mpirun (Open MPI, MPICH, Intel's), flux and
+jsrun have variables of their own. Shells hand them on long after their job is over, and a launcher
+hands on those of another: what cannot be true is refused with the variable's name. Without torch,
+for entry points that answer at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import psutil
+
+from rcmae.errors import Refused
+
+
+class Names(NamedTuple):
+    """The variables of a launcher."""
+
+    rank: str
+    world: str
+    local_rank: str
+    local_world: str  # empty: it has none
+    who: str
+
+
+_TORCH = Names("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "torchrun or deepspeed")
+_SRUN = Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "srun")
+# An MPI that starts its own processes by srun hands on the variables of those: it comes first.
+_OTHERS = (
+    Names(
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "mpirun",
+    ),
+    Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "mpiexec"),
+    _SRUN,
+    Names("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "", "flux run"),
+    Names("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "", "jsrun"),
+)
+# Set by launchers that RANK and WORLD_SIZE are really from, on nodes that another one started.
+_OWN = ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "GROUP_RANK")
+_STARTS = {  # variables that tell one start of a launcher from another, the same on all its ranks
+    "srun": ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+    "mpirun": ("PMIX_NAMESPACE",),
+    "flux run": ("FLUX_JOB_ID",),
+    "jsrun": ("LSB_JOBID", "JSM_JSRUN_JOB_ID"),
+}
+_PORTS = 8  # that are tried, one after the other
+_FIRST_PORT = 10000  # below the range that Linux gives to outgoing connections
+_SHELLS = {"bash", "sh", "dash", "zsh", "fish", "ksh", "tcsh", "csh", "tmux: server", "screen"}
+_INITS = {"systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "s6-svscan"}
+_LAUNCHERS = (
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "deepspeed",
+    "accelerate",
+    "mpirun",
+    "mpiexec",
+    "prterun",
+    "orted",
+    "prted",
+    "hydra_",
+    "slurmstepd",
+    "flux-shell",
+    "jsrun",
+)
+
+
+class Launched(NamedTuple):
+    """This process among all, as its launcher has it."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    says: str = ""  # the variable and the value that tell how many there are; empty for one alone
+    who: str = ""
+
+
+def launched() -> Launched:
+    """This process among all; one process where no launcher set a variable.
+
+    Raises:
+        Refused: the variables are incomplete, no numbers, or of two launchers that disagree.
+    """
+    env = os.environ
+    other = _by_others(env)
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        return other
+    found = _read(_TORCH, env)
+    if found.world > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing:
+            raise Refused(
+                f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} are set but not "
+                f"{', '.join(missing)}; use a launcher, or unset them"
+            )
+    if other.world > found.world and not any(name in env for name in _OWN):
+        raise Refused(
+            f"WORLD_SIZE={found.world}, but {other.says} says that {other.who} started "
+            f"{other.world}: unset RANK and WORLD_SIZE, which are left of something else"
+        )
+    return found
+
+
+def _by_others(env: Mapping[str, str]) -> Launched:
+    for names in _OTHERS:
+        is_whole = names.world in env and (names.rank in env or names is _SRUN)
+        # with srun's own plug-in it tells of the same ranks, without the local ones
+        if not is_whole or (names.rank == "PMI_RANK" and _SRUN.world in env):
+            continue
+        if names.rank == "PMI_RANK" and env.get(names.world) != "1" and names.local_rank not in env:
+            raise Refused(
+                f"PMI_SIZE={env[names.world]} is set but not MPI_LOCALRANKID; set RANK, "
+                "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each process, or unset it"
+            )
+        found = _read(names, env)
+        if names is _SRUN and found.world > 1:
+            _refuse_shell_of_srun(found)
+        return found
+    return Launched(0, 1, 0, 1)
+
+
+def _read(names: Names, env: Mapping[str, str]) -> Launched:
+    """By one launcher's variables. Raises Refused."""
+    world = number(names.world, env)
+    rank = number(names.rank, env) if world != 1 or names.rank in env else 0
+    if world < 1 or not 0 <= rank < world:
+        raise Refused(
+            f"{names.rank}={rank} and {names.world}={world}: ranks are 0 to the size less 1; unset "
+            "them, if they are left of something else"
+        )
+    is_known = names is not _SRUN or world == 1
+    local_rank = number(names.local_rank, env, rank if is_known else None)
+    local_world = world
+    if names is _SRUN:
+        local_world = -(-world // number("SLURM_STEP_NUM_NODES", env, 1))
+    elif names is _TORCH:
+        local_world = number("LOCAL_WORLD_SIZE", env, number("LOCAL_SIZE", env, world))
+    elif names.local_world:
+        local_world = number(names.local_world, env, world)
+    elif names.who == "flux run":
+        local_world = -(-world // number("FLUX_JOB_NNODES", env, 1))
+    return Launched(rank, world, local_rank, local_world, f"{names.world}={world}", names.who)
+
+
+def number(name: str, env: Mapping[str, str] = os.environ, default: int | None = None) -> int:
+    """A variable that is a whole number. Raises Refused where it is none, or not there."""
+    text = env.get(name)
+    if text is None or not text.strip():
+        if default is not None:
+            return default
+        raise Refused(
+            f"{name} is not set, though others of its launcher are; start all ranks by one "
+            "launcher, or unset what is left of another"
+        )
+    try:
+        return int(text)
+    except ValueError as error:
+        raise Refused(f"{name}={text!r} is no number; unset it, or set what it is") from error
+
+
+def _refuse_shell_of_srun(found: Launched) -> None:
+    """A shell that `srun --pty` started is one of its tasks, and so is what is started in it."""
+    if "SLURM_PTY_PORT" in os.environ and _name(os.getppid()) in _SHELLS:
+        raise Refused(
+            f"{found.says} says that {found.world} ranks start, but this shell is one task of "
+            "`srun --pty`: unset SLURM_STEP_NUM_TASKS to train by this process alone, or start "
+            "all of them by srun"
+        )
+
+
+def restarts() -> int:
+    """How often the scheduler had started this job before. Raises Refused."""
+    return number("SLURM_RESTART_COUNT", os.environ, 0)
+
+
+# ------------------------------------------------------------------------------------------ meeting
+
+
+def identity(found: Launched) -> str:
+    """What tells this start from others that may listen on the same port; the same on all ranks."""
+    env = os.environ
+    told = [f"{name}={env[name]}" for name in _STARTS.get(found.who, ()) if name in env]
+    if found.who in ("mpirun", "mpiexec") and found.local_world == found.world:
+        told.append(f"parent={os.getppid()}")
+    return " ".join([*told, f"{found.world} ranks"])
+
+
+def ports(found: Launched) -> list[int]:
+    """Ports at which the ranks may meet, in the order in which they are tried; the same on all."""
+    if "MASTER_PORT" in os.environ:
+        return [number("MASTER_PORT")]
+    digest = hashlib.sha256(identity(found).encode()).digest()
+    first = int.from_bytes(digest[:8], "little")
+    return [_FIRST_PORT + (first + 997 * tried) % 20000 for tried in range(_PORTS)]
+
+
+def host(found: Launched) -> str:
+    """Where rank 0 runs. Raises Refused where nothing tells."""
+    env = os.environ
+    if env.get("MASTER_ADDR"):
+        return env["MASTER_ADDR"]
+    if found.local_world == found.world:
+        return "127.0.0.1"
+    if found.who != _SRUN.who:
+        raise Refused(
+            f"{found.says} says that {found.who} started ranks on several hosts, but nothing tells "
+            "where rank 0 runs: set MASTER_ADDR and MASTER_PORT for all of them (mpirun -x)"
+        )
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+        return listed.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise Refused(
+            f"cannot tell the first host of SLURM_STEP_NODELIST={nodes!r} ({error}); export "
+            "MASTER_ADDR in the job, or unset SLURM_STEP_NUM_TASKS if it is left of another"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------- the launcher
+
+
+def _name(pid: int) -> str:
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:
+        return ""
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    try:
+        words = " ".join([process.name(), *process.cmdline()[:4]])
+    except psutil.Error:
+        return False
+    return any(word in words for word in _LAUNCHERS)
+
+
+def watched_launcher() -> Callable[[], str | None]:
+    """A question to ask now and then: how the launcher of this rank was lost, None while it lives.
+
+    A process alone has none, and outlives the shell that it was started from. Of ranks the nearest
+    ancestor that is a launcher counts, else the parent unless it is a shell.
+    """
+    env = os.environ
+    is_rank = any(names.world in env for names in (_TORCH, *_OTHERS))
+    if not is_rank:
+        return lambda: None
+    try:
+        parents = psutil.Process().parents()
+    except psutil.Error:
+        parents = []
+    found = next((each for each in parents[:4] if _is_launcher(each)), None)
+    if found is None and parents and parents[0].name() not in _SHELLS | _INITS:
+        found = parents[0]
+    if found is None:
+        elastic = "TORCHELASTIC_RUN_ID" in env  # torchrun was there, and is not any more
+        orphan = bool(parents) and parents[0].name() in _INITS
+        return lambda: "its launcher is gone" if elastic and orphan else None
+    launcher = found
+
+    def lost() -> str | None:
+        try:
+            gone = not launcher.is_running() or launcher.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            gone = True
+        except psutil.Error:
+            gone = False
+        return f"its launcher is gone (process {launcher.pid})" if gone else None
+
+    return lost

@@ -1,0 +1,120 @@
+"""What variables of launchers mean: which rank this is, or a refusal that names the variable."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+from rcmae import cores, launchers
+from rcmae.errors import Refused
+
+ALL = re.compile(r"(SLURM|OMPI|PMI|PMIX|MPI|FLUX|JSM|MASTER|LOCAL|TORCHELASTIC|CROSS|GROUP)_|RANK$")
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if ALL.match(name) or name == "WORLD_SIZE":
+            monkeypatch.delenv(name)
+
+
+def under(monkeypatch: pytest.MonkeyPatch, text: str) -> launchers.Launched:
+    for pair in text.split():
+        monkeypatch.setenv(*pair.split("=", 1))
+    return launchers.launched()
+
+
+STEP = "SLURM_JOB_ID=815 SLURM_STEP_ID=0 SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_STEP_NUM_TASKS=4"
+STEP += " SLURM_STEP_NUM_NODES=2"
+MPIRUN = "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=1"
+MPIRUN += " OMPI_COMM_WORLD_LOCAL_SIZE=2"
+TORCHRUN = "RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4 MASTER_ADDR=a MASTER_PORT=1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ("", (0, 1, 0, 1)),
+        ("MASTER_ADDR=somewhere", (0, 1, 0, 1)),
+        ("RANK=0 WORLD_SIZE=1", (0, 1, 0, 1)),
+        (TORCHRUN, (5, 8, 1, 4)),
+        (f"{TORCHRUN} TORCHELASTIC_RUN_ID=x {STEP}", (5, 8, 1, 4)),  # srun starts torchruns
+        (STEP, (3, 4, 1, 2)),
+        ("SLURM_JOB_ID=815 SLURM_NTASKS=4 SLURM_PROCID=0", (0, 1, 0, 1)),  # the batch shell
+        ("SLURM_STEP_NUM_TASKS=1", (0, 1, 0, 1)),
+        (MPIRUN, (1, 2, 1, 2)),
+        (f"{MPIRUN} SLURM_STEP_NUM_TASKS=1 SLURM_PROCID=0", (1, 2, 1, 2)),  # mpirun's own srun
+        ("PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2", (1, 2, 1, 2)),
+        ("FLUX_TASK_RANK=2 FLUX_JOB_SIZE=4 FLUX_TASK_LOCAL_ID=0 FLUX_JOB_NNODES=2", (2, 4, 0, 2)),
+    ],
+)
+def test_a_launcher_says_which_rank_this_is(
+    monkeypatch: pytest.MonkeyPatch, variables: str, place: tuple[int, int, int, int]
+) -> None:
+    assert under(monkeypatch, variables)[:4] == place
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ("RANK=0", "WORLD_SIZE is not set"),
+        ("RANK=0 WORLD_SIZE=2", "not MASTER_ADDR, MASTER_PORT"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a", "not MASTER_PORT"),
+        ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=2 and WORLD_SIZE=2"),
+        ("RANK=x WORLD_SIZE=2", "RANK='x' is no number"),
+        (f"RANK=0 WORLD_SIZE=1 {MPIRUN}", "WORLD_SIZE=1, but OMPI_COMM_WORLD_SIZE=2"),
+        ("SLURM_STEP_NUM_TASKS=2", "SLURM_PROCID is not set"),
+        ("SLURM_STEP_NUM_TASKS=two SLURM_PROCID=0", "SLURM_STEP_NUM_TASKS='two' is no number"),
+        ("PMI_RANK=1 PMI_SIZE=2", "PMI_SIZE=2 is set but not MPI_LOCALRANKID"),
+    ],
+)
+def test_what_cannot_be_true_is_refused_with_its_name(
+    monkeypatch: pytest.MonkeyPatch, variables: str, named: str
+) -> None:
+    with pytest.raises(Refused, match=re.escape(named)) as caught:
+        under(monkeypatch, variables)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shell_of_srun_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "_name", lambda pid: "bash")
+    with pytest.raises(Refused, match=r"SLURM_STEP_NUM_TASKS=4 .* `srun --pty`"):
+        under(monkeypatch, f"{STEP} SLURM_PTY_PORT=1")
+    monkeypatch.setattr(launchers, "_name", lambda pid: "slurmstepd")
+    assert launchers.launched().rank == 3
+
+
+def test_steps_of_a_job_meet_at_ports_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for job, step in (("815", "0"), ("815", "1"), ("20815", "0")):
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        found = under(monkeypatch, f"{STEP} SLURM_JOB_ID={job} SLURM_STEP_ID={step}")
+        assert launchers.ports(found) == launchers.ports(found)
+        seen.append(tuple(launchers.ports(found)))
+        assert all(10000 <= port < 30000 for port in seen[-1])
+    assert len(set(seen)) == 3
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert launchers.ports(launchers.launched()) == [1234]
+
+
+def test_where_rank_0_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launchers.host(under(monkeypatch, MPIRUN)) == "127.0.0.1"
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+    with pytest.raises(Refused, match=r"OMPI_COMM_WORLD_SIZE=2 .* set MASTER_ADDR"):
+        launchers.host(launchers.launched())
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    assert launchers.host(launchers.launched()) == "first"
+
+
+def test_cores_are_those_of_the_mask_and_of_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setattr(cores, "_quota", lambda: float("inf"))
+    assert cores.usable() == 12
+    assert cores.of_a_rank(4) == 3
+    monkeypatch.setattr(cores, "_quota", lambda: 2.5)
+    assert cores.usable() == 3
+    assert cores.of_a_rank(8) == 1
+    monkeypatch.setattr(os, "sysconf", lambda name: 96)
+    assert cores.of_a_rank(8, bound=True) == 3

@@ -1,0 +1,127 @@
+"""Every wait says what it waits for, and a request to stop ends it, whoever gets it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, free_port
+
+from runs import hear_ctrl_c, wait_for
+
+PROGRAM = ROOT / "tests/programs/waiting.py"
+STOPPED = 75
+
+
+class Waiting:
+    """A started program that waits."""
+
+    def __init__(self, how: str, folder: Path, **env: str) -> None:
+        self._log = folder / f"{how}{env.get('RANK', '')}.log"
+        with self._log.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, PROGRAM, how],
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=hear_ctrl_c,
+            )
+
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def until(self, text: str) -> None:
+        wait_for(lambda: text in self.said(), lambda: self.process.poll() is None, 60.0)
+
+    def ends(self, within_s: float) -> int:
+        try:
+            return self.process.wait(within_s)
+        finally:
+            self.process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_wait_says_so_and_is_broken_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    waiting = Waiting("start", tmp_path)
+    waiting.until("rcmae: waiting for the others (")
+    waiting.process.send_signal(number)
+    assert waiting.ends(4.0) == STOPPED
+    assert f"broken by {number.name}" in waiting.said()
+
+
+def test_a_collective_before_the_first_step_ends_the_process(tmp_path: Path) -> None:
+    waiting = Waiting("collective", tmp_path)
+    waiting.until("waits")
+    waiting.process.send_signal(signal.SIGTERM)
+    assert waiting.ends(5.0) == STOPPED
+    assert "stopped by SIGTERM while it waited for the others" in waiting.said()
+
+
+def test_a_second_ctrl_c_ends_a_wait_for_ranks_that_do_not_come(tmp_path: Path) -> None:
+    waiting = Waiting("training", tmp_path)
+    waiting.until("waits")
+    waiting.process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.process.wait(3.5)  # the others may come yet
+    waiting.process.send_signal(signal.SIGINT)
+    assert waiting.ends(4.0) == STOPPED
+
+
+def test_what_will_never_come_is_raised_in_the_wait(tmp_path: Path) -> None:
+    waiting = Waiting("checked", tmp_path)
+    assert waiting.ends(10.0) == 0
+    assert "a worker is dead" in waiting.said()
+
+
+def test_ranks_whose_launcher_is_killed_end(tmp_path: Path) -> None:
+    waiting = Waiting("launcher", tmp_path, RANK="0", WORLD_SIZE="2")
+    waiting.until("waits")
+    child = psutil.Process(int(waiting.said().split("child ")[1].split()[0]))
+    waiting.process.kill()
+    waiting.process.wait()
+    try:
+        child.wait(10.0)
+    except psutil.TimeoutExpired:
+        child.kill()
+        raise
+    assert "broken by its launcher is gone" in waiting.said()
+
+
+def test_a_request_to_one_rank_breaks_the_wait_of_another(tmp_path: Path) -> None:
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [Waiting("ranks", tmp_path, RANK=str(rank), **env) for rank in (0, 1)]
+    for rank in ranks:
+        rank.until("waits")
+    ranks[1].process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    ranks[0].until("broken by SIGTERM")
+    assert time.monotonic() - began < 4.0
+    for rank in ranks:
+        rank.process.kill()
+        rank.process.wait()
+
+
+def test_a_rank_alone_says_whom_it_waits_for_and_by_which_variable(tmp_path: Path) -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    waiting = Waiting("ranks", tmp_path, SLURM_JOB_ID="4711", SLURM_STEP_ID="0", **step)
+    waiting.until("waiting for 1 of 2 ranks; SLURM_STEP_NUM_TASKS=2 says that there are 2")
+    waiting.process.send_signal(signal.SIGTERM)
+    assert waiting.ends(5.0) == STOPPED
+
+
+def test_a_rank_that_meets_another_training_is_told(tmp_path: Path) -> None:
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first = Waiting("ranks", tmp_path, RANK="0", WORLD_SIZE="3", **port)
+    first.until("waiting for 2 of 3 ranks; WORLD_SIZE=3")
+    other = Waiting("ranks", tmp_path, RANK="1", WORLD_SIZE="2", **port)
+    assert other.ends(40.0) == 1
+    assert "is of another training (3 ranks, this one is 2 ranks)" in other.said()
+    first.process.kill()
+    first.process.wait()
