@@ -96,14 +96,13 @@ def launched() -> Launched:
     other = _by_others(env)
     if "RANK" not in env and "WORLD_SIZE" not in env:
         return other
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in env]
+    if missing and env.get("WORLD_SIZE") != "1":
+        raise Refused(
+            f"RANK or WORLD_SIZE is set but not {', '.join(missing)}; use a launcher, or unset them"
+        )
     found = _read(_TORCH, env)
-    if found.world > 1:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
-        if missing:
-            raise Refused(
-                f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} are set but not "
-                f"{', '.join(missing)}; use a launcher, or unset them"
-            )
     if other.world > found.world and not any(name in env for name in _OWN):
         raise Refused(
             f"WORLD_SIZE={found.world}, but {other.says} says that {other.who} started "
