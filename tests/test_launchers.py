@@ -59,11 +59,11 @@ def test_a_launcher_says_which_rank_this_is(
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
-        ("RANK=0", "WORLD_SIZE is not set"),
+        ("RANK=0", "RANK or WORLD_SIZE is set but not WORLD_SIZE"),
         ("RANK=0 WORLD_SIZE=2", "not MASTER_ADDR, MASTER_PORT"),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a", "not MASTER_PORT"),
         ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=2 and WORLD_SIZE=2"),
-        ("RANK=x WORLD_SIZE=2", "RANK='x' is no number"),
+        ("RANK=x WORLD_SIZE=1", "RANK='x' is no number"),
         (f"RANK=0 WORLD_SIZE=1 {MPIRUN}", "WORLD_SIZE=1, but OMPI_COMM_WORLD_SIZE=2"),
         ("SLURM_STEP_NUM_TASKS=2", "SLURM_PROCID is not set"),
         ("SLURM_STEP_NUM_TASKS=two SLURM_PROCID=0", "SLURM_STEP_NUM_TASKS='two' is no number"),
