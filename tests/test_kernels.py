@@ -17,7 +17,7 @@ import torch
 
 import reference
 from rcmae.engines.optim import param_groups
-from rcmae.models import kernels
+from rcmae.models import kernels, precision
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from reference import Sizes
@@ -220,7 +220,10 @@ def test_the_start_up_table_says_what_is_used_and_why(apex: pytest.MonkeyPatch) 
     assert "engine.optimizer=apex" in kernels.table(device=torch.device("cpu"))[2].why
 
 
-def test_attention_is_the_same_function_either_way_and_chosen_by_device_and_type() -> None:
+def test_attention_is_the_same_function_either_way_and_chosen_by_device_and_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precision, "cpu_instructions", lambda: frozenset({"avx512_bf16"}))
     q, k, v = torch.randn(
         3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     ).unbind(0)
@@ -230,12 +233,12 @@ def test_attention_is_the_same_function_either_way_and_chosen_by_device_and_type
     )
     model = small()
     blocks = [*model.blocks, *model.decoder_blocks]
-    for device, precision, wanted in (
+    for device, computes_in, wanted in (
         ("cpu", "fp32", True),
         ("cpu", "bf16", False),
         ("cuda", "bf16", True),
     ):
-        kernels.choose_attention(model, torch.device(device), precision)
+        kernels.choose_attention(model, torch.device(device), computes_in)
         assert {block.attn.fused_attn for block in blocks} == {wanted}
     assert "softmax" in kernels.table(device=torch.device("cpu"), precision="bf16")[0].used
 

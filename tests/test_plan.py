@@ -49,7 +49,7 @@ def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
 model: {name: vit_tiny_patch16, image_size: 64, patch_size: 8, embed_dim: 192, depth: 6,
         num_heads: 3,
         decoder_dim: 128, decoder_depth: 2, decoder_heads: 4}
-engine: {name: fsdp2}
+engine: {name: fsdp2, precision: bf16}
 data: {shards: unseen.tar, canonical_streams: 8}
 batch: {images: 32}
 schedule: {steps: 20, lr: 1.0e-3}
@@ -307,7 +307,10 @@ REFUSED = {
         ["engine.name=local", "engine.config=null"],
         "engine.name=local is one process, not 8",
     ),
-    "no bf16": (["--gpu", "v100-32g"], "has no bf16; use engine.precision=fp32"),
+    "no bf16": (
+        ["--gpu", "v100-32g", "engine.precision=bf16"],
+        "has no bf16; use engine.precision=fp32",
+    ),
     "DeepSpeed's JSON against the recipe": (["engine.config={}"], "delete it there"),
     "few samples": (["--samples", "100"], "batch.images=4096 is more than the 100 samples"),
 }

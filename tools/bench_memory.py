@@ -27,6 +27,7 @@ from rcmae import config, dist
 from rcmae.config import Recipe
 from rcmae.errors import Refused
 from rcmae.models import kernels
+from rcmae.models.precision import bf16_of
 from rcmae.planning import planner
 from rcmae.planning.estimates import placement, settings_of
 from rcmae.planning.hardware import commit, hardware
@@ -139,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, overrides in asked.cases.items():
             whole = [each_rank, f"batch.per_device={asked.images}", *asked.overrides, *overrides]
             recipe = planner.load(asked.recipe, whole)
+            recipe = config.with_precision(recipe, bf16_of(dist.device()).units)
             cases[name] = compare(recipe, dist.gather(measure(recipe))) | {"overrides": whole}
     except Refused as error:
         print(f"bench_memory: {error}", file=sys.stderr)

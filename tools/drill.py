@@ -45,6 +45,7 @@ from rcmae.checkpoint import retention, saver
 from rcmae.errors import Refused
 from rcmae.files import json_lines
 from rcmae.models.build import new_student
+from rcmae.models.precision import bf16_of
 from rcmae.planning.states import checkpoint_bytes
 from rcmae.run import preempt
 from rcmae.run.folder import versions
@@ -797,7 +798,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.drill == "kill":
             found = kill(args.recipe, args.times, args.layout, args.overrides, args.seed)
         elif args.drill == "matrix":
-            found = matrix(args.recipe, pairs, recipe.engine.precision, args.overrides)
+            units = bf16_of(dist.device()).units
+            precision = config.precision_of(recipe.engine.precision, units)
+            found = matrix(args.recipe, pairs, precision, args.overrides)
         else:
             found = cost(args.recipe, args.layout, args.overrides)
     except Failed as error:

@@ -5,6 +5,7 @@ that depend on the ranks and the data (micro-batch, accumulation, steps, learnin
 else computes them again. Reading it takes no torch.
 """
 
+from rcmae.config.checks import rounding_problems
 from rcmae.config.loading import load, recipe_path
 from rcmae.config.objective import (
     CLASSIFYING,
@@ -16,7 +17,15 @@ from rcmae.config.objective import (
     shipped,
 )
 from rcmae.config.recipe import FROZEN, Recipe, differences, module_of, stored, with_values
-from rcmae.config.resolve import Resolved, batch_problems, per_device, resolve, streams_for
+from rcmae.config.resolve import (
+    Resolved,
+    batch_problems,
+    per_device,
+    precision_of,
+    resolve,
+    streams_for,
+    with_precision,
+)
 from rcmae.config.sections import (
     RECIPES,
     BatchOptions,
@@ -75,11 +84,14 @@ __all__ = [
     "module_of",
     "objective_class",
     "per_device",
+    "precision_of",
     "recipe_path",
     "resolve",
+    "rounding_problems",
     "shipped",
     "statistics_doubts",
     "stored",
     "streams_for",
+    "with_precision",
     "with_values",
 ]

@@ -30,12 +30,19 @@ def contradictions(recipe: Recipe) -> list[str]:
             f"engine.name={recipe.engine.name}"
         )
     problems += _objective_problems(recipe)
-    if recipe.teacher.accumulate == "stochastic" and recipe.engine.precision != "bf16":
-        problems.append(
-            "teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use "
-            "fp32_shard"
-        )
-    return problems
+    return problems + rounding_problems(recipe)
+
+
+def rounding_problems(recipe: Recipe) -> list[str]:
+    """A teacher that is rounded to bf16 in a training in fp32.
+
+    Asked again where `engine.precision=auto` is resolved.
+    """
+    if recipe.teacher.accumulate != "stochastic" or recipe.engine.precision != "fp32":
+        return []
+    return [
+        "teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use fp32_shard"
+    ]
 
 
 def _schedule_problems(schedule: ScheduleOptions) -> list[str]:

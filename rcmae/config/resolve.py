@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rcmae.config.recipe import Recipe
+from rcmae.config.recipe import Recipe, with_values
 from rcmae.errors import Refused
 
 
@@ -86,6 +86,24 @@ def per_device(recipe: Recipe, world: int) -> int:
     return next(
         size for size in range(limit, 0, -1) if per_rank % size == 0 and size % repeats == 0
     )
+
+
+def precision_of(asked: str, bf16_units: bool) -> str:
+    """The precision of a run: "bf16" or "fp32".
+
+    Args:
+        asked: engine.precision.
+        bf16_units: whether every rank's device multiplies bf16 in hardware.
+    """
+    if asked != "auto":
+        return asked
+    return "bf16" if bf16_units else "fp32"
+
+
+def with_precision(recipe: Recipe, bf16_units: bool) -> Recipe:
+    """The recipe with `engine.precision=auto` replaced by what it means on such devices."""
+    precision = precision_of(recipe.engine.precision, bf16_units)
+    return with_values(recipe, {"engine.precision": precision})
 
 
 def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:

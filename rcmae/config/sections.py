@@ -83,7 +83,9 @@ class EngineOptions(Section):
 
     name: Literal["local", "deepspeed", "fsdp2"] = "local"
     config: str | None = None  # DeepSpeed's JSON: a path, or the name of one in ds_configs/
-    precision: Literal["fp32", "bf16"] = "bf16"
+    # auto: bf16 where every rank's device multiplies it in hardware (CUDA capability 8.0 or above;
+    # CPUs with AVX512-BF16 or AMX), else fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     activation_checkpointing: Literal["none", "torch", "fairscale", "fairscale_offload"] = "none"
     compile: bool = False  # torch.compile, block by block
     layer_norm: Literal["torch", "apex"] = "torch"

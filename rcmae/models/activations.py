@@ -298,7 +298,7 @@ def inference_bytes(
 
 def bytes_of(precision: str) -> int:
     """Bytes of a number that is computed with."""
-    return 2 if precision == "bf16" else FP32
+    return {"bf16": 2, "fp32": FP32}[precision]
 
 
 def _numel(module: torch.nn.Module) -> int:

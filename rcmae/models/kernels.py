@@ -3,8 +3,9 @@ checkpointing.
 
 Every choice computes the same function; they differ in speed and memory. What is used, and why not
 the others, is told at start-up (`table`). Attention is torch's `scaled_dot_product_attention`, but
-for bf16 on a CPU. NVIDIA apex is found at run time where a site has built it. Importing this module
-also makes timm importable beside a CPU build of torch, so import it before timm or torchvision.
+for bf16 on a CPU that multiplies it in hardware. NVIDIA apex is found at run time where a site has
+built it. Importing this module also makes timm importable beside a CPU build of torch, so import it
+before timm or torchvision.
 
 Not done: swapping modules for fused ones after construction. A choice is made when a part is built.
 """
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rcmae import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 from rcmae.errors import Refused
+from rcmae.models.precision import bf16_of
 from rcmae.models.protocol import blocks_of
 
 Source = Literal["torch", "apex"]
@@ -165,9 +167,13 @@ def choose_attention(model: nn.Module, device: torch.device, precision: str) -> 
     """Let the blocks of a model compute attention by the faster of two ways; `attention` is what
     they ask.
 
-    torch's fused kernel, but for bf16 on a CPU: its backward pass takes several times as long there
-    as two matrix products and a softmax (torch 2.13, AVX-512: 28 ms against 3.7 ms at 17 tokens, 54
-    against 11 at 50, 215 against 135 at 197), which in turn keep the matrix of attention.
+    torch's fused kernel, but for bf16 on a CPU that multiplies it in hardware: its backward pass
+    takes several times as long there as two matrix products and a softmax (torch 2.13, AVX512-BF16:
+    28 ms against 3.7 ms at 17 tokens, 54 against 11 at 50, 215 against 135 at 197), which in turn
+    keep the matrix of attention. Where bf16 is emulated the products are the slow part (the same
+    CPU held to AVX2: 3.4 ms against 7.7 at 17 tokens, 13 against 30 at 50, 86 against 210 at 197);
+    in fp32 the two take the same time to a tenth. Not measured at start-up: ranks and starts would
+    round differently.
     """
     for block in blocks_of(model):
         for attn in filter(None, (block.attn, getattr(block, "c_attn", None))):
@@ -176,7 +182,7 @@ def choose_attention(model: nn.Module, device: torch.device, precision: str) -> 
 
 def attention_is_fused(device: torch.device, precision: str) -> bool:
     """What `choose_attention` chooses."""
-    return device.type != "cpu" or precision != "bf16"
+    return device.type != "cpu" or precision != "bf16" or not bf16_of(device).units
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, fused: bool) -> Tensor:

@@ -43,6 +43,7 @@ with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator 
 
 RESULTS = shipped("results")
 CHECKPOINTING = "engine.activation_checkpointing"
+TODAY = True  # engine.precision=auto where no GPU is named: those of today have units for bf16
 RESERVED = 2.0 * GIB  # CUDA's context, workspaces of libraries, NCCL's channels
 FRAGMENTED = 1.05  # what the caching allocator holds over what lives in it
 _MANY_SHARDS = 64  # without an index, headers of more shards than this are not read
@@ -66,7 +67,7 @@ def settings_of(recipe: Recipe, where: str, world: int, per_device: int) -> Memo
         deepspeed = read_config((recipe.engine.config or "") if own else where)
     return MemorySettings(
         placement=where,
-        precision=recipe.engine.precision,
+        precision=config.precision_of(recipe.engine.precision, TODAY),
         world=world,
         per_device=per_device,
         accumulation=recipe.batch.images // world // per_device,
@@ -77,7 +78,7 @@ def settings_of(recipe: Recipe, where: str, world: int, per_device: int) -> Memo
 
 def cost_of(recipe: Recipe) -> StepCost:
     """What a step takes for one image, as the recipe's task has it. Raises Refused."""
-    return task_of(recipe).cost(recipe)
+    return task_of(recipe).cost(config.with_precision(recipe, TODAY))
 
 
 def needed(found: Footprint) -> float:
@@ -129,6 +130,7 @@ def speed(recipe: Recipe, cost: StepCost, sizes: Resolved, site: Site) -> dict[s
         Refused: the GPU does not compute in this precision.
     """
     gpu = GPUS[site.gpu]
+    recipe = config.with_precision(recipe, gpu.bf16)
     peak = peak_flops(gpu.device_name, recipe.engine.precision)
     if peak is None:
         raise Refused(
@@ -168,6 +170,7 @@ def measured_utilisation(
     """
     if recipe.task.name != "pretrain":
         return None  # it measures steps of pretraining
+    recipe = config.with_precision(recipe, GPUS[gpu].bf16)
     wanted = GPUS[gpu].device_name
     variant = _variant(recipe)
     found = []

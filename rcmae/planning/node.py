@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 
-from rcmae import __version__, dist
+from rcmae import __version__, config, dist
 from rcmae.config import Recipe
 from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
 from rcmae.errors import Refused
 from rcmae.files import flush_folder
 from rcmae.models import kernels
+from rcmae.models.precision import bf16_of
 from rcmae.planning.findings import COLOURS, Finding
 from rcmae.planning.hardware import GIB
 
@@ -126,9 +127,16 @@ def check_kernels(recipe: Recipe) -> Iterator[Finding]:
         if getattr(engine, key) == "apex" and not apex.usable:
             text = f"engine.{key}=apex: {apex.found}"
             yield Finding("kernels", "red", text, f"engine.{key}=torch")
+    bf16 = bf16_of(dist.device())
+    if engine.precision == "auto":
+        used = config.precision_of("auto", bf16.units)
+        yield Finding("kernels", "green", f"precision: {used} (auto: {bf16.why})")
+    elif engine.precision == "bf16" and dist.device().type == "cpu" and not bf16.units:
+        found = f"engine.precision=bf16 is emulated here: {bf16.why}"
+        yield Finding("kernels", "yellow", found, "engine.precision=auto")
     for row in kernels.table(
         device=dist.device(),
-        precision=engine.precision,
+        precision=config.precision_of(engine.precision, bf16.units),
         layer_norm=engine.layer_norm,
         optimizer=engine.optimizer,
         compile=engine.compile,

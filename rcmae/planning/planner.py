@@ -58,6 +58,7 @@ def plan(recipe: Recipe, site: Site) -> dict[str, Any]:
     Raises:
         Refused: the model's sizes do not fit together.
     """
+    recipe = config.with_precision(recipe, GPUS[site.gpu].bf16)
     cost = cost_of(recipe)
     report: dict[str, Any] = {
         "recipe": recipe.run.name,
@@ -156,7 +157,7 @@ def site_problems(recipe: Recipe, site: Site) -> list[str]:
         )
     if recipe.engine.precision == "bf16" and not gpu.bf16:
         problems.append(f"{gpu.device_name} has no bf16; use engine.precision=fp32")
-    return problems
+    return problems + config.rounding_problems(recipe)
 
 
 def _cache_problems(recipe: Recipe, site: Site, sizes: Resolved, index: ShardIndex) -> list[str]:

@@ -460,6 +460,7 @@ def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
         sizes=sizes.asdict(),
         versions=versions(),
         engine=recipe.engine.model_dump(mode="json"),
+        precision=verdict.precision._asdict(),
         from_checkpoint=str(saved.path) if saved else None,
         passed_over=trained.damaged,
         generation=run.lease.generation if run.lease else None,
@@ -483,6 +484,9 @@ def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
         compile=recipe.engine.compile,
         checkpointing=recipe.engine.activation_checkpointing,
     )
+    precision = verdict.precision
+    reason = f"auto: {precision.why}" if precision.asked == "auto" else precision.why
+    log.say(f"  {'precision':<12} {precision.used}  ({reason})")
     for part, used, why in rows:
         log.say(f"  {part:<12} {used}  ({why})")
     if recipe.data.decode != "cpu":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -30,6 +30,14 @@ from rcmae.tasks.protocol import Data, Saved, Task, options_of
 NAMED = 5  # ranks or shards that a message names before it counts the rest
 
 
+class Precision(NamedTuple):
+    """What the networks compute in."""
+
+    asked: str  # auto, bf16 or fp32
+    used: str  # bf16 or fp32
+    why: str
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A run that can start, and the numbers that follow."""
@@ -42,6 +50,7 @@ class Verdict:
     saved: Saved | None
     found: Any  # what the task looked at
     engine_config: dict[str, Any]
+    precision: Precision
     warnings: tuple[str, ...]  # what may be meant, but seldom is
     trains: bool = True  # else the run is evaluated as it is
 
@@ -52,9 +61,9 @@ class Verdict:
         warnings = [f"# warning: {told}" for told in self.warnings]
         tree = self.recipe.model_dump(mode="json")
         body = yaml.safe_dump(tree, sort_keys=False)
-        return "\n".join(
-            [f"# This run can start; it {state}. In numbers:", *sizes, *warnings, body]
-        )
+        said = f"# precision: {self.precision.used} ({self.precision.why})"
+        first = f"# This run can start; it {state}. In numbers:"
+        return "\n".join([first, *sizes, said, *warnings, body])
 
 
 class AnotherTraining(Refused):
@@ -83,6 +92,8 @@ def judge(sight: Sight, task: Task) -> Verdict:
     refuse_differing_ranks(sight)
     facts = sight.facts
     recipe = with_streams(facts.recipe, facts.saved, sight.world)
+    precision, emulated = precision_of(recipe, sight)
+    recipe = config.with_values(recipe, {"engine.precision": precision.used})
     problems = Problems(facts.problems)
     problems += node_problems(sight)
     command = sight.views[0].command
@@ -131,7 +142,8 @@ def judge(sight: Sight, task: Task) -> Verdict:
         saved=facts.saved,
         found=facts.task,
         engine_config=dict(facts.engine_config),
-        warnings=(*config.statistics_doubts(recipe), *judgement.warnings),
+        precision=precision,
+        warnings=(*emulated, *config.statistics_doubts(recipe), *judgement.warnings),
         trains=not command.evaluate_only,
     )
 
@@ -208,11 +220,30 @@ def engine_problems(recipe: Recipe, sight: Sight) -> list[str]:
         problems.append(
             f"engine.name=local is one process, {sight.world} were launched; use deepspeed or fsdp2"
         )
-    without = [rank for rank, view in enumerate(sight.views) if not view.has_bf16]
-    if recipe.engine.precision == "bf16" and without:
-        device = sight.views[without[0]].device
-        problems.append(f"engine.precision=bf16: {device} has no bf16; use engine.precision=fp32")
-    return problems
+    return problems + config.rounding_problems(recipe)
+
+
+def precision_of(recipe: Recipe, sight: Sight) -> tuple[Precision, list[str]]:
+    """What the ranks compute in, and a warning where they emulate it.
+
+    It is one for all: ranks that differ have fp32 in common.
+    """
+    asked = recipe.engine.precision
+    without = [rank for rank, view in enumerate(sight.views) if not view.bf16.units]
+    used = config.precision_of(asked, not without)
+    deciding = without[0] if without else 0
+    why = sight.views[deciding].bf16.why
+    if 0 < len(without) < sight.world:
+        why += f" on {ranks_named(without)}"
+    warnings = []
+    if used == "bf16" and without:
+        warnings.append(
+            f"engine.precision=bf16 is emulated here: {why}; a step takes several times as long "
+            "as in fp32. engine.precision=auto takes what every device multiplies in hardware"
+        )
+    if asked != "auto":
+        why = "as asked for"
+    return Precision(asked, used, why), warnings
 
 
 # -------------------------------------------------------------------------------------------- data

@@ -25,6 +25,7 @@ from rcmae.data.patterns import Patterns
 from rcmae.data.sources import is_remote, redacted
 from rcmae.data.sources import patience as patience_of
 from rcmae.errors import Refused
+from rcmae.models.precision import Bf16, bf16_of
 from rcmae.run import startup
 from rcmae.run.command import Command
 from rcmae.run.folder import versions
@@ -51,7 +52,7 @@ class View(NamedTuple):
     versions: Mapping[str, str]
     host: str
     device: str
-    has_bf16: bool
+    bf16: Bf16  # what its device does with it
     local_world: int  # ranks on its node
     shards: tuple[
         str, ...
@@ -264,7 +265,7 @@ def view_of(facts: Facts, command: Command) -> View:
         versions=versions(),
         host=platform.node(),
         device=torch.cuda.get_device_name(device) if cuda else "cpu",
-        has_bf16=not cuda or torch.cuda.is_bf16_supported(including_emulation=False),
+        bf16=bf16_of(device),
         local_world=dist.ranks_of_node(),
         shards=tuple(shards_amiss(facts.data)) if looks else (),
         cache=cache_amiss(facts) if looks else None,
