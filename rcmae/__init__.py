@@ -1,22 +1,31 @@
 """Pretrain Vision Transformers by masked autoencoding with a teacher.
 
 Read `rcmae/train.py` first.
+
+    rcmae.start(recipe, {"schedule.steps": 100})   train, in a process of its own
+    rcmae.load_encoder(run_or_file)                a pretrained encoder, as a torch module
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rcmae.starting import start
     from rcmae.weights.encoder import load_encoder
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "load_encoder"]
+__all__ = ["__version__", "load_encoder", "start"]
+# name -> module; imported when asked for: torch and timm cost seconds
+_LAZY = {"load_encoder": "rcmae.weights.encoder", "start": "rcmae.starting"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_encoder":  # torch and timm cost seconds: only where it is used
-        from rcmae.weights.encoder import load_encoder
-
-        return load_encoder
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'rcmae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__"]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from rcmae import console, waits
 from rcmae.commands import training
+from rcmae.data.workers import refuse_unguarded
 from rcmae.run import preempt, startup
 from rcmae.run.command import Command
 
@@ -174,6 +175,7 @@ def main(argv: Sequence[str] | None = None, task: str = "pretrain", prog: str | 
     """
     stop = preempt.StopRequest()  # first: Python's default for SIGUSR1 is to die
     console.outlive()
+    refuse_unguarded("rcmae.train.main")
     startup.begin()
     module = "train" if task == "pretrain" else task
     command = training.parse(argv, prog or f"python -m rcmae.{module}")

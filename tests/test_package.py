@@ -37,7 +37,7 @@ ROWS = (
     {"plugins"},
     {"waits", "launchers", "cores", "files", "errors", "console", "extensions"},
 )
-HOMES = {"finetune": "train", "probe": "train", "follow": "train"}
+HOMES = {"finetune": "train", "probe": "train", "follow": "train", "starting": "train"}
 HOMES |= {"cli": "commands", "__main__": "commands"}
 DEPTH = {package: depth for depth, row in enumerate(ROWS) for package in row}
 UPWARD: set[str] = set()  # what is still to be turned round

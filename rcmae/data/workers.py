@@ -7,16 +7,22 @@ do not use PR_SET_PDEATHSIG, which knows parents alone."""
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from pathlib import Path
+from types import FrameType
 from typing import TypeVar
+
+from rcmae.errors import Refused
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _In = TypeVar("_In")
@@ -34,6 +40,52 @@ def fork_server(*preload: str) -> BaseContext:
     with _blocked():
         forkserver.ensure_running()
     return context
+
+
+def refuse_again(what: str) -> None:
+    """Raise Refused in a worker process that imports the program that started it: there the call
+    would start a second training.
+    """
+    # set by multiprocessing while it imports the main module again
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise _second_training(what)
+
+
+def refuse_unguarded(what: str) -> None:
+    """Raise Refused where a program calls this outside of `if __name__ == "__main__":`; its workers
+    would import the program, and start a second training each.
+    """
+    if _is_unguarded(sys._getframe()):
+        raise _second_training(what)
+
+
+def _second_training(what: str) -> Refused:
+    return Refused(
+        f"{what}: worker processes import your program again, and would start a second training; "
+        'put the call under if __name__ == "__main__":'
+    )
+
+
+def _is_unguarded(frame: FrameType | None) -> bool:
+    """Whether the main module's own level, below a frame, is at a statement that every import of
+    its file runs.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":
+            break
+        frame = frame.f_back
+    main = sys.modules["__main__"]
+    if frame is None or getattr(main, "__file__", None) != frame.f_code.co_filename:
+        return False  # typed in, or a notebook's cell: there is no file to import
+    try:
+        statements = ast.parse(Path(frame.f_code.co_filename).read_text()).body
+    except (OSError, ValueError, SyntaxError):
+        return False
+    for statement in statements:
+        if statement.lineno <= frame.f_lineno <= (statement.end_lineno or 0):
+            return not (isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test))
+    return False
 
 
 @contextmanager

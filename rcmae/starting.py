@@ -1,0 +1,149 @@
+"""A training started from Python: a notebook, or a program of one's own.
+
+    import rcmae
+
+    run = rcmae.start("quickstart", {"data.shards": "photos/*.tar", "schedule.steps": 100})
+    run.metrics["loss"]  # while it trains
+    run.wait()  # 0: finished
+
+The training is a process of its own, the one that `rcmae train` would be: it does not end with the
+notebook's kernel, a mistake in a cell does not touch it, and it resumes by the same call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rcmae import config
+from rcmae.data.workers import refuse_again
+from rcmae.errors import Refused
+from rcmae.files import json_lines
+
+SHOWN = 20  # rows of a table in a notebook
+
+
+def start(
+    recipe: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    ranks: int = 1,
+) -> Training:
+    """Start to train, or resume what lies in the recipe's run.dir.
+
+    Args:
+        recipe: a YAML file, or the name of a shipped recipe.
+        overrides: keys of the recipe, as in {"schedule.steps": 100}.
+        ranks: processes on this machine; several need engine.name deepspeed or fsdp2.
+
+    Raises:
+        Refused: the recipe is wrong; nothing was started. Or this is a worker process that imports
+            the program that started it: put the call under `if __name__ == "__main__":`.
+    """
+    refuse_again("rcmae.start")
+    given = [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()]
+    loaded = config.load(str(recipe), given)
+    module = config.module_of(loaded)
+    words = ["-m", module, str(recipe), *given]
+    command = [sys.executable, *words]
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = [sys.executable, *launcher, *words]
+    return Training(loaded.run_dir, command)
+
+
+class Table(dict[str, list[Any]]):
+    """Columns of equal length by name: `pandas.DataFrame(table)` takes it, and so do plots."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the last rows."""
+        head = "".join(f"<th>{name}</th>" for name in self)
+        body = ""
+        for row in list(zip(*self.values(), strict=True))[-SHOWN:]:
+            cells = "".join(f"<td>{_short(value)}</td>" for value in row)
+            body += f"<tr>{cells}</tr>"
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+class Training:
+    """A training that was started; what it writes is in `folder`.
+
+    Args:
+        folder: the run's.
+        command: what trains.
+    """
+
+    def __init__(self, folder: Path, command: list[str]) -> None:
+        self.folder = folder
+        file, path = tempfile.mkstemp(".log", "rcmae-")  # not in the folder: a refusal leaves none
+        self._said = Path(path)
+        weakref.finalize(self, self._said.unlink, missing_ok=True)
+        self._process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        os.close(file)
+
+    def __repr__(self) -> str:
+        state = "training" if self.is_running else f"ended with {self._process.returncode}"
+        steps = self.metrics.get("step", [])
+        return f"<{self.folder}: {state}, step {steps[-1] if steps else 0}>"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    @property
+    def metrics(self) -> Table:
+        """The rows of metrics.jsonl so far, as columns; None where a row lacks one."""
+        rows = list(json_lines(self.folder / "metrics.jsonl"))
+        names = dict.fromkeys(name for row in rows for name in row)
+        return Table({name: [row.get(name) for row in rows] for name in names})
+
+    @property
+    def said(self) -> str:
+        """What it printed so far."""
+        return self._said.read_text(errors="replace")
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait for its end; the exit status: 0 finished, 75 stopped on request (start it again).
+
+        Raises:
+            Refused: it was refused; what it said.
+            RuntimeError: it failed; the end of what it said.
+            TimeoutError: it still trains after `timeout_s` seconds.
+        """
+        try:
+            status = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{self.folder} still trains after {timeout_s} s") from None
+        if status == 2:
+            raise Refused(self.said.strip().removeprefix("rcmae: "))
+        if status not in (0, 75):
+            last = "\n".join(self.said.splitlines()[-SHOWN:])
+            raise RuntimeError(f"{self.folder} failed with exit status {status}:\n{last}")
+        return status
+
+    def stop(self) -> int:
+        """Ask it to stop, and wait until it has committed where it stands; as `wait`."""
+        if self.is_running:
+            self._process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait_for_step(self, step: int, *, poll_s: float = 0.2) -> None:
+        """Wait until a row of metrics.jsonl has come to a step, or it has ended."""
+        while self.is_running and max(self.metrics.get("step", [0])) < step:
+            time.sleep(poll_s)
