@@ -234,7 +234,7 @@ def test_a_list_names_images_and_classes(images, tmp_path):
         ("name\nx", "wants a first line with the columns path"),
         ("path\nnone.jpg", r"names 1 files that are not there: none.jpg \(line 2\)"),
         ("path,label\n,1\nant/ant.1.jpg,1\n,2", "has 2 lines with an empty path: line 2, 4"),
-        ("path,label\nant/ant.0.jpg,1\nant/ant.1.jpg,", "1 of 2 lines have no label"),
+        ("path,label\nant/ant.0.jpg,1\nant/ant.1.jpg,", "no label for 1 of 2 images"),
         ("path\nant/ant.0.jpg\nant/ant.0.jpg", "more than once, such as ant/ant.0.jpg"),
     ):
         (images / "bad.csv").write_text(text)

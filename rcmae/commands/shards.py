@@ -37,10 +37,12 @@ MAKE = """Make WebDataset shards, with their index, from images.
 IMAGES is a folder with a sub-folder for each class, or with images alone (no labels then); or a
 .csv or .tsv file with the columns `path` (from the file's folder) and, if wanted, `label`; or
 .parquet files with a column `image` (bytes, or a struct with `bytes`) and, if wanted, `label`; or
-.tar files, whose images and labels are laid out anew. OUT gets NAME-000000.tar, ..., `index.json`
-and, with class names, `classes.txt`: line i, counted from 0, is the class of label i (--classes
-takes such a file, so that a validation set gets the training set's labels). ImageNet-1k in one
-command:
+.tar files, whose images and labels are laid out anew. Labels are whole numbers from 0, or names;
+an empty cell and -1 are none (--unlabelled, where others have one); --label names another column.
+Class folders are numbered in the order of the alphabet, or of their numbers; hidden and system
+folders are not read. OUT gets NAME-000000.tar, ..., `index.json` and, with class names,
+`classes.txt`: line i, counted from 0, is the class of label i (--classes takes such a file, so that
+a validation set gets the training set's labels). ImageNet-1k in one command:
 
     rcmae shards make ILSVRC2012/train shards --name train --size 256
 
@@ -147,6 +149,12 @@ def _make_arguments() -> argparse.ArgumentParser:
         "--classes", type=Path, help="file with a class on each line, in the order of the labels"
     )
     parser.add_argument(
+        "--label", metavar="COLUMN", help="that has the labels, where it is not label; none: none"
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="take images without a label among others"
+    )
+    parser.add_argument(
         "--jobs", type=_positive, default=cores.usable(), help="processes (default: the cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this name")
@@ -168,6 +176,8 @@ def make(arguments: Sequence[str] | None = None) -> int:
             quality=asked.quality,
             min_size=asked.min_size,
             classes=None if asked.classes is None else _lines(asked.classes),
+            label=asked.label,
+            unlabelled=asked.unlabelled,
             jobs=asked.jobs,
             overwrite=asked.overwrite,
             progress=sys.stderr.isatty(),
@@ -204,6 +214,8 @@ def print_report(report: Report, out: Path) -> None:
         f"{out}: {report.samples:,} images of {len(report.classes) or 'no'} classes"
         f" in {len(report.shards)} shards, {report.bytes / 1e6:,.1f} MB"
     )
+    for note in report.notes:
+        print(f"  {note}")
     if report.kept:
         print(f"  {report.kept:,} shards were there from a job that did not end")
     if report.other_files:

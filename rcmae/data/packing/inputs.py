@@ -11,11 +11,21 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rcmae import cores
 from rcmae.data.index import ShardIndex
+from rcmae.data.packing.folders import ALIASES, class_of, notes_of, walked, without_images
+from rcmae.data.packing.labels import (
+    Taken,
+    column_of,
+    in_order,
+    order_doubt,
+    read_labels,
+    refuse_names,
+)
 from rcmae.data.patterns import expand
 from rcmae.data.tars import IMAGE_SUFFIXES, NO_LABEL
 from rcmae.errors import Refused
@@ -58,6 +68,7 @@ class Found(NamedTuple):
 
     images: list[Named]
     others: Sequence[str] = ()  # files that no image suffix names: not looked at
+    notes: Sequence[str] = ()  # what was taken for a label, and what was passed over; a line each
 
 
 def some(names: Sequence[str], of: int) -> str:
@@ -66,109 +77,160 @@ def some(names: Sequence[str], of: int) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def find_images(inputs: Sequence[str], spool: Path) -> Found:
+class Labelling(NamedTuple):
+    """What a user says of labels."""
+
+    column: str | None = None  # of a list or Parquet file; None: label; "none": there is none
+    gaps: bool = False  # whether some images may have a label and others none
+    # whether all classes are named: one without images then shifts no other
+    has_classes: bool = False
+
+
+def find_images(inputs: Sequence[str], spool: Path, how: Labelling) -> Found:
     """The images of some inputs of one kind.
 
     Args:
         inputs: a folder or a list; or several tars, or several Parquet files.
         spool: a file for the images of Parquet files, which are then read from it by offset.
+        how: labels are meant.
 
     Raises:
         Refused: there are none, or the input is not of the form that it should have.
     """
     kinds = {Path(one).suffix.lower() for one in inputs}
+    if kinds == {".parquet"}:
+        return _in_parquet(inputs, spool, how)
+    if len(inputs) == 1 and kinds <= {".csv", ".tsv"}:
+        return _in_list(Path(inputs[0]), how)
+    if how.column is not None:
+        raise Refused("--label names a column of a .csv, .tsv or .parquet file")
     if kinds == {".tar"}:
         return _in_tars(inputs)
-    if kinds == {".parquet"}:
-        return _in_parquet(inputs, spool)
     if len(inputs) > 1:
         raise Refused(
             "several inputs are .tar or .parquet files, all of one kind; got "
             f"{', '.join(inputs[:5])}"
         )
-    if kinds <= {".csv", ".tsv"}:
-        return _in_list(Path(inputs[0]))
-    return _in_folder(Path(inputs[0]))
+    return _in_folder(Path(inputs[0]), how.has_classes)
 
 
-def _in_folder(folder: Path) -> Found:
+def _in_folder(folder: Path, has_classes: bool) -> Found:
     if not folder.is_dir():
         raise Refused(
             f"{folder} is not a folder of images, nor a .csv, .tsv, .parquet or .tar file"
         )
-    found: list[str] = []
-    others: list[str] = []
-    for top, _, names in os.walk(folder, followlinks=True):
-        for file in names:
-            path = os.path.relpath(os.path.join(top, file), folder)
-            suffix = file.rpartition(".")[2].lower()
-            is_image = suffix in IMAGE_SUFFIXES and not file.startswith(".")
-            (found if is_image else others).append(path)
-    if not found:
+    found = walked(folder)
+    if not found.images:
         raise Refused(
-            f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}) among {len(others)} files"
+            f"{folder} holds no image ({', '.join([*IMAGE_SUFFIXES, *ALIASES])}) among "
+            f"{len(found.others)} files"
         )
-    alone = sum(os.sep not in path for path in found)
-    if 0 < alone < len(found):
+    alone = sum(os.sep not in path for path in found.images)
+    if 0 < alone < len(found.images):
         raise Refused(
             f"{folder} holds {alone} images beside class folders; move them into one, or the "
             "folders away"
         )
-    images = []
-    for path in found:
-        label = None if alone else path.split(os.sep, 1)[0]
-        images.append(Named(path, label, str(folder / path)))
-    return Found(images, others)
-
-
-def _in_list(path: Path) -> Found:
-    rows, lines = _rows_of(path)
-    labels = [row.get("label") for row in rows]
-    if any(label in (None, "") for label in labels):
-        if any(labels):
+    notes = notes_of(found)
+    if not alone:
+        empty = without_images(folder, found)
+        if empty and not has_classes:
             raise Refused(
-                f"{path}: {sum(not label for label in labels)} of {len(rows)} lines have no label"
+                f"{folder} has class folders without an image: {some(empty, len(empty))}; as they "
+                "would shift the labels of others, add images, move them away, or name all "
+                "classes with --classes"
             )
-        labels = [None] * len(rows)
-    are_numbers = all(label is not None and label.isdecimal() for label in labels)
+        if empty:
+            notes.append(f"class folders without an image: {some(empty, len(empty))}")
+        if doubt := order_doubt(in_order(map(class_of, found.images))):
+            notes += [] if has_classes else [doubt]
     images = []
-    gone = []
-    for row, line, label in zip(rows, lines, labels, strict=True):
-        file = path.parent / row["path"]
-        if not file.is_file():
-            gone.append(f"{row['path']} (line {line})")
-        number = int(label) if are_numbers and label else label
-        images.append(Named(row["path"], number, str(file)))
-    if gone:
-        raise Refused(f"{path} names {len(gone)} files that are not there: {some(gone, len(gone))}")
-    return Found(images)
+    for path in found.images:
+        images.append(Named(path, class_of(path) or None, str(folder / path)))
+    return Found(images, found.others, notes)
 
 
-def _rows_of(path: Path) -> tuple[list[dict[str, str]], list[int]]:
-    """(the rows of a list, each with a path; the line of each in its file)."""
-    rows: list[dict[str, str]] = []
-    lines: list[int] = []
+def _in_list(path: Path, how: Labelling) -> Found:
+    rows, lines, columns = _rows_of(path)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-            reader = csv.DictReader(file, delimiter=delimiter)
-            for row in reader:
-                rows.append(row)
-                lines.append(reader.line_num)
-            columns = reader.fieldnames or ()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Refused(f"{path} cannot be read as a list ({error})") from error
-    if not rows or "path" not in columns:
-        raise Refused(
-            f"{path}: wants a first line with the columns path and, if wanted, label; then "
-            "an image a line"
-        )
-    empty = [str(line) for line, row in zip(lines, rows, strict=True) if not row["path"]]
+        where = column_of("path", columns)
+        if where is None:
+            raise Refused(
+                "wants a first line with the columns path and, if wanted, label; then an image a "
+                f"line; it has {', '.join(map(repr, columns)) or 'none'}"
+            )
+        column = label_column(columns, how)
+        taken = Taken([None] * len(rows), "no column label: images without labels")
+        if column is not None:
+            cells = [row[column] for row in rows]
+            taken = read_labels(column, cells, lambda row: f"line {lines[row]}", gaps=how.gaps)
+    except Refused as error:
+        raise Refused(f"{path}: {error}") from error
+    empty = [str(line) for line, row in zip(lines, rows, strict=True) if not row[where]]
     if empty:
         raise Refused(
             f"{path} has {len(empty)} lines with an empty path: line {some(empty, len(empty))}"
         )
-    return rows, lines
+    images = []
+    gone = []
+    for row, line, number in zip(rows, lines, taken.labels, strict=True):
+        file = path.parent / row[where]
+        if not file.is_file():
+            gone.append(f"{row[where]} (line {line})")
+        images.append(Named(row[where], number, str(file)))
+    if gone:
+        raise Refused(f"{path} names {len(gone)} files that are not there: {some(gone, len(gone))}")
+    _refuse_links(path, images)
+    return Found(images, notes=[taken.told])
+
+
+def label_column(names: Sequence[str], how: Labelling) -> str | None:
+    """The column of labels; None: there is none. Raises as `column_of`."""
+    if how.column == "none":
+        return None
+    return column_of("label", names, how.column, likely=True)
+
+
+def _refuse_links(path: Path, images: Sequence[Named]) -> None:
+    """Raise Refused where lines of a list name one file under several names."""
+    folder_of = cache(os.path.realpath)
+    met: dict[str, str] = {}
+    twice = []
+    for image in images:
+        head, tail = os.path.split(image.path)
+        real = os.path.join(folder_of(head), tail)
+        if os.path.islink(real):
+            real = os.path.realpath(real)
+        first = met.setdefault(real, image.name)
+        if first != image.name:
+            twice.append(f"{image.name} is {first}")
+    if twice:
+        raise Refused(f"{path} names {len(twice)} images more than once: {some(twice, len(twice))}")
+
+
+def _rows_of(path: Path) -> tuple[list[dict[str, str]], list[int], list[str]]:
+    """(the rows of a list; the line of each in its file; the names of the columns)."""
+    rows: list[dict[str, str]] = []
+    lines: list[int] = []
+    try:
+        # spreadsheets begin a file with a byte order mark, and people put a space behind a comma
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+            reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
+            for row in reader:
+                if None in row:
+                    raise Refused(f"{path}: line {reader.line_num} has more cells than the first")
+                rows.append(row)
+                lines.append(reader.line_num)
+            columns = list(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise Refused(f"{path} cannot be read as a list ({error})") from error
+    if not rows:
+        raise Refused(
+            f"{path}: wants a first line with the columns path and, if wanted, label; then "
+            "an image a line"
+        )
+    return rows, lines, columns
 
 
 def _in_tars(patterns: Sequence[str]) -> Found:
@@ -181,42 +243,93 @@ def _in_tars(patterns: Sequence[str]) -> Found:
     return Found(found)
 
 
-def _in_parquet(paths: Sequence[str], spool: Path) -> Found:
+def _in_parquet(paths: Sequence[str], spool: Path, how: Labelling) -> Found:
     try:
         from pyarrow import ArrowException
     except ImportError as error:
         raise Refused("Parquet files are read with pyarrow: pip install pyarrow") from error
     spool.parent.mkdir(parents=True, exist_ok=True)
+    names = _names_of(paths)
     found: list[Named] = []
+    cells: list[Any] = []
+    columns: dict[str | None, str] = {}  # column of labels -> the first file that has it
     with aside(spool) as out:
         for path in paths:
             try:
-                for row, (image, label) in enumerate(_rows_of_parquet(path)):
+                table = parquet_of(path, how)
+                columns.setdefault(table.label, path)
+                for row, (image, cell) in enumerate(table.rows()):
                     data = image.get("bytes") if isinstance(image, dict) else image
                     if not isinstance(data, bytes):
                         raise Refused(f"row {row} of the column image holds no bytes")
-                    name = f"{Path(path).stem}/{row:09d}"
-                    found.append(Named(name, label, str(spool), out.tell(), len(data)))
+                    name = f"{names[path]}/{row:09d}"
+                    found.append(Named(name, None, str(spool), out.tell(), len(data)))
+                    cells.append(cell)
                     out.write(data)
             except (OSError, ArrowException, Refused) as error:
                 raise Refused(f"{path} cannot be used ({error})") from error
-    return Found(found)
+    if len(columns) > 1:
+        told = ", ".join(f"{column!r} in {path}" for column, path in columns.items())
+        raise Refused(f"labels are in other columns of the files: {told}; pack them apart")
+    column = next(iter(columns), None)
+    if column is None:
+        return Found(found, notes=["no column label: images without labels"])
+    taken = read_labels(column, cells, lambda row: f"row {found[row].name}", gaps=how.gaps)
+    images = [
+        image._replace(label=number) for image, number in zip(found, taken.labels, strict=True)
+    ]
+    return Found(images, notes=[taken.told])
 
 
-def _rows_of_parquet(path: str) -> Iterator[tuple[Any, Any]]:
-    """The image and the label of each row of a file. Raises Refused, OSError, ArrowException."""
+def _names_of(paths: Sequence[str]) -> dict[str, str]:
+    """Path -> a name of each Parquet file: its own, with as many folders as tell them apart.
+
+    Raises:
+        Refused: a file is there twice.
+    """
+    real: dict[str, str] = {}
+    for path in paths:
+        first = real.setdefault(os.path.realpath(path), path)
+        if first is not path:
+            raise Refused(f"{path} is {first}, named twice")
+    whole = {path: Path(os.path.abspath(path)).with_suffix("").parts for path in paths}
+    for count in range(1, 1 + max(map(len, whole.values()))):
+        names = {path: "/".join(parts[-count:]).lstrip("/") for path, parts in whole.items()}
+        if len({*names.values()}) == len(names):
+            break
+    return names
+
+
+class ParquetTable(NamedTuple):
+    """A Parquet file of images."""
+
+    file: Any  # pyarrow's
+    label: str | None  # the column of labels
+
+    def rows(self) -> Iterator[tuple[Any, Any]]:
+        """The image and the label of each row. Raises OSError, ArrowException."""
+        columns = ["image", *([] if self.label is None else [self.label])]
+        for batch in self.file.iter_batches(batch_size=_ROWS, columns=columns):
+            labels = [None] * batch.num_rows
+            if self.label is not None:
+                labels = batch.column(self.label).to_pylist()
+            yield from zip(batch.column("image").to_pylist(), labels, strict=True)
+
+
+def parquet_of(path: str, how: Labelling) -> ParquetTable:
+    """A Parquet file, opened, and which of its columns has the labels.
+
+    Raises:
+        Refused: it has no images, or it is not clear where the labels are.
+        OSError, ArrowException: it cannot be read.
+    """
     from pyarrow import parquet
 
-    table = parquet.ParquetFile(path)
-    names = table.schema_arrow.names
-    columns = [name for name in ("image", "label") if name in names]
-    if "image" not in columns:
+    file = parquet.ParquetFile(path)
+    names = file.schema_arrow.names
+    if "image" not in names:
         raise Refused(f"no column image; it has {', '.join(names)}")
-    for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
-        labels = [None] * batch.num_rows
-        if "label" in columns:
-            labels = batch.column("label").to_pylist()
-        yield from zip(batch.column("image").to_pylist(), labels, strict=True)
+    return ParquetTable(file, label_column(names, how))
 
 
 def ordered(
@@ -227,20 +340,26 @@ def ordered(
 
     Args:
         images: each with a name of its own.
-        classes: names in the order of the labels; None: in alphabetical order.
+        classes: names in the order of the labels; None: as `in_order`.
         what: what messages call the input.
 
     Raises:
         Refused: a name is there twice, or a class is none of `classes`.
     """
-    names = sorted({image.label for image in images if isinstance(image.label, str)})
-    labels = list(classes) if classes is not None and names else names
+    names = in_order(image.label for image in images if isinstance(image.label, str))
+    labels = names if classes is None else list(classes)
+    refuse_names(labels, "--classes" if classes is not None else what)
     unknown = sorted(set(names) - set(labels))
     if unknown:
         raise Refused(
             f"folders of {what} that are no known class: {', '.join(unknown[:10])} "
             f"({len(unknown)} in all)"
         )
+    highest = max((image.label for image in images if isinstance(image.label, int)), default=-1)
+    if classes is not None and highest >= len(labels):
+        raise Refused(f"{what} has the label {highest}, --classes names only {len(labels)} classes")
+    if not names and highest < 0:
+        labels = []  # nothing is labelled
     number_of = {label: number for number, label in enumerate(labels)}
     hashes = {image.name: hashlib.sha256(os.fsencode(image.name)).hexdigest() for image in images}
     if len(hashes) < len(images):

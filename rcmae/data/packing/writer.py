@@ -24,8 +24,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from rcmae.data.packing.folders import ALIASES
 from rcmae.data.packing.indexing import refresh
-from rcmae.data.packing.inputs import Found, Source, find_images, ordered
+from rcmae.data.packing.inputs import Found, Labelling, Source, find_images, ordered
 from rcmae.data.tars import IMAGE_SUFFIXES
 from rcmae.data.transforms import FORMATS, NPY, TIFF, BadImage, channels_of, decode, resize
 from rcmae.data.workers import fork_server, mapped
@@ -46,6 +47,8 @@ class PackingOptions:
     min_size: int = 1  # leave out images whose shorter side has fewer pixels
     # names in the order of the labels; None: the class folders' in alphabetical order
     classes: Sequence[str] | None = None
+    label: str | None = None  # column of labels of a list or Parquet file; "none": it has none
+    unlabelled: bool = False  # some images may have a label and others none
     jobs: int = 1  # processes
     overwrite: bool = False  # replace shards of this name
     progress: bool = False  # show a bar on standard error
@@ -77,6 +80,7 @@ class Report(NamedTuple):
     other_files: int  # files that no image suffix names: not looked at
     such_as: list[str]  # a few of them
     kept: int  # shards that a job before had written
+    notes: list[str]  # what was taken for a label, and what was passed over
 
 
 class Task(NamedTuple):
@@ -105,7 +109,8 @@ def make_shards(
     inputs = [str(images)] if isinstance(images, str | Path) else [str(one) for one in images]
     out = Path(out)
     spool = out / f".{options.name}.spool"
-    found = find_images(inputs, spool)
+    how = Labelling(options.label, options.unlabelled, options.classes is not None)
+    found = find_images(inputs, spool, how)
     sources, labels = ordered(found.images, options.classes, " ".join(inputs))
     tasks = _tasks(sources, out, options)
     job = Job(out / f".{options.name}.progress", _told(sources, labels, options))
@@ -227,6 +232,7 @@ def _report(written: Sequence[Written], labels: list[str], found: Found, kept: i
         other_files=len(found.others),
         such_as=sorted(found.others)[:_NAMED],
         kept=kept,
+        notes=list(found.notes),
     )
 
 
@@ -324,8 +330,10 @@ def encoded(source: Source, size: int | None, quality: int, min_size: int) -> tu
     if min(rows, columns) < min_size:
         raise BadImage(f"its shorter side has {min(rows, columns)} pixels, --min-size={min_size}")
     if size is None or min(rows, columns) <= size:
-        own = Path(source.path).suffix[1:].lower() if source.size < 0 else kind_of(data)
-        return own, data
+        if source.size >= 0:
+            return kind_of(data), data
+        own = Path(source.path).suffix[1:].lower()
+        return ALIASES.get(own, own), data
     factor = size / min(rows, columns)
     smaller = (
         resize(pixels, (round(rows * factor), round(columns * factor)))
