@@ -3,7 +3,9 @@
 import contextlib
 import gzip
 import io
+import os
 import random
+import subprocess
 import tarfile
 import time
 
@@ -84,6 +86,61 @@ def test_the_members_are_those_of_tarfile(tmp_path, form):
     with path.open("rb") as file:
         mine = [(*header[:1], *header[1:]) for header in Walk(file.fileno())]
     assert [(name.rstrip("/"), *rest) for name, *rest in mine] == theirs
+
+
+def test_files_of_every_type_and_age_are_files(tmp_path):
+    data = photo(0)
+    path = tmp_path / "x.tar"
+    blocks = []
+    for number, kind in enumerate((b"0", b"\0", b"7")):
+        blocks.append(bytes(header(f"s{number}.jpg", kind, b"%011o\0" % len(data))))
+        blocks.append(data + bytes(-len(data) % 512))
+    blocks.append(bytes(header("folder.jpg/", b"\0")))
+    signed = header("s\u00e9.jpg", b"0", b"%011o\0" % len(data))  # as some add the bytes of old
+    signed[148:156] = b" " * 8
+    signed[148:156] = b"%06o\0 " % sum(byte - 256 * (byte > 127) for byte in signed)
+    blocks += [bytes(signed), data + bytes(-len(data) % 512)]
+    path.write_bytes(b"".join(blocks) + bytes(1024))
+    with tarfile.open(path) as tar:
+        theirs = [member.offset_data for member in tar if member.isreg()]
+    found = ShardIndex.build([str(path)])
+    assert [found[number].offset for number in range(len(found))] == theirs
+    assert len(theirs) == 4
+
+
+@pytest.mark.parametrize("form", ["v7", "oldgnu", "gnu", "ustar", "posix"])
+def test_tars_of_gnu_tar_are_read_to_their_end(tmp_path, form):
+    top = tmp_path / "in"
+    (top / "deep").mkdir(parents=True)
+    longest = {"v7": 60, "ustar": 90}.get(form, 150)
+    for number in range(12):
+        (top / "deep" / f"{'n' * longest}{number}.jpg").write_bytes(photo(number))
+    (top / "b.jpg").hardlink_to(top / "deep" / f"{'n' * longest}3.jpg")
+    (top / "c.jpg").symlink_to("b.jpg")
+    with (top / "deep" / "hole.npy").open("wb") as file:
+        for part in range(30):  # more parts than a first map has room for
+            file.seek(part * 2**17)
+            file.write(b"x" * 4096)
+    path = tmp_path / "x.tar"
+    more = [] if form in ("v7", "ustar") else ["--sparse"]
+    more += ["--label=name"] if form not in ("v7", "ustar") else []
+    names = sorted(os.listdir(top), reverse=True)
+    subprocess.run(
+        ["tar", f"--format={form}", "--sort=name", *more, "-cf", path, "-C", top, *names],
+        check=True,
+    )
+    with tarfile.open(path) as tar:
+        theirs = {
+            (each.offset_data, each.size) for each in tar if each.isreg() and not each.issparse()
+        }
+    found = ShardIndex.build([str(path)])
+    samples = [found[number] for number in range(len(found))]
+    assert {(sample.offset, sample.size) for sample in samples} == theirs
+    assert len(samples) == 14 + (not more)
+    assert ("sparse" in notes_of(path)) == bool(more)
+    content = path.read_bytes()
+    link = next(sample for sample in samples if sample.key == "c")
+    assert content[link.offset : link.offset + link.size] == photo(3)
 
 
 def header(name="x.jpg", kind=b"0", size=b"00000000000\0", **at) -> bytearray:

@@ -2,8 +2,8 @@
 
 Nothing that a header says is believed: a size is never negative and never leads out of the file, so
 the walk only goes forward and ends. Members behind an end mark (tars joined with `cat`) are given
-as all others. tarfile stops at the first end mark, goes where a negative size sends it, reads any
-header whole into memory, and takes five times as long."""
+as all others. tarfile stops at the first end mark, goes where a negative size sends it, and reads
+any header whole into memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from rcmae.errors import Refused
 
 BLOCK = 512
-REGULAR = b"0\07"  # types of files
+REGULAR = (b"0", b"\0", b"7")  # types of files
 HARD_LINK, SYMBOLIC_LINK, FOLDER, SPARSE = b"1", b"2", b"5", b"S"
 _NO_CONTENT = b"123456"  # types that have none, whatever their size field says
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_OF_ALL = b"L", b"K", b"xX", b"g"
