@@ -234,7 +234,7 @@ def test_extras_are_imported_only_where_they_are_used():
 
 def test_readme_opens_with_the_two_commands_and_stays_short():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 250
+    assert len(lines) < 200
     opening = "\n".join(lines[:15])
     assert "tools/quickstart.sh" in opening
     assert "tools/test.sh" in opening
