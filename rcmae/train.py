@@ -66,6 +66,7 @@ def fit(run: Run) -> str | None:
         lr = schedule.lr(progress.step)
         momentum = schedule.momentum(progress.step, len(micros) - 1)
         logs = progress.is_due(run.recipe.log.every_steps)
+        shows = progress.is_early  # on the console alone
         jumped = parts.guard.jumped(losses)  # an all-reduce, where guard.spike_factor asks for it
         # all ranks agree that the gradient is finite before any weight moves
         stats = engine.step(lr=lr, weight_decay=schedule.weight_decay, discard=jumped is not None)
@@ -76,9 +77,11 @@ def fit(run: Run) -> str | None:
         else:
             telemetry = engine.update_teacher(momentum, measure=logs)
         parts.advance()
+        rates = {"lr": lr, "momentum": momentum, "grad_norm": stats.grad_norm}
         if logs:
-            rates = {"lr": lr, "momentum": momentum, "grad_norm": stats.grad_norm}
             parts.recorder.record(losses, **rates, **telemetry)  # an all-reduce
+        elif shows:
+            parts.recorder.show(losses, **rates)  # an all-reduce
         parts.evaluation.when_due()
         parts.saving.when_due()
     return None
@@ -123,7 +126,7 @@ def train(
             why_stop = fit(run)
             run.parts.saving.finish()
             outcome = ending.outcome_of(run, why_stop)
-            run.log.say(ending.summary(run, outcome))
+            run.log.conclude(ending.summary(run, outcome))
     except ending.TOGETHER as error:  # on all ranks together
         ending.say_error(error)
         outcome = ending.outcome_of_error(run, error)

@@ -25,6 +25,7 @@ from rcmae.run import board
 from rcmae.run.ending import closing_summary
 from rcmae.run.loop.meter import Meter
 from rcmae.run.metrics import MetricsLog, cut_back, events_of, undone
+from runs import Folder, start
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -385,3 +386,34 @@ def test_the_closing_summary_names_only_what_is_there(tmp_path):
     assert str(tmp_path / "metrics.jsonl") in text
     assert "missing.png" not in text
     assert text.splitlines()[-1].strip() == "tensorboard --logdir runs    # curves"
+
+
+def test_the_bar_moves_at_each_step_and_ends_above_the_summary(tmp_path):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    with a_log(tmp_path, bar=True, console=console) as log:
+        log.moved(1, 100.0)
+        log.tell({"step": 1, "loss": 0.75, "images_per_s": 100.0})
+        log.moved(2, 321.0)
+        log._bar.refresh()
+        log.conclude("the last word")
+    text = out.getvalue()
+    assert "step 1/10  loss 0.7500" in text
+    assert "2/10" in text
+    assert "321 img/s" in text
+    assert "left" in text.partition("321 img/s")[2]
+    assert "/10" not in text.partition("the last word")[2]
+
+
+def test_a_log_file_has_a_line_of_the_first_steps_and_then_of_each_that_is_logged(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Folder(tmp_path / "run")
+    overrides = ("schedule.steps=12", "log.every_steps=6", "run.stop_after_steps=7")
+    assert start(tiny, run.path, *overrides) == 75
+    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert shown == ["1/12", "2/12", "5/12", "6/12"]
+    assert start(tiny, run.path, *overrides[:2]) == 0
+    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert shown == ["8/12", "9/12", "12/12"], "a job that resumes looks alive, too"
+    assert run.steps() == [6, 12], "metrics.jsonl has those that are logged"

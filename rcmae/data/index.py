@@ -114,6 +114,7 @@ class ShardIndex:
         patience: Patience = USUAL,
         scan: bool = True,
         needs: Collection[str] = (),
+        on_scan: Callable[[Scan], None] = lambda scan: None,
     ) -> ShardIndex:
         """The index of the shards that `patterns` name: from their folders or from `cache`, else
         built in memory.
@@ -127,6 +128,7 @@ class ShardIndex:
             scan: False reads no headers: it refuses shards without an index, and believes what an
                 index says of shards that were written since.
             needs: kinds of members (tars.KINDS) whose places the index has to know.
+            on_scan: sees each shard's headers as they are read.
 
         Raises:
             Refused: names every pattern and shard that cannot be used.
@@ -151,7 +153,9 @@ class ShardIndex:
         refuse_shards(problems)
         if unread:
             rules = {path: shard.rule for path in unread if (shard := picks[path].shard)}
-            built = cls.build(unread, jobs=jobs, patience=patience, rules=rules).shards
+            built = cls.build(
+                unread, jobs=jobs, patience=patience, rules=rules, on_scan=on_scan
+            ).shards
             for path, shard in zip(unread, built, strict=True):
                 before = picks[path].shard
                 problems += [] if before is None else unlike(before, shard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -33,6 +34,13 @@ def engine_settings(
         seed=recipe.run.seed,
         device=dist.device(),
     )
+
+
+def waited_for(engine_config: Mapping[str, Any]) -> str:
+    """The engine as something that is waited for, and why that may take long."""
+    if "offload_optimizer" in engine_config.get("zero_optimization", {}):
+        return "the engine: DeepSpeed builds its C++ optimizer at its first use, about a minute"
+    return "the engine"
 
 
 def make_engine(

@@ -281,7 +281,8 @@ def _optimizer(kind: str) -> Choice:
 
 def _compile(compile: bool) -> Choice:
     if compile:
-        return Choice("compile", "each block", ASKED)
+        why = f"{ASKED}; the first step takes seconds to a minute more"
+        return Choice("compile", "each block", why)
     why = "engine.compile=true is faster after some seconds at the first step"
     return Choice("compile", "off", why)
 

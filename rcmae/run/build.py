@@ -20,7 +20,7 @@ from rcmae.data.device_decode import device_decoder
 from rcmae.data.stream import BadLimits, Readers, Share, Stream
 from rcmae.data.transforms import Normalise
 from rcmae.data.views import Views
-from rcmae.engines.build import make_engine
+from rcmae.engines.build import make_engine, waited_for
 from rcmae.engines.protocol import Engine
 from rcmae.errors import Refused
 from rcmae.models import kernels
@@ -33,7 +33,7 @@ from rcmae.run.judge import Verdict
 from rcmae.run.look import cache_of, saved_from
 from rcmae.run.loop.agreement import Agreement
 from rcmae.run.loop.batches import Batches
-from rcmae.run.loop.evaluation import Evaluation
+from rcmae.run.loop.evaluation import Evaluation, owes_evaluation
 from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.meter import Meter
 from rcmae.run.loop.progress import Progress
@@ -221,9 +221,10 @@ def restored(verdict: Verdict, task: Task) -> Trained:
     teacher = task.teacher(student, objective)
     step_flops = task.cost(recipe).step_flops
     startup.mark("model")
-    engine = make_engine(
-        recipe, verdict.sizes, student, teacher, verdict.engine_config, task.optimizing(recipe)
-    )
+    with waits.waiting(waited_for(verdict.engine_config), breaks=False, saved=True):
+        engine = make_engine(
+            recipe, verdict.sizes, student, teacher, verdict.engine_config, task.optimizing(recipe)
+        )
     startup.mark("engine")
     if manifest is not None:
         checkpoint.load(manifest, engine)
@@ -329,14 +330,6 @@ def refuse_mismatches(verdict: Verdict, task: Task, saved: Saved | None) -> None
     )
     if problems:
         raise Refused("\n".join(problems))
-
-
-def owes_evaluation(recipe: Recipe, saved: Saved) -> bool:
-    """Whether the evaluation of this checkpoint was left, and not made since. Collective."""
-    if saved.meta.get("evaluated", True):
-        return False
-    made = events_of(recipe.run_dir, "evaluate") if dist.rank() == 0 else []
-    return dist.from_first(all(event["step"] != saved.step for event in made))
 
 
 def progress_of(recipe: Recipe, sizes: Resolved, saved: Saved | None) -> Progress:
@@ -484,10 +477,7 @@ def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
         compile=recipe.engine.compile,
         checkpointing=recipe.engine.activation_checkpointing,
     )
-    precision = verdict.precision
-    reason = f"auto: {precision.why}" if precision.asked == "auto" else precision.why
-    log.say(f"  {'precision':<12} {precision.used}  ({reason})")
-    for part, used, why in rows:
+    for part, used, why in (verdict.precision.row(), *rows):
         log.say(f"  {part:<12} {used}  ({why})")
     if recipe.data.decode != "cpu":
         decodes = run.parts.batches.stream.decodes

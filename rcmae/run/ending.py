@@ -178,7 +178,9 @@ def summary(run: Run, outcome: Outcome) -> str:
         metric = next(name for name in best if name != "step")
         named = run.task.metrics.get(metric, metric)
         ran[f"best {network}"] = f"{named} {best[metric]:.1f} % at step {best['step']}"
-    last = run.parts.evaluation.last
+    # one of this very step stands right above
+    fresh = run.parts.evaluation.last_step == progress.step
+    last = None if fresh else run.parts.evaluation.last
     return closing_summary(
         f"{recipe.run.name}: {outcome.reason} at step {progress.step} of {sizes.total_steps}",
         ran=ran,

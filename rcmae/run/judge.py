@@ -37,6 +37,11 @@ class Precision(NamedTuple):
     used: str  # bf16 or fp32
     why: str
 
+    def row(self) -> tuple[str, str, str]:
+        """Of the start-up print, as those of `kernels.table`."""
+        auto = "auto: " if self.asked == "auto" else ""
+        return "precision", self.used, auto + self.why
+
 
 @dataclass(frozen=True)
 class Verdict:

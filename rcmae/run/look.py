@@ -242,7 +242,17 @@ def open_index(recipe: Recipe, shards: Patterns, needs: Sequence[str] = ()) -> S
             )
         folders.append(given)
     jobs = min(8, cores.usable())
-    return ShardIndex.open(shards, cache=folders, jobs=jobs, patience=patience, needs=needs)
+    read: list[object] = []  # shards whose headers had to be read
+
+    def how_far() -> str:
+        """What is waited for, with how far it is."""
+        so_far = f": headers of {len(read):,} shards read" if read else ""
+        return f"the index of data.shards={shown(recipe)}{so_far}"
+
+    with waits.waiting(how_far, saved=True):
+        return ShardIndex.open(
+            shards, cache=folders, jobs=jobs, patience=patience, needs=needs, on_scan=read.append
+        )
 
 
 def engine_config(recipe: Recipe) -> dict[str, Any]:

@@ -174,7 +174,8 @@ class MetricsLog:
         self.writes = writes
         self.total_steps = total_steps
         self._first = resume_step
-        self._started = time.monotonic()
+        self._began = (resume_step, time.monotonic())  # what the rest of the time is told by
+        self._row: Mapping[str, Any] = {}  # that was shown last
         self._board: Board | None = None
         self._troubles: set[str] = set()  # that were told
         self._bar: Progress | None = None
@@ -218,10 +219,39 @@ class MetricsLog:
             for name, value in row.items():
                 if isinstance(value, int | float) and name not in ("step", "time"):
                     self._board.scalar(f"train/{name}", value, row["step"])
+        self._row = row
         if self._bar:
             self._bar.update(self._task, completed=row["step"], description=self._shown(row))
         else:
             self.say(f"step {row['step']}/{self.total_steps}  {self._shown(row)}")
+
+    def tell(self, row: Mapping[str, Any]) -> None:
+        """Show a step that is not logged: a line, and on a terminal the first of this job alone,
+        where the bar shows the others.
+        """
+        if not self.writes:
+            return
+        self._row = row
+        if not self._bar or row["step"] == self._first + 1:
+            self.say(f"step {row['step']}/{self.total_steps}  {self._shown(row)}")
+
+    def moved(self, step: int, images_per_s: float) -> None:
+        """Move the bar: a step is done. Cheap, and nothing is waited for: called at each."""
+        if not self.writes:
+            return
+        if step == self._first + 1:
+            self._began = (step, time.monotonic())  # the start-up is no step
+        if self._bar:
+            # the loss is that of the last step that was read
+            row = {**self._row, "step": step, "images_per_s": images_per_s}
+            self._bar.update(self._task, completed=step, description=self._shown(row))
+
+    def conclude(self, text: str) -> None:
+        """Print the last word; a bar ends above it."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+        self.say(text)
 
     def event(self, kind: str, **details: Any) -> None:
         """Append to events.jsonl: start, resume, checkpoint, signal, bad_sample, evaluate, stop."""
@@ -343,9 +373,10 @@ class MetricsLog:
         for name, form in _FIGURES:
             if row.get(name) is not None:
                 parts.append(form.format(row[name]))
-        done = row["step"] - self._first
+        first, began = self._began
+        done = row["step"] - first
         if done > 0 and row["step"] < self.total_steps:
-            left = (time.monotonic() - self._started) / done * (self.total_steps - row["step"])
+            left = (time.monotonic() - began) / done * (self.total_steps - row["step"])
             parts.append(f"{_duration(left)} left")
         return "  ".join(parts)
 

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rcmae import dist
+from rcmae.config import Recipe
 from rcmae.evaluation.pictures import save_png
 from rcmae.files import write_aside
 from rcmae.run.loop.batches import Batches
 from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
-from rcmae.run.metrics import MetricsLog
-from rcmae.tasks.protocol import Evaluated, Evaluating, Interrupted, Task
+from rcmae.run.metrics import MetricsLog, events_of
+from rcmae.tasks.protocol import Evaluated, Evaluating, Interrupted, Saved, Task
 
 
 class Evaluation:
@@ -32,6 +33,7 @@ class Evaluation:
         save_s: Callable[[], float],
     ) -> None:
         self.last: Evaluated | None = None  # for the summary
+        self.last_step = -1  # of it
         self.longest_s = 0.0
         self._task = task
         self._context = context
@@ -80,7 +82,7 @@ class Evaluation:
             )
             return
         self._progress.owes_evaluation = False
-        self.last = found
+        self.last, self.last_step = found, step
         self._progress.note_scores(found.best)
         seconds = time.monotonic() - began
         self.longest_s = max(self.longest_s, seconds)
@@ -105,6 +107,14 @@ class Evaluation:
             stop.ask("the deadline is near")
         if dist.agree(stop.reason is not None):
             raise Interrupted
+
+
+def owes_evaluation(recipe: Recipe, saved: Saved) -> bool:
+    """Whether the evaluation of this checkpoint was left, and not made since. Collective."""
+    if saved.meta.get("evaluated", True):
+        return False
+    made = events_of(recipe.run_dir, "evaluate") if dist.rank() == 0 else []
+    return dist.from_first(all(event["step"] != saved.step for event in made))
 
 
 def write_evaluated(found: Evaluated, log: MetricsLog, folder: Path, step: int) -> None:

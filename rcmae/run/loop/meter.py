@@ -82,6 +82,16 @@ class Meter:
         memory_peak_gib is the peak since the start (the device's allocator, on CPU the process's
         resident memory); model_tflops per device counts the model's own FLOPs only; mfu is their
         share of the device's dense peak, left out where none is known."""
+        figures = self.figures()
+        self._reset()
+        return figures
+
+    def images_per_s(self) -> float:
+        """Images over all ranks since the last `read`, so far."""
+        return self._images / (time.perf_counter() - self._since - self._away)
+
+    def figures(self) -> dict[str, float]:
+        """What `read` gives, as it stands: nothing starts anew."""
         elapsed = time.perf_counter() - self._since - self._away
         steps = max(self._steps, 1)
         rate = self._images / elapsed
@@ -95,7 +105,6 @@ class Meter:
         }
         if self.peak:
             figures["mfu"] = flops / self.peak
-        self._reset()
         return figures
 
     def _peak_memory(self) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from rcmae.tasks.protocol import Score
 
+EARLY = (1, 2, 5, 10, 20, 50)  # steps of a job that are shown, whatever log.every_steps
+
 
 @dataclass
 class Progress:
@@ -43,6 +45,13 @@ class Progress:
     def is_first_of_job(self) -> bool:
         """Whether this job has not done a step yet."""
         return self.step == self.first_step
+
+    @property
+    def is_early(self) -> bool:
+        """Whether the step under way is one of the first of this job that are shown: every rank
+        answers alike.
+        """
+        return self.step + 1 - self.first_step in EARLY
 
     @property
     def is_over(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from rcmae.run.loop.progress import Progress
 
 
 class Recorder:
-    """Writes steps to metrics.jsonl, the console and TensorBoard."""
+    """Writes steps to metrics.jsonl, the console and TensorBoard; shows how far they are."""
 
     def __init__(self, objective: Objective, progress: Progress, instruments: Instruments) -> None:
         self._objective = objective
@@ -29,7 +29,9 @@ class Recorder:
             startup.mark("first step")
             seconds = startup.seconds()
             self._instruments.log.event("first_step", step=progress.step + 1, startup_s=seconds)
-        self._instruments.meter.step(progress.images_per_step)
+        meter = self._instruments.meter
+        meter.step(progress.images_per_step)
+        self._instruments.log.moved(progress.step + 1, meter.images_per_s())
 
     def record(self, losses: Sequence[dict[str, Tensor]], **figures: float) -> None:
         """Write the step just done. Collective: every rank calls; waits for the device.
@@ -38,19 +40,31 @@ class Recorder:
             losses: of each micro-batch of this rank, its share of each term's mean.
             figures: more numbers of the step.
         """
+        row = self._row(losses, figures)
+        self._instruments.log.step({**row, **self._instruments.meter.read()})
+
+    def show(self, losses: Sequence[dict[str, Tensor]], **figures: float) -> None:
+        """Print the step just done, which metrics.jsonl does not get. Arguments of `record`.
+
+        Collective: every rank calls; waits for the device.
+        """
+        row = self._row(losses, figures)
+        self._instruments.log.tell({**row, **self._instruments.meter.figures()})
+
+    def _row(
+        self, losses: Sequence[dict[str, Tensor]], figures: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Where the run stands and its loss over all ranks. Collective."""
         weights = self._objective.weights
         shares = [torch.stack([micro[term] for micro in losses]).sum() for term in weights]
         means = dist.all_sum(torch.stack(shares).double()).tolist()
         terms = dict(zip(weights, means, strict=True))
         total = sum(weights[term] * mean for term, mean in terms.items())
-        self._instruments.log.step(
-            {
-                "step": self._progress.step,
-                "images_seen": self._progress.images,
-                "epoch": self._progress.epoch,
-                "loss": total,
-                **{f"loss_{term}": mean for term, mean in terms.items()},
-                **figures,
-                **self._instruments.meter.read(),
-            }
-        )
+        return {
+            "step": self._progress.step,
+            "images_seen": self._progress.images,
+            "epoch": self._progress.epoch,
+            "loss": total,
+            **{f"loss_{term}": mean for term, mean in terms.items()},
+            **figures,
+        }
