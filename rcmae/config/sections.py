@@ -187,6 +187,8 @@ class CheckpointOptions(Section):
     resume: str = "auto"  # auto | never | must | a checkpoint's folder, to start a new run from
     # a new pretraining starts from these weights: a run, a checkpoint or a file of any family
     init: str | None = None
+    # fresh: the encoder alone is taken from there, the decoder is drawn anew
+    init_decoder: Literal["file", "fresh"] = "file"
     background: bool = True  # write while training goes on
     # frozen keys that this job may change, knowingly
     allow: list[str] = Field(default_factory=list)

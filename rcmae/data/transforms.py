@@ -203,7 +203,10 @@ class CentreTransform:
 
     def __call__(self, data: bytes, seed: int, position: int, draw: int = 0) -> View:
         """The view of an encoded image, the same at every position. Raises BadImage."""
-        pixels = decode(data, self.in_channels, max_pixels=self.max_pixels)
+        return self.of(decode(data, self.in_channels, max_pixels=self.max_pixels))
+
+    def of(self, pixels: NDArray[np.uint8]) -> View:
+        """The view of decoded pixels [h, w, C]. Raises MemoryError."""
         height, width = self.image_size
         middle = _middle(pixels.shape[0], pixels.shape[1], height / width)
         pixels = middle.of(pixels)

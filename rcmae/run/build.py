@@ -489,6 +489,9 @@ def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
             f"{len(index.short)} shards are shorter than their index says, their last samples are "
             f"bad: {shown}"
         )
+    for told in verdict.notes:
+        log.event("note", told=told)
+        log.say(told)
     for told in verdict.warnings:
         log.warn(told)
     if saved:

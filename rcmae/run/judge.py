@@ -58,12 +58,14 @@ class Verdict:
     precision: Precision
     warnings: tuple[str, ...]  # what may be meant, but seldom is
     trains: bool = True  # else the run is evaluated as it is
+    notes: tuple[str, ...] = ()  # what was taken or chosen
 
     def shown(self) -> str:
         """The resolved recipe as YAML, under the numbers that follow from it, for people."""
         sizes = [f"# {name}: {value}" for name, value in self.sizes.asdict().items()]
         state = f"resumes from step {self.saved.step}" if self.saved else "starts anew"
-        warnings = [f"# warning: {told}" for told in self.warnings]
+        warnings = [f"# {told}" for told in self.notes]
+        warnings += [f"# warning: {told}" for told in self.warnings]
         tree = self.recipe.model_dump(mode="json")
         body = yaml.safe_dump(tree, sort_keys=False)
         said = f"# precision: {self.precision.used} ({self.precision.why})"
@@ -150,6 +152,7 @@ def judge(sight: Sight, task: Task) -> Verdict:
         precision=precision,
         warnings=(*emulated, *config.statistics_doubts(recipe), *judgement.warnings),
         trains=not command.evaluate_only,
+        notes=tuple(judgement.notes),
     )
 
 

@@ -24,6 +24,7 @@ from rcmae.models.fitting import fit_weights
 from rcmae.tasks import start
 from rcmae.tasks.protocol import Data, Evaluated, Evaluating, EvaluationSet, Judgement, Saved
 from rcmae.weights.reading import NetworkWeights
+from rcmae.weights.starting import function_problems, start_notes
 
 USUAL_CLASSES = 1000  # for a plan made before the labels are seen
 
@@ -161,23 +162,26 @@ def new_classifier(recipe: Recipe, num_classes: int) -> Classifier:
     return model
 
 
-def fit_problems(recipe: Recipe, found: Found | None, num_classes: int) -> list[str]:
-    """What keeps the weights from fitting the classifier, by their shapes."""
+def fit(recipe: Recipe, found: Found | None, num_classes: int) -> tuple[list[str], list[str]]:
+    """What keeps the weights from fitting the classifier, by their shapes and what lies beside
+    them; and what is taken of them, for a new run.
+    """
     try:
+        sizes = student_sizes(recipe.model)
         with torch.device("meta"):
-            model = Classifier(
-                student_sizes(recipe.model), num_classes=num_classes, pool=recipe.classify.pool
-            )
+            model = Classifier(sizes, num_classes=num_classes, pool=recipe.classify.pool)
     except Refused as error:
-        return [str(error)]
+        return [str(error)], []
     if found is None or found.weights is None:
-        return []
+        return [], []
+    source = found.weights
+    where = f"classify.init={recipe.classify.init}"
     try:
-        fit_weights(model, found.weights.weights, found.weights.grid)
+        fitted = fit_weights(model, source.weights, source.grid)
     except Refused as error:
-        where = f"classify.init={recipe.classify.init} with model.name={recipe.model.name}"
-        return [f"{where}: {error}"]
-    return []
+        return [f"{where} with model.name={recipe.model.name}: {error}"], []
+    problems = [f"{where}: {problem}" for problem in function_problems(source, sizes)]
+    return problems, start_notes(source, sizes, fitted.table().strip(), where)
 
 
 def start_weights(model: Classifier, recipe: Recipe) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rcmae import dist
 from rcmae.config import Recipe, Resolved, Section
 from rcmae.data import augment
 from rcmae.data.augment import AugmentTransform
@@ -28,7 +27,7 @@ from rcmae.objectives.classification import ClassifierLoss
 from rcmae.tasks.classify import (
     USUAL_CLASSES,
     Found,
-    fit_problems,
+    fit,
     judge_classes,
     judged,
     look_at_classes,
@@ -70,7 +69,9 @@ class Finetuning:
         judgement = judge_classes(recipe, found, data, saved, world)
         num_classes = judgement.values.get("classify.num_classes")
         if num_classes and not judgement.problems:
-            judgement.problems += fit_problems(recipe, found, num_classes)
+            problems, notes = fit(recipe, found, num_classes)
+            judgement.problems += problems
+            judgement.notes += notes
         return judgement
 
     def evaluation_sets(self, recipe: Recipe) -> Sequence[EvaluationSet]:
@@ -96,9 +97,7 @@ class Finetuning:
         """The classifier; a new run's encoder has the weights of classify.init. Collective."""
         model = new_classifier(recipe, recipe.classify.num_classes or 0)
         if saved is None:  # else the weights are in the checkpoint
-            taken = start_weights(model, recipe)
-            if dist.rank() == 0:
-                print(taken, flush=True)
+            start_weights(model, recipe)
         return model
 
     def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rcmae import dist
 from rcmae.config import Recipe, Resolved, Section
 from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask
@@ -37,7 +38,7 @@ from rcmae.tasks.protocol import (
     Score,
 )
 from rcmae.weights.reading import NetworkWeights
-from rcmae.weights.shapes import whole_network
+from rcmae.weights.starting import function_problems, start_notes, start_of
 
 
 class Pretraining:
@@ -68,15 +69,20 @@ class Pretraining:
         """Weights to start from that do not fit the network; sets for k-NN without a label."""
         if found is None:
             return Judgement()
+        options = recipe.checkpoint
+        where = f"checkpoint.init={options.init}"
         try:
             with torch.device("meta"):
                 network = new_network(recipe)
-                whole_network(network, found.weights)
+                begun = start_of(network, found, options.init_decoder)
         except Refused as error:
-            init = recipe.checkpoint.init
-            where = f"checkpoint.init={init} with model.name={recipe.model.name}"
-            return Judgement([f"{where}: {error}"])
-        return Judgement()
+            return Judgement([f"{where} with model.name={recipe.model.name}: {error}"])
+        own = options.init_decoder == "file"
+        problems = function_problems(found, network.sizes, decoder=own)
+        return Judgement(
+            [f"{where}: {problem}" for problem in problems],
+            notes=start_notes(found, network.sizes, begun.table(), where),
+        )
 
     def evaluation_sets(self, recipe: Recipe) -> Sequence[EvaluationSet]:
         """Training and test set of the k-NN."""
@@ -110,7 +116,10 @@ class Pretraining:
         init = recipe.checkpoint.init
         if init is not None and saved is None:
             source = start.read_together("checkpoint.init", init, None, first="student")
-            student.load_state_dict(whole_network(student, source.weights))
+            begun = start_of(student, source, recipe.checkpoint.init_decoder)
+            student.load_state_dict(begun.state)
+            if "pos_embed" in begun.taken and dist.rank() == 0:
+                print(f"checkpoint.init={init}: positions are the file's own", flush=True)
         return student
 
     def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:

@@ -31,7 +31,7 @@ from rcmae.objectives.classification import ProbeLoss
 from rcmae.tasks.classify import (
     USUAL_CLASSES,
     Found,
-    fit_problems,
+    fit,
     judge_classes,
     judged,
     look_at_classes,
@@ -75,7 +75,9 @@ class LinearProbe:
         judgement = judge_classes(recipe, found, data, saved, world)
         if judgement.problems or "classify.num_classes" not in judgement.values:
             return judgement
-        judgement.problems += fit_problems(recipe, found, 0)
+        problems, notes = fit(recipe, found, 0)
+        judgement.problems += problems
+        judgement.notes += notes
         depth = recipe.classify.depth
         if depth is not None and not judgement.problems:
             blocks = student_sizes(recipe.model).depth

@@ -67,6 +67,7 @@ class Judgement:
     problems: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)  # keys of the recipe that follow from them
     warnings: list[str] = field(default_factory=list)  # what may be meant, but seldom is
+    notes: list[str] = field(default_factory=list)  # what was taken or chosen: a user is told
 
 
 class Interrupted(Exception):

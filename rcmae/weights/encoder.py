@@ -9,8 +9,10 @@ in one call.
         # [B, D], the mean of the patches
     maps = model.get_intermediate_layers(images, n=4, reshape=True)
 
-Images are normalised as in the pretraining: `model.pretrained_cfg` has the numbers, where timm
-looks for them. Weights are fitted by name and shape; nothing in a file is run.
+Images are normalised as in the pretraining: `model.transform` makes an input of a PIL image or a
+tensor, and `model.mean`, `model.std`, `model.image_size` have the numbers; timm finds them in
+`model.pretrained_cfg`. What was guessed or chosen is told as a `WeightsWarning`. Weights are fitted
+by name and shape; nothing in a file is run.
 """
 
 from __future__ import annotations
@@ -18,20 +20,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from rcmae.config import Recipe, stored
+from rcmae.data.transforms import CentreTransform
 from rcmae.errors import Refused
 from rcmae.models.build import Network, new_network
 from rcmae.models.classifier import Classifier
 from rcmae.models.fitting import Fit, fit_weights
 from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
+from rcmae.weights.beside import apply_to
 from rcmae.weights.layouts import Which
 from rcmae.weights.names import family_names, of_autoencoder, published_names
 from rcmae.weights.reading import NetworkWeights, read_network
@@ -44,6 +51,66 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {512: 16, 256: 8}
 
 
+class WeightsWarning(UserWarning):
+    """What was guessed or chosen of weights whose file does not say it."""
+
+
+class Encoder(Classifier):
+    """timm's model with what its images need."""
+
+    mean: tuple[float, ...]  # of each channel, pixels from 0 to 1
+    std: tuple[float, ...]
+    image_size: tuple[int, int]  # (height, width) in pixels
+    transform: ToInput
+
+
+@dataclass(frozen=True)
+class ToInput:
+    """What turns an image into an input: the centre, resized as evaluations do, normalised."""
+
+    image_size: tuple[int, int]  # (height, width) in pixels
+    mean: tuple[float, ...]  # of each channel, pixels from 0 to 1
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """[C, height, width] float32 of a PIL image, or of a tensor [C, h, w] or [B, C, h, w] with
+        pixels of uint8, or of floats from 0 to 1.
+
+        Raises:
+            Refused: it is neither, or has another number of channels.
+        """
+        if isinstance(image, Tensor):
+            if image.ndim == 4:
+                return torch.stack([self(each) for each in image])
+            pixels = image
+        else:
+            mode = "L" if len(self.mean) == 1 else "RGB"
+            if not isinstance(image, Image.Image) or len(self.mean) not in (1, 3):
+                raise Refused(
+                    f"a {type(image).__name__} is no image of {len(self.mean)} channels; give a "
+                    "PIL image (of 1 or 3), or a tensor [C, h, w]"
+                )
+            rows = np.asarray(image.convert(mode))
+            pixels = torch.from_numpy(rows.copy()).view(*rows.shape[:2], -1).permute(2, 0, 1)
+        if pixels.ndim != 3 or len(pixels) != len(self.mean):
+            raise Refused(
+                f"a tensor of shape {list(pixels.shape)} is no image of {len(self.mean)} channels: "
+                "give [C, h, w] or [B, C, h, w]"
+            )
+        if pixels.is_floating_point():
+            pixels = (pixels * 255).round().clamp(0, 255)
+        bytes_ = pixels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+        centre, _ = CentreTransform(self.image_size, len(self.mean)).of(bytes_)
+        mean, std = (torch.tensor(each)[:, None, None] for each in (self.mean, self.std))
+        return (centre.float() / 255 - mean) / std
+
+
+def say(source: NetworkWeights) -> None:
+    """Warn of what was chosen where weights leave a choice."""
+    for note in source.notes:
+        warnings.warn(note, WeightsWarning, stacklevel=3)
+
+
 def load_encoder(
     source: str | Path,
     *,
@@ -51,7 +118,7 @@ def load_encoder(
     image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     pool: str = "mean",
-) -> Classifier:
+) -> Encoder:
     """An encoder in evaluation mode, on the CPU, in float32.
 
     Args:
@@ -72,6 +139,7 @@ def load_encoder(
     if pool not in ("mean", "cls"):
         raise Refused(f"pool={pool!r} is unknown; use mean or cls")
     found = read_network(Path(source), network)
+    say(found)
     model, _ = model_of(found, image_size=image_size, num_heads=num_heads, head=False)
     if pool == "cls" and not model.has_class_token:
         raise Refused(f"{source} has no class token to pool; use pool='mean'")
@@ -98,6 +166,7 @@ def load_classifier(
         raise Refused(
             f"{source} has no head: it is an encoder; fine-tune it, or give a run of rcmae.finetune"
         )
+    say(found)
     model, _ = model_of(found, image_size=image_size, num_heads=None, head=True)
     recipe = json.loads(found.metadata.get("recipe", "{}"))
     model.pretrained_cfg["class_names"] = recipe.get("classify", {}).get("class_names")
@@ -170,11 +239,18 @@ def _of_shapes(
     sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
     side = round(sizes.pop("num_patches") ** 0.5)  # only a recipe tells of another shape
     pixels = side * sizes["patch_size"]
-    heads = num_heads or heads_of(found) or HEADS.get(sizes["embed_dim"])
+    heads = chosen_heads(found, sizes["embed_dim"], num_heads)
     told = decoder_heads or found.sizes.get("decoder_heads")
     heads_of_decoder = told or DECODER_HEADS.get(sizes["decoder_dim"])
-    if heads is None or heads_of_decoder is None:
+    if heads_of_decoder is None:
         raise Refused(f"{found.about}: its widths do not tell the numbers of heads; give both")
+    if told is None:
+        warnings.warn(
+            f"{found.about}: decoder_heads={heads_of_decoder} is guessed of its width; give "
+            "decoder_heads",
+            WeightsWarning,
+            stacklevel=3,
+        )
     cls_token = sizes.pop("cls_token", True)
     decoder_cls = sizes.pop("decoder_cls", True)
     network = NetworkSizes(
@@ -182,6 +258,7 @@ def _of_shapes(
     )
     model = MaskedAutoencoder(network, cls_token=cls_token, decoder_cls=decoder_cls)
     model.load_state_dict(whole_network(model, weights))
+    apply_to(model, found.beside)
     return model
 
 
@@ -191,7 +268,7 @@ def model_of(
     image_size: int | tuple[int, int] | None,
     num_heads: int | None,
     head: bool,
-) -> tuple[Classifier, Fit]:
+) -> tuple[Encoder, Fit]:
     """A model of the weights' own sizes with them in it, and what matched. Raises Refused."""
     # a run of BootMAE's or MAE-priv's network has a bias for queries and for values
     weights = published_names(source.weights)
@@ -201,12 +278,7 @@ def model_of(
     side = round(sizes["num_patches"] ** 0.5)
     grid = source.grid or (side, side)
 
-    heads = num_heads or heads_of(source) or HEADS.get(width)
-    if heads is None or width % heads:
-        raise Refused(
-            f"{source.about}: its width of {width} does not tell the number of heads; give "
-            "num_heads"
-        )
+    heads = chosen_heads(source, width, num_heads)
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
     size = image_size or (grid[0] * patch, grid[1] * patch)
@@ -216,7 +288,7 @@ def model_of(
         )
 
     own_norm = "fc_norm.weight" in weights and "norm.weight" not in weights
-    model = Classifier(
+    model = Encoder(
         NetworkSizes(
             image_size=size,
             patch_size=patch,
@@ -235,7 +307,10 @@ def model_of(
     except Refused as error:
         raise Refused(f"{source.about}: {error}") from error
 
+    apply_to(model, source.beside)
     mean, std = statistics_of(source, sizes["in_channels"])
+    model.mean, model.std, model.image_size = mean, std, size
+    model.transform = ToInput(size, mean, std)
     # where timm looks for them: timm.data.resolve_model_data_config(model)
     model.pretrained_cfg = {"input_size": (sizes["in_channels"], *size), "mean": mean, "std": std}
     return model.eval(), fit
@@ -255,9 +330,39 @@ def statistics_of(
     else ImageNet's.
     """
     data = json.loads(source.metadata.get("recipe", "{}")).get("data", {})
-    mean = tuple(data.get("mean", IMAGENET_MEAN))
-    std = tuple(data.get("std", IMAGENET_STD))
-    return mean[:channels], std[:channels]
+    mean = tuple(data.get("mean") or source.beside.mean or IMAGENET_MEAN)
+    std = tuple(data.get("std") or source.beside.std or IMAGENET_STD)
+    return _each(mean, channels), _each(std, channels)
+
+
+def _each(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """A number a channel: where there are more channels than numbers, the last for the rest."""
+    return (*values, *values[-1:] * channels)[:channels]
+
+
+def chosen_heads(source: NetworkWeights, width: int, asked: int | None) -> int:
+    """The number of heads of weights: as asked for, as told beside them, else a guess, which is
+    told.
+
+    Raises:
+        Refused: their width tells none.
+    """
+    heads = asked or heads_of(source)
+    guessed = HEADS.get(width)
+    if heads is None and guessed is not None:
+        warnings.warn(
+            f"{source.about}: nothing says how many heads it has; num_heads={guessed} is guessed "
+            f"of its width of {width}, and another number is another network: give num_heads",
+            WeightsWarning,
+            stacklevel=4,
+        )
+        return guessed
+    if heads is None or width % heads:
+        raise Refused(
+            f"{source.about}: its width of {width} does not tell the number of heads; give "
+            "num_heads"
+        )
+    return heads
 
 
 def heads_of(source: NetworkWeights) -> int | None:
@@ -282,7 +387,8 @@ def to_onnx(model: Classifier, path: Path) -> None:
     """Write the encoder as ONNX: `images` [B, C, H, W] normalised to `tokens` [B, 1 + L, D], for
     any B.
 
-    The metadata has "mean" and "std", of each channel, 0 to 1, that images are to be normalised by.
+    The metadata has "mean" and "std", of each channel, 0 to 1, that images are to be normalised by,
+    and "input_size", their channels, height and width.
 
     Raises:
         Refused: onnx and onnxscript are not installed.
@@ -303,6 +409,6 @@ def to_onnx(model: Classifier, path: Path) -> None:
             verbose=False,
         )
         assert program is not None
-        told = {key: json.dumps(model.pretrained_cfg[key]) for key in ("mean", "std")}
+        told = {key: json.dumps(model.pretrained_cfg[key]) for key in ("mean", "std", "input_size")}
         program.model.metadata_props.update(told)
         program.save(path, external_data=False)

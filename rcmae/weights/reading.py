@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,11 @@ from rcmae import __version__
 from rcmae.checkpoint import Manifest, find_checkpoint, whole_tensors
 from rcmae.errors import Refused
 from rcmae.files import json_lines
+from rcmae.weights.beside import Beside, beside
 from rcmae.weights.layouts import KIND, Which
 from rcmae.weights.names import published_names
 from rcmae.weights.shapes import shape_problems, sizes_of
+from rcmae.weights.wrapping import unwrapped
 
 
 class NetworkWeights(NamedTuple):
@@ -38,6 +40,8 @@ class NetworkWeights(NamedTuple):
     sizes: dict[str, Any]  # of the architecture, by the recipe beside it; empty where there is none
     about: str  # one line that names them
     metadata: dict[str, str]  # recipe, step, data, versions: text, JSON where there is structure
+    beside: Beside = Beside()  # what lies beside a file
+    notes: tuple[str, ...] = ()  # what was chosen where there was a choice: to be said
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class _Contents(NamedTuple):
     layout: str
     networks: dict[str, dict[str, Tensor]]
     about: dict[str, Any]
+    keys: dict[str, str]  # where each network lay
+    notes: tuple[str, ...] = ()
 
 
 # -------------------------------------------------------------------------------------- a network's
@@ -93,11 +99,8 @@ def _is_hugging_face(path: Path) -> bool:
 
 
 def _of_file(path: Path, network: Which | None, first: Which) -> NetworkWeights:
-    heads: dict[str, int] = {}
     if _is_hugging_face(path):
-        heads = _hugging_face_heads(path / "config.json")
         path = path / "model.safetensors"
-
     contents = _contents(path)
     there = contents.networks
     name: str = network or (first if first in there else next(iter(there)))
@@ -113,18 +116,61 @@ def _of_file(path: Path, network: Which | None, first: Which) -> NetworkWeights:
         )
     if not weights:
         raise Refused(f"{path} has no weights; give a file of weights by name")
+    _refuse_not_finite(str(path), weights)
 
     recipe = _recipe_of(path, contents.about)
     sizes, grid = _architecture(recipe, weights)
+    told = _beside(path, weights, contents.about) if recipe is None else Beside()
+    notes = list(contents.notes)
+    if len(there) > 1 and network is None and contents.keys.keys() != set(contents.keys.values()):
+        others = " and ".join(
+            f"network={each!r} takes {contents.keys[each]}" for each in there if each != name
+        )
+        notes.append(f"{path} has several networks: {contents.keys[name]} is taken; {others}")
+    about = [contents.layout, f"{len(weights)} tensors", *(f"by {each}" for each in told.files)]
     return NetworkWeights(
         weights=weights,
-        grid=grid,
-        sizes=heads | sizes,
-        about=f"{name} of {path} ({contents.layout}, {len(weights)} tensors)",
+        grid=grid or _grid_beside(told, weights),
+        sizes=told.sizes | sizes,
+        about=f"{name} of {path} ({', '.join(about)})",
         metadata={
             str(key): value for key, value in contents.about.items() if isinstance(value, str)
         },
+        beside=told,
+        notes=tuple(notes),
     )
+
+
+def _beside(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> Beside:
+    """What lies beside weights of an encoder; nothing where they are none. Raises Refused."""
+    first = weights.get("patch_embed.proj.weight")
+    if first is None or first.ndim != 4:
+        return Beside()
+    told = beside(path, first.shape[0], about)
+    width = told.sizes.pop("embed_dim", first.shape[0])  # of the architecture that is named
+    return told if width == first.shape[0] else replace(told, sizes={})
+
+
+def _grid_beside(told: Beside, weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of patches by the image's size beside the weights, where that fits."""
+    table = weights.get("pos_embed")
+    if told.image_size is None or table is None:
+        return None
+    patch = weights["patch_embed.proj.weight"].shape[2]
+    rows, columns = (side // patch for side in told.image_size)
+    fits = table.ndim == 3 and table.shape[1] - ("cls_token" in weights) == rows * columns
+    return (rows, columns) if fits else None
+
+
+def _refuse_not_finite(about: str, weights: Mapping[str, Tensor]) -> None:
+    """Raises Refused: a weight is infinite or NaN."""
+    bad = [name for name, value in weights.items() if not value.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise Refused(
+            f"{about} has weights that are not finite: {bad[0]}{more}; they came from a training "
+            "that broke: take an earlier file"
+        )
 
 
 def _of_checkpoint(
@@ -141,6 +187,7 @@ def _of_checkpoint(
     for key, elements in zip(keys, whole_tensors(manifest, keys, torch.float32), strict=True):
         shape = manifest.tensors[key]["shape"]
         weights[key.partition("/")[2]] = elements.clone().view(shape)
+    _refuse_not_finite(str(manifest.path), weights)
 
     sizes, grid = _architecture(manifest.meta["recipe"], weights)
     newer = f", newer ones passed over: {'; '.join(passed_over)}" if passed_over else ""
@@ -183,20 +230,6 @@ def _recipe_of(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
     if not all(type(side) is int and side > 0 for side in sides):
         raise Refused(f"{path}: the recipe in its metadata has model.image_size={size!r}")
     return dict(recipe)
-
-
-def _hugging_face_heads(path: Path) -> dict[str, int]:
-    """The numbers of heads, which shapes do not tell, by the names of a recipe. Raises Refused."""
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise Refused(f"{path} is not JSON: {error}") from error
-    names = {"num_attention_heads": "num_heads", "decoder_num_attention_heads": "decoder_heads"}
-    return {
-        ours: config[theirs]
-        for theirs, ours in names.items()
-        if isinstance(config.get(theirs), int)
-    }
 
 
 # ------------------------------------------------------------------------- what made the weights
@@ -261,6 +294,7 @@ def load_weights(path: Path) -> WeightsFile:
             continue
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         unfit = shape_problems(shapes)
+        _refuse_not_finite(f"{each} of {path}", state)
         problems += [f"{each} {problem}" for problem in unfit]
         if not unfit:
             sizes = sizes_of(shapes)
@@ -294,34 +328,39 @@ def _read_safetensors(path: Path) -> _Contents:
     except (SafetensorError, OSError) as error:
         raise Refused(f"{path} cannot be read as safetensors: {error}") from error
     network = metadata.get("network", "model")
-    return _Contents("safetensors", {network if network in KIND else "model": state}, metadata)
+    if network in KIND:
+        return _Contents("safetensors", {network: state}, metadata, {network: network})
+    return _contents_of(path, state, "safetensors", metadata)
 
 
 def _read_torch(path: Path) -> _Contents:
     document = _unpickled(path)
+    if not isinstance(document, Mapping):
+        raise Refused(f"{path} holds a {type(document).__name__}, not weights by name")
     layout = "plain"
-    networks = {"model": document}
-    about = {}
-    if isinstance(document, Mapping) and document.keys() & KIND.keys():
+    if document.keys() & KIND.keys():
         layout = "rcmae"
-        networks = {each: document[each] for each in KIND if each in document}
-        about = {key: document[key] for key in ("epoch", "args") if key in document}
-    elif isinstance(document, Mapping) and "model" in document:
+    elif "model" in document:
         layout = "mae"
-        networks = {"model": document["model"]}
-    elif isinstance(document, Mapping) and "state_dict" in document:  # timm's, and MAE-priv's
+    elif "state_dict" in document:  # timm's, and MAE-priv's
         layout = "timm"
-        networks = {"model": document["state_dict"]}
+    elif "module" in document and "ds_version" in document:
+        layout = "deepspeed"
+    about = {key: document[key] for key in ("epoch", "args", "arch") if key in document}
+    return _contents_of(path, document, layout, about)
 
-    plain: dict[str, dict[str, Tensor]] = {}
-    for each, state in networks.items():
-        if not isinstance(state, Mapping):
-            raise Refused(
-                f"{path} holds a {type(state).__name__} as its {each}, not weights by name"
-            )
-        # torch's wrapper for data parallelism puts a prefix before each name
-        plain[each] = {str(name).removeprefix("module."): value for name, value in state.items()}
-    return _Contents(layout, plain, about)
+
+def _contents_of(
+    path: Path, document: Mapping[str, Any], layout: str, about: dict[str, Any]
+) -> _Contents:
+    """The networks in a document. Raises Refused."""
+    try:
+        found = unwrapped(document)
+    except Refused as error:
+        raise Refused(f"{path}: {error}") from error
+    left = f"{path}: {found.left_out} entries beside the network are left in the file"
+    notes = (left,) if found.left_out else ()
+    return _Contents(layout, found.networks, about, found.keys, notes)
 
 
 def _unpickled(path: Path) -> Any:

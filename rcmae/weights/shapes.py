@@ -136,6 +136,32 @@ def whole_network(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, 
     return {**own, **found}
 
 
+def only_known(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's weights for a network to pretrain; position tables and what only other parts
+    have are left.
+
+    Raises:
+        Refused: they are not all there in its shapes, or there are some that no network here has;
+            everything at once.
+    """
+    own = model.state_dict()
+    extra = ("head.", "fc_norm.", *PUBLISHED["head"], *PUBLISHED["decoder"], "encoder_to_decoder.")
+    found = {
+        name: value
+        for name, value in weights.items()
+        if not name.endswith("pos_embed") and not name.startswith(extra)
+    }
+    wanted = {
+        name: value
+        for name, value in own.items()
+        if in_encoder(name) and not name.endswith("pos_embed")
+    }
+    problems = _differences(_shapes(found), _shapes(wanted), differ="has other shapes of")
+    if problems:
+        raise Refused("; ".join(problems))
+    return found
+
+
 def in_encoder(name: str) -> bool:
     """Whether a weight or table, by its published name, is the encoder's."""
     return name.startswith(PUBLISHED["encoder"])
