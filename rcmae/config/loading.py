@@ -10,6 +10,7 @@ import pydantic
 
 from rcmae import plugins
 from rcmae.config.checks import contradictions
+from rcmae.config.limits import limit_problems
 from rcmae.config.objective import (
     CLASSIFYING,
     TASKS_OWN,
@@ -23,6 +24,9 @@ from rcmae.config.sections import RECIPES
 from rcmae.config.trees import tree_of
 from rcmae.errors import Refused, did_you_mean
 
+_SHOWN = 2000  # characters of a problem
+_DEEPEST = 16  # sections of a key
+
 
 def recipe_path(name: str) -> Path:
     """The file of a recipe given by path or by the name of a shipped one.
@@ -30,7 +34,7 @@ def recipe_path(name: str) -> Path:
     Raises:
         ValueError: there is no such file, with the shipped names.
     """
-    for candidate in (Path(name), RECIPES / f"{name}.yaml"):
+    for candidate in (Path(name).expanduser(), RECIPES / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
     shipped = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -74,10 +78,16 @@ def load(
     recipe, more = _parse(tree, objectives or shipped())
     problems += more
     if recipe is not None:
-        problems += contradictions(recipe)
+        problems += limit_problems(recipe) or contradictions(recipe)
     if problems or recipe is None:
-        raise Refused(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise Refused(f"{path}:\n" + "\n".join(f"  {_short(problem)}" for problem in problems))
     return recipe
+
+
+def _short(problem: str) -> str:
+    """A problem that a terminal can show: values may be of any length."""
+    half = _SHOWN // 2
+    return problem if len(problem) <= _SHOWN else f"{problem[:half]} ... {problem[-half:]}"
 
 
 def name_run(tree: dict[str, Any], stem: str) -> None:
@@ -137,6 +147,9 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
         *sections, last = key.split(".")
         if not equals or not last:
             problems.append(f"{item!r} is no key=value")
+            continue
+        if len(sections) > _DEEPEST:
+            problems.append(f"{key!r}: a key of {len(sections)} sections; there is none so deep")
             continue
         try:
             value = tree_of(text)

@@ -5,14 +5,16 @@ A field belongs to one owner; components are built from values, never from the r
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path: ~ is the user's home
 Positive = Annotated[int, Strict(), Field(ge=1)]  # strict: not true, nor "8"
 Natural = Annotated[int, Strict(), Field(ge=0)]
 
@@ -82,7 +84,7 @@ class EngineOptions(Section):
     """What moves the weights, and how they are computed with."""
 
     name: Literal["local", "deepspeed", "fsdp2"] = "local"
-    config: str | None = None  # DeepSpeed's JSON: a path, or the name of one in ds_configs/
+    config: Place | None = None  # DeepSpeed's JSON: a path, or the name of one in ds_configs/
     # auto: bf16 where every rank's device multiplies it in hardware (CUDA capability 8.0 or above;
     # CPUs with AVX512-BF16 or AMX), else fp32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -110,9 +112,9 @@ class DataOptions(Section):
     # ...} for a mixture.
     shards: str | list[str] | list[WeightedShards] = Field(default_factory=list)
     # a folder with the index of these shards, where it does not lie beside them
-    index: str | None = None
+    index: Place | None = None
     # for shards from elsewhere, on each node's disk; None: of this user, in $TMPDIR
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     # its limit, 10^9 bytes, over all jobs that use it
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
     # of a request for 8 MiB of a shard from elsewhere
@@ -184,9 +186,9 @@ class CheckpointOptions(Section):
     every_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Positive = 2  # newest ones; two stay at least
     keep_every: Positive | None = None  # one of every so many steps stays for good
-    resume: str = "auto"  # auto | never | must | a checkpoint's folder, to start a new run from
+    resume: Place = "auto"  # auto | never | must | a checkpoint's folder, to start a new run from
     # a new pretraining starts from these weights: a run, a checkpoint or a file of any family
-    init: str | None = None
+    init: Place | None = None
     # fresh: the encoder alone is taken from there, the decoder is drawn anew
     init_decoder: Literal["file", "fresh"] = "file"
     background: bool = True  # write while training goes on
@@ -233,11 +235,11 @@ class ClassifyOptions(Section):
     """
 
     # a run's or a checkpoint's folder, or a file of weights; None: weights of run.seed
-    init: str | None = None
+    init: Place | None = None
     # whose weights; None: the teacher's where there is one
     network: Literal["student", "teacher"] | None = None
     num_classes: Positive | None = None  # None: one more than the largest label of data.shards
-    class_names: str | None = None  # a text file, a name a line, for tables and pictures
+    class_names: Place | None = None  # a text file, a name a line, for tables and pictures
     pool: Literal["cls", "mean"] = "mean"
     depth: Positive | None = None  # of a probe: features after this block; None: after the last
     rule: Literal["adamw", "lars", "sgd"] = "adamw"
@@ -266,7 +268,7 @@ class LogOptions(Section):
 class RunOptions(Section):
     """Where the run lives."""
 
-    dir: str | None = None  # default: runs/<name>
+    dir: Place | None = None  # default: runs/<name>
     name: str | None = None  # default: the recipe's
     seed: Natural = 0  # initial weights and stochastic rounding
     stop_after_steps: Positive | None = None  # this many steps in this job, then commit and exit 75

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,10 @@ from rcmae.data.workers import end_with_owner, fork_server
 
 LOSSES_IN_A_ROW = 3  # without a read in between; then there is no use in another
 LOSSES = 50  # of a job
+_SHARED = Path("/dev/shm")
+_BATCHES = 3  # of a worker at a time: two ready, one in the making
+_LONGEST_SOCKET = 107  # bytes of its path
+_SOCKET = "/pymp-xxxxxxxx/listener-xxxxxxxx"  # as multiprocessing makes it, in its folder
 _SEEN_WITHIN_S = 1.0  # a process that was killed shows it by then
 
 
@@ -136,6 +143,37 @@ def _fate(pid: int | None, exitcode: int | None) -> str:
     elif exitcode == 255:  # nobody is left to tell
         how = "was lost with its fork server"
     return f"data worker {pid} {how}"
+
+
+def workers_amiss(workers: int, ranks: int, batch_bytes: int) -> str | None:
+    """Why this node cannot have the workers of its ranks, with the way out; None if it can.
+
+    Args:
+        workers: of each rank.
+        ranks: of this node.
+        batch_bytes: of a micro-batch, which travels in shared memory.
+    """
+    if not workers:
+        return None
+    try:
+        place = tempfile.gettempdir()
+    except OSError as error:
+        return f"no temporary folder can be written for the data workers' sockets ({error})"
+    if len(os.fsencode(place)) + len(_SOCKET) > _LONGEST_SOCKET:
+        return (
+            f"TMPDIR={place} has {len(os.fsencode(place))} characters, and the data workers' "
+            f"sockets allow {_LONGEST_SOCKET - len(_SOCKET)}: export a shorter TMPDIR, such as "
+            "/tmp, or set data.workers=0"
+        )
+    needed = ranks * workers * _BATCHES * batch_bytes
+    free = shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else needed
+    if free < needed:
+        return (
+            f"{_SHARED} has {free / 1e6:.3g} MB of shared memory free, data.workers={workers} need "
+            f"{needed / 1e6:.3g}: start the container with more (--shm-size, --ipc=host), lower "
+            "data.workers or batch.per_device, or set data.workers=0"
+        )
+    return None
 
 
 def loader(

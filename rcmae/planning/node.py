@@ -27,6 +27,7 @@ from rcmae import __version__, config, dist
 from rcmae.config import Recipe
 from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
+from rcmae.data.loading import workers_amiss
 from rcmae.errors import Refused
 from rcmae.files import flush_folder
 from rcmae.models import kernels
@@ -275,7 +276,7 @@ def check_caches(
     for variable, folder in folders.items():
         yield _cache(variable, folder)
     if recipe is not None:
-        yield from _shared_memory(recipe, local_world)
+        yield from _workers(recipe, local_world)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < OPEN_FILES:
         ways = f"ulimit -n {min(hard, 65536)} in the job"
@@ -295,23 +296,14 @@ def _cache(variable: str, folder: Path) -> Finding:
     return Finding("caches", colour, f"{folder}: {free / GIB:.2f} GiB are free", ways)
 
 
-def _shared_memory(recipe: Recipe, local_world: int) -> Iterator[Finding]:
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or not recipe.data.workers:
-        return
+def _workers(recipe: Recipe, local_world: int) -> Iterator[Finding]:
     height, width = recipe.model.image_hw
     images = recipe.batch.per_device or max(1, recipe.batch.images // max(dist.world(), 1))
     each = images * recipe.model.in_channels * height * width  # a micro-batch travels as uint8
-    needed = local_world * recipe.data.workers * 3 * each  # two ready, one in the making
-    free = shutil.disk_usage(shared).free
-    if free < needed:
-        yield Finding(
-            "shared memory",
-            "red",
-            f"/dev/shm has {free / GIB:.1f} GiB free, workers need {needed / GIB:.1f}",
-            "start the container with more (--shm-size, --ipc=host), or lower data.workers or "
-            "batch.per_device",
-        )
+    amiss = workers_amiss(recipe.data.workers, local_world, each)
+    if amiss:
+        told, _, ways = amiss.partition(": ")
+        yield Finding("data workers", "red", told, ways)
 
 
 def checkpoints_bytes(recipe: Recipe) -> float:

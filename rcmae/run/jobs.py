@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from rcmae import config, launchers
 from rcmae.config import Recipe
+from rcmae.config.trees import tree_of
 from rcmae.errors import Refused
 from rcmae.files import json_lines
 
@@ -303,8 +302,8 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
         Refused: the file is no sweep; says what one looks like.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = tree_of(path.read_text())
+    except (OSError, UnicodeDecodeError, Refused) as error:
         raise Refused(f"{path} cannot be read: {error}") from error
     known = {"recipe", "dir", "set", "runs"}
     is_sweep = isinstance(tree, dict) and {"recipe", "runs"} <= tree.keys() <= known
@@ -321,10 +320,24 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
             raise Refused(
                 f"{path}: the run {name!r} names a folder; use letters, digits and . _ = + -"
             )
-        values = {**(tree.get("set") or {}), **(keys or {}), "run.dir": f"{folder}/{name}"}
-        overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        given = [tree.get("set") or {}, keys or {}]
+        if not all(isinstance(each, dict) for each in given):
+            raise Refused(f"{path}: 'set' and the run {name!r} have keys, got {given}")
+        values = {**given[0], **given[1], "run.dir": f"{folder}/{name}"}
+        overrides = [_override(path, str(name), key, value) for key, value in values.items()]
         runs[str(name)] = [str(tree["recipe"]), *overrides]
     return runs
+
+
+def _override(path: Path, name: str, key: object, value: object) -> str:
+    """A key of a sweep's run as the command line has it. Raises Refused."""
+    try:
+        return f"{key}={json.dumps(value)}"
+    except (TypeError, ValueError) as error:  # YAML knows dates, bytes and sets
+        raise Refused(
+            f"{path}: the run {name!r} has {key}: {str(value)[:100]}, which is no number or text "
+            f"({type(value).__name__}); put it in quotes"
+        ) from error
 
 
 def recipe_of_template(text: str) -> str | None:

@@ -216,8 +216,8 @@ def node_problems(sight: Sight) -> list[str]:
         more = f"; and {len(view.shards) - NAMED} more" if len(view.shards) > NAMED else ""
         if view.shards:
             problems.append(f"{place} does not see the shards of rank 0: {shown}{more}")
-        if view.cache:
-            problems.append(view.cache if sight.world == 1 else f"{place}: {view.cache}")
+        for told in filter(None, (view.cache, view.workers)):
+            problems.append(told if sight.world == 1 else f"{place}: {told}")
     return problems
 
 

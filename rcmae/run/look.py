@@ -21,6 +21,7 @@ from rcmae import checkpoint, config, cores, dist, waits
 from rcmae.config import Recipe
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
+from rcmae.data.loading import workers_amiss
 from rcmae.data.patterns import Patterns
 from rcmae.data.sources import is_remote, redacted
 from rcmae.data.sources import patience as patience_of
@@ -58,6 +59,7 @@ class View(NamedTuple):
         str, ...
     ]  # shards that its node sees otherwise than rank 0; one rank a node looks
     cache: str | None  # why its node's cache for remote shards cannot be used
+    workers: str | None = None  # why its node cannot have its ranks' data workers
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,7 @@ def view_of(facts: Facts, command: Command) -> View:
         local_world=dist.ranks_of_node(),
         shards=tuple(shards_amiss(facts.data)) if looks else (),
         cache=cache_amiss(facts) if looks else None,
+        workers=processes_amiss(facts.recipe) if looks else None,
     )
 
 
@@ -305,6 +308,14 @@ def cache_of(recipe: Recipe, data: Data) -> Cache | None:
     indexes = [index for index in (data.train, *data.sets) if index is not None]
     options = recipe.data
     return node_cache(indexes, options.cache_dir, options.cache_gb, patience_of(recipe))
+
+
+def processes_amiss(recipe: Recipe) -> str | None:
+    """Why this node cannot have the data workers of its ranks, if it cannot."""
+    height, width = recipe.model.image_hw
+    images = recipe.batch.per_device or max(1, recipe.batch.images // dist.world())
+    batch_bytes = images * recipe.model.in_channels * height * width  # uint8
+    return workers_amiss(recipe.data.workers, dist.ranks_of_node(), batch_bytes)
 
 
 def cache_amiss(facts: Facts) -> str | None:

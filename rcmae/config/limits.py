@@ -1,0 +1,70 @@
+"""Numbers of a recipe that no training could work with, found before anything does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from rcmae.config.recipe import Recipe
+
+_LARGEST_SEED = 2**64 - 1
+_LARGEST = 2**53  # a count; every language and file reads it as it is
+_LARGEST_FLOAT = 1e15
+_LARGEST_TIME = 1e8  # three years of seconds: clocks and sockets take no more
+_LAST_POSITION = 2**62  # of a sample, over all epochs
+# of a number that says "never" by being infinite
+_ENDLESS = ("data.decode_margin",)
+
+
+def limit_problems(recipe: Recipe) -> list[str]:
+    """Lines `key: what is wrong` for each number beyond its limits."""
+    problems = [
+        f"{key}: {problem}, got {_short(value)}"
+        for key, value in _numbers(recipe.model_dump(), "")
+        if (problem := _problem(key, value))
+    ]
+    steps = recipe.schedule.steps
+    if not problems and steps is not None and steps * recipe.batch.images > _LAST_POSITION:
+        problems.append(
+            f"schedule.steps={steps} of batch.images={recipe.batch.images} are more than 2^62 "
+            "samples; give fewer"
+        )
+    return problems
+
+
+def _numbers(tree: Any, key: str) -> Iterator[tuple[str, int | float]]:
+    """Each number with its key; of a list all have the list's."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _numbers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _numbers(value, key)
+    elif isinstance(tree, int | float) and not isinstance(tree, bool):
+        yield key, tree
+
+
+def _problem(key: str, value: int | float) -> str | None:
+    if isinstance(value, float):
+        if math.isnan(value) or (math.isinf(value) and key not in _ENDLESS):
+            return "wants a finite number"
+        if abs(value) > _LARGEST_FLOAT and key not in _ENDLESS:
+            return "wants less than 10^15"
+    elif key.endswith("seed"):
+        return "wants less than 2^64" if value > _LARGEST_SEED else None
+    elif abs(value) > _LARGEST:
+        return "wants at most 2^53"
+    if key.endswith("_s") and value > _LARGEST_TIME:
+        return "wants at most 10^8 seconds"
+    if key in ("data.cache_gb", "schedule.epochs", "checkpoint.every_minutes") and value > 1e9:
+        return "wants at most 10^9"
+    return None
+
+
+def _short(value: int | float) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        text = hex(value) if isinstance(value, int) else "a number"
+    return text if len(text) <= 40 else f"{text[:37]}... ({len(text)} digits)"

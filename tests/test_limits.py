@@ -1,0 +1,125 @@
+"""What no training could work with is refused at once, by its key; paths know the user's home."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import pytest
+
+from rcmae import config
+from rcmae.config import Recipe
+from rcmae.data import loading
+from rcmae.errors import Refused
+from rcmae.run import jobs
+
+
+def load(*overrides: str) -> Recipe:
+    return config.load("quickstart", [f"data.shards={os.devnull}", *overrides])
+
+
+def numbers() -> Iterator[tuple[str, bool]]:
+    """Each key of a recipe that is one number, and whether it is whole."""
+    for section, field in Recipe.model_fields.items():
+        if section in ("objective", "task"):
+            continue
+        for key, each in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            kinds = {kind for kind in (each.annotation, *_inner(each.annotation)) if kind}
+            if kinds & {int, float} and not kinds & {str, bool, list, tuple}:
+                yield f"{section}.{key}", int in kinds
+
+
+def _inner(kind: Any) -> Iterator[Any]:
+    for each in get_args(kind):
+        yield each
+        yield from _inner(each)
+
+
+NUMBERS = dict(numbers())
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_at_its_limits_is_refused_by_its_key(key: str) -> None:
+    assert len(NUMBERS) > 50
+    values = [str(10**26), "1" + "0" * 5000]
+    if not NUMBERS[key]:
+        values = [".inf", "-.inf", ".nan", "1.0e+300", str(10**26)]
+    for value in values:
+        if key == "data.decode_margin" and value[0] in ".1" and value != ".nan":
+            continue  # never
+        with pytest.raises(Refused, match=re.escape(key)) as caught:
+            load(f"{key}={value}")
+        assert len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.std=[.inf,1,1]", "data.std"),
+        ("run.name=2024-01-01", "run.name"),
+        ("data.shards=" + "[" * 5000, "data.shards"),
+        ("data.shards=" + "[" * 20000 + "]" * 20000, "data.shards"),
+        ("data." + "x" * 70_000 + "=1", "unknown key"),
+        ("x" * 70_000 + "=1", "unknown key"),
+        ("a." * 5000 + "b=1", "sections"),
+    ],
+)
+def test_odd_values_are_refused_by_their_key(override: str, named: str) -> None:
+    with pytest.raises(Refused, match=named) as caught:
+        load(override)
+    assert len(str(caught.value)) < 5000
+
+
+def test_a_training_has_a_last_position() -> None:
+    with pytest.raises(Refused, match=r"schedule\.steps=9007199254740991 of batch\.images=4096"):
+        load("schedule.steps=9007199254740991", "schedule.epochs=null", "batch.images=4096")
+
+
+def test_a_sweep_says_which_value_is_no_text_or_number(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("recipe: quickstart\nruns:\n  a: {run.name: 2024-01-01}\n")
+    with pytest.raises(Refused, match=r"the run 'a' has run.name: 2024-01-01.*\(date\).*quotes"):
+        jobs.read_sweep(path)
+    path.write_text("recipe: quickstart\nset: [1]\nruns:\n  a: {run.seed: 1}\n")
+    with pytest.raises(Refused, match="'set' and the run 'a' have keys"):
+        jobs.read_sweep(path)
+
+
+PATHS = ("run.dir", "data.index", "data.cache_dir", "checkpoint.resume", "checkpoint.init")
+PATHS += ("classify.init", "classify.class_names")
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_may_begin_with_the_home(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/the/home")
+    section, name = key.split(".")
+    assert getattr(getattr(load(f"{key}=~/x"), section), name) == "/the/home/x"
+
+
+def test_deepspeeds_file_may_begin_with_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/the/home")
+    recipe = load("engine.name=deepspeed", "engine.config=~/x.json")
+    assert recipe.engine.config == "/the/home/x.json"
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+def test_a_node_that_cannot_have_workers_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/tmp")
+    assert loading.workers_amiss(2, 1, 10**5) is None
+    told = loading.workers_amiss(2, 2, 10**5)
+    assert told is not None
+    assert re.search(r"/dev/shm has 1 MB .* data.workers=2 need 1.2: .*--shm-size", told)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/" + "x" * 75)
+    told = loading.workers_amiss(1, 1, 0)
+    assert told is not None
+    assert "export a shorter TMPDIR" in told
+    assert loading.workers_amiss(0, 1, 0) is None
