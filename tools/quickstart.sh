@@ -25,7 +25,8 @@ interrupted=""
 trap 'interrupted=1' INT TERM
 status=75
 while [ "$status" = 75 ] && [ -z "$interrupted" ]; do
-    command=(deepspeed --log_level error --num_gpus "$ranks" --master_port "$(python -c '
+    # its launcher calls a stop on request an error; what ranks say comes through in any case
+    command=(deepspeed --log_level critical --num_gpus "$ranks" --master_port "$(python -c '
 import socket
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))

@@ -21,13 +21,20 @@ new_enough .venv/bin/python || stop ".venv has $(.venv/bin/python --version); re
 # installed WHAT FILE...: whether the environment has what these files say, as last stamped
 installed() { [ "$(cat ".venv/$1.sha256" 2> /dev/null)" = "$(cat "${@:2}" | sha256sum)" ]; }
 stamp() { cat "${@:2}" | sha256sum > ".venv/$1.sha256"; }
+# Of pip's many lines: what it downloads, counted, and whatever goes wrong.
+how_far() {
+    awk '/^Collecting / { printf "  %d: %s\n", ++count, $2; fflush() }
+         /^ *Downloading .* MB\)/ { print "     downloading", $2, $3, $4; fflush() }
+         /^Installing collected packages/ { print "  unpacking " split($0, _, ",") " packages"; fflush() }
+         /^(ERROR|error|WARNING|  error)|No space left|[Tt]imed out/ { print; fflush() }'
+}
 into_venv() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 if installed requirements requirements.txt; then
     say "requirements.txt is installed in .venv"
 else
-    say "installing requirements.txt into .venv (a minute or more)"
-    into_venv install -qq -r requirements.txt \
+    say "installing requirements.txt into .venv: about a hundred packages, a minute or more"
+    (set -o pipefail; into_venv install --progress-bar off -r requirements.txt 2>&1 | how_far) \
         || stop "pip could not install requirements.txt (see above); the same command tries again"
     stamp requirements requirements.txt
 fi

@@ -35,6 +35,7 @@ class Evaluation:
         self.last: Evaluated | None = None  # for the summary
         self.last_step = -1  # of it
         self.longest_s = 0.0
+        self._drew = False  # in this job
         self._task = task
         self._context = context
         self._batches = batches
@@ -96,8 +97,12 @@ class Evaluation:
         picture = self._task.picture(context, self._batches.ready(first))
         if picture is not None and dist.rank() == 0:
             step = self._progress.step
+            path = context.recipe.run_dir / "pictures" / f"step-{step:08d}.png"
             with self._instruments.log.sparing("pictures"):
-                save_png(picture, context.recipe.run_dir / "pictures" / f"step-{step:08d}.png")
+                save_png(picture, path)
+                if not self._drew:
+                    self._instruments.log.say(f"a picture of step {step}, the first: {path}")
+                self._drew = True
             self._instruments.log.picture("reconstruction", picture, step)
 
     def _pause(self) -> None:
