@@ -34,6 +34,7 @@ COMMANDS = {
     "checkpoint": Command("checkpoint", "list, show, verify, diff and prune checkpoints"),
     "export": Command("export", "write a run's weights to a file that others read"),
     "convert": Command("convert", "turn weights of one family into those of another"),
+    "embed": Command("evaluation.embed", "write the features of images to a table"),
     "probes": Command("evaluation.probes", "tell what the features know, in minutes"),
     "visualize": Command(
         "evaluation.visualize", "draw reconstructions, attention, features and filters"
