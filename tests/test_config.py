@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from rcmae import config
 from rcmae.commands import training
+from rcmae.errors import Refused
 from rcmae.models.sizes import ARCHITECTURES
 from rcmae.tasks.registry import task_of
 
@@ -105,12 +106,12 @@ def test_unknown_keys_and_wrong_types_are_named_with_the_way_out(recipe, wrong, 
     ("wrong", "line"),
     [
         (
-            "schedule.epochs=3",
+            "schedule={epochs: 3, steps: 9, lr: 1}",
             "schedule: give exactly one of epochs and steps, got epochs and steps; schedule.epo",
         ),
         ("schedule.steps=null", "schedule: give exactly one of epochs and steps, got neither"),
         (
-            "schedule.base_lr=1.5e-4",
+            "schedule={steps: 9, base_lr: 1, lr: 1}",
             "schedule: give exactly one of base_lr and lr, got base_lr and lr",
         ),
         ("schedule.lr=null", "schedule: give exactly one of base_lr and lr, got neither"),
@@ -204,9 +205,8 @@ def test_every_problem_is_in_the_one_message(recipe):
         "unknown key 'mask_ration' in objective",
         "unknown key 'nothing'",
     ]
-    contradictions = refused(
-        recipe(), "schedule.epochs=3", "schedule.base_lr=1", "data.shards=[]", "engine.config=x"
-    )
+    twice = "schedule={steps: 9, epochs: 3, lr: 1, base_lr: 1}"
+    contradictions = refused(recipe(), twice, "data.shards=[]", "engine.config=x")
     assert len(contradictions) == 4
 
 
@@ -579,3 +579,71 @@ def test_a_run_from_before_a_key_was_there_goes_on(recipe):
     assert config.differences(
         config.load(recipe(), ["model.qkv_bias=qv"]).model_dump(mode="json"), old
     )
+
+
+def test_what_the_command_line_sets_takes_the_place_of_the_recipes_other_key():
+    shards = "data.shards=x.tar"
+    recipe = config.load(
+        "rcmae_vit_b_16", [shards, "schedule.steps=400", "schedule.lr=1e-3", "engine.name=local"]
+    )
+    schedule = recipe.schedule
+    assert (schedule.epochs, schedule.steps) == (None, 400)
+    assert (schedule.base_lr, schedule.lr) == (None, 1e-3)
+    assert (schedule.warmup_epochs, schedule.warmup_steps) == (None, 10), "40 of 1600 epochs"
+    assert recipe.engine.config is None
+    assert config.load("rcmae_vit_b_16", [shards, "schedule.warmup_steps=7"]).schedule == (
+        config.load(
+            "rcmae_vit_b_16", [shards, "schedule.warmup_epochs=null", "schedule.warmup_steps=7"]
+        ).schedule
+    )
+    epochs = config.load("quickstart", ["schedule.epochs=20", "schedule.base_lr=1e-4"]).schedule
+    assert (epochs.steps, epochs.lr, epochs.warmup_steps, epochs.warmup_epochs) == (
+        None,
+        None,
+        None,
+        2.0,
+    )
+    # said in full, as it had to be once: the same training as then
+    full = ["schedule.epochs=null", "schedule.steps=400000"]
+    assert config.load("rcmae_vit_b_16", [shards, *full]).schedule.warmup_epochs == 40
+
+
+def test_two_of_a_pair_on_one_command_line_are_refused():
+    with pytest.raises(Refused, match="give exactly one of epochs and steps, got epochs and steps"):
+        config.load("quickstart", ["schedule.epochs=2", "schedule.steps=3"])
+    with pytest.raises(Refused, match=r"is DeepSpeed's, but engine\.name=local"):
+        config.load("quickstart", ["engine.name=local", "engine.config=zero2.json"])
+
+
+def test_0_means_never_for_all_that_is_done_every_so_many_steps():
+    keys = ("evaluate.every_steps", "evaluate.picture_every_steps", "checkpoint.every_steps")
+    keys += ("checkpoint.keep_every", "log.every_steps")
+    recipe = config.load("quickstart", [f"{key}=0" for key in keys])
+    for key in keys:
+        section, _, name = key.partition(".")
+        assert getattr(getattr(recipe, section), name) is None, key
+    with pytest.raises(Refused, match=r"log\.every_steps"):
+        config.load("quickstart", ["log.every_steps=-1"])
+    with pytest.raises(Refused, match=r"log\.every_steps"):
+        config.load("quickstart", ["log.every_steps=false"])
+
+
+def test_a_mistyped_recipe_is_told_the_near_ones():
+    with pytest.raises(Refused, match="did you mean 'quickstart'"):
+        config.load("quickstrat")
+    with pytest.raises(Refused, match="'rcmae_vit_b_16'"):
+        config.load("rcmae_vit_b16")
+    with pytest.raises(Refused, match="the shipped ones are"):
+        config.load("nothing-like-it.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "hidden"),
+    [("train", "quickstart", "probe_"), ("probe", "probe_rcmae_vit_b_16", "quickstart")],
+)
+def test_help_lists_the_recipes_of_a_command(name, shown, hidden, capsys):
+    with pytest.raises(SystemExit):
+        training.parse(["--help"], f"rcmae {name}")
+    listed = capsys.readouterr().out.partition("shipped recipes")[2]
+    assert shown in listed
+    assert hidden not in listed

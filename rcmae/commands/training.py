@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from rcmae.run.command import Command
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 ABOUT = {
     "train": "Pretrain by a recipe: masked autoencoding, with a teacher where the objective has "
     "one.",
@@ -50,6 +53,20 @@ def _run(name: str, task: str, arguments: Sequence[str] | None) -> int:
     return run(arguments, task, prog=f"rcmae {name}")
 
 
+def shipped(name: str) -> str:
+    """The shipped recipes of a command, by their names."""
+    tasks = ("finetune", "probe")
+    names = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
+    if name in tasks:
+        mine = [each for each in names if each.startswith(name)]
+    else:
+        mine = [each for each in names if not each.startswith(tasks)]
+    text = textwrap.fill(", ".join(mine), 96, initial_indent="  ", subsequent_indent="  ")
+    return (
+        f"shipped recipes (`rcmae recipe NAME` shows one, `rcmae recipe --keys` every key):\n{text}"
+    )
+
+
 def parse(arguments: Sequence[str] | None, prog: str) -> Command:
     """Recipe, overrides and options of a command line; takes what launchers add.
 
@@ -61,6 +78,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> Command:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=HELP.format(name=name, about=ABOUT[name]),
+        epilog=shipped(name),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pydantic
 
 from rcmae import plugins
+from rcmae.config.alternatives import give_way
 from rcmae.config.checks import contradictions
 from rcmae.config.limits import limit_problems
 from rcmae.config.objective import (
@@ -37,10 +39,18 @@ def recipe_path(name: str) -> Path:
     for candidate in (Path(name).expanduser(), RECIPES / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
-    shipped = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise Refused(
-        f"no recipe {name!r}: it is no file, and the shipped ones are {', '.join(shipped)}"
-    )
+    shipped = recipe_names()
+    close = difflib.get_close_matches(name, shipped, n=3, cutoff=0.75)
+    if close:
+        hint = f"did you mean {' or '.join(map(repr, close))}? `rcmae recipe` lists all"
+    else:
+        hint = f"the shipped ones are {', '.join(shipped)}"
+    raise Refused(f"no recipe {name!r}: it is no file, and {hint}")
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load(
@@ -71,6 +81,7 @@ def load(
     if not isinstance(tree, dict):
         raise Refused(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
     problems = _override(tree, overrides)
+    give_way(tree, {item.partition("=")[0] for item in overrides})
     if any(item.startswith("task.name=") for item in overrides):
         drop_objective(tree, overrides)
     problems += name_task(tree, task)

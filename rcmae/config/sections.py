@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -17,6 +17,15 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path: ~ is the user's home
 Positive = Annotated[int, Strict(), Field(ge=1)]  # strict: not true, nor "8"
 Natural = Annotated[int, Strict(), Field(ge=0)]
+
+
+def _never(value: Any) -> Any:
+    """0 as None."""
+    return None if type(value) is int and value == 0 else value
+
+
+# every so many steps; None, or 0 in a recipe: never
+Often = Annotated[Positive | None, BeforeValidator(_never)]
 
 
 class Section(BaseModel):
@@ -182,10 +191,10 @@ class ScheduleOptions(Section):
 class CheckpointOptions(Section):
     """When the run is committed, and from what it goes on."""
 
-    every_steps: Positive | None = 1000
+    every_steps: Often = 1000
     every_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: Positive = 2  # newest ones; two stay at least
-    keep_every: Positive | None = None  # one of every so many steps stays for good
+    keep_every: Often = None  # one of every so many steps stays for good
     resume: Place = "auto"  # auto | never | must | a checkpoint's folder, to start a new run from
     # a new pretraining starts from these weights: a run, a checkpoint or a file of any family
     init: Place | None = None
@@ -215,7 +224,7 @@ class GuardOptions(Section):
 class EvaluateOptions(Section):
     """k-NN on labelled shards and a reconstruction picture, while training."""
 
-    every_steps: Positive | None = None
+    every_steps: Often = None
     train_shards: str | list[str] = Field(default_factory=list)
     test_shards: str | list[str] = Field(default_factory=list)
     k: list[Positive] = [20]
@@ -224,7 +233,7 @@ class EvaluateOptions(Section):
     logistic: bool = False
     pool: Literal["cls", "mean"] = "mean"
     batch: Positive = 128
-    picture_every_steps: Positive | None = None
+    picture_every_steps: Often = None
     picture_images: Positive = 4
 
 
@@ -261,7 +270,7 @@ class ClassifyOptions(Section):
 class LogOptions(Section):
     """What is written while training."""
 
-    every_steps: Positive = 20
+    every_steps: Often = 20
     tensorboard: bool = True
 
 
