@@ -21,6 +21,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,6 +34,7 @@ from rcmae.commands.follow import Asked, parse
 from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
+from rcmae.data.sets import labelled, refuse_meeting
 from rcmae.data.sources import patience
 from rcmae.data.stream import refuse_unlabelled
 from rcmae.data.transforms import Normalise
@@ -142,6 +144,13 @@ def open_sets(recipe: Recipe, task: Task) -> Sets:
     for each, index in zip(wanted, opened, strict=True):
         if each.labelled:
             refuse_unlabelled(index)
+    sets = [
+        labelled(each.key, index, patience(recipe))
+        for each, index in zip(wanted, opened, strict=True)
+        if each.labelled
+    ]
+    for train, test in pairwise(sets):
+        refuse_meeting(train, test)
     cache = node_cache(opened, recipe.data.cache_dir, recipe.data.cache_gb, patience(recipe))
     return Sets(opened, cache)
 

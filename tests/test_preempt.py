@@ -60,7 +60,8 @@ def test_a_signal_during_an_evaluation_commits_its_step_after_it(
 ) -> None:
     evaluated = [
         "evaluate.every_steps=4",
-        *(f"evaluate.{each}_shards={photo_shards}" for each in ("train", "test")),
+        f"evaluate.train_shards={photo_shards.replace('000005', '000004')}",
+        f"evaluate.test_shards={photo_shards}",
     ]
     rows = pretrain.knn_rows
 
@@ -93,7 +94,8 @@ def test_a_signal_ends_an_evaluation_which_the_next_job_makes(
 ) -> None:
     evaluated = [
         f"evaluate.every_steps={step}",
-        *(f"evaluate.{each}_shards={photo_shards}" for each in ("train", "test")),
+        f"evaluate.train_shards={photo_shards.replace('000005', '000004')}",
+        f"evaluate.test_shards={photo_shards}",
     ]
     reading = protocol.labelled_batches
 
@@ -120,7 +122,8 @@ def test_a_signal_ends_an_evaluation_which_the_next_job_makes(
 def test_evaluate_only_judges_the_newest_checkpoint_and_trains_nothing(
     tiny: Path, photo_shards: str, folder: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shards = [f"evaluate.{each}_shards={photo_shards}" for each in ("train", "test")]
+    fewer = photo_shards.replace("000005", "000004")
+    shards = [f"evaluate.train_shards={fewer}", f"evaluate.test_shards={photo_shards}"]
     assert start(tiny, folder.path, "run.stop_after_steps=6") == 75
     before = (folder.committed(), folder.outcome(), folder.steps())
     assert start(tiny, folder.path, *shards, "--evaluate-only") == 2

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -121,12 +122,21 @@ def sets_named(
 
 
 def named_twice(paths: Sequence[str]) -> list[str]:
-    """A line for each shard that is named more than once."""
-    times = Counter(map(sources.identity, paths))
-    named = {sources.identity(path): path for path in paths}
+    """A line for each shard that is named more than once, also by links."""
+    folder_of = cache(os.path.realpath)
+    met: dict[str, str] = {}
+    times: Counter[str] = Counter()
+    for path in paths:
+        one = sources.identity(path)
+        if not sources.is_remote(path):
+            head, tail = os.path.split(one)
+            one = os.path.join(folder_of(head), tail)
+            one = os.path.realpath(one) if os.path.islink(one) else one
+        times[one] += 1
+        met.setdefault(one, path)
     return [
-        f"{sources.redacted(named[path])}: is named {count} times"
-        for path, count in times.items()
+        f"{sources.redacted(met[one])}: is named {count} times"
+        for one, count in times.items()
         if count > 1
     ]
 

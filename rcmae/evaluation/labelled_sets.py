@@ -4,7 +4,7 @@ classifier's classes a set has."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,16 @@ import torch
 import yaml
 
 from rcmae.data.batch import Batch
+from rcmae.data.index import ShardIndex
+from rcmae.data.sets import (
+    CLASSES,
+    ClassList,
+    class_lists,
+    class_problems,
+    labelled,
+    moved,
+    unlike,
+)
 from rcmae.errors import Refused
 
 
@@ -57,6 +67,37 @@ def sets_of(given: Sequence[str], names: Sequence[str]) -> list[LabelledSet]:
     if problems:
         raise Refused("\n".join(problems))
     return found
+
+
+def refuse_other_classes(
+    sets: Sequence[LabelledSet], indexes: Mapping[str, ShardIndex], of: ClassList | None
+) -> None:
+    """Compare the classes that lie beside the shards of sets with the classifier's.
+
+    Args:
+        sets: that it is judged on.
+        indexes: theirs, by name.
+        of: the classifier's classes; None: not known, the sets are compared among themselves.
+
+    Raises:
+        Refused: a label is another class there, of each set the first.
+    """
+    own = [labelled(each.name, indexes[each.name]) for each in sets if not each.listed]
+    problems = [] if of is not None else class_problems(own)
+    for each in sets if of is not None else ():
+        for beside in class_lists(indexes[each.name]):
+            assert of is not None
+            mine = of
+            if each.listed and each.classes is not None:
+                # its label is a place in a list of the classifier's classes
+                names = tuple(of.names[at] for at in each.classes if at < len(of.names))
+                mine = ClassList(f"{of.where}, of the classes of {each.name},", names)
+            same_words = Path(of.where).name == CLASSES
+            if told := (unlike if same_words else moved)(mine, beside):
+                problems.append(f"{each.name} has other classes than the classifier: {told}")
+                break
+    if problems:
+        raise Refused("\n".join(problems))
 
 
 def set_of(name: str, about: Any, folder: Path, names: Sequence[str]) -> LabelledSet:

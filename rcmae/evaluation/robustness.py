@@ -13,11 +13,17 @@ from typing import Any, NamedTuple
 from rcmae import dist
 from rcmae.data.cache import node_cache
 from rcmae.data.index import ShardIndex
+from rcmae.data.sets import ClassList
 from rcmae.data.stream import Readers, labelled_batches
 from rcmae.data.transforms import CentreTransform, Normalise
 from rcmae.errors import Refused
 from rcmae.evaluation.corruptions import KINDS, SEVERITIES, Corruption, opened
-from rcmae.evaluation.labelled_sets import LabelledSet, document_of, relabelled
+from rcmae.evaluation.labelled_sets import (
+    LabelledSet,
+    document_of,
+    refuse_other_classes,
+    relabelled,
+)
 from rcmae.evaluation.scores import Scores, classify
 from rcmae.models.classifier import Classifier
 from rcmae.weights.encoder import pixels_of
@@ -95,6 +101,7 @@ def report(
     corruptions: Corruptions,
     loading: Loading,
     tell: Callable[[str], None] = lambda text: None,
+    names: ClassList | None = None,
 ) -> dict[str, Any]:
     """Every figure. Collective: every rank calls.
 
@@ -104,6 +111,7 @@ def report(
         corruptions: of one of them.
         loading: of the images.
         tell: is told of each corruption that is done.
+        names: of the model's classes; None: not known.
 
     Returns:
         sets: a row each; and with corruptions corrupted: each one's error at each severity, and
@@ -119,6 +127,7 @@ def report(
     for path in corruptions.frost:
         opened(path)  # now, and not in a worker half-way
     indexes = {each.name: ShardIndex.open(each.shards) for each in sets}
+    refuse_other_classes(sets, indexes, names)
     model.to(dist.device())
     begin = time.monotonic()
     rows = {}

@@ -6,9 +6,10 @@ ends all of them together, and tests need no ranks. All problems are told at onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import yaml
@@ -20,12 +21,13 @@ from rcmae.data.cache import cache_problem
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.plan import Plan
+from rcmae.data.sets import Labelled, class_problems, met
 from rcmae.data.stream import refuse_unlabelled
 from rcmae.engines.build import engine_settings
 from rcmae.errors import Refused
 from rcmae.run.differences import mismatches
 from rcmae.run.look import Sight
-from rcmae.tasks.protocol import Data, Saved, Task, options_of
+from rcmae.tasks.protocol import Data, EvaluationSet, Saved, Task, options_of
 
 NAMED = 5  # ranks or shards that a message names before it counts the rest
 
@@ -115,8 +117,13 @@ def judge(sight: Sight, task: Task) -> Verdict:
         if asked.labelled:
             with problems.collected():
                 refuse_unlabelled(tested)
+    tests = judged_sets(task.evaluation_sets(recipe), facts.data)
+    meetings = [met(train, test) for train, test in pairwise(tests)]
+    for meeting in meetings:
+        problems += meeting.problems
     if facts.data.train is not None and "classes" in recipe.objective.student_outputs:
         problems += label_problems(facts.data.train, recipe.model.num_classes)
+        problems += class_problems([Labelled("data.shards", facts.data.train, facts.data.classes)])
     with problems.collected():
         options_of(task, recipe)
     judgement = task.judge(recipe, facts.task, facts.data, facts.saved, sight.world)
@@ -267,6 +274,15 @@ def with_streams(recipe: Recipe, saved: Saved | None, world: int) -> Recipe:
     if streams is None:
         streams = config.streams_for(recipe, world)
     return config.with_values(recipe, {"data.canonical_streams": streams})
+
+
+def judged_sets(asked: Sequence[EvaluationSet], data: Data) -> list[Labelled]:
+    """The labelled sets of an evaluation: of several, the first is learnt from."""
+    found = []
+    for each, index, classes in zip(asked, data.sets, data.set_classes, strict=False):
+        if each.labelled:
+            found.append(Labelled(each.key, index, classes))
+    return found
 
 
 def label_problems(index: ShardIndex, num_classes: int) -> list[str]:

@@ -23,6 +23,7 @@ from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.loading import workers_amiss
 from rcmae.data.patterns import Patterns
+from rcmae.data.sets import class_lists
 from rcmae.data.sources import is_remote, redacted
 from rcmae.data.sources import patience as patience_of
 from rcmae.errors import Refused
@@ -167,11 +168,18 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
     sets = [attempt(open_index, recipe, each.shards) for each in task.evaluation_sets(recipe)]
     # all of them or none: a set stands for the place that it has in the task's list
     readable = tuple(each for each in sets if each is not None)
-    data = Data(train, readable if len(readable) == len(sets) else ())
+    data = with_classes(recipe, train, readable if len(readable) == len(sets) else ())
     config = attempt(engine_config, recipe)
     found = attempt(task.look, recipe, saved)
     written = written_recipe(recipe) if saved is None else None
     return Facts(recipe, saved, written, data, config or {}, found, tuple(problems))
+
+
+def with_classes(recipe: Recipe, train: ShardIndex | None, sets: tuple[ShardIndex, ...]) -> Data:
+    """Samples with the names of classes that lie beside them."""
+    patience = patience_of(recipe)
+    beside = () if train is None else class_lists(train, patience)
+    return Data(train, sets, beside, tuple(class_lists(each, patience) for each in sets))
 
 
 def saved_of(recipe: Recipe, verified: bool = False) -> Saved | None:

@@ -13,6 +13,7 @@ from rcmae import dist
 from rcmae.config import Recipe
 from rcmae.data.augment import Mixing
 from rcmae.data.index import ShardIndex
+from rcmae.data.sets import ClassList, Labelled, class_problems, met, moved
 from rcmae.data.stream import refuse_unlabelled
 from rcmae.errors import Refused
 from rcmae.evaluation.features import evaluating
@@ -98,6 +99,7 @@ def judge_classes(
         num_classes = 1 + int(index.labels.max())
     judgement.values["classify.num_classes"] = num_classes
     judgement.problems += label_problems(num_classes, index, data.sets)
+    judge_sets(recipe, found, data, judgement)
     per_rank = recipe.batch.images // recipe.data.repeats // world
     if mixing_of(recipe).is_on and per_rank % 2:
         judgement.problems.append(
@@ -106,6 +108,26 @@ def judge_classes(
             "classify.mixup=0 classify.cutmix=0"
         )
     return judgement
+
+
+def judge_sets(recipe: Recipe, found: Found | None, data: Data, judgement: Judgement) -> None:
+    """Add what stands against judging a classifier of data.shards on the test set, and whether
+    names of classes are theirs; fills in their file.
+    """
+    assert data.train is not None
+    train = Labelled("data.shards", data.train, data.classes)
+    judgement.problems += class_problems([train])
+    for index, classes in zip(data.sets, data.set_classes, strict=False):
+        meeting = met(train, Labelled("evaluate.test_shards", index, classes))
+        judgement.problems += [told for told in meeting.problems if told not in judgement.problems]
+        judgement.warnings += meeting.warnings
+    if found is not None and found.class_names:
+        given = ClassList(str(recipe.classify.class_names), tuple(found.class_names))
+        for beside in data.classes[:1]:
+            if told := moved(beside, given):
+                judgement.problems.append(f"classify.class_names: {told}")
+    elif data.classes and "://" not in data.classes[0].where:
+        judgement.values["classify.class_names"] = data.classes[0].where
 
 
 def label_problems(num_classes: int, train: ShardIndex, sets: Sequence[ShardIndex]) -> list[str]:

@@ -25,6 +25,7 @@ from rcmae.data.cache import Cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.patterns import Patterns
+from rcmae.data.sets import ClassList
 from rcmae.data.stream import Readers, labelled_batches
 from rcmae.data.transforms import CentreTransform, Normalise, Transform
 from rcmae.data.views import Members
@@ -58,6 +59,9 @@ class Data:
 
     train: ShardIndex | None
     sets: tuple[ShardIndex, ...]  # as `Task.evaluation_sets` lists them; none if one is unreadable
+    # files of classes beside the shards of `train`, and of each of the `sets`
+    classes: tuple[ClassList, ...] = ()
+    set_classes: tuple[tuple[ClassList, ...], ...] = ()
 
 
 @dataclass

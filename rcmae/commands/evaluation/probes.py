@@ -54,8 +54,12 @@ def _models(options: argparse.Namespace) -> dict[str, Classifier]:
 
 
 def _answers(model: Classifier, options: argparse.Namespace) -> dict[str, Any]:
+    from rcmae.data.index import ShardIndex
+    from rcmae.data.sets import labelled, refuse_meeting
     from rcmae.evaluation.probes import FeatureCache, answers
 
+    opened = {"--train": options.train, "--test": options.test}
+    refuse_meeting(*[labelled(key, ShardIndex.open(each)) for key, each in opened.items()])
     is_run = (options.source / "checkpoints").is_dir()
     folder = options.cache or (options.source / "features" if is_run else None)
     cache = FeatureCache(model, folder, options.workers)

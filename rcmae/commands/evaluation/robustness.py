@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from rcmae.errors import Refused
 
 if TYPE_CHECKING:
+    from rcmae.data.sets import ClassList
     from rcmae.evaluation.robustness import Corruptions
     from rcmae.models.classifier import Classifier
 
@@ -74,20 +75,30 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
             print(text, file=sys.stderr, flush=True)
 
     model = load_classifier(options.source, network=options.what)
-    sets = sets_of(options.sets, _class_names(options, model))
+    names = _class_names(options, model)
+    sets = sets_of(options.sets, names.names if names else ())
     corruptions = _corruptions(options, sets[0].name)
     loading = Loading(options.batch, options.workers)
-    found = report(model, sets, corruptions, loading, tell)
+    found = report(model, sets, corruptions, loading, tell, names)
     if "corrupted" in found:
         found["corrupted"]["baselines"] = str(options.baselines) if options.baselines else None
     return {"classifier": str(options.source), **found}
 
 
-def _class_names(options: argparse.Namespace, model: Classifier) -> list[str]:
-    """Names of the classes, from --class-names or the file that the run's recipe names."""
+def _class_names(options: argparse.Namespace, model: Classifier) -> ClassList | None:
+    """Names of the classes, from --class-names or the file that the run's recipe names.
+
+    Raises:
+        Refused: it is no text.
+        OSError: it cannot be read.
+    """
+    from rcmae.data.sets import ClassList, lines_of
+
     path = options.class_names or model.pretrained_cfg.get("class_names")
+    if not path or not (options.class_names or Path(path).is_file()):
+        return None
     try:
-        return Path(path).read_text().splitlines() if path else []
+        return ClassList(str(path), lines_of(Path(path).read_text()))
     except UnicodeDecodeError as error:
         raise Refused(f"{path} is no text: {error}") from error
 

@@ -1,0 +1,160 @@
+"""Where two sets of samples meet: whether a label is the same class in both, and whether one is the
+other under another name.
+
+The names of classes lie beside shards, in `classes.txt`: line i, from 0, is the class of label i.
+Sets without that file are taken at their word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rcmae.data import sources
+from rcmae.data.index import ShardIndex
+from rcmae.data.sources import USUAL, Patience
+from rcmae.data.tars import Shard
+from rcmae.errors import Refused
+
+CLASSES = "classes.txt"
+
+
+class ClassList(NamedTuple):
+    """Names of classes, in the order of their labels."""
+
+    where: str  # the file
+    names: tuple[str, ...]
+
+
+class Labelled(NamedTuple):
+    """A set of samples, as messages call it."""
+
+    key: str  # data.shards, --test, ...
+    samples: ShardIndex
+    classes: tuple[ClassList, ...] = ()  # that lie beside its shards
+
+
+def lines_of(text: str) -> tuple[str, ...]:
+    """The names in a file of classes; empty lines at its end are none."""
+    return tuple(line.strip() for line in text.rstrip().splitlines())
+
+
+def class_lists(index: ShardIndex, patience: Patience = USUAL) -> tuple[ClassList, ...]:
+    """The files of classes beside the shards of a set. What cannot be read is passed over."""
+    folders = dict.fromkeys(sources.folder_of(shard.path) for shard in index.shards)
+    found = []
+    for folder in filter(None, folders):
+        where = f"{folder}/{CLASSES}"
+        with contextlib.suppress(OSError, ValueError):  # ValueError: no text
+            if "://" in folder:
+                content = sources.small_file(where, patience)
+            else:
+                content = Path(where).read_bytes()
+            if content is not None:
+                found.append(ClassList(where, lines_of(content.decode())))
+    return tuple(found)
+
+
+def labelled(key: str, index: ShardIndex, patience: Patience = USUAL) -> Labelled:
+    """A set with its files of classes."""
+    return Labelled(key, index, class_lists(index, patience))
+
+
+# ------------------------------------------------------------------------------------------ classes
+
+
+def unlike(one: ClassList, other: ClassList) -> str | None:
+    """The first label that is another class in another list; None where all both have agree."""
+    for label, (mine, theirs) in enumerate(zip(one.names, other.names, strict=False)):
+        if mine != theirs:
+            return (
+                f"label {label} is {mine!r} in {one.where} and {theirs!r} in {other.where}; pack "
+                f"them with one list: rcmae shards make --classes {one.where}"
+            )
+    return None
+
+
+def moved(one: ClassList, other: ClassList) -> str | None:
+    """The first class that has another label in another list, which may have other words for the
+    same classes; None where there is none.
+    """
+    places = {name: label for label, name in enumerate(one.names)}
+    for label, name in enumerate(other.names):
+        if places.get(name, label) != label:
+            return (
+                f"{name!r} is label {places[name]} in {one.where}, and {label} in {other.where}; "
+                "one of them is of other labels"
+            )
+    return None
+
+
+def class_problems(sets: Sequence[Labelled]) -> list[str]:
+    """Labels that are not the same class in all sets, or within one: a line for each set."""
+    first: tuple[str, ClassList] | None = None
+    problems = []
+    for each in sets:
+        for found in each.classes:
+            if first is None:
+                first = each.key, found
+            elif told := unlike(first[1], found):
+                both = " and ".join(dict.fromkeys([first[0], each.key]))
+                problems.append(f"{both}: not of the same classes: {told}")
+                break
+    return problems
+
+
+# ----------------------------------------------------------------------------------------- the same
+
+
+def _contents(index: ShardIndex) -> Iterator[tuple[int, int, str]]:
+    """What tells a shard whatever it is called: size, samples, where they lie and their labels."""
+    for shard in index.shards:
+        yield shard.size, shard.samples, _rows(shard)
+
+
+def _rows(shard: Shard) -> str:
+    return hashlib.sha256(shard.rows.tobytes()).hexdigest()
+
+
+def shared(one: ShardIndex, other: ShardIndex) -> int:
+    """How many shards of another set this one has, too: the same, or copies of them."""
+    sizes = {(shard.size, shard.samples) for shard in one.shards}
+    alike = [shard for shard in other.shards if (shard.size, shard.samples) in sizes]
+    if not alike:
+        return 0
+    mine = set(_contents(one))
+    return sum((shard.size, shard.samples, _rows(shard)) in mine for shard in alike)
+
+
+class Meeting(NamedTuple):
+    """What stands against judging by one set what another taught."""
+
+    problems: list[str]
+    warnings: list[str]
+
+
+def met(train: Labelled, test: Labelled) -> Meeting:
+    """Compare what is learnt from with what is judged on: classes, and that they are two sets."""
+    problems = class_problems([train, test])
+    warnings = []
+    both = shared(train.samples, test.samples)
+    if both == len(test.samples.shards) == len(train.samples.shards):
+        problems.append(
+            f"{test.key} is {train.key}: the same shards, or copies of them; give images that "
+            "nothing was learnt from"
+        )
+    elif both:
+        warnings.append(
+            f"{both} of {len(test.samples.shards)} shards of {test.key} are in {train.key}, too: "
+            "what is judged has learnt from them"
+        )
+    return Meeting(problems, warnings)
+
+
+def refuse_meeting(train: Labelled, test: Labelled) -> None:
+    """Raise Refused where `met` has problems."""
+    if problems := met(train, test).problems:
+        raise Refused("\n".join(problems))
