@@ -184,6 +184,18 @@ def gather(item: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]
     return items
 
 
+def to_first(item: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's object, in rank order, on rank 0; empty on the others.
+
+    Collective: every rank calls.
+    """
+    if world() == 1:
+        return [item]
+    items: list[Any] | None = [None] * world() if rank() == 0 else None
+    torch_dist.gather_object(item, items, dst=0, group=group or _control)
+    return items or []
+
+
 def from_first(item: Any, group: torch_dist.ProcessGroup | None = None) -> Any:
     """Rank 0's object on every rank.
 

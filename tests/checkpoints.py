@@ -99,7 +99,7 @@ def write_checkpoint(
                 "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
             }
     document = {
-        "format": checkpoint.FORMAT,
+        "format": 1,  # an object a run; saves write format 2
         "generation": generation,
         "step": step,
         "images": 32 * step,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -88,6 +89,20 @@ def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
     return damage
 
 
+# what a run says of itself in its manifests, at least
+META: dict[str, Any] = {
+    "recipe": {
+        "engine": {"name": "local", "precision": "fp32"},
+        "objective": {"name": "rcmae"},
+        "model": {"name": "vit_tiny_patch16", "image_size": 16, "patch_size": 8},
+        "checkpoint": {},
+        "data": {},
+    },
+    "sizes": {"world": 1},
+    "data_fingerprint": "0123456789abcdef",
+    "guard": {},
+    "versions": {},
+}
 RANK, MANIFEST = "rank-00000.safetensors", "manifest.json"
 NEWER = checkpoint.FORMAT + 1
 # the file, what happens to it, what is said
@@ -128,7 +143,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "other runs in the manifest": (
         MANIFEST,
-        rewrite(lambda d: d["tensors"]["weight/norm.weight"]["runs"][0].__setitem__(1, 1)),
+        rewrite(lambda d: d["layouts"][0].__setitem__(1, 2)),
         "20/manifest.json differs from its own checksum",
     ),
     "a manifest of the future": (
@@ -151,6 +166,35 @@ def lie(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return damage
 
 
+def old_lie(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """The same of a manifest as format 1 has it."""
+
+    def damage(path: Path) -> None:
+        rewritten = in_format_1(path.parent)
+        change(rewritten)
+        path.write_text(checkpoint.sealed(rewritten))
+
+    return damage
+
+
+def in_format_1(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, with an object a run, without its checksum."""
+    manifest = checkpoint.read_manifest(folder)
+    document = json.loads((folder / MANIFEST).read_text())
+    del document["sha256"]
+    del document["layouts"]
+    tensors = {
+        key: {"shape": row.shape, "dtype": row.dtype, "runs": manifest.runs(key)}
+        for key, row in manifest.tensors.items()
+    }
+    return json.loads(json.dumps({**document, "format": 1, "tensors": tensors}))
+
+
+def layout(document: dict[str, Any]) -> list[int]:
+    """Of a tensor."""
+    return document["layouts"][document["tensors"][NORM][2]]
+
+
 NORM = "weight/norm.weight"
 LIES: dict[str, Callable[[Path], object]] = {
     "nested too deeply": lambda path: path.write_text("[" * 200_000),
@@ -162,11 +206,31 @@ LIES: dict[str, Callable[[Path], object]] = {
     "a list of files": lie(lambda d: d.update(files=[RANK])),
     "a file elsewhere": lie(lambda d: d["files"].update({f"../{RANK}": d["files"][RANK]})),
     "a list of tensors": lie(lambda d: d.update(tensors=list(d["tensors"]))),
-    "runs that overlap": lie(lambda d: d["tensors"][NORM]["runs"].append([RANK, 0, 1])),
-    "runs that end early": lie(lambda d: d["tensors"][NORM]["runs"].clear()),
-    "another shape": lie(lambda d: d["tensors"][NORM]["shape"].append(2)),
-    "an unknown type": lie(lambda d: d["tensors"][NORM].update(dtype="F8")),
-    "a run in no file": lie(lambda d: d["tensors"][NORM]["runs"][0].__setitem__(0, "x")),
+    "no recipe": lie(lambda d: d["meta"].pop("recipe")),
+    "no fingerprint": lie(lambda d: d["meta"].update(data_fingerprint=None)),
+    "no engine": lie(lambda d: d["meta"]["recipe"].pop("engine")),
+    "a model without a name": lie(lambda d: d["meta"]["recipe"]["model"].pop("name")),
+    "an engine that is a text": lie(lambda d: d["meta"]["recipe"].update(engine="local")),
+    "no ranks": lie(lambda d: d["meta"]["sizes"].update(world=0)),
+    "no layouts": lie(lambda d: d.pop("layouts")),
+    "a layout of one number": lie(lambda d: layout(d).clear() or layout(d).append(1)),
+    "a run too many": lie(lambda d: layout(d).extend([0, 1, 1])),
+    "no runs": lie(lambda d: layout(d).clear()),
+    "half a number": lie(lambda d: layout(d).__setitem__(2, 1.5)),
+    "a length below 0": lie(lambda d: layout(d).__setitem__(2, -1)),
+    "more files than there are": lie(lambda d: layout(d).__setitem__(1, 10**12)),
+    "a number beyond all": lie(lambda d: layout(d).__setitem__(2, 10**30)),
+    "a layout that is not there": lie(lambda d: d["tensors"][NORM].__setitem__(2, 10**6)),
+    "a layout from the end": lie(lambda d: d["tensors"][NORM].__setitem__(2, -1)),
+    "another shape": lie(lambda d: d["tensors"][NORM][1].append(2)),
+    "an unknown type": lie(lambda d: d["tensors"][NORM].__setitem__(0, "F8")),
+    "a tensor that is a number": lie(lambda d: d["tensors"].update({NORM: 1})),
+    "format 1: another's rows": lie(lambda d: d.update(format=1)),
+    "format 1: overlap": old_lie(lambda d: d["tensors"][NORM]["runs"].append([RANK, 0, 1])),
+    "format 1: no runs": old_lie(lambda d: d["tensors"][NORM]["runs"].clear()),
+    "format 1: another shape": old_lie(lambda d: d["tensors"][NORM]["shape"].append(2)),
+    "format 1: unknown type": old_lie(lambda d: d["tensors"][NORM].update(dtype="F8")),
+    "format 1: no file": old_lie(lambda d: d["tensors"][NORM]["runs"][0].__setitem__(0, "x")),
 }
 
 
@@ -183,6 +247,32 @@ def test_a_manifest_that_says_what_no_save_writes_is_named_and_passed_over(
     last = checkpoint.newest_unverified(folder.checkpoints)
     assert last is not None
     assert last.step == 15
+
+
+def test_a_whole_checkpoint_of_a_newer_rcmae_is_refused_by_name_and_not_passed_over(
+    tiny: Path, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder.checkpoints / "step-00000020"
+    lie(lambda d: d.update(format=NEWER))(path / MANIFEST)
+    told = f"20/manifest.json is of format {NEWER}, this rcmae reads up to {NEWER - 1}: update"
+    for look in (checkpoint.newest, checkpoint.newest_unverified, checkpoint.newest_together):
+        with pytest.raises(checkpoint.NewerFormat, match=re.escape(told)):
+            look(folder.checkpoints)
+    assert start(tiny, folder.path) == 2
+    assert told in capsys.readouterr().err
+    assert path.is_dir()
+    assert folder.committed()[-1] == 15  # the rest is as it was
+
+
+def test_the_format_of_before_is_read_and_pruned(tiny: Path, folder: Folder) -> None:
+    state = folder.state()
+    for path in checkpoint.step_folders(folder.checkpoints):
+        (path / MANIFEST).write_text(checkpoint.sealed(in_format_1(path)))
+    assert folder.committed() == [5, 10, 15, 20]
+    assert equal(folder.state(), state)
+    assert start(tiny, folder.path, "schedule.steps=22", "checkpoint.allow=[schedule]") == 0
+    assert folder.events("resume")[-1]["step"] == 20
+    assert folder.committed()[-1] == 22
 
 
 def test_what_only_looks_like_a_checkpoint_is_left_alone(tiny: Path, folder: Folder) -> None:
@@ -340,15 +430,17 @@ def test_pruning_a_long_run_reads_few_manifests(
         )
     read: list[Path] = []
     counts = retention.counts
-    monkeypatch.setattr(retention, "counts", lambda path: read.append(path) or counts(path))
+    monkeypatch.setattr(
+        retention, "counts", lambda path, held: read.append(path) or counts(path, held)
+    )
     kept = retention.Retention(folder.checkpoints, keep=40, keep_every=10)
     assert [path.name for path in kept.prune()] == ["step-00000015", "step-00000005"]
-    assert len(read) == 43
+    assert len(read) == 42  # not the one that stays for good, beyond the newest
     read.clear()
     # the newest are looked at again, so that a damaged one does not take the place of a valid one
     cut(0.5)(folder.checkpoints / "step-00000059" / RANK)
     assert kept.prune() == []
-    assert len(read) == 4
+    assert len(read) == 5  # and the one that is among the newest 40 now
 
 
 def test_one_checkpoint_to_keep_still_means_that_the_one_before_stays(
@@ -622,12 +714,17 @@ def library_view(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, put together from what the safetensors library reads."""
     document = json.loads((path / "manifest.json").read_text())
     held = {name: load_file(path / name) for name in document["files"]}
-    return {
-        key: torch.cat([held[file][f"{key}@{begin}"] for file, begin, _ in row["runs"]]).view(
-            row["shape"]
-        )
-        for key, row in document["tensors"].items()
-    }
+    names = sorted(held)
+    found = {}
+    for key, (_, shape, number) in document["tensors"].items():
+        parts, begin = [], 0
+        triples = iter(document["layouts"][number])
+        for first, count, length in zip(triples, triples, triples, strict=True):
+            for file in names[first : first + count]:
+                parts.append(held[file][f"{key}@{begin}"])
+                begin += length
+        found[key] = torch.cat(parts).view(shape)
+    return found
 
 
 @pytest.fixture
@@ -673,7 +770,7 @@ def test_the_files_open_with_the_library_and_are_the_state(
 ) -> None:
     disturb(engine)
     saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2, background=False)
-    saved = saver.save(engine, step=7, images=224, meta={"recipe": {}})
+    saved = saver.save(engine, step=7, images=224, meta=META)
     assert saved is not None
     assert equal(library_view(saved.path), live(engine))
     manifest = checkpoint.open_verified(saved.path)
@@ -691,7 +788,7 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(
     wanted, mkdir, go_on = live(engine), os.mkdir, threading.Event()
     monkeypatch.setattr(os, "mkdir", lambda *args: (go_on.wait(60), mkdir(*args))[1])
     saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2)
-    assert saver.save(engine, step=7, images=224, meta={"recipe": {}}) is None
+    assert saver.save(engine, step=7, images=224, meta=META) is None
     assert not saver.is_done()
     disturb(engine)  # the training goes on while nothing has been written
     go_on.set()
@@ -709,7 +806,7 @@ def test_a_writer_that_was_passed_over_takes_nothing_from_the_one_that_came_afte
     """
     root = tmp_path / "checkpoints"
     later = checkpoint.Saver(root, keep=2, generation=2, background=False)
-    saved = later.save(engine, step=7, images=224, meta={"recipe": {}})
+    saved = later.save(engine, step=7, images=224, meta=META)
     assert saved is not None
     under_way = root / ".writing-step-00000009-00000002-0badf00d"
     under_way.mkdir()
@@ -724,17 +821,17 @@ def test_a_writer_that_was_passed_over_takes_nothing_from_the_one_that_came_afte
         with pytest.raises(
             (LeaseLost, checkpoint.CheckpointError), match=r"took this run|another valid"
         ):
-            earlier.save(engine, step=7, images=224, meta={"recipe": {}})
+            earlier.save(engine, step=7, images=224, meta=META)
         assert files(root) == before
         assert under_way.is_dir()
 
 
 def test_what_damage_left_in_a_steps_place_is_replaced(tmp_path: Path, engine: LocalEngine) -> None:
     saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2, background=False)
-    saved = saver.save(engine, step=7, images=224, meta={"recipe": {}})
+    saved = saver.save(engine, step=7, images=224, meta=META)
     assert saved is not None
     cut(0.5)(saved.path / RANK)
-    again = saver.save(engine, step=7, images=224, meta={"recipe": {}})
+    again = saver.save(engine, step=7, images=224, meta=META)
     assert again is not None
     assert equal(library_view(again.path), live(engine))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -749,8 +846,8 @@ def test_a_save_that_finds_another_under_way_waits_for_it_and_says_for_how_long(
     mkdir = os.mkdir
     monkeypatch.setattr(os, "mkdir", lambda *args: (time.sleep(0.5), mkdir(*args))[1])
     saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2)
-    assert saver.save(engine, step=1, images=32, meta={"recipe": {}}) is None
-    first = saver.save(engine, step=2, images=64, meta={"recipe": {}})
+    assert saver.save(engine, step=1, images=32, meta=META) is None
+    first = saver.save(engine, step=2, images=64, meta=META)
     second = saver.wait()
     assert first is not None
     assert second is not None
@@ -764,7 +861,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
     tmp_path: Path, engine: LocalEngine
 ) -> None:
     saver = checkpoint.Saver(tmp_path / "checkpoints", keep=2, background=False)
-    saved = saver.save(engine, step=1, images=32, meta={"recipe": {}})
+    saved = saver.save(engine, step=1, images=32, meta=META)
     assert saved is not None
     deeper = MaskedAutoencoder(
         NetworkSizes(

@@ -2,8 +2,9 @@
 
 `checkpoints/step-00001000/` holds one safetensors file a rank and `manifest.json`. The modules, in
 the order of a checkpoint's life: `saver` commits, `retention` says which stay, `manifest` is the
-format and which checkpoints count, `reader` reads any slice of any tensor, `inspection` and
-`compare` look at them for people; `lease` sees to it that a run has one writer.
+format and which checkpoints count, `layout` where each tensor's elements lie, `reader` reads any
+slice of any tensor, `inspection` and `compare` look at them for people; `lease` sees to it that a
+run has one writer.
 
 Functions that look at a disk are local; the collective ones that training's own restore uses say so
 in their names (`newest_together`) or in their first line (`load`, `Saver`).
@@ -16,6 +17,7 @@ from rcmae.checkpoint.manifest import (
     FORMAT,
     CheckpointError,
     Manifest,
+    NewerFormat,
     checkpoint_folders,
     file_problem,
     find_checkpoint,
@@ -44,6 +46,7 @@ __all__ = [
     "FORMAT",
     "CheckpointError",
     "Manifest",
+    "NewerFormat",
     "Reader",
     "Saved",
     "Saver",

@@ -121,7 +121,7 @@ def compare(a: Manifest, b: Manifest, kind: str | None = None) -> Comparison:
     for key in a.tensors:
         if key not in names_a or key not in names_b:
             continue
-        shapes = (a.tensors[key]["shape"], b.tensors[key]["shape"])
+        shapes = (a.tensors[key].shape, b.tensors[key].shape)
         if shapes[0] == shapes[1]:
             alike.append(key)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +57,7 @@ class Found:
             "generation": self.manifest.generation,
             "saved": os.stat(self.path / "manifest.json").st_mtime,
             "engine": recipe["engine"]["name"],
-            "engine_config": recipe["engine"]["config"],
+            "engine_config": recipe["engine"].get("config"),
             "precision": recipe["engine"]["precision"],
             "world": meta["sizes"]["world"],
             "objective": recipe["objective"]["name"],
@@ -115,12 +114,11 @@ def kinds(manifest: Manifest) -> dict[str, Kind]:
     for key, row in manifest.tensors.items():
         name = key.partition("/")[0]
         before = table.get(name, Kind(0, 0, [], 0))
-        elements = math.prod(row["shape"])
         table[name] = Kind(
             tensors=before.tensors + 1,
-            elements=before.elements + elements,
-            dtypes=sorted({*before.dtypes, row["dtype"]}),
-            bytes=before.bytes + elements * _WIDTHS[row["dtype"]],
+            elements=before.elements + row.elements,
+            dtypes=sorted({*before.dtypes, row.dtype}),
+            bytes=before.bytes + row.elements * _WIDTHS[row.dtype],
         )
     return table
 
@@ -157,7 +155,7 @@ def prune_verified(
             f"{rows[0].problems[0]}"
         )
     if keep_every is None and valid[0].manifest is not None:
-        keep_every = valid[0].manifest.meta["recipe"]["checkpoint"]["keep_every"]
+        keep_every = valid[0].manifest.meta["recipe"]["checkpoint"].get("keep_every")
     going = doomed(
         [row.path for row in rows],
         valid=[row.path for row in valid],

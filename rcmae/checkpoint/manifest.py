@@ -1,9 +1,9 @@
 """What a committed checkpoint says of itself, and which checkpoints of a run count.
 
 `manifest.json` names every logical tensor ("kind/parameter"), and in which file each run of its
-flattened elements lies, so that a reader of any other sharding takes just the bytes it needs. It is
-sealed: its last key is a checksum of all the others. A folder without a manifest, or whose files or
-manifest differ from their checksums, is no checkpoint.
+flattened elements lies (`layout`), so that a reader of any other sharding takes just the bytes it
+needs. It is sealed, in every format: its last key is a checksum of all the others. A folder without
+a manifest, or whose files or manifest differ from their checksums, is no checkpoint.
 
 Among what lies in `checkpoints/`, only folders named `step-` and eight digits are ours: a copy
 `step-00000020.bak` is neither read nor deleted. Everything here is local: any one process may call.
@@ -13,27 +13,53 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rcmae.checkpoint.lease import fence
+from rcmae.checkpoint.layout import Runs, Stored, understood
+from rcmae.checkpoint.lease import Fence, fence
 from rcmae.errors import Refused
 
-FORMAT = 1
+FORMAT = 2  # 1 has an object a run
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
 
 _OURS = re.compile(r"step-(\d{8})")
 _BLOCK = 1 << 22  # bytes read at a time
+# what commands and a resume read of `meta`
+_RECIPE = {
+    "engine": ("name", "precision"),
+    "objective": ("name",),
+    "model": ("name", "image_size", "patch_size"),
+    "checkpoint": (),
+    "data": (),
+}
+_META = {"recipe": dict, "sizes": dict, "data_fingerprint": str, "guard": dict, "versions": dict}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; says which file, why, and the way out."""
+
+
+class NewerFormat(CheckpointError, Refused):
+    """A whole checkpoint of a newer rcmae: passing it over would train its steps again."""
+
+
+# what half of a file, or one that somebody edited, does to whoever reads it
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +74,19 @@ class Manifest:
     teacher_updates: int
     meta: dict[str, Any]  # recipe, data fingerprint, versions, world, engine, ...
     files: dict[str, dict[str, Any]]  # name -> bytes, sha256
-    # "kind/parameter" -> shape, dtype, runs of (file, start, length)
-    tensors: dict[str, dict[str, Any]]
+    tensors: dict[str, Stored]  # by "kind/parameter"
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of its files, in the order in which layouts count them."""
+        return sorted(self.files)
+
+    def runs(self, key: str) -> Runs:
+        """Where the elements of a tensor lie, from the first to the last."""
+        layout = self.tensors[key].layout
+        lengths = (layout.ends - layout.starts).tolist()
+        files = [self.names[number] for number in layout.files.tolist()]
+        return list(zip(files, layout.starts.tolist(), lengths, strict=True))
 
 
 # -------------------------------------------------------------------------------- folders and names
@@ -86,7 +123,9 @@ def sealed(document: Mapping[str, Any]) -> str:
     load other weights.
     """
     plain = json.loads(json.dumps(document))
-    return json.dumps({**plain, "sha256": _seal(plain)}, indent=1)
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in plain.items()]
+    lines.append(f'"sha256": "{_seal(plain)}"')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _seal(plain: Mapping[str, Any]) -> str:
@@ -97,19 +136,22 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint's folder.
 
     Raises:
-        CheckpointError: there is none, it is of a newer format, or it cannot be understood.
+        NewerFormat: it is whole, and of a newer format.
+        CheckpointError: there is none, or it cannot be understood.
     """
     file = path / "manifest.json"
     try:
         document = json.loads(file.read_text())
         if not isinstance(document, dict):
             raise TypeError("it is no mapping")
+        is_whole = document.pop("sha256", None) == _seal(document)
         if document["format"] > FORMAT:
-            raise CheckpointError(
+            kind = NewerFormat if is_whole else CheckpointError
+            raise kind(
                 f"{file} is of format {document['format']}, this rcmae reads up to {FORMAT}: "
                 "update rcmae"
             )
-        if document.pop("sha256") != _seal(document):
+        if not is_whole:
             raise CheckpointError(f"{file} differs from its own checksum")
         manifest = Manifest(
             path=path,
@@ -120,12 +162,14 @@ def read_manifest(path: Path) -> Manifest:
             teacher_updates=document["teacher_updates"],
             meta=document["meta"],
             files=document["files"],
-            tensors=document["tensors"],
+            tensors=understood(document, sorted(document["files"])),
         )
         _check_contents(manifest)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} has no manifest.json: it was never committed") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except _UNREADABLE as error:
         raise CheckpointError(f"{file} cannot be read: {error!r}") from error
     return manifest
 
@@ -141,8 +185,7 @@ def _check_contents(manifest: Manifest) -> None:
         value = getattr(manifest, name)
         if type(value) is not int or value < 0:
             raise ValueError(f"{name} is {value!r}")
-    if not isinstance(manifest.meta, dict):
-        raise TypeError("meta is no mapping")
+    _check_meta(manifest.meta)
     if not manifest.files:
         raise ValueError("it lists no files")
     for name, about in manifest.files.items():
@@ -150,27 +193,26 @@ def _check_contents(manifest: Manifest) -> None:
             raise ValueError(f"{name!r} is no file of the checkpoint's folder")
         if type(about["bytes"]) is not int or not isinstance(about["sha256"], str):
             raise TypeError(f"{name}: its size or checksum is none")
-    for key, row in manifest.tensors.items():
-        _check_runs(key, row, manifest.files)
+    for key, stored in manifest.tensors.items():
+        if stored.dtype not in DTYPES.values():
+            raise ValueError(f"{key} has dtype {stored.dtype!r}")
 
 
-def _check_runs(key: str, row: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-    """Refuse a tensor whose runs do not lie end to end, once each, from its first element to its
-    last. Raises ValueError, KeyError or TypeError.
-    """
-    if row["dtype"] not in DTYPES.values():
-        raise ValueError(f"{key} has dtype {row['dtype']!r}")
-    if any(type(size) is not int or size < 0 for size in row["shape"]):
-        raise ValueError(f"{key} has shape {row['shape']!r}")
-    covered = 0
-    for file, start, length in row["runs"]:
-        if file not in files:
-            raise ValueError(f"{key}: {file!r} is not among the files")
-        if start != covered or type(length) is not int or length < 0:
-            raise ValueError(f"{key}: a run starts at {start}, the ones before end at {covered}")
-        covered += length
-    if covered != math.prod(row["shape"]):
-        raise ValueError(f"{key}: {covered} elements for a shape of {row['shape']}")
+def _check_meta(meta: Mapping[str, Any]) -> None:
+    """Refuse a `meta` without what every command reads of it. Raises ValueError or TypeError."""
+    if not isinstance(meta, dict):
+        raise TypeError("meta is no mapping")
+    for name, kind in _META.items():
+        if not isinstance(meta.get(name), kind):
+            raise TypeError(f"meta has no {name}")
+    for section, keys in _RECIPE.items():
+        found = meta["recipe"].get(section)
+        missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+        if missing or not isinstance(found, dict):
+            raise ValueError(f"the recipe in meta has no {section}.{'/'.join(missing)}")
+    world = meta["sizes"].get("world")
+    if type(world) is not int or world < 1:
+        raise ValueError(f"meta has sizes.world={world!r}")
 
 
 # ----------------------------------------------------------------------------------------- checking
@@ -210,36 +252,64 @@ def open_verified(path: Path) -> Manifest:
     return manifest
 
 
-def counts(path: Path) -> bool:
+def counts(path: Path, held: Fence | None = None) -> bool:
     """Whether readers would use this checkpoint, by its manifest, its writer's lease and its
     files' sizes.
+
+    Args:
+        path: its folder.
+        held: the run's fence, if it is known.
+
+    Raises:
+        LeaseUnreadable: who holds the run cannot be read, so nobody can know.
     """
+    held = held or fence(path.parent.parent)
     try:
         manifest = read_manifest(path)
         for name, about in manifest.files.items():
             if (path / name).stat().st_size != about["bytes"]:
                 return False
-        return fence(path.parent.parent).allows(manifest.generation, manifest.step)
     except (CheckpointError, OSError):
         return False
+    return held.allows(manifest.generation, manifest.step)
 
 
 def newest_unverified(root: Path) -> Manifest | None:
-    """The newest checkpoint that counts by manifest, lease and sizes; its bytes are not read."""
+    """The newest checkpoint that counts by manifest, lease and sizes; its bytes are not read.
+
+    Raises:
+        NewerFormat: one that is newer is of a newer rcmae.
+    """
     for path in reversed(step_folders(root)):
         if counts(path):
             return read_manifest(path)
+        _refuse_newer(path)
     return None
+
+
+def _refuse_newer(path: Path) -> None:
+    """Raise NewerFormat if a folder that does not count is of a newer rcmae."""
+    try:
+        read_manifest(path)
+    except NewerFormat:
+        raise
+    except CheckpointError:
+        return
 
 
 def newest(root: Path) -> tuple[Manifest | None, list[str]]:
     """The newest valid checkpoint of a run, all of its bytes verified, and what was wrong with
     newer ones.
+
+    Raises:
+        NewerFormat: one that is newer is of a newer rcmae.
     """
     passed_over: list[str] = []
     for path in reversed(step_folders(root)):
         try:
             manifest = open_verified(path)
+        except NewerFormat:
+            raise
         except CheckpointError as error:
             passed_over.append(str(error))
             continue

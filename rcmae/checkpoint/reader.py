@@ -6,7 +6,6 @@ its name: ranks share out the checksums and agree on one checkpoint, or all rais
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,6 +20,7 @@ from rcmae.checkpoint.manifest import (
     DTYPES,
     CheckpointError,
     Manifest,
+    NewerFormat,
     fenced_off,
     file_problem,
     read_manifest,
@@ -40,10 +40,11 @@ def open_verified_together(path: Path) -> Manifest:
     Collective: every rank calls, and checks a share of the files.
 
     Raises:
-        CheckpointError: on every rank, with what is wrong.
+        CheckpointError: on every rank, with what is wrong; NewerFormat: it is of a newer rcmae.
     """
     manifest = None
     problem = None
+    is_newer = False
     try:
         manifest = read_manifest(path)
         mine = sorted(manifest.files)[dist.rank() :: dist.world()]
@@ -51,9 +52,12 @@ def open_verified_together(path: Path) -> Manifest:
         problem = next((text for text in found if text), None)
     except CheckpointError as error:
         problem = str(error)
-    problems = sorted({text for text in dist.gather(problem) if text})
+        is_newer = isinstance(error, NewerFormat)
+    told = dist.gather((problem, is_newer))
+    problems = sorted({text for text, _ in told if text})
     if problems or manifest is None:
-        raise CheckpointError("; ".join(problems))
+        kind = NewerFormat if any(newer for _, newer in told) else CheckpointError
+        raise kind("; ".join(problems))
     return manifest
 
 
@@ -64,12 +68,15 @@ def newest_together(root: Path) -> tuple[Manifest | None, list[str]]:
     moment later.
 
     Raises:
-        Refused, CheckpointError: on every rank; rank 0 cannot read the folder or the leases.
+        Refused, CheckpointError: on every rank; rank 0 cannot read the folder or the leases, or one
+            that is newer is of a newer rcmae.
     """
     passed_over: list[str] = []
     for name in seen_by_first(lambda: [path.name for path in reversed(step_folders(root))]):
         try:
             manifest = open_verified_together(root / name)
+        except NewerFormat:
+            raise
         except CheckpointError as error:
             passed_over.append(str(error))
             continue
@@ -119,8 +126,8 @@ def load(manifest: Manifest, engine: Engine) -> None:
         row = manifest.tensors.get(f"weight/{name}")
         if row is None:
             problems.append(f"weight/{name} is not in the checkpoint")
-        elif tuple(row["shape"]) != shape:
-            saved = tuple(row["shape"])
+        elif tuple(row.shape) != shape:
+            saved = tuple(row.shape)
             problems.append(f"weight/{name} is {saved} in the checkpoint, {shape} in the model")
     if problems:
         raise CheckpointError(f"{manifest.path} does not fit the model: " + "; ".join(problems[:5]))
@@ -131,7 +138,7 @@ def load(manifest: Manifest, engine: Engine) -> None:
         for name, table in state.buffers.items():
             # position tables are as they were; running statistics are not
             row = manifest.tensors.get(f"buffer/{name}")
-            if row is not None and row["shape"] == list(table.shape):
+            if row is not None and row.shape == list(table.shape):
                 reader.read(f"buffer/{name}", 0, table.view(-1))
     engine.restored(
         optimizer_step=manifest.optimizer_step, teacher_updates=manifest.teacher_updates
@@ -150,11 +157,11 @@ def tensor_of(manifest: Manifest, key: str) -> Tensor:
     row = manifest.tensors.get(key)
     if row is None:
         raise CheckpointError(f"{manifest.path} has no {key}")
-    dtype = next(dtype for dtype, name in DTYPES.items() if name == row["dtype"])
-    out = torch.empty(math.prod(row["shape"]), dtype=dtype)
+    dtype = next(dtype for dtype, name in DTYPES.items() if name == row.dtype)
+    out = torch.empty(row.elements, dtype=dtype)
     with Reader(manifest) as reader:
         reader.read(key, 0, out)
-    return out.view(row["shape"])
+    return out.view(row.shape)
 
 
 def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -> Iterator[Tensor]:
@@ -162,7 +169,7 @@ def whole_tensors(manifest: Manifest, keys: Iterable[str], dtype: torch.dtype) -
 
     Each is good until the next is asked for. Opens each file once, unlike `tensor_of`.
     """
-    counts = [(key, math.prod(manifest.tensors[key]["shape"])) for key in keys]
+    counts = [(key, manifest.tensors[key].elements) for key in keys]
     # of all of them in turn
     memory = torch.empty(max((count for _, count in counts), default=0), dtype=dtype)
     with Reader(manifest) as reader:
@@ -195,11 +202,12 @@ class Reader:
             raise CheckpointError(f"{self._manifest.path} has no {key}")
         stop = start + out.numel()
         filled = 0
-        for file, first, length in self._manifest.tensors[key]["runs"]:
+        for number, first, end in self._manifest.tensors[key].layout.within(start, stop):
             low = max(start, first)
-            high = min(stop, first + length)
+            high = min(stop, end)
             if low < high:
-                run = self._file(file).get_slice(f"{key}@{first}")[low - first : high - first]
+                file = self._file(self._manifest.names[number])
+                run = file.get_slice(f"{key}@{first}")[low - first : high - first]
                 out[low - start : high - start].copy_(run)
                 filled += high - low
         assert filled == out.numel(), f"{key}: {filled} of {out.numel()} elements found"

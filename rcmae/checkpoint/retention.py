@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from rcmae.checkpoint.lease import Fence, LeaseUnreadable, fence
 from rcmae.checkpoint.manifest import counts, step_folders, step_name, step_of
 from rcmae.files import write_aside
 
@@ -26,8 +27,8 @@ _LOOKED_AT_AGAIN = 3  # of the newest valid ones, at each prune: a damaged one m
 class Retention:
     """Deletes a run's old checkpoints, save after save. One process calls.
 
-    It remembers which ones were valid, so that a run that keeps hundreds does not read hundreds of
-    manifests at each save.
+    It remembers which ones were valid, and does not look at those that stay for good, so that a run
+    that keeps hundreds reads a few manifests at each save.
 
     Args:
         root: the run's `checkpoints` folder.
@@ -49,16 +50,23 @@ class Retention:
             what was deleted.
         """
         newest_first = step_folders(self._root)[::-1]
+        try:
+            held = fence(self._root.parent)
+        except LeaseUnreadable:
+            return []  # nobody knows which count: the next prune may
         valid: list[Path] = []
         for path in newest_first:
-            if self._is_valid(path, again=len(valid) < _LOOKED_AT_AGAIN):
+            again = len(valid) < _LOOKED_AT_AGAIN
+            # hundreds may stay for good: a run does not read them all to know that
+            stays = not again and len(valid) >= self._keep and for_good(path, self._keep_every)
+            if stays or self._is_valid(path, held, again=again):
                 valid.append(path)
         gone = doomed(newest_first, valid=valid, keep=self._keep, keep_every=self._keep_every)
         for path in gone:
             drop(path)
         return gone
 
-    def _is_valid(self, path: Path, *, again: bool) -> bool:
+    def _is_valid(self, path: Path, held: Fence, *, again: bool) -> bool:
         try:
             about = path.stat()
         except OSError:
@@ -67,7 +75,7 @@ class Retention:
         if known in self._valid and not again:
             return True
         self._valid.discard(known)
-        if not counts(path):
+        if not counts(path, held):
             return False
         self._valid.add(known)
         return True
@@ -84,16 +92,18 @@ def doomed(
         keep: how many of the newest valid ones stay.
         keep_every: those of every so many steps stay, too.
     """
-    stay = set(valid[:keep])
-    for path in valid:
-        step = step_of(path)
-        if keep_every and step is not None and step % keep_every == 0:
-            stay.add(path)
+    stay = set(valid[:keep]) | {path for path in valid if for_good(path, keep_every)}
     if not stay:
         return []
     oldest = min(stay)
     # a damaged one that is newer than what stays is left for whoever wants to know
     return [path for path in newest_first if path not in stay and (path in valid or path < oldest)]
+
+
+def for_good(path: Path, keep_every: int | None) -> bool:
+    """Whether a checkpoint is of a step that stays."""
+    step = step_of(path)
+    return step is not None and keep_every is not None and step % keep_every == 0
 
 
 def prune(root: Path, *, keep: int, keep_every: int | None = None) -> list[Path]:

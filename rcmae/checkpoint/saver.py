@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from rcmae import dist
+from rcmae.checkpoint.layout import Written, assembled, described, written
 from rcmae.checkpoint.lease import LeaseLost
 from rcmae.checkpoint.manifest import (
     DTYPES,
@@ -83,7 +83,7 @@ class _Report(NamedTuple):
 
     file: str
     about: dict[str, Any]  # bytes, sha256
-    runs: list[tuple[str, int, int, str]]  # key, start, length, dtype
+    runs: Written
 
 
 class Saver:
@@ -236,21 +236,20 @@ class Saver:
         problem = None
         lost = None
         if dist.rank() == 0:
-            document = {
-                **snapshot.document,
-                "files": {report.file: report.about for report in reports},
-                "tensors": _table(snapshot.shapes, reports),
-            }
+            tensors = assembled(snapshot.shapes, [report.runs for report in reports])
+            files = {report.file: report.about for report in reports}
+            document = {**snapshot.document, "files": files, **described(tensors)}
             try:
                 problem = _attempt(lambda: self._commit(aside, final, document))
             except LeaseLost as error:
                 lost = str(error)
                 shutil.rmtree(aside, ignore_errors=True)
-        lost = dist.from_first(lost, self._group)
+        size = sum(report.about["bytes"] for report in reports)
+        lost, size = dist.from_first((lost, size), self._group)
         if lost:
             raise LeaseLost(lost)
         self._all_well(problem, aside)
-        return final, sum(report.about["bytes"] for report in reports)
+        return final, size
 
     def _fresh(self, aside: Path) -> None:
         """Make the temporary folder, and clear away what killed jobs left."""
@@ -264,16 +263,16 @@ class Saver:
         aside.mkdir()
 
     def _write_files(self, snapshot: _Snapshot, aside: Path) -> list[_Report]:
-        """Write this rank's file; what every rank wrote. Collective.
+        """Write this rank's file; on rank 0 what every rank wrote. Collective.
 
         Raises:
             CheckpointError: on every rank, if any could not write.
         """
         mine = f"rank-{dist.rank():05d}.safetensors"
         problem = None
-        written: dict[str, Any] = {}
+        about: dict[str, Any] = {}
         try:
-            written = write_safetensors(aside / mine, snapshot.entries)
+            about = write_safetensors(aside / mine, snapshot.entries)
         except OSError as error:
             problem = f"{aside / mine}: {error.strerror or error}"
         self._all_well(problem, aside)
@@ -281,7 +280,7 @@ class Saver:
             (entry.key, entry.start, entry.values.numel(), DTYPES[entry.values.dtype])
             for entry in snapshot.entries
         ]
-        return dist.gather(_Report(mine, written, runs), self._group)
+        return dist.to_first(_Report(mine, about, written(runs)), self._group)
 
     def _all_well(self, problem: str | None, aside: Path) -> None:
         """Raise CheckpointError on all ranks if any has a problem. Collective."""
@@ -357,29 +356,6 @@ def _entries_of(state: EngineState) -> Iterator[Entry]:
     if dist.rank() == 0:
         for name, table in state.buffers.items():
             yield Entry(f"buffer/{name}", 0, table.flatten())
-
-
-def _table(
-    shapes: Mapping[str, tuple[int, ...]], reports: Sequence[_Report]
-) -> dict[str, dict[str, Any]]:
-    """The manifest's tensors: of each its shape, type and runs from the first element to the
-    last.
-    """
-    table: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        for key, start, length, dtype in report.runs:
-            if key not in table:
-                shape = list(shapes[key.partition("/")[2]])
-                table[key] = {"shape": shape, "dtype": dtype, "runs": []}
-            table[key]["runs"].append([report.file, start, length])
-    for key, row in table.items():
-        row["runs"].sort(key=lambda run: run[1])
-        covered = 0
-        for _, start, length in row["runs"]:
-            assert start == covered, f"{key}: a run starts at {start}, others end at {covered}"
-            covered += length
-        assert covered == math.prod(row["shape"]), f"{key}: {covered} elements of {row['shape']}"
-    return table
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def show(asked: argparse.Namespace, out: Console) -> int:
             **found.facts,
             "kinds": {name: kind._asdict() for name, kind in kinds(manifest).items()},
             "files": manifest.files,
-            "tensors": manifest.tensors,
+            "tensors": {key: _stored(manifest, key) for key in manifest.tensors},
             "meta": manifest.meta,
         }
         print(json.dumps(document, indent=1))
@@ -188,6 +188,11 @@ def show(asked: argparse.Namespace, out: Console) -> int:
         _show_facts(found, out)
         _show_contents(manifest, out, tensors=asked.tensors)
     return int(bool(found.problems))
+
+
+def _stored(manifest: Manifest, key: str) -> dict[str, Any]:
+    row = manifest.tensors[key]
+    return {"shape": row.shape, "dtype": row.dtype, "runs": manifest.runs(key)}
 
 
 def _show_facts(found: Found, out: Console) -> None:
@@ -239,7 +244,7 @@ def _show_contents(manifest: Manifest, out: Console, *, tensors: bool) -> None:
         return
     table = Table("tensor", "shape", "type", "pieces")
     for key, row in manifest.tensors.items():
-        table.add_row(key, "x".join(map(str, row["shape"])), row["dtype"], str(len(row["runs"])))
+        table.add_row(key, "x".join(map(str, row.shape)), row.dtype, str(len(row.layout)))
     out.print(table)
 
 

@@ -213,7 +213,19 @@ def saved_of(recipe: Recipe, verified: bool = False) -> Saved | None:
 
 
 def saved_from(recipe: Recipe, manifest: checkpoint.Manifest) -> Saved:
-    """The facts of a manifest: everything but its tensors' places."""
+    """The facts of a manifest: everything but its tensors' places.
+
+    Raises:
+        CheckpointError: somebody edited it, and left out what a resume goes by.
+    """
+    sizes = manifest.meta["sizes"]
+    needed = ("world", "per_device", "accumulation", "canonical_streams")
+    missing = [name for name in needed if type(sizes.get(name)) is not int]
+    if missing:
+        raise checkpoint.CheckpointError(
+            f"{manifest.path}/manifest.json: meta has no sizes.{'/'.join(missing)}; move the "
+            "folder away, then the one before is used"
+        )
     is_own = manifest.path.parent == recipe.run_dir / "checkpoints"
     return Saved(manifest.path, manifest.step, manifest.images, manifest.meta, is_own)
 

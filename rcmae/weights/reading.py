@@ -185,7 +185,7 @@ def _of_checkpoint(
     keys = [key for key in manifest.tensors if key.partition("/")[0] in wanted]
     weights = {}
     for key, elements in zip(keys, whole_tensors(manifest, keys, torch.float32), strict=True):
-        shape = manifest.tensors[key]["shape"]
+        shape = manifest.tensors[key].shape
         weights[key.partition("/")[2]] = elements.clone().view(shape)
     _refuse_not_finite(str(manifest.path), weights)
 

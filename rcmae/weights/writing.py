@@ -191,7 +191,7 @@ def _shapes(manifest: Manifest, network: str) -> dict[str, Shape]:
     for key, row in manifest.tensors.items():
         kind, _, name = key.partition("/")
         if kind in (KIND[network], "buffer"):
-            found[name] = tuple(row["shape"])
+            found[name] = tuple(row.shape)
     for name in [name for name in found if name.endswith(".q_bias")]:
         place = name.removesuffix("q_bias")
         found[f"{place}qkv.bias"] = (3 * found[name][0],)
@@ -287,8 +287,8 @@ def _document(
         args = argparse.Namespace(
             model=recipe["model"]["name"],
             input_size=recipe["model"]["image_size"],
-            mask_ratio=recipe["objective"]["mask_ratio"],
-            norm_pix_loss=recipe["objective"]["norm_pix_loss"],
+            mask_ratio=recipe["objective"].get("mask_ratio"),
+            norm_pix_loss=recipe["objective"].get("norm_pix_loss"),
             **metadata_of(manifest),
         )
         return {
@@ -297,7 +297,7 @@ def _document(
             "student_without_ddp": plain["student"],  # the same storages: in the file once
             "teacher_without_ddp": plain["teacher"],
             # the last whole one, from 0
-            "epoch": manifest.step // manifest.meta["sizes"]["steps_per_epoch"] - 1,
+            "epoch": manifest.step // manifest.meta["sizes"].get("steps_per_epoch", 1) - 1,
             "args": args,
         }
     [state] = plain.values()
@@ -323,7 +323,7 @@ def timm_arguments(manifest: Manifest) -> list[str]:
     names = {"image_size": "img_size", "in_channels": "in_chans"}
     arguments = [f"'{model['name']}_224'", "num_classes=0"]
     for key in ("image_size", "in_channels", "patch_size", "embed_dim", "depth", "num_heads"):
-        if model[key] not in (None, usual.get(key)):
+        if model.get(key) not in (None, usual.get(key)):
             arguments.append(f"{names.get(key, key)}={model[key]}")
     if not model.get("cls_token", True):
         arguments += ["class_token=False", "global_pool='avg'", "fc_norm=False"]

@@ -5,7 +5,6 @@ python tests/programs/export_memory.py RUN LAYOUT [LAYOUT ...]
 """
 
 import json
-import math
 import sys
 import threading
 import time
@@ -43,7 +42,7 @@ def measured(run: Path, layout: str) -> dict[str, float]:
     end = time.monotonic()
     done.set()
     watcher.join()
-    largest = max(4 * math.prod(row["shape"]) for row in manifest.tensors.values())
+    largest = max(4 * row.elements for row in manifest.tensors.values())
     return {
         "baseline": baseline,
         "rise": max(seen) - baseline,
