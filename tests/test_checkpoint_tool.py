@@ -145,7 +145,7 @@ def test_show_tells_what_is_in_it(run, state, tell):
     table = tell("show", at(run, 10), "--tensors")
     for text in (
         "320",
-        "local bf16, 2 ranks",
+        "local auto, 2 ranks",
         "rank-00001.safetensors",
         "teacher/blocks.0.attn.qkv.weight",
         "144x48",
