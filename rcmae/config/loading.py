@@ -41,11 +41,10 @@ def recipe_path(name: str) -> Path:
             return candidate
     shipped = recipe_names()
     close = difflib.get_close_matches(name, shipped, n=3, cutoff=0.75)
-    if close:
-        hint = f"did you mean {' or '.join(map(repr, close))}? `rcmae recipe` lists all"
-    else:
-        hint = f"the shipped ones are {', '.join(shipped)}"
-    raise Refused(f"no recipe {name!r}: it is no file, and {hint}")
+    near = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    raise Refused(
+        f"no recipe {name!r}: {near}It is no file, and the shipped ones are {', '.join(shipped)}"
+    )
 
 
 def recipe_names() -> list[str]:
