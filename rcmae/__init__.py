@@ -11,6 +11,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rcmae import early
+
+early.hear()
 if TYPE_CHECKING:
     from rcmae.starting import start
     from rcmae.weights.encoder import load_encoder

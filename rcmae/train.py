@@ -190,12 +190,13 @@ def main(argv: Sequence[str] | None = None, task: str = "pretrain", prog: str | 
 
 def start(command: Command, task: str, stop: preempt.StopRequest) -> int:
     """Join the other ranks and train; the exit status of this rank. Every rank calls."""
-    from rcmae import dist
-    from rcmae.checkpoint.lease import exit_status
-    from rcmae.errors import Refused
-    from rcmae.run.ending import say_error
-    from rcmae.run.look import meet
-    from rcmae.tasks.registry import task_named
+    with waits.waiting("libraries to be imported", breaks=False, saved=True):
+        from rcmae import dist
+        from rcmae.checkpoint.lease import exit_status
+        from rcmae.errors import Refused
+        from rcmae.run.ending import say_error
+        from rcmae.run.look import meet
+        from rcmae.tasks.registry import task_named
 
     folder = None
     try:

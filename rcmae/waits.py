@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn, Protocol
 
+from rcmae import early
 from rcmae.launchers import watched_launcher
 
 STOPPED = 75  # the exit status of "run me again"
@@ -83,6 +84,9 @@ class Listener:
         for number in SIGNALS:
             signal.signal(number, self._handle)
         signal.signal(_BREAK, self._broken)
+        for name in early.asked:
+            self.ask(name)
+        early.asked.clear()
         self._threads: list[threading.Thread] = []
         self._pipe, self._signals = os.pipe()
         for end in (self._pipe, self._signals):

@@ -35,7 +35,7 @@ ROWS = (
     {"config"},
     {"dist", "meeting"},
     {"plugins"},
-    {"waits", "launchers", "cores", "files", "errors", "console", "extensions"},
+    {"early", "waits", "launchers", "cores", "files", "errors", "console", "extensions"},
 )
 HOMES = {"finetune": "train", "probe": "train", "follow": "train", "starting": "train"}
 HOMES |= {"cli": "commands", "__main__": "commands"}

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from conftest import ROOT, free_port
 
-from runs import hear_ctrl_c, wait_for
+from rcmae.data import cache
+from runs import Folder, equal, hear_ctrl_c, once, send, start, wait_for
 
 PROGRAM = ROOT / "tests/programs/waiting.py"
 STOPPED = 75
@@ -125,3 +127,73 @@ def test_a_rank_that_meets_another_training_is_told(tmp_path: Path) -> None:
     assert "is of another training (3 ranks, this one is 2 ranks)" in other.said()
     first.process.kill()
     first.process.wait()
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_samples_that_do_not_come_keep_no_run_from_its_checkpoint(
+    tiny: Path,
+    photo_shards: str,
+    uninterrupted: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    evaluates: bool,
+) -> None:
+    folder, hangs, read = Folder(tmp_path / "run"), [], cache.Reader._read
+
+    def hanging(*arguments: Any) -> bytes:
+        if len(folder.rows()) >= 4:
+            hangs.append(time.monotonic())
+            time.sleep(60.0)
+        return read(*arguments)
+
+    every = "4" if evaluates else "null"
+    sets = [f"evaluate.{each}_shards={photo_shards}" for each in ("train", "test")]
+    evaluation = [f"evaluate.every_steps={every}", *sets]
+    monkeypatch.setattr(cache.Reader, "_read", hanging)
+    with once(lambda: bool(hangs), send(signal.SIGTERM)):
+        assert start(tiny, folder.path, *evaluation) == STOPPED
+    assert time.monotonic() - hangs[0] < 10.0
+    assert folder.committed() == [4]
+    assert len(folder.events("evaluation_left")) == evaluates
+    monkeypatch.undo()
+    assert start(tiny, folder.path, *evaluation) == 0
+    assert equal(folder.state(), uninterrupted.state())
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_during_imports_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rcmae.train", "quickstart", f"run.dir={tmp_path / 'run'}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    torch = "/torch/lib/"
+    wait_for(
+        lambda: torch in Path(f"/proc/{process.pid}/maps").read_text(),
+        lambda: process.poll() is None,
+        60.0,
+    )
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60.0)
+    assert process.returncode == STOPPED, said
+    assert f"stopped by {number.name}" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_warning_before_anybody_listens_is_noted(tmp_path: Path) -> None:
+    program = tmp_path / "rcmae"
+    program.write_text(
+        "import os, signal, rcmae\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "from rcmae import waits\n"
+        "print(waits.listen().reason)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "SIGUSR1"), done.stderr

@@ -331,6 +331,12 @@ class Limits:
         raise TooManyBadSamples("\n".join([f"{why}:", *lines, *rest, way_out]))
 
 
+def num_batches(index: ShardIndex, batch: int, world: int) -> int:
+    """How many batches `labelled_batches` gives to each rank."""
+    share = -(-len(index) // world)
+    return -(-share // min(batch, share))
+
+
 def labelled_batches(
     index: ShardIndex,
     transform: CentreTransform,
@@ -356,7 +362,7 @@ def labelled_batches(
     refuse_unlabelled(index)
     share = -(-len(index) // world)
     batch = min(batch, share)
-    count = -(-share // batch)
+    count = num_batches(index, batch, world)
     numbers = np.full(count * batch, -1)
     mine = np.arange(rank * share, min((rank + 1) * share, len(index)))
     numbers[: len(mine)] = mine

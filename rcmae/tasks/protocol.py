@@ -18,7 +18,7 @@ import pydantic
 import torch
 from torch import nn
 
-from rcmae import dist
+from rcmae import dist, waits
 from rcmae.config import Recipe, Resolved, Section
 from rcmae.data.batch import Batch
 from rcmae.data.cache import Cache
@@ -26,7 +26,7 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.patterns import Patterns
 from rcmae.data.sets import ClassList
-from rcmae.data.stream import Readers, labelled_batches
+from rcmae.data.stream import Readers, labelled_batches, num_batches
 from rcmae.data.transforms import CentreTransform, Normalise, Transform
 from rcmae.data.views import Members
 from rcmae.engines.protocol import Optimizing
@@ -111,7 +111,8 @@ class Evaluating:
     def batches(self, number: int) -> Iterator[Batch]:
         """This rank's batches of a set, in order, views cut from the centre; as many on each rank.
 
-        A stop request is heard before each. Collective: every rank iterates to the end.
+        A stop request is heard before each, also in the wait for one. Collective: every rank
+        iterates to the end.
 
         Args:
             number: which of `sets`.
@@ -127,9 +128,17 @@ class Evaluating:
             world=dist.world(),
             readers=Readers(recipe.data.workers, cache=self.cache),
         )
-        for batch in found:
+        for _ in range(num_batches(self.sets[number], recipe.evaluate.batch, dist.world())):
+            try:
+                with waits.waiting(f"samples of an evaluation, after step {self.step}"):
+                    batch = next(found)
+            except waits.StopAsked as error:
+                self.pause()  # the others do so, too, with what they have read
+                raise Interrupted from error
             self.pause()
             yield batch
+        for _ in found:  # ends its workers
+            pass
 
 
 @dataclass(frozen=True)
