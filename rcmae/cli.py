@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rcmae import __version__
+from rcmae import __version__, console
 
 
 class Command(NamedTuple):
@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"rcmae: no command {name!r}; {_way_out(name)}", file=sys.stderr)
         return WRONG_INPUT
+    console.guard()
     module, _, function = COMMANDS[name].module.partition(":")
     command = importlib.import_module(f"rcmae.commands.{module}")
     return int(getattr(command, function or "main")(words[1:]))

@@ -7,11 +7,13 @@ import io
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from rcmae import console
+from rcmae import cli, console
+from rcmae.commands import shards
 from rcmae.console import Lasting
 from runs import Folder
 from tests.conftest import ROOT
@@ -65,7 +67,8 @@ def test_it_is_the_stream_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DEAF = """
 import os, sys
-from rcmae import console
+from rcmae import cli, console
+from rcmae.commands import shards
 console.outlive()
 print("seen", flush=True)
 sys.stdin.read()
@@ -110,3 +113,66 @@ def test_a_training_goes_on_without_its_reader(tiny: Path, tmp_path: Path) -> No
     assert run.steps() == list(range(1, 21))
     assert run.outcome()["status"] == "finished"
     assert "Broken pipe" in run.events("console_lost")[0]["reason"]
+
+
+# ------------------------------------------------------------------------- what a terminal obeys
+
+EVIL = "a\x1b]0;title\x07\x1b[31m\x9b\u202eb"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_a_terminal_obeys_is_shown_escaped() -> None:
+    assert console.printable("two\nlines\tand é 漢") == "two\nlines\tand é 漢"
+    assert console.printable(EVIL) == r"a\x1b]0;title\x07\x1b[31m\x9b\u202eb"
+    assert console.printable("\udc9b\r\x7f") == r"\udc9b\r\x7f"
+
+
+def test_streams_show_names_escaped_and_let_bars_be_drawn() -> None:
+    file, terminal = io.StringIO(), Terminal()
+    for stream in (file, terminal):
+        print(EVIL, file=console.Shown(stream))
+        console.Shown(stream).write("\x1b[2K\r\x1b[32mok\x1b[0m\x1b[1A\x1b[?25l")
+    assert not set(file.getvalue()) & set("\x1b\x07\x9b\u202e")
+    drawn = terminal.getvalue()
+    assert "\x1b]0;" not in drawn
+    assert not set(drawn) & set("\x07\x9b\u202e")
+    assert drawn.endswith("\x1b[2K\r\x1b[32mok\x1b[0m\x1b[1A\x1b[?25l")
+
+
+def test_a_command_line_shows_names_escaped(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in ((f"{EVIL}.jpg", b"\xff\xd8"), (f"{EVIL}/x.txt", b"x")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    folder = tmp_path / f"in{EVIL}".replace("/", "")
+    (folder / "x\x1b[31m").mkdir(parents=True)
+    (folder / "x\x1b[31m" / "1.jpg").write_bytes(b"no image")
+    commands = (
+        ["shards", "check", "verify", str(path), "--jobs", "1"],
+        ["shards", "index", str(path), "--jobs", "1"],
+        ["shards", "make", str(folder), str(tmp_path / "out"), "--jobs", "1"],
+        ["train", "tiny", f"data.shards={EVIL}"],
+        [EVIL],
+        ["probes", f"no{EVIL}", "--train", EVIL, "--test", EVIL],
+    )
+    for words in commands:
+        if words[0] == "shards":
+            shards.main(words[1:])
+            told = capsys.readouterr()
+            assert not set(told.out + told.err) & set("\x1b\x07\x9b\u202e"), words
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", io.StringIO())
+            patch.setattr(sys, "stderr", io.StringIO())
+            out, err = sys.stdout, sys.stderr
+            cli.main(words)
+            said = out.getvalue() + err.getvalue()
+        assert said, words
+        assert not set(said) & set("\x1b\x07\x9b\u202e"), words

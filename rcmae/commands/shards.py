@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcmae import cores
+from rcmae.console import say
 
 if TYPE_CHECKING:
     from rcmae.data.packing.verify import Checked
@@ -184,14 +185,14 @@ def make(arguments: Sequence[str] | None = None) -> int:
         )
         report = make_shards(asked.images, asked.out, options)
     except (Refused, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        say("stopped; the same command goes on", error=True)
         return STOPPED
     if asked.json:
         rejected = [reject._asdict() for reject in report.rejected]
-        print(json.dumps(report._asdict() | {"rejected": rejected}, indent=1))
+        say(json.dumps(report._asdict() | {"rejected": rejected}, indent=1))
     else:
         print_report(report, asked.out)
     return 0
@@ -210,21 +211,21 @@ def print_report(report: Report, out: Path) -> None:
     """Print what was made, for people."""
     from rcmae.data.packing.inputs import some
 
-    print(
+    say(
         f"{out}: {report.samples:,} images of {len(report.classes) or 'no'} classes"
         f" in {len(report.shards)} shards, {report.bytes / 1e6:,.1f} MB"
     )
     for note in report.notes:
-        print(f"  {note}")
+        say(f"  {note}")
     if report.kept:
-        print(f"  {report.kept:,} shards were there from a job that did not end")
+        say(f"  {report.kept:,} shards were there from a job that did not end")
     if report.other_files:
-        print(
+        say(
             f"  {report.other_files:,} other files were not looked at: "
             f"{some(report.such_as, report.other_files)}"
         )
     for reject in report.rejected:
-        print(f"  left out: {reject.path} ({reject.reason})")
+        say(f"  left out: {reject.path} ({reject.reason})")
 
 
 # -------------------------------------------------------------------------------------------- index
@@ -273,13 +274,13 @@ def index(arguments: Sequence[str] | None = None) -> int:
             for folder, paths in folders
         ]
     except (Refused, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        say("stopped; the same command goes on", error=True)
         return STOPPED
     if asked.json:
-        print(json.dumps({"indexes": told}, indent=1))
+        say(json.dumps({"indexes": told}, indent=1))
         return 0
     for facts in told:
         print_index(facts)
@@ -288,14 +289,14 @@ def index(arguments: Sequence[str] | None = None) -> int:
 
 def print_index(facts: dict[str, Any]) -> None:
     """Print what is in an index, for people."""
-    print(
+    say(
         f"{facts['folder']}: {facts['samples']:,} samples in {facts['shards']} shards "
         f"({facts['read']} read now)"
     )
     if facts["unlabelled"]:
-        print(f"  {facts['unlabelled']:,} samples have no label")
+        say(f"  {facts['unlabelled']:,} samples have no label")
     for note in facts["notes"]:
-        print(f"  {note['text']}")
+        say(f"  {note['text']}")
 
 
 # -------------------------------------------------------------------------------------------- check
@@ -331,14 +332,14 @@ def check(arguments: Sequence[str] | None = None) -> int:
     try:
         told = _checked(asked)
     except (Refused, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say("stopped", error=True)
         return STOPPED
     try:
         if asked.json:
-            print(json.dumps(told, indent=1))
+            say(json.dumps(told, indent=1))
         elif "bad_samples" in told:
             print_ledger(told["bad_samples"])
         else:
@@ -389,7 +390,7 @@ def _shown(shards: Iterable[Checked], count: int) -> Iterable[Checked]:
 
 def print_verdict(found: dict[str, Any], what: str) -> None:
     """Print what was found of a set, for people."""
-    print(
+    say(
         f"{what}: {found['samples']:,} samples in {len(found['shards'])} shards, "
         f"{found['bytes'] / 1e6:,.1f} MB"
     )
@@ -397,11 +398,11 @@ def print_verdict(found: dict[str, Any], what: str) -> None:
     _print_sides({int(side): count for side, count in found.get("shorter_sides", {}).items()})
     for number, count in found.get("channels", {}).items():
         if number != "3":
-            print(f"  {count:,} images have {number} channels")
+            say(f"  {count:,} images have {number} channels")
     if left_out := found.get("left_out"):
-        print(f"  left out, for nothing in them can be read: {', '.join(left_out)}")
+        say(f"  left out, for nothing in them can be read: {', '.join(left_out)}")
     for note in found.get("notes", []):
-        print(f"  {note['text']}")
+        say(f"  {note['text']}")
     lines = []
     for name in found.get("not_written", []):
         lines.append(
@@ -414,9 +415,9 @@ def print_verdict(found: dict[str, Any], what: str) -> None:
         where = f"/{row['key']} at byte {row['offset']}" if row["offset"] >= 0 else ""
         lines.append(f"{row['shard']}{where}: {row['reason']}")
     for line in lines[:SHOWN]:
-        print(f"  {line}")
+        say(f"  {line}")
     if len(lines) > SHOWN:
-        print(f"  ... and {len(lines) - SHOWN} more; --json has all")
+        say(f"  ... and {len(lines) - SHOWN} more; --json has all")
 
 
 def _print_classes(classes: dict[str, int]) -> None:
@@ -425,14 +426,14 @@ def _print_classes(classes: dict[str, int]) -> None:
         least = min(labelled, key=labelled.__getitem__)
         most = max(labelled, key=labelled.__getitem__)
         if labelled[least] == labelled[most]:
-            print(f"  {len(labelled)} classes of {labelled[least]} samples")
+            say(f"  {len(labelled)} classes of {labelled[least]} samples")
         else:
-            print(
+            say(
                 f"  {len(labelled)} classes of {labelled[least]} (class {least}) to "
                 f"{labelled[most]} (class {most}) samples"
             )
     if unlabelled := classes.get(str(NO_LABEL), 0):
-        print(f"  {unlabelled:,} samples have no label")
+        say(f"  {unlabelled:,} samples have no label")
 
 
 def _print_sides(sides: dict[int, int]) -> None:
@@ -442,29 +443,29 @@ def _print_sides(sides: dict[int, int]) -> None:
 
     ordered = sorted(sides)
     middle = int(np.median(np.repeat(ordered, [sides[side] for side in ordered])))
-    print(f"  shorter side {min(sides)} to {max(sides)} pixels, median {middle}")
+    say(f"  shorter side {min(sides)} to {max(sides)} pixels, median {middle}")
 
 
 def print_ledger(entries: Sequence[dict[str, Any]]) -> None:
     """Print what a run could not read, for people: each sample once, with how often it was met."""
     if not entries:
-        print("no bad samples")
+        say("no bad samples")
         return
     met: dict[tuple[str, str], list[dict[str, Any]]] = {}
     reasons: dict[str, int] = {}
     for entry in entries:
         met.setdefault((entry["shard"], entry["key"]), []).append(entry)
         reasons[entry["reason"]] = reasons.get(entry["reason"], 0) + 1
-    print(f"{len(met)} samples could not be read, {len(entries)} times:")
+    say(f"{len(met)} samples could not be read, {len(entries)} times:")
     for (shard, key), times in sorted(met.items()):
         first = times[0]
         instead = sorted({entry["replaced_by"] for entry in times})
-        print(
+        say(
             f"  {shard}/{key} at byte {first['offset']}, {len(times)} times: {first['reason']}; "
             f"read instead: {', '.join(instead)}"
         )
     for reason, count in sorted(reasons.items(), key=lambda each: -each[1])[:5]:
-        print(f"  {count:>6} x {reason}")
+        say(f"  {count:>6} x {reason}")
 
 
 if __name__ == "__main__":

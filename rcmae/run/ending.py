@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rcmae import dist
+from rcmae import console, dist
 from rcmae.checkpoint import CheckpointError
 from rcmae.checkpoint.lease import LeaseLost, newest_generation
 from rcmae.run import preempt
@@ -150,7 +150,7 @@ def say(text: str) -> None:
 def say_error(error: Exception) -> None:
     """One message for all ranks, on standard error."""
     if dist.launched_first():
-        print(f"rcmae: {error}", file=sys.stderr, flush=True)
+        console.say(f"rcmae: {error}", error=True)
 
 
 def launcher(world: int) -> str:

@@ -291,6 +291,7 @@ class MetricsLog:
     def say(self, text: str) -> None:
         """Print above the bar, or just print; as it is, without wrapping or colours."""
         if self.writes:
+            text = standard.printable(text)
             self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
             self._console.file.flush()
             reason = standard.lost()
