@@ -1,9 +1,11 @@
 """The index on disk: what it says of members, what of it is believed, and when it is not."""
 
+import copy
 import io
 import json
 import logging
 import os
+import random
 import shutil
 import tarfile
 from types import SimpleNamespace
@@ -319,3 +321,33 @@ def test_nothing_is_said_of_an_index_that_fits(folder, caplog):
     index = ShardIndex.open(pattern(folder))
     assert np.array_equal(index.labels, [0, 1, 2, 3, 4, 5, 0, 1, 2])
     assert not caplog.messages
+
+
+ODD = (True, None, -1, 0, 10**12, 10**30, 2**63, 1.5, float("nan"), float("inf"), "", "../x", "\0")
+ODD += ("a" * 70_000, "\ud800", "http://x/y.tar", "index-x.bin", [], {}, [1, "x"], {"a": 1})
+
+
+def test_whatever_an_index_says_it_is_refused_or_read(folder):
+    ShardIndex.open(pattern(folder)).save(folder)
+    head = json.loads((folder / "index.json").read_text())
+    draw = random.Random(1)
+    refused = 0
+    for _ in range(400):
+        changed = copy.deepcopy(head)
+        place = draw.choice([changed, *changed["shards"]])
+        place[draw.choice([*place, "keys", "not_used", "digest"])] = draw.choice(ODD)
+        (folder / "index.json").write_text(json.dumps(changed))
+        try:
+            index = ShardIndex.load(folder)
+            _ = index.labels, index.notes, [index.members(number) for number in range(len(index))]
+        except Refused:
+            refused += 1
+    assert 250 < refused < 400
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "9" * 5000, "1e999", "\xff", '{"a":' * 10**4])
+def test_an_index_that_is_hard_to_parse_is_refused(folder, text):
+    ShardIndex.open(pattern(folder)).save(folder)
+    (folder / "index.json").write_text('{"format": "rcmae shard index", "version": ' + text)
+    with pytest.raises(Refused, match=r"index\.json: cannot be used"):
+        ShardIndex.load(folder)

@@ -508,6 +508,23 @@ def test_a_full_disk_is_met_by_deleting_copies_and_named(folder, server, tmp_pat
     assert not list(cache.folder.iterdir()) or {".lock"} == set(os.listdir(cache.folder))
 
 
+@pytest.mark.parametrize("what", ["lock", "part", "copy", "part is a link", "copy is a link"])
+def test_what_lies_in_a_caches_way_is_passed_over(folder, server, tmp_path, what):
+    index = opened(f"{server.url}/photo-000000.tar")
+    cache = cache_in(tmp_path / "cache")
+    place = cache.place(index.shards[0])
+    part = place.with_name(f".{place.stem}.part")
+    path = {"lock": cache.folder / ".lock", "part": part, "copy": place}[what.split()[0]]
+    if "link" in what:
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.mkdir()
+    whole = (folder / "photo-000000.tar").read_bytes()
+    for _ in range(2):
+        assert Reader(cache).read(index.shards[0], 0, 10**6) == whole
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def as_user(user, umask, act) -> int:
     """The exit status of a process of another user."""
     child = os.fork()

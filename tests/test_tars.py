@@ -18,6 +18,8 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.tars import BrokenTar, Contents, scan
 from rcmae.data.tars.headers import HARD_LINK, SYMBOLIC_LINK, Walk
 from rcmae.errors import Refused
+from rcmae.run.judge import members_unused
+from rcmae.tasks.protocol import Data
 
 
 def photo(seed: int) -> bytes:
@@ -366,7 +368,7 @@ def test_what_is_not_used_is_said_again_where_an_index_is_opened(tmp_path, caplo
     path = write(tmp_path / "x.tar", members)
     ShardIndex.open(str(path)).save(tmp_path)
     caplog.clear()
-    ShardIndex.open(str(path))
+    ShardIndex.open(str(path)).tell_unused()
     assert "1 members have the key and suffix of the one before" in caplog.text
     assert "'x/a.jpg'" in caplog.text
     assert "1 files without a dot in their names" in caplog.text
@@ -389,3 +391,11 @@ def test_compressed_tars_are_refused_by_name(tmp_path):
     assert "x.tar: is compressed" in scan(str(tmp_path / "x.tar")).problem
     (tmp_path / "x.tar").write_bytes(whole + gzip.compress(whole))
     assert set(notes_of(tmp_path / "x.tar")) == {"junk"}
+
+
+def test_a_training_warns_of_what_it_does_not_use(tmp_path):
+    write(tmp_path / "x.tar", [*labelled(2), *DOTTED["plain"]])
+    data = Data(ShardIndex.open(str(tmp_path / "x.tar")), ())
+    (told,) = members_unused(data)
+    assert told.startswith("shards: 1 samples have several images under one key")
+    assert "'x/trip v1'" in told

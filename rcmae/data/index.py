@@ -161,10 +161,7 @@ class ShardIndex:
                 problems += [] if before is None else unlike(before, shard)
                 known[path] = shard
         refuse_shards(problems)
-        index = cls([known[path] for path in paths], search.short, weights)
-        for note in index.notes:
-            _log.warning("shards: %s", note)
-        return index
+        return cls([known[path] for path in paths], search.short, weights)
 
     @staticmethod
     def lies_in(folder: str, patience: Patience = USUAL) -> bool:
@@ -304,6 +301,11 @@ class ShardIndex:
     def notes(self) -> list[Note]:
         """What of the tars is not used and why; nothing for indexes of before."""
         return together((shard.name, note) for shard in self.shards for note in shard.notes)
+
+    def tell_unused(self) -> None:
+        """Log what of the tars is not used and why."""
+        for note in self.notes:
+            _log.warning("shards: %s", note)
 
     @property
     def is_saved(self) -> bool:

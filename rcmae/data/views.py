@@ -370,6 +370,8 @@ def image_bytes(reader: Reader, sample: Sample) -> bytes:
         BadImage: the shard ends before it, or another member lies there than was indexed.
         OSError: the shard is gone or cannot be had.
     """
+    if sample.offset < HEADER:
+        raise BadImage(f"its index says byte {sample.offset}, where a tar has a header")
     data = reader.read(sample.shard, sample.offset - HEADER, HEADER + sample.size)
     if len(data) < HEADER + sample.size:
         raise BadImage(f"only {max(0, len(data) - HEADER)} of its {sample.size} bytes are there")

@@ -67,6 +67,7 @@ class FeatureCache:
             OSError: the folder cannot be written.
         """
         index = ShardIndex.open(list(shards))
+        index.tell_unused()
         size = pixels_of(self._model)
         key = f"{self._fingerprint} {index.fingerprint} {size} {self._model.global_pool}"
         name = hashlib.sha256(key.encode()).hexdigest()[:16]

@@ -128,6 +128,8 @@ def report(
         opened(path)  # now, and not in a worker half-way
     indexes = {each.name: ShardIndex.open(each.shards) for each in sets}
     refuse_other_classes(sets, indexes, names)
+    for index in indexes.values():
+        index.tell_unused()
     model.to(dist.device())
     begin = time.monotonic()
     rows = {}

@@ -157,10 +157,22 @@ def judge(sight: Sight, task: Task) -> Verdict:
         found=facts.task,
         engine_config=dict(facts.engine_config),
         precision=precision,
-        warnings=(*emulated, *config.statistics_doubts(recipe), *judgement.warnings),
+        warnings=(
+            *emulated,
+            *config.statistics_doubts(recipe),
+            *members_unused(facts.data),
+            *judgement.warnings,
+        ),
         trains=not command.evaluate_only,
         notes=tuple(judgement.notes),
     )
+
+
+def members_unused(data: Data) -> list[str]:
+    """What of the tars is not used, and why: a line for each kind."""
+    indexes = [index for index in (data.train, *data.sets) if index is not None]
+    told = [f"shards: {note}" for index in indexes for note in index.notes]
+    return list(dict.fromkeys(told))
 
 
 # ------------------------------------------------------------------------------------------- ranks

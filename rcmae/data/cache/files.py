@@ -11,6 +11,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# what it is called that a file is another user's, a folder or a link
+IN_THE_WAY = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENOTEMPTY, errno.EEXIST)
+
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
@@ -21,7 +24,9 @@ def locked(folder: Path) -> Iterator[None]:
                 lock = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except PermissionError:  # another user's: to read it will do
                 lock = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
-        except PermissionError:
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
             continue
         break
     else:
@@ -40,7 +45,7 @@ def part_of(place: Path) -> Path:
 
 def wait_for(part: Path) -> None:
     """Wait until another user, whose file cannot be written, has made a copy or failed."""
-    with contextlib.suppress(FileNotFoundError, PermissionError):
+    with contextlib.suppress(OSError):
         file = os.open(part, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -78,8 +83,10 @@ def is_abandoned(part: Path) -> bool:
         file = os.open(part, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return True
-    except PermissionError:  # nobody can say: it takes as much of the disk as it takes
-        return True
+    except OSError as error:
+        if error.errno not in IN_THE_WAY:
+            raise
+        return True  # nobody can say: it takes as much of the disk as it takes
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         remove_if_same(part, file)
@@ -101,5 +108,5 @@ def is_same(path: Path, file: int) -> bool:
 def remove_if_same(path: Path, file: int) -> None:
     """Delete what a path names if it is an open file."""
     if is_same(path, file):
-        with contextlib.suppress(PermissionError):  # another user's, in a folder that forbids it
+        with contextlib.suppress(PermissionError, IsADirectoryError):  # another user's, or none
             path.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rcmae.data import sources
 from rcmae.data.cache.files import (
+    IN_THE_WAY,
     delete,
     is_abandoned,
     is_same,
@@ -160,9 +161,14 @@ class Cache:
     def _ready(self, shard: Stored) -> int | None:
         """A descriptor of a shard's file; None where there is none that this user can read."""
         for place in self._places_of(shard):
-            with contextlib.suppress(PermissionError):
-                if (file := self._descriptor(place, shard.size)) is not None:
-                    return file
+            try:
+                file = self._descriptor(place, shard.size)
+            except OSError as error:
+                if error.errno not in IN_THE_WAY:
+                    raise
+                continue
+            if file is not None:
+                return file
         return None
 
     def _descriptor(self, place: Path, size: int) -> int | None:
@@ -186,7 +192,9 @@ class Cache:
         place, own = self._places_of(shard)
         try:
             return self._copy(shard, place)
-        except PermissionError:  # another user's files are in the way
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
             wait_for(part_of(place))
             ready = self._ready(shard)
             return self._copy(shard, own) if ready is None else ready

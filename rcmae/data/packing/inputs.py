@@ -235,6 +235,7 @@ def _rows_of(path: Path) -> tuple[list[dict[str, str]], list[int], list[str]]:
 
 def _in_tars(patterns: Sequence[str]) -> Found:
     index = ShardIndex.open(expand(patterns), jobs=min(8, cores.usable()))
+    index.tell_unused()
     found = []
     for number in range(len(index)):
         sample = index[number]

@@ -10,7 +10,7 @@ import urllib.parse
 
 PIPE = "pipe:"
 PASSWORD = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
-_TAR = re.compile(r"[^\s/\"'=?&]+\.tar\b")
+_TAR = re.compile(r"[^\s/\"'=?&]{1,255}\.tar\b")
 # names of what signs a request, says when it ends or how the answer is sent; they change each time
 _SIGNS = re.compile(
     r"(x-[a-z]+-|awsaccesskeyid|googleaccessid|ossaccesskeyid|key-pair-id|policy|sign|sig=|hmac|"
@@ -18,7 +18,7 @@ _SIGNS = re.compile(
     r"[^=]*(token|secret|passw|apikey|api_key|access_key|session)[^=]*|key=|response-)",
     re.IGNORECASE,
 )
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>)\]]+", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}://[^\s'\"<>)\]]+", re.IGNORECASE)
 
 
 def is_remote(path: str) -> bool:

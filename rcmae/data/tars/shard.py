@@ -121,7 +121,8 @@ class Shard:
         fingerprint, digest = hashes(
             self, buffer[self.at : self._keys_end], buffer[self._keys_end : self.at + self.length]
         )
-        ends = self.rows["offset"] + self.rows["size"]
+        rows = self.rows
+        ends = np.minimum(rows["offset"], self.size + 1) + rows["size"]  # without overflow
         if (
             fingerprint != self.fingerprint
             or (self.digest and digest != self.digest)
