@@ -24,8 +24,19 @@ settings=${RCMAE_ENV:-${templates:?}/env.sh}
 python=${PYTHON:-$python}
 export PYTHONUNBUFFERED=1
 [ ! -f rcmae/__init__.py ] || export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # a checkout: its own, not another
-# Its answers are words name=value, each quoted: nothing that lies in a run's folder is ever run as a command.
 ask() { "${container[@]}" "$python" -m rcmae slurm-job "$@"; }
+# take VERB [ARGUMENT ...]: asks, and takes the answers, a line name=value each, into the variables of these names.
+# Nothing is evaluated: whatever lies in a run's folder, none of it is run as a command.
+take() {
+    local answers line
+    answers=$(ask "$1" --lines "${@:2}") || return $?
+    while IFS= read -r line; do
+        case ${line%%=*} in
+        run_dir | nodes | module | status | again | delay_s | step | followed)
+            printf -v "${line%%=*}" %s "${line#*=}" ;;
+        esac
+    done <<< "$answers"
+}
 idle_starts=${IDLE_STARTS:-5} backoff_s=${BACKOFF_S:-60}
 
 ranks=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}  # the first may be h100:8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from rcmae.commands import slurm_job
 from rcmae.config import batch_problems, load
+from rcmae.errors import Refused
 from rcmae.run import jobs, preempt
 from tests.conftest import ROOT
 
@@ -291,6 +293,46 @@ def test_nothing_that_lies_in_a_runs_folder_is_run_as_a_command(
     assert shell.stdout.splitlines()[-1].startswith("17 75 "), shell.stderr
     assert command.replace("/", "_") in shell.stdout
     assert not owned.exists()
+
+
+def sourced(run_dir: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """A line of a template, behind what all of them begin with."""
+    env = {
+        **os.environ,
+        "SLURM_JOB_ID": "17",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_END_TIME": "4000000000",
+        "PYTHON": sys.executable,
+        "RUN": str(run_dir),
+    }
+    command = ["bash", "-c", f"templates=slurm; source slurm/job.sh; {script}"]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_templates_take_their_answers_and_evaluate_nothing(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (ROOT / "slurm").iterdir():
+        assert not re.search(r"^\s*eval\b|[;&|(]\s*eval\b", path.read_text(), re.MULTILINE), path
+    owned = tmp_path / "OWNED"
+    hostile = run_dir.parent / f"$(touch {owned}); ' \" `touch {owned}`".replace("/", "_")
+    show = 'printf "%s|" "$status" "$again" "$step" "$followed"'
+    assert begin(hostile) == 0
+    capsys.readouterr()
+    done = sourced(hostile, f'take follow "$RUN" --status 75 || exit 9; {show}')
+    assert done.stdout == "75|yes|0|17|", done.stderr
+    (hostile / "jobs.jsonl").write_text("")
+    assert slurm_job.main(["end", str(hostile), "--status=1", "--lines"]) == 0
+    assert capsys.readouterr().out == "status=1\nagain=no\ndelay_s=0\nstep=0\n"
+    assert sourced(hostile, "take end --status 1 || exit 9").returncode == 9
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"recipe: quickstart\nruns: {{low: {{run.name: '; touch {owned}  x'}}}}\n")
+    script = f'words=$(ask sweep --lines {sweep} --task 0); mapfile -t words <<< "$words"'
+    done = sourced(run_dir, script + '; printf "%s|" "${words[@]}"')
+    assert done.stdout.startswith(f'quickstart|run.name="; touch {owned}  x"|run.dir='), done
+    assert not owned.exists()
+    with pytest.raises(Refused, match="has a line end in it"):
+        slurm_job._print_lines(["run_dir=two\nlines"])
 
 
 def test_the_status_of_run_me_again_is_the_trainers() -> None:

@@ -12,8 +12,9 @@
         sbatch for what `rcmae plan` does not refuse. The GPUs' kind, as its --gpu has them, in GPU:
         GPU=h200 rcmae slurm-job submit --nodes=2-8 ...
 
-Answers are `name=value` words for a shell, each quoted. Exit status: 0 answered; 1 the job has come
-to nothing too often; 2 the input is wrong, or the plan refuses it.
+Answers are `name=value` words for a shell, each quoted; with --lines a line each, as they are, for
+a shell that evaluates nothing. Exit status: 0 answered; 1 the job has come to nothing too often; 2
+the input is wrong, or the plan refuses it.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--task", type=int, help="the array's task; without it all runs are checked"
     )
     sweeps.set_defaults(answer=sweep)
+    for each in (begins, ends, follows, sweeps):
+        each.add_argument("--lines", action="store_true", help="a line an answer, unquoted")
     verbs.add_parser("submit", help="submits a job that can run; arguments as for sbatch")
     return parser
 
@@ -106,9 +109,26 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _answer(**values: object) -> None:
+def _answer(asked: argparse.Namespace, **values: object) -> None:
     """Give a shell its answers: whatever lies in a run's folder, none of it is a command."""
-    print(*(f"{name}={shlex.quote(str(value))}" for name, value in values.items()))
+    if asked.lines:
+        _print_lines([f"{name}={value}" for name, value in values.items()])
+    else:
+        print(*(f"{name}={shlex.quote(str(value))}" for name, value in values.items()))
+
+
+def _print_lines(words: Sequence[str]) -> None:
+    """Words, a line each.
+
+    Raises:
+        Refused: one is no line.
+    """
+    from rcmae.errors import Refused
+
+    for word in words:
+        if "\n" in word:
+            raise Refused(f"{word!r} has a line end in it; choose another name")
+    print("\n".join(words))
 
 
 def begin(asked: argparse.Namespace) -> int:
@@ -140,7 +160,7 @@ def begin(asked: argparse.Namespace) -> int:
     if why_not is not None:
         _tell(why_not)
         return 1
-    _answer(run_dir=recipe.run_dir, nodes=used, module=config.module_of(recipe))
+    _answer(asked, run_dir=recipe.run_dir, nodes=used, module=config.module_of(recipe))
     return 0
 
 
@@ -149,7 +169,7 @@ def end(asked: argparse.Namespace) -> int:
     from rcmae.run import jobs
 
     patience = jobs.Patience(asked.idle_starts, asked.backoff_s)
-    _answer(**_said(jobs.after_training(asked.run_dir, asked.job, asked.status, patience)))
+    _answer(asked, **_said(jobs.after_training(asked.run_dir, asked.job, asked.status, patience)))
     return 0
 
 
@@ -172,7 +192,7 @@ def follow(asked: argparse.Namespace) -> int:
     patience = jobs.Patience(asked.idle_starts, asked.backoff_s)
     verdict = jobs.after_evaluating(asked.run_dir, asked.job, asked.status, patience)
     trained = jobs.starts(asked.run_dir)
-    _answer(**_said(verdict), followed=trained[-1].job if trained else "")
+    _answer(asked, **_said(verdict), followed=trained[-1].job if trained else "")
     return 0
 
 
@@ -215,7 +235,11 @@ def sweep(asked: argparse.Namespace) -> int:
         raise Refused(
             f"{asked.file} has runs 0 to {len(runs) - 1}, not {asked.task}; submit that array"
         )
-    print(shlex.join(list(runs.values())[asked.task]))
+    words = list(runs.values())[asked.task]
+    if asked.lines:
+        _print_lines(words)
+    else:
+        print(shlex.join(words))
     return 0
 
 
