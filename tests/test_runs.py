@@ -279,3 +279,19 @@ def test_watching_ends_with_the_run(tmp_path: Path) -> None:
     states = [json.loads(line)["state"] for line in done.stdout.splitlines()]
     assert states[-1] == "finished", done.stderr
     assert set(states[:-1]) <= {"training"}
+
+
+def test_lines_that_somebody_edited_are_left_out(told_run: Path) -> None:
+    whole = status(told_run, now=10_000.0)
+    for name in ("events.jsonl", "metrics.jsonl"):
+        rows = [json.loads(line) for line in (told_run / name).read_text().splitlines()]
+        odd: list[dict[str, Any]] = []
+        for row in rows:
+            odd += [{key: row[key] for key in row if key != gone} for gone in row]
+            odd += [{**row, key: ["x"]} for key in row if key not in ("undone", "process_started")]
+        kept = [row for row in odd if row.get("event") not in ("start", "resume", "stop")]
+        with (told_run / name).open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in [*kept, {"event": "start"}, {}])
+    found = status(told_run, now=10_000.0)
+    assert (found["step"], found["state"]) == (whole["step"], whole["state"])
+    assert runs.main(["status", str(told_run)]) == 0

@@ -42,6 +42,16 @@ RECENT = 20  # logged steps that the pace is taken from
 EVENTS_SHOWN = 6
 
 Row = dict[str, Any]
+_SIZES = {"total_steps": 0, "world": 0}  # of a start's event, what is read of its sizes
+_SHOWN = ("teacher_update_s", "loss", "epoch", "images_per_s")  # of a step, where it has them
+# the same of each kind of event
+_NUMBERS = {
+    "start": ("step",),
+    "resume": ("step",),
+    "checkpoint": ("step", "stall_s"),
+    "evaluate": ("seconds",),
+    "stop": ("step",),
+}
 
 
 @dataclass
@@ -106,7 +116,7 @@ def status(folder: Path, now: float | None = None) -> dict[str, Any]:
         "undone_steps": sum(job.undone_steps for job in jobs),
         "seconds_per_step": pace,
         "hours_to_go": left / 3600 if left is not None else None,
-        "startup_s": first_steps[-1]["startup_s"] if first_steps else {},
+        "startup_s": first_steps[-1].get("startup_s", {}) if first_steps else {},
         "jobs": [asdict(job) for job in jobs],
         "starts_without_training": starts_without_training(folder, events),
         "last_events": events[-EVENTS_SHOWN:],
@@ -143,9 +153,27 @@ def starts_without_training(folder: Path, events: Sequence[Row]) -> int:
 
 def _rows(path: Path, *, of: str) -> list[Row]:
     """The lines of a file that say when, and have this key: others are not ours."""
-    return [
-        row for row in json_lines(path) if of in row and isinstance(row.get("time"), int | float)
-    ]
+    return [row for row in json_lines(path) if of in row and _is_whole(row, of)]
+
+
+def _is_whole(row: Row, of: str) -> bool:
+    """Whether a line says what is read of it: somebody may have edited the file."""
+    numbers = {"step": ("step", "step_s", "data_wait_s"), "event": (), "job": ()}[of]
+    if of == "event":
+        if not isinstance(row["event"], str):
+            return False
+        numbers = _NUMBERS.get(row["event"], ())
+        sizes = row.get("sizes") if row["event"] in ("start", "resume") else _SIZES
+        if not isinstance(sizes, dict) or not _has_numbers(sizes, tuple(_SIZES)):
+            return False
+    shown = {name: row[name] for name in _SHOWN if row.get(name) is not None}
+    return _has_numbers(row, ("time", *numbers)) and _has_numbers(shown, tuple(shown))
+
+
+def _has_numbers(row: Row, names: Sequence[str]) -> bool:
+    return all(
+        isinstance(row.get(name), int | float) and not isinstance(row[name], bool) for name in names
+    )
 
 
 def _starts_among(events: Sequence[Row]) -> list[Row]:
@@ -154,7 +182,9 @@ def _starts_among(events: Sequence[Row]) -> list[Row]:
 
 def _scheduled(row: Row) -> tuple[Any, Any]:
     """The scheduler's job and how often it had started that before."""
-    return row.get("job"), row.get("restart")
+    job, restart = row.get("job"), row.get("restart")
+    is_known = isinstance(job, str | None) and isinstance(restart, int | None)
+    return (job, restart) if is_known else (None, None)
 
 
 # --------------------------------------------------------------------------------------------- jobs
@@ -252,7 +282,7 @@ def ending(folder: Path, start: _Start, now: float) -> tuple[float, str]:
     """
     stop = next((event for event in start.events if event["event"] == "stop"), None)
     if stop is not None:
-        return stop["time"], stop["reason"]
+        return stop["time"], str(stop.get("reason", "ended"))
     beat = last_beat(folder, start.event.get("generation"))
     silent_s = now - beat if beat is not None else float("inf")
     if start.later is None and silent_s < BEATS_MISSED * lease_timeout(folder):
@@ -276,7 +306,7 @@ def split(start: Row, rows: Sequence[Row], events: Sequence[Row]) -> dict[str, f
         steps = max(0, row["step"] - done)
         done = row["step"]
         wait = row["data_wait_s"]
-        ema = row.get("teacher_update_s", 0.0)
+        ema = row.get("teacher_update_s") or 0.0
         work = max(0.0, row["step_s"] - wait - ema)
         slow = 0.0
         if row is rows[0] and len(rows) > 2:
