@@ -127,6 +127,39 @@ def test_a_printed_recipe_is_a_recipe_with_the_same_settings(tmp_path, capsys):
     assert printed.read_text().startswith("# The first run")
 
 
+def test_every_key_has_a_meaning_a_unit_and_a_default(capsys):
+    assert cli.main(["recipe", "--keys", "--json"]) == 0
+    listed = {key["name"]: key for key in json.loads(capsys.readouterr().out)}
+    assert len(listed) > 130
+    assert [name for name, key in listed.items() if not key["meaning"] or not key["unit"]] == []
+    every = listed["checkpoint.every_steps"]
+    assert (every["default"], every["unit"]) == (1000, "steps")
+    assert listed["engine.precision"]["unit"] == "auto | bf16 | fp32"
+    assert listed["objective.consistency_weight"]["owners"] == ["rcmae"]
+
+
+def test_keys_are_found_by_how_they_begin(capsys):
+    assert cli.main(["recipe", "--keys", "data.cache"]) == 0
+    printed = capsys.readouterr().out
+    assert "data.cache_gb = 100.0  [10^9 bytes]" in printed
+    assert "data.shards" not in printed
+    assert cli.main(["recipe", "--keys", "data.cahce_gb"]) == 2
+    assert "did you mean 'data.cache_gb'?" in capsys.readouterr().err
+
+
+def test_the_schema_describes_every_section(capsys):
+    assert cli.main(["recipe", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    section = schema["$defs"]["ScheduleOptions"]["properties"]
+    assert "Length of the training" in section["steps"]["description"]
+    assert "consistency_weight" in schema["$defs"]["ObjectiveOptions"]["properties"]
+
+
+def test_a_printed_recipe_says_what_each_key_means():
+    printed = recipe_command.resolved("quickstart", [])
+    assert "  # Images of an optimizer step, over all ranks.\n  images: 64\n" in printed
+
+
 def test_a_recipe_without_shards_is_printed_without_shards(tmp_path):
     printed = recipe_command.resolved("rcmae_vit_b_16", [])
     assert yaml.safe_load(printed)["data"]["shards"] == []

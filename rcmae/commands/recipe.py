@@ -4,6 +4,10 @@
         the names, a line each
     rcmae recipe NAME [key=value ...]
         the recipe as a training would have it: defaults filled in, key=value set over it
+    rcmae recipe --keys [PREFIX]
+        every key, or those that begin so: default, unit, meaning
+    rcmae recipe --schema
+        the same as JSON schema, for editors
 
 What it prints is a recipe, too: rcmae recipe NAME > mine.yaml is a start for one's own. Exit
 status: 0; 2 there is no such recipe, or it is wrong.
@@ -12,9 +16,17 @@ status: 0; 2 there is no such recipe, or it is wrong.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+END = "...\n"  # of a YAML document that is one value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="set a recipe key"
     )
+    told = parser.add_mutually_exclusive_group()
+    told.add_argument(
+        "--keys", nargs="?", const="", metavar="PREFIX", help="list keys, such as those of data."
+    )
+    told.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe")
+    parser.add_argument("--json", action="store_true", help="--keys as JSON")
     asked = parser.parse_intermixed_args(arguments)
+    if asked.schema:
+        from rcmae.config.keys import schema
+
+        print(json.dumps(schema(), indent=1))
+        return 0
+    if asked.keys is not None:
+        return list_keys(asked.keys, as_json=asked.json)
     from rcmae import config
     from rcmae.errors import Refused
 
@@ -44,6 +69,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rcmae: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def list_keys(prefix: str, *, as_json: bool) -> int:
+    """Print the keys that begin so; the exit status."""
+    from rcmae.config.keys import keys
+    from rcmae.errors import did_you_mean
+
+    found = keys(prefix)
+    if not found:
+        near = did_you_mean(prefix, [key.name for key in keys()])
+        print(f"rcmae: no key begins with {prefix!r}; {near}", file=sys.stderr)
+        return 2
+    if as_json:
+        print(json.dumps([key._asdict() for key in found], indent=1, default=list))
+        return 0
+    for key in found:
+        owners = f" (of {', '.join(key.owners)})" if key.owners else ""
+        print(f"{key.name} = {shown(key.default)}  [{key.unit}]{owners}")
+        print(textwrap.fill(key.meaning, 96, initial_indent="    ", subsequent_indent="    "))
+    return 0
+
+
+def shown(value: Any) -> str:
+    """A default as a recipe has it, on one line."""
+    return json.dumps(value, default=list)
 
 
 def header(path: Path) -> list[str]:
@@ -62,8 +112,6 @@ def resolved(name: str, overrides: Sequence[str]) -> str:
     Raises:
         Refused: every problem.
     """
-    import yaml
-
     from rcmae import config
     from rcmae.planning.recipe import NO_SHARDS, load
 
@@ -73,5 +121,20 @@ def resolved(name: str, overrides: Sequence[str]) -> str:
     if recipe.data.shards == NO_SHARDS:
         tree["data"]["shards"] = []
         comments.append("# data.shards is yours to give.")
-    body = yaml.safe_dump(tree, sort_keys=False)
-    return "\n".join([*comments, body])
+    return "\n".join([*comments, commented(tree, recipe)])
+
+
+def commented(tree: Mapping[str, Any], recipe: BaseModel) -> str:
+    """A recipe as YAML, each key under its meaning."""
+    import yaml
+
+    lines = []
+    for section, values in tree.items():
+        fields = type(getattr(recipe, section)).model_fields
+        lines.append(f"{section}:" if values else f"{section}: {{}}")
+        for name, value in values.items():
+            meaning = " ".join((fields[name].description or "").split())
+            lines += textwrap.wrap(meaning, 98, initial_indent="  # ", subsequent_indent="  # ")
+            text = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10**6)
+            lines.append(f"  {name}: {text.removesuffix(END).rstrip()}")
+    return "\n".join(lines) + "\n"

@@ -38,16 +38,22 @@ class ObjectiveOptions(Section):
     added to it: its class is made of all their classes (`objective_class`).
     """
 
-    name: str = "rcmae"  # of a shipped objective, or MODULE:NAME
-    # terms to add and their weights, such as {class: 0.01} to rcmae
+    name: str = "rcmae"
+    """Of a shipped objective, or MODULE:NAME."""
     terms: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
+    """Terms to add and their weights, such as {class: 0.01} to rcmae."""
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
-    # boxes: BEiT's, with single patches up to mask_ratio
+    """Part of the patches that is hidden from the encoder."""
     mask: Literal["random", "boxes"] = "random"
-    mask_shared: Literal["image", "step"] = "image"  # who has the same mask
-    box_ratio: Fraction = 0.62  # share of the patches that boxes hide
-    box_smallest: Positive = 16  # patches
-    box_largest: Positive = 60  # patches
+    """boxes: BEiT's, with single patches up to mask_ratio."""
+    mask_shared: Literal["image", "step"] = "image"
+    """Who has the same mask."""
+    box_ratio: Fraction = 0.62
+    """Share of the patches that boxes hide."""
+    box_smallest: Positive = 16
+    """Of a box: at least so many patches."""
+    box_largest: Positive = 60
+    """Of a box: at most so many patches."""
 
     @property
     def own(self) -> BaseModel:
@@ -151,7 +157,8 @@ def _made_class(
     ]
     addable: Any = Literal[tuple(catalogue.terms)]
     weights = dict[addable, Annotated[float, Field(ge=0.0)]]
-    fields: dict[str, Any] = {"terms": (weights, Field(default_factory=dict))}
+    about = ObjectiveOptions.model_fields["terms"].description
+    fields: dict[str, Any] = {"terms": (weights, Field(default_factory=dict, description=about))}
     if plugins.is_plugin(name) and not imports:
         fields["options"] = (dict[str, Any], Field(default_factory=dict))
     elif plugins.is_plugin(name):

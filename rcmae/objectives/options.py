@@ -21,8 +21,10 @@ Weight = Annotated[float, Field(ge=0.0)]
 class PixelOptions(OwnOptions):
     """Of whatever reconstructs pixels."""
 
-    norm_pix_loss: bool = True  # the target of a patch is normalised by its own mean and variance
-    pixel_norm: PixelNorm | None = None  # by which variance; None: as published
+    norm_pix_loss: bool = True
+    """The target of a patch is normalised by its own mean and variance."""
+    pixel_norm: PixelNorm | None = None
+    """By which variance; None: as published."""
     published_norm: ClassVar[PixelNorm] = "unbiased"
 
     @property
@@ -35,8 +37,8 @@ class ConsistencyOptions(OwnOptions):
     """Of the term `consistency`."""
 
     reads: ClassVar[Reads] = Reads(student=("pixels",), teacher=("pixels",))
-    # which patches the teacher of the consistency sees
     teacher_mask: Literal["same", "different"] = "same"
+    """Which patches the teacher of the consistency sees."""
 
 
 class ClassOptions(OwnOptions):
@@ -44,15 +46,17 @@ class ClassOptions(OwnOptions):
 
     reads: ClassVar[Reads] = Reads(student=("classes",))
     class_temperature: Annotated[float, Field(gt=0.0)] = 10.0
+    """The class head's logits are divided by it."""
     class_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Of the labels."""
 
 
 class FeatureOptions(OwnOptions):
     """Of the term `features`."""
 
     reads: ClassVar[Reads] = Reads(student=("features",), teacher=("tokens",))
-    # hidden patches among hidden ones count more; None: as published
     weight_mask: bool | None = None
+    """Hidden patches among hidden ones count more; None: as published."""
     published_weight_mask: ClassVar[bool] = False
 
     @property
@@ -64,13 +68,15 @@ class FeatureOptions(OwnOptions):
 class MAEOptions(PixelOptions):
     """Of `mae`."""
 
-    weight_mask: bool | None = None  # hidden patches among hidden ones count more
+    weight_mask: bool | None = None
+    """Hidden patches among hidden ones count more."""
 
 
 class RCMAEOptions(ConsistencyOptions, PixelOptions):
     """Of `rcmae`."""
 
-    consistency_weight: Weight = 1.0  # gamma of the RC-MAE paper
+    consistency_weight: Weight = 1.0
+    """Gamma of the RC-MAE paper."""
 
 
 class SupMAEOptions(ClassOptions, PixelOptions):
@@ -78,6 +84,7 @@ class SupMAEOptions(ClassOptions, PixelOptions):
 
     reads: ClassVar[Reads] = Reads(student=("classes", "pixels"))
     class_weight: Weight = 0.01
+    """Of the class term in the loss."""
 
 
 class BootMAEOptions(FeatureOptions, PixelOptions):
@@ -86,7 +93,8 @@ class BootMAEOptions(FeatureOptions, PixelOptions):
     decoder: ClassVar[str] = "bootmae"
     published_norm: ClassVar[PixelNorm] = "channel"
     published_weight_mask: ClassVar[bool] = True
-    feature_weight: Weight = 1.0  # 0: no features, and no teacher
+    feature_weight: Weight = 1.0
+    """0: no features, and no teacher."""
 
     @property
     def reads(self) -> Reads:  # type: ignore[override]
