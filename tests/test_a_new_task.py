@@ -69,7 +69,7 @@ def test_it_trains_resumes_on_other_ranks_and_is_judged(
 
     other = train(project, *arguments, f"run.dir={halves.path}", "task.options={smoothing: 0.2}")
     assert other.returncode == 2
-    assert "task.options.smoothing: 0.1 in the run, 0.2 asked for" in other.stderr
+    assert "task.options.smoothing=0.1, but this recipe has 0.2" in other.stderr
 
 
 def test_it_resumes_bit_for_bit(project: Path, tiny: Path, tmp_path: Path) -> None:

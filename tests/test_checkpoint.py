@@ -306,7 +306,7 @@ def test_what_a_run_is_held_to_is_the_checkpoint_that_it_goes_on_from(
     capsys.readouterr()
     assert start(tiny, folder.path, faster[0]) == 2  # the one that had it is damaged
     assert (
-        "step-00000002 is of another recipe: schedule.lr: 0.001 in the run, 0.005 asked"
+        "step-00000002 was written with schedule.lr=0.001, but this recipe has 0.005"
         in capsys.readouterr().err
     )
     assert folder.events("stop")[-1]["step"] == 4, "nothing was done"

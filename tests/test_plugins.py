@@ -70,7 +70,7 @@ def test_it_trains_and_resumes(project: Path, tiny: Path, tmp_path: Path) -> Non
     assert not {"norm_pix_loss", "consistency_weight"} & written.keys()
     other = train(project, tiny, halves, "objective.options={visible_weight: 0.3}", *steps)
     assert other.returncode == 2
-    assert "objective.options.visible_weight: 0.2 in the run, 0.3 asked for" in other.stderr
+    assert "objective.options.visible_weight=0.2, but this recipe has 0.3" in other.stderr
 
 
 def test_a_shipped_term_can_be_added_to_it(project: Path, tiny: Path, tmp_path: Path) -> None:

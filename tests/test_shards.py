@@ -91,7 +91,7 @@ def test_every_unusable_pattern_and_shard_is_named_at_once(folder):
         "empty.tar: is empty",
         f"{folder}: is a folder",
         "train-000001.tar: is named 2 times",
-        "braces do not pair",
+        "unbalanced braces",
         "nosuch://bucket/x.tar: no client for it",
     ):
         assert line in message

@@ -289,13 +289,17 @@ def test_a_folder_of_another_recipe_or_other_data_is_refused_with_the_difference
         (
             ["model.depth=2", "schedule.lr=5e-4", "data.seed=3"],
             [
-                "model.depth: 3 in the run, 2 asked for",
-                "schedule.lr: 0.001 in the run, 0.0005",
-                "data.seed: 0 in the",
+                "model.depth=3, but this recipe has 2\n",
+                "schedule.lr=0.001, but this recipe has 0.0005\n",
+                "data.seed=0, but",
+                "pass checkpoint.allow=[data.seed,schedule.lr] to override",
             ],
         ),
         ([f"data.shards={fewer}"], ["data.shards are not those of", "give the same shards"]),
-        (["checkpoint.resume=must", "run.seed=1"], ["run.seed: 0 in the run, 1 asked for"]),
+        (
+            ["checkpoint.resume=must", "run.seed=1"],
+            ["was written with run.seed=0, but this recipe has 1. Use 0, choose another run.dir"],
+        ),
     ]
     for overrides, wanted in cases:
         capsys.readouterr()
@@ -321,10 +325,10 @@ def test_what_a_resume_may_not_change_it_may_when_it_is_allowed_by_name(
         == 2
     )
     said = capsys.readouterr().err
-    assert "teacher.momentum: 0.996 in the run, 0.9 asked for" in said
-    assert "or checkpoint.allow=[teacher.momentum]" in said
+    assert "teacher.momentum=0.996, but this recipe has 0.9. Use 0.996, " in said
+    assert "pass checkpoint.allow=[teacher.momentum]" in said
     assert "or checkpoint.allow=[data.shards]" in said
-    assert "schedule.lr:" not in said
+    assert "schedule.lr=" not in said
     allow = "checkpoint.allow=[schedule.lr, teacher, data.shards]"
     assert start(tiny, folder.path, *changed, f"data.shards={fewer}", allow) == 0
     assert max(row["lr"] for row in folder.rows()[2:]) == 5e-4

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rcmae.errors import counted
 from rcmae.planning.hardware import GIB, GPUS
 from rcmae.planning.site import IMAGENET, UTILISATION, WRITE_GBPS, Site
 
@@ -178,7 +179,7 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
     rate = report["speed"]
     saved = report["checkpoint"]
     return {
-        "batch": f"{sizes['images_per_step']} images = {sizes['world']} ranks x "
+        "batch": f"{sizes['images_per_step']} images = {counted(sizes['world'], 'rank')} x "
         f"{sizes['accumulation']} x {sizes['per_device']}; {sizes['total_steps']} steps, "
         f"{sizes['steps_per_epoch']} an epoch",
         "speed": f"{rate['forward_flops_per_image'] / 1e9:.1f} GFLOP an image forward, "

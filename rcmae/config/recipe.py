@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import pydantic
 from pydantic import BaseModel, Field, SerializeAsAny
@@ -123,13 +123,26 @@ def with_task(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**tree, "task": {"name": name}} if name else tree
 
 
+class Difference(NamedTuple):
+    """A key whose value is another in a run than in a recipe."""
+
+    key: str
+    written: Any  # in the run
+    asked: Any
+
+    def __str__(self) -> str:
+        return (
+            f"{self.key}={json.dumps(self.written)}, but this recipe has {json.dumps(self.asked)}"
+        )
+
+
 def differences(
     mine: Mapping[str, Any],
     saved: Mapping[str, Any],
     frozen: Sequence[str] = (),
     reports: Sequence[str] = (),
-) -> list[str]:
-    """Lines `key: saved -> mine` for every frozen key that differs between two dumped recipes.
+) -> list[Difference]:
+    """Every frozen key that differs between two dumped recipes, sorted.
 
     Args:
         mine, saved: the two.
@@ -139,7 +152,7 @@ def differences(
     left = dict(leaves(mine))
     right = _leaves_with_defaults(with_task(saved), mine)
     allowed = [*(left.get("checkpoint.allow") or []), *reports]
-    lines = []
+    found = []
     for key in sorted(left.keys() | right.keys()):
         if not is_under(key, (*FROZEN, *frozen)) or is_under(key, allowed):
             continue
@@ -148,8 +161,8 @@ def differences(
         if _is_of_one_objective(key, left, right):
             continue
         if _plain(left.get(key)) != _plain(right.get(key)):
-            lines.append(f"{key}: {right.get(key)!r} in the run, {left.get(key)!r} asked for")
-    return lines
+            found.append(Difference(key, right.get(key), left.get(key)))
+    return found
 
 
 def _leaves_with_defaults(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:

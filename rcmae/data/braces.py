@@ -32,7 +32,7 @@ def expanded(pattern: str, most: int = MOST) -> list[str]:
     except ValueError as error:
         if isinstance(error, Refused):
             raise
-        raise Refused("its braces do not pair") from error
+        raise Refused("unbalanced braces") from error
 
 
 def _count(pattern: str, most: int) -> int:

@@ -22,7 +22,7 @@ from rcmae.data.transforms import Normalise
 from rcmae.data.views import Views
 from rcmae.engines.build import make_engine, waited_for
 from rcmae.engines.protocol import Engine
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 from rcmae.models import kernels
 from rcmae.objectives import Objective
 from rcmae.run import ending, preempt, startup
@@ -80,7 +80,6 @@ class Run:
     log: MetricsLog
     lease: Lease | None  # rank 0's
     presence: Presence
-    num_samples: int  # in the training shards
 
 
 def build(verdict: Verdict, task: Task, stop: preempt.StopRequest) -> Run:
@@ -184,7 +183,7 @@ def assemble(
     )
     instruments = Instruments(log, meter, presence, stop)
     parts = parts_of(verdict, task, trained, progress, instruments, lease)
-    run = Run(task, recipe, sizes, parts, log, lease, presence, len(index))
+    run = Run(task, recipe, sizes, parts, log, lease, presence)
     announce(run, verdict, trained)
     startup.mark("files")
     return run
@@ -464,8 +463,9 @@ def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
     log.say(
         f"{recipe.run.name}: {recipe.objective.name} {recipe.model.name} on {dist.device()}, "
         f"{recipe.engine.name}{config_name} x {sizes.world}, {recipe.engine.precision}\n"
-        f"{sizes.images_per_step} images a step = {sizes.world} ranks x {sizes.accumulation} "
-        f"micro-batches x {sizes.per_device}; {sizes.total_steps} steps, {sizes.steps_per_epoch} "
+        f"{sizes.images_per_step} images a step = {counted(sizes.world, 'rank')} x "
+        f"{counted(sizes.accumulation, 'micro-batch', 'micro-batches')} x {sizes.per_device}; "
+        f"{sizes.total_steps} steps, {sizes.steps_per_epoch} "
         f"an epoch of {sizes.samples_per_epoch:,} samples; lr {sizes.lr:.3g} after "
         f"{sizes.warmup_steps:g} steps of warm-up"
     )

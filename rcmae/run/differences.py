@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ def mismatches(
 def recipe_mismatches(
     recipe: Recipe, saved: Saved | None, task: Task, written: Mapping[str, Any] | None
 ) -> list[str]:
-    """Frozen keys with other values."""
+    """Frozen keys with other values, in one message."""
     theirs = copy.deepcopy(saved.meta["recipe"] if saved else written)
     if theirs is None:
         return []
@@ -53,13 +54,19 @@ def recipe_mismatches(
         # chosen by the first start
         theirs["data"]["canonical_streams"] = saved.meta["sizes"]["canonical_streams"]
     where = saved.path if saved else recipe.run_dir / "recipe.yaml"
-    problems = []
     mine = recipe.model_dump(mode="json")
-    for line in config.differences(mine, theirs, task.frozen, task.reports):
-        key = line.partition(":")[0]
-        override = "" if key.startswith("model.") else f", or checkpoint.allow=[{key}] to override"
-        problems.append(f"{where} is of another recipe: {line}; use another run.dir{override}")
-    return problems
+    found = config.differences(mine, theirs, task.frozen, task.reports)
+    if not found:
+        return []
+    ways = ["choose another run.dir"]
+    allowed = [each.key for each in found if not each.key.startswith("model.")]
+    if allowed:
+        ways.append(f"pass checkpoint.allow=[{','.join(allowed)}] to override")
+    if len(found) == 1:
+        back = f"Use {json.dumps(found[0].written)}"
+        return [f"{where} was written with {found[0]}. {back}, {', or '.join(ways)}"]
+    listed = "".join(f"\n  {each}" for each in found)
+    return [f"{where} was written with{listed}\nUse its values, {', or '.join(ways)}"]
 
 
 def accumulation_mismatch(recipe: Recipe, saved: Saved, sizes: Resolved) -> list[str]:

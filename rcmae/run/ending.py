@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rcmae import console, dist
 from rcmae.checkpoint import CheckpointError
 from rcmae.checkpoint.lease import LeaseLost, newest_generation
+from rcmae.errors import counted
 from rcmae.run import preempt
 from rcmae.run.guard import NonFiniteLoss
 from rcmae.run.loop.agreement import DataUnreadable
@@ -167,8 +168,9 @@ def summary(run: Run, outcome: Outcome) -> str:
     """The text the job ends with: what ran, where it lies, what to run next."""
     recipe, sizes, progress = run.recipe, run.sizes, run.parts.progress
     place = recipe.run_dir
-    images = f"{progress.step * sizes.images_per_step:,} seen of {run.num_samples:,} in the shards"
-    ranks = "1 rank" if sizes.world == 1 else f"{sizes.world} ranks"
+    seen = progress.step * sizes.images_per_step
+    images = f"{seen:,} ({progress.epoch:.1f} epochs of {sizes.samples_per_epoch:,})"
+    ranks = counted(sizes.world, "rank")
     ran = {
         "objective": f"{recipe.objective.name}, {recipe.model.name}, {recipe.engine.precision}",
         "engine": f"{recipe.engine.name}, {ranks}, {sizes.images_per_step} images a step",

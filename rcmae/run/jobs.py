@@ -244,7 +244,7 @@ def after_training(run_dir: Path, job: str, status: int, patience: Patience) -> 
         job: the scheduler's id.
         status: the launcher's exit status. torchrun's is 1 whatever happened: what the ranks wrote
             into outcome.json since the start counts before it.
-        patience: with starts that come to nothing.
+        patience: restarts without progress that are allowed.
     """
     step = committed_step(run_dir)
     found = outcome(run_dir)

@@ -137,7 +137,7 @@ def persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
                 raise AccessDenied(f"{redacted(path)}: is refused ({text})") from None
             if attempt == patience.attempts:
                 raise SourceGone(
-                    f"{redacted(path)}: stays away: {attempt} attempts in a row failed in "
+                    f"{redacted(path)}: unreachable after {attempt} attempts in "
                     f"{time.monotonic() - begin:.0f} s, the last with: {text}"
                 ) from None
             if attempt == _SILENT_ATTEMPTS:
