@@ -32,6 +32,8 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     save_file(model.state_dict(), path)
+    about = {"architecture": "vit_tiny_patch16_224"}  # says the number of heads
+    path.with_name("config.json").write_text(json.dumps(about))
     return path
 
 
