@@ -21,20 +21,21 @@ _BLOCK = 1 << 16  # bytes read at a time
 
 
 @contextmanager
-def aside(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+def aside(path: Path, *, durable: bool = True, private: bool = False) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of `path` when the block ends; not if it raises.
 
     Args:
         path: its folder exists.
         durable: flush the file and its folder to disk before returning, so that not even a power
             loss brings back the old one. False for what can be made again.
+        private: nobody but its owner may read it (mode 0600).
 
     Raises:
         OSError: it cannot be written; `path` is as it was.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.aside")
     try:
-        with scratch.open("wb") as file:
+        with open(scratch, "wb", opener=_for_owner if private else None) as file:
             yield file
             file.flush()
             if durable:
@@ -50,9 +51,15 @@ def aside(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         flush_folder(path.parent)
 
 
-def write_aside(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+def _for_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def write_aside(
+    path: Path, content: str | bytes, *, durable: bool = True, private: bool = False
+) -> None:
     """Put content in the place of a file, whole or not at all. Arguments and errors of `aside`."""
-    with aside(path, durable=durable) as file:
+    with aside(path, durable=durable, private=private) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -264,6 +264,9 @@ def _recipe(asked: Asked) -> Recipe:
         # without its own evaluations: what those ask for is asked of the keys given here, by name
         mine = [f"run.dir={asked.run}", "evaluate.every_steps=null"]
         recipe = config.load(file, [*asked.overrides, *mine])
+        if not asked.allow_pipe:
+            given = [override.partition("=")[0] for override in asked.overrides]
+            config.without_pipes(recipe.model_dump(mode="json"), file, given)
         return config.with_values(recipe, {"evaluate.every_steps": 1})  # each checkpoint
 
     return checkpoint.seen_by_first(load)

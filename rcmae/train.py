@@ -193,6 +193,7 @@ def start(command: Command, task: str, stop: preempt.StopRequest) -> int:
     with waits.waiting("libraries to be imported", breaks=False, saved=True):
         from rcmae import dist
         from rcmae.checkpoint.lease import exit_status
+        from rcmae.data.sources import redacted
         from rcmae.errors import Refused
         from rcmae.run.ending import say_error
         from rcmae.run.look import meet
@@ -218,7 +219,7 @@ def start(command: Command, task: str, stop: preempt.StopRequest) -> int:
         # a bug, or this rank's peers are gone: they are in another collective and will not come to
         # a barrier
         print(f"rcmae: rank {dist.launched().rank} failed", file=sys.stderr)
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_status(folder, preempt.FAILED) if folder else preempt.FAILED)

@@ -126,6 +126,10 @@ def test_an_encoder_is_that_of_the_run_whatever_it_learnt(
             torch.testing.assert_close(
                 theirs.eval().forward_features(images), ours.forward_features(images)
             )
+            torch.testing.assert_close(theirs(images), ours(images))
+        config = timm.data.resolve_model_data_config(theirs)
+        assert (config["mean"], config["std"]) == (ours.mean, ours.std)
+        assert config["input_size"][1:] == ours.image_size
         if any(name.endswith("q_bias") for name in manifest.tensors):  # keys have none
             assert not load_file(out)["blocks.0.attn.qkv.bias"].chunk(3)[1].any()
         source = read_network(tmp_path / "run", which)

@@ -231,7 +231,7 @@ def test_a_run_is_read_by_its_own_recipe_and_its_teacher_first(
     assert tool.main([str(uninterrupted.path), "--to", "safetensors", "--out", str(out)]) == 0
     with safe_open(out, framework="pt") as opened:
         told = opened.metadata()
-    assert {"recipe", "step", "data_fingerprint", "metrics", "network"} <= told.keys()
+    assert {"recipe", "step", "data_fingerprint", "network"} <= told.keys()
     assert rcmae.load_encoder(out).blocks[0].attn.num_heads == 4  # the recipe in the file says so
     with pytest.raises(ValueError, match="has no head"):
         load_classifier(uninterrupted.path)

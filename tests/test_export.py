@@ -195,8 +195,8 @@ def test_timm_gives_the_same_features(run, networks, suffix, tmp_path):
         wanted = networks["teacher"].encoded(images)
         tokens = model.forward_features(images)
         torch.testing.assert_close(tokens, wanted, rtol=1e-5, atol=1e-5)
-        # without a head, logits are cls
-        torch.testing.assert_close(model(images), wanted[:, 0], rtol=1e-5, atol=1e-5)
+        # without a head, logits are the mean of the patches, as of rcmae.load_encoder
+        torch.testing.assert_close(model(images), wanted[:, 1:].mean(1), rtol=1e-5, atol=1e-5)
 
 
 def test_timm_line_of_a_published_architecture_is_short(run):
@@ -213,7 +213,12 @@ def test_timm_line_of_a_published_architecture_is_short(run):
     manifest.meta["recipe"]["model"].update(
         {"name": "vit_base_patch16", "image_size": 224} | dict.fromkeys(keys)
     )
-    assert timm_arguments(manifest) == ["'vit_base_patch16_224'", "num_classes=0"]
+    *arguments, cfg = timm_arguments(manifest)
+    assert arguments == [
+        *("'vit_base_patch16_224'", "num_classes=0"),
+        *("global_pool='avg'", "fc_norm=False"),
+    ]
+    assert cfg.startswith("pretrained_cfg={'input_size': (3, 224, 224), 'mean': (0.485, ")
     assert timm.is_model("vit_base_patch16_224")
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rcmae
+from rcmae.commands import convert as convert_tool
 from rcmae.errors import Refused
 from rcmae.models.classifier import Classifier
 from rcmae.models.sizes import NetworkSizes
@@ -257,3 +259,41 @@ def test_a_run_lists_what_it_took(tiny: Path, tmp_path: Path) -> None:
     assert "weights taken (blocks, cls_token, norm, patch_embed)" in notes
     assert "drawn anew (decoder_blocks" in notes
     assert "model.num_heads=4 is this recipe's" in notes
+
+
+# ------------------------------------------------------------------------------------ its images
+
+
+@pytest.mark.parametrize("size", [(40, 60), (32, 32), (20, 24)])
+def test_an_image_and_its_tensors_give_one_input(size: tuple[int, int], tmp_path: Path) -> None:
+    torch.save(vit().state_dict(), tmp_path / "w.pth")
+    model, _ = told(tmp_path / "w.pth", num_heads=3)
+    pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    wanted = model.transform(image)
+    assert wanted.shape == (3, 32, 32)
+    assert torch.equal(model.transform(pixels), wanted)
+    torch.testing.assert_close(model.transform(pixels.float() / 255), wanted)
+    assert torch.equal(model.transform(torch.stack([pixels] * 2))[1], wanted)
+    if size == (32, 32):
+        mean, std = (torch.tensor(each)[:, None, None] for each in (model.mean, model.std))
+        torch.testing.assert_close(wanted, (pixels / 255 - mean) / std)
+    for strange in (pixels[:2], pixels[0], "photo.jpg"):
+        with pytest.raises(Refused, match="3 channels"):
+            model.transform(strange)
+
+
+def test_hugging_face_reads_the_run_s_preprocessing(
+    uninterrupted: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "hf"
+    convert = [str(uninterrupted.path), "--to", "huggingface", "--out", str(out)]
+    assert convert_tool.main(convert) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        processor = transformers.AutoImageProcessor.from_pretrained(out)
+    pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    theirs = processor(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(theirs, rcmae.load_encoder(uninterrupted.path).transform(image))

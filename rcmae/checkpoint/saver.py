@@ -39,6 +39,7 @@ from rcmae.checkpoint.manifest import (
     step_name,
 )
 from rcmae.checkpoint.retention import Retention, dropped_name, point_at, remove
+from rcmae.data.sources import holds_secret
 from rcmae.engines.protocol import Engine, EngineState
 from rcmae.files import flush_folder, write_aside
 
@@ -303,7 +304,8 @@ class Saver:
         if counts(final) and read_manifest(final).files == document["files"]:
             shutil.rmtree(aside)  # committed by the try before this one, which failed after that
         else:
-            write_aside(aside / "manifest.json", sealed(document))
+            private = holds_secret(document["meta"])
+            write_aside(aside / "manifest.json", sealed(document), private=private)
             self._check_lease()
             if os.path.lexists(final):
                 # damaged, or of a writer that had lost the run; a rename replaces no folder with

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Refused, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
     if options.json:
         document = {
             "source": done.source,

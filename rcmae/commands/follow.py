@@ -24,6 +24,7 @@ class Asked(NamedTuple):
     overrides: list[str]  # key=value, over the run's recipe
     patience_s: float
     poll_s: float
+    allow_pipe: bool = False  # run commands by which the run's recipe reads data
 
 
 def parse(arguments: Sequence[str] | None, prog: str) -> Asked:
@@ -48,6 +49,12 @@ def parse(arguments: Sequence[str] | None, prog: str) -> Asked:
         "--patience-s", type=float, default=900.0, help="a run silent for so long is given up (900)"
     )
     parser.add_argument("--poll-s", type=float, default=5.0, help="seconds between two looks (5)")
+    parser.add_argument(
+        "--allow-pipe",
+        action="store_true",
+        help="run the commands (pipe:) by which the run's recipe reads data; those that are given "
+        "here run anyway",
+    )
     return Asked(**vars(parser.parse_intermixed_args(arguments)))
 
 

@@ -1,7 +1,7 @@
 """Run a step that went bad again, on one process: from the checkpoint before it, with the very
 samples and masks.
 
-    rcmae replay RUN/replay/step-00001234.json [--checkpoint FOLDER] [--json]
+    rcmae replay RUN/replay/step-00001234.json [--checkpoint FOLDER] [--allow-pipe] [--json]
 
 Exit status: 0 the step goes bad here too, 1 it does not, 2 the bundle or its checkpoint cannot be
 used.
@@ -33,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", type=Path, help="the checkpoint's folder, where it has moved"
     )
+    parser.add_argument(
+        "--allow-pipe",
+        action="store_true",
+        help="run the commands (pipe:) by which its recipe reads data",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document")
     asked = parser.parse_args(arguments)
 
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rcmae.run.loop.agreement import DataUnreadable
 
     try:
-        found = _replayed(asked.bundle, asked.checkpoint)
+        found = _replayed(asked.bundle, asked.checkpoint, allow_pipe=asked.allow_pipe)
     except (Refused, CheckpointError, DataUnreadable, OSError) as error:
         print(f"replay: {asked.bundle}: {error}", file=sys.stderr)
         return 2
@@ -53,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if found.reproduced else 1
 
 
-def _replayed(path: Path, checkpoint_folder: Path | None) -> Replayed:
+def _replayed(path: Path, checkpoint_folder: Path | None, *, allow_pipe: bool) -> Replayed:
     import tempfile
 
     from rcmae import dist, train
@@ -64,7 +69,9 @@ def _replayed(path: Path, checkpoint_folder: Path | None) -> Replayed:
     bundle = read_bundle(path)
     dist.start(required=False)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_of(bundle, Path(folder) / "replay", checkpoint_folder)
+        recipe = recipe_of(
+            bundle, Path(folder) / "replay", checkpoint_folder, allow_pipe=allow_pipe
+        )
         task = task_of(recipe)
         run = train.built(train.judged(recipe, task), task, preempt.StopRequest())
         return replay(run, bundle, train.fit)

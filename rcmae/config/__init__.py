@@ -6,6 +6,7 @@ else computes them again. Reading it takes no torch.
 """
 
 from rcmae.config.checks import rounding_problems
+from rcmae.config.commands import sources_in, without_pipes
 from rcmae.config.loading import load, recipe_path
 from rcmae.config.objective import (
     CLASSIFYING,
@@ -89,9 +90,11 @@ __all__ = [
     "resolve",
     "rounding_problems",
     "shipped",
+    "sources_in",
     "statistics_doubts",
     "stored",
     "streams_for",
     "with_precision",
     "with_values",
+    "without_pipes",
 ]

@@ -280,7 +280,7 @@ class ShardIndex:
         with aside(folder / table) as file:
             file.writelines(shard.part for shard in self.shards)
         forget_table(str(folder / table))  # one of this name that was damaged may be open
-        with aside(folder / INDEX) as file:
+        with aside(folder / INDEX, private=sources.holds_secret(entries)) as file:
             file.write(json.dumps(head, indent=1).encode() + b"\n")
         for old in folder.glob("index-*.bin"):
             if old.name != table:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rcmae import console, dist
 from rcmae.checkpoint import CheckpointError
 from rcmae.checkpoint.lease import LeaseLost, newest_generation
+from rcmae.data.sources import redacted
 from rcmae.errors import counted
 from rcmae.run import preempt
 from rcmae.run.guard import NonFiniteLoss
@@ -151,7 +152,7 @@ def say(text: str) -> None:
 def say_error(error: Exception) -> None:
     """One message for all ranks, on standard error."""
     if dist.launched_first():
-        console.say(f"rcmae: {error}", error=True)
+        console.say(f"rcmae: {redacted(str(error))}", error=True)
 
 
 def launcher(world: int) -> str:

@@ -10,6 +10,7 @@ import yaml
 from rcmae import __version__, checkpoint, dist
 from rcmae.config import Recipe
 from rcmae.data.index import ShardIndex
+from rcmae.data.sources import holds_secret
 from rcmae.errors import Refused
 from rcmae.files import write_aside
 from rcmae.tasks.protocol import Saved
@@ -60,8 +61,9 @@ def renew(recipe: Recipe, index: ShardIndex) -> None:
 
 def write_recipe(recipe: Recipe) -> None:
     """The recipe, as the next job takes it. Raises OSError."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    write_aside(recipe.run_dir / "recipe.yaml", text)
+    tree = recipe.model_dump(mode="json")
+    text = yaml.safe_dump(tree, sort_keys=False)
+    write_aside(recipe.run_dir / "recipe.yaml", text, private=holds_secret(tree))
 
 
 def unwritable(recipe: Recipe, error: OSError) -> str:

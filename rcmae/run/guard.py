@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rcmae import dist
 from rcmae.data.batch import Batch
+from rcmae.data.sources import holds_secret
 from rcmae.files import write_aside
 
 Action = Literal["stop", "skip", "rewind"]
@@ -124,7 +125,8 @@ def bundle(
         with suppress(OSError):  # a full disk: what is told of the step has to do
             path.parent.mkdir(parents=True, exist_ok=True)
             # Python's JSON, which has NaN
-            write_aside(path, json.dumps({**about, "ranks": ranks}), durable=False)
+            text = json.dumps({**about, "ranks": ranks})
+            write_aside(path, text, durable=False, private=holds_secret(about))
     bad = _not_finite(ranks)
     what = "a loss" if bad else "the gradient, but no loss,"
     return Report(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from rcmae import config, launchers
 from rcmae.config import Recipe
 from rcmae.config.trees import tree_of
+from rcmae.data.sources import without_secrets
 from rcmae.errors import Refused
 from rcmae.files import json_lines
 
@@ -208,7 +209,7 @@ def note_start(
         outcome=outcome,
     )
     with (folder / "jobs.jsonl").open("a") as file:
-        file.write(json.dumps(start._asdict()) + "\n")
+        file.write(json.dumps(without_secrets(start._asdict())) + "\n")
     return None
 
 

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from rcmae import console as standard
+from rcmae.data.sources import redacted, without_secrets
 from rcmae.files import Lines, aside, json_lines_back
 from rcmae.run.board import Board
 
@@ -256,7 +257,9 @@ class MetricsLog:
     def event(self, kind: str, **details: Any) -> None:
         """Append to events.jsonl: start, resume, checkpoint, signal, bad_sample, evaluate, stop."""
         if self.writes:
-            self._write(self._events, {"event": kind, "time": time.time(), **details})
+            self._write(
+                self._events, {"event": kind, "time": time.time(), **without_secrets(details)}
+            )
 
     def warn(self, text: str) -> None:
         """Say what a user should look at, and keep it as an event."""
@@ -291,7 +294,7 @@ class MetricsLog:
     def say(self, text: str) -> None:
         """Print above the bar, or just print; as it is, without wrapping or colours."""
         if self.writes:
-            text = standard.printable(text)
+            text = standard.printable(redacted(text))
             self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
             self._console.file.flush()
             reason = standard.lost()

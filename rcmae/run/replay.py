@@ -76,7 +76,13 @@ def read_bundle(path: Path) -> Bundle:
         raise Refused(f"it is no bundle of a bad step: {error!r}") from error
 
 
-def recipe_of(bundle: Bundle, folder: Path, checkpoint_folder: Path | None = None) -> Recipe:
+def recipe_of(
+    bundle: Bundle,
+    folder: Path,
+    checkpoint_folder: Path | None = None,
+    *,
+    allow_pipe: bool = False,
+) -> Recipe:
     """The recipe that trains from the checkpoint to the step, on one process, and no further.
 
     Args:
@@ -84,10 +90,13 @@ def recipe_of(bundle: Bundle, folder: Path, checkpoint_folder: Path | None = Non
         folder: for the files of the replay.
         checkpoint_folder: where the checkpoint lies now; None: where it was, or, without one, the
             run's beginning.
+        allow_pipe: whether commands in its recipe may run.
 
     Raises:
-        Refused: the checkpoint is not there any more.
+        Refused: the checkpoint is not there any more, or the recipe has commands.
     """
+    if not allow_pipe:
+        config.without_pipes(bundle.recipe, "its recipe")
     start = checkpoint_folder or (Path(bundle.checkpoint) if bundle.checkpoint else None)
     try:
         from_step = checkpoint.read_manifest(start).step if start else 0

@@ -4,7 +4,7 @@ does."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,10 @@ from rcmae.errors import Refused
 from rcmae.files import aside, write_aside
 from rcmae.models.kernels import LAYER_NORM_EPS
 from rcmae.models.sizes import ARCHITECTURES
-from rcmae.weights.encoder import HEADS, heads_of, model_of, to_onnx
+from rcmae.weights.encoder import chosen_heads, model_of, statistics_of, to_onnx
 from rcmae.weights.layouts import FAMILIES, TORCH
 from rcmae.weights.names import family_names, of_autoencoder, published_names
-from rcmae.weights.reading import NetworkWeights
+from rcmae.weights.reading import NetworkWeights, public_metadata
 from rcmae.weights.shapes import in_encoder, shape_problems, sizes_of
 
 
@@ -76,7 +76,11 @@ def _write_file(
     named = family_names(taken, "mae" if target == "safetensors" else target)
     weights = {name: value.contiguous().clone() for name, value in named.items()}
     if out.suffix == ".safetensors" and target in ("safetensors", "timm"):
-        metadata = {"format": "pt", "written_by": f"rcmae {__version__}", **source.metadata}
+        metadata = {
+            "format": "pt",
+            "written_by": f"rcmae {__version__}",
+            **public_metadata(source.metadata),
+        }
         write_aside(out, save(weights, metadata))
     elif out.suffix in TORCH and target != "safetensors":
         with aside(out) as file:
@@ -93,6 +97,7 @@ def write_hugging_face(
     Raises Refused, OSError.
     """
     config = _hugging_face_config(source, taken, num_heads)
+    mean, std = statistics_of(source, config["num_channels"])
     weights = family_names(taken, "huggingface")
     if config["architectures"] == ["ViTMAEModel"]:
         weights = {name.removeprefix("vit."): value for name, value in weights.items()}
@@ -100,6 +105,25 @@ def write_hugging_face(
     out.mkdir(parents=True)
     write_aside(out / "config.json", json.dumps(config, indent=1))
     write_aside(out / "model.safetensors", save(weights, {"format": "pt"}))
+    processor = _hugging_face_processor(config["image_size"], mean, std)
+    write_aside(out / "preprocessor_config.json", json.dumps(processor, indent=1))
+
+
+def _hugging_face_processor(
+    side: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """The preprocessor_config.json, for `AutoImageProcessor`."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
 
 
 def _hugging_face_config(
@@ -114,9 +138,10 @@ def _hugging_face_config(
             f"Hugging Face's ViTMAE has square images, these weights a grid of {rows}x{columns}"
         )
     width = sizes["embed_dim"]
-    heads = num_heads or heads_of(source) or HEADS.get(width)
-    if heads is None:
-        raise Refused(f"its width of {width} does not tell the number of heads; give --num-heads")
+    heads = chosen_heads(source, width, num_heads)
+    objective = json.loads(source.metadata.get("recipe", "{}")).get("objective", {})
+    pretraining = {"mask_ratio": 0.75, "norm_pix_loss": True} | source.beside.pretraining
+    pretraining |= {key: objective[key] for key in pretraining if key in objective}
     named = ARCHITECTURES.get(str(source.sizes.get("name")), {})
     decoder_heads = source.sizes.get("decoder_heads") or named.get("decoder_heads") or 16
     decoder_width = sizes.get("decoder_dim", 512)
@@ -127,16 +152,15 @@ def _hugging_face_config(
         "architectures": ["ViTMAEForPreTraining" if "decoder_dim" in sizes else "ViTMAEModel"],
         "num_attention_heads": heads,
         "intermediate_size": round(width * sizes["mlp_ratio"]),
-        "hidden_act": "gelu",
+        "hidden_act": source.beside.activation or "gelu",
         "image_size": rows * sizes["patch_size"],
         "patch_size": sizes["patch_size"],
         "qkv_bias": True,
         "num_channels": sizes["in_channels"],
-        "layer_norm_eps": LAYER_NORM_EPS,
+        "layer_norm_eps": source.beside.eps or LAYER_NORM_EPS,
         "decoder_hidden_size": decoder_width,
         "decoder_num_hidden_layers": sizes.get("decoder_depth", 8),
         "decoder_num_attention_heads": decoder_heads,
         "decoder_intermediate_size": round(decoder_width * sizes["mlp_ratio"]),
-        "mask_ratio": 0.75,
-        "norm_pix_loss": True,
+        **pretraining,
     }

@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -330,9 +331,17 @@ def statistics_of(
     else ImageNet's.
     """
     data = json.loads(source.metadata.get("recipe", "{}")).get("data", {})
-    mean = tuple(data.get("mean") or source.beside.mean or IMAGENET_MEAN)
-    std = tuple(data.get("std") or source.beside.std or IMAGENET_STD)
-    return _each(mean, channels), _each(std, channels)
+    told = source.beside
+    return statistics(data.get("mean") or told.mean, data.get("std") or told.std, channels)
+
+
+def statistics(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of so many channels; ImageNet's where none are given."""
+    return _each(tuple(mean or IMAGENET_MEAN), channels), _each(
+        tuple(std or IMAGENET_STD), channels
+    )
 
 
 def _each(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

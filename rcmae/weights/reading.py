@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rcmae import __version__
 from rcmae.checkpoint import Manifest, find_checkpoint, whole_tensors
+from rcmae.data.sources import redacted, without_secrets
 from rcmae.errors import Refused
 from rcmae.files import json_lines
 from rcmae.weights.beside import Beside, beside
@@ -237,7 +238,7 @@ def _recipe_of(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def metadata_of(manifest: Manifest) -> dict[str, str]:
     """What made the weights, as safetensors' metadata wants it: text by text, JSON where there
-    is structure.
+    is structure. Of the recipe, what describes the network.
     """
     return {
         "format": "pt",
@@ -246,8 +247,37 @@ def metadata_of(manifest: Manifest) -> dict[str, str]:
         "images": str(manifest.images),
         "data_fingerprint": manifest.meta["data_fingerprint"],
         "versions": json.dumps(manifest.meta["versions"]),
-        "recipe": json.dumps(manifest.meta["recipe"]),
+        "recipe": json.dumps(network_recipe(manifest.meta["recipe"])),
     }
+
+
+_DESCRIBING: dict[str, tuple[str, ...]] = {  # sections -> keys; without any: all
+    "task": ("name",),
+    "objective": (),
+    "model": (),
+    "data": ("mean", "std"),
+    "teacher": (),
+    "classify": ("num_classes", "pool", "class_names"),
+}
+_PUBLIC = ("format", "written_by", "step", "images", "data_fingerprint", "versions", "network")
+
+
+def network_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a recipe, what describes the network: no place of data, no command, no secret."""
+    kept = {}
+    for section, keys in _DESCRIBING.items():
+        values = recipe.get(section)
+        if isinstance(values, Mapping):
+            kept[section] = {key: values[key] for key in keys or values if key in values}
+    return without_secrets(kept)
+
+
+def public_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Of what a file says of itself, what another file of its weights may say, whoever reads it."""
+    public = {key: redacted(metadata[key]) for key in _PUBLIC if key in metadata}
+    if "recipe" in metadata:
+        public["recipe"] = json.dumps(network_recipe(json.loads(metadata["recipe"])))
+    return public
 
 
 def figures_of(manifest: Manifest) -> dict[str, str]:

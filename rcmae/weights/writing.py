@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from rcmae.checkpoint import Manifest, whole_tensors
+from rcmae.data.transforms import CENTRE_SHARE
 from rcmae.errors import Refused
 from rcmae.files import aside
+from rcmae.weights.encoder import statistics
 from rcmae.weights.layouts import KIND, LAYOUTS, Which
 from rcmae.weights.names import of_autoencoder
 from rcmae.weights.reading import metadata_of
@@ -218,7 +220,10 @@ def _write_elements(file: IO[bytes], manifest: Manifest, keys: Iterable[str]) ->
     written = 0
     for key in keys:
         if key:
-            written = file.write(next(tensors).numpy().data)
+            elements = next(tensors)
+            if not elements.isfinite().all():
+                raise Refused(f"{manifest.path}: {key} is not finite; export an earlier checkpoint")
+            written = file.write(elements.numpy().data)
         else:
             file.write(bytes(written))  # as many as the biases of the queries before
 
@@ -315,10 +320,12 @@ def _use(manifest: Manifest, layout: str, out: Path) -> str:
 
 
 def timm_arguments(manifest: Manifest) -> list[str]:
-    """Of timm's create_model, for this encoder without a head: its architecture, and what
-    differs from it.
+    """Of timm's create_model, for this encoder without a head: its architecture and what differs
+    from it, pooling as `rcmae.load_encoder` has it, and the statistics and size of the run's
+    images.
     """
-    model = manifest.meta["recipe"]["model"]
+    recipe = manifest.meta["recipe"]
+    model = recipe["model"]
     usual = {"image_size": 224, "in_channels": 3}
     names = {"image_size": "img_size", "in_channels": "in_chans"}
     arguments = [f"'{model['name']}_224'", "num_classes=0"]
@@ -326,5 +333,18 @@ def timm_arguments(manifest: Manifest) -> list[str]:
         if model.get(key) not in (None, usual.get(key)):
             arguments.append(f"{names.get(key, key)}={model[key]}")
     if not model.get("cls_token", True):
-        arguments += ["class_token=False", "global_pool='avg'", "fc_norm=False"]
+        arguments.append("class_token=False")
+    arguments += ["global_pool='avg'", "fc_norm=False"]
+    size = model["image_size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    channels = model["in_channels"]
+    mean, std = statistics(recipe["data"].get("mean"), recipe["data"].get("std"), channels)
+    cfg = {
+        "input_size": (channels, height, width),
+        "mean": mean,
+        "std": std,
+        "interpolation": "bicubic",
+        "crop_pct": CENTRE_SHARE,
+    }
+    arguments.append(f"pretrained_cfg={cfg}")
     return arguments

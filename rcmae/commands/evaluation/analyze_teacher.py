@@ -73,7 +73,7 @@ def _analysed(options: argparse.Namespace) -> dict[str, Any]:
     if min(options.images, options.pairs) < 2 or options.size <= 0:
         raise Refused("--images and --pairs want 2 or more, --size more than 0")
     sizes = Sizes(options.images, options.pairs, options.size)
-    run = open_run(options.run, options.images, options.shards)
+    run = open_run(options.run, options.images, options.shards, allow_pipe=options.allow_pipe)
     found = []
     for manifest in run.checkpoints:
         found.append(look_at(run, manifest, sizes))
@@ -96,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=float, default=1e-3, help="of that step, over the weights' length (1e-3)"
     )
     parser.add_argument("--shards", help="where data.shards lie now, if they have moved")
+    parser.add_argument(
+        "--allow-pipe",
+        action="store_true",
+        help="run the commands (pipe:) by which its recipe reads data",
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/pictures")
     parser.add_argument("--json", action="store_true", help="print teacher.json instead of a table")
     return parser

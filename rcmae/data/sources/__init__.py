@@ -32,11 +32,10 @@ from rcmae.data.sources.names import (
     basename,
     folder_of,
     identity,
-    indexing,
     is_remote,
     local,
-    redacted,
 )
+from rcmae.data.sources.secrets import holds_secret, indexing, redacted, without_secrets
 
 __all__ = [
     "FULL",
@@ -54,6 +53,7 @@ __all__ = [
     "fetched",
     "find",
     "folder_of",
+    "holds_secret",
     "identity",
     "indexing",
     "is_other",
@@ -68,4 +68,5 @@ __all__ = [
     "stat_here",
     "stat_of",
     "stats",
+    "without_secrets",
 ]

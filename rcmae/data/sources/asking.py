@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 from fsspec.core import url_to_fs
 
 from rcmae.config import Recipe
-from rcmae.data.sources.names import PASSWORD, PIPE, local, redacted
+from rcmae.data.sources.names import PASSWORD, PIPE, local
+from rcmae.data.sources.secrets import redacted
 from rcmae.errors import Refused
 
 PIECE = 8 * 2**20  # bytes of a request; each is tried again by itself

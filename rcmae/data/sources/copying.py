@@ -29,7 +29,8 @@ from rcmae.data.sources.asking import (
     stat_of,
     within,
 )
-from rcmae.data.sources.names import PIPE, redacted
+from rcmae.data.sources.names import PIPE
+from rcmae.data.sources.secrets import redacted
 
 
 class Stored(Protocol):

@@ -1,5 +1,5 @@
-"""What shards from elsewhere are called: in messages, in indexes, in a cache. No message shows a
-URL's password or query, or the words of a command."""
+"""What shards from elsewhere are called: in indexes, in a cache. `secrets` has how messages show
+them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import urllib.parse
 
 PIPE = "pipe:"
 PASSWORD = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
-_TAR = re.compile(r"[^\s/\"'=?&]{1,255}\.tar\b")
+TAR = re.compile(r"[^\s/\"'=?&]{1,255}\.tar\b")
 # names of what signs a request, says when it ends or how the answer is sent; they change each time
 _SIGNS = re.compile(
     r"(x-[a-z]+-|awsaccesskeyid|googleaccessid|ossaccesskeyid|key-pair-id|policy|sign|sig=|hmac|"
@@ -18,7 +18,6 @@ _SIGNS = re.compile(
     r"[^=]*(token|secret|passw|apikey|api_key|access_key|session)[^=]*|key=|response-)",
     re.IGNORECASE,
 )
-_URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}://[^\s'\"<>)\]]+", re.IGNORECASE)
 
 
 def is_remote(path: str) -> bool:
@@ -31,33 +30,11 @@ def local(path: str) -> str:
     return path.removeprefix("file://") if path.startswith("file://") else path
 
 
-def redacted(text: str) -> str:
-    """A text without the passwords and queries of the URLs in it, and a command without its
-    words.
-    """
-    if text.startswith(PIPE):
-        return f"{PIPE}{text.removeprefix(PIPE).split(maxsplit=1)[0]} ... ({basename(text)})"
-
-    def shown(url: re.Match[str]) -> str:
-        plain, *query = re.split(r"[?#]", url.group(), maxsplit=1)
-        named = [name for part in _asked_for(url.group()) for name in _TAR.findall(part)]
-        more = f"?...{named[-1]}" if named else "?..."
-        return PASSWORD.sub(r"\1***@", plain) + (more if query else "")
-
-    return _URL.sub(shown, text)
-
-
-def indexing(path: str) -> str:
-    """The command that indexes a shard again, as messages name it."""
-    out = " --out FOLDER" if is_remote(path) else ""
-    return f"rcmae shards index {redacted(path)}{out} --rebuild"
-
-
 def identity(path: str) -> str:
     """What tells a shard from others wherever it is named: absolute path, or URL without password
     and signature. Signed anew, a URL keeps it.
     """
-    said = _asked_for(path)
+    said = asked_for(path)
     return bare(path) + (f"?{'&'.join(said)}" if said else "")
 
 
@@ -70,7 +47,7 @@ def bare(path: str) -> str:
     return PASSWORD.sub(r"\1", re.split(r"[?#]", path, maxsplit=1)[0])
 
 
-def _asked_for(path: str) -> list[str]:
+def asked_for(path: str) -> list[str]:
     """The parts `name=value` of a URL's query but those that sign it or say how it is sent."""
     if path.startswith(PIPE) or "://" not in path:
         return []
@@ -81,7 +58,7 @@ def _asked_for(path: str) -> list[str]:
 
 def _names_a_tar(part: str) -> bool:
     is_about_sending = part.lower().startswith("response-")
-    return not is_about_sending and _TAR.search(urllib.parse.unquote(part)) is not None
+    return not is_about_sending and TAR.search(urllib.parse.unquote(part)) is not None
 
 
 def basename(path: str) -> str:
@@ -91,11 +68,11 @@ def basename(path: str) -> str:
     its query names, if it does.
     """
     if path.startswith(PIPE):
-        tars = _TAR.findall(path)
+        tars = TAR.findall(path)
         return tars[-1] if tars else f"pipe-{hashlib.sha256(path.encode()).hexdigest()[:12]}.tar"
-    for part in _asked_for(path):
+    for part in asked_for(path):
         if _names_a_tar(part):
-            return _TAR.findall(urllib.parse.unquote(part))[-1]
+            return TAR.findall(urllib.parse.unquote(part))[-1]
     return bare(path).rstrip("/").rpartition("/")[2]
 
 

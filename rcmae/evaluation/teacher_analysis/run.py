@@ -91,19 +91,22 @@ class AnalysedRun:
         return replace(batch, ids_shuffle=torch.from_numpy(np.stack(ids)))
 
 
-def open_run(folder: Path, images: int, shards: str | None = None) -> AnalysedRun:
+def open_run(
+    folder: Path, images: int, shards: str | None = None, *, allow_pipe: bool = False
+) -> AnalysedRun:
     """A run by its folder. Nothing is written.
 
     Args:
         folder: run.dir.
         images: at most so many of a step are read at once.
         shards: where they lie now, if they have moved.
+        allow_pipe: whether commands in the run's recipe may run.
 
     Raises:
         Refused: it is no run with a consistency and a checkpoint, or its shards are not there.
         CheckpointError: a checkpoint is damaged.
     """
-    recipe = _recipe_of(folder, images, shards)
+    recipe = _recipe_of(folder, images, shards, allow_pipe)
     folders = checkpoint.step_folders(folder / "checkpoints")
     manifests = [checkpoint.open_verified(path) for path in folders]
     if not manifests:
@@ -144,12 +147,14 @@ def open_run(folder: Path, images: int, shards: str | None = None) -> AnalysedRu
     return AnalysedRun(recipe, objective, stream, mask, manifests, sizes.images_per_step)
 
 
-def _recipe_of(folder: Path, images: int, shards: str | None) -> Recipe:
+def _recipe_of(folder: Path, images: int, shards: str | None, allow_pipe: bool) -> Recipe:
     """The run's recipe, for micro-batches of so many images. Raises Refused."""
     try:
         recipe = config.stored(yaml.safe_load((folder / "recipe.yaml").read_text()))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, pydantic.ValidationError) as error:
         raise Refused(f"{folder} is no run's folder: {error}") from error
+    if not (allow_pipe or shards):
+        config.without_pipes(recipe.data.model_dump(), str(folder / "recipe.yaml"))
     if "pixels" not in recipe.objective.teacher_outputs or recipe.decoder == "bootmae":
         raise Refused(
             f"{folder} has no consistency with a teacher's pixels, which this is about; train "
