@@ -12,7 +12,7 @@ from typing import Any
 from rcmae.data.sources.names import PIPE, TAR, asked_for, is_remote
 
 _USER = re.compile(r"(://)[^\s/]*@")  # to the last @ of the host: a password may hold any other
-_URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}://[^\s'\"<>)\]?#]*[?#]\S*", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}://[^\s'\"<>)\]?#]*(?:[?#]\S*)?", re.IGNORECASE)
 # a command to the end of its line; not one that is redacted already
 _COMMAND = re.compile(r"\bpipe:(?!(?:[\w.+-]+ )?\.\.\. \()(?=[^\s`])[^\n]*")
 _FIRST_WORD = re.compile(r"[A-Za-z][\w.+-]*(?=\s|$)")
@@ -68,8 +68,8 @@ def _without_words(command: re.Match[str]) -> str:
 
 
 def _without_query(url: re.Match[str]) -> str:
-    plain, query = re.split(r"[?#]", url.group(), maxsplit=1)
-    if query.startswith("..."):
+    plain, *rest = re.split(r"[?#]", url.group(), maxsplit=1)
+    if not rest or rest[0].startswith("..."):
         return url.group()
     named = [name for part in asked_for(url.group()) for name in TAR.findall(part)]
     return f"{plain}?...{named[-1] if named else ''}"
