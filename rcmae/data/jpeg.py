@@ -30,6 +30,7 @@ from rcmae.errors import Refused
 
 _END = b"\xff\xd9"
 _SCAN = 0xDA  # the marker that a scan begins with
+_FRAMES = bytes((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
 # a marker and the length of its segment; not those that have none, and may stand within a scan
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])(..)", re.DOTALL)
 _COLOURS = ("YCbCr", "Gray", "RGB")
@@ -78,17 +79,25 @@ def header(data: bytes) -> Header:
 
 
 def scans(data: bytes, above: int) -> int:
-    """How many scans a JPEG has, as soon as that may be more than `above`; else 0.
+    """How many scans a JPEG has, as soon as that may be more than `above`; else 0 or 1.
 
     Each scan of a progressive JPEG goes over all of its pixels, and a few bytes make one.
     """
-    if data.count(bytes((0xFF, _SCAN))) <= above:
-        return 0  # as good as always, and without looking at markers
     found = 0
+    parts = 0  # colours of the image
     at = 2
     while (marker := _MARKER.search(data, at)) is not None and marker[1] != _END[1:]:
-        found += marker[1][0] == _SCAN
-        at = marker.start(2) + max(2, int.from_bytes(marker[2], "big"))
+        kind, start = marker[1][0], marker.start(2)
+        if kind in _FRAMES:
+            # of one that is progressive each scan counts, whatever it has
+            parts = data[start + 7] if kind in _FRAMES[:2] and len(data) > start + 7 else 0
+        elif kind == _SCAN:
+            found += 1
+            if found == 1 and len(data) > start + 2 and data[start + 2] == parts:
+                return 1  # decoders look for no other
+            if found == 1 and data.count(bytes((0xFF, _SCAN)), start) < above:
+                return 0
+        at = start + max(2, int.from_bytes(marker[2], "big"))
     return found
 
 
