@@ -23,10 +23,18 @@ installed() { [ "$(cat ".venv/$1.sha256" 2> /dev/null)" = "$(cat "${@:2}" | sha2
 stamp() { cat "${@:2}" | sha256sum > ".venv/$1.sha256"; }
 # Of pip's many lines: what it downloads, counted, and whatever goes wrong.
 how_far() {
-    awk '/^Collecting / { printf "  %d: %s\n", ++count, $2; fflush() }
-         /^ *Downloading .* MB\)/ { print "     downloading", $2, $3, $4; fflush() }
-         /^Installing collected packages/ { print "  unpacking " split($0, _, ",") " packages"; fflush() }
-         /^(ERROR|error|WARNING|  error)|No space left|[Tt]imed out/ { print; fflush() }'
+    local line rest commas count=0
+    while IFS= read -r line || [ -n "$line" ]; do  # each line at once; an awk may wait for kilobytes
+        read -r _ rest <<< "$line"
+        case $line in
+            "Collecting "*) count=$((count + 1)); echo "  $count: ${rest%% *}" ;;
+            *" Downloading "*" MB)"*) echo "     downloading $rest" ;;
+            "Installing collected packages"*)
+                commas=${line//[^,]/}
+                echo "  unpacking $((${#commas} + 1)) packages, which may take minutes" ;;
+            ERROR* | error* | "  error"* | WARNING* | *"No space left"* | *[Tt]"imed out"*) echo "$line" ;;
+        esac
+    done
 }
 into_venv() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
