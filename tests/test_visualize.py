@@ -156,6 +156,23 @@ def test_files_and_folders_are_images_too(tmp_path: Path) -> None:
         load_images([tmp_path / "empty"], (32, 32), HALF, 9)
 
 
+def test_the_first_images_of_a_folder_of_classes_are_of_all_classes(tmp_path: Path) -> None:
+    for name in (
+        "cat/0.png",
+        "cat/1.png",
+        "cat/2.png",
+        "dog/3.JPG",
+        "dog/deep/4.png",
+        ".bin/5.png",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 50)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("of the folder\n")
+    assert load_images([tmp_path], (32, 32), HALF, 2).names == ["0.png", "3.JPG"]
+    shown = load_images([tmp_path], (32, 32), HALF, 9)
+    assert shown.names == ["0.png", "3.JPG", "1.png", "4.png", "2.png"]
+
+
 def test_mistakes_are_answered(
     file: Path,  # noqa: F811
     tmp_path: Path,

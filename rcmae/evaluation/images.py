@@ -40,14 +40,19 @@ class Shown(NamedTuple):
 def encoded(paths: Sequence[Path]) -> Iterator[Encoded]:
     """Every image under these files, folders and shards, in the order of their names.
 
+    A folder's own come first; then one of each of its sub-folders in turn, so that the first few
+    are of all classes. Hidden folders are passed over.
+
     Raises:
         Refused: a shard is none.
         OSError: something cannot be read.
     """
     for path in paths:
         if path.is_dir():
-            inside = sorted(path.iterdir())
+            inside = [each for each in sorted(path.iterdir()) if each.name[0] != "."]
+            folders = [each for each in inside if each.is_dir()]
             yield from encoded([each for each in inside if _is_image_or_shard(each)])
+            yield from _in_turn([encoded([folder]) for folder in folders])
         elif path.suffix == ".tar":
             yield from _in_shard(path)
         else:
@@ -55,7 +60,14 @@ def encoded(paths: Sequence[Path]) -> Iterator[Encoded]:
 
 
 def _is_image_or_shard(path: Path) -> bool:
-    return path.suffix.lower() in (*SUFFIXES, ".tar")
+    return path.suffix.lower() in (*SUFFIXES, ".tar") and not path.is_dir()
+
+
+def _in_turn(each: Sequence[Iterator[Encoded]]) -> Iterator[Encoded]:
+    while each:
+        found = [(one, next(one, None)) for one in each]
+        yield from (image for _, image in found if image is not None)
+        each = [one for one, image in found if image is not None]
 
 
 def _in_shard(path: Path) -> Iterator[Encoded]:
