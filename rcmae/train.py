@@ -158,11 +158,14 @@ def built(verdict: Verdict, task: Task, stop: preempt.StopRequest) -> Run:
     """The run, at its newest complete checkpoint. Collective: every rank calls.
 
     Raises:
-        Refused: on every rank; another job trains in this folder.
+        Refused: on every rank; another job trains in this folder, or the program that calls this
+            does so at its top level.
         CheckpointError: on every rank; there are checkpoints and none can be used.
     """
     from rcmae.run.build import build
 
+    if verdict.recipe.data.workers:
+        refuse_unguarded("rcmae.train")  # its workers import the program that calls it
     if verdict.recipe.run.deadline_s is not None:
         stop.within(verdict.recipe.run.deadline_s)
     return build(verdict, task, stop)
@@ -178,7 +181,6 @@ def main(argv: Sequence[str] | None = None, task: str = "pretrain", prog: str | 
     """
     stop = preempt.StopRequest()  # first: Python's default for SIGUSR1 is to die
     console.outlive()
-    refuse_unguarded("rcmae.train.main")
     startup.begin()
     module = "train" if task == "pretrain" else task
     command = training.parse(argv, prog or f"python -m rcmae.{module}")

@@ -70,7 +70,6 @@ def test_a_program_without_a_guard_trains_once(tiny: Path, tmp_path: Path) -> No
         " 'schedule.warmup_steps=1'])\n"
     )
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
-    assert done.returncode == 1
     assert 'put the call under if __name__ == "__main__":' in done.stderr
     assert not (tmp_path / "run").exists()
     program.write_text(program.read_text().replace("status", "if __name__ == '__main__': status"))
