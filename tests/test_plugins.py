@@ -94,6 +94,11 @@ def test_a_shipped_term_can_be_added_to_it(project: Path, tiny: Path, tmp_path: 
             "objective.options.visible_weight: input should be greater than or equal to 0, got -1",
         ),
         (
+            [NAME, "objective.visible_weight=0.2"],
+            "objective.visible_weight is an option of my_objectives:Absolute: "
+            "'objective.options={visible_weight: ...}'",
+        ),
+        (
             [NAME, "objective.norm_pix_loss=false"],
             "objective.norm_pix_loss is of mae, rcmae, supmae and bootmae, and without effect",
         ),

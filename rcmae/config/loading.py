@@ -207,12 +207,14 @@ def _unknown(place: Sequence[str], tree: Mapping[str, Any], catalogue: Catalogue
     key = place[-1]
     section = tree.get("objective")
     if len(place) == 2 and place[0] == "objective" and isinstance(section, Mapping):
+        name = section.get("name", ObjectiveOptions.model_fields["name"].default)
+        if key in known_keys(("objective", "options"), section):
+            return f"objective.{key} is an option of {name}: 'objective.options={{{key}: ...}}'"
         owners = [name for name, each in catalogue.objectives.items() if key in each.model_fields]
-        for name, each in catalogue.terms.items():
+        for term, each in catalogue.terms.items():
             if key in each.model_fields:
-                owners.append(f"the term {name}")
+                owners.append(f"the term {term}")
         if owners:
-            name = section.get("name", ObjectiveOptions.model_fields["name"].default)
             others = ", ".join(owners[:-1])
             whose = f"{others} and {owners[-1]}" if others else owners[-1]
             return f"objective.{key} is of {whose}, and without effect in {name}; leave it out"
