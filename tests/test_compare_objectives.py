@@ -66,6 +66,30 @@ def test_runs_are_trained_judged_and_taken_as_they_are(
     assert {name: run.path.stat().st_mtime_ns for name, run in runs.items()} == before
 
 
+def test_an_objective_of_ones_own_is_compared_in_the_precision_that_the_machine_has(
+    tiny: Path, photo_shards: str, tmp_path: Path
+) -> None:
+    own = "rcmae.objectives.mae:MAE"
+    steps = ["schedule.steps=2", "schedule.warmup_steps=1", "engine.precision=auto"]
+    shards = [f"evaluate.train_shards={photo_shards}", f"evaluate.test_shards={photo_shards}"]
+    given = [str(tiny), *steps, *shards, "--runs", str(tmp_path), "--seeds", "4", "--rounds", "1"]
+    given += ["--objectives", "mae", own, "--json", str(tmp_path / "told.json")]
+    assert command.main(given) == 0
+    told = json.loads((tmp_path / "told.json").read_text())
+    found = {row["objective"]: row["knn"] for row in told["rows"]}
+    assert found[own] == found["mae"]
+    assert set(told["costs"]) == {"mae", own}
+    assert Folder(tmp_path / "rcmae.objectives.mae.MAE-s4").steps() == [1, 2]
+
+
+def test_a_comparison_of_nothing_that_is_there_says_what_is(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main([str(tiny), "--objectives", "edges"])
+    assert "none of mae, rcmae, supmae, rcsupmae, bootmae" in capsys.readouterr().err
+
+
 ENCODERS = {
     "mae": ["objective.name=mae"],
     "bootmae": ["objective.name=bootmae"],

@@ -52,14 +52,14 @@ class Comparison:
 
     recipe: str  # a file, or the name of a shipped one
     overrides: Sequence[str]  # key=value, for all
-    objectives: Sequence[str]  # some of OBJECTIVES
+    objectives: Sequence[str]  # some of OBJECTIVES, or MODULE:NAME with its default options
     seeds: Sequence[int]
     runs: Path  # the folder of the runs
     classes: int  # of the training images
 
     def overrides_of(self, name: str) -> list[str]:
         """What the recipe gets for an objective. Raises Refused."""
-        given = [*self.overrides, *OBJECTIVES[name]]
+        given = [*self.overrides, *OBJECTIVES.get(name, [f"objective.name={name}"])]
         if name in LABELLED:
             width = student_sizes(config.load(self.recipe, given).model).embed_dim
             given += [f"model.num_classes={self.classes}", f"model.class_hidden={4 * width}"]
@@ -67,7 +67,7 @@ class Comparison:
 
     def folder(self, name: str, seed: int) -> Path:
         """Where a run lives."""
-        return self.runs / f"{name}-s{seed}"
+        return self.runs / f"{name.replace(':', '.')}-s{seed}"
 
 
 def is_finished(run: Path) -> bool:
@@ -95,7 +95,7 @@ def train_all(compared: Comparison, tell: Callable[[str], None] = lambda text: N
             run = compared.folder(name, seed)
             if is_finished(run):
                 continue
-            log = run.with_suffix(".log")
+            log = run.with_name(f"{run.name}.log")
             tell(f"training {run}, which says so in {log}")
             own = [f"run.seed={seed}", f"data.seed={seed}", f"run.dir={run}"]
             words = [compared.recipe, *compared.overrides_of(name), *own]

@@ -13,6 +13,7 @@ from rcmae import config
 from rcmae.config import Recipe
 from rcmae.engines.build import make_engine
 from rcmae.models.build import new_student, new_teacher
+from rcmae.models.precision import bf16_of
 from rcmae.objectives import make_objective
 from rcmae.planning.live import made_up_batch, measure
 
@@ -27,7 +28,9 @@ def costs(recipes: Mapping[str, Recipe], rounds: int) -> dict[str, dict[str, flo
     """
     found: dict[str, dict[str, float]] = {}
     steps = {}
-    for name, recipe in recipes.items():
+    units = bf16_of(torch.device("cpu")).units
+    for name, asked in recipes.items():
+        recipe = config.with_precision(asked, units)
         bytes_ = measure(recipe)
         found[name] = {
             "state_bytes": bytes_["ready"],

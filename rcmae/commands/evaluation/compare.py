@@ -96,6 +96,14 @@ def _compared(asked: argparse.Namespace, command: str) -> dict[str, Any]:
     }
 
 
+def _objective(name: str) -> str:
+    if name not in OBJECTIVES and ":" not in name:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is none of {', '.join(OBJECTIVES)}, and no MODULE:NAME of your own"
+        )
+    return name
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rcmae compare",
@@ -115,7 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/compared"), metavar="FOLDER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument(
+        "--objectives",
+        nargs="+",
+        type=_objective,
+        default=list(OBJECTIVES),
+        metavar="NAME",
+        help=f"of {', '.join(OBJECTIVES)} (all of them), or your own as MODULE:NAME",
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the timing ({ROUNDS})")
     parser.add_argument(
         "--no-training", action="store_true", help="judge the runs that are finished"
