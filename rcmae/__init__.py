@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rcmae import early
+from rcmae.process import early
 
 early.hear()
 if TYPE_CHECKING:

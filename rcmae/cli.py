@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rcmae import __version__, console
+from rcmae import __version__
+from rcmae.process import console
 
 
 class Command(NamedTuple):

@@ -21,9 +21,9 @@ import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from rcmae import cores, launchers, meeting, waits
 from rcmae.errors import Refused
-from rcmae.launchers import Launched, launched
+from rcmae.process import cores, launchers, meeting, waits
+from rcmae.process.launchers import Launched, launched
 
 _control: torch_dist.ProcessGroup | None = None
 USUAL_TIMEOUT_S = 1800.0

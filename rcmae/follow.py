@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from rcmae import checkpoint, config, console, dist
+from rcmae import checkpoint, config, dist
 from rcmae.checkpoint.lease import Lease, LeaseHeld, LeaseLost, exit_status, fence
 from rcmae.commands.follow import Asked, parse
 from rcmae.config import Recipe, Resolved
@@ -42,11 +42,12 @@ from rcmae.engines.protocol import DTYPES
 from rcmae.engines.updates import cast_params
 from rcmae.errors import Refused
 from rcmae.models import kernels
+from rcmae.process import console
 from rcmae.run import preempt
 from rcmae.run.ending import say_error
 from rcmae.run.look import open_index, saved_from
 from rcmae.run.loop.evaluation import write_evaluated
-from rcmae.run.metrics import MetricsLog, events_of
+from rcmae.run.records.metrics import MetricsLog, events_of
 from rcmae.tasks.protocol import Evaluating, Interrupted, Task
 from rcmae.tasks.registry import task_of
 from rcmae.weights.layouts import KIND, Which

@@ -17,9 +17,9 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rcmae import console, waits
 from rcmae.commands import training
 from rcmae.data.workers import refuse_unguarded
+from rcmae.process import console, waits
 from rcmae.run import preempt, startup
 from rcmae.run.command import Command
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from rcmae import cli, console
+from rcmae import cli
 from rcmae.commands import shards
-from rcmae.console import Lasting
+from rcmae.process import console
+from rcmae.process.console import Lasting
 from runs import Folder
 from tests.conftest import ROOT
 
@@ -67,7 +68,8 @@ def test_it_is_the_stream_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DEAF = """
 import os, sys
-from rcmae import cli, console
+from rcmae import cli
+from rcmae.process import console
 from rcmae.commands import shards
 console.outlive()
 print("seen", flush=True)

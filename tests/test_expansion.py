@@ -8,9 +8,9 @@ from braceexpand import braceexpand
 
 from rcmae import config
 from rcmae.config.trees import tree_of
-from rcmae.data import braces
-from rcmae.data.braces import expanded
 from rcmae.data.patterns import expand
+from rcmae.data.sources import braces
+from rcmae.data.sources.braces import expanded
 from rcmae.errors import Refused
 
 MANY = (

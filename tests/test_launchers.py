@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from rcmae import cores, launchers
 from rcmae.errors import Refused
+from rcmae.process import cores, launchers
 
 ALL = re.compile(r"(SLURM|OMPI|PMI|PMIX|MPI|FLUX|JSM|MASTER|LOCAL|TORCHELASTIC|CROSS|GROUP)_|RANK$")
 

@@ -21,10 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rcmae import files
 from rcmae.files import json_lines_back
 from rcmae.planning.hardware import peak_flops
-from rcmae.run import board
 from rcmae.run.ending import closing_summary
 from rcmae.run.loop.meter import Meter
-from rcmae.run.metrics import MetricsLog, cut_back, events_of, undone
+from rcmae.run.records import board
+from rcmae.run.records.metrics import MetricsLog, cut_back, events_of, undone
 from runs import Folder, start
 
 
@@ -82,7 +82,7 @@ def test_the_cut_leaves_a_late_writer_of_the_old_file_behind(tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from rcmae.run.metrics import MetricsLog
+from rcmae.run.records.metrics import MetricsLog
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 log = MetricsLog(folder, resume_step=step, total_steps=10**6, tensorboard=False)
 log.event("start", step=int(sys.argv[2]))

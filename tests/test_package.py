@@ -33,9 +33,10 @@ ROWS = (
     {"models"},
     {"data"},
     {"config"},
-    {"dist", "meeting"},
+    {"dist"},
     {"plugins"},
-    {"early", "waits", "launchers", "cores", "files", "errors", "console", "extensions"},
+    {"process"},
+    {"files", "errors"},
 )
 HOMES = {"finetune": "train", "probe": "train", "follow": "train", "starting": "train"}
 HOMES |= {"cli": "commands", "__main__": "commands"}
@@ -230,6 +231,14 @@ def test_extras_are_imported_only_where_they_are_used():
             if isinstance(node, ast.ImportFrom):
                 names = [str(node.module)]
             assert not modules & {name.split(".")[0] for name in names}, path
+
+
+def test_a_folder_has_at_most_16_modules_and_a_module_says_why_it_is_long():
+    folders = {path.parent for path in MODULES}
+    crowded = {str(each): len(list(each.glob("*.py"))) for each in folders}
+    assert {name for name, count in crowded.items() if count > 16} == set()
+    long = [path for path in MODULES if len(path.read_text().splitlines()) > 500]
+    assert long == [], "split it by its ideas"
 
 
 def test_readme_opens_with_the_two_commands_and_stays_short():

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rcmae.commands import runs
-from rcmae.run.status import status
+from rcmae.run.records.status import status
 from runs import Folder, once, send, start, wait_for
 from tests.conftest import Ranks
 

@@ -15,7 +15,7 @@ from rcmae.commands import replay as replay_tool
 from rcmae.config import sources_in, without_pipes
 from rcmae.data.sources import holds_secret, redacted, without_secrets
 from rcmae.errors import Refused
-from rcmae.run.metrics import MetricsLog
+from rcmae.run.records.metrics import MetricsLog
 from runs import start
 
 HUSH = "TOPSECRET"

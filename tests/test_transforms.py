@@ -374,7 +374,7 @@ def test_crops_have_torchvisions_statistics():
     """Two-sample Kolmogorov-Smirnov distances of area, aspect, top and left to
     RandomResizedCrop's own boxes.
     """
-    from rcmae.extensions import guard_torchvision
+    from rcmae.process.extensions import guard_torchvision
 
     guard_torchvision()
     from torchvision.transforms import RandomResizedCrop
@@ -443,7 +443,7 @@ def test_a_photograph_of_one_pixel_makes_a_view():
 
 
 def test_the_centre_view_is_that_of_torchvision():
-    from rcmae.extensions import guard_torchvision
+    from rcmae.process.extensions import guard_torchvision
 
     guard_torchvision()
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize

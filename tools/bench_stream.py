@@ -42,7 +42,6 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from rcmae import cores
 from rcmae.data import jpeg
 from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
@@ -52,7 +51,8 @@ from rcmae.data.stream import Readers, Share, Stream
 from rcmae.data.transforms import FORMATS, TrainTransform, decode
 from rcmae.data.views import Views
 from rcmae.errors import Refused
-from rcmae.extensions import guard_torchvision
+from rcmae.process import cores
+from rcmae.process.extensions import guard_torchvision
 
 guard_torchvision()
 import webdataset  # noqa: E402

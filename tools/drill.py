@@ -40,13 +40,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rcmae import checkpoint, config, cores, dist, train
+from rcmae import checkpoint, config, dist, train
 from rcmae.checkpoint import retention, saver
 from rcmae.errors import Refused
 from rcmae.files import json_lines
 from rcmae.models.build import new_student
 from rcmae.models.precision import bf16_of
 from rcmae.planning.states import checkpoint_bytes
+from rcmae.process import cores
 from rcmae.run import preempt
 from rcmae.run.folder import versions
 from rcmae.run.loop.agreement import Agreement

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rcmae import cores
 from rcmae.checkpoint.lease import fence
 from rcmae.checkpoint.manifest import (
     CheckpointError,
@@ -20,6 +19,7 @@ from rcmae.checkpoint.manifest import (
     read_manifest,
 )
 from rcmae.checkpoint.retention import doomed, drop
+from rcmae.process import cores
 
 COUNTERS = ("step", "images", "optimizer_step", "teacher_updates")
 _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2}  # bytes an element

@@ -32,8 +32,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rcmae import launchers
 from rcmae.errors import Refused
+from rcmae.process import launchers
 
 # others may lie in the folder, a file system's or an editor's
 _OURS = re.compile(r"(\d{8})\.json")

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
 
     from rcmae.errors import Refused
-    from rcmae.run.status import status
+    from rcmae.run.records.status import status
 
     try:
         if asked.watch:
@@ -85,7 +85,7 @@ def _watch(asked: argparse.Namespace) -> None:
 
 
 def _looks(run: Path, every_s: float) -> Iterator[dict[str, Any]]:
-    from rcmae.run.status import status
+    from rcmae.run.records.status import status
 
     while True:
         told = status(run)
@@ -147,7 +147,7 @@ def _times(told: Mapping[str, Any]) -> Table:
 
 
 def _jobs(told: Mapping[str, Any]) -> Table:
-    from rcmae.run.status import PRODUCTIVE
+    from rcmae.run.records.status import PRODUCTIVE
 
     columns = ("start", "began", "ranks", "steps", "lasted", "goodput", "how it ended")
     table = _plain_table(*columns, left=("start", "how it ended"))

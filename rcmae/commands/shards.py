@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcmae import cores
-from rcmae.console import say
+from rcmae.process import cores
+from rcmae.process.console import say
 
 if TYPE_CHECKING:
     from rcmae.data.packing.verify import Checked

@@ -124,8 +124,9 @@ def refused(asked: Command, task: str) -> bool:
 
     Only of a process alone: ranks look at a recipe together, and would wait for one that left.
     """
-    from rcmae import config, launchers
+    from rcmae import config
     from rcmae.errors import Refused
+    from rcmae.process import launchers
 
     try:
         if launchers.launched().world > 1:

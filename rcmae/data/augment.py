@@ -20,11 +20,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from rcmae import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 from rcmae.data.batch import Batch
 from rcmae.data.draws import Purpose, raw
 from rcmae.data.transforms import TrainTransform, View
 from rcmae.errors import Refused
+from rcmae.process import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target

@@ -24,11 +24,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rcmae import (
-    dist,
-    extensions,  # noqa: F401, it makes torchvision importable beside a CPU torch
-)
+from rcmae import dist
 from rcmae.config import Recipe
+from rcmae.process import extensions  # noqa: F401, torchvision imports beside a CPU torch
 
 # encoded bytes [N] uint8 -> pixels [C, H, W] uint8 on the device
 Decode = Callable[[list[Tensor]], list[Tensor]]

@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from rcmae.data import sources
-from rcmae.data.braces import MOST, expanded
 from rcmae.data.sources import USUAL, Patience, Stat
+from rcmae.data.sources.braces import MOST, expanded
 from rcmae.data.tars import Shard
 from rcmae.errors import Refused
 

@@ -17,12 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from rcmae import (
-    dist,
-    extensions,  # noqa: F401, it makes torchvision importable beside a CPU torch
-)
+from rcmae import dist
 from rcmae.data.batch import Batch
 from rcmae.errors import Refused
+from rcmae.process import extensions  # noqa: F401, torchvision imports beside a CPU torch
 
 from torchmetrics.classification import (
     MulticlassAccuracy,

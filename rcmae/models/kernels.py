@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rcmae import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 from rcmae.errors import Refused
 from rcmae.models.precision import bf16_of
 from rcmae.models.protocol import blocks_of
+from rcmae.process import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 
 Source = Literal["torch", "apex"]
 Checkpointing = Literal["none", "torch", "fairscale", "fairscale_offload"]

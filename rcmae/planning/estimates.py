@@ -23,11 +23,11 @@ import torch
 
 from rcmae import config
 from rcmae.config import Recipe, Resolved
-from rcmae.data.braces import expanded
 from rcmae.data.cache import Reader, open_bytes
 from rcmae.data.index import INDEX, ShardIndex
 from rcmae.data.patterns import flat
 from rcmae.data.sources import is_remote
+from rcmae.data.sources.braces import expanded
 from rcmae.data.transforms import BadImage, TrainTransform
 from rcmae.errors import Refused
 from rcmae.files import json_lines, shipped

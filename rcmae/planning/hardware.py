@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rcmae import cores
+from rcmae.process import cores
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rcmae import checkpoint, dist, waits
+from rcmae import checkpoint, dist
 from rcmae.checkpoint.lease import Lease, LeaseHeld
 from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import Cache
@@ -25,6 +25,7 @@ from rcmae.engines.protocol import Engine
 from rcmae.errors import Refused, counted
 from rcmae.models import kernels
 from rcmae.objectives import Objective
+from rcmae.process import waits
 from rcmae.run import ending, preempt, startup
 from rcmae.run.differences import mismatches
 from rcmae.run.folder import renew, start_folder, unwritable, versions
@@ -41,8 +42,8 @@ from rcmae.run.loop.recording import Recorder
 from rcmae.run.loop.recovery import Recovery
 from rcmae.run.loop.saving import BYTES_A_WEIGHT, DISK_RATE, Saving
 from rcmae.run.loop.schedule import Schedule
-from rcmae.run.metrics import MetricsLog, events_of
 from rcmae.run.presence import Presence
+from rcmae.run.records.metrics import MetricsLog, events_of
 from rcmae.tasks.protocol import Evaluating, Saved, Task
 
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rcmae import console, dist
+from rcmae import dist
 from rcmae.checkpoint import CheckpointError
 from rcmae.checkpoint.lease import LeaseLost, newest_generation
 from rcmae.data.sources import redacted
 from rcmae.errors import counted
+from rcmae.process import console
 from rcmae.run import preempt
 from rcmae.run.guard import NonFiniteLoss
 from rcmae.run.loop.agreement import DataUnreadable

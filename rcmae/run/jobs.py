@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rcmae import config, launchers
+from rcmae import config
 from rcmae.config import Recipe
 from rcmae.config.trees import tree_of
 from rcmae.data.sources import without_secrets
 from rcmae.errors import Refused
 from rcmae.files import json_lines
+from rcmae.process import launchers
 
 # As rcmae.run.preempt and rcmae.follow have them; not imported, so as not to import torch.
 STOPPED = 75  # the exit status of "run me again"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from rcmae import checkpoint, config, cores, dist, waits
+from rcmae import checkpoint, config, dist
 from rcmae.config import Recipe
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
@@ -28,6 +28,7 @@ from rcmae.data.sources import is_remote, redacted
 from rcmae.data.sources import patience as patience_of
 from rcmae.errors import Refused
 from rcmae.models.precision import Bf16, bf16_of
+from rcmae.process import cores, waits
 from rcmae.run import startup
 from rcmae.run.command import Command
 from rcmae.run.folder import versions

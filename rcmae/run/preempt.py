@@ -2,7 +2,7 @@
 commits and leaves.
 
 SIGUSR1 (a scheduler's warning), SIGTERM and SIGINT all ask the same thing, and so does a launcher
-that is gone. No signal breaks a step or a commit, only waits (`rcmae.waits`). Install it first
+that is gone. No signal breaks a step or a commit, only waits (`process.waits`). Install it first
 thing: Python's default for SIGUSR1 is to die.
 """
 
@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from rcmae import launchers, waits
 from rcmae.files import write_aside
+from rcmae.process import launchers, waits
 
 # exit statuses of a rank
 FINISHED = 0

@@ -18,7 +18,7 @@ import pydantic
 import torch
 from torch import nn
 
-from rcmae import dist, waits
+from rcmae import dist
 from rcmae.config import Recipe, Resolved, Section
 from rcmae.data.batch import Batch
 from rcmae.data.cache import Cache
@@ -33,6 +33,7 @@ from rcmae.engines.protocol import Optimizing
 from rcmae.errors import Refused, did_you_mean
 from rcmae.models.cost import StepCost
 from rcmae.objectives import Objective
+from rcmae.process import waits
 
 
 class EvaluationSet(NamedTuple):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from rcmae import waits
+from rcmae.process import waits
 
 
 def main(how: str) -> None:
@@ -33,7 +33,8 @@ def main(how: str) -> None:
 
 def ranks() -> None:
     """Ranks: the first waits for samples, the others for the first."""
-    from rcmae import dist, meeting
+    from rcmae import dist
+    from rcmae.process import meeting
 
     waits.SPEAKS_AFTER_S = 0.3
     meeting._OTHERS_S = 1.0

@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rcmae import cores
 from rcmae.data.index import ShardIndex
 from rcmae.data.packing.folders import ALIASES, class_of, notes_of, walked, without_images
 from rcmae.data.packing.labels import (
@@ -30,6 +29,7 @@ from rcmae.data.patterns import expand
 from rcmae.data.tars import IMAGE_SUFFIXES, NO_LABEL
 from rcmae.errors import Refused
 from rcmae.files import aside
+from rcmae.process import cores
 
 _KEY_BYTES = 90  # USTAR has 100 for a name
 _NAMED = 5  # of many files that a message is about

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rcmae import dist, waits
+from rcmae import dist
 from rcmae.checkpoint.lease import Lease, LeaseLost
 from rcmae.config import Recipe
 from rcmae.data.batch import Batch
 from rcmae.objectives import Objective
+from rcmae.process import waits
 from rcmae.run.loop.batches import Batches
 from rcmae.run.loop.evaluation import Evaluation
 from rcmae.run.loop.instruments import Instruments

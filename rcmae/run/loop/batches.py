@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rcmae import dist, waits
+from rcmae import dist
 from rcmae.config import Recipe, first_batch_doubts
 from rcmae.data.batch import Batch
 from rcmae.data.loading import WorkersLost
 from rcmae.data.sources import AccessDenied
 from rcmae.data.stream import BadSample, Stream, TooManyBadSamples
 from rcmae.data.transforms import Normalise
+from rcmae.process import waits
 from rcmae.run import startup
 from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress

@@ -15,7 +15,7 @@ from rcmae.files import write_aside
 from rcmae.run.loop.batches import Batches
 from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
-from rcmae.run.metrics import MetricsLog, events_of
+from rcmae.run.records.metrics import MetricsLog, events_of
 from rcmae.tasks.protocol import Evaluated, Evaluating, Interrupted, Saved, Task
 
 

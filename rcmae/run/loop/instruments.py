@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rcmae.run.loop.meter import Meter
-from rcmae.run.metrics import MetricsLog
 from rcmae.run.preempt import StopRequest
 from rcmae.run.presence import Presence
+from rcmae.run.records.metrics import MetricsLog
 
 
 class Instruments(NamedTuple):

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch.distributed as torch_dist
 
-from rcmae import launchers, waits
-from rcmae.launchers import Launched
+from rcmae.process import launchers, waits
+from rcmae.process.launchers import Launched
 
 _NAME = "rcmae/start"
 _ALL = "rcmae/all ranks are here"

@@ -27,10 +27,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from rcmae import console as standard
 from rcmae.data.sources import redacted, without_secrets
 from rcmae.files import Lines, aside, json_lines_back
-from rcmae.run.board import Board
+from rcmae.process import console as standard
+from rcmae.run.records.board import Board
 
 # ---------------------------------------------------------------------------------------- the files
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn, Protocol
 
-from rcmae import early
-from rcmae.launchers import watched_launcher
+from rcmae.process import early
+from rcmae.process.launchers import watched_launcher
 
 STOPPED = 75  # the exit status of "run me again"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)

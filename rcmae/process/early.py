@@ -2,7 +2,7 @@
 
 Python's default for SIGUSR1, a scheduler's warning, is to die with 138, which says nothing. From
 the package's first import on, where it is what was started, it is noted for who listens then
-(`rcmae.waits`). What comes before that is for the launcher: slurm/rank.sh ignores it meanwhile.
+(`process.waits`). What comes before that is for the launcher: slurm/rank.sh ignores it meanwhile.
 """
 
 from __future__ import annotations

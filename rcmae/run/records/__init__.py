@@ -1,0 +1,1 @@
+"""What a run writes of itself, on the console and into its folder, and what that says of it."""
