@@ -312,6 +312,7 @@ def checkpoints_bytes(recipe: Recipe) -> float:
     from rcmae.planning.states import checkpoint_bytes
     from rcmae.tasks.registry import task_of
 
+    recipe = config.with_values(recipe, {"engine.precision": "fp32"})  # as checkpoints are
     cost = task_of(recipe).cost(recipe)
     size = checkpoint_bytes(cost.student, teacher=cost.teacher)
     return size * (max(2, recipe.checkpoint.keep) + 1)
