@@ -154,19 +154,22 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
     """Read what a recipe names. One process."""
     problems: list[str] = []
 
-    def attempt(read: Any, *arguments: Any) -> Any:
-        """What a reader gives; None and a problem where it refuses."""
+    def attempt(read: Any, *arguments: Any, key: str = "") -> Any:
+        """What a reader gives; None and a problem, of this key, where it refuses."""
         try:
             return read(*arguments)
         except (Refused, checkpoint.CheckpointError) as error:
-            problems.append(str(error))
+            problems.append(f"{key}: {error}" if key else str(error))
             return None
 
     saved = attempt(saved_of, recipe, verified)
     members = task.members(recipe)
     needs = () if members is None else members.kinds
-    train = attempt(open_index, recipe, recipe.data.shards, needs)
-    sets = [attempt(open_index, recipe, each.shards) for each in task.evaluation_sets(recipe)]
+    train = attempt(open_index, recipe, recipe.data.shards, needs, key="data.shards")
+    sets = [
+        attempt(open_index, recipe, each.shards, key=each.key)
+        for each in task.evaluation_sets(recipe)
+    ]
     # all of them or none: a set stands for the place that it has in the task's list
     readable = tuple(each for each in sets if each is not None)
     data = with_classes(recipe, train, readable if len(readable) == len(sets) else ())
