@@ -11,7 +11,9 @@ command again each time and compares what comes out with a run that nobody touch
 under each engine and world size, goes on under each, and compares samples, losses and teacher with
 an uninterrupted run on one process; of engine.precision bf16, with one of fp32. `cost` tells for
 how long saves hold the training up, in the background and not, and what they write. Exit status: 0
-all as promised, 1 not, 2 the recipe cannot run."""
+all as promised, 1 not, 2 the recipe cannot run.
+
+Over 500 lines, since three drills start, watch and compare runs by the same parts."""
 
 from __future__ import annotations
 
