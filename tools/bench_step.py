@@ -15,8 +15,9 @@ precision share the weights, the optimizer and the teacher of one `LocalEngine`.
 times a large matrix product of the same type: the fastest one is the ceiling that FLOP/s are held
 against. Memory: a process for each variant, before the times.
 
-Over 500 lines, since the plain path that it compares with is written out in it. Exit status: 0 done;
-2 unusable input.
+Over 500 lines, since the plain path that it compares with is written out in it.
+
+Exit status: 0 done; 2 unusable input.
 """
 
 from __future__ import annotations
