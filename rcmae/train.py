@@ -200,6 +200,8 @@ def start(command: Command, task: str, stop: preempt.StopRequest) -> int:
         from rcmae.run.ending import say_error
         from rcmae.run.look import meet
         from rcmae.tasks.registry import task_named
+    if stop.reason is not None:  # asked meanwhile
+        stop.leave()
 
     folder = None
     try:

@@ -244,7 +244,7 @@ def test_attention_is_the_same_function_either_way_and_chosen_by_device_and_type
 
 
 def test_torchvision_imports_beside_any_torch() -> None:
-    program = "from rcmae import extensions; print(extensions.guard_torchvision())"
+    program = "from rcmae.process import extensions; print(extensions.guard_torchvision())"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
     )

@@ -128,7 +128,7 @@ def test_evaluation_and_picture_are_written(
     said = capsys.readouterr().out
     for text in (
         "finished at step 7 of 7",
-        "k-NN, top-1 in %",
+        "k-NN at step 7, top-1 in %",
         str(folder.checkpoints),
         "tensorboard --logdir",
     ):

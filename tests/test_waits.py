@@ -147,7 +147,8 @@ def test_samples_that_do_not_come_keep_no_run_from_its_checkpoint(
         return read(*arguments)
 
     every = "4" if evaluates else "null"
-    sets = [f"evaluate.{each}_shards={photo_shards}" for each in ("train", "test")]
+    test = photo_shards.replace("000000..", "000004..")
+    sets = [f"evaluate.train_shards={photo_shards}", f"evaluate.test_shards={test}"]
     evaluation = [f"evaluate.every_steps={every}", *sets]
     monkeypatch.setattr(cache.Reader, "_read", hanging)
     with once(lambda: bool(hangs), send(signal.SIGTERM)):
@@ -187,7 +188,7 @@ def test_a_warning_before_anybody_listens_is_noted(tmp_path: Path) -> None:
     program.write_text(
         "import os, signal, rcmae\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "from rcmae import waits\n"
+        "from rcmae.process import waits\n"
         "print(waits.listen().reason)\n"
     )
     done = subprocess.run(
