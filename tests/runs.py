@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rcmae import checkpoint, train
 from rcmae.run import preempt
+from rcmae.run.loop import schedule
 
 
 class Folder:
@@ -92,6 +93,21 @@ def start(recipe: Path | str, folder: Path, *overrides: str) -> int:
     """`python -m rcmae.train RECIPE run.dir=FOLDER ...` in this process; its exit status."""
     with keeping_handlers(), patch.object(os, "_exit", _not_the_tests):
         return train.main([str(recipe), f"run.dir={folder}", *overrides])
+
+
+def at_step(step: int, action: Callable[[], object]) -> Callable[..., float]:
+    """The schedule of the rate, which every step asks once.
+
+    In this step something happens first.
+    """
+    rate = schedule.learning_rate
+
+    def asked(now: int, **named: Any) -> float:
+        if now == step:
+            action()
+        return rate(now, **named)
+
+    return asked
 
 
 def _not_the_tests(status: int) -> None:

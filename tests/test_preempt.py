@@ -17,27 +17,12 @@ import yaml
 from rcmae.run import preempt
 from rcmae.run.loop import schedule
 from rcmae.tasks import pretrain, protocol
-from runs import Folder, equal, keeping_handlers, send, start
+from runs import Folder, at_step, equal, keeping_handlers, send, start
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "run")
-
-
-def at_step(step: int, action: Callable[[], object]) -> Callable[..., float]:
-    """The schedule of the rate, which every step asks once.
-
-    In this step something happens first.
-    """
-    rate = schedule.learning_rate
-
-    def asked(now: int, **named: Any) -> float:
-        if now == step:
-            action()
-        return rate(now, **named)
-
-    return asked
 
 
 def test_a_signal_in_the_first_step_commits_it(

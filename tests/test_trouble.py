@@ -24,7 +24,7 @@ from rcmae.data.plan import Plan
 from rcmae.data.stream import Readers, Stream, labelled_batches
 from rcmae.data.transforms import CentreTransform, TrainTransform
 from rcmae.run.loop import schedule
-from runs import Folder, equal, start
+from runs import Folder, at_step, equal, start
 
 
 @pytest.fixture
@@ -125,18 +125,6 @@ def test_a_hiccup_of_a_file_system_is_read_again_in_a_file_opened_anew(
         cache.Reader().read(shard, 0, 512)
 
 
-def when_step(step: int, action: Callable[[], object]) -> Callable[..., float]:
-    """The schedule of the rate, which every step asks once; in this step something happens."""
-    rate = schedule.learning_rate
-
-    def asked(now: int, **named: Any) -> float:
-        if now == step:
-            action()
-        return rate(now, **named)
-
-    return asked
-
-
 @pytest.mark.parametrize(("error", "again"), [(errno.EIO, True), (errno.EACCES, False)])
 def test_shards_that_cannot_be_read_commit_the_last_step_and_say_whether_to_start_again(
     tiny: Path,
@@ -155,7 +143,7 @@ def test_shards_that_cannot_be_read_commit_the_last_step_and_say_whether_to_star
     monkeypatch.setattr(
         schedule,
         "learning_rate",
-        when_step(6, lambda: monkeypatch.setattr(cache.Reader, "_read", failing)),
+        at_step(6, lambda: monkeypatch.setattr(cache.Reader, "_read", failing)),
     )
     assert start(tiny, folder.path) == 1
     outcome = folder.outcome()
@@ -170,7 +158,7 @@ def test_a_killed_worker_is_noted_and_the_run_goes_on(
     tiny: Path, uninterrupted: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder(tmp_path / "run")
-    monkeypatch.setattr(schedule, "learning_rate", when_step(3, kill_workers))
+    monkeypatch.setattr(schedule, "learning_rate", at_step(3, kill_workers))
     assert start(tiny, folder.path, "data.workers=1") == 0
     events = folder.events("worker_lost")
     assert [event["rank"] for event in events] == [0]

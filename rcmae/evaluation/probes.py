@@ -21,6 +21,7 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.stream import Readers, labelled_batches
 from rcmae.data.transforms import CentreTransform, Normalise
 from rcmae.errors import Refused
+from rcmae.evaluation.embedding import fingerprint
 from rcmae.evaluation.features import extract_features
 from rcmae.evaluation.knn import knn
 from rcmae.evaluation.logistic import logistic
@@ -57,7 +58,7 @@ class FeatureCache:
         self._model = model
         self._folder = folder
         self._workers = workers
-        self._fingerprint = _fingerprint(model)
+        self._fingerprint = fingerprint(model)
 
     def features(self, shards: Sequence[str]) -> LabelledFeatures:
         """The features of a set, kept before or computed now.
@@ -80,12 +81,6 @@ class FeatureCache:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_aside(file, save(found._asdict()), durable=False)
         return found
-
-
-def _fingerprint(model: Classifier) -> str:
-    """Of all weights."""
-    weights = [part.detach().cpu().numpy().tobytes() for part in model.parameters()]
-    return hashlib.sha256(b"".join(weights)).hexdigest()
 
 
 def extracted(model: Classifier, index: ShardIndex, workers: int = 0) -> LabelledFeatures:
