@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT, free_port
 
 from rcmae.data import cache
+from rcmae.process import waits
+from rcmae.run.preempt import StopRequest
 from runs import Folder, equal, hear_ctrl_c, once, send, start, wait_for
 
 PROGRAM = ROOT / "tests/programs/waiting.py"
@@ -108,6 +110,38 @@ def test_a_request_to_one_rank_breaks_the_wait_of_another(tmp_path: Path) -> Non
     for rank in ranks:
         rank.process.kill()
         rank.process.wait()
+
+
+class _Peer:
+    """A link to a rank that was asked to stop."""
+
+    def tell(self, reason: str) -> None:
+        raise AssertionError("it knows already")
+
+    def heard(self) -> str:
+        return "SIGUSR1"
+
+
+def test_only_the_rank_that_was_asked_has_a_reason_of_its_own() -> None:
+    before = {number: signal.getsignal(number) for number in waits.SIGNALS}
+    stop = StopRequest()
+    try:
+        waits.connect(_Peer(), every_s=0.01)
+        wait_for(lambda: stop.reason is not None, lambda: True, 10.0)
+        assert (stop.reason, stop.own_reason) == ("SIGUSR1", None)
+    finally:
+        stop.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    asked = StopRequest()
+    try:
+        asked.ask("SIGTERM")
+        assert asked.own_reason == "SIGTERM"
+    finally:
+        asked.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_rank_alone_says_whom_it_waits_for_and_by_which_variable(tmp_path: Path) -> None:

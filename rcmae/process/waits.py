@@ -71,6 +71,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.reason: str | None = None  # why this rank was asked to stop
+        self.is_relayed = False  # the reason is a peer's, who was asked
         self._asked_at = 0.0
         self._presses = 0
         self._wait: Wait | None = None
@@ -204,6 +205,7 @@ class Listener:
                     heard = link.heard()
                     if heard is not None:
                         self._told = True
+                        self.is_relayed = self.reason is None
                         self.ask(heard)
                 elif not self._told:
                     self._told = True

@@ -44,6 +44,11 @@ class StopRequest:
         """Who asked: a signal's name, or words; None where nobody did."""
         return self._heard.reason
 
+    @property
+    def own_reason(self) -> str | None:
+        """The reason, where this rank itself was asked and not told of it by a peer."""
+        return None if self._heard.is_relayed else self._heard.reason
+
     def ask(self, reason: str) -> None:
         """Ask for a stop; the first reason stands."""
         self._heard.ask(reason)

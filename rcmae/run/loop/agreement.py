@@ -168,7 +168,7 @@ class Agreement:
     def _why_stop(self, *, asked: bool) -> str | None:
         progress = self.progress
         if asked:
-            reasons = enumerate(dist.gather(self._instruments.stop.reason))
+            reasons = enumerate(dist.gather(self._instruments.stop.own_reason))
             by_rank = {rank: reason for rank, reason in reasons if reason}
             self._instruments.log.event("signal", step=progress.step, asked=by_rank)
             return f"asked by {' and '.join(sorted(set(by_rank.values())))}"
