@@ -16,10 +16,10 @@ import pytest
 from rcmae.data import patterns
 from rcmae.data.cache import Reader
 from rcmae.data.index import INDEX, ShardIndex
+from rcmae.data.members.reading import image_bytes
 from rcmae.data.packing.indexing import refresh
 from rcmae.data.tars import KINDS, ROW
 from rcmae.data.transforms import BadImage
-from rcmae.data.views import image_bytes
 from rcmae.errors import Refused
 
 

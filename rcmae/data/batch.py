@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Flag, auto
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -85,6 +85,19 @@ class Batch:
         found["masks"] = self.ids_shuffle[:, : self.num_visible].tolist()
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: the tensors of a ragged value travel as one piece of memory."""
+        state = dict(self.__dict__)
+        if self.extra is not None:
+            packed = {name: _joined(value) for name, value in self.extra.items()}
+            state["extra"] = packed
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["extra"] is not None:
+            state["extra"] = {name: _parted(value) for name, value in state["extra"].items()}
+        self.__dict__.update(state)
+
     def _each(self, which: Kind, make: Callable[[Any], Any], *, whole: bool = False) -> Batch:
         """The batch with `make` called on its fields of a kind, and on those of its mate.
 
@@ -113,6 +126,27 @@ class Batch:
             else:
                 values[name] = changed(value)
         return replace(self, **values)
+
+
+class _Joined(NamedTuple):
+    """A ragged value on its way to another process."""
+
+    values: Tensor  # all, one after the other
+    shapes: list[torch.Size]
+
+
+def _joined(value: Extra) -> Tensor | _Joined:
+    if isinstance(value, Tensor):
+        return value
+    flat = [each.reshape(-1) for each in value]
+    return _Joined(torch.cat(flat), [each.shape for each in value])
+
+
+def _parted(value: Tensor | _Joined) -> Extra:
+    if isinstance(value, Tensor):
+        return value
+    parts = value.values.split([shape.numel() for shape in value.shapes])
+    return tuple(part.view(shape) for part, shape in zip(parts, value.shapes, strict=True))
 
 
 @cache

@@ -33,6 +33,11 @@ class Purpose(IntEnum):
     MIX = 24
     CORRUPTION = 25
     TASK = 26  # what a task from outside draws
+    SCALE = 27  # of an image with its map or objects, and where it is cut
+    DISTORT = 28  # brightness, contrast, saturation, hue
+    DROPOUT = 29  # of whole channels
+    ANCHORS = 30  # that are sampled
+    REGIONS = 31
 
 
 def raw(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.uint64]:

@@ -338,6 +338,13 @@ class ShardIndex:
         which, row = self.place(number)
         return self.shards[which].members_of(row)
 
+    def without(self, kind: str) -> NDArray[np.int64]:
+        """The numbers of the samples that have no member of a kind. Reads the whole table."""
+        for which in range(len(self.shards)):
+            self._views.get(which) or self._view(which)  # whether the table is sound
+        has = [shard.having(kind) for shard in self.shards]
+        return np.flatnonzero(~np.concatenate(has))
+
     def shards_of(self, numbers: NDArray[np.int64]) -> list[int]:
         """The numbers of the shards that hold these samples, each once, in the order in which
         they are met.

@@ -6,14 +6,12 @@ matter. A sample that cannot be read is replaced by the next readable one, and t
 from __future__ import annotations
 
 import logging
-import math
-import multiprocessing
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +20,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rcmae.config import Recipe
-from rcmae.data.batch import NO_LABEL, Batch, Extra
+from rcmae.data.batch import NO_LABEL, Batch
 from rcmae.data.cache import Cache, Reader
 from rcmae.data.device_decode import Encoded, pack
 from rcmae.data.index import Sample, ShardIndex
 from rcmae.data.masking import Mask
+from rcmae.data.members.protocol import Members, empty
+from rcmae.data.members.reading import image_bytes, member_bytes
 from rcmae.data.plan import Plan, Requests
-from rcmae.data.sources import AccessDenied, indexing, redacted
-from rcmae.data.tars import HEADER, Shard, unlike_header
+from rcmae.data.sources import AccessDenied, redacted
+from rcmae.data.tars import Shard
 from rcmae.data.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
 from rcmae.errors import Refused
 
@@ -38,37 +38,18 @@ _log = logging.getLogger(__name__)
 Change = Callable[[Tensor, int], Tensor]
 
 
-class Members(Protocol):
-    """What a task reads of a sample beside its image and label."""
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of members (tars.KINDS); a sample without one of them is a bad sample."""
-
-    def read(self, content: Mapping[str, bytes], view: View) -> Mapping[str, Tensor]:
-        """What a view shows of the members, by names. Raises BadImage.
-
-        Args:
-            content: kind -> bytes of the member.
-            view: of the image; its crop says which part of it, and whether it is flipped.
-        """
-
-    def collate(self, rows: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Extra]:
-        """`Batch.extra` of a micro-batch: tensors of all rows, or of ragged values one a row."""
-
-
 @dataclass(frozen=True)
 class Views:
     """What becomes of a sample that is read."""
 
-    transform: Transform  # image bytes -> view
+    transform: Transform  # image bytes -> view; with `members` these see the image
     mask: Mask  # which patches the encoder sees
     seed: int  # of crops, flips and masks
     # views of each sample, one after the other in a micro-batch: the plan's position p gives those
     # at p x repeats and the following, each with its own crop, flip and mask
     repeats: int = 1
     teacher_masks: bool = False  # a second mask for each image: the teacher sees other patches
-    members: Members | None = None  # what is read beside the image and label
+    members: Members | None = None  # how a task reads more of a sample than image and label
 
 
 class BadSample(NamedTuple):
@@ -265,13 +246,14 @@ class TrainReading(Dataset[Read | Exception]):
                 raise BadImage(self._known_bad[number])
             sample = self._index[number]
             data = self._read(number, sample)
+            if self._views.members is not None:
+                return self._with_members(number, sample, data, positions)
             crops = self._crops(data, positions) if leaves_jpegs else None
             if crops is None:
                 views = self._views.transform.views(data, self._views.seed, positions)
             else:
                 views = [View(self._blank(), crop) for crop in crops]
-            extra = self._extra(number, views)
-            return Viewed(sample, views, data if crops is not None else b"", extra)
+            return Viewed(sample, views, data if crops is not None else b"", [])
 
         try:
             return attempt()
@@ -281,13 +263,13 @@ class TrainReading(Dataset[Read | Exception]):
             self._known_bad.clear()  # of a copy that is no more
             return attempt()
 
-    def _extra(self, number: int, views: Sequence[View]) -> list[Mapping[str, Tensor]]:
-        """What each view shows of the other members of a sample."""
+    def _with_members(self, number: int, sample: Sample, image: bytes, positions: range) -> Viewed:
         members = self._views.members
-        if members is None:
-            return []
-        content = member_bytes(self._reader, self._index, number, members.kinds)
-        return [members.read(content, view) for view in views]
+        assert members is not None
+        content = member_bytes(self._reader, self._index, number, members.kinds, members.optional)
+        seen = members.views(image, content, self._views.seed, positions)
+        assert len(seen) == len(positions), "a view for each position"
+        return Viewed(sample, [each.view for each in seen], b"", [each.extra for each in seen])
 
     def _crops(self, data: bytes, positions: range) -> list[Crop] | None:
         assert isinstance(self._views.transform, TrainTransform)
@@ -363,51 +345,10 @@ class LabelledReading(Dataset[Read]):
             return self._transform(image_bytes(self._reader, sample), 0, number)
 
 
-def image_bytes(reader: Reader, sample: Sample) -> bytes:
-    """The encoded image of a sample, read with the tar header before it.
-
-    Raises:
-        BadImage: the shard ends before it, or another member lies there than was indexed.
-        OSError: the shard is gone or cannot be had.
-    """
-    if sample.offset < HEADER:
-        raise BadImage(f"its index says byte {sample.offset}, where a tar has a header")
-    data = reader.read(sample.shard, sample.offset - HEADER, HEADER + sample.size)
-    if len(data) < HEADER + sample.size:
-        raise BadImage(f"only {max(0, len(data) - HEADER)} of its {sample.size} bytes are there")
-    if unlike_header(data[:HEADER], sample.key, sample.size, sample.checksum):
-        raise BadImage(
-            f"{redacted(sample.path)} is not the tar that was indexed: another member lies there; "
-            f"run {indexing(sample.path)}"
-        )
-    return data[HEADER:]
-
-
-def member_bytes(
-    reader: Reader, index: ShardIndex, number: int, kinds: Sequence[str]
-) -> dict[str, bytes]:
-    """Kind -> bytes of some members of a sample, each read with the tar header before it.
-
-    Raises:
-        BadImage: one is missing, cut short, or not what was indexed.
-        OSError: the shard is gone or cannot be had.
-    """
-    sample = index[number]
-    there = {member.kind: member for member in index.members(number)}
-    content = {}
-    for kind in kinds:
-        member = there.get(kind)
-        if member is None:
-            raise BadImage(f"it has no {kind}")
-        placed = sample._replace(offset=member.offset, size=member.size, checksum=member.checksum)
-        content[kind] = image_bytes(reader, placed)
-    return content
-
-
 def _batch(
     rows: list[tuple[Sample, View]], positions: NDArray[np.int64], ids: Tensor, num_visible: int
 ) -> Batch:
-    images = _images(len(rows), *rows[0][1].image.shape)
+    images = empty((len(rows), *rows[0][1].image.shape), torch.uint8)
     for row, (_, view) in enumerate(rows):
         images[row] = view.image
     labels = [sample.label for sample, _ in rows]
@@ -422,19 +363,6 @@ def _batch(
         positions=torch.from_numpy(positions),
         crops=torch.tensor(crops, dtype=torch.int64),
     )
-
-
-def _images(count: int, channels: int, height: int, width: int) -> Tensor:
-    """[count, channels, height, width] uint8 to be filled. A worker's lies in shared memory, handed
-    over as it is.
-
-    torch has no public way to begin there; its own collation does the same.
-    """
-    shape = (count, channels, height, width)
-    if multiprocessing.parent_process() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _bad_sample(position: int, sample: Sample, reason: str, replaced_by: str) -> BadSample:

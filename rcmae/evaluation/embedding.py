@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from rcmae import dist
 from rcmae.data.cache import Reader, node_cache
 from rcmae.data.index import ShardIndex
+from rcmae.data.members.reading import image_bytes
 from rcmae.data.packing.inputs import Labelling, Source, find_images, ordered
 from rcmae.data.tars import NO_LABEL
 from rcmae.data.transforms import BadImage, CentreTransform, Normalise
-from rcmae.data.views import image_bytes
 from rcmae.data.workers import end_with_owner, fork_server
 from rcmae.errors import Refused
 from rcmae.files import aside, write_aside

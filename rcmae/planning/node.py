@@ -348,8 +348,8 @@ def _try_samples(
     recipe: Recipe, index: ShardIndex, numbers: Iterable[int]
 ) -> tuple[list[str], float]:
     """Samples that cannot be read or decoded, and bytes/s of the others."""
+    from rcmae.data.members.reading import image_bytes
     from rcmae.data.transforms import BadImage, CentreTransform  # as above
-    from rcmae.data.views import image_bytes
 
     transform = CentreTransform(recipe.model.image_hw, recipe.model.in_channels)
     reader = Reader()

@@ -23,6 +23,7 @@ from rcmae.data.masking import Mask
 from rcmae.data.plan import Plan
 from rcmae.data.sets import Labelled, class_problems, met
 from rcmae.data.stream import refuse_unlabelled
+from rcmae.data.tars import suffix_of
 from rcmae.engines.build import engine_settings
 from rcmae.errors import Refused
 from rcmae.run.differences import mismatches
@@ -112,11 +113,20 @@ def judge(sight: Sight, task: Task) -> Verdict:
             "shards that it needs"
         )
     problems += engine_problems(recipe, sight)
+    warnings: list[str] = []
     asked_for = task.evaluation_sets(recipe) if facts.data.sets else []
     for tested, asked in zip(facts.data.sets, asked_for, strict=True):
         if asked.labelled:
             with problems.collected():
                 refuse_unlabelled(tested)
+        problems += all_without(asked.key, tested, asked.needs)
+        warnings += some_without(asked.key, tested, asked.needs, "left out")
+    members = None
+    with problems.collected():
+        members = task.members(recipe)
+    if members is not None and facts.data.train is not None:
+        problems += all_without("data.shards", facts.data.train, members.kinds)
+        warnings += some_without("data.shards", facts.data.train, members.kinds, "replaced")
     tests = judged_sets(task.evaluation_sets(recipe), facts.data)
     meetings = [met(train, test) for train, test in pairwise(tests)]
     for meeting in meetings:
@@ -161,6 +171,7 @@ def judge(sight: Sight, task: Task) -> Verdict:
             *emulated,
             *config.statistics_doubts(recipe),
             *members_unused(facts.data),
+            *warnings,
             *judgement.warnings,
         ),
         trains=not command.evaluate_only,
@@ -315,6 +326,31 @@ def label_problems(index: ShardIndex, num_classes: int) -> list[str]:
             f"{high + 1} or more"
         ]
     return []
+
+
+def all_without(key: str, index: ShardIndex, kinds: Sequence[str]) -> list[str]:
+    """A problem for each kind of members that a task reads and no sample of a set has."""
+    return [
+        f"{key}: no sample has a .{suffix_of(kind)} ({kind}), which the task reads"
+        for kind in kinds
+        if len(index.without(kind)) == len(index)
+    ]
+
+
+def some_without(key: str, index: ShardIndex, kinds: Sequence[str], fate: str) -> list[str]:
+    """A line for each kind of members that a task reads and some samples of a set lack.
+
+    `fate`: what becomes of those samples."""
+    told = []
+    for kind in kinds:
+        numbers = index.without(kind).tolist()
+        named = ", ".join(index[number].id for number in numbers[:NAMED])
+        if 0 < len(numbers) < len(index):
+            told.append(
+                f"{key}: {len(numbers):,} of {len(index):,} samples have no .{suffix_of(kind)} "
+                f"({kind}) and are {fate}: {named}"
+            )
+    return told
 
 
 def plan_of(

@@ -163,11 +163,11 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
             return None
 
     saved = attempt(saved_of, recipe, verified)
-    members = task.members(recipe)
-    needs = () if members is None else members.kinds
+    members = attempt(task.members, recipe)
+    needs = () if members is None else (*members.kinds, *members.optional)
     train = attempt(open_index, recipe, recipe.data.shards, needs, key="data.shards")
     sets = [
-        attempt(open_index, recipe, each.shards, key=each.key)
+        attempt(open_index, recipe, each.shards, each.needs, key=each.key)
         for each in task.evaluation_sets(recipe)
     ]
     # all of them or none: a set stands for the place that it has in the task's list

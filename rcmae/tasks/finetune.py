@@ -16,8 +16,9 @@ from rcmae.data import augment
 from rcmae.data.augment import AugmentTransform
 from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask, NoMask
+from rcmae.data.members.protocol import Members
 from rcmae.data.transforms import Transform
-from rcmae.data.views import Members, train_transform
+from rcmae.data.views import train_transform
 from rcmae.models.activations import Computing
 from rcmae.models.build import student_sizes
 from rcmae.models.classifier import Classifier

@@ -13,8 +13,9 @@ from rcmae import dist
 from rcmae.config import Recipe, Resolved, Section
 from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask
+from rcmae.data.members.protocol import Members
 from rcmae.data.transforms import Transform
-from rcmae.data.views import Members, train_transform
+from rcmae.data.views import train_transform
 from rcmae.errors import Refused
 from rcmae.evaluation.features import evaluating, features_of_both, pixels, pooled
 from rcmae.evaluation.knn import knn_rows, knn_table

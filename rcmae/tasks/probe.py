@@ -18,8 +18,9 @@ from rcmae import dist
 from rcmae.config import Recipe, Resolved, Section
 from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask, NoMask
+from rcmae.data.members.protocol import Members
 from rcmae.data.transforms import Transform
-from rcmae.data.views import Members, train_transform
+from rcmae.data.views import train_transform
 from rcmae.engines.protocol import DTYPES
 from rcmae.engines.updates import cast_params
 from rcmae.models.batchnorm import GlobalBatchNorm

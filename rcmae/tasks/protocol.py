@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pydantic
@@ -24,16 +24,19 @@ from rcmae.data.batch import Batch
 from rcmae.data.cache import Cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
+from rcmae.data.members.protocol import Members
+from rcmae.data.members.whole import Whole, num_turns, whole_samples
 from rcmae.data.patterns import Patterns
 from rcmae.data.sets import ClassList
 from rcmae.data.stream import Readers, labelled_batches, num_batches
 from rcmae.data.transforms import CentreTransform, Normalise, Transform
-from rcmae.data.views import Members
 from rcmae.engines.protocol import Optimizing
 from rcmae.errors import Refused, did_you_mean
 from rcmae.models.cost import StepCost
 from rcmae.objectives import Objective
 from rcmae.process import waits
+
+T = TypeVar("T")
 
 
 class EvaluationSet(NamedTuple):
@@ -42,6 +45,7 @@ class EvaluationSet(NamedTuple):
     key: str  # of the recipe, for messages: evaluate.test_shards
     shards: Patterns
     labelled: bool = True  # whether each sample must have a label
+    needs: tuple[str, ...] = ()  # kinds of members that each sample must have
 
 
 class Saved(NamedTuple):
@@ -127,17 +131,58 @@ class Evaluating:
             batch=recipe.evaluate.batch,
             rank=dist.rank(),
             world=dist.world(),
-            readers=Readers(recipe.data.workers, cache=self.cache),
+            readers=self._readers,
         )
-        for _ in range(num_batches(self.sets[number], recipe.evaluate.batch, dist.world())):
+        turns = num_batches(self.sets[number], recipe.evaluate.batch, dist.world())
+        return self._turns(found, turns)
+
+    def whole(
+        self,
+        number: int,
+        make: Callable[[Whole], T],
+        kinds: Sequence[str] = (),
+        optional: Sequence[str] = (),
+    ) -> Iterator[T | None]:
+        """This rank's samples of a set as they are, each once over all ranks; as many turns on
+        each rank. None: a turn without a sample, or with one that cannot be used, which is logged.
+
+        A stop request is heard before each, also in the wait for one. Collective: every rank
+        iterates to the end.
+
+        Args:
+            number: which of `sets`.
+            make: what a worker makes of a sample: decodes, resizes. It is picklable, and raises
+                BadImage of a sample that cannot be used.
+            kinds: of the members that each sample must have.
+            optional: kinds that are read where a sample has them.
+        """
+        index, world = self.sets[number], dist.world()
+        found = whole_samples(
+            index,
+            make,
+            kinds=kinds,
+            optional=optional,
+            rank=dist.rank(),
+            world=world,
+            readers=self._readers,
+        )
+        return self._turns(found, num_turns(index, world))
+
+    @property
+    def _readers(self) -> Readers:
+        return Readers(self.recipe.data.workers, cache=self.cache)
+
+    def _turns(self, found: Iterator[T], turns: int) -> Iterator[T]:
+        """What a rank reads, a stop request heard before each. Collective."""
+        for _ in range(turns):
             try:
                 with waits.waiting(f"samples of an evaluation, after step {self.step}"):
-                    batch = next(found)
+                    one = next(found)
             except waits.StopAsked as error:
                 self.pause()  # the others do so, too, with what they have read
                 raise Interrupted from error
             self.pause()
-            yield batch
+            yield one
         for _ in found:  # ends its workers
             pass
 
@@ -208,8 +253,8 @@ class Task(Protocol):
         """Image bytes to views. Raises Refused."""
 
     def members(self, recipe: Recipe) -> Members | None:
-        """What is read of a sample of data.shards beside its image and label, and how it becomes
-        `Batch.extra`; None: nothing.
+        """How a sample of data.shards is seen where more of it is read than image and label; None:
+        `transform` alone sees the image.
         """
 
     # to build; `found` is what `look` gave, the recipe has what `judge` added

@@ -15,6 +15,7 @@ from rcmae.data.tars.samples import (
     Note,
     Place,
     image_suffix,
+    suffix_of,
     together,
 )
 from rcmae.data.tars.scanning import Scan, is_no_tar, label_in, scan, scan_all
@@ -62,6 +63,7 @@ __all__ = [
     "scan",
     "scan_all",
     "shard_of",
+    "suffix_of",
     "together",
     "unlike_header",
 ]

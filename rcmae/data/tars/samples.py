@@ -269,6 +269,11 @@ def image_suffix(members: Iterable[str]) -> str | None:
     return min(images, key=lambda suffix: (suffix.endswith("npy"), suffix.count(".")), default=None)
 
 
+def suffix_of(kind: str) -> str:
+    """The suffix of the members of a kind, such as seg.png."""
+    return next(suffix for suffix, of in KIND_OF_SUFFIX.items() if of == kind)
+
+
 def _followed(file: int) -> dict[int, Place]:
     """Offset of a link -> what it leads to in the tar, over other links, too."""
     links: dict[str, str] = {}

@@ -106,6 +106,18 @@ class Shard:
                 found.append(Member(KINDS[kind], offset, size, checksum))
         return found
 
+    def having(self, kind: str) -> NDArray[np.bool_]:
+        """[samples] whether each has a member of a kind, as far as the index knows."""
+        has = np.zeros(self.samples, bool)
+        headed = self.headed
+        if headed is None or kind not in self.kinds:
+            return has
+        start = self._keys_end + HEADED.itemsize * self.samples
+        table = np.frombuffer(self._buffer, MEMBER, self.others, start)
+        of_row = np.repeat(np.arange(self.samples), headed["others"])
+        has[of_row[table["kind"] == KINDS.index(kind)]] = True
+        return has
+
     @property
     def part(self) -> bytes:
         """A copy of this shard's part of the table."""
