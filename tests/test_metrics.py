@@ -365,6 +365,18 @@ def test_the_meter_counts_images_waits_and_leaves_out_what_is_not_training():
         ("NVIDIA L4", "bf16", False, 121.0),
         ("Tesla V100-SXM2-32GB", "fp32", True, 15.7),
         ("Tesla V100-SXM2-32GB", "bf16", False, None),
+        ("NVIDIA B300 SXM6 AC", "bf16", False, 2250.0),
+        ("NVIDIA GB300", "bf16", False, 2500.0),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "bf16", False, 503.8),
+        ("AMD Instinct MI325X", "bf16", False, 1307.4),
+        ("AMD Instinct MI355X", "fp32", True, 157.3),
+        ("NVIDIA A100-PCIE-40GB", "bf16", False, 312.0),
+        # another chip under a name that begins alike, or a part of one
+        ("NVIDIA RTX A1000", "bf16", False, None),
+        ("NVIDIA RTX A3000 Laptop GPU", "bf16", False, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", False, None),
+        ("NVIDIA GeForce RTX 4090 D", "bf16", False, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", False, None),
         ("Some Device of 2031", "bf16", False, None),
     ],
 )

@@ -34,13 +34,19 @@ GPUS = {
     "h100-94g": Gpu("NVIDIA H100 NVL", 93.1 * GIB),
     "h200": Gpu("NVIDIA H200", 139.8 * GIB),
     "b200": Gpu("NVIDIA B200", 178.3 * GIB),
+    "b300": Gpu("NVIDIA B300 SXM6 AC", 267.7 * GIB),
+    "gb300": Gpu("NVIDIA GB300", 267.7 * GIB),
     "gh200": Gpu("NVIDIA GH200 480GB", 94.5 * GIB),
     "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", 39.4 * GIB),
     "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", 79.3 * GIB),
     "l40s": Gpu("NVIDIA L40S", 44.4 * GIB),
     "a10g": Gpu("NVIDIA A10G", 22.1 * GIB),
+    "rtxpro6000": Gpu("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 95.0 * GIB),
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 23.5 * GIB),
     "v100-32g": Gpu("Tesla V100-SXM2-32GB", 31.7 * GIB, bf16=False),
+    "mi300x": Gpu("AMD Instinct MI300X", 191.9 * GIB),
+    "mi325x": Gpu("AMD Instinct MI325X", 255.9 * GIB),
+    "mi355x": Gpu("AMD Instinct MI355X", 287.9 * GIB),
 }
 
 
@@ -52,8 +58,11 @@ class Peaks(NamedTuple):
     fp32: float
 
 
-# A name is matched by the first entry that it contains: the special case stands before the general.
+# A device is the first of these whose words stand in its name, one after the other: the special
+# case is before the general one.
 PEAKS: tuple[tuple[str, Peaks], ...] = (
+    ("GB300", Peaks(2500.0, 1250.0, 80.0)),
+    ("B300", Peaks(2250.0, 1125.0, 75.0)),
     ("GB200", Peaks(2500.0, 1250.0, 80.0)),
     ("B200", Peaks(2250.0, 1125.0, 75.0)),
     ("H200 NVL", Peaks(835.5, 417.5, 60.0)),
@@ -74,20 +83,26 @@ PEAKS: tuple[tuple[str, Peaks], ...] = (
     ("L40S", Peaks(362.1, 183.0, 91.6)),
     ("L40", Peaks(181.1, 90.5, 90.5)),
     ("L4", Peaks(121.0, 60.0, 30.3)),
+    ("RTX PRO 6000", Peaks(503.8, 251.9, 126.0)),
     ("RTX 6000 Ada", Peaks(364.2, 182.1, 91.1)),
     ("RTX 5090", Peaks(209.5, 104.8, 104.8)),
     ("RTX 4090", Peaks(165.2, 82.6, 82.6)),
     ("RTX 3090", Peaks(71.2, 35.6, 35.6)),
-    ("V100-PCIE", Peaks(0.0, 0.0, 14.0)),
+    ("V100 PCIE", Peaks(0.0, 0.0, 14.0)),
     ("V100", Peaks(0.0, 0.0, 15.7)),
     ("T4", Peaks(0.0, 0.0, 8.1)),
     ("MI300X", Peaks(1307.4, 653.7, 163.4)),
+    ("MI325X", Peaks(1307.4, 653.7, 163.4)),
+    ("MI350X", Peaks(2306.9, 0.0, 144.2)),
+    ("MI355X", Peaks(2516.6, 0.0, 157.3)),
 )
+# Another chip, or a part of one, under a name that is in the table.
+_ANOTHER = ("Laptop", "Mobile", "Max Q", "MIG", "GRID", "Ti", "D")
 
 
 def peak_flops(device_name: str, precision: str, *, tf32: bool = False) -> float | None:
     """The device's dense peak in FLOP/s; None where it is not known: a CPU, a device that is not in
-    the table.
+    the table, a part of one.
 
     Args:
         device_name: as `torch.cuda.get_device_name` gives it.
@@ -95,7 +110,9 @@ def peak_flops(device_name: str, precision: str, *, tf32: bool = False) -> float
         tf32: whether fp32 matrix products may use TF32 (`torch.get_float32_matmul_precision() !=
             "highest"`).
     """
-    peaks = next((peaks for name, peaks in PEAKS if name in device_name), None)
+    if any(_names(another, device_name) for another in _ANOTHER):
+        return None
+    peaks = next((peaks for name, peaks in PEAKS if _names(name, device_name)), None)
     if peaks is None:
         return None
     if precision == "bf16":
@@ -103,6 +120,13 @@ def peak_flops(device_name: str, precision: str, *, tf32: bool = False) -> float
     else:
         best = max(peaks.tf32, peaks.fp32) if tf32 else peaks.fp32
     return best * 1e12 or None
+
+
+def _names(name: str, device_name: str) -> bool:
+    """Whether a device's name has these words: an "RTX A1000" is no "A100"."""
+    words = "-".join(device_name.split())
+    wanted = "-".join(name.split())
+    return f"-{wanted}-" in f"-{words}-"
 
 
 # ------------------------------------------------------------------------------------ this machine
