@@ -1,4 +1,5 @@
-"""Batch normalisation over the images of all ranks, on CPU and GPU alike.
+"""Batch normalisation over the images of all ranks, and over all places of their maps, on CPU and
+GPU alike.
 
 torch's SyncBatchNorm is the same on GPUs and refuses CPUs, where a run of the same recipe must give
 the same numbers.
@@ -23,7 +24,7 @@ from rcmae.errors import Refused
 
 class GlobalBatchNorm(nn.BatchNorm1d):
     """`nn.BatchNorm1d` whose statistics in training are over the rows of all ranks, as many on
-    each.
+    each; of maps also over all places, as `nn.BatchNorm2d`, with as many maps as each rank has.
 
     Collective in training, forwards and backwards: every rank calls. Statistics are float32
     (float64 for a float64 model) whatever the model computes in; running ones move only by what is
@@ -35,7 +36,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     num_batches_tracked: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C] to [B, C], of the same type.
+        """[B, C] or [B, C, H, W] to the same, of the same type.
 
         In evaluation by the running statistics, without a collective.
         """
@@ -47,7 +48,13 @@ class GlobalBatchNorm(nn.BatchNorm1d):
             mean = self.running_mean.to(x.dtype)
             variance = self.running_var.to(x.dtype)
             return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps).to(input.dtype)
-        count = len(x) * dist.world()
+        if x.ndim == 4:
+            assert weight is not None, "with maps there is an affine part"
+            maps, mean, unbiased = _OfMaps.apply(input, weight, bias, self.eps)
+            self._track(mean, unbiased)
+            found: Tensor = maps
+            return found
+        count = len(x) * dist.world()  # as many on each rank
         if count < 2:
             raise Refused(
                 "a batch norm needs two images or more at once; raise batch.images or "
@@ -61,6 +68,9 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         if weight is not None and bias is not None:
             normalised = normalised * weight + bias
         return normalised.to(input.dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Maps, too."""
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
@@ -92,6 +102,55 @@ class _AllSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return dist.all_sum(grad.contiguous().clone())
+
+
+class _OfMaps(torch.autograd.Function):
+    """Maps [B, C, H, W] normalised by each channel's mean and variance over all ranks; and the mean
+    and the unbiased variance, which are no numbers where all ranks together have less than two
+    places. Ranks may have maps of other numbers, or none.
+
+    Keeps its input alone for the backward pass, as torch's own does: what autograd would keep of
+    the arithmetic is three times as much, in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = maps.to(weight.dtype)
+        places = x.new_tensor([x.numel() // x.shape[1]], dtype=torch.float64)
+        totals = dist.all_sum(torch.cat([x.sum(dim=(0, 2, 3)).double(), places]))
+        count = totals[-1]
+        some = count.clamp(min=1)
+        mean = (totals[:-1] / some).to(x.dtype)
+        centred = x - _a_channel(mean)
+        squares = dist.all_sum(centred.square().sum(dim=(0, 2, 3)))
+        variance = (squares / some).to(x.dtype)
+        scale = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(maps, weight, mean, scale, some)
+        unbiased = (squares / (count - 1)).to(x.dtype)
+        seen = torch.where(count > 1, mean, torch.nan).to(x.dtype)
+        ctx.mark_non_differentiable(seen, unbiased)
+        normalised = centred * _a_channel(scale * weight) + _a_channel(bias)
+        return normalised.to(maps.dtype), seen, unbiased
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        maps, weight, mean, scale, count = ctx.saved_tensors
+        grad = grad.to(weight.dtype)
+        plain = (maps.to(weight.dtype) - _a_channel(mean)) * _a_channel(scale)
+        of_bias = grad.sum(dim=(0, 2, 3))
+        of_weight = (grad * plain).sum(dim=(0, 2, 3))
+        both = dist.all_sum(torch.stack([of_bias, of_weight])) / count
+        both = both.to(weight.dtype)
+        moved = grad - _a_channel(both[0]) - plain * _a_channel(both[1])
+        of_maps = moved * _a_channel(weight * scale)
+        return of_maps.to(maps.dtype), of_weight, of_bias, None
+
+
+def _a_channel(values: Tensor) -> Tensor:
+    """A number a channel [C], to be met by maps."""
+    return values[:, None, None]
 
 
 def _all_sum(values: Tensor) -> Tensor:

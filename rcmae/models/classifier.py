@@ -29,7 +29,7 @@ HEAD_STD = 2e-5  # of a fresh head's weights: fine-tuning starts from equal scor
 NEW = ("head.", "fc_norm.")  # what a classifier has and a pretrained encoder lacks
 
 
-class _Draws:
+class Draws:
     """Where the blocks of one model find the draws of the forward under way."""
 
     keep: Tensor | None = None  # [B, depth, 2] bool
@@ -40,7 +40,7 @@ class DropPath(nn.Module):
     scales what stays.
     """
 
-    def __init__(self, draws: _Draws, block: int, branch: int, rate: float) -> None:
+    def __init__(self, draws: Draws, block: int, branch: int, rate: float) -> None:
         super().__init__()
         self._draws = draws
         self._block = block
@@ -48,12 +48,13 @@ class DropPath(nn.Module):
         self._rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, D] of the branch, or zeros."""
+        """Tokens [B, N, D] of the branch, or zeros; also [B * n, ...], n windows of each image."""
         keep = self._draws.keep
         if keep is None or not self.training or self._rate == 0.0:
             return x
         scale = keep[:, self._block, self._branch].to(x.dtype) / (1.0 - self._rate)
-        return x * scale[:, None, None]
+        each = scale.repeat_interleave(len(x) // len(scale))
+        return x * each.view(-1, *[1] * (x.ndim - 1))
 
 
 class Classifier(VisionTransformer):
@@ -100,7 +101,7 @@ class Classifier(VisionTransformer):
         self.grid = sizes.grid
         last = max(sizes.depth - 1, 1)
         self.drop_path_rates = [drop_path * index / last for index in range(sizes.depth)]
-        self._draws = _Draws()
+        self._draws = Draws()
         for index, (block, rate) in enumerate(zip(self.blocks, self.drop_path_rates, strict=True)):
             for branch, name in enumerate(("drop_path1", "drop_path2")):
                 setattr(block, name, DropPath(self._draws, index, branch, rate))

@@ -65,6 +65,8 @@ class Fixture:
             self.name: str = self._tree["fixture"]
             self.config: dict[str, Any] = self._tree["config"]
             self._values: dict[str, Any] = self._tree["values"]
+            # formulas and notes
+            self.words: list[str] = [*self._tree.get("formula", []), *self._tree.get("notes", [])]
             self._files: dict[str, Any] = self._tree["files"]
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise Unusable(f"no readable fixture.json: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from .architectures import arch_names, pos_embed
 from .bootmae import bootmae_forward, bootmae_schedules
+from .detection import benchmark_backbone, detect_arch_names, maskrcnn_losses, vitdet_backbone
 from .downstream import lars_steps, linprobe_lars, mixup_cutmix, vit_finetune
 from .evaluation import knn_votes, rollout
 from .fixture import Fixture, Row, Unusable
@@ -39,6 +40,10 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "knn": knn_votes,
     "rollout": rollout,
     "mixup-cutmix": mixup_cutmix,
+    "vitdet-backbone": vitdet_backbone,
+    "benchmark-backbone": benchmark_backbone,
+    "maskrcnn-losses": maskrcnn_losses,
+    "detect-arch-names": detect_arch_names,
 }
 
 

@@ -1,0 +1,73 @@
+"""Which anchor or region shows which object, and which of them a loss sees.
+
+Sampling takes those of the smallest draws. A draw belongs to an anchor or an object of an image,
+not to a place in a list: a region that another process leaves out changes no other's luck.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rcmae.models.detection.boxes import overlaps
+
+FOREGROUND = 1
+BACKGROUND = 0
+IGNORED = -1
+
+
+class Match(NamedTuple):
+    """What each of N boxes shows."""
+
+    kind: Tensor  # [N] int8: FOREGROUND, BACKGROUND or IGNORED
+    object: Tensor  # [N] int64, the object that it overlaps most; 0 where there is none
+
+
+def match_anchors(anchors: Tensor, objects: Tensor, iou: tuple[float, float]) -> Match:
+    """Anchors [N, 4] to objects [M, 4]: background below the first threshold, foreground from the
+    second on, ignored between. The nearest anchors of each object are foreground whatever they
+    reach, ties too (Ren et al., 2015, section 3.1.2).
+    """
+    kind = torch.zeros(len(anchors), dtype=torch.int8, device=anchors.device)
+    if not len(objects):
+        return Match(kind, torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device))
+    shared = overlaps(objects, anchors)  # [M, N]
+    best, object = shared.max(dim=0)
+    low, high = iou
+    kind[(best >= low) & (best < high)] = IGNORED
+    kind[best >= high] = FOREGROUND
+    nearest = shared == shared.max(dim=1, keepdim=True).values
+    kind[nearest.any(dim=0)] = FOREGROUND
+    return Match(kind, object)
+
+
+def match_regions(regions: Tensor, objects: Tensor, iou: float) -> Match:
+    """Regions [N, 4] to objects [M, 4]: foreground from a threshold on, else background."""
+    kind = torch.zeros(len(regions), dtype=torch.int8, device=regions.device)
+    if not len(objects):
+        return Match(kind, torch.zeros(len(regions), dtype=torch.int64, device=regions.device))
+    best, object = overlaps(objects, regions).max(dim=0)
+    kind[best >= iou] = FOREGROUND
+    return Match(kind, object)
+
+
+def sample(kind: Tensor, draws: Tensor, count: int, positive: float) -> tuple[Tensor, Tensor]:
+    """Numbers of the foreground and of the background that a loss sees, each in rising order.
+
+    Args:
+        kind: [N] as `Match.kind`.
+        draws: [N] int64, one a box; the smallest are taken.
+        count: of both together: what foreground lacks of it is filled up with background.
+        positive: of `count`, foreground at most.
+    """
+    foreground = (kind == FOREGROUND).nonzero()[:, 0]
+    background = (kind == BACKGROUND).nonzero()[:, 0]
+    taken = _smallest(foreground, draws, int(count * positive))
+    return taken, _smallest(background, draws, count - len(taken))
+
+
+def _smallest(numbers: Tensor, draws: Tensor, count: int) -> Tensor:
+    chosen = draws[numbers].argsort(stable=True)[:count]
+    return numbers[chosen].sort().values
