@@ -35,6 +35,20 @@ def imported_by(*arguments: str) -> set[str]:
     return {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
 
 
+def test_a_training_imports_no_compiler_and_nothing_it_does_not_use(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """They cost seconds in each process: timm, torch's compiler, TensorBoard, DeepSpeed's Muon."""
+    engine = ["engine.name=deepspeed", "engine.config=zero2"]
+    for name, options in (("local", []), ("zero2", engine)):
+        short = ["schedule.steps=1", "schedule.warmup_steps=0", f"run.dir={tmp_path / name}"]
+        found = imported_by("train", str(tiny), *short, *options)
+        assert "torch" in found
+        assert ("deepspeed" in found) == bool(options)
+        unused = {"timm", "torchvision", "torch._dynamo", "torch.utils.tensorboard", "matplotlib"}
+        assert not found & unused
+
+
 def test_the_table_and_the_modules_agree():
     paths = [path for path in COMMANDS.rglob("*.py") if path.stem != "__init__"]
     modules = {".".join(path.relative_to(COMMANDS).with_suffix("").parts) for path in paths}

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +17,10 @@ from rcmae.models.flops import flops_per_image
 from rcmae.models.patches import patches_at, patchify, sincos_positions, unpatchify
 from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
+from rcmae.process import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 from reference import Sizes
+
+import timm
 
 SHAPES = {
     "tall": Sizes(image=(24, 16)),
@@ -74,14 +78,34 @@ def test_each_block_is_called_once_and_the_last_one_for_hidden_tokens_alone() ->
 
 
 def test_last_block_is_a_block_for_the_tail() -> None:
-    last = LastBlock(16, 2, qkv_bias=True).double()
-    plain = Block(16, 2, qkv_bias=True).double()
+    last = LastBlock(16, 2, mlp_ratio=4, norm=nn.LayerNorm).double()
+    plain = Block(16, 2, mlp_ratio=4, norm=nn.LayerNorm).double()
     plain.load_state_dict(last.state_dict())
     tokens = torch.randn(2, 9, 16, dtype=torch.float64)
     for first in (0, 4, 8):
         torch.testing.assert_close(
             last(tokens, first), plain(tokens)[:, first:], atol=1e-13, rtol=0
         )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_block_is_timms_to_the_last_bit(fused: bool) -> None:
+    torch.manual_seed(0)
+    theirs = timm.models.vision_transformer.Block(24, 3, qkv_bias=True, norm_layer=nn.LayerNorm)
+    theirs.attn.fused_attn = fused
+    tokens = torch.randn(2, 9, 24)
+    for kind in (Block, LastBlock):
+        ours = kind(24, 3, mlp_ratio=4.0, norm=nn.LayerNorm)
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        ours.attn.fused_attn = fused
+        found = []
+        for block in (theirs, ours):
+            x = tokens.clone().requires_grad_()
+            out = block(x)
+            grads = torch.autograd.grad(out.square().sum(), [x, *block.parameters()])
+            found.append([out, *grads])
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_features_are_those_of_the_whole_image_in_raster_order() -> None:

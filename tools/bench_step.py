@@ -51,6 +51,7 @@ from rcmae.engines.local import LocalEngine
 from rcmae.engines.protocol import DTYPES, EngineSettings
 from rcmae.errors import Refused
 from rcmae.models import kernels
+from rcmae.models.blocks import Block
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.flops import flops_per_image
 from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
@@ -60,8 +61,6 @@ from rcmae.objectives.mae import pixel_targets
 from rcmae.objectives.terms import widen
 from rcmae.planning.hardware import commit, hardware
 from rcmae.planning.live import MASK_RATIO, made_up_batch
-
-from timm.models.vision_transformer import Block
 
 PHASES = ("teacher_forward", "student_forward", "backward", "optimizer", "ema")
 MOMENTUM = 0.996
@@ -144,7 +143,7 @@ def plain_predictions(
     cls_token = (model.cls_token + model.pos_embed[:, :1]).to(dtype)
     x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
     for block in model.blocks:
-        x = Block.forward(block, x)
+        x = Block.forward(cast(Block, block), x)
     x = model.decoder_embed(model.norm(x))
     num_hidden = ids_shuffle.shape[1] - num_visible
     tokens = torch.cat([x[:, 1:], model.mask_token.to(dtype).expand(len(x), num_hidden, -1)], dim=1)
@@ -153,7 +152,7 @@ def plain_predictions(
     )
     x = (torch.cat([x[:, :1], tokens], dim=1) + model.decoder_pos_embed).to(dtype)
     for block in model.decoder_blocks:
-        x = Block.forward(block, x)
+        x = Block.forward(cast(Block, block), x)
     return model.decoder_pred(model.decoder_norm(x))[:, 1:]
 
 

@@ -40,6 +40,7 @@ from rcmae.engines.updates import (
     updates_of,
     verdict,
 )
+from rcmae.process import compiler
 
 # its name since torch 2.13
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
@@ -466,5 +467,8 @@ def _prepare_deepspeed() -> None:
     # its own call
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*deprecated", FutureWarning)
     import deepspeed.ops
+
+    with compiler.left_out():  # initialize imports it, for its name
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from rcmae.models.protocol import PARTS, Place
 
@@ -136,7 +135,9 @@ class LARS(torch.optim.Optimizer):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """The shard itself of a DTensor, which is not imported to know one: it costs half a second."""
+    shard = getattr(tensor, "to_local", None)
+    return tensor if shard is None else shard()
 
 
 def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

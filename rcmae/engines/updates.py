@@ -15,6 +15,7 @@ from rcmae.engines.protocol import EngineSettings, StepStats
 from rcmae.engines.teacher import Teacher, Telemetry
 from rcmae.models.kernels import adamw
 from rcmae.models.protocol import running_buffers
+from rcmae.process import compiler
 
 
 def global_norm(grads: Sequence[Tensor], *, sharded: bool, device: torch.device) -> Tensor:
@@ -37,8 +38,11 @@ def optimizer_for(
 
     `sharded` where each rank holds a part of a tensor.
     """
+    compiler.spare_optimizers()
     if settings.rule == "adamw":
-        return adamw(groups, betas=settings.betas, kind=settings.optimizer)
+        optimizer = adamw(groups, betas=settings.betas, kind=settings.optimizer)
+        compiler.spare_step(optimizer)
+        return optimizer
     trust = 0.001 if settings.rule == "lars" else None
     return LARS(groups, trust=trust, all_sum=dist.all_sum if sharded else lambda values: values)
 

@@ -8,16 +8,18 @@ what autograd saves.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.build import Network
-from rcmae.models.classifier import Classifier
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
+
+if TYPE_CHECKING:  # it imports timm, which costs seconds: for who classifies
+    from rcmae.models.classifier import Classifier
 
 FP32 = 4  # bytes of a number
 LOG_SUMS = 4  # bytes: fused attention keeps one fp32 number a query and head

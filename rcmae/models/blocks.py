@@ -1,5 +1,8 @@
-"""What a Vision Transformer is made of, beside timm's block: a patch embedding for patches that are
-cut out already, attention with split biases, a last block that answers for the tail of the tokens.
+"""What a Vision Transformer is made of: a patch embedding for patches that are cut out already, and
+blocks whose last answers for the tail of the tokens.
+
+Blocks compute as timm's do and name their parameters as timm does, but are not timm's: importing it
+imports torchvision and torch's compiler, two seconds in each process of a training.
 """
 
 from __future__ import annotations
@@ -11,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
+from rcmae.errors import Refused
+from rcmae.models import kernels
 from rcmae.models.batchnorm import GlobalBatchNorm
-
-from timm.models.vision_transformer import Block
 
 # one bias for queries, keys and values; or none for the keys, as two parameters
 QKVBias = Literal["qkv", "qv"]
@@ -28,6 +30,31 @@ class PatchProjection(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Patches [B, n, C, p, p] to tokens [B, n, D], in the type of the weight."""
         return F.linear(input.flatten(2).to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class Attention(nn.Module):
+    """Self-attention (Dosovitskiy et al., 2021, appendix A). Parameters are named as in timm."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise Refused(f"a width of {dim} is not divisible by {num_heads} heads")
+        # fused_attn: see kernels.choose_attention
+        self.num_heads = num_heads
+        self.fused_attn = True
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
+        """Tokens [B, N, D] to [B, N - first_query, D]: keys and values of all, queries of the
+        tail.
+        """
+        # the query projection of the few head tokens is wasted: slicing its weight would reach
+        # around the engines that gather a parameter when its module is called
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        # [B, heads, N - first_query, d]
+        mixed = kernels.attention(q[:, :, first_query:], k, v, fused=self.fused_attn)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class SplitBiasAttention(nn.Module):
@@ -49,7 +76,7 @@ class SplitBiasAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
         self.proj = nn.Linear(inner, dim)
 
-    def forward(self, x: Tensor, first_query: int = 0, **_: None) -> Tensor:
+    def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
         """Tokens [B, N, D] to [B, N - first_query, D]: keys and values of all, queries of the
         tail.
         """
@@ -66,45 +93,54 @@ class SplitBiasAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them. Parameters are named as in timm."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] to tokens [B, N, D]."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each normalised before and added. Parameters are named as in timm."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        norm: Callable[..., nn.Module],
+        qkv_bias: QKVBias = "qkv",
+    ) -> None:
+        super().__init__()
+        attention = Attention if qkv_bias == "qkv" else SplitBiasAttention
+        self.norm1 = norm(dim)
+        self.attn = attention(dim, num_heads)
+        self.norm2 = norm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] to tokens [B, N, D]."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
 class LastBlock(Block):
-    """timm's block, with an answer for the tail of the tokens alone: keys and values of all,
-    queries of the tail.
+    """A block with an answer for the tail of the tokens alone: keys and values of all, queries of
+    the tail. A class of its own, so that it is compiled by itself.
     """
 
     def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
         """Tokens [B, N, D] to tokens [B, N - first_query, D]."""
-        if isinstance(self.attn, SplitBiasAttention):
-            tail = x[:, first_query:] + self.attn(self.norm1(x), first_query)
-            return tail + self.mlp(self.norm2(tail))
-        attn = self.attn
-        heads = self.attn.num_heads
-        # the query projection of the few head tokens is wasted: slicing its weight would reach
-        # around the engines that gather a parameter when its module is called
-        q, k, v = (
-            attn.qkv(self.norm1(x)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        )
-        # [B, heads, N - first_query, d]
-        mixed = kernels.attention(q[:, :, first_query:], k, v, fused=attn.fused_attn)
-        tail = x[:, first_query:] + self.drop_path1(
-            self.ls1(attn.proj(mixed.transpose(1, 2).flatten(2)))
-        )
-        return tail + self.drop_path2(self.ls2(self.mlp(self.norm2(tail))))
-
-
-def make_block(
-    kind: type[Block],
-    width: int,
-    heads: int,
-    *,
-    mlp_ratio: float,
-    norm: Callable[..., nn.Module],
-    qkv_bias: QKVBias,
-) -> Block:
-    """A block of a width."""
-    block = kind(width, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm)
-    if qkv_bias == "qv":
-        block.attn = SplitBiasAttention(width, heads)
-    return block
+        tail = x[:, first_query:] + self.attn(self.norm1(x), first_query)
+        return tail + self.mlp(self.norm2(tail))
 
 
 def class_head(width: int, hidden: int, num_classes: int) -> nn.Module:

@@ -21,15 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmae.errors import Refused
-from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
-from rcmae.models.blocks import SplitBiasAttention
+from rcmae.models import kernels
+from rcmae.models.blocks import Mlp, SplitBiasAttention
 from rcmae.models.flops import block_flops
 from rcmae.models.patches import sincos_positions
 from rcmae.models.protocol import OF_WHOLE_IMAGES, Output, Outputs
 from rcmae.models.sizes import NetworkSizes, size_problems
 from rcmae.models.vit import Encoder
-
-from timm.layers import Mlp
 
 
 class CrossAttention(nn.Module):
@@ -184,6 +182,8 @@ class BootstrappedAutoencoder(Encoder):
         normal with deviation 1e-6, mask tokens with 0.02 cut off there; the head of the pixels as
         torch draws a transposed convolution."""
         for name, param in self.named_parameters():
+            if param.is_meta:
+                continue  # sizes alone; torch would import its compiler for the draws
             if name == "cls_token":
                 param.normal_(std=1e-6, generator=generator)
             elif name.startswith("mask_token"):

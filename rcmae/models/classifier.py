@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from rcmae.data.draws import Purpose, uniform
-from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
+from rcmae.models import kernels
 from rcmae.models.batchnorm import GlobalBatchNorm
+from rcmae.models.fitting import NEW
 from rcmae.models.patches import sincos_positions
 from rcmae.models.protocol import Place, layer_of, part_of
 from rcmae.models.sizes import NetworkSizes
+from rcmae.process import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 
 from timm.models.vision_transformer import VisionTransformer
 
 Pool = Literal["cls", "mean"]
 HEAD_STD = 2e-5  # of a fresh head's weights: fine-tuning starts from equal scores
-NEW = ("head.", "fc_norm.")  # what a classifier has and a pretrained encoder lacks
 
 
 class Draws:
@@ -113,6 +114,8 @@ class Classifier(VisionTransformer):
         sin-cos, the head near 0.
         """
         for name, param in self.named_parameters():
+            if param.is_meta:
+                continue  # sizes alone; torch would import its compiler for the draws
             if name == "pos_embed":
                 param.copy_(
                     sincos_positions(param.shape[2], self.grid, cls_token=self.has_class_token)[

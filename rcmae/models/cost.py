@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
@@ -21,9 +21,11 @@ from rcmae.models.activations import (
     inference_bytes,
 )
 from rcmae.models.build import Network
-from rcmae.models.classifier import Classifier
 from rcmae.models.flops import classifier_flops
 from rcmae.models.sizes import NetworkSizes
+
+if TYPE_CHECKING:  # it imports timm, which costs seconds: for who classifies
+    from rcmae.models.classifier import Classifier
 
 
 class StepCost(NamedTuple):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rcmae.errors import Refused
-from rcmae.models.classifier import NEW, Classifier
 from rcmae.models.protocol import part_of
+
+if TYPE_CHECKING:  # it imports timm, which costs seconds: for who classifies
+    from rcmae.models.classifier import Classifier
+
+NEW = ("head.", "fc_norm.")  # what a classifier has and a pretrained encoder lacks
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -4,8 +4,7 @@ checkpointing.
 Every choice computes the same function; they differ in speed and memory. What is used, and why not
 the others, is told at start-up (`table`). Attention is torch's `scaled_dot_product_attention`, but
 for bf16 on a CPU that multiplies it in hardware. NVIDIA apex is found at run time where a site has
-built it. Importing this module also makes timm importable beside a CPU build of torch, so import it
-before timm or torchvision.
+built it.
 
 Not done: swapping modules for fused ones after construction. A choice is made when a part is built.
 """
@@ -26,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from rcmae.errors import Refused
 from rcmae.models.precision import bf16_of
 from rcmae.models.protocol import blocks_of
-from rcmae.process import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 
 Source = Literal["torch", "apex"]
 Checkpointing = Literal["none", "torch", "fairscale", "fairscale_offload"]

@@ -54,6 +54,9 @@ def sincos_positions(
     cosines of geometric frequencies 1 ... 1/10000. "row_first" has it the other way round (MoCo v3,
     BootMAE, MAE-priv) and is computed in float32, as those tables were: rounded from float64, up to
     half of their numbers are others by a unit in the last place or more."""
+    if torch.get_default_device().type == "meta":
+        # its shape alone: for the sums torch would import its compiler
+        return torch.empty(grid[0] * grid[1] + int(cls_token), dim, dtype=torch.float64)
     dtype = torch.float64 if order == "column_first" else torch.float32
     share = torch.arange(dim // 4, dtype=dtype) / (dim // 4)
     frequencies = 10000.0**-share if order == "column_first" else 1.0 / 10000.0**share

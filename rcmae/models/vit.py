@@ -7,7 +7,7 @@ order [cls, visible, hidden] with positions gathered to match, so hidden predict
 and nothing is ever put back in place for training. The decoder's last block asks queries for hidden
 tokens alone, because the loss reads no others.
 
-Blocks are timm's and parameters carry the published names, so published weights load with
+Parameters carry the published names, so published weights load with
 `strict=True`. Positions are fixed sin-cos tables (MAE, appendix A.1): float32 buffers at any
 compute type. Not done: learned or rotary positions.
 
@@ -17,7 +17,6 @@ published names forbid a child of its own."""
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmae.errors import Refused
-from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
-from rcmae.models.blocks import LastBlock, PatchProjection, QKVBias, class_head, make_block
+from rcmae.models import kernels
+from rcmae.models.blocks import Block, LastBlock, PatchProjection, QKVBias, class_head
 from rcmae.models.flops import block_flops, flops_per_image
 from rcmae.models.patches import Positions, patch_grid, patches_at, sincos_positions
 from rcmae.models.protocol import (
@@ -42,8 +41,6 @@ from rcmae.models.protocol import (
     part_of,
 )
 from rcmae.models.sizes import NetworkSizes, size_problems
-
-from timm.models.vision_transformer import Block
 
 PixelOrder = Literal["hwc", "chw"]
 
@@ -97,10 +94,10 @@ class Encoder(nn.Module):
         patch = sizes.patch_size
         projection = PatchProjection(sizes.in_channels, width, patch, stride=patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
-        block = functools.partial(
-            make_block, Block, width, mlp_ratio=sizes.mlp_ratio, norm=norm, qkv_bias=qkv_bias
+        self.blocks = nn.ModuleList(
+            Block(width, sizes.num_heads, mlp_ratio=sizes.mlp_ratio, norm=norm, qkv_bias=qkv_bias)
+            for _ in range(sizes.depth)
         )
-        self.blocks = nn.ModuleList(block(sizes.num_heads) for _ in range(sizes.depth))
         self.norm = norm(width)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
@@ -289,8 +286,7 @@ class MaskedAutoencoder(Encoder):
         self.register_buffer("decoder_pos_embed", table.float()[None])
         self.decoder_embed = nn.Linear(sizes.embed_dim, width)
         self.decoder_blocks = nn.ModuleList(
-            make_block(
-                kind,
+            kind(
                 width,
                 sizes.decoder_heads,
                 mlp_ratio=sizes.mlp_ratio,
@@ -313,6 +309,8 @@ class MaskedAutoencoder(Encoder):
         one; biases 0, norms 1; tokens normal with deviation 0.02. A function of the generator's
         state and the sizes alone."""
         for name, param in self.named_parameters():
+            if param.is_meta:
+                continue  # sizes alone; torch would import its compiler for the draws
             if name in ("cls_token", "mask_token"):
                 param.normal_(std=0.02, generator=generator)
             elif param.ndim > 1:

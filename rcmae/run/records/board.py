@@ -7,9 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 AGAIN_S = 60.0  # after which they are tried again
 
@@ -58,6 +61,8 @@ class Board:
             self._try(lambda: write(writer))
 
     def _open(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # half a second
+
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def _try(self, action: Callable[[], None]) -> None:
