@@ -909,8 +909,12 @@ def test_recorded_numbers_pass_where_they_are_at_hand(capsys: pytest.CaptureFixt
         assert tool.main([str(folder)]) == 0, capsys.readouterr().out
 
 
+# Folders that are not made another way here: checked where the recorded ones are at hand.
+RECORDED_ONLY = {"vitdet-backbone", "benchmark-backbone", "maskrcnn-losses", "detect-arch-names"}
+
+
 def test_every_check_is_tried_here() -> None:
-    assert list(MAKERS) == list(CHECKS)
+    assert list(MAKERS) == [name for name in CHECKS if name not in RECORDED_ONLY]
 
 
 def perturb(folder: Path, file: str, key: str) -> None:
