@@ -102,11 +102,17 @@ def start(*, required: bool, timeout_s: float | None = USUAL_TIMEOUT_S) -> None:
 
 def _set_variables(where: Launched, address: str, port: int) -> None:
     """What DeepSpeed reads, whatever the launcher was."""
-    os.environ.setdefault("MASTER_ADDR", address)
-    os.environ.setdefault("MASTER_PORT", str(port))
-    os.environ.setdefault("RANK", str(where.rank))
-    os.environ.setdefault("WORLD_SIZE", str(where.world))
-    os.environ.setdefault("LOCAL_RANK", str(where.local_rank))
+    variables = {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+        "RANK": where.rank,
+        "WORLD_SIZE": where.world,
+        "LOCAL_RANK": where.local_rank,
+        "LOCAL_WORLD_SIZE": where.local_world,
+    }
+    for name, value in variables.items():
+        if not os.environ.get(name, "").strip():
+            os.environ[name] = str(value)
     if device().type == "cuda":
         # DeepSpeed takes it for the index of a GPU: 0 where a rank sees only its own
         os.environ["LOCAL_RANK"] = str(device().index)

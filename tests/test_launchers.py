@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 
+import psutil
 import pytest
 
+from rcmae import dist
 from rcmae.errors import Refused
 from rcmae.process import cores, launchers
 
-ALL = re.compile(r"(SLURM|OMPI|PMI|PMIX|MPI|FLUX|JSM|MASTER|LOCAL|TORCHELASTIC|CROSS|GROUP)_|RANK$")
+ALL = re.compile(
+    r"(SLURM|OMPI|MV2|PMI|PMIX|PALS|MPI|FLUX|JSM|MASTER|LOCAL|TORCHELASTIC|CROSS|GROUP)_|RANK$"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +34,8 @@ STEP = "SLURM_JOB_ID=815 SLURM_STEP_ID=0 SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_ST
 STEP += " SLURM_STEP_NUM_NODES=2"
 MPIRUN = "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=1"
 MPIRUN += " OMPI_COMM_WORLD_LOCAL_SIZE=2"
+MVAPICH = "MV2_COMM_WORLD_RANK=3 MV2_COMM_WORLD_SIZE=4 MV2_COMM_WORLD_LOCAL_RANK=1"
+MVAPICH += " MV2_COMM_WORLD_LOCAL_SIZE=2"
 TORCHRUN = "RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4 MASTER_ADDR=a MASTER_PORT=1"
 
 
@@ -48,6 +54,19 @@ TORCHRUN = "RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4 MASTER_ADDR=a MA
         (f"{MPIRUN} SLURM_STEP_NUM_TASKS=1 SLURM_PROCID=0", (1, 2, 1, 2)),  # mpirun's own srun
         ("PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2", (1, 2, 1, 2)),
         ("FLUX_TASK_RANK=2 FLUX_JOB_SIZE=4 FLUX_TASK_LOCAL_ID=0 FLUX_JOB_NNODES=2", (2, 4, 0, 2)),
+        # flux has a plug-in for PMI, which knows no local ranks
+        (
+            "FLUX_TASK_RANK=1 FLUX_JOB_SIZE=2 FLUX_TASK_LOCAL_ID=1 PMI_RANK=1 PMI_SIZE=2",
+            (1, 2, 1, 2),
+        ),
+        ("PMI_RANK=3 PMI_SIZE=4 PMI_LOCAL_RANK=1 PMI_LOCAL_SIZE=2", (3, 4, 1, 2)),  # PALS
+        (f"{MVAPICH} PMI_RANK=3 PMI_SIZE=4", (3, 4, 1, 2)),
+        ("RANK= WORLD_SIZE= MASTER_ADDR=", (0, 1, 0, 1)),
+        ("SLURM_STEP_NUM_TASKS=1 SLURM_LOCALID=5", (0, 1, 0, 1)),  # of another step
+        (
+            "SLURM_STEP_NUM_TASKS=4 SLURM_STEP_NUM_NODES=2 SLURM_PROCID=2 SLURM_LOCALID=2",
+            (2, 4, 2, 3),
+        ),
     ],
 )
 def test_a_launcher_says_which_rank_this_is(
@@ -67,7 +86,14 @@ def test_a_launcher_says_which_rank_this_is(
         (f"RANK=0 WORLD_SIZE=1 {MPIRUN}", "WORLD_SIZE=1, but OMPI_COMM_WORLD_SIZE=2"),
         ("SLURM_STEP_NUM_TASKS=2", "SLURM_PROCID is not set"),
         ("SLURM_STEP_NUM_TASKS=two SLURM_PROCID=0", "SLURM_STEP_NUM_TASKS='two' is no number"),
-        ("PMI_RANK=1 PMI_SIZE=2", "PMI_SIZE=2 is set but not MPI_LOCALRANKID"),
+        ("PMI_RANK=1 PMI_SIZE=2", "PMI_SIZE=2 is set but not MPI_LOCALRANKID or PMI_LOCAL_RANK"),
+        ("PMIX_RANK=1 PMIX_NAMESPACE=x", "PMIX_RANK=1 says that a launcher started this process"),
+        ("PALS_RANKID=1", "PALS_RANKID=1 says"),
+        (f"{TORCHRUN} LOCAL_RANK=9", "LOCAL_RANK=9 and LOCAL_WORLD_SIZE=4, of 8 ranks"),
+        (f"{TORCHRUN} LOCAL_WORLD_SIZE=16", "LOCAL_RANK=1 and LOCAL_WORLD_SIZE=16"),
+        (f"{MPIRUN} OMPI_COMM_WORLD_LOCAL_RANK=-1", "OMPI_COMM_WORLD_LOCAL_RANK=-1 and"),
+        (f"{STEP} RANK=0 WORLD_SIZE=4 MASTER_ADDR=a MASTER_PORT=1", "RANK=0, but srun calls"),
+        (f"{TORCHRUN} WORLD_SIZE=99999999999999999999", "too large a number"),
     ],
 )
 def test_what_cannot_be_true_is_refused_with_its_name(
@@ -99,9 +125,43 @@ def test_steps_of_a_job_meet_at_ports_of_their_own(monkeypatch: pytest.MonkeyPat
     assert launchers.ports(launchers.launched()) == [1234]
 
 
+def test_a_port_is_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    for port in ("0", "99999"):
+        found = under(monkeypatch, f"{TORCHRUN} MASTER_PORT={port}")
+        with pytest.raises(Refused, match=f"MASTER_PORT={port} is no port"):
+            launchers.ports(found)
+    monkeypatch.setenv("MASTER_PORT", "")
+    assert len(launchers.ports(found)) > 1
+
+
+def test_ranks_under_shells_of_their_own_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mpirun -n 2 wrapper.sh`: each rank has another parent, and all the same launcher."""
+    found = under(monkeypatch, "PMI_RANK=0 PMI_SIZE=2 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=2")
+    launcher = psutil.Process()
+    monkeypatch.setattr(launchers, "_ancestors", lambda: [launcher])
+    monkeypatch.setattr(launchers, "_is_launcher", lambda process: process is launcher)
+    met = []
+    for parent in (101, 102):
+        monkeypatch.setattr(os, "getppid", lambda parent=parent: parent)
+        met.append(launchers.ports(found))
+    assert met[0] == met[1]
+
+
+def test_the_ranks_of_a_host_are_known_once_they_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's variables are set for DeepSpeed, and read before those of the launcher."""
+    found = under(monkeypatch, STEP)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("MASTER_ADDR", "")
+    monkeypatch.setenv("MASTER_PORT", "")
+    dist._set_variables(found, "first", 12345)
+    assert launchers.launched()[:4] == found[:4]
+
+
 def test_where_rank_0_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launchers.host(under(monkeypatch, MPIRUN)) == "127.0.0.1"
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")
     with pytest.raises(Refused, match=r"OMPI_COMM_WORLD_SIZE=2 .* set MASTER_ADDR"):
         launchers.host(launchers.launched())
     monkeypatch.setenv("MASTER_ADDR", "first")

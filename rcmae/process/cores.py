@@ -36,6 +36,8 @@ def _quota() -> float:
         return math.inf
     found = [math.inf]
     for line in lines:
+        if line.count(":") < 2:
+            continue
         _, controllers, place = line.split(":", 2)
         if controllers == "":
             found += _limits(_GROUPS, place, _of_version_2)

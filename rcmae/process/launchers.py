@@ -1,9 +1,9 @@
 """Which process this is among all, as the variables of whoever started it say.
 
-torchrun and DeepSpeed set RANK and WORLD_SIZE; srun, mpirun (Open MPI, MPICH, Intel's), flux and
-jsrun have variables of their own. Shells hand them on long after their job is over, and a launcher
-hands on those of another: what cannot be true is refused with the variable's name. Without torch,
-for entry points that answer at once.
+torchrun and DeepSpeed set RANK and WORLD_SIZE; srun, mpirun (Open MPI, MPICH, Intel's, MVAPICH,
+Cray's PALS), flux and jsrun have variables of their own. Shells hand them on long after their job
+is over, and a launcher hands on those of another: what cannot be true is refused with the
+variable's name. Without torch, for entry points that answer at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import psutil
@@ -31,7 +31,9 @@ class Names(NamedTuple):
 
 _TORCH = Names("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "torchrun or deepspeed")
 _SRUN = Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "srun")
-# An MPI that starts its own processes by srun hands on the variables of those: it comes first.
+_FLUX = Names("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "", "flux run")
+# An MPI that starts its own processes by srun hands on the variables of those: it comes first. Flux
+# sets those of PMI, too, without the local ones.
 _OTHERS = (
     Names(
         "OMPI_COMM_WORLD_RANK",
@@ -40,19 +42,41 @@ _OTHERS = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
         "mpirun",
     ),
+    Names(
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+        "mpirun_rsh",
+    ),
+    _FLUX,
     Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "mpiexec"),
+    Names("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE", "mpiexec"),  # PALS
     _SRUN,
-    Names("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "", "flux run"),
-    Names("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "", "jsrun"),
+    Names(
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_SIZE",
+        "JSM_NAMESPACE_LOCAL_RANK",
+        "JSM_NAMESPACE_LOCAL_SIZE",
+        "jsrun",
+    ),
+)
+# What says that this is one of several, whatever started it: not how many there are.
+_RANKS_ALONE = (
+    *("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "PALS_RANKID"),
+    *("FLUX_TASK_RANK", "JSM_NAMESPACE_RANK"),
 )
 # Set by launchers that RANK and WORLD_SIZE are really from, on nodes that another one started.
 _OWN = ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "GROUP_RANK")
 _STARTS = {  # variables that tell one start of a launcher from another, the same on all its ranks
     "srun": ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
     "mpirun": ("PMIX_NAMESPACE",),
+    "mpiexec": ("PALS_APID",),
     "flux run": ("FLUX_JOB_ID",),
     "jsrun": ("LSB_JOBID", "JSM_JSRUN_JOB_ID"),
 }
+_BY_MPI = ("mpirun", "mpiexec", "mpirun_rsh")  # they have no number for a start that all have
+_MOST = 2**31 - 1  # of what a variable counts
 _PORTS = 8  # that are tried, one after the other
 _FIRST_PORT = 10000  # below the range that Linux gives to outgoing connections
 _SHELLS = {"bash", "sh", "dash", "zsh", "fish", "ksh", "tcsh", "csh", "tmux: server", "screen"}
@@ -69,6 +93,8 @@ _LAUNCHERS = (
     "orted",
     "prted",
     "hydra_",
+    "mpispawn",
+    "palsd",
     "slurmstepd",
     "flux-shell",
     "jsrun",
@@ -92,7 +118,7 @@ def launched() -> Launched:
     Raises:
         Refused: the variables are incomplete, no numbers, or of two launchers that disagree.
     """
-    env = os.environ
+    env = {name: value for name, value in os.environ.items() if value.strip()}
     other = _by_others(env)
     if "RANK" not in env and "WORLD_SIZE" not in env:
         return other
@@ -103,9 +129,16 @@ def launched() -> Launched:
             f"RANK or WORLD_SIZE is set but not {', '.join(missing)}; use a launcher, or unset them"
         )
     found = _read(_TORCH, env)
-    if other.world > found.world and not any(name in env for name in _OWN):
+    if any(name in env for name in _OWN):
+        return found
+    if other.world > found.world:
         raise Refused(
             f"WORLD_SIZE={found.world}, but {other.says} says that {other.who} started "
+            f"{other.world}: unset RANK and WORLD_SIZE, which are left of something else"
+        )
+    if other.world == found.world and other.rank != found.rank:
+        raise Refused(
+            f"RANK={found.rank}, but {other.who} calls this process rank {other.rank} of "
             f"{other.world}: unset RANK and WORLD_SIZE, which are left of something else"
         )
     return found
@@ -114,19 +147,33 @@ def launched() -> Launched:
 def _by_others(env: Mapping[str, str]) -> Launched:
     for names in _OTHERS:
         is_whole = names.world in env and (names.rank in env or names is _SRUN)
+        is_pmi = names.rank == "PMI_RANK"
         # with srun's own plug-in it tells of the same ranks, without the local ones
-        if not is_whole or (names.rank == "PMI_RANK" and _SRUN.world in env):
+        if not is_whole or (is_pmi and (_SRUN.world in env or _is_other_pmi(names, env))):
             continue
-        if names.rank == "PMI_RANK" and env.get(names.world) != "1" and names.local_rank not in env:
+        if is_pmi and env[names.world] != "1" and names.local_rank not in env:
             raise Refused(
-                f"PMI_SIZE={env[names.world]} is set but not MPI_LOCALRANKID; set RANK, "
-                "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each process, or unset it"
+                f"PMI_SIZE={env[names.world]} is set but not MPI_LOCALRANKID or PMI_LOCAL_RANK; "
+                "set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each process, "
+                "or unset it"
             )
         found = _read(names, env)
         if names is _SRUN and found.world > 1:
             _refuse_shell_of_srun(found)
         return found
+    if "RANK" not in env and (told := [name for name in _RANKS_ALONE if name in env]):
+        raise Refused(
+            f"{told[0]}={env[told[0]]} says that a launcher started this process among others, but "
+            "nothing says how many: set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT "
+            f"for each, or unset {told[0]}"
+        )
     return Launched(0, 1, 0, 1)
+
+
+def _is_other_pmi(names: Names, env: Mapping[str, str]) -> bool:
+    """Whether the local variables are those of the other MPI that has PMI's."""
+    theirs = "PMI_LOCAL_RANK" if names.local_rank == "MPI_LOCALRANKID" else "MPI_LOCALRANKID"
+    return names.local_rank not in env and theirs in env
 
 
 def _read(names: Names, env: Mapping[str, str]) -> Launched:
@@ -141,14 +188,23 @@ def _read(names: Names, env: Mapping[str, str]) -> Launched:
     is_known = names is not _SRUN or world == 1
     local_rank = number(names.local_rank, env, rank if is_known else None)
     local_world = world
+    told = names.local_world
     if names is _SRUN:
-        local_world = -(-world // number("SLURM_STEP_NUM_NODES", env, 1))
-    elif names is _TORCH:
-        local_world = number("LOCAL_WORLD_SIZE", env, number("LOCAL_SIZE", env, world))
-    elif names.local_world:
-        local_world = number(names.local_world, env, world)
-    elif names.who == "flux run":
-        local_world = -(-world // number("FLUX_JOB_NNODES", env, 1))
+        local_world = max(-(-world // number("SLURM_STEP_NUM_NODES", env, 1)), local_rank + 1)
+    elif names is _FLUX:
+        local_world = max(-(-world // number("FLUX_JOB_NNODES", env, 1)), local_rank + 1)
+    else:
+        if names is _TORCH and told not in env:
+            told = "LOCAL_SIZE"  # DeepSpeed's
+        local_world = number(told, env, world)
+        if not 0 <= local_rank < local_world <= world:
+            raise Refused(
+                f"{names.local_rank}={local_rank} and {told if told in env else names.world}="
+                f"{local_world}, of {world} ranks: a rank's number on its host is 0 to the ranks "
+                "there less 1; unset what is left of something else"
+            )
+    if world == 1:
+        local_rank, local_world = 0, 1  # of an earlier step of a scheduler's job
     return Launched(rank, world, local_rank, local_world, f"{names.world}={world}", names.who)
 
 
@@ -163,9 +219,12 @@ def number(name: str, env: Mapping[str, str] = os.environ, default: int | None =
             "launcher, or unset what is left of another"
         )
     try:
-        return int(text)
+        value = int(text)
     except ValueError as error:
-        raise Refused(f"{name}={text!r} is no number; unset it, or set what it is") from error
+        raise Refused(f"{name}={text!r:.80} is no number; unset it, or set what it is") from error
+    if abs(value) > _MOST:
+        raise Refused(f"{name}={text:.80} is too large a number; unset it, or set what it is")
+    return value
 
 
 def _refuse_shell_of_srun(found: Launched) -> None:
@@ -190,15 +249,19 @@ def identity(found: Launched) -> str:
     """What tells this start from others that may listen on the same port; the same on all ranks."""
     env = os.environ
     told = [f"{name}={env[name]}" for name in _STARTS.get(found.who, ()) if name in env]
-    if found.who in ("mpirun", "mpiexec") and found.local_world == found.world:
-        told.append(f"parent={os.getppid()}")
+    if not told and found.who in _BY_MPI and found.local_world == found.world:
+        launcher = _nearest_launcher(_ancestors())  # over a shell that a rank may be started by
+        told.append(f"parent={os.getppid() if launcher is None else launcher.pid}")
     return " ".join([*told, f"{found.world} ranks"])
 
 
 def ports(found: Launched) -> list[int]:
     """Ports at which the ranks may meet, in the order in which they are tried; the same on all."""
-    if "MASTER_PORT" in os.environ:
-        return [number("MASTER_PORT")]
+    if os.environ.get("MASTER_PORT", "").strip():
+        port = number("MASTER_PORT")
+        if not 0 < port < 2**16:
+            raise Refused(f"MASTER_PORT={port} is no port: 1 to 65535; unset it, or set another")
+        return [port]
     digest = hashlib.sha256(identity(found).encode()).digest()
     first = int.from_bytes(digest[:8], "little")
     return [_FIRST_PORT + (first + 997 * tried) % 20000 for tried in range(_PORTS)]
@@ -247,6 +310,18 @@ def _is_launcher(process: psutil.Process) -> bool:
     return any(word in words for word in _LAUNCHERS)
 
 
+def _nearest_launcher(parents: Sequence[psutil.Process]) -> psutil.Process | None:
+    return next((each for each in parents[:4] if _is_launcher(each)), None)
+
+
+def _ancestors() -> list[psutil.Process]:
+    """The nearest first; none where they cannot be seen."""
+    try:
+        return psutil.Process().parents()
+    except psutil.Error:
+        return []
+
+
 def watched_launcher() -> Callable[[], str | None]:
     """A question to ask now and then: how the launcher of this rank was lost, None while it lives.
 
@@ -257,11 +332,8 @@ def watched_launcher() -> Callable[[], str | None]:
     is_rank = any(names.world in env for names in (_TORCH, *_OTHERS))
     if not is_rank:
         return lambda: None
-    try:
-        parents = psutil.Process().parents()
-    except psutil.Error:
-        parents = []
-    found = next((each for each in parents[:4] if _is_launcher(each)), None)
+    parents = _ancestors()
+    found = _nearest_launcher(parents)
     if found is None and parents and parents[0].name() not in _SHELLS | _INITS:
         found = parents[0]
     if found is None:
