@@ -125,6 +125,16 @@ def test_help_and_a_typo_take_less_than_a_second(words):
     assert min(seconds) < 1.0
 
 
+def test_a_seed_sets_both_seeds_and_is_given_once(capsys):
+    from rcmae.commands.training import parse
+
+    asked = parse(["RECIPE", "batch.images=8", "--seed", "7"], "rcmae train")
+    assert asked.overrides == ("batch.images=8", "run.seed=7", "data.seed=7")
+    with pytest.raises(SystemExit):
+        parse(["RECIPE", "run.seed=1", "--seed", "7"], "rcmae train")
+    assert "leave out run.seed=1 or --seed" in capsys.readouterr().err
+
+
 def test_recipe_lists_what_is_shipped(capsys):
     assert cli.main(["recipe"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from rcmae.checkpoint import newest_unverified, tensor_of
@@ -17,7 +19,9 @@ from rcmae.commands import export as export_tool
 from rcmae.commands.evaluation import compare as command
 from rcmae.commands.evaluation import visualize
 from rcmae.config import load
-from rcmae.evaluation import comparison
+from rcmae.errors import Refused
+from rcmae.evaluation.comparison import curves, judging, tables
+from rcmae.evaluation.comparison.runs import OBJECTIVES, grouped
 from rcmae.models.build import new_network
 from rcmae.models.classifier import Classifier
 from rcmae.models.fitting import fit_weights
@@ -57,6 +61,9 @@ def test_runs_are_trained_judged_and_taken_as_they_are(
     )
     said = capsys.readouterr().out
     assert f"| {told['rows'][0]['knn']:.1f} |" in said
+    assert said == (tmp_path / "table.md").read_text()
+    with Image.open(tmp_path / "curves.png", formats=["PNG"]) as picture:
+        assert picture.width > 400
     before = {name: run.path.stat().st_mtime_ns for name, run in runs.items()}
     assert command.main([*given, "--no-training"]) == 0
     assert command.main(given) == 0
@@ -87,7 +94,7 @@ def test_a_comparison_of_nothing_that_is_there_says_what_is(
 ) -> None:
     with pytest.raises(SystemExit):
         command.main([str(tiny), "--objectives", "edges"])
-    assert "none of mae, rcmae, supmae, rcsupmae, bootmae" in capsys.readouterr().err
+    assert "not one of mae, rcmae, supmae, rcsupmae, bootmae" in capsys.readouterr().err
 
 
 ENCODERS = {
@@ -196,7 +203,7 @@ def test_what_was_trained_without_a_class_token_is_fine_tuned_with_a_fresh_one(
 
 
 def test_the_commands_objectives_are_those_of_the_library() -> None:
-    assert tuple(comparison.OBJECTIVES) == command.OBJECTIVES
+    assert tuple(OBJECTIVES) == command.OBJECTIVES
 
 
 def test_what_cannot_be_compared_is_refused(
@@ -205,3 +212,87 @@ def test_what_cannot_be_compared_is_refused(
     assert command.main([str(tiny), "--runs", str(tmp_path / "runs")]) == 2
     assert "give evaluate.train_shards and evaluate.test_shards" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def seeded(tiny: Path, photo_shards: str, tmp_path: Path) -> dict[str, Path]:
+    """Two seeds of MAE, one of RC-MAE, and MAE with another learning rate; a step each."""
+    steps = ["schedule.steps=1", "schedule.warmup_steps=0", "log.every_steps=1"]
+    shards = [f"evaluate.train_shards={photo_shards}", f"evaluate.test_shards={photo_shards}"]
+    options = {
+        "a": ["objective.name=mae", "--seed", "3"],
+        "b": ["objective.name=mae", "--seed", "5"],
+        "c": ["objective.name=rcmae"],
+        "d": ["objective.name=mae", "schedule.lr=0.5"],
+    }
+    runs = {name: tmp_path / name for name in options}
+    for name, more in options.items():
+        assert start(tiny, runs[name], *steps, *shards, *more) == 0
+    return runs
+
+
+def test_runs_that_differ_in_their_seeds_alone_are_one_row(
+    seeded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = grouped(list(seeded.values()))
+    names = {group.name: [run.seed for run in group.runs] for group in groups}
+    (base,) = {run.recipe.schedule.lr for run in groups[0].runs}
+    assert names == {
+        f"mae, schedule.lr={base}": [3, 5],
+        "rcmae": [0],
+        "mae, schedule.lr=0.5": [0],
+    }
+    assert {run.recipe.data.seed for run in groups[0].runs} == {3, 5}
+    panels = curves.panels_of(groups)
+    assert set(panels["loss_consistency"]) == {"rcmae"}, "MAE has no such term"
+    assert [len(each) for each in panels["loss_reconstruction"].values()] == [2, 1, 1]
+    out = tmp_path / "out"
+    folders = [str(seeded[name]) for name in "abc"]
+    assert command.main([*folders, "--rounds", "0", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    header, _, mae, random, rcmae, _, caption = told.splitlines()
+    assert "CPU" not in header
+    assert "consistency" not in told
+    assert re.search(r"\| mae \| 2 \| no \| \d+\.\d ± \d+\.\d \| - \|", mae)
+    assert random.startswith("| random | 3 |")
+    assert rcmae.startswith("| rcmae | 1 |")
+    assert caption == "Top-1 in %, mean ± standard deviation over seeds 0, 3, 5."
+    tex = (out / "table.tex").read_text()
+    assert re.search(r"mae & 2 & no & \$\d+\.\d \\pm \d+\.\d\$ & -- ", tex)
+    assert r"Top-1 in \%" in tex
+
+
+def test_runs_that_cannot_be_compared_are_refused(
+    seeded: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = seeded["a"].with_name("copy")
+    shutil.copytree(seeded["a"], copy)
+    with pytest.raises(Refused, match="same recipe and seed 3"):
+        grouped([seeded["a"], copy])
+    with pytest.raises(Refused, match=r"take evaluate\.train_shards"):
+        judging.judging_of([], ["batch.images=4"], copy, allow_pipe=False)
+    (copy / "outcome.json").unlink()
+    with pytest.raises(Refused, match="is not finished"):
+        grouped([copy])
+    recipe = copy / "recipe.yaml"
+    shutil.copy(seeded["a"] / "outcome.json", copy)
+    recipe.write_text(re.sub("test_shards: .*", "test_shards: 'pipe:date'", recipe.read_text()))
+    assert command.main([str(copy), "--rounds", "0"]) == 2
+    assert "--allow-pipe" in capsys.readouterr().err
+
+
+def test_the_spread_is_the_deviation_of_the_sample() -> None:
+    figure = tables.over_seeds([1.0, 2.0, 6.0])
+    assert figure is not None
+    assert figure == pytest.approx((3.0, 7.0**0.5))
+    assert tables.over_seeds([]) is None
+    rows = [
+        {"objective": "a_b", "seed": seed, "network": "student", "knn": 10.0 * seed, "logistic": 1}
+        for seed in (1, 2)
+    ]
+    table = tables.table_of(rows, {}, [])
+    assert "15.0 ± 7.1" in tables.markdown(table)
+    assert r"a\_b & 2 & no & $15.0 \pm 7.1$" in tables.latex(table)
+    steps, mean, deviation = curves.mean_over([{1: 1.0, 2: 2.0}, {2: 4.0, 3: 1.0}])
+    assert (steps.tolist(), mean.tolist()) == ([2], [3.0])
+    assert deviation == pytest.approx([2.0**0.5])

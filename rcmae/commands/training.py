@@ -100,6 +100,12 @@ def parse(arguments: Sequence[str] | None, prog: str) -> Command:
         action="store_true",
         help="evaluate the newest checkpoint of run.dir (or the first weights), and train nothing",
     )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="set run.seed and data.seed; rcmae compare groups runs that differ in these alone",
+    )
     parser.add_argument("--deepspeed", action="store_true", help="use the DeepSpeed engine")
     parser.add_argument(
         "--deepspeed_config", metavar="FILE", help="DeepSpeed's JSON; implies --deepspeed"
@@ -109,6 +115,8 @@ def parse(arguments: Sequence[str] | None, prog: str) -> Command:
     )
     args = parser.parse_intermixed_args(arguments)
     overrides = list(args.overrides)
+    if args.seed is not None:
+        overrides += _seeds(parser, args.seed, overrides)
     if args.deepspeed or args.deepspeed_config:
         overrides.append("engine.name=deepspeed")
     if args.deepspeed_config:
@@ -136,3 +144,12 @@ def refused(asked: Command, task: str) -> bool:
         print(f"rcmae: {error}", file=sys.stderr)
         return True
     return False
+
+
+def _seeds(parser: argparse.ArgumentParser, seed: int, overrides: Sequence[str]) -> tuple[str, str]:
+    """What `--seed` sets; a key that is set twice ends the process as wrong input."""
+    keys = ("run.seed", "data.seed")
+    for item in overrides:
+        if item.partition("=")[0] in keys:
+            parser.error(f"--seed {seed} sets {' and '.join(keys)}; leave out {item} or --seed")
+    return (f"run.seed={seed}", f"data.seed={seed}")
