@@ -68,6 +68,7 @@ class Fixture:
             # formulas and notes
             self.words: list[str] = [*self._tree.get("formula", []), *self._tree.get("notes", [])]
             self._files: dict[str, Any] = self._tree["files"]
+            self.other_files: dict[str, Any] = self._tree.get("other_files", {})
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise Unusable(f"no readable fixture.json: {error}") from error
         except (KeyError, TypeError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 from .architectures import arch_names, pos_embed
 from .bootmae import bootmae_forward, bootmae_schedules
 from .detection import benchmark_backbone, detect_arch_names, maskrcnn_losses, vitdet_backbone
+from .detection_data import coco_ap, detect_inputs
 from .downstream import lars_steps, linprobe_lars, mixup_cutmix, vit_finetune
 from .evaluation import knn_votes, rollout
 from .fixture import Fixture, Row, Unusable
@@ -44,6 +45,8 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "benchmark-backbone": benchmark_backbone,
     "maskrcnn-losses": maskrcnn_losses,
     "detect-arch-names": detect_arch_names,
+    "detect-inputs": detect_inputs,
+    "coco-ap": coco_ap,
 }
 
 

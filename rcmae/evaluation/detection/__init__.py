@@ -1,0 +1,1 @@
+"""How good detections are, by COCO's rules, and what a person sees of them."""
