@@ -13,18 +13,26 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from rcmae.data import sources
 from rcmae.data.index import ShardIndex
+from rcmae.data.members.kinds import Facts, MemberKind, kinds, register
 from rcmae.data.packing.indexing import refresh
+from rcmae.data.packing.members import (
+    Held,
+    beside_of,
+    counted,
+    registered,
+    verified_members,
+)
+from rcmae.data.packing.members import together as together_held
+from rcmae.data.packing.members import told as told_of
 from rcmae.data.packing.writer import add
 from rcmae.data.patterns import expand
 from rcmae.data.tars import (
@@ -43,10 +51,8 @@ from rcmae.data.tars import (
 from rcmae.data.transforms import BadImage, channels_of, decode
 from rcmae.data.workers import fork_server, mapped
 from rcmae.errors import Refused
-from rcmae.files import aside, json_lines
+from rcmae.files import aside, json_lines, write_aside
 
-# pixels: classes of sizes
-SIDES = (32, 64, 96, 128, 160, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
 # what of a tar makes it a damaged one; a sample without an image is named by itself, and a file
 # without a suffix does no harm
 _FLAWS = tuple(what for what in LOST if what not in ("without_image", "unnamed"))
@@ -76,6 +82,7 @@ class Checked(NamedTuple):
     keys: list[str]  # of the good ones
     offsets: list[int]  # of the good ones
     labels: list[int]  # of the good ones
+    held: dict[str, Held]  # kind -> what the members of the good ones hold
     notes: tuple[Note, ...] = ()  # what of the tar is not used, and what is peculiar about it
     is_written: bool = True  # False: a copy would have lost what the notes tell, so there is none
 
@@ -89,23 +96,27 @@ class Sample(NamedTuple):
     side: int
     channels: int
     offset: int  # of its image
+    facts: dict[str, Facts]  # kind -> what a map or an annotation holds
 
 
 # ------------------------------------------------------------------------------------------ a shard
 
 
 def samples_of(
-    file: BinaryIO, contents: Contents, reject: Callable[[Rejected], None]
+    file: BinaryIO,
+    contents: Contents,
+    reject: Callable[[Rejected], None],
+    beside: Mapping[str, Any],
 ) -> Iterator[Sample]:
-    """The samples of an open tar whose images decode.
+    """The samples of an open tar whose images, maps and annotations can be used.
 
-    All others go to `reject`, also what breaks the tar off.
+    All others go to `reject`, also what breaks the tar off. `beside`: as `beside_of` gives it.
     """
     met: set[str] = set()
     key = None
     try:
         for key, members in contents:
-            sample = _sample(file, key, members, reject)
+            sample = _sample(file, key, members, reject, beside)
             if sample is None:
                 continue
             if key in met:
@@ -124,6 +135,7 @@ def _sample(
     key: str,
     members: dict[str, Place],
     reject: Callable[[Rejected], None],
+    beside: Mapping[str, Any],
 ) -> Sample | None:
     suffix = image_suffix(members)
     if suffix is None:
@@ -133,6 +145,7 @@ def _sample(
     try:
         content = {name: _content(file, f"{key}.{name}", place) for name, place in members.items()}
         pixels = decode(content[suffix], channels_of(content[suffix]), strict=True)
+        facts = verified_members(content, pixels.shape[:2], beside)
     except BadImage as error:
         reject(Rejected(key, at, str(error)))
         return None
@@ -140,7 +153,7 @@ def _sample(
     if label is None and "cls" in content:
         reject(Rejected(key, at, f"its .cls holds {content['cls'][:20]!r}, no number of a class"))
     label = NO_LABEL if label is None else label
-    return Sample(key, content, label, min(pixels.shape[:2]), pixels.shape[2], at)
+    return Sample(key, content, label, min(pixels.shape[:2]), pixels.shape[2], at, facts)
 
 
 def _content(file: BinaryIO, name: str, place: Place) -> bytes:
@@ -174,11 +187,23 @@ NO_COPY = Copying()
 
 
 def check(
-    path: str, rules: Mapping[str, str] = MappingProxyType({}), copying: Copying = NO_COPY
+    path: str,
+    rules: Mapping[str, str] = MappingProxyType({}),
+    copying: Copying = NO_COPY,
+    added: Sequence[MemberKind] = (),
 ) -> Checked:
     """Read a shard to its end, and write its good samples under its name if that is asked for.
 
-    `rules`: path -> where keys end, of shards that have another rule than WebDataset's."""
+    Args:
+        path: of the shard.
+        rules: path -> where keys end, of shards that have another rule than WebDataset's.
+        copying: whether to.
+        added: kinds of members that were registered, for another process.
+    """
+    for kind in added:
+        register(kind)
+    beside = beside_of(sources.folder_of(path))
+    held: dict[str, Held] = {}
     rejected: list[Rejected] = []
     good: list[Sample] = []
     with opened(path) as (file, digest), contextlib.ExitStack() as stack:
@@ -192,11 +217,13 @@ def check(
             tar = stack.enter_context(
                 tarfile.open(fileobj=written, mode="w", format=tarfile.PAX_FORMAT)
             )
-        for sample in samples_of(file, contents, rejected.append):
+        for sample in samples_of(file, contents, rejected.append, beside):
             if tar is not None:
                 for suffix, data in sample.members.items():
                     add(tar, f"{sample.key}.{suffix}", data)
-            good.append(sample._replace(members={}))
+            one = {kind: Held(1, facts) for kind, facts in sample.facts.items()}
+            held = together_held([held, one])
+            good.append(sample._replace(members={}, facts={}))
         size = os.fstat(file.fileno()).st_size
     labels = [sample.label for sample in good]
     sides = Counter(sample.side for sample in good)
@@ -215,6 +242,7 @@ def check(
         keys=keys,
         offsets=offsets,
         labels=labels,
+        held=held,
         notes=tuple(contents.notes),
         is_written=out is copying.out,
     )
@@ -232,7 +260,7 @@ def check_all(
     paths: Sequence[str], jobs: int, rules: Mapping[str, str], copying: Copying = NO_COPY
 ) -> Iterator[Checked]:
     """`check` of each shard, in their order, by so many processes."""
-    one = partial(check, rules=rules, copying=copying)
+    one = partial(check, rules=rules, copying=copying, added=registered())
     if jobs <= 1 or len(paths) <= 1:
         yield from map(one, paths)
         return
@@ -278,12 +306,24 @@ def repaired(
     told["left_out"] = [name for name, count in names.items() if not count]
     for name in told["left_out"]:
         (out / name).unlink()
+    _copy_beside(paths, out)
     clean = [str(out / name) for name, count in names.items() if count]
     if clean:
         named = {sources.basename(path): rule for path, rule in rules.items()}
         kept = {path: named[name] for path in clean if (name := os.path.basename(path)) in named}
         told["fingerprint"] = refresh(out, clean, rules=kept).fingerprint
     return told
+
+
+def _copy_beside(paths: Sequence[str], out: Path) -> None:
+    """Put the files that say what numbers mean beside a copy, where all shards come with one."""
+    here = {sources.folder_of(path) for path in paths if not sources.is_remote(path)}
+    for name in {kind.beside for kind in kinds().values() if kind.beside is not None}:
+        found = {
+            (Path(folder) / name).read_bytes() for folder in here if (Path(folder) / name).is_file()
+        }
+        if len(found) == 1 and not (out / name).exists():
+            write_aside(out / name, found.pop())
 
 
 def indexed(paths: Sequence[str]) -> dict[str, Shard]:
@@ -345,7 +385,11 @@ def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any
     rejected: list[dict[str, Any]] = []
     notes: list[tuple[str, Note]] = []
     not_written = []
+    held: list[dict[str, Held]] = []
+    beside: dict[str, Any] = {}
     for shard in shards:
+        held.append(shard.held)
+        beside |= beside_of(sources.folder_of(shard.path))
         classes.update(shard.classes)
         sides.update(shard.sides)
         channels.update(shard.channels)
@@ -383,6 +427,7 @@ def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any
         "classes": _sorted(classes),
         "shorter_sides": _sorted(sides),
         "channels": _sorted(channels),
+        "members": told_of(together_held(held), samples, beside),
     }
 
 
@@ -390,9 +435,20 @@ def _sorted(counts: Counter[int]) -> dict[str, int]:
     return {str(value): count for value, count in sorted(counts.items())}
 
 
-def described(patterns: Sequence[str]) -> dict[str, Any]:
-    """What the index says of shards, as plain values."""
+def described(patterns: Sequence[str], jobs: int = 1) -> dict[str, Any]:
+    """What the index says of shards, and what their maps and annotations hold, as plain values.
+    No image is read.
+    """
     index = ShardIndex.open(patterns)
+    counts = counted(index, jobs)
+    beside: dict[str, Any] = {}
+    for shard in index.shards:
+        beside |= beside_of(sources.folder_of(shard.path))
+    bad = [
+        {"key": key, "offset": at, "reason": why, "shard": f"{shard.name}.tar"}
+        for shard, count in zip(index.shards, counts, strict=True)
+        for key, at, why in count.bad
+    ]
     sizes = np.concatenate([shard.rows["size"] for shard in index.shards]).astype(np.int64)
     rows = [
         {
@@ -415,6 +471,8 @@ def described(patterns: Sequence[str]) -> dict[str, Any]:
             "most": int(sizes.max()),
         },
         "short": list(index.short),
+        "rejected": bad,
+        "members": told_of(together_held([each.held for each in counts]), len(index), beside),
     }
 
 
@@ -433,22 +491,3 @@ def ledger(run: Path) -> list[dict[str, Any]]:
             # steps done again after a resume tell theirs again
             found[event["position"]] = event
     return [found[position] for position in sorted(found)]
-
-
-def draw_sides(sides: dict[str, int], path: Path) -> None:
-    """Draw how many images have which shorter side, as a PNG."""
-    edges = [0, *SIDES, 10**9]
-    counts, _ = np.histogram([int(side) for side in sides], edges, weights=list(sides.values()))
-    names = [f"< {SIDES[0]}"]
-    names += [f"{low} to {high - 1}" for low, high in pairwise(SIDES)]
-    names += [f"{SIDES[-1]} and more"]
-    image = Image.new("RGB", (640, 22 * len(names) + 40), "white")
-    pen = ImageDraw.Draw(image)
-    pen.text((10, 8), f"{int(counts.sum()):,} images by their shorter side in pixels", "black")
-    for row, (name, count) in enumerate(zip(names, counts.tolist(), strict=True)):
-        top = 32 + 22 * row
-        pen.text((10, top + 3), name, "black")
-        pen.rectangle((120, top, 120 + 420 * count / max(counts.max(), 1), top + 16), "steelblue")
-        pen.text((550, top + 3), f"{int(count):,}", "black")
-    with aside(path) as file:
-        image.save(file, "PNG")

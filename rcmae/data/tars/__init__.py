@@ -5,6 +5,7 @@
 read by offset, without a tar library."""
 
 from rcmae.data.tars.headers import BrokenTar
+from rcmae.data.tars.kinds import KIND_OF_SUFFIX, KINDS, add_kind, suffix_of
 from rcmae.data.tars.samples import (
     FIRST_DOT,
     IMAGE_SUFFIXES,
@@ -15,14 +16,12 @@ from rcmae.data.tars.samples import (
     Note,
     Place,
     image_suffix,
-    suffix_of,
     together,
 )
 from rcmae.data.tars.scanning import Scan, is_no_tar, label_in, scan, scan_all
 from rcmae.data.tars.shard import (
     HEADED,
     HEADER,
-    KINDS,
     MEMBER,
     NO_LABEL,
     ROW,
@@ -41,6 +40,7 @@ __all__ = [
     "HEADER",
     "IMAGE_SUFFIXES",
     "KINDS",
+    "KIND_OF_SUFFIX",
     "LAST_DOT",
     "LOST",
     "MEMBER",
@@ -54,6 +54,7 @@ __all__ = [
     "Place",
     "Scan",
     "Shard",
+    "add_kind",
     "entry_of",
     "forget_table",
     "hashes",

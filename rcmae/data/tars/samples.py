@@ -21,17 +21,13 @@ from rcmae.data.tars.headers import (
     Header,
     Walk,
 )
+from rcmae.data.tars.kinds import KIND_OF_SUFFIX, dotted
 
 _NETPBM = ("ppm", "pgm", "pbm", "pnm")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", *_NETPBM, "tif", "tiff", "gif", "npy")
-KIND_OF_SUFFIX = {"cls": "label", "seg.png": "map", "json": "annotation"}
 FIRST_DOT = "first-dot"  # WebDataset's: a key ends at the first dot of a name
-LAST_DOT = "last-dot"  # or at the last, but `.seg.png` stays a suffix
+LAST_DOT = "last-dot"  # or at the last, but a kind's suffix such as `.seg.png` stays whole
 RULES = (FIRST_DOT, LAST_DOT)
-_SPLIT = {
-    FIRST_DOT: re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL),
-    LAST_DOT: re.compile(r"((?:.*/|)[^/]+?)[.](seg[.]png|[^/.]*)$", re.DOTALL | re.IGNORECASE),
-}
 _SYSTEM_FOLDER = r"__MACOSX|@eaDir|#recycle|lost\+found|[.]ipynb_checkpoints|[.]Trash[^/]*"
 _SYSTEM = re.compile(
     rf"(?:.*/)?(?:(?:{_SYSTEM_FOLDER})/.*|[.][^/]*|thumbs[.]db|desktop[.]ini)",
@@ -184,7 +180,7 @@ class Contents:
         walk = Walk(self._file)
         current: str | None = None
         members: dict[str, Place] = {}
-        split = _SPLIT[self._rule]
+        split = _split(self._rule)
         broken: BrokenTar | None = None
         headers = iter(walk)
         while True:
@@ -250,11 +246,19 @@ class Contents:
                 self.notes.add("dotted_labels", key, labels)
 
 
+def _split(rule: str) -> re.Pattern[str]:
+    """What matches the name of a member: its key, and its suffix."""
+    if rule == FIRST_DOT:
+        return re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+    suffix = rf"{dotted(KIND_OF_SUFFIX)}[^/.]*"
+    return re.compile(rf"((?:.*/|)[^/]+?)[.]({suffix})$", re.DOTALL | re.IGNORECASE)
+
+
 def _is_ambiguous(members: Iterable[str]) -> bool:
     """Whether it is not clear which of a sample's images is the image."""
-    images = [suffix for suffix in members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
-    images = [suffix for suffix in images if suffix not in KIND_OF_SUFFIX]
-    images = [suffix for suffix in images if not suffix.endswith("npy")]  # an array beside them
+    images = [
+        suffix for suffix in _images(members) if not suffix.endswith("npy")
+    ]  # an array beside them
     plain = [suffix for suffix in images if "." not in suffix]
     others = [suffix for suffix in images if "." in suffix]
     if len(images) < 2:
@@ -264,14 +268,18 @@ def _is_ambiguous(members: Iterable[str]) -> bool:
 
 def image_suffix(members: Iterable[str]) -> str | None:
     """The suffix of the member that is a sample's image, if it has one."""
-    images = [suffix for suffix in members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
     # "jpg" before "mask.png" and before an array; else the first
-    return min(images, key=lambda suffix: (suffix.endswith("npy"), suffix.count(".")), default=None)
+    return min(
+        _images(members),
+        key=lambda suffix: (suffix.endswith("npy"), suffix.count(".")),
+        default=None,
+    )
 
 
-def suffix_of(kind: str) -> str:
-    """The suffix of the members of a kind, such as seg.png."""
-    return next(suffix for suffix, of in KIND_OF_SUFFIX.items() if of == kind)
+def _images(members: Iterable[str]) -> list[str]:
+    """The suffixes that name an image, and no member of another kind."""
+    images = [suffix for suffix in members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+    return [suffix for suffix in images if suffix not in KIND_OF_SUFFIX]
 
 
 def _followed(file: int) -> dict[int, Place]:

@@ -17,16 +17,22 @@ import numpy as np
 from rcmae.data import sources
 from rcmae.data.sources import USUAL, Patience
 from rcmae.data.tars.headers import BLOCK, BrokenTar, not_a_tar
+from rcmae.data.tars.kinds import (
+    ADDED,
+    KIND_OF_SUFFIX,
+    KINDS,
+    add_kinds,
+    added_kinds,
+)
 from rcmae.data.tars.samples import (
     FIRST_DOT,
-    KIND_OF_SUFFIX,
     LOST,
     Contents,
     Note,
     Place,
     image_suffix,
 )
-from rcmae.data.tars.shard import HEADED, KINDS, MEMBER, NO_LABEL, ROW, Shard, hashes
+from rcmae.data.tars.shard import HEADED, MEMBER, NO_LABEL, ROW, Shard, hashes
 from rcmae.data.workers import mapped
 
 # of reading headers before other processes are started to help: that takes seconds itself
@@ -65,7 +71,7 @@ def scan_all(
     """`scan` of each tar, in their order; other processes help where it takes seconds.
 
     `rules`: path -> rule of keys, of shards that have another one than WebDataset's."""
-    one = partial(_scan_by, patience=patience, rules=rules)
+    one = partial(_scan_by, patience=patience, rules=rules, kinds=added_kinds())
     began = time.monotonic()
     left = deque(paths)
     while left and (jobs <= 1 or len(left) == 1 or time.monotonic() - began < _ALONE_S):
@@ -77,7 +83,10 @@ def scan_all(
     yield from mapped(one, left, min(jobs, len(left)), get_context("spawn"))
 
 
-def _scan_by(path: str, patience: Patience, rules: Mapping[str, str]) -> Scan:
+def _scan_by(
+    path: str, patience: Patience, rules: Mapping[str, str], kinds: dict[str, str]
+) -> Scan:
+    add_kinds(kinds)
     return scan(path, patience, rules.get(path, FIRST_DOT))
 
 
@@ -128,7 +137,7 @@ def _scan(path: str, file: BinaryIO, sha256: str, stamp: str, rule: str) -> Scan
         table=b"",
         sha256=sha256,
         stamp=stamp,
-        kinds=KINDS,
+        kinds=(*KINDS, *added_kinds()),
         rule=rule,
         notes=tuple(note for note in notes if note.what in LOST),
     )
@@ -173,6 +182,8 @@ class _Table:
         self._key_at = 0
         self._headed: list[tuple[int, int, int]] = []
         self._members: list[tuple[int, int, int, int]] = []
+        self._number_of = {kind: number for number, kind in enumerate(KINDS)}
+        self._number_of |= {kind: ADDED + place for place, kind in enumerate(added_kinds())}
 
     def add(self, key: bytes, label: int, image_suffix: str, members: dict[str, Place]) -> None:
         """A sample, whose members are named by their suffixes."""
@@ -186,7 +197,7 @@ class _Table:
         for suffix, member in members.items():
             kind = KIND_OF_SUFFIX.get(suffix)
             if kind is not None and suffix != image_suffix:
-                number = KINDS.index(kind)
+                number = self._number_of[kind]
                 self._members.append((number, member.offset, member.size, member.checksum))
         self._headed.append((image.checksum, first, len(self._members) - first))
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rcmae.data import sources
+from rcmae.data.tars.kinds import ADDED, KINDS
 from rcmae.data.tars.samples import FIRST_DOT, RULES, WORDS, Note
 from rcmae.errors import Refused
 
@@ -27,8 +28,6 @@ ROW = np.dtype(
 # of a sample: the checksum in its image's tar header, its first other member, how many these are
 HEADED = np.dtype([("checksum", "<u4"), ("first", "<u4"), ("others", "u1")])
 MEMBER = np.dtype([("kind", "u1"), ("offset", "<u8"), ("size", "<u8"), ("checksum", "<u4")])
-# what the members of a sample are; their places in this list are in tables: add at its end only
-KINDS = ("image", "label", "map", "annotation")
 HEADER = 512  # bytes of a member's header, right before its content
 NO_LABEL = -100
 _PLAIN_NAME = 90  # bytes of a member's name that every kind of header has room for
@@ -102,9 +101,26 @@ class Shard:
         table = np.frombuffer(self._buffer, MEMBER, self.others, start)
         first = int(head["first"])
         for kind, offset, size, checksum in table[first : first + int(head["others"])].tolist():
-            if kind < len(KINDS):  # a newer package may know more
-                found.append(Member(KINDS[kind], offset, size, checksum))
+            name = self._kind_of(kind)
+            if name is not None:  # a newer package may know more
+                found.append(Member(name, offset, size, checksum))
         return found
+
+    def number_of(self, kind: str) -> int:
+        """The number of a kind in this shard's table."""
+        if kind in KINDS:
+            return KINDS.index(kind)
+        return ADDED + self._added.index(kind)
+
+    def _kind_of(self, number: int) -> str | None:
+        if number < ADDED:
+            return KINDS[number] if number < len(KINDS) else None
+        return self._added[number - ADDED] if number - ADDED < len(self._added) else None
+
+    @property
+    def _added(self) -> list[str]:
+        """Kinds that are not of this package, in the order of their numbers."""
+        return [kind for kind in self.kinds if kind not in KINDS]
 
     def having(self, kind: str) -> NDArray[np.bool_]:
         """[samples] whether each has a member of a kind, as far as the index knows."""
@@ -115,7 +131,7 @@ class Shard:
         start = self._keys_end + HEADED.itemsize * self.samples
         table = np.frombuffer(self._buffer, MEMBER, self.others, start)
         of_row = np.repeat(np.arange(self.samples), headed["others"])
-        has[of_row[table["kind"] == KINDS.index(kind)]] = True
+        has[of_row[table["kind"] == self.number_of(kind)]] = True
         return has
 
     @property
@@ -208,7 +224,10 @@ def entry_of(shard: Shard, name: str) -> dict[str, Any]:
     if shard.stamp:
         entry["stamp"] = shard.stamp
     if shard.digest:
-        entry |= {"digest": shard.digest, "others": shard.others, "kinds": len(shard.kinds)}
+        ours = [kind for kind in shard.kinds if kind in KINDS]
+        entry |= {"digest": shard.digest, "others": shard.others, "kinds": len(ours)}
+        if added := [kind for kind in shard.kinds if kind not in KINDS]:
+            entry["added_kinds"] = added
     if shard.rule != FIRST_DOT:
         entry["keys"] = shard.rule
     if shard.notes:
@@ -251,7 +270,7 @@ def shard_of(entry: Any, folder: str, table: str | bytes, at: int) -> Shard:
         stamp=entry.get("stamp", ""),
         digest=digest,
         others=_count(entry, "others") if digest else 0,
-        kinds=KINDS[: _count(entry, "kinds")] if digest else (),
+        kinds=(*KINDS[: _count(entry, "kinds")], *_added_kinds(entry)) if digest else (),
         rule=entry.get("keys", FIRST_DOT),
         notes=_notes(entry),
     )
@@ -265,6 +284,14 @@ def shard_of(entry: Any, folder: str, table: str | bytes, at: int) -> Shard:
     if shard.length < least:
         raise Refused(f"{name}: {shard.samples} samples do not fit into {shard.length} bytes")
     return shard
+
+
+def _added_kinds(entry: dict[str, Any]) -> list[str]:
+    """Kinds of tasks from outside that were looked for."""
+    names = entry.get("added_kinds", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise Refused(f"{entry['name']}: added_kinds={names!r:.80}")
+    return names
 
 
 def _notes(entry: dict[str, Any]) -> tuple[Note, ...]:

@@ -1,0 +1,150 @@
+"""`rcmae shards make`: shards from folders, lists, Parquet or other tars."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rcmae.commands.shards.arguments import STOPPED, parser_of, positive
+from rcmae.process import cores
+from rcmae.process.console import say
+
+if TYPE_CHECKING:
+    from rcmae.data.packing.writer import Report
+
+MAKE = """Make WebDataset shards, with their index, from images.
+
+IMAGES is a folder with a sub-folder for each class, or with images alone (no labels then); or a
+.csv or .tsv file with the columns `path` (from the file's folder) and, if wanted, `label`; or
+.parquet files with a column `image` (bytes, or a struct with `bytes`) and, if wanted, `label`; or
+.tar files, whose images and labels are laid out anew. Labels are whole numbers from 0, or names;
+an empty cell and -1 are none (--unlabelled, where others have one); --label names another column.
+Class folders are numbered in the order of the alphabet, or of their numbers; hidden and system
+folders are not read. OUT gets NAME-000000.tar, ..., `index.json` and, with class names,
+`classes.txt`: line i, counted from 0, is the class of label i (--classes takes such a file, so that
+a validation set gets the training set's labels). ImageNet-1k in one command:
+
+    rcmae shards make ILSVRC2012/train shards --name train --size 256
+
+Every image is decoded once; what cannot be is left out and listed, as are those whose shorter side
+has fewer pixels than --min-size. The order is that of a hash of the name, so each shard mixes the
+classes. The same images and options give the same bytes. --size makes images whose shorter side has
+more pixels than that smaller, as JPEG; all others go in as they are. Images of any number of
+channels are taken, as .npy or TIFF (which stay .npy or TIFF when made smaller). A job that was
+killed or stopped goes on where it was when the same command is started again.
+"""
+
+
+def _make_arguments() -> argparse.ArgumentParser:
+    parser = parser_of("make", MAKE)
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGES", help="a folder, a list, .parquet or .tar files"
+    )
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="folder of the shards, their index.json and classes.txt; made if need be",
+    )
+    parser.add_argument(
+        "--name", default="train", help="what the shards' names begin with (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=positive, default=1000, help="most in a shard (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=positive, help="shorter side, in pixels, of images that have more"
+    )
+    parser.add_argument(
+        "--quality",
+        type=positive,
+        default=90,
+        help="of the JPEG they become (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-size", type=positive, default=1, help="leave out images with fewer pixels a side"
+    )
+    parser.add_argument(
+        "--classes", type=Path, help="file with a class on each line, in the order of the labels"
+    )
+    parser.add_argument(
+        "--label", metavar="COLUMN", help="that has the labels, where it is not label; none: none"
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="take images without a label among others"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=cores.usable(), help="processes (default: the cores)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace shards of this name")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def make(arguments: Sequence[str] | None = None) -> int:
+    """Make shards; the exit status."""
+    asked = _make_arguments().parse_args(arguments)
+    from rcmae.data.packing.writer import PackingOptions, make_shards
+    from rcmae.errors import Refused
+
+    try:
+        options = PackingOptions(
+            name=asked.name,
+            samples=asked.samples,
+            size=asked.size,
+            quality=asked.quality,
+            min_size=asked.min_size,
+            classes=None if asked.classes is None else _lines(asked.classes),
+            label=asked.label,
+            unlabelled=asked.unlabelled,
+            jobs=asked.jobs,
+            overwrite=asked.overwrite,
+            progress=sys.stderr.isatty(),
+        )
+        report = make_shards(asked.images, asked.out, options)
+    except (Refused, OSError) as error:
+        say(f"error: {error}", error=True)
+        return 2
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on", error=True)
+        return STOPPED
+    if asked.json:
+        rejected = [reject._asdict() for reject in report.rejected]
+        say(json.dumps(report._asdict() | {"rejected": rejected}, indent=1))
+    else:
+        print_report(report, asked.out)
+    return 0
+
+
+def _lines(path: Path) -> list[str]:
+    from rcmae.errors import Refused
+
+    try:
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path}: is no text in UTF-8 ({error})") from error
+
+
+def print_report(report: Report, out: Path) -> None:
+    """Print what was made, for people."""
+    from rcmae.data.packing.inputs import some
+
+    say(
+        f"{out}: {report.samples:,} images of {len(report.classes) or 'no'} classes"
+        f" in {len(report.shards)} shards, {report.bytes / 1e6:,.1f} MB"
+    )
+    for note in report.notes:
+        say(f"  {note}")
+    if report.kept:
+        say(f"  {report.kept:,} shards were there from a job that did not end")
+    if report.other_files:
+        say(
+            f"  {report.other_files:,} other files were not looked at: "
+            f"{some(report.such_as, report.other_files)}"
+        )
+    for reject in report.rejected:
+        say(f"  left out: {reject.path} ({reject.reason})")
