@@ -199,6 +199,7 @@ def test_whatever_the_package_imports_is_declared():
     # where a module is not called as its distribution, or comes with another
     names = {"PIL": "pillow", "yaml": "pyyaml", "pydantic_core": "pydantic"}
     names |= {"sklearn": "scikit-learn", "umap": "umap-learn"}
+    names |= {"faster_coco_eval": "faster-coco-eval"}
     # apex is found at run time where a site has built it
     mine = {"rcmae", "apex", *sys.stdlib_module_names}
     for path in MODULES:
