@@ -47,7 +47,14 @@ def test_a_gap_and_minus_one_are_no_label_where_that_is_said():
 
 def test_truth_is_0_or_1_and_words_are_names():
     assert labels(True, False) == [1, 0]
-    assert labels("cat ", " dog", "nan") == ["cat", "dog", "nan"]
+    assert labels("cat ", " dog") == ["cat", "dog"]
+
+
+def test_what_may_be_a_gap_among_names_becomes_no_class_by_itself():
+    for word in ("nan", "None", "NULL", "N/A", "<NA>"):
+        with pytest.raises(Refused, match=f"2 names, and 1 cells that may be gaps: '{word}'"):
+            labels("cat", word, "dog")
+        assert labels("cat", word, has_classes=True) == ["cat", word]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +62,9 @@ def test_truth_is_0_or_1_and_words_are_names():
     [
         (("1", "2", "unknown"), r"2 whole numbers, and 1 cells that are none: 'unknown' in row 2"),
         ((1.0, 2.5), r"'2.5' in row 1"),
+        ((0.5, 10.5, 2.5), r"numbers that are no classes: '0.5' in row 0"),
+        (("0.25", "1e-3"), r"numbers that are no classes"),
+        (("-1", "cat", "dog"), r"the numbers: '-1' in row 0"),
         (("1", "inf"), r"'inf' in row 1"),
         ((1, float("inf")), r"'inf' in row 1"),
         (("1", "-2"), r"no class: '-2' in row 1"),
@@ -86,7 +96,21 @@ def test_a_column_that_could_be_meant_is_taken_or_named():
     assert column_of("label", ["coarse_label", "fine_label"], likely=True) == "fine_label"
     assert column_of("label", ["path", "width"], likely=True) is None
     assert column_of("label", ["label", "age"], "age", likely=True) == "age"
-    for name in ("class", "class_id", "Category", "target", "coarse_label", "y", "label_idx"):
+    for name in (
+        "class",
+        "class_id",
+        "Category",
+        "target",
+        "coarse_label",
+        "y",
+        "label_idx",
+        "lable",
+        "species",
+        "gt",
+        "ground_truth",
+        "label.1",
+        "synset",
+    ):
         with pytest.raises(Refused, match=f"'{name}'; say which has the labels with --label"):
             column_of("label", ["path", name], likely=True)
     with pytest.raises(Refused, match="2 columns are called label"):

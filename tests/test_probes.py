@@ -7,6 +7,8 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +108,30 @@ def test_the_command_extracts_once(
     monkeypatch.setattr(probes, "extract_features", None)  # a second time there is no forward
     assert command.main(words) == 0
     assert json.loads(capsys.readouterr().out) == first
+
+
+def test_features_that_were_kept_are_of_this_network_and_these_images(
+    uninterrupted: Folder, photo_shards: str, tmp_path: Path
+) -> None:
+    shard = tmp_path / "photo-000000.tar"
+    shutil.copy(photo_shards.replace("{000000..000005}", "000000"), shard)
+    model = load_encoder(uninterrupted.path)
+    kept = tmp_path / "features"
+
+    def look() -> int:
+        probes.FeatureCache(model, kept).features([str(shard)])
+        return len(list(kept.iterdir()))
+
+    assert (look(), look()) == (1, 1)
+    os.utime(shard, ns=(1, 1))  # written anew, with the same sizes, offsets and labels
+    assert look() == 2
+    model.norm.eps = 1e-2
+    assert look() == 3
+    attention = model.blocks[0].attn
+    attention.num_heads, attention.head_dim = 1, attention.num_heads * attention.head_dim
+    assert look() == 4
+    model.pretrained_cfg = model.pretrained_cfg | {"mean": (0.1, 0.1, 0.1)}
+    assert (look(), look()) == (5, 5)
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from rcmae.data.sets import (
     lines_of,
     met,
     moved,
+    refuse_meeting,
     shared,
     unlike,
 )
 from rcmae.errors import Refused
-from rcmae.evaluation.labelled_sets import LabelledSet, refuse_other_classes
+from rcmae.evaluation.labelled_sets import LabelledSet, classes_of, refuse_other_classes
 from runs import Folder, keeping_handlers, start
 
 NAMES = [f"class {number}" for number in range(8)]
@@ -87,6 +88,26 @@ def test_classes_and_shards_of_two_sets_are_compared(halves, other, tmp_path):
     problems, warnings = met(train, opened("--test", copy))
     assert problems == []
     assert warnings[0].startswith("3 of 3 shards of --test are in --train, too")
+
+
+def test_images_that_both_sets_have_are_told_wherever_they_meet(halves, tmp_path, caplog):
+    train, test = opened("--train", halves[0]), opened("--test", halves[1])
+    refuse_meeting(train, test)
+    assert caplog.text == ""
+    shutil.copy(halves[0] / "photo-000001.tar", tmp_path)
+    refuse_meeting(train, opened("--test", tmp_path))
+    assert "1 of 1 shards of --test are in --train, too" in caplog.text
+
+
+def test_names_that_are_numbers_of_other_classes_are_not_guessed():
+    names = ["1", "2", "cat"]
+    assert classes_of(["cat"], Path(), names) == [2]
+    assert classes_of([0, 1], Path(), names) == [0, 1]
+    with pytest.raises(Refused, match="classes 1, 2 are numbers and names of other classes"):
+        classes_of(["1", "2"], Path(), names)
+    assert classes_of(["1", "0"], Path(), ["0", "1"]) == [1, 0]
+    with pytest.raises(Refused, match="classes -3, True are none"):
+        classes_of([-3, True], Path(), names)
 
 
 def test_a_mixture_is_of_one_list_of_classes(halves, other):
@@ -154,6 +175,9 @@ def test_neighbours_are_of_another_set_and_of_the_same_classes(
     for test, told in ((halves[0], "is evaluate.train_shards"), (other, "not of the same classes")):
         assert start(tiny, tmp_path / "run", *sets, f"evaluate.test_shards={test}/*.tar") == 2
         assert told in capsys.readouterr().err
+    part = f"evaluate.test_shards={halves[0]}/photo-000001.tar"
+    assert start(tiny, tmp_path / "run", *sets, part, "--check") == 0
+    assert "warning: 1 of 1 shards of evaluate.test_shards are in" in capsys.readouterr().out
 
 
 def test_probes_compare_their_sets(uninterrupted, halves, other, capsys):

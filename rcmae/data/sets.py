@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from rcmae.data.tars import Shard
 from rcmae.errors import Refused
 
 CLASSES = "classes.txt"
+_log = logging.getLogger(__name__)
 
 
 class ClassList(NamedTuple):
@@ -155,6 +157,9 @@ def met(train: Labelled, test: Labelled) -> Meeting:
 
 
 def refuse_meeting(train: Labelled, test: Labelled) -> None:
-    """Raise Refused where `met` has problems."""
-    if problems := met(train, test).problems:
-        raise Refused("\n".join(problems))
+    """Raise Refused where `met` has problems; log its warnings."""
+    meeting = met(train, test)
+    if meeting.problems:
+        raise Refused("\n".join(meeting.problems))
+    for told in meeting.warnings:
+        _log.warning("%s", told)

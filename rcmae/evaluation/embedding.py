@@ -26,6 +26,7 @@ from rcmae.data.cache import Reader, node_cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.members.reading import image_bytes
 from rcmae.data.packing.inputs import Labelling, Source, find_images, ordered
+from rcmae.data.sources import is_remote, stat_here
 from rcmae.data.tars import NO_LABEL
 from rcmae.data.transforms import BadImage, CentreTransform, Normalise
 from rcmae.data.workers import end_with_owner, fork_server
@@ -61,7 +62,8 @@ class InShards:
     def __init__(self, shards: Sequence[str]) -> None:
         self._index = ShardIndex.open(list(shards))
         self._reader = Reader(node_cache([self._index]))
-        self.fingerprint = self._index.fingerprint
+        told = [self._index.fingerprint, *versions_of(self._index)]
+        self.fingerprint = hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -216,11 +218,27 @@ def embed(
 
 
 def fingerprint(model: Classifier) -> str:
-    """Of all weights."""
-    digest = hashlib.sha256()
-    for part in model.parameters():
+    """Of all that its vectors follow from: weights and tables, heads, norms, activation, and what
+    the pixels are normalised by.
+    """
+    config = model.pretrained_cfg
+    heads = [part.num_heads for part in model.modules() if hasattr(part, "num_heads")]
+    # what modules show: kinds of activation, the norms' epsilon
+    about = [repr(model), heads, config.get("mean"), config.get("std")]
+    digest = hashlib.sha256(repr(about).encode())
+    for name, part in model.state_dict().items():
+        digest.update(name.encode())
         digest.update(part.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def versions_of(index: ShardIndex) -> list[str]:
+    """What tells the shards' contents from those of another day: hashes, or times of writing."""
+    found = []
+    for shard in index.shards:
+        here = None if is_remote(shard.path) else stat_here(shard.path)
+        found.append(shard.sha256 if here is None else here.stamp)
+    return found
 
 
 @torch.no_grad()

@@ -133,13 +133,24 @@ def classes_of(given: Any, folder: Path, names: Sequence[str]) -> list[int]:
     places = {name: number for number, name in enumerate(names)}
     found: list[int] = []
     unknown = []
-    for item in map(str, given):
-        if item.isdecimal():
-            found.append(int(item))
+    both = []  # called by the number of another one
+    for item in given:
+        if not isinstance(item, str) or item.isdecimal():
+            number = int(item) if str(item).isdecimal() else -1
+            if isinstance(item, str) and places.get(item, number) != number:
+                both.append(item)
+            if number < 0:
+                unknown.append(str(item))
+            found.append(number)
         elif item in places:
             found.append(places[item])
         else:
             unknown.append(item)
+    if both:
+        raise Refused(
+            f"classes {', '.join(both[:5])} are numbers and names of other classes; give names "
+            "that are no numbers, or a list of numbers"
+        )
     if unknown:
         why = "no numbers, and there are no class names"
         if names:

@@ -21,7 +21,7 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.stream import Readers, labelled_batches
 from rcmae.data.transforms import CentreTransform, Normalise
 from rcmae.errors import Refused
-from rcmae.evaluation.embedding import fingerprint
+from rcmae.evaluation.embedding import fingerprint, versions_of
 from rcmae.evaluation.features import extract_features
 from rcmae.evaluation.knn import knn
 from rcmae.evaluation.logistic import logistic
@@ -70,7 +70,8 @@ class FeatureCache:
         index = ShardIndex.open(list(shards))
         index.tell_unused()
         size = pixels_of(self._model)
-        key = f"{self._fingerprint} {index.fingerprint} {size} {self._model.global_pool}"
+        told = [self._fingerprint, index.fingerprint, *versions_of(index)]
+        key = f"{' '.join(told)} {size} {self._model.global_pool}"
         name = hashlib.sha256(key.encode()).hexdigest()[:16]
         file = self._folder / f"features-{name}.safetensors" if self._folder else None
         if file is not None and file.is_file():

@@ -171,6 +171,7 @@ def judge(sight: Sight, task: Task) -> Verdict:
             *emulated,
             *config.statistics_doubts(recipe),
             *members_unused(facts.data),
+            *(told for meeting in meetings for told in meeting.warnings),
             *warnings,
             *judgement.warnings,
         ),

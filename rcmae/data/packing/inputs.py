@@ -160,10 +160,16 @@ def _in_list(path: Path, how: Labelling) -> Found:
                 f"line; it has {', '.join(map(repr, columns)) or 'none'}"
             )
         column = label_column(columns, how)
-        taken = Taken([None] * len(rows), "no column label: images without labels")
+        taken = Taken([None] * len(rows), no_labels(columns, how))
         if column is not None:
             cells = [row[column] for row in rows]
-            taken = read_labels(column, cells, lambda row: f"line {lines[row]}", gaps=how.gaps)
+            taken = read_labels(
+                column,
+                cells,
+                lambda row: f"line {lines[row]}",
+                gaps=how.gaps,
+                has_classes=how.has_classes,
+            )
     except Refused as error:
         raise Refused(f"{path}: {error}") from error
     empty = [str(line) for line, row in zip(lines, rows, strict=True) if not row[where]]
@@ -189,6 +195,14 @@ def label_column(names: Sequence[str], how: Labelling) -> str | None:
     if how.column == "none":
         return None
     return column_of("label", names, how.column, likely=True)
+
+
+def no_labels(columns: Sequence[str], how: Labelling) -> str:
+    """What is said where no column has labels."""
+    if how.column == "none":
+        return "images without labels, as asked for"
+    names = ", ".join(map(repr, columns))
+    return f"no column label among {names}: images without labels (--label COLUMN names another)"
 
 
 def _refuse_links(path: Path, images: Sequence[Named]) -> None:
@@ -254,11 +268,13 @@ def _in_parquet(paths: Sequence[str], spool: Path, how: Labelling) -> Found:
     found: list[Named] = []
     cells: list[Any] = []
     columns: dict[str | None, str] = {}  # column of labels -> the first file that has it
+    others: Sequence[str] = ()  # all columns
     with aside(spool) as out:
         for path in paths:
             try:
                 table = parquet_of(path, how)
                 columns.setdefault(table.label, path)
+                others = table.file.schema_arrow.names
                 for row, (image, cell) in enumerate(table.rows()):
                     data = image.get("bytes") if isinstance(image, dict) else image
                     if not isinstance(data, bytes):
@@ -274,8 +290,14 @@ def _in_parquet(paths: Sequence[str], spool: Path, how: Labelling) -> Found:
         raise Refused(f"labels are in other columns of the files: {told}; pack them apart")
     column = next(iter(columns), None)
     if column is None:
-        return Found(found, notes=["no column label: images without labels"])
-    taken = read_labels(column, cells, lambda row: f"row {found[row].name}", gaps=how.gaps)
+        return Found(found, notes=[no_labels(others, how)])
+    taken = read_labels(
+        column,
+        cells,
+        lambda row: f"row {found[row].name}",
+        gaps=how.gaps,
+        has_classes=how.has_classes,
+    )
     images = [
         image._replace(label=number) for image, number in zip(found, taken.labels, strict=True)
     ]

@@ -21,8 +21,10 @@ Label = int | str | None
 _NAMED = 5  # of many rows that a message is about
 _GAPS = {"", "nan", "na", "n/a", "none", "null", "<na>"}  # in a column of numbers
 _NUMBER = re.compile(r"[+-]?\d+(\.0*)?([eE]\+?\d+)?")
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?inf(inity)?", re.IGNORECASE)
 _LIKELY = re.compile(
-    r"(.*[_ ])?(labels?|class|classes|categor(y|ies)|targets?|cls)([_ ]?(id|idx|index|names?|no))?"
+    r"(.*[_ ])?(labels?|lables?|class|classes|categor(y|ies)|targets?|cls|species|synsets?|wnids?"
+    r"|gt|ground[_ ]?truth|annotations?|answers?)([_ .]?(id|idx|index|names?|no|\d+))?"
     r"|y"
 )
 # what data hubs call it, where there is no column `label`
@@ -73,7 +75,12 @@ def column_of(
 
 
 def read_labels(
-    column: str, cells: Sequence[Any], place: Callable[[int], str], *, gaps: bool = False
+    column: str,
+    cells: Sequence[Any],
+    place: Callable[[int], str],
+    *,
+    gaps: bool = False,
+    has_classes: bool = False,
 ) -> Taken:
     """The labels of a column.
 
@@ -82,6 +89,7 @@ def read_labels(
         cells: text, or values of any type.
         place: what a message calls the row of a number, from 0.
         gaps: whether some images may have a label and others none.
+        has_classes: all classes are named elsewhere, so that no name is taken for one by mistake.
 
     Raises:
         Refused: they are no labels, or it is not clear which; names the first rows.
@@ -95,11 +103,27 @@ def read_labels(
     ]
     counted = sum(number is not None for number in numbers)
     if words and counted:
+        told = _some(texts, words, place)
+        if counted < len(words):
+            told += f"; the numbers: {_some(texts, _rows(numbers), place)}"
         raise Refused(
             f"the column {column!r} has {counted} whole numbers, and {len(words)} cells that are "
-            f"none: {_some(texts, words, place)}; an empty cell or -1 is no label"
+            f"none: {told}; an empty cell or -1 is no label among numbers, an empty cell among "
+            "names"
         )
     if words:
+        if all(_DECIMAL.fullmatch(texts[row]) for row in words):
+            raise Refused(
+                f"the column {column!r} has numbers that are no classes: "
+                f"{_some(texts, words, place)}; labels are whole numbers or names"
+            )
+        doubtful = [row for row, text in enumerate(texts) if text and text.lower() in _GAPS]
+        if doubtful and not has_classes:
+            raise Refused(
+                f"the column {column!r} has {len(words)} names, and {len(doubtful)} cells that may "
+                f"be gaps: {_some(texts, doubtful, place)}; empty them and give --unlabelled, or "
+                "name all classes, with or without it, by --classes"
+            )
         return _taken(column, texts, [text or None for text in texts], place, gaps)
     wrong = [row for row, number in enumerate(numbers) if number is not None and number < -1]
     wrong += [row for row, number in enumerate(numbers) if number is not None and number > LARGEST]
@@ -126,6 +150,10 @@ def _taken(
             f"{_some(texts, without, place)}; --unlabelled packs them without one"
         )
     return Taken(list(labels), _told(column, labels))
+
+
+def _rows(numbers: Sequence[int | None]) -> list[int]:
+    return [row for row, number in enumerate(numbers) if number is not None]
 
 
 def _text(column: str, cell: Any, place: str) -> str:
