@@ -399,3 +399,16 @@ def test_a_training_warns_of_what_it_does_not_use(tmp_path):
     (told,) = members_unused(data)
     assert told.startswith("shards: 1 samples have several images under one key")
     assert "'x/trip v1'" in told
+
+
+def test_labels_are_numbers_however_they_are_spelled_and_others_are_told(tmp_path):
+    spelled = [b"3", b"3\n", b"3.0", b"\xef\xbb\xbf3\r\n", b"+3.", b" 3.000 "]
+    members = []
+    for number, text in enumerate(spelled):
+        members += [(f"s{number}.jpg", photo(number)), (f"s{number}.cls", text)]
+    path = write(tmp_path / "spelled.tar", members)
+    assert ShardIndex.open(str(path)).labels.tolist() == [3] * len(spelled)
+    assert notes_of(path) == {}
+    members = [("a.jpg", photo(0)), ("a.label", b"1"), ("b.jpg", photo(1)), ("b.cls", b"3.5")]
+    path = write(tmp_path / "others.tar", members)
+    assert notes_of(path) == {"other_labels": 1, "bad_labels": 1}

@@ -35,6 +35,7 @@ _SYSTEM = re.compile(
 )
 _METADATA = re.compile(r"__[^/]*__")  # of WebDataset
 _PLAIN_EXTRA = re.compile(r"[a-z][a-z_-]*[0-9]?[.][a-z]+")  # depth.png, mask2.png
+_LABEL_LIKE = {"label", "labels", "class", "target", "lbl", "cls_id", "y"}  # suffixes
 _EXAMPLES = 3
 _HOPS = 40  # links to links
 
@@ -49,6 +50,7 @@ WORDS = {
         "labels have a dot in their suffix and are not used; a key ends at the first dot of a "
         f"name: rcmae shards index --keys {LAST_DOT} ends it at the last"
     ),
+    "other_labels": "samples have no .cls, but a member that may be their label: not used",
     "without_image": "samples have no image: left out",
     "unnamed": "files without a dot in their names are not used",
     "links": "links lead to no file of the tar",
@@ -244,6 +246,8 @@ class Contents:
             labels = sum(suffix.endswith(".cls") for suffix in members)
             if labels:
                 self.notes.add("dotted_labels", key, labels)
+            elif not _LABEL_LIKE.isdisjoint(members):
+                self.notes.add("other_labels", key)
 
 
 def _split(rule: str) -> re.Pattern[str]:

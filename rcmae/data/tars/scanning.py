@@ -37,7 +37,8 @@ from rcmae.data.workers import mapped
 
 # of reading headers before other processes are started to help: that takes seconds itself
 _ALONE_S = 2.0
-_NUMBER = re.compile(rb"\s*([+-]?[0-9]{1,10})\s*")
+# editors put a byte order mark first, data frames write whole numbers as 3.0
+_NUMBER = re.compile(rb"(?:\xef\xbb\xbf)?\s*([+-]?[0-9]{1,10})(?:\.0{0,20})?\s*")
 _LABEL_BYTES = 4096  # of a .cls: more is no number
 _LARGEST = 2**32 - 1  # bytes of an image, and of all keys of a tar
 _LONGEST_KEY = 2**16 - 1
