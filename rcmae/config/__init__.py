@@ -26,6 +26,7 @@ from rcmae.config.resolve import (
     resolve,
     streams_for,
     with_precision,
+    with_streams,
 )
 from rcmae.config.sections import (
     RECIPES,
@@ -95,6 +96,7 @@ __all__ = [
     "stored",
     "streams_for",
     "with_precision",
+    "with_streams",
     "with_values",
     "without_pipes",
 ]

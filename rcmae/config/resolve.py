@@ -23,6 +23,7 @@ class Resolved:
     per_device: int
     accumulation: int
     canonical_streams: int
+    shuffle_window: int  # samples that are permuted together: no more than a stream has
     samples_per_epoch: int
     steps_per_epoch: int
     total_steps: int
@@ -34,9 +35,32 @@ class Resolved:
         return asdict(self)
 
 
-def streams_for(recipe: Recipe, world: int) -> int:
-    """V: as the recipe says, else 256 raised to the next multiple of the world."""
-    return recipe.data.canonical_streams or world * math.ceil(256 / world)
+STREAMS = 256  # of a large set; so many ranks may read it
+FEWEST_STREAMS = 16  # of a small one
+SAMPLES_PER_STREAM = 512  # at least, where that leaves enough streams
+
+
+def streams_for(recipe: Recipe, world: int, samples: int | None = None) -> int:
+    """V: as the recipe says, else what the samples of an epoch fill, raised to a multiple of the
+    world.
+
+    Args:
+        recipe: a checked recipe.
+        world: ranks that train.
+        samples: of an epoch; None: many.
+    """
+    if recipe.data.canonical_streams is not None:
+        return recipe.data.canonical_streams
+    filled = STREAMS if samples is None else samples // SAMPLES_PER_STREAM
+    wanted = FEWEST_STREAMS
+    while wanted < min(STREAMS, filled) and 2 * wanted <= filled:
+        wanted *= 2
+    return world * math.ceil(wanted / world)
+
+
+def with_streams(recipe: Recipe, world: int, samples: int) -> Recipe:
+    """The recipe with the number of its streams, for an epoch of so many samples."""
+    return with_values(recipe, {"data.canonical_streams": streams_for(recipe, world, samples)})
 
 
 def batch_problems(recipe: Recipe, world: int) -> list[str]:
@@ -140,13 +164,16 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     lr = schedule.lr if schedule.lr is not None else (schedule.base_lr or 0.0) * images / 256
     per_rank = images // world
     size = per_device(recipe, world)
+    samples = samples_per_epoch // recipe.data.repeats
+    streams = streams_for(recipe, world, samples)
     return Resolved(
         world=world,
         images_per_step=images,
         images_per_rank=per_rank,
         per_device=size,
         accumulation=per_rank // size,
-        canonical_streams=streams_for(recipe, world),
+        canonical_streams=streams,
+        shuffle_window=min(recipe.data.shuffle_window, math.ceil(samples / streams)),
         samples_per_epoch=samples_per_epoch,
         steps_per_epoch=steps_per_epoch,
         total_steps=total,

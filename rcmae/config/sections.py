@@ -178,9 +178,11 @@ class DataOptions(Section):
     epoch_samples: Positive | None = None
     """Samples of an epoch. None: all that the shards have."""
     canonical_streams: Positive | None = None
-    """V; None: 256, raised to a multiple of the ranks at the first start."""
+    """V; None: 256, fewer where each would have fewer than 512 samples an epoch, raised to a
+    multiple of the ranks at the first start.
+    """
     shuffle_window: Positive = 4096
-    """Samples permuted together within a stream."""
+    """Samples permuted together within a stream; a stream that has fewer is permuted whole."""
     repeats: Positive = 1
     """Crops and masks of each image that is read, in one batch: less to read and decode."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -337,6 +339,10 @@ class ClassifyOptions(Section):
     """A run's or a checkpoint's folder, or a file of weights; None: weights of run.seed."""
     network: Literal["student", "teacher"] | None = None
     """Whose weights; None: the teacher's where there is one."""
+    follow: bool = False
+    """What the recipe does not give follows: network, image size and statistics from init; batch,
+    engine and evaluations from the set and the ranks.
+    """
     num_classes: Positive | None = None
     """None: one more than the largest label of data.shards."""
     class_names: Place | None = None

@@ -103,6 +103,8 @@ def resolve(recipe: Recipe, site: Site, index: ShardIndex | None) -> Resolved:
     """
     images = recipe.batch.images
     repeats = recipe.data.repeats
+    samples = site.samples if index is None else len(index)
+    recipe = config.with_streams(recipe, site.world, recipe.data.epoch_samples or samples)
     if index is not None:
         order = Plan(
             index.counts,

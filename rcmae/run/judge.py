@@ -27,7 +27,7 @@ from rcmae.data.tars import suffix_of
 from rcmae.engines.build import engine_settings
 from rcmae.errors import Refused
 from rcmae.run.differences import mismatches
-from rcmae.run.look import Sight
+from rcmae.run.look import Facts, Sight
 from rcmae.tasks.protocol import Data, EvaluationSet, Saved, Task, options_of
 
 NAMED = 5  # ranks or shards that a message names before it counts the rest
@@ -101,7 +101,7 @@ def judge(sight: Sight, task: Task) -> Verdict:
     """
     refuse_differing_ranks(sight)
     facts = sight.facts
-    recipe = with_streams(facts.recipe, facts.saved, sight.world)
+    recipe = with_streams(facts, sight.world)
     precision, emulated = precision_of(recipe, sight)
     recipe = config.with_values(recipe, {"engine.precision": precision.used})
     problems = Problems(facts.problems)
@@ -176,7 +176,7 @@ def judge(sight: Sight, task: Task) -> Verdict:
             *judgement.warnings,
         ),
         trains=not command.evaluate_only,
-        notes=tuple(judgement.notes),
+        notes=(*facts.notes, *judgement.notes),
     )
 
 
@@ -288,15 +288,21 @@ def precision_of(recipe: Recipe, sight: Sight) -> tuple[Precision, list[str]]:
 # -------------------------------------------------------------------------------------------- data
 
 
-def with_streams(recipe: Recipe, saved: Saved | None, world: int) -> Recipe:
+def with_streams(facts: Facts, world: int) -> Recipe:
     """The recipe with its number of streams: part of the order of samples, chosen by the first
     start for good.
     """
+    recipe, index = facts.recipe, facts.data.train
     streams = recipe.data.canonical_streams
-    if streams is None and saved is not None:
-        streams = saved.meta["sizes"]["canonical_streams"]
+    if streams is None and facts.saved is not None:
+        streams = facts.saved.meta["sizes"]["canonical_streams"]
+    if streams is None and facts.written is not None:
+        streams = (facts.written.get("data") or {}).get("canonical_streams")
     if streams is None:
-        streams = config.streams_for(recipe, world)
+        samples = recipe.data.epoch_samples
+        if samples is None and index is not None:
+            samples = len(index)
+        streams = config.streams_for(recipe, world, samples)
     return config.with_values(recipe, {"data.canonical_streams": streams})
 
 

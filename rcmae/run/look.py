@@ -32,6 +32,7 @@ from rcmae.process import cores, waits
 from rcmae.run import startup
 from rcmae.run.command import Command
 from rcmae.run.folder import versions
+from rcmae.tasks.following import Followed, follow
 from rcmae.tasks.protocol import Data, Saved, Task
 
 
@@ -46,6 +47,7 @@ class Facts:
     engine_config: Mapping[str, Any]  # DeepSpeed's JSON
     task: Any  # what the task read
     problems: tuple[str, ...]  # what could not be read
+    notes: tuple[str, ...] = ()  # what was taken or chosen
 
 
 class View(NamedTuple):
@@ -166,6 +168,9 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
     members = attempt(task.members, recipe)
     needs = () if members is None else (*members.kinds, *members.optional)
     train = attempt(open_index, recipe, recipe.data.shards, needs, key="data.shards")
+    written = written_recipe(recipe) if saved is None else None
+    followed = attempt(with_followed, recipe, saved, written, train)
+    recipe, notes = followed or (recipe, ())
     sets = [
         attempt(open_index, recipe, each.shards, each.needs, key=each.key)
         for each in task.evaluation_sets(recipe)
@@ -175,8 +180,21 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
     data = with_classes(recipe, train, readable if len(readable) == len(sets) else ())
     config = attempt(engine_config, recipe)
     found = attempt(task.look, recipe, saved)
-    written = written_recipe(recipe) if saved is None else None
-    return Facts(recipe, saved, written, data, config or {}, found, tuple(problems))
+    return Facts(recipe, saved, written, data, config or {}, found, tuple(problems), notes)
+
+
+def with_followed(
+    recipe: Recipe,
+    saved: Saved | None,
+    written: Mapping[str, Any] | None,
+    train: ShardIndex | None,
+) -> Followed:
+    """The recipe with what it leaves open (classify.follow). Raises Refused."""
+    before = written
+    if saved is not None and saved.is_own:
+        before = saved.meta["recipe"]
+    samples = recipe.data.epoch_samples or (None if train is None else len(train))
+    return follow(recipe, before=before, samples=samples, world=dist.world())
 
 
 def with_classes(recipe: Recipe, train: ShardIndex | None, sets: tuple[ShardIndex, ...]) -> Data:

@@ -213,17 +213,18 @@ class Pretraining:
             )
 
     def hints(self, ended: Ended) -> list[tuple[str, str]]:
-        """The encoder for timm, and a fine-tuning of it."""
+        """The encoder for timm, and a fine-tuning of it by the generic recipe."""
         if not ended.is_done:
             return []
         place = ended.run_dir
+        shards = "data.shards=LABELLED_SHARDS evaluate.test_shards=OTHERS"
         return [
             (
                 "the encoder, for timm",
                 f"rcmae export {place} --format timm --out {place.name}.safetensors",
             ),
             (
-                "fine-tune it: recipes finetune_*",
-                f"{ended.launcher} -m rcmae.finetune RECIPE classify.init={place}",
+                "fine-tune it (or rcmae.probe probe: a linear head)",
+                f"{ended.launcher} -m rcmae.finetune finetune classify.init={place} {shards}",
             ),
         ]
