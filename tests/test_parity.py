@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import parity_downstream
+import parity_segmentation
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,13 +60,15 @@ def write(
     values: dict[str, Any] | None = None,
     files: dict[str, tuple[str, dict[str, Tensor]]] | None = None,
     tolerance: tuple[str, str] = (FLOAT64, FLOAT32),
+    meanings: dict[str, str] | None = None,
 ) -> Path:
-    """A folder of the recorded format; files: name -> (meaning, arrays)."""
+    """A folder of the recorded format; files: name -> (meaning, arrays); meanings: of values."""
     folder.mkdir(parents=True)
     listed = {}
     for file, (meaning, arrays) in (files or {}).items():
         save_file(
-            {key: array.detach().contiguous() for key, array in arrays.items()}, folder / file
+            {key: array.detach().clone().contiguous() for key, array in arrays.items()},
+            folder / file,
         )
         listed[file] = {
             "meaning": meaning,
@@ -77,7 +80,8 @@ def write(
         "tolerance": {"float64": tolerance[0], "float32": tolerance[1]},
         "files": listed,
         "values": {
-            key: {"value": value, "meaning": "as named"} for key, value in (values or {}).items()
+            key: {"value": value, "meaning": (meanings or {}).get(key, "as named")}
+            for key, value in (values or {}).items()
         },
     }
     (folder / "fixture.json").write_text(json.dumps(tree))
@@ -883,7 +887,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "maepriv-pretrain": maepriv_pretrain,
     **{
         name: functools.partial(make, write=write)
-        for name, make in parity_downstream.MAKERS.items()
+        for name, make in (parity_downstream.MAKERS | parity_segmentation.MAKERS).items()
     },
 }
 
@@ -963,6 +967,11 @@ PERTURBED = [
     ("knn", "expected.safetensors", "k4.scores"),
     ("rollout", "expected.safetensors", "image1.min.discard0.3"),
     ("mixup-cutmix", "expected.safetensors", "cutmix.images"),
+    ("seg-backbone", "expected_mae.safetensors", "level_1"),
+    ("seg-backbone", "grads_bootmae.safetensors", "blocks.3.attn.relative_position_bias_table"),
+    ("upernet", "expected.safetensors", "dropout_logits_decode"),
+    ("slide-inference", "expected.safetensors", "averaged_probabilities"),
+    ("seg-schedule", "after_3_steps_some.safetensors", "decode_head.fpn_bottleneck.conv.weight"),
 ]
 
 
@@ -1010,6 +1019,11 @@ def test_one_number_off_in_an_array_fails_and_is_named(
             lambda v: v["accuracy"]["value"]["30"].update(top5_counting_only_positive_scores=1.0),
         ),
         ("mixup-cutmix", lambda v: v["drawn"]["value"]["cutmix"].update(lam_used=0.5)),
+        ("miou", lambda v: v["plain"]["value"]["intersect"].__setitem__(0, 0)),
+        ("miou", lambda v: v["plain"]["value"].update(mIoU=0.5)),
+        ("seg-schedule", lambda v: v["schedules"]["value"][0]["rows"][2].__setitem__(1, 0.01)),
+        ("seg-augment", lambda v: v["cases"]["value"][0].update(box=[0, 0])),
+        ("slide-inference", lambda v: v["windows"]["value"].pop()),
     ],
 )
 def test_one_value_off_or_unknown_fails(

@@ -93,8 +93,8 @@ def fit_weights(
     for name in _without_a_place(found, wanted):
         del found[name]
     new = (*NEW, "cls_token") if fresh_token else NEW
-    problems += _name_problems(found, wanted, new)
-    problems += _shape_problems(found, wanted)
+    problems += name_problems(found, wanted, new)
+    problems += shape_problems(found, wanted)
     if problems:
         raise Refused("; ".join(problems))
     model.load_state_dict({**wanted, **found})
@@ -132,7 +132,7 @@ def _without_a_place(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
     return head + norm
 
 
-def _name_problems(
+def name_problems(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], new: tuple[str, ...]
 ) -> list[str]:
     """Weights that are not there, but for new ones, and weights that are nobody's."""
@@ -145,7 +145,7 @@ def _name_problems(
     return problems
 
 
-def _shape_problems(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+def shape_problems(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
     """Weights of another shape than the model's, and what to set."""
     shared = [name for name in found if name in wanted]
     differing = [name for name in shared if found[name].shape != wanted[name].shape]

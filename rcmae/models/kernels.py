@@ -183,13 +183,19 @@ def attention_is_fused(device: torch.device, precision: str) -> bool:
     return device.type != "cpu" or precision != "bf16" or not bf16_of(device).units
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, fused: bool) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, fused: bool, bias: Tensor | None = None
+) -> Tensor:
     """Scaled dot-product attention: queries [B, heads, M, d], keys and values [B, heads, N, d]
     to [B, heads, M, d].
+
+    `bias`: [heads, M, N], added before the softmax.
     """
     if fused:
-        return nn.functional.scaled_dot_product_attention(q, k, v)
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        mask = None if bias is None else bias[None]
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (weights if bias is None else weights + bias).softmax(dim=-1) @ v
 
 
 # -------------------------------------------------------------------------------------------- table

@@ -116,6 +116,10 @@ class Fixture:
         """What the folder says of a file."""
         return str(self._files[file].get("meaning", ""))
 
+    def meaning_of(self, value: str) -> str:
+        """What the folder says of a value."""
+        return str(self._values[value].get("meaning", ""))
+
     def leave_out(self, name: str, reason: str) -> None:
         """Say that a value or an array has no counterpart here."""
         self._read.add(name)

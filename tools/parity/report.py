@@ -17,8 +17,10 @@ from .evaluation import knn_votes, rollout
 from .fixture import Fixture, Row, Unusable
 from .mae import mae_forward
 from .maepriv import maepriv_pretrain
+from .maps import miou, seg_augment
 from .rcmae import rcmae_forward, rcmae_train, rcmae_train_accum
 from .schedules import lr_schedule, momentum_schedule
+from .segmentation import seg_backbone, seg_schedule, slide_inference, upernet
 from .supmae import supmae_forward
 
 # A fixture's name -> what checks a folder of it. A new objective adds its line here.
@@ -47,6 +49,12 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "detect-arch-names": detect_arch_names,
     "detect-inputs": detect_inputs,
     "coco-ap": coco_ap,
+    "seg-backbone": seg_backbone,
+    "upernet": upernet,
+    "slide-inference": slide_inference,
+    "miou": miou,
+    "seg-schedule": seg_schedule,
+    "seg-augment": seg_augment,
 }
 
 

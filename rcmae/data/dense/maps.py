@@ -1,0 +1,64 @@
+"""A map as segmentation trains with it: a class a byte, none where there is no label."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rcmae.data.members.maps import decode_map, no_label
+from rcmae.data.transforms import MAX_PIXELS, BadImage
+
+NONE = 255  # a pixel without a label
+MAX_CLASSES = NONE  # a class a byte, and one value for none
+_NAMED = 5  # classes that a message names
+
+Classes = NDArray[np.uint8]
+
+
+def read_map(
+    data: bytes,
+    size: tuple[int, int],
+    num_classes: int,
+    *,
+    zero_is_none: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> Classes:
+    """The classes [h, w] of an encoded map.
+
+    Args:
+        data: PNG of one channel.
+        size: (height, width) of its image.
+        num_classes: all labels must lie below.
+        zero_is_none: zero means that there is no label, and n is class n - 1.
+        max_pixels: a larger one is refused before it takes memory.
+
+    Raises:
+        BadImage: it is no map of this image or of these classes; says which values lie outside,
+            and of how many pixels.
+    """
+    numbers = decode_map(data, size, max_pixels=max_pixels)
+    none = no_label(numbers)
+    counts = np.bincount(numbers.reshape(-1), minlength=1)
+    first = int(zero_is_none)
+    outside = [int(value) for value in np.flatnonzero(counts) if value >= num_classes + first]
+    outside = [value for value in outside if value != none]
+    if outside:
+        named = ", ".join(f"{value} ({counts[value]:,} pixels)" for value in outside[:_NAMED])
+        more = f" and {len(outside) - _NAMED} more" * (len(outside) > _NAMED)
+        hint = ""
+        if outside == [num_classes] and not zero_is_none:
+            hint = "; if zero is no label, set segment.map_zero=none"
+        raise BadImage(
+            f"its map has numbers outside segment.num_classes={num_classes}: {named}{more}{hint}"
+        )
+    narrow = np.where(numbers == none, NONE, numbers).astype(np.uint8)
+    return without_zero(narrow) if zero_is_none else narrow
+
+
+def without_zero(values: Classes) -> Classes:
+    """The map of a set whose zero means that there is no label (ADE20K): 0 -> none, n -> n - 1;
+    none stays none.
+    """
+    table = np.arange(256, dtype=np.int16) - 1
+    table[0] = table[NONE] = NONE
+    return table.astype(np.uint8)[values]

@@ -1,0 +1,1 @@
+"""How good a network is whose answer is as large as the image."""
