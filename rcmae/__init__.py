@@ -4,6 +4,7 @@ Read `rcmae/train.py` first.
 
     rcmae.start(recipe, {"schedule.steps": 100})   train, in a process of its own
     rcmae.load_encoder(run_or_file)                a pretrained encoder, as a torch module
+    rcmae.load_classifier(run_or_file)             a fine-tuned classifier or a probe: scores, names
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from rcmae.process import early
 early.hear()
 if TYPE_CHECKING:
     from rcmae.starting import start
+    from rcmae.weights.classifiers import load_classifier
     from rcmae.weights.encoder import load_encoder
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "load_encoder", "start"]
+__all__ = ["__version__", "load_classifier", "load_encoder", "start"]
 # name -> module; imported when asked for: torch and timm cost seconds
-_LAZY = {"load_encoder": "rcmae.weights.encoder", "start": "rcmae.starting"}
+_LAZY = {
+    "load_classifier": "rcmae.weights.classifiers",
+    "load_encoder": "rcmae.weights.encoder",
+    "start": "rcmae.starting",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,8 @@ from rcmae.commands import convert as tool
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
-from rcmae.weights.encoder import load_classifier, to_onnx
+from rcmae.weights.classifiers import load_classifier
+from rcmae.weights.encoder import to_onnx
 from rcmae.weights.names import family_names
 from rcmae.weights.reading import read_network
 from rcmae.weights.shapes import in_encoder

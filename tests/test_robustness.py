@@ -17,7 +17,7 @@ from rcmae.evaluation.labelled_sets import LabelledSet
 from rcmae.evaluation.robustness import Baselines, Loading, corruption_errors, judged
 from rcmae.models.classifier import Classifier
 from rcmae.models.sizes import NetworkSizes
-from rcmae.weights.encoder import load_classifier
+from rcmae.weights.classifiers import load_classifier
 
 
 @pytest.fixture(scope="module")

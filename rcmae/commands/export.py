@@ -4,6 +4,9 @@
     rcmae export RUN --format timm --out encoder.safetensors
     rcmae export RUN/checkpoints/step-00001000 --what student --format mae --out encoder.pth
 
+A run of `rcmae finetune` or `rcmae probe` is written whole, encoder and head, in the formats of its
+task: timm, or hf (a folder). --encoder leaves the head out.
+
 RUN stands for its newest valid checkpoint. Checksums are verified first; weights pass tensor by
 tensor, so a network of any size fits into memory. Exit status: 0 written; 2 these arguments do not
 go together; 1 the checkpoint is damaged or the file could not be written, and what was there before
@@ -17,28 +20,26 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rcmae.errors import Refused
+from rcmae.errors import Refused, did_you_mean
 from rcmae.weights.layouts import KIND, LAYOUTS
+
+if TYPE_CHECKING:
+    from rcmae.checkpoint import Manifest
+    from rcmae.weights.writing import Exported
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
     options = _parser().parse_args(arguments)
     from rcmae.checkpoint import CheckpointError, find_checkpoint
-    from rcmae.weights.writing import export
 
     try:
         manifest, passed_over = find_checkpoint(options.source)
         for problem in passed_over:
             print(f"passed over: {problem}", file=sys.stderr)
-        done = export(
-            manifest,
-            options.out,
-            layout=options.format,
-            network=options.what,
-            overwrite=options.overwrite,
-        )
+        done = _exported(manifest, options)
     except (Refused, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
@@ -51,6 +52,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{done.tensors} tensors, {done.bytes / 1e6:,.1f} MB\n  {done.use}"
     )
     return 0
+
+
+def _exported(manifest: Manifest, options: argparse.Namespace) -> Exported:
+    """Write the whole network where its task has the format, else as the encoder's layouts say."""
+    from rcmae.tasks.registry import TASKS, task_named
+    from rcmae.weights.formats import export_whole
+    from rcmae.weights.writing import export
+
+    task = options.task or manifest.meta["recipe"].get("task", {}).get("name", "pretrain")
+    # a module of somebody else's is imported only where the user names it
+    known = options.task is not None or task in TASKS
+    formats = task_named(task).formats if known and not options.encoder else {}
+    if options.format in formats:
+        return export_whole(
+            manifest,
+            options.out,
+            formats,
+            name=options.format,
+            network=options.what,
+            overwrite=options.overwrite,
+        )
+    if options.format not in LAYOUTS:
+        names = list(dict.fromkeys([*formats, *LAYOUTS]))
+        raise Refused(f"--format {options.format}: {did_you_mean(options.format, names)}")
+    return export(
+        manifest,
+        options.out,
+        layout=options.format,
+        network=options.what,
+        overwrite=options.overwrite,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,8 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=KIND,
         help="default: the teacher where there is one, which RC-MAE fine-tunes",
     )
-    parser.add_argument("--format", choices=LAYOUTS, required=True)
+    parser.add_argument("--format", required=True, help="see below, and those of its task")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--encoder", action="store_true", help="without what stands on the encoder")
+    parser.add_argument(
+        "--task", metavar="MODULE:NAME", help="of a run of a task of your own: has its formats"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

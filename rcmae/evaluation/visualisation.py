@@ -38,9 +38,9 @@ from rcmae.models.patches import patchify, unpatchify
 from rcmae.models.protocol import Output, Outputs
 from rcmae.objectives import pixel_options
 from rcmae.objectives.mae import PixelNorm, pixel_statistics
+from rcmae.weights.classifiers import load_classifier
 from rcmae.weights.encoder import (
     load_autoencoder,
-    load_classifier,
     load_encoder,
     pixels_of,
     recipe_of,

@@ -47,6 +47,8 @@ from rcmae.tasks.protocol import (
     Optimizing,
     Saved,
 )
+from rcmae.weights.classifiers import FORMATS as CLASSIFIER_FORMATS
+from rcmae.weights.formats import WeightsFormat
 
 
 class Finetuning:
@@ -58,6 +60,7 @@ class Finetuning:
     frozen: tuple[str, ...] = ("classify",)
     reports: tuple[str, ...] = ("classify.class_names",)
     metrics: Mapping[str, str] = MappingProxyType({})
+    formats: Mapping[str, WeightsFormat] = CLASSIFIER_FORMATS
 
     def look(self, recipe: Recipe, saved: Saved | None) -> Found:
         """Class names, and the shapes of the weights that a new run starts from."""

@@ -38,6 +38,7 @@ from rcmae.tasks.protocol import (
     Saved,
     Score,
 )
+from rcmae.weights.formats import WeightsFormat
 from rcmae.weights.reading import NetworkWeights
 from rcmae.weights.starting import function_problems, start_notes, start_of
 
@@ -51,6 +52,7 @@ class Pretraining:
     frozen: tuple[str, ...] = ()
     reports: tuple[str, ...] = ()
     metrics: Mapping[str, str] = MappingProxyType({"knn": "k-NN"})
+    formats: Mapping[str, WeightsFormat] = MappingProxyType({})
 
     def look(self, recipe: Recipe, saved: Saved | None) -> NetworkWeights | None:
         """The shapes of weights to start from."""

@@ -50,6 +50,8 @@ from rcmae.tasks.protocol import (
     Optimizing,
     Saved,
 )
+from rcmae.weights.classifiers import FORMATS as CLASSIFIER_FORMATS
+from rcmae.weights.formats import WeightsFormat
 
 
 class LinearProbe:
@@ -61,6 +63,7 @@ class LinearProbe:
     frozen: tuple[str, ...] = ("classify",)
     reports: tuple[str, ...] = ("classify.class_names",)
     metrics: Mapping[str, str] = MappingProxyType({})
+    formats: Mapping[str, WeightsFormat] = CLASSIFIER_FORMATS
 
     def __init__(self) -> None:
         self.encoder: Classifier | None = None  # frozen; no part of what is trained

@@ -35,6 +35,7 @@ from rcmae.errors import Refused, did_you_mean
 from rcmae.models.cost import StepCost
 from rcmae.objectives import Objective
 from rcmae.process import waits
+from rcmae.weights.formats import WeightsFormat
 
 T = TypeVar("T")
 
@@ -221,6 +222,8 @@ class Task(Protocol):
     frozen: tuple[str, ...]  # keys beside the core's that make two runs the same training
     reports: tuple[str, ...]  # keys under `frozen` that change nothing in the training
     metrics: Mapping[str, str]  # of a Score -> its name for people
+    # name -> a file of the whole network for other code: `rcmae export --format NAME`
+    formats: Mapping[str, WeightsFormat]
 
     # before a start
 

@@ -105,11 +105,11 @@ def write_hugging_face(
     out.mkdir(parents=True)
     write_aside(out / "config.json", json.dumps(config, indent=1))
     write_aside(out / "model.safetensors", save(weights, {"format": "pt"}))
-    processor = _hugging_face_processor(config["image_size"], mean, std)
+    processor = hugging_face_processor(config["image_size"], mean, std)
     write_aside(out / "preprocessor_config.json", json.dumps(processor, indent=1))
 
 
-def _hugging_face_processor(
+def hugging_face_processor(
     side: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
     """The preprocessor_config.json, for `AutoImageProcessor`."""

@@ -149,31 +149,6 @@ def load_encoder(
     return model
 
 
-def load_classifier(
-    source: str | Path,
-    *,
-    network: Which | None = None,
-    image_size: int | tuple[int, int] | None = None,
-) -> Classifier:
-    """A fine-tuned classifier, as `load_encoder`; `pretrained_cfg["class_names"]` is the file that
-    its recipe names. Local.
-
-    Raises:
-        Refused: as there, or the weights have no head.
-        CheckpointError: the checkpoint is damaged.
-    """
-    found = read_network(Path(source), network)
-    if "head.weight" not in found.weights:
-        raise Refused(
-            f"{source} has no head: it is an encoder; fine-tune it, or give a run of rcmae.finetune"
-        )
-    say(found)
-    model, _ = model_of(found, image_size=image_size, num_heads=None, head=True)
-    recipe = json.loads(found.metadata.get("recipe", "{}"))
-    model.pretrained_cfg["class_names"] = recipe.get("classify", {}).get("class_names")
-    return model
-
-
 def load_autoencoder(
     source: str | Path,
     *,
@@ -309,12 +284,17 @@ def model_of(
         raise Refused(f"{source.about}: {error}") from error
 
     apply_to(model, source.beside)
-    mean, std = statistics_of(source, sizes["in_channels"])
+    dressed(model, source, size)
+    return model.eval(), fit
+
+
+def dressed(model: Encoder, source: NetworkWeights, size: tuple[int, int]) -> None:
+    """Give a model what its images need."""
+    mean, std = statistics_of(source, model.in_chans)
     model.mean, model.std, model.image_size = mean, std, size
     model.transform = ToInput(size, mean, std)
     # where timm looks for them: timm.data.resolve_model_data_config(model)
-    model.pretrained_cfg = {"input_size": (sizes["in_channels"], *size), "mean": mean, "std": std}
-    return model.eval(), fit
+    model.pretrained_cfg = {"input_size": (model.in_chans, *size), "mean": mean, "std": std}
 
 
 def pixels_of(model: Classifier) -> tuple[int, int]:

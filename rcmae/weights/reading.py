@@ -257,7 +257,7 @@ _DESCRIBING: dict[str, tuple[str, ...]] = {  # sections -> keys; without any: al
     "model": (),
     "data": ("mean", "std"),
     "teacher": (),
-    "classify": ("num_classes", "pool", "class_names"),
+    "classify": ("num_classes", "pool", "depth", "class_names"),
 }
 _PUBLIC = ("format", "written_by", "step", "images", "data_fingerprint", "versions", "network")
 

@@ -319,22 +319,25 @@ def _use(manifest: Manifest, layout: str, out: Path) -> str:
     return f"rcmae.weights.reading.load_weights(Path({str(out)!r}))"
 
 
-def timm_arguments(manifest: Manifest) -> list[str]:
-    """Of timm's create_model, for this encoder without a head: its architecture and what differs
-    from it, pooling as `rcmae.load_encoder` has it, and the statistics and size of the run's
-    images.
-    """
+def timm_arguments(manifest: Manifest, head: Mapping[str, Any] | None = None) -> list[str]:
+    """Of timm's create_model: the architecture and what differs from it, and the statistics and
+    size of the run's images.
+
+    `head`: what a classifier's has (num_classes, global_pool, fc_norm); None: there is none, and
+    pooling is as `rcmae.load_encoder` has it."""
     recipe = manifest.meta["recipe"]
     model = recipe["model"]
     usual = {"image_size": 224, "in_channels": 3}
     names = {"image_size": "img_size", "in_channels": "in_chans"}
-    arguments = [f"'{model['name']}_224'", "num_classes=0"]
+    head = head or {"num_classes": 0, "global_pool": "'avg'", "fc_norm": False}
+    model = model | {key: head[key] for key in ("depth",) if key in head}
+    arguments = [f"'{model['name']}_224'", f"num_classes={head['num_classes']}"]
     for key in ("image_size", "in_channels", "patch_size", "embed_dim", "depth", "num_heads"):
         if model.get(key) not in (None, usual.get(key)):
             arguments.append(f"{names.get(key, key)}={model[key]}")
     if not model.get("cls_token", True):
         arguments.append("class_token=False")
-    arguments += ["global_pool='avg'", "fc_norm=False"]
+    arguments += [f"global_pool={head['global_pool']}", f"fc_norm={head['fc_norm']}"]
     size = model["image_size"]
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = model["in_channels"]

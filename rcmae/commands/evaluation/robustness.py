@@ -68,7 +68,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
     from rcmae import dist
     from rcmae.evaluation.labelled_sets import sets_of
     from rcmae.evaluation.robustness import Loading, report
-    from rcmae.weights.encoder import load_classifier
+    from rcmae.weights.classifiers import load_classifier
 
     def tell(text: str) -> None:
         if dist.rank() == 0:
