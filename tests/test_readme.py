@@ -149,7 +149,8 @@ def script_of(block: Block, folder: Path, *, slurm: bool) -> str:
         if trains(command):
             from_weights = re.search(r"classify.init=", mine)
             if "sbatch" not in command:
-                lines.append(with_keys(mine, CHECKED if "/imagenet" in mine else "--check"))
+                check = CHECKED if "/imagenet" in mine else "--check"
+                lines.append(f"{with_keys(mine, check)} > /dev/null")
             mine = with_keys(mine, SHORT if from_weights else f"{SHORT} {SMALL}")
         lines.append(mine)
     if block.is_for_two_nodes:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 PAIRS = (
+    ("data.shards", "data.images"),
     ("schedule.epochs", "schedule.steps"),
     ("schedule.warmup_epochs", "schedule.warmup_steps"),
     ("schedule.base_lr", "schedule.lr"),

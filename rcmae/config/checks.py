@@ -84,10 +84,13 @@ def _data_problems(recipe: Recipe) -> list[str]:
     """Shards that are not named, and numbers that no image could be prepared by."""
     data = recipe.data
     problems = []
-    if not data.shards:
+    if not data.shards and data.images is None:
         problems.append(
-            "data.shards: names no shards; give a path, a brace pattern, a glob or a list of them"
+            "data.shards: names no shards; give a path, a brace pattern, a glob or a list of them, "
+            "or data.images=FOLDER"
         )
+    if data.shards and data.images is not None:
+        problems.append("data: give shards or images, got both")
     problems += statistics_problems(recipe)
     for key, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
         low, high = getattr(data, key)

@@ -161,6 +161,10 @@ class DataOptions(Section):
     """A pattern (braces, globs, URLs, pipe:COMMAND), a list of them, or of {shards: ..., weight:
     ...} for a mixture.
     """
+    images: Place | None = None
+    """In the place of shards: a folder of images, whose sub-folders are classes. Packed into shards
+    once, under cache_dir or else ~/.cache/rcmae.
+    """
     index: Place | None = None
     """A folder with the index of these shards, where it does not lie beside them."""
     cache_dir: Place | None = None

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,12 +21,13 @@ import numpy as np
 from rcmae.data import sources
 from rcmae.data.sources import USUAL, Patience, Stat
 from rcmae.data.sources.braces import MOST, expanded
-from rcmae.data.tars import Shard
+from rcmae.data.tars import IMAGE_SUFFIXES, Shard
 from rcmae.errors import Refused
 
 _NAMED = 20  # problems that a message lists before it counts the rest
 # bytes of tables that are read on opening; what is more is checked where it is first used
 _CHECKED_AT_ONCE = 2**30
+_LOOKED_AT = 10_000  # files of a folder that is named in the place of shards
 _log = logging.getLogger(__name__)
 
 
@@ -146,12 +149,45 @@ def _not_a_shard(path: str, *, even_empty: bool) -> str | None:
         return None  # asked for with all others: sources.sizes
     try:
         if os.path.isdir(path):
-            return f"{path}: is a folder; name the shards in it, such as {path.rstrip('/')}/*.tar"
+            return f"{path}: {_instead_of(path)}"
         if os.stat(path).st_size == 0 and not even_empty:
             return f"{path}: is empty"
     except OSError as error:
         return f"{path}: {error.strerror}"
     return None if os.access(path, os.R_OK) else f"{path}: is not readable"
+
+
+def _instead_of(folder: str) -> str:
+    """What to do where a folder is named, by what is in it."""
+    inside = folder.rstrip("/")
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in islice(entries, _LOOKED_AT))
+    tars = [name for name in names if name.endswith(".tar")]
+    if not tars and _has_images(folder):
+        making = f"rcmae shards make {shlex.quote(folder)} {shlex.quote(f'{inside}-shards')}"
+        return (
+            f"is a folder of images; pack them, {making} --name train --size 256, and name "
+            f"{inside}-shards/train-*.tar; or give data.images={folder} in the place of "
+            "data.shards, which packs them once"
+        )
+    stems = sorted({name.rpartition("-")[0] for name in tars})
+    if not all(stems) or not 0 < len(stems) <= _NAMED:
+        stems = []
+    offered = [f"{inside}/{stem}-*.tar" for stem in stems] or [f"{inside}/*.tar"]
+    return f"is a folder; name the shards in it: {' or '.join(offered)}"
+
+
+def _has_images(folder: str) -> bool:
+    """Whether some image lies in a folder or in the first folders of it."""
+    looked_at = 0
+    for _, folders, files in os.walk(folder):
+        if any(name.rpartition(".")[2].lower() in IMAGE_SUFFIXES for name in files):
+            return True
+        looked_at += 1 + len(files)
+        if looked_at > _LOOKED_AT:
+            break
+        folders.sort()
+    return False
 
 
 def refuse_shards(problems: Sequence[str]) -> None:

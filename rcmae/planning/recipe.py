@@ -26,8 +26,10 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     except Refused as error:
         raise Refused(f"{path} {error}") from error
     section = tree.get("data") if isinstance(tree, dict) else None
-    in_file = isinstance(section, dict) and bool(section.get("shards"))
+    by_images = any(item.startswith("data.images=") for item in overrides)
+    in_file = not by_images and isinstance(section, dict) and bool(section.get("shards"))
     in_overrides = any(item.startswith("data.shards=") for item in overrides)
     if in_file or in_overrides:
         return config.load(name, overrides)
-    return config.load(name, [f"data.shards={NO_SHARDS}", *overrides])
+    rest = [item for item in overrides if not item.startswith("data.images=")]  # not packed yet
+    return config.load(name, [f"data.shards={NO_SHARDS}", *rest])

@@ -165,12 +165,17 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
             return None
 
     saved = attempt(saved_of, recipe, verified)
+    packed = attempt(with_images, recipe, key="data.images")
+    recipe, taken = packed or (recipe, ())
     members = attempt(task.members, recipe)
     needs = () if members is None else (*members.kinds, *members.optional)
-    train = attempt(open_index, recipe, recipe.data.shards, needs, key="data.shards")
+    train = None
+    if packed is not None:
+        train = attempt(open_index, recipe, recipe.data.shards, needs, key="data.shards")
     written = written_recipe(recipe) if saved is None else None
     followed = attempt(with_followed, recipe, saved, written, train)
     recipe, notes = followed or (recipe, ())
+    notes = (*taken, *notes)
     sets = [
         attempt(open_index, recipe, each.shards, each.needs, key=each.key)
         for each in task.evaluation_sets(recipe)
@@ -181,6 +186,26 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
     config = attempt(engine_config, recipe)
     found = attempt(task.look, recipe, saved)
     return Facts(recipe, saved, written, data, config or {}, found, tuple(problems), notes)
+
+
+def with_images(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with the shards of its folder of images, which are made where they are not there;
+    and what was done. One process.
+
+    Raises:
+        Refused: they cannot be made.
+    """
+    data = recipe.data
+    if data.images is None:
+        return recipe, ()
+    from rcmae.data.packing.once import pack_once  # its parts cost a second: only where it is used
+
+    with waits.waiting(f"data.images={data.images}, packed into shards", breaks=False, saved=True):
+        packed = pack_once(
+            data.images, data.cache_dir, side=max(recipe.model.image_hw), world=dist.world()
+        )
+    values = {"data.shards": packed.shards, "data.images": None}
+    return config.with_values(recipe, values), (packed.note,)
 
 
 def with_followed(

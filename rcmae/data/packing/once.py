@@ -1,0 +1,124 @@
+"""A folder of images packed into shards once, in a cache: `data.images=FOLDER`.
+
+The cache's folder is named by the images (their paths, sizes and times) and by how they are packed:
+a folder that has changed is packed anew, and what was packed before stays for the runs that use it.
+It is written aside and renamed, so it is complete or not there; a job that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from rcmae.data.packing.folders import Walked, walked
+from rcmae.data.packing.writer import PackingOptions, make_shards
+from rcmae.errors import Refused
+from rcmae.process import cores
+
+MARGIN = 256 / 224  # of the shorter side that is stored, over the network's
+BY_ITSELF = 50_000  # images that one rank packs while others wait
+BY_ONE = 500  # images that are not worth more processes
+NAME = "images"  # what the shards' names begin with
+
+
+class Packed(NamedTuple):
+    """Shards of a folder of images."""
+
+    shards: str  # their pattern
+    note: str  # what was done, for people
+
+
+def pack_once(images: str, cache: str | None, *, side: int, world: int = 1) -> Packed:
+    """The shards of a folder of images, made where they are not in the cache.
+
+    Args:
+        images: the folder; sub-folders are classes.
+        cache: the folder of caches; None: the user's.
+        side: of the network's images, in pixels; larger images are stored smaller.
+        world: ranks, of which the others wait.
+
+    Raises:
+        Refused: there are no images, they cannot be packed, or there are too many to wait for.
+    """
+    folder = Path(images).expanduser()
+    size = round(side * MARGIN)
+    if not folder.is_dir():
+        raise Refused(f"{images} is no folder; for a list or Parquet: rcmae shards make")
+    try:
+        found = walked(folder)
+    except OSError as error:
+        raise Refused(f"{images}: {error.strerror}") from error
+    place = place_of(folder, found, size, Path(cache).expanduser() if cache else user_cache())
+    pattern = f"{place}/{NAME}-*.tar"
+    if place.is_dir():
+        return Packed(pattern, f"data.images={images}: packed before, in {place}")
+    if world > 1 and len(found.images) > BY_ITSELF:
+        raise Refused(
+            f"{len(found.images):,} images are not packed yet, and {world} ranks would wait for "
+            f"it; pack them first: {command(images, size)}"
+        )
+    others = sorted(place.parent.glob(f"{place.name.rpartition('-')[0]}-*"))
+    changed = any(other.is_dir() and not other.name.endswith(".part") for other in others)
+    options = PackingOptions(name=NAME, size=size, jobs=jobs_for(len(found.images)))
+    with alone(place):
+        if not place.is_dir():
+            part = place.with_name(f"{place.name}.part")
+            report = make_shards(folder, part, options)
+            os.replace(part, place)
+            left = len(report.rejected)
+            what = f"{report.samples:,} images of {len(report.classes) or 'no'} classes"
+            what += f", {left:,} left out" if left else ""
+        else:
+            what = "by another job"
+    again = "it has changed, and was packed anew" if changed else "packed once"
+    return Packed(pattern, f"data.images={images}: {again}, into {place} ({what})")
+
+
+def command(images: str, size: int = 256) -> str:
+    """What packs a folder by hand."""
+    out = images.rstrip("/") + "-shards"
+    return f"rcmae shards make {shlex.quote(images)} {shlex.quote(out)} --name train --size {size}"
+
+
+def user_cache() -> Path:
+    """The user's folder of packed images."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "rcmae" / "images"
+
+
+def place_of(folder: Path, found: Walked, size: int, cache: Path) -> Path:
+    """Where the shards of these very images lie, or will."""
+    real = os.path.realpath(folder)
+    listed = []
+    for path in sorted(found.images):
+        stat = os.stat(folder / path)
+        listed.append((path, stat.st_size, stat.st_mtime_ns))
+    where = _digest([real, size])
+    return cache / f"{Path(real).name}-{where}-{_digest(listed)}"
+
+
+def _digest(what: object) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+def jobs_for(images: int) -> int:
+    """Processes that pack so many images."""
+    return 1 if images < BY_ONE else min(8, cores.usable())
+
+
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Wait until no other job packs the same images."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = place.with_name(f".{place.name}.lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    lock.unlink(missing_ok=True)
