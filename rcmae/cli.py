@@ -27,6 +27,7 @@ COMMANDS = {
     "train": Command("training:train", "pretrain by a recipe"),
     "finetune": Command("training:finetune", "fine-tune a pretrained encoder on labelled shards"),
     "probe": Command("training:probe", "train a linear head on a frozen encoder"),
+    "detect": Command("training:detect", "train and judge a detector of boxes and masks"),
     "follow": Command("follow", "evaluate each checkpoint of a run, from beside it"),
     "plan": Command("plan", "whether a run fits, divides, and how long it takes, before the queue"),
     "doctor": Command("doctor", "whether what a run needs is on this node, or these, and sound"),

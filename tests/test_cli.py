@@ -101,7 +101,7 @@ def test_a_command_is_its_name_in_its_help(name):
     assert done.stdout.startswith(f"usage: rcmae {name}")
 
 
-@pytest.mark.parametrize("name", ["train", "finetune", "probe"])
+@pytest.mark.parametrize("name", ["train", "finetune", "probe", "detect"])
 def test_a_mistyped_key_is_refused_without_torch(name):
     words = [name, "rcmae_vit_b_16", "data.shards=x.tar", "model.dpeth=2"]
     done = rcmae(*words)

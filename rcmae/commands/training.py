@@ -1,5 +1,5 @@
-"""`rcmae train`, `finetune` and `probe`: their arguments, and a recipe that is wrong refused before
-torch is imported.
+"""`rcmae train`, `finetune`, `probe` and `detect`: their arguments, and a recipe that is wrong
+refused before torch is imported.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ ABOUT = {
     "one.",
     "finetune": "Fine-tune a pretrained encoder on labelled shards, by a recipe.",
     "probe": "Train a linear head on a frozen encoder, by a recipe.",
+    "detect": "Train a detector of boxes and masks on annotated shards, and judge it, by a recipe.",
 }
 HELP = """{about}
 
@@ -47,6 +48,11 @@ def probe(arguments: Sequence[str] | None = None) -> int:
     return _run("probe", "probe", arguments)
 
 
+def detect(arguments: Sequence[str] | None = None) -> int:
+    """Train a detector; the exit status of this rank."""
+    return _run("detect", "detect", arguments)
+
+
 def _run(name: str, task: str, arguments: Sequence[str] | None) -> int:
     from rcmae.train import main as run  # it imports what is heavy once the recipe is right
 
@@ -55,7 +61,7 @@ def _run(name: str, task: str, arguments: Sequence[str] | None) -> int:
 
 def shipped(name: str) -> str:
     """The shipped recipes of a command, by their names."""
-    tasks = ("finetune", "probe")
+    tasks = ("finetune", "probe", "detect")
     names = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
     if name in tasks:
         mine = [each for each in names if each.startswith(name)]

@@ -18,6 +18,8 @@ def contradictions(recipe: Recipe) -> list[str]:
     problems += _data_problems(recipe)
     if recipe.task.name in CLASSIFYING:
         problems += _classifying_problems(recipe)
+    elif recipe.task.name == "detect":
+        problems += _detecting_problems(recipe)
     elif recipe.task.name == "pretrain" and knn_lacks_sets(recipe):
         problems.append(
             "evaluate.every_steps is set: give evaluate.train_shards and test_shards, both labelled"
@@ -180,6 +182,34 @@ def _classifying_problems(recipe: Recipe) -> list[str]:
         )
     if classify.average and recipe.teacher.update != "step":
         problems.append("classify.average moves at each step: leave teacher.update=step")
+    return problems
+
+
+def _detecting_problems(recipe: Recipe) -> list[str]:
+    """Problems of a recipe that trains a detector."""
+    problems = []
+    evaluate, detect = recipe.evaluate, recipe.detect
+    if evaluate.every_steps and not evaluate.test_shards:
+        problems.append("evaluate.every_steps is set: give evaluate.test_shards, annotated")
+    if evaluate.picture_every_steps:
+        problems.append(
+            "evaluate.picture_every_steps is of a pretraining; a detection draws some images of "
+            "the test set with each evaluation"
+        )
+    if recipe.data.decode != "cpu":
+        problems.append(
+            f"data.decode={recipe.data.decode} is of a pretraining: here images are cut with their "
+            "objects, on the CPU"
+        )
+    if recipe.model.in_channels not in (1, 3):
+        problems.append(f"model.in_channels={recipe.model.in_channels}: images have 1 or 3 here")
+    low, high = detect.scale
+    if not 0 < low <= high <= 10:
+        problems.append(f"detect.scale: wants 0 < low <= high <= 10, got [{low}, {high}]")
+    if detect.positions == "published" and detect.backbone == "vitdet":
+        problems.append("detect.positions=published is of detect.backbone=benchmark; leave it out")
+    if detect.average and recipe.teacher.update != "step":
+        problems.append("detect.average moves at each step: leave teacher.update=step")
     return problems
 
 

@@ -14,7 +14,7 @@ from rcmae.config.alternatives import give_way
 from rcmae.config.checks import contradictions
 from rcmae.config.limits import limit_problems
 from rcmae.config.objective import (
-    CLASSIFYING,
+    OWN_LOSS,
     TASKS_OWN,
     Catalogue,
     ObjectiveOptions,
@@ -131,7 +131,7 @@ def name_task(tree: dict[str, Any], task: str | None) -> list[str]:
     name = section.get("name") or own or task or "pretrain"
     tree["task"] = {**section, "name": name}
     if name != "pretrain":
-        mine = name if name in CLASSIFYING else TASKS_OWN
+        mine = name if name in OWN_LOSS else TASKS_OWN
         tree["objective"] = {**objective, "name": mine}
         if objective.get("name") not in (None, mine):
             said = f"objective.name={objective['name']} is a pretraining's"
@@ -147,7 +147,7 @@ def name_task(tree: dict[str, Any], task: str | None) -> list[str]:
 
 
 # tasks that are shipped -> the command that trains each
-COMMANDS = {"pretrain": "train", "finetune": "finetune", "probe": "probe"}
+COMMANDS = {"pretrain": "train", "finetune": "finetune", "probe": "probe", "detect": "detect"}
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:

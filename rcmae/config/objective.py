@@ -19,8 +19,9 @@ from rcmae import plugins
 from rcmae.config.sections import Fraction, Positive, Section
 from rcmae.errors import Refused, did_you_mean
 
-# tasks that classify; each brings an objective of its own, of the same name
-CLASSIFYING = ("finetune", "probe")
+CLASSIFYING = ("finetune", "probe")  # tasks that do
+# shipped tasks that bring an objective of their own, of the same name
+OWN_LOSS = (*CLASSIFYING, "detect")
 TASKS_OWN = "task"  # objective.name of a task from outside: it brings its own
 
 
@@ -151,7 +152,7 @@ def objective_class(
 def _made_class(
     name: str, terms: tuple[str, ...], catalogue: Catalogue, imports: bool
 ) -> type[ObjectiveOptions]:
-    known = [*catalogue.objectives, *CLASSIFYING, TASKS_OWN]
+    known = [*catalogue.objectives, *OWN_LOSS, TASKS_OWN]
     bases: list[type[BaseModel]] = [
         catalogue.terms[term] for term in terms if term in catalogue.terms
     ]
@@ -218,4 +219,4 @@ def own_objective(name: Any) -> str | None:
     """The task that an objective belongs to, where it is no pretraining's: how recipes said once
     what they train.
     """
-    return name if name in CLASSIFYING else None
+    return name if name in OWN_LOSS else None

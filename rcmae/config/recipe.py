@@ -11,7 +11,7 @@ import pydantic
 from pydantic import BaseModel, Field, SerializeAsAny
 
 from rcmae.config.objective import (
-    CLASSIFYING,
+    OWN_LOSS,
     ObjectiveOptions,
     foreign_keys,
     objective_class,
@@ -24,6 +24,7 @@ from rcmae.config.sections import (
     CheckpointOptions,
     ClassifyOptions,
     DataOptions,
+    DetectOptions,
     EngineOptions,
     EvaluateOptions,
     GuardOptions,
@@ -54,6 +55,7 @@ class Recipe(Section):
     guard: GuardOptions = Field(default_factory=GuardOptions)
     evaluate: EvaluateOptions = Field(default_factory=EvaluateOptions)
     classify: ClassifyOptions = Field(default_factory=ClassifyOptions)
+    detect: DetectOptions = Field(default_factory=DetectOptions)
     log: LogOptions = Field(default_factory=LogOptions)
     run: RunOptions = Field(default_factory=RunOptions)
 
@@ -240,7 +242,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 def module_of(recipe: Recipe) -> str:
     """The module that trains a recipe, as in `python -m rcmae.train`."""
     name = recipe.task.name
-    return f"rcmae.{name}" if name in CLASSIFYING else "rcmae.train"
+    return f"rcmae.{name}" if name in OWN_LOSS else "rcmae.train"
 
 
 def known_keys(place: Sequence[str], objective: Any = None) -> list[str]:

@@ -40,7 +40,7 @@ class TaskOptions(Section):
     """What is trained and how it is judged."""
 
     name: str = "pretrain"
-    """pretrain, finetune, probe, or MODULE:NAME; the command that a user starts sets it."""
+    """pretrain, finetune, probe, detect, or MODULE:NAME; the command that a user starts sets it."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Of a task from outside, as it has them."""
 
@@ -377,6 +377,66 @@ class ClassifyOptions(Section):
     """Of the images."""
     average: bool = False
     """Keep a moving average of the classifier by the section teacher, and evaluate it too."""
+
+
+class DetectOptions(Section):
+    """What rcmae.detect trains; nothing else reads it. model.image_size is the canvas.
+
+    Evaluation is on evaluate.test_shards.
+    """
+
+    backbone: Literal["vitdet", "benchmark"] = "vitdet"
+    """vitdet: windows and a simple pyramid. benchmark: that of arXiv 2111.11429, with batch norm,
+    which RC-MAE's table of COCO was made with.
+    """
+    init: Place | None = None
+    """A run, a checkpoint, a file of an encoder, or a published detector (.pth, .pkl); None:
+    weights of run.seed.
+    """
+    network: Literal["student", "teacher"] | None = None
+    """Whose weights; None: the teacher's where there is one."""
+    num_classes: Positive | None = None
+    """None: as many as categories.json beside data.shards has."""
+    category_ids: list[int] | None = None
+    """COCO's id of each class. None: those of categories.json, in their order."""
+    category_names: list[str] | None = None
+    """Of each class, for tables and pictures. None: those of categories.json."""
+    positions: Literal["mae", "published"] = "mae"
+    """Of benchmark's fixed table; published: its halves swapped against MAE's, as theirs is."""
+    window: Positive | None = None
+    """Side of an attention window in patches. None: 14, of benchmark 16."""
+    pretrain_size: Positive = 224
+    """Pixels of an image's side in the pretraining: vitdet's table of positions has its grid."""
+    channels: Positive = 256
+    """Of each level of the pyramid."""
+    box_width: Positive = 1024
+    """Of the box head's linear layer."""
+    anchors: Annotated[list[float], Field(min_length=5, max_length=5)] = [32, 64, 128, 256, 512]
+    """Sides of the anchors in pixels, one a level."""
+    canonical_size: Annotated[float, Field(gt=0)] = 224.0
+    """Pixels of a region's side that is read at stride 16."""
+    anchors_sampled: Positive = 256
+    """Of an image, that the loss sees."""
+    proposals_per_level: tuple[Positive, Positive] = (2000, 1000)
+    """In training and in evaluation, before suppression."""
+    proposals: tuple[Positive, Positive] = (1000, 1000)
+    """Of all levels, in training and in evaluation."""
+    regions_sampled: Positive = 512
+    """Of an image, that the losses see."""
+    scale: tuple[float, float] = (0.1, 2.0)
+    """Of an image over the canvas, drawn evenly."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Lr of a layer over that of the one above it."""
+    decay_norms: bool = False
+    """Whether norms and positions of the ViT decay, too."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """At the last block; grows from 0 at the first."""
+    score: Fraction = 0.05
+    """A detection's must be above."""
+    detections: Positive = 100
+    """Of an image, at most."""
+    average: bool = False
+    """Keep a moving average of the detector by the section teacher, and evaluate it too."""
 
 
 class LogOptions(Section):

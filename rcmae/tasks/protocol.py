@@ -201,6 +201,8 @@ class Evaluated:
     )  # group -> name -> value
     best: Mapping[str, Score] = field(default_factory=dict)  # by network, of those that train
     document: Mapping[str, Any] | None = None  # for evaluation/step-*.json; rank 0's
+    # name -> JSON of evaluation/NAME-step-*.json; rank 0's
+    files: Mapping[str, Any] = field(default_factory=dict)
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> [H, W, 3]; rank 0's
 
 

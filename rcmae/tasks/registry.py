@@ -13,6 +13,7 @@ TASKS = {
     "pretrain": "rcmae.tasks.pretrain:Pretraining",
     "finetune": "rcmae.tasks.finetune:Finetuning",
     "probe": "rcmae.tasks.probe:LinearProbe",
+    "detect": "rcmae.tasks.detect:Detection",
 }
 
 

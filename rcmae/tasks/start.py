@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rcmae import checkpoint, dist
@@ -9,24 +10,31 @@ from rcmae.errors import Refused
 from rcmae.weights.layouts import Which
 from rcmae.weights.reading import NetworkWeights, read_network
 
+Read = Callable[..., NetworkWeights]  # as read_network
 
-def look_at(key: str, path: str, network: Which | None, *, first: Which) -> NetworkWeights:
+
+def look_at(
+    key: str, path: str, network: Which | None, *, first: Which, read: Read = read_network
+) -> NetworkWeights:
     """What a file or a run has, with tensors that have a shape and no values. One process.
 
     Args:
         key: of the recipe, for the message.
         path: of a run, a checkpoint, or a file of any family.
         network: whose weights; None: those of `first` where it is there.
+        read: what reads them.
 
     Raises:
         Refused: it cannot be read.
     """
-    source = _read(key, path, network, first)
+    source = _read(key, path, network, first, read)
     shapes = {name: value.to("meta") for name, value in source.weights.items()}
     return source._replace(weights=shapes)
 
 
-def read_together(key: str, path: str, network: Which | None, *, first: Which) -> NetworkWeights:
+def read_together(
+    key: str, path: str, network: Which | None, *, first: Which, read: Read = read_network
+) -> NetworkWeights:
     """The weights themselves, on every rank. Collective: every rank calls; rank 0 alone reads.
 
     Raises:
@@ -36,7 +44,7 @@ def read_together(key: str, path: str, network: Which | None, *, first: Which) -
     problem = None
     if dist.rank() == 0:
         try:
-            source = _read(key, path, network, first)
+            source = _read(key, path, network, first, read)
         except Refused as error:
             problem = str(error)
     problem = dist.from_first(problem)
@@ -57,8 +65,8 @@ def newest_of(source: Path) -> Path:
     return found.path if found else source
 
 
-def _read(key: str, path: str, network: Which | None, first: Which) -> NetworkWeights:
+def _read(key: str, path: str, network: Which | None, first: Which, read: Read) -> NetworkWeights:
     try:
-        return read_network(Path(path), network, first=first)
+        return read(Path(path), network, first=first)
     except (Refused, checkpoint.CheckpointError, OSError) as error:
         raise Refused(f"{key}={path}: {error}") from error

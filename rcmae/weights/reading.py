@@ -364,7 +364,7 @@ def _read_safetensors(path: Path) -> _Contents:
 
 
 def _read_torch(path: Path) -> _Contents:
-    document = _unpickled(path)
+    document = opened(path)
     if not isinstance(document, Mapping):
         raise Refused(f"{path} holds a {type(document).__name__}, not weights by name")
     layout = "plain"
@@ -393,7 +393,7 @@ def _contents_of(
     return _Contents(layout, found.networks, about, found.keys, notes)
 
 
-def _unpickled(path: Path) -> Any:
+def opened(path: Path) -> Any:
     """What torch's restricted reader makes of a file. Raises Refused."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):

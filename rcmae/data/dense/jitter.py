@@ -9,6 +9,7 @@ bilinear: torch's of a whole image, Pillow's of a part, so nothing else of a JPE
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -109,12 +110,15 @@ def seen(data: bytes, jitter: Jitter, channels: int, margin: float) -> NDArray[n
     return _resized(pixels, box, shrink, jitter)
 
 
-def on_canvas(pixels: NDArray[np.uint8], jitter: Jitter) -> NDArray[np.uint8]:
-    """[C, H, W] of the cut [h, w, C]: the padding is 0, or the benchmark's grey."""
+def on_canvas(
+    pixels: NDArray[np.uint8], jitter: Jitter, fill: Sequence[int] = ()
+) -> NDArray[np.uint8]:
+    """[C, H, W] of the cut [h, w, C]. The padding is `fill` [C] or 0; the benchmark's is grey."""
     height, width = jitter.size
     channels = pixels.shape[2]
-    fill = GREY if jitter.style == "benchmark" else 0
-    canvas = np.full((channels, *jitter.canvas), fill, np.uint8)
+    levels = [GREY] * channels if jitter.style == "benchmark" else fill or [0] * channels
+    canvas = np.empty((channels, *jitter.canvas), np.uint8)
+    canvas[:] = np.array(levels, np.uint8)[:, None, None]
     canvas[:, :height, :width] = pixels.transpose(2, 0, 1)
     if jitter.style == "benchmark" and jitter.flipped:
         canvas = canvas[:, :, ::-1]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from rcmae.data.dense.jitter import Jitter, Size
+from rcmae.data.members.annotations import has_area, polygons_of
 
 
 class Objects(NamedTuple):
@@ -29,17 +30,17 @@ class Objects(NamedTuple):
 def objects_on(
     annotations: Sequence[Mapping[str, Any]], jitter: Jitter, classes: Mapping[int, int]
 ) -> Objects:
-    """What is left of annotations, whose boxes have an area.
+    """What is left of annotations; those whose box has no area are left out.
 
     Args:
-        annotations: of the whole image.
+        annotations: of the whole image, sound (`members.annotations.objects_of`).
         jitter: what of it the canvas shows.
         classes: COCO's category id -> the network's class.
     """
     numbers = []
     found = []
     for number, annotation in enumerate(annotations):
-        if annotation.get("iscrowd", 0):
+        if annotation.get("iscrowd", 0) or not has_area(annotation):
             continue
         mask = _mask(annotation, jitter)
         if mask is not None:
@@ -68,7 +69,10 @@ def _mask(annotation: Mapping[str, Any], jitter: Jitter) -> NDArray[np.uint8] | 
     if isinstance(shape, dict):
         seen = _resampled(decoded(shape), jitter)
         return seen if seen.any() else None
-    polygons = shape or [_rectangle(annotation["bbox"])]  # a box alone is its own mask
+    # a box alone is its own mask
+    polygons = polygons_of(annotation) if shape else [_rectangle(annotation["bbox"])]
+    if not polygons:
+        return None
     moved = [_moved(np.asarray(polygon, np.float64), jitter) for polygon in polygons]
     height, width = jitter.size
     codes = coco_mask.frPyObjects(moved, height, width)
@@ -138,8 +142,10 @@ def encoded(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 def of_size(annotation: Mapping[str, Any], size: Size) -> dict[str, Any]:
     """COCO's run-length code of an annotation's own mask on an image of this size."""
-    shape = annotation.get("segmentation") or [_rectangle(annotation["bbox"])]
+    shape = annotation.get("segmentation")
     if isinstance(shape, dict):
         return encoded(decoded(shape).astype(bool))
-    code = coco_mask.merge(coco_mask.frPyObjects(shape, *size))
+    polygons = polygons_of(annotation) if shape else []
+    drawn = polygons or [_rectangle(annotation["bbox"])]
+    code = coco_mask.merge(coco_mask.frPyObjects(drawn, *size))
     return {"size": list(code["size"]), "counts": code["counts"].decode("ascii")}

@@ -219,6 +219,16 @@ class Detector(nn.Module):
         classes = torch.cat([each.classes for each in chosen])
         return with_masks(chosen, self.roi_heads.masks(pooled, classes).float().sigmoid())
 
+    def num_anchors(self, size: tuple[int, int]) -> int:
+        """Of an image of this height and width."""
+        each = len(self.sizes.proposals.ratios) * len(self.sizes.proposals.anchors[0])
+        cells = 0
+        height, width = (side // STRIDES[POOLED - 2] for side in size)  # of p4, a patch a pixel
+        for level in ((4 * height, 4 * width), (2 * height, 2 * width), (height, width)):
+            cells += level[0] * level[1]
+        half = (height // 2, width // 2)
+        return each * (cells + half[0] * half[1] + -(-half[0] // 2) * -(-half[1] // 2))
+
     # what engines and optimizers ask
 
     @property

@@ -135,5 +135,9 @@ def write_evaluated(found: Evaluated, log: MetricsLog, folder: Path, step: int) 
             path.parent.mkdir(parents=True, exist_ok=True)
             content = json.dumps({"step": step, **found.document}, indent=1)
             write_aside(path, content, durable=False)
+        for name, content in found.files.items():
+            path = folder / "evaluation" / f"{name}-step-{step:08d}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_aside(path, json.dumps(content), durable=False)
         for name, picture in found.pictures.items():
             save_png(picture, folder / "pictures" / f"{name}-{step:08d}.png")
