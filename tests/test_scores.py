@@ -6,7 +6,8 @@ import torch
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
 from rcmae.data.batch import Batch
-from rcmae.evaluation.scores import classify, confusion_picture, scores_table
+from rcmae.evaluation.confusion import confusion_picture
+from rcmae.evaluation.scores import classify, scores_table
 
 CLASSES = 7
 
@@ -98,8 +99,13 @@ def test_classes_of_a_subset_alone_compete(judged: tuple[torch.Tensor, torch.Ten
 def test_the_confusion_picture_is_dark_where_mistakes_are() -> None:
     confusion = torch.diag(torch.full((50,), 4))
     confusion[10, 10], confusion[10, 30] = 0, 4
-    picture = confusion_picture(confusion)
-    cell = len(picture) // 50
-    assert picture[10 * cell, 30 * cell, 0] == 0
-    assert picture[10 * cell, 10 * cell, 0] == 255
-    assert confusion_picture(confusion[:12, :12], ["frog"] * 12).shape[2] == 3
+    picture = confusion_picture(confusion, title="student")
+    matrix = picture[:, : int(0.88 * picture.shape[1])].astype(int)  # without the scale
+    dark = matrix[:, :, 2] > matrix[:, :, 0] + 70  # blue
+    down, across = np.nonzero(dark)
+    side = (down.max() + 1 - down.min()) / 50
+    for (row, column), is_dark in {(10, 30): True, (10, 10): False, (11, 11): True}.items():
+        at = (int(down.min() + (row + 0.5) * side), int(across.min() + (column + 0.5) * side))
+        assert dark[at] == is_dark, (row, column)
+    named = confusion_picture(confusion[:12, :12], ["frog"] * 12, title="student")
+    assert named.shape[2] == 3

@@ -11,13 +11,13 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from rcmae.data.sets import CLASSES, lines_of
 from rcmae.data.sources import pread
 from rcmae.data.tars import BrokenTar, Contents, Place, image_suffix, label_in
 from rcmae.data.transforms import BadImage, CentreTransform, Normalise
 from rcmae.errors import Refused
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
-NO_LABEL = -1
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and deviation of each channel, 0 to 1
 
 
@@ -26,7 +26,8 @@ class Encoded(NamedTuple):
 
     name: str
     data: bytes
-    label: int  # NO_LABEL where there is none
+    class_name: str = ""  # that of its folder; of a shard's, by classes.txt or its number; "": none
+    is_in_shard: bool = False
 
 
 class Shown(NamedTuple):
@@ -34,7 +35,7 @@ class Shown(NamedTuple):
 
     pixels: Tensor  # [B, C, H, W] normalised
     names: list[str]
-    labels: list[int]  # NO_LABEL where there is none
+    classes: list[str]  # the name of each one's class; "": none
 
 
 def encoded(paths: Sequence[Path]) -> Iterator[Encoded]:
@@ -52,11 +53,17 @@ def encoded(paths: Sequence[Path]) -> Iterator[Encoded]:
             inside = [each for each in sorted(path.iterdir()) if each.name[0] != "."]
             folders = [each for each in inside if each.is_dir()]
             yield from encoded([each for each in inside if _is_image_or_shard(each)])
-            yield from _in_turn([encoded([folder]) for folder in folders])
+            yield from _in_turn([_of_class(folder) for folder in folders])
         elif path.suffix == ".tar":
             yield from _in_shard(path)
         else:
-            yield Encoded(path.name, path.read_bytes(), NO_LABEL)
+            yield Encoded(path.name, path.read_bytes())
+
+
+def _of_class(folder: Path) -> Iterator[Encoded]:
+    """The images of a sub-folder, which is their class; those in shards have their own."""
+    for image in encoded([folder]):
+        yield image if image.is_in_shard else image._replace(class_name=folder.name)
 
 
 def _is_image_or_shard(path: Path) -> bool:
@@ -71,7 +78,9 @@ def _in_turn(each: Sequence[Iterator[Encoded]]) -> Iterator[Encoded]:
 
 
 def _in_shard(path: Path) -> Iterator[Encoded]:
-    """The images of a WebDataset shard with their labels. Raises Refused."""
+    """The images of a WebDataset shard with their classes. Raises Refused."""
+    listed = path.with_name(CLASSES)
+    names = lines_of(listed.read_text()) if listed.is_file() else ()
     try:
         with path.open("rb") as file:
             for key, members in Contents(file.fileno()).surveyed():
@@ -79,11 +88,16 @@ def _in_shard(path: Path) -> Iterator[Encoded]:
                 if suffix is None:
                     continue
                 label = label_in(_bytes(file, members["cls"])) if "cls" in members else None
-                if label is None or label < 0:
-                    label = NO_LABEL
-                yield Encoded(key, _bytes(file, members[suffix]), label)
+                class_name = _class_name(names, label)
+                yield Encoded(key, _bytes(file, members[suffix]), class_name, is_in_shard=True)
     except BrokenTar as error:
         raise Refused(f"{path} cannot be read as a tar: {error}") from error
+
+
+def _class_name(names: Sequence[str], label: int | None) -> str:
+    if label is None or label < 0:
+        return ""
+    return names[label] if label < len(names) else str(label)
 
 
 def _bytes(file: BinaryIO, place: Place) -> bytes:
@@ -108,12 +122,12 @@ def load_images(
         )
     pixels = []
     names = []
-    labels = []
+    classes = []
     for image in images:
         names.append(image.name)
-        labels.append(image.label)
+        classes.append(image.class_name)
         try:
             pixels.append(transform(image.data, 0, 0).image)
         except BadImage as error:
             raise Refused(f"{image.name} is no image that can be decoded: {error}") from error
-    return Shown(Normalise(*statistics).images(torch.stack(pixels)), names, labels)
+    return Shown(Normalise(*statistics).images(torch.stack(pixels)), names, classes)

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,7 +26,11 @@ GAP = 6
 WHITE = (255, 255, 255)
 GREY = (128, 128, 128)
 BLACK = (0, 0, 0)
-LINE = 18  # pixels of a line of text
+LEAST_WIDTH = 480  # pixels of a sheet: titles need some
+RAMP = 160  # pixels of the scale of colours
+NEAREST = Image.Resampling.NEAREST
+
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def reconstruct(
@@ -74,6 +79,7 @@ def reconstruction_picture(
     std: Sequence[float],
     norm_pix_loss: bool,
     pixel_norm: PixelNorm = "unbiased",
+    title: str = "Reconstruction of hidden patches",
 ) -> np.ndarray:
     """A picture uint8 [height, width, 3]: a row an image; columns input, masked, student, and
     teacher if there is one.
@@ -89,6 +95,7 @@ def reconstruction_picture(
         std: alike, their deviation.
         norm_pix_loss: as trained; the picture says that true means and deviations were put back.
         pixel_norm: as trained.
+        title: of the picture.
     """
     fill = functools.partial(reconstruct, norm_pix_loss=norm_pix_loss, pixel_norm=pixel_norm)
     with evaluating(student, teacher):
@@ -98,13 +105,13 @@ def reconstruction_picture(
     shown = {name: to_uint8(images, mean, std) for name, images in filled.items()}
     inputs = shown.pop("input")
     cells = [("input", inputs), masked_column(batch, inputs), *shown.items()]
-    note = "visible patches pasted in"
+    note = "Student and teacher: visible patches are pasted in, hidden ones are predicted."
     if norm_pix_loss:
         note += (
-            "; hidden ones: predicted structure, true mean and deviation of each patch "
-            "(norm_pix_loss)"
+            " With norm_pix_loss the networks predict the structure of a patch; its true mean and "
+            "standard deviation are put back."
         )
-    return sheet(cells, note)
+    return sheet(captioned(cells), title=title, note=note)
 
 
 def masked_column(batch: Batch, inputs: np.ndarray) -> tuple[str, np.ndarray]:
@@ -130,42 +137,151 @@ def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.
     return (shown * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sheet(columns: Sequence[tuple[str, np.ndarray]], note: str) -> np.ndarray:
-    """Columns of pictures [B, H, W, 3] under their captions, with a note below."""
-    count, height, width, _ = columns[0][1].shape
+class Tile(NamedTuple):
+    """A picture of a sheet."""
+
+    caption: str  # above it; "": none
+    pixels: np.ndarray  # uint8 [H, W, 3]; all of a sheet have one size
+
+
+def captioned(columns: Sequence[tuple[str, np.ndarray]]) -> list[list[Tile]]:
+    """Columns of pictures [B, H, W, 3] as rows of tiles, the captions above the first row."""
+    rows = []
+    for row in range(len(columns[0][1])):
+        rows.append([Tile("" if row else caption, each[row]) for caption, each in columns])
+    return rows
+
+
+def sheet(
+    rows: Sequence[Sequence[Tile]], *, title: str, note: str, scale: tuple[str, str] | None = None
+) -> np.ndarray:
+    """Rows of pictures under a title, uint8 [height, width, 3].
+
+    Args:
+        rows: the tiles; small ones are enlarged by a whole factor.
+        title: at the top.
+        note: at the bottom.
+        scale: what the darkest and the brightest colour of `heat` mean; None: no scale is drawn.
+    """
+    height, width = rows[0][0].pixels.shape[:2]
     factor = max(1, -(-CELL_SIDE // min(height, width)))
-    height = height * factor
-    width = width * factor
-    font = ImageFont.load_default(13)
-    sheet_width = GAP + len(columns) * (width + GAP)
-    lines = _wrapped(note, font, sheet_width - 2 * GAP)
-    top = LINE + 2 * GAP
-    below = top + count * (height + GAP)
-    sheet = Image.new("RGB", (sheet_width, below + LINE * len(lines) + GAP), WHITE)
-    draw = ImageDraw.Draw(sheet)
-    for column, (caption, pictures) in enumerate(columns):
-        left = GAP + column * (width + GAP)
-        draw.text((left, GAP), caption, BLACK, font)
-        for row, picture in enumerate(pictures):
-            enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left, top + row * (height + GAP)))
-    for row, text in enumerate(lines):
-        draw.text((GAP, below + row * LINE), text, BLACK, font)
-    return np.asarray(sheet)
+    height *= factor
+    width *= factor
+    across = GAP + max(len(row) for row in rows) * (width + GAP)
+    canvas = Canvas(max(across, LEAST_WIDTH))
+    canvas.write(title, canvas.size + 3)
+    for row in rows:
+        canvas.captions([tile.caption for tile in row], width)
+        for column, tile in enumerate(row):
+            enlarged = Image.fromarray(tile.pixels).resize((width, height), NEAREST)
+            canvas.parts.append(((GAP + column * (width + GAP), canvas.top), enlarged))
+        canvas.top += height + GAP
+    if scale is not None:
+        canvas.ramp(*scale)
+    canvas.write(note, canvas.size - 1)
+    return canvas.drawn()
 
 
-def _wrapped(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> list[str]:
-    """The text in lines no wider than `width` pixels."""
+class Canvas:
+    """A white sheet that is filled from the top. Texts are as large as its width makes readable
+    where it is shown small.
+
+    Args:
+        width: pixels.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.top = GAP  # where the next part goes
+        self.size = min(26, max(14, width // 42))  # pixels of a text
+        self.parts: list[tuple[tuple[int, int], Image.Image]] = []
+        self._texts: list[tuple[tuple[int, int], str, Font]] = []
+
+    def write(self, text: str, size: int) -> None:
+        """Add lines of text over the whole width."""
+        font = ImageFont.load_default(size)
+        for line in _wrapped(text, font, self.width - 2 * GAP):
+            self._texts.append(((GAP, self.top), line, font))
+            self.top += round(1.35 * size)
+        self.top += GAP
+
+    def captions(self, texts: Sequence[str], width: int) -> None:
+        """Add a caption to each of the pictures that come next, `width` pixels wide."""
+        font = ImageFont.load_default(self.size)
+        wrapped = [_wrapped(text, font, width) for text in texts]
+        deepest = max(len(lines) for lines in wrapped)
+        step = round(1.25 * self.size)
+        for column, lines in enumerate(wrapped):
+            first = self.top + step * (deepest - len(lines))  # down at the picture
+            for row, line in enumerate(lines):
+                place = (GAP + column * (width + GAP), first + step * row)
+                self._texts.append((place, line, font))
+        self.top += step * deepest + (GAP if deepest else 0)
+
+    def ramp(self, lowest: str, highest: str) -> None:
+        """Add the scale of `heat`'s colours between what its ends mean."""
+        font = ImageFont.load_default(self.size)
+        height = round(1.25 * self.size)
+        colours = heat(torch.linspace(0, 1, RAMP)[None], (1, RAMP))
+        left = 2 * GAP + int(font.getlength(lowest))
+        self._texts.append(((GAP, self.top), lowest, font))
+        self.parts.append(((left, self.top), Image.fromarray(colours).resize((RAMP, height))))
+        self._texts.append(((left + RAMP + GAP, self.top), highest, font))
+        self.top += height + GAP
+
+    def drawn(self) -> np.ndarray:
+        """The sheet, uint8 [height, width, 3]."""
+        picture = Image.new("RGB", (self.width, self.top), WHITE)
+        draw = ImageDraw.Draw(picture)
+        for place, part in self.parts:
+            picture.paste(part, place)
+        for place, text, font in self._texts:
+            draw.text(place, text, BLACK, font)
+        return np.asarray(picture)
+
+
+def _wrapped(text: str, font: Font, width: int) -> list[str]:
+    """The text in lines no wider than `width` pixels; words that are too long are cut."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(longer) <= width:
             lines[-1] = longer
-        else:
-            lines.append(word)
+            continue
+        while font.getlength(word) > width:
+            most = next(n for n in range(len(word), 0, -1) if font.getlength(word[:n]) <= width)
+            breaks = [at + 1 for at in range(most // 2, most) if word[at] in "_-./"]
+            cut = breaks[-1] if breaks else most
+            lines.append(word[:cut])
+            word = word[cut:]
+        lines.append(word)
     return lines
+
+
+def heat(values: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """A map [rows, columns] of numbers, the largest brightest, as pixels uint8 [*size, 3], each
+    number a rectangle. The scale goes from the lowest number of the map to its highest.
+    """
+    low = values.min()
+    scaled = ((values - low) / (values.max() - low).clamp(min=1e-12)).numpy()
+    red, green = np.clip(2 * scaled, 0, 1), np.clip(2 * scaled - 1, 0, 1)
+    channels = [red, green, np.zeros_like(red)]  # black, red, yellow
+    pixels = (255 * np.stack(channels, axis=-1)).round().astype(np.uint8)
+    return enlarged(pixels, size)
+
+
+def enlarged(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture in another size (height, width), each pixel a rectangle."""
+    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), NEAREST))
+
+
+def plotted(figure: Any) -> np.ndarray:
+    """The pixels uint8 [H, W, 3] of a figure of matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second, where it is needed
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
 def save_png(picture: np.ndarray, path: Path) -> None:

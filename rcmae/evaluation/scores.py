@@ -1,8 +1,7 @@
-"""How good a classifier is: accuracies, loss and calibration, a table of classes and the picture of
-its confusion.
+"""How good a classifier is: accuracies, loss and calibration, a table of classes, its mistakes.
 
 Counted exactly over all ranks: padding is left out, and nothing is averaged of averages. The
-metrics are torchmetrics'; what it lacks here is a loss over unequal shares, and the picture.
+metrics are torchmetrics'; what it lacks here is a loss over unequal shares.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -166,37 +163,3 @@ def scores_table(rows: dict[str, Scores]) -> str:
         for name, row in rows.items()
     ]
     return "\n".join(lines)
-
-
-SIDE = 640  # pixels of the confusion picture, about
-
-
-def confusion_picture(confusion: Tensor, names: Sequence[str] = ()) -> np.ndarray:
-    """A picture uint8 [height, width, 3]: row = class, column = what it was taken for, dark =
-    often.
-
-    Each row is divided by its images. Up to 40 classes have their names at the side.
-    """
-    count = len(confusion)
-    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    cell = max(1, SIDE // count)
-    shade = 255 - (255 * shares.sqrt()).round().byte().numpy()  # the root shows rare mistakes too
-    plain = np.repeat(np.repeat(shade, cell, 0), cell, 1)
-    picture = np.stack([plain, plain, np.maximum(plain, 96)], axis=2).astype(np.uint8)
-    if count > 40:
-        return picture
-    font = ImageFont.load_default(min(16, max(8, cell - 2)))
-    texts = [names[index] if index < len(names) else str(index) for index in range(count)]
-    left = 8 + max(int(font.getlength(text)) for text in texts)
-    sheet = Image.new("RGB", (left + count * cell, count * cell + 20), (255, 255, 255))
-    sheet.paste(Image.fromarray(picture), (left, 0))
-    draw = ImageDraw.Draw(sheet)
-    for index, text in enumerate(texts):
-        draw.text((4, index * cell + cell // 2), text, (0, 0, 0), font, anchor="lm")
-    draw.text(
-        (left, count * cell + 2),
-        "columns in the same order: what each was taken for",
-        (0, 0, 0),
-        font,
-    )
-    return np.asarray(sheet)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +17,9 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.sets import ClassList, Labelled, class_problems, met, moved
 from rcmae.data.stream import refuse_unlabelled
 from rcmae.errors import Refused
+from rcmae.evaluation.confusion import confusion_picture
 from rcmae.evaluation.features import evaluating
-from rcmae.evaluation.scores import Scores, classify, confusion_picture, scores_table
+from rcmae.evaluation.scores import Scores, classify, scores_table
 from rcmae.models import kernels
 from rcmae.models.build import student_sizes
 from rcmae.models.classifier import Classifier
@@ -254,7 +256,7 @@ def judged(context: Evaluating, networks: Mapping[str, Callable[[Tensor], Tensor
         says=f"step {{step}}, {figures['student']['images']} images of the test set",
         scalars=scalars,
         document=document_of(rows, names) if first else None,
-        pictures=confusions_of(rows, names) if first else {},
+        pictures=confusions_of(rows, names, context.step) if first else {},
     )
 
 
@@ -270,8 +272,12 @@ def document_of(rows: Mapping[str, Scores], names: Sequence[str]) -> dict[str, A
     return {"networks": networks}
 
 
-def confusions_of(rows: Mapping[str, Scores], names: Sequence[str]) -> dict[str, Any]:
+def confusions_of(
+    rows: Mapping[str, Scores], names: Sequence[str], step: int
+) -> dict[str, np.ndarray]:
     """What was taken for what, a picture of each network."""
-    return {
-        f"confusion-{name}": confusion_picture(row.confusion, names) for name, row in rows.items()
-    }
+    pictures = {}
+    for name, row in rows.items():
+        title = f"{name}, step {step}: {row.top1:.1f} % of {row.images:,} test images right"
+        pictures[f"confusion-{name}"] = confusion_picture(row.confusion, names, title=title)
+    return pictures

@@ -212,6 +212,7 @@ class Pretraining:
                 std=recipe.data.std,
                 norm_pix_loss=pixel.norm_pix_loss,
                 pixel_norm=pixel.norm,
+                title=f"Reconstruction of hidden patches, step {context.step}",
             )
 
     def hints(self, ended: Ended) -> list[tuple[str, str]]:

@@ -63,6 +63,7 @@ class Encoder(Classifier):
     std: tuple[float, ...]
     image_size: tuple[int, int]  # (height, width) in pixels
     transform: ToInput
+    about: str  # which network it is, and where it was read
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,7 @@ def dressed(model: Encoder, source: NetworkWeights, size: tuple[int, int]) -> No
     mean, std = statistics_of(source, model.in_chans)
     model.mean, model.std, model.image_size = mean, std, size
     model.transform = ToInput(size, mean, std)
+    model.about = source.about
     # where timm looks for them: timm.data.resolve_model_data_config(model)
     model.pretrained_cfg = {"input_size": (model.in_chans, *size), "mean": mean, "std": std}
 
