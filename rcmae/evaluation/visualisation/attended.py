@@ -13,7 +13,7 @@ from rcmae.evaluation.attention import Fusion, attention_maps, class_attention, 
 from rcmae.evaluation.images import load_images
 from rcmae.evaluation.pictures import Tile, heat, sheet, to_uint8
 from rcmae.evaluation.visualisation.sources import Images, Pictures, named
-from rcmae.weights.classifiers import load_classifier
+from rcmae.weights.classifiers import WholeClassifier, load_classifier
 from rcmae.weights.encoder import Encoder, load_encoder, pixels_of
 
 ACROSS = 4  # pictures side by side
@@ -42,9 +42,11 @@ def attention(
     photographs = to_uint8(shown.pixels, *statistics)
     maps = attention_maps(model, shown.pixels)  # [depth, B, heads, N, N]
     of_classes = {}
+    names = model.class_names if isinstance(model, WholeClassifier) else ()
     for label in classes:
         wanted = torch.full((len(shown.names),), label)
-        of_classes[label] = class_attention(model, shown.pixels, wanted)
+        name = names[label] if label < len(names) else str(label)
+        of_classes[name] = class_attention(model, shown.pixels, wanted)
     rows = []
     for image, name in enumerate(shown.names):
         tiles = [Tile(name, photographs[image])]
@@ -65,7 +67,7 @@ def attention(
 
 
 def _maps_of(
-    model: Encoder, maps: Tensor, discard: float, weighted: dict[int, Tensor]
+    model: Encoder, maps: Tensor, discard: float, weighted: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Caption and weight of each patch [L], for each map of an image.
 
