@@ -71,6 +71,8 @@ def test_a_guess_of_heads_is_told_and_an_answer_is_not(tmp_path: Path) -> None:
         {"args": argparse.Namespace(model="mae_vit_tiny_patch16", mask_ratio=0.6)},
         {"args": {"model": "vit_tiny_patch16_224"}},
         {"arch": "vit_tiny_patch16_224"},
+        {"hyper_parameters": {"num_heads": "3"}},
+        {"config": argparse.Namespace(num_heads=3)},
     ],
 )
 def test_args_in_the_file_say_the_architecture(args: dict[str, Any], tmp_path: Path) -> None:
@@ -78,6 +80,14 @@ def test_args_in_the_file_say_the_architecture(args: dict[str, Any], tmp_path: P
     model, said = told(tmp_path / "w.pth")
     assert model.blocks[0].attn.num_heads == 3
     assert not said
+
+
+def test_heads_that_do_not_divide_the_width_are_named(tmp_path: Path) -> None:
+    torch.save({"model": vit().state_dict(), "args": {"num_heads": 5}}, tmp_path / "w.pth")
+    with pytest.raises(Refused, match="num_heads=5, by what lies beside the weights, does not"):
+        rcmae.load_encoder(tmp_path / "w.pth")
+    with pytest.raises(Refused, match="num_heads=7, as asked for, does not divide"):
+        rcmae.load_encoder(tmp_path / "w.pth", num_heads=7)
 
 
 def hugging_face(folder: Path, processor: dict[str, Any] | None = None, **config: Any) -> Path:
@@ -192,6 +202,27 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
             **{f"module.momentum_encoder.{name}": value for name, value in state.items()},
         }
     },
+    "averages beside weights, under other names": lambda state: {
+        "model": {name: value + 1 for name, value in state.items()},
+        "ema_model": {"decay": 0.99, "shadow": {f"module.{n}": v for n, v in state.items()}},
+    },
+    "an average of a callback": lambda state: {
+        "state_dict": {f"model.{name}": value + 1 for name, value in state.items()},
+        "callbacks": {"EMA": {"state": {f"model.{name}": v for name, v in state.items()}}},
+    },
+    "a target encoder": lambda state: {
+        "encoder": {name: value + 1 for name, value in state.items()},
+        "target_encoder": {f"module.{name}": value for name, value in state.items()},
+        "predictor": {"blocks.0.norm1.weight": torch.ones(3)},
+    },
+    "torch's AveragedModel": lambda state: {
+        **{f"module.{name}": value for name, value in state.items()},
+        "n_averaged": torch.tensor(3),
+    },
+    "a model's vit": lambda state: {
+        "state_dict": {f"model.vit.{name}": value for name, value in state.items()}
+    },
+    "deep": lambda state: {"checkpoint": {"model": {"state_dict": state}}},
 }
 
 
@@ -211,6 +242,16 @@ def test_which_of_two_networks_was_taken_is_told(tmp_path: Path) -> None:
     model, said = told(tmp_path / "w.pth", num_heads=3, network="student")
     assert not said
     assert torch.equal(model.cls_token, vit().cls_token + 1)
+
+
+def test_networks_that_differ_are_not_chosen_by_chance(tmp_path: Path) -> None:
+    state = dict(vit().state_dict())
+    other = {name: value + 1 for name, value in state.items()}
+    torch.save({"model": state, "state_dict": other}, tmp_path / "w.pth")
+    with pytest.raises(Refused, match="has several networks: model, state_dict; save one of them"):
+        rcmae.load_encoder(tmp_path / "w.pth", num_heads=3)
+    torch.save({"model": state, "model_without_ddp": state}, tmp_path / "w.pth")
+    rcmae.load_encoder(tmp_path / "w.pth", num_heads=3)
 
 
 def test_names_under_an_unknown_wrapper_are_refused_with_it(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ _TIMM_SHAPES = {  # of timm's model_args: what shapes tell, or what moves no fea
     *("class_token", "global_pool", "fc_norm", "qkv_bias", "drop_rate", "drop_path_rate"),
     *("dynamic_img_size", "weight_init", "num_heads", "pos_drop_rate", "proj_drop_rate"),
 }
+SETTINGS = ("args", "hyper_parameters", "hparams", "config")  # keys of a file for its settings
 _LARGEST_EPS = 1e-5  # of norms: below, no output shows which it is
 
 
@@ -115,17 +116,23 @@ def _tree(path: Path) -> dict[str, Any]:
 
 
 def _of_args(about: Mapping[str, Any]) -> Beside:
-    """What `args` in the file says: the architecture's name, or the number of heads."""
-    args = about.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    args = args if isinstance(args, Mapping) else {}
+    """What settings in the file say: the architecture's name, or the number of heads."""
+    args: dict[str, Any] = {}
+    where = "args"
+    for key in SETTINGS:
+        given = about.get(key)
+        given = vars(given) if isinstance(given, argparse.Namespace) else given
+        if isinstance(given, Mapping):
+            args, where = dict(given), key
+            break
     name = about.get("arch", args.get("model", args.get("arch")))
     sizes = _of_name(str(name))
     for key in ("num_heads", "decoder_heads"):
-        if type(args.get(key)) is int and args[key] > 0:
-            sizes[key] = args[key]
+        text = str(args.get(key))  # shells and some writers make text of it
+        if text.isdecimal() and 0 < int(text) < 10_000:
+            sizes[key] = int(text)
     pretraining = {key: args[key] for key in ("mask_ratio", "norm_pix_loss") if key in args}
-    return Beside(sizes=sizes, pretraining=pretraining, files=("args",) if sizes else ())
+    return Beside(sizes=sizes, pretraining=pretraining, files=(where,) if sizes else ())
 
 
 def _of_name(name: str) -> dict[str, Any]:

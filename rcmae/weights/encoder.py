@@ -348,7 +348,13 @@ def chosen_heads(source: NetworkWeights, width: int, asked: int | None) -> int:
             stacklevel=4,
         )
         return guessed
-    if heads is None or width % heads:
+    if heads is not None and width % heads:
+        by = "as asked for" if asked else "by what lies beside the weights"
+        raise Refused(
+            f"{source.about}: num_heads={heads}, {by}, does not divide its width of {width}; give "
+            "num_heads"
+        )
+    if heads is None:
         raise Refused(
             f"{source.about}: its width of {width} does not tell the number of heads; give "
             "num_heads"

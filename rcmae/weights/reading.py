@@ -26,7 +26,7 @@ from rcmae.checkpoint import Manifest, find_checkpoint, whole_tensors
 from rcmae.data.sources import redacted, without_secrets
 from rcmae.errors import Refused
 from rcmae.files import json_lines
-from rcmae.weights.beside import Beside, beside
+from rcmae.weights.beside import SETTINGS, Beside, beside
 from rcmae.weights.layouts import KIND, Which
 from rcmae.weights.names import published_names
 from rcmae.weights.shapes import shape_problems, sizes_of
@@ -376,7 +376,7 @@ def _read_torch(path: Path) -> _Contents:
         layout = "timm"
     elif "module" in document and "ds_version" in document:
         layout = "deepspeed"
-    about = {key: document[key] for key in ("epoch", "args", "arch") if key in document}
+    about = {key: document[key] for key in ("epoch", "arch", *SETTINGS) if key in document}
     return _contents_of(path, document, layout, about)
 
 
