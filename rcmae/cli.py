@@ -28,6 +28,7 @@ COMMANDS = {
     "finetune": Command("training:finetune", "fine-tune a pretrained encoder on labelled shards"),
     "probe": Command("training:probe", "train a linear head on a frozen encoder"),
     "detect": Command("training:detect", "train and judge a detector of boxes and masks"),
+    "segment": Command("training:segment", "train and judge a segmenter: a class for each pixel"),
     "follow": Command("follow", "evaluate each checkpoint of a run, from beside it"),
     "plan": Command("plan", "whether a run fits, divides, and how long it takes, before the queue"),
     "doctor": Command("doctor", "whether what a run needs is on this node, or these, and sound"),

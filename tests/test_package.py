@@ -40,6 +40,7 @@ ROWS = (
 )
 HOMES = {"finetune": "train", "probe": "train", "follow": "train", "starting": "train"}
 HOMES |= {"detect": "train"}
+HOMES |= {"segment": "train"}
 HOMES |= {"cli": "commands", "__main__": "commands"}
 DEPTH = {package: depth for depth, row in enumerate(ROWS) for package in row}
 UPWARD: set[str] = set()  # what is still to be turned round

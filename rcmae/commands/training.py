@@ -1,5 +1,5 @@
-"""`rcmae train`, `finetune`, `probe` and `detect`: their arguments, and a recipe that is wrong
-refused before torch is imported.
+"""`rcmae train` and its relatives: their arguments, and a recipe that is wrong refused before torch
+is imported.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ ABOUT = {
     "finetune": "Fine-tune a pretrained encoder on labelled shards, by a recipe.",
     "probe": "Train a linear head on a frozen encoder, by a recipe.",
     "detect": "Train a detector of boxes and masks on annotated shards, and judge it, by a recipe.",
+    "segment": "Train a segmenter, a class for each pixel, on shards with maps, by a recipe.",
 }
 HELP = """{about}
 
@@ -53,6 +54,11 @@ def detect(arguments: Sequence[str] | None = None) -> int:
     return _run("detect", "detect", arguments)
 
 
+def segment(arguments: Sequence[str] | None = None) -> int:
+    """Train a segmenter; the exit status of this rank."""
+    return _run("segment", "segment", arguments)
+
+
 def _run(name: str, task: str, arguments: Sequence[str] | None) -> int:
     from rcmae.train import main as run  # it imports what is heavy once the recipe is right
 
@@ -61,7 +67,7 @@ def _run(name: str, task: str, arguments: Sequence[str] | None) -> int:
 
 def shipped(name: str) -> str:
     """The shipped recipes of a command, by their names."""
-    tasks = ("finetune", "probe", "detect")
+    tasks = ("finetune", "probe", "detect", "segment")
     names = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
     if name in tasks:
         mine = [each for each in names if each.startswith(name)]

@@ -50,6 +50,7 @@ from rcmae.config.sections import (
     TeacherOptions,
     WeightedShards,
 )
+from rcmae.config.segment import SegmentOptions
 from rcmae.config.statistics import first_batch_doubts, statistics_doubts
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "RunOptions",
     "ScheduleOptions",
     "Section",
+    "SegmentOptions",
     "TaskOptions",
     "TeacherOptions",
     "WeightedShards",

@@ -7,6 +7,7 @@ import math
 from rcmae.config.objective import CLASSIFYING, Reads
 from rcmae.config.recipe import Recipe, known_keys
 from rcmae.config.sections import ScheduleOptions
+from rcmae.config.segmenting import segmenting_problems
 from rcmae.config.statistics import statistics_problems
 from rcmae.errors import did_you_mean
 
@@ -18,6 +19,8 @@ def contradictions(recipe: Recipe) -> list[str]:
     problems += _data_problems(recipe)
     if recipe.task.name in CLASSIFYING:
         problems += _classifying_problems(recipe)
+    elif recipe.task.name == "segment":
+        problems += segmenting_problems(recipe)
     elif recipe.task.name == "detect":
         problems += _detecting_problems(recipe)
     elif recipe.task.name == "pretrain" and knn_lacks_sets(recipe):

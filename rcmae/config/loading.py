@@ -84,6 +84,7 @@ def load(
     if any(item.startswith("task.name=") for item in overrides):
         drop_objective(tree, overrides)
     problems += name_task(tree, task)
+    problems += crop_as_image_size(tree)
     name_run(tree, path.stem)
     recipe, more = _parse(tree, objectives or shipped())
     problems += more
@@ -146,8 +147,24 @@ def name_task(tree: dict[str, Any], task: str | None) -> list[str]:
     return [f"task.name={name} is trained by `rcmae {right}`, not by `rcmae {wrong}`"]
 
 
+def crop_as_image_size(tree: dict[str, Any]) -> list[str]:
+    """Let `segment.crop`, where it is given, be the size of the model's images; what stands
+    against it.
+    """
+    segment, model = tree.get("segment", {}), tree.setdefault("model", {})
+    if not isinstance(segment, dict) or not isinstance(model, dict) or not segment.get("crop"):
+        return []  # not given, or refused by its type
+    crop = segment["crop"]
+    if model.setdefault("image_size", crop) != crop:
+        return [
+            f"segment.crop={crop} is the size of the network's images, and "
+            f"model.image_size={model['image_size']} is another; leave one of them out"
+        ]
+    return []
+
+
 # tasks that are shipped -> the command that trains each
-COMMANDS = {"pretrain": "train", "finetune": "finetune", "probe": "probe", "detect": "detect"}
+COMMANDS = {"pretrain": "train"} | {name: name for name in OWN_LOSS}
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:

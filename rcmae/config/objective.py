@@ -21,7 +21,7 @@ from rcmae.errors import Refused, did_you_mean
 
 CLASSIFYING = ("finetune", "probe")  # tasks that do
 # shipped tasks that bring an objective of their own, of the same name
-OWN_LOSS = (*CLASSIFYING, "detect")
+OWN_LOSS = (*CLASSIFYING, "detect", "segment")
 TASKS_OWN = "task"  # objective.name of a task from outside: it brings its own
 
 

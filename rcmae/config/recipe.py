@@ -36,6 +36,7 @@ from rcmae.config.sections import (
     TaskOptions,
     TeacherOptions,
 )
+from rcmae.config.segment import SegmentOptions
 
 
 class Recipe(Section):
@@ -56,6 +57,7 @@ class Recipe(Section):
     evaluate: EvaluateOptions = Field(default_factory=EvaluateOptions)
     classify: ClassifyOptions = Field(default_factory=ClassifyOptions)
     detect: DetectOptions = Field(default_factory=DetectOptions)
+    segment: SegmentOptions = Field(default_factory=SegmentOptions)
     log: LogOptions = Field(default_factory=LogOptions)
     run: RunOptions = Field(default_factory=RunOptions)
 

@@ -40,7 +40,9 @@ class TaskOptions(Section):
     """What is trained and how it is judged."""
 
     name: str = "pretrain"
-    """pretrain, finetune, probe, detect, or MODULE:NAME; the command that a user starts sets it."""
+    """pretrain, finetune, probe, detect, segment, or MODULE:NAME; the command that a user starts
+    sets it.
+    """
     options: dict[str, Any] = Field(default_factory=dict)
     """Of a task from outside, as it has them."""
 

@@ -31,7 +31,7 @@ from rcmae.engines.updates import (
     updates_of,
     verdict,
 )
-from rcmae.models.protocol import blocks_of
+from rcmae.models.protocol import blocks_of, other_units
 
 
 class FSDP2Engine:
@@ -142,8 +142,8 @@ class FSDP2Engine:
 def _shard(
     model: nn.Module, mesh: torch.distributed.DeviceMesh, policy: MixedPrecisionPolicy
 ) -> FSDPModule:
-    for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    for part in (*blocks_of(model), *other_units(model)):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     # the root keeps its parameters gathered after a forward by default: a teacher, which never runs
     # backward, would then compute with old weights for good
     return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

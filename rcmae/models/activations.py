@@ -20,6 +20,7 @@ from rcmae.models.vit import MaskedAutoencoder
 
 if TYPE_CHECKING:  # it imports timm, which costs seconds: for who classifies
     from rcmae.models.classifier import Classifier
+    from rcmae.models.segmentation.backbone import Backbone
 
 FP32 = 4  # bytes of a number
 LOG_SUMS = 4  # bytes: fused attention keeps one fp32 number a query and head
@@ -82,7 +83,7 @@ def activations(
 
 
 def classifier_activations(
-    model: Classifier, sizes: NetworkSizes, *, computing: Computing
+    model: Classifier | Backbone, sizes: NetworkSizes, *, computing: Computing
 ) -> list[Part]:
     """The parts of a classifier in the order of the forward pass, its head with the loss last.
 

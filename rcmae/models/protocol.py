@@ -67,6 +67,14 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def other_units(model: nn.Module) -> list[nn.Module]:
+    """What of a `Trainable` is sharded as one beside its blocks: large heads, each called as a
+    module. It may have `other_units`; most have none.
+    """
+    network: Any = model
+    return network.other_units() if hasattr(network, "other_units") else []
+
+
 def running_buffers(model: nn.Module) -> list[str]:
     """Names of the buffers that training changes: statistics that run along (batch norm's), the
     same on every rank. All other buffers are tables, which nothing changes.

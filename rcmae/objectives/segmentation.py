@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmae.data.batch import Batch
+from rcmae.data.dense.crops import MAPS
 from rcmae.data.dense.maps import NONE
 from rcmae.models.segmentation.heads import resized
 from rcmae.models.segmentation.segmenter import Keep, drawn
 from rcmae.objectives.terms import widen
 
-MAPS = "maps"  # in Batch.extra: [B, H, W] uint8, NONE where there is no label
-EXTENTS = "extents"  # [B, 2] int64: rows and columns that are image; the rest is padding
 TERMS = ("segmentation", "auxiliary")  # of the head, of the one beside it
 
 

@@ -14,6 +14,7 @@ TASKS = {
     "finetune": "rcmae.tasks.finetune:Finetuning",
     "probe": "rcmae.tasks.probe:LinearProbe",
     "detect": "rcmae.tasks.detect:Detection",
+    "segment": "rcmae.tasks.segment:Segmentation",
 }
 
 

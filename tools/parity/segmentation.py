@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rcmae.data.batch import Batch
+from rcmae.data.dense.crops import MAPS
 from rcmae.data.dense.maps import NONE
 from rcmae.engines.optim import param_groups, set_rates
 from rcmae.engines.schedules import Shape, Warmup, learning_rate
@@ -22,7 +23,7 @@ from rcmae.models.segmentation.fitting import fit_encoder
 from rcmae.models.segmentation.heads import resized
 from rcmae.models.segmentation.segmenter import Heads, Keep, Segmenter
 from rcmae.models.sizes import NetworkSizes
-from rcmae.objectives.segmentation import MAPS, SegmentationLoss, pixel_loss
+from rcmae.objectives.segmentation import SegmentationLoss, pixel_loss
 
 from .fixture import EXACT, PRECISIONS, Fixture, Limit, Unusable
 from .networks import gradients, image_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from rcmae.data.dense.maps import NONE
 
 WORST = 20  # confusions that are listed
+CLASSES_SHOWN = 30  # of a table for people; more are in the document alone
 
 
 def confusion(labels: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
@@ -76,11 +77,11 @@ class Areas:
         return float(self.shared.sum().double() / self.labelled.sum().double())
 
     def figures(self) -> dict[str, float]:
-        """The three, as parts of 1."""
+        """The three, in %."""
         return {
-            "miou": self.mean_iou,
-            "macc": self.mean_accuracy,
-            "aacc": self.pixel_accuracy,
+            "miou": 100.0 * self.mean_iou,
+            "macc": 100.0 * self.mean_accuracy,
+            "aacc": 100.0 * self.pixel_accuracy,
         }
 
 
@@ -129,3 +130,21 @@ def worst_confusions(matrix: Tensor, names: Sequence[str]) -> list[dict[str, Any
 
 def _or_none(value: float) -> float | None:
     return None if value != value else value
+
+
+def scores_table(rows: Mapping[str, Areas], names: Sequence[str]) -> str:
+    """Means of each network, then a line a class, in %, as text."""
+    width = max(map(len, [*rows, *names]), default=0)
+    lines = [f"{'':<{width}}   mIoU   mAcc   aAcc"]
+    for name, areas in rows.items():
+        figures = areas.figures().values()
+        lines.append(f"{name:<{width}} {''.join(f'{value:7.2f}' for value in figures)}")
+    first = next(iter(rows.values()))
+    if len(names) <= CLASSES_SHOWN:
+        lines.append(f"{'':<{width}}    IoU    Acc  share")
+        total = max(int(first.labelled.sum()), 1)
+        for index, name in enumerate(names):
+            share = int(first.labelled[index]) / total
+            values = (float(first.iou[index]), float(first.accuracy[index]), share)
+            lines.append(f"{name:<{width}} {''.join(f'{100 * value:7.2f}' for value in values)}")
+    return "\n".join(lines)

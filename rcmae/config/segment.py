@@ -1,0 +1,68 @@
+"""The section `segment` of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rcmae.config.sections import Place, Positive, Section
+
+Scale = Annotated[float, Field(gt=0)]
+
+
+class SegmentOptions(Section):
+    """What rcmae.segment trains; nothing else reads it. Evaluation is on evaluate.test_shards."""
+
+    init: Place | None = None
+    """A run's or a checkpoint's folder, or a file of weights; None: weights of run.seed."""
+    network: Literal["student", "teacher"] | None = None
+    """Whose weights; None: the teacher's where there is one."""
+    num_classes: Positive | None = None
+    """None: as many as class_names has, or classes.txt beside data.shards."""
+    class_names: Place | None = None
+    """A text file, a name a line, for tables and pictures; None: classes.txt beside data.shards."""
+    map_zero: Literal["class", "none"] = "class"
+    """none: zero in a map means that there is no label, and n is class n - 1."""
+    crop: Positive | tuple[Positive, Positive] | None = None
+    """Pixels of a training image and of an evaluation's window, one side or (height, width); None:
+    model.image_size.
+    """
+    levels: list[int] | None = None
+    """Blocks, from 0, whose outputs make the pyramid: four. None: 3, 5, 7, 11 of 12, and alike."""
+    head: Literal["uper", "linear"] = "uper"
+    """uper: UPerNet on a pyramid. linear: one layer on the last block's normed tokens."""
+    width: Positive | None = None
+    """Channels of UPerNet; None: the encoder's."""
+    aux_weight: Annotated[float, Field(ge=0)] = 0.4
+    """Of the loss of the head beside UPerNet; 0: there is none."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of whole channels, before each head's last layer."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """At the last block; grows from 0 at the first."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Lr of a layer over that of the one above it."""
+    relative_positions: bool = True
+    """A learnt bias for each relative position, in each block."""
+    layer_scale: bool = True
+    """A learnt factor for each channel of a block's branches, 1 at the start."""
+    frozen: bool = False
+    """The encoder stays as it is: a dense probe. With head=linear."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Of the limits that an image is resized to: four times the crop, and the crop."""
+    max_class_share: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Of a crop's labelled pixels, that no class may reach; ten tries. 1: any crop."""
+    distort: bool = True
+    """Brightness, contrast, saturation and hue of the crops."""
+    resize: Literal["bilinear", "antialias"] = "bilinear"
+    """How images become smaller; bilinear is published."""
+    mean_over: Literal["pixels", "labelled"] = "pixels"
+    """pixels: those without a label count in the loss's mean, as published."""
+    average: bool = False
+    """Keep a moving average of the network by the section teacher, and evaluate it too."""
+    test_stride: Annotated[float, Field(gt=0, le=1)] = 2 / 3
+    """Of an evaluation's windows, as a part of the crop."""
+    test_scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
+    """Sizes that a picture is judged at; probabilities are averaged."""
+    test_flip: bool = False
+    """Judge the mirror image, too."""

@@ -1,0 +1,272 @@
+"""Semantic segmentation: UPerNet on an encoder that is trained, or a linear head, also on one that
+is frozen and runs beside the engine (a dense probe).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rcmae import dist
+from rcmae.config import Recipe, Resolved, Section
+from rcmae.data.batch import Batch
+from rcmae.data.dense.crops import EXTENTS, without_padding
+from rcmae.data.masking import Mask, NoMask
+from rcmae.data.members.protocol import Members
+from rcmae.data.transforms import Transform
+from rcmae.data.views import train_transform
+from rcmae.engines.protocol import DTYPES
+from rcmae.engines.updates import cast_params
+from rcmae.errors import Refused
+from rcmae.evaluation.dense.drawing import segments_picture
+from rcmae.evaluation.dense.judging import Prepare, judge
+from rcmae.evaluation.dense.judging import Score as Network
+from rcmae.evaluation.dense.scores import Areas, classes_table, scores_table, worst_confusions
+from rcmae.evaluation.features import evaluating
+from rcmae.models.activations import Computing
+from rcmae.models.build import student_sizes
+from rcmae.models.cost import StepCost
+from rcmae.models.segmentation.backbone import Backbone
+from rcmae.models.segmentation.cost import dense_probe_cost, segmenter_cost
+from rcmae.models.segmentation.segmenter import DenseProbe
+from rcmae.objectives import Objective
+from rcmae.objectives.segmentation import SegmentationLoss
+from rcmae.tasks.protocol import (
+    Data,
+    Ended,
+    Evaluated,
+    Evaluating,
+    EvaluationSet,
+    Judgement,
+    Optimizing,
+    Saved,
+    Score,
+)
+from rcmae.tasks.segmenting import (
+    USUAL_CLASSES,
+    Found,
+    crops_of,
+    heads_of,
+    judge_segmentation,
+    labels_of,
+    look_at_classes,
+    meta_segmenter,
+    named,
+    names_in,
+    new_segmenter,
+    sight_of,
+    start_weights,
+)
+
+PICTURES = 4  # of the test set that an evaluation draws
+
+
+class Segmentation:
+    """The task of `rcmae segment`. A probe's `network` keeps the encoder for `objective`."""
+
+    name = "segment"
+    module = "rcmae.segment"
+    options: type[Section] | None = None
+    frozen: tuple[str, ...] = ("segment",)
+    reports: tuple[str, ...] = (
+        "segment.class_names",
+        "segment.test_stride",
+        "segment.test_scales",
+        "segment.test_flip",
+    )
+    metrics: Mapping[str, str] = MappingProxyType({"miou": "mIoU"})
+
+    def __init__(self) -> None:
+        self.encoder: Backbone | None = None  # of a probe: frozen, no part of what is trained
+
+    def look(self, recipe: Recipe, saved: Saved | None) -> Found:
+        """Class names, and the shapes of the weights that a new run starts from."""
+        return look_at_classes(recipe, saved)
+
+    def judge(
+        self, recipe: Recipe, found: Found | None, data: Data, saved: Saved | None, world: int
+    ) -> Judgement:
+        """Classes, levels and weights that do not fit; fills in the number of classes."""
+        return judge_segmentation(recipe, found, data)
+
+    def evaluation_sets(self, recipe: Recipe) -> Sequence[EvaluationSet]:
+        """The test set."""
+        if not recipe.evaluate.every_steps:
+            return []
+        shards = recipe.evaluate.test_shards
+        return [EvaluationSet("evaluate.test_shards", shards, labelled=False, needs=("map",))]
+
+    def mask(self, recipe: Recipe) -> Mask:
+        """The network sees every patch. Raises Refused for sizes that do not fit together."""
+        student_sizes(recipe.model)
+        return NoMask()
+
+    def transform(self, recipe: Recipe) -> Transform:
+        """Of images without maps, which there are none of. Raises Refused."""
+        return train_transform(recipe)
+
+    def members(self, recipe: Recipe) -> Members | None:
+        """Image and map, cut together."""
+        return crops_of(recipe)
+
+    def network(self, recipe: Recipe, found: Found | None, saved: Saved | None) -> nn.Module:
+        """The segmenter, or a probe's head; a new run's encoder has the weights of segment.init.
+        Collective.
+        """
+        num_classes = recipe.segment.num_classes or 0
+        model = new_segmenter(recipe, num_classes)
+        if saved is None or recipe.segment.frozen:  # else the weights are in the checkpoint
+            start_weights(model, recipe)
+        if not recipe.segment.frozen:
+            return model
+        encoder = model.backbone.to(dist.device()).eval().requires_grad_(False)
+        cast_params(encoder, DTYPES[recipe.engine.precision])
+        self.encoder = encoder
+        return DenseProbe(encoder.sizes.embed_dim, heads_of(recipe, num_classes))
+
+    def objective(self, recipe: Recipe, sizes: Resolved) -> Objective:
+        """Cross-entropy of each labelled pixel."""
+        options = recipe.segment
+        return SegmentationLoss(
+            auxiliary=options.aux_weight if options.head == "uper" else 0.0,
+            mean_over=options.mean_over,
+            seed=recipe.run.seed,
+            keeps_average=options.average,
+            encoder=self.encoder,
+        )
+
+    def teacher(self, student: nn.Module, objective: Objective) -> nn.Module | None:
+        """The average of the whole network, where the recipe has one."""
+        return copy.deepcopy(student) if objective.needs_teacher else None
+
+    def optimizing(self, recipe: Recipe) -> Optimizing:
+        """AdamW, with a learning rate that falls from layer to layer."""
+        return Optimizing("adamw", recipe.segment.layer_decay)
+
+    def cost(self, recipe: Recipe, *, fused_attention: bool = True) -> StepCost:
+        """Forward and backward of the network; of a probe the encoder's forward."""
+        engine, options = recipe.engine, recipe.segment
+        num_classes = options.num_classes or USUAL_CLASSES
+        sizes = student_sizes(recipe.model)
+        if options.frozen:
+            with torch.device("meta"):
+                head = DenseProbe(sizes.embed_dim, heads_of(recipe, num_classes))
+            return dense_probe_cost(head, sizes, num_classes, precision=engine.precision)
+        computing = Computing(engine.precision, engine.activation_checkpointing, fused_attention)
+        model = meta_segmenter(recipe, num_classes)
+        return segmenter_cost(model, num_classes, averaged=options.average, computing=computing)
+
+    def pair(self, recipe: Recipe, micros: list[Batch]) -> list[Batch]:
+        """The same batches: no image needs another."""
+        return micros
+
+    def ready(
+        self, recipe: Recipe, batch: Batch, normalise: Callable[[Batch], Batch], step: int
+    ) -> Batch:
+        """The batch with its padding 0, the mean's grey."""
+        assert batch.extra is not None
+        extents = batch.extra[EXTENTS]
+        assert isinstance(extents, Tensor)
+        return replace(batch, images=without_padding(batch.images, extents))
+
+    def evaluate(self, context: Evaluating) -> Evaluated:
+        """mIoU and accuracies on the test set, of the network and of its average."""
+        networks: dict[str, Network] = {"student": self._score(context.student)}
+        if context.teacher is not None:
+            networks["average"] = self._score(context.teacher)
+        return judged(context, networks)
+
+    def _score(self, network: nn.Module) -> Network:
+        """Normalised images to logits."""
+        encoder = self.encoder
+
+        def score(images: Tensor) -> Tensor:
+            logits: Tensor = network(images if encoder is None else encoder(images))[0]
+            return logits
+
+        return score
+
+    def picture(self, context: Evaluating, batch: Batch) -> np.ndarray | None:
+        """Nothing: pictures come with each evaluation."""
+        return None
+
+    def hints(self, ended: Ended) -> list[tuple[str, str]]:
+        """Nothing beside the curves."""
+        return []
+
+
+def judged(context: Evaluating, networks: Mapping[str, Network]) -> Evaluated:
+    """How good networks are on the test set. Collective: every rank calls."""
+    recipe = context.recipe
+    num_classes = recipe.segment.num_classes
+    assert num_classes is not None
+    sight = sight_of(recipe)
+    prepare = Prepare(sight, labels_of(recipe), recipe.model.in_channels, recipe.data.max_pixels)
+    matrices: dict[str, Tensor] = {}
+    drawn: dict[str, np.ndarray] = {}
+    names = named(class_names(recipe) if dist.rank() == 0 else (), num_classes)
+    with evaluating(context.student, context.teacher):
+        for network, score in networks.items():
+            matrices[network], shown = judge(
+                score,
+                context.whole(0, prepare, kinds=("map",)),
+                sight,
+                num_classes=num_classes,
+                batch=recipe.evaluate.batch,
+                normalise=context.normalise.images,
+                device=context.device,
+                show=PICTURES,
+            )
+            if shown:
+                suffix = "" if network == "student" else f"-{network}"
+                drawn[f"segments{suffix}"] = segments_picture(shown, num_classes, names)
+    areas = {name: Areas.of(matrix) for name, matrix in matrices.items()}
+    figures = {name: each.figures() for name, each in areas.items()}
+    pixels = int(areas["student"].labelled.sum())
+    return Evaluated(
+        event={"segmentation": finite(figures)},
+        table=scores_table(areas, names),
+        caption=f"of {pixels:,} labelled pixels, in %",
+        says=f"step {{step}}, {pixels:,} labelled pixels of the test set",
+        scalars={f"segmentation_{name}": row for name, row in figures.items()},
+        best={name: Score("miou", row["miou"]) for name, row in figures.items()},
+        document={"networks": documents(matrices, figures, names)},
+        pictures=drawn,
+    )
+
+
+def documents(
+    matrices: Mapping[str, Tensor], figures: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """The table of classes of each network, for JSON."""
+    return {
+        name: {
+            **finite(figures)[name],
+            "classes": classes_table(matrix, names),
+            "confused": worst_confusions(matrix, names),
+        }
+        for name, matrix in matrices.items()
+    }
+
+
+def finite(figures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """The figures, None for what is no number: JSON has none."""
+    return {
+        name: {key: value if value == value else None for key, value in row.items()}
+        for name, row in figures.items()
+    }
+
+
+def class_names(recipe: Recipe) -> tuple[str, ...]:
+    """Names for tables; a file that is gone meanwhile costs the names, and not the evaluation."""
+    try:
+        return names_in(recipe.segment.class_names)
+    except Refused:
+        return ()

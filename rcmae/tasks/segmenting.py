@@ -1,0 +1,271 @@
+"""What a segmentation asks before it starts: classes, weights to start from, sizes that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rcmae.config import Recipe
+from rcmae.data.dense.crops import Augment, Crops, Labels
+from rcmae.data.dense.maps import MAX_CLASSES
+from rcmae.data.sets import ClassList, lines_of, unlike
+from rcmae.errors import Refused
+from rcmae.evaluation.dense.judging import Sight
+from rcmae.models import kernels
+from rcmae.models.build import student_sizes
+from rcmae.models.fitting import Fit
+from rcmae.models.segmentation.backbone import Form, usual_levels
+from rcmae.models.segmentation.fitting import fit_encoder
+from rcmae.models.segmentation.segmenter import Heads, Segmenter
+from rcmae.tasks import start
+from rcmae.tasks.classify import same_source
+from rcmae.tasks.protocol import Data, Judgement, Saved
+from rcmae.weights.reading import NetworkWeights
+from rcmae.weights.starting import function_problems, start_notes
+
+USUAL_CLASSES = 150  # for a plan made before the classes are known: ADE20K's
+LEVELS = 4  # of the pyramid
+
+
+class Found(NamedTuple):
+    """What rank 0 read for a segmentation."""
+
+    init: str | None  # where its weights are, for good: a checkpoint, not the run it is of
+    weights: NetworkWeights | None  # their shapes
+    class_names: tuple[str, ...]
+
+
+def look_at_classes(recipe: Recipe, saved: Saved | None) -> Found:
+    """The names of the classes, and the weights to start from. One process.
+
+    Raises:
+        Refused: they cannot be read.
+    """
+    options = recipe.segment
+    init = options.init
+    if saved is not None and saved.is_own:
+        before = saved.meta["recipe"].get("segment", {}).get("init")
+        init = before if init is None or same_source(init, before) else init
+    elif init is not None:
+        init = str(start.newest_of(Path(init)))
+    weights = None
+    if init is not None and (options.frozen or saved is None):
+        weights = start.look_at("segment.init", init, options.network, first="teacher")
+    return Found(init, weights, names_in(options.class_names))
+
+
+def names_in(path: str | None) -> tuple[str, ...]:
+    """A name a line. Raises Refused."""
+    if path is None:
+        return ()
+    try:
+        return lines_of(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"segment.class_names={path}: {error}") from error
+
+
+def judge_segmentation(recipe: Recipe, found: Found | None, data: Data) -> Judgement:
+    """What stands against these classes, weights and sizes; fills in what follows."""
+    judgement = Judgement()
+    if found is not None:
+        judgement.values["segment.init"] = found.init
+    num_classes = judge_names(recipe, found, data, judgement)
+    judgement.problems += level_problems(recipe)
+    if num_classes is None or judgement.problems:
+        return judgement
+    judgement.values["segment.num_classes"] = num_classes
+    problems, notes = fit(recipe, found, num_classes)
+    judgement.problems += problems
+    judgement.notes += notes
+    return judgement
+
+
+def judge_names(
+    recipe: Recipe, found: Found | None, data: Data, judgement: Judgement
+) -> int | None:
+    """The number of classes; adds what stands against the names. None: not known."""
+    options = recipe.segment
+    given = found.class_names if found is not None else ()
+    beside = data.classes[:1]
+    if given:
+        mine = ClassList(f"segment.class_names={options.class_names}", given)
+        told = [unlike(mine, each) for each in beside]
+        judgement.problems += [each for each in told if each]
+    elif beside and "://" not in beside[0].where:
+        judgement.values["segment.class_names"] = beside[0].where
+    for tested in (each for lists in data.set_classes for each in lists):
+        for each in beside:
+            if told_of := unlike(each, tested):
+                judgement.problems.append(f"evaluate.test_shards: {told_of}")
+    names = given or (beside[0].names if beside else ())
+    num_classes = options.num_classes or len(names) or None
+    if num_classes is None:
+        judgement.problems.append(
+            "segment.num_classes: give it, or segment.class_names, or put classes.txt, a name a "
+            "line, beside data.shards"
+        )
+    elif names and num_classes != len(names):
+        judgement.problems.append(
+            f"segment.num_classes={num_classes}, but {len(names)} classes are named; leave it out"
+        )
+    elif num_classes > MAX_CLASSES:
+        judgement.problems.append(
+            f"segment.num_classes={num_classes}: at most {MAX_CLASSES} classes are trained"
+        )
+    return num_classes
+
+
+def level_problems(recipe: Recipe) -> list[str]:
+    """Levels that make no pyramid, and a crop too small for one."""
+    try:
+        sizes = student_sizes(recipe.model)
+    except Refused as error:
+        return [f"{error} (model.image_size is segment.crop)"]
+    if recipe.segment.head == "linear":
+        return []
+    problems = []
+    levels = levels_of(recipe)
+    rising = all(one < other for one, other in pairwise(levels))
+    inside = all(0 <= level < sizes.depth for level in levels)
+    if len(levels) != LEVELS or not rising or not inside:
+        problems.append(
+            f"segment.levels={list(levels)}: wants {LEVELS} blocks in ascending order, from 0 to "
+            f"{sizes.depth - 1} of {recipe.model.name}"
+        )
+    if min(sizes.grid) < 2:
+        height, width = sizes.image_size
+        problems.append(
+            f"segment.crop of {height}x{width} has a grid of {sizes.grid[0]}x{sizes.grid[1]} "
+            "patches; the pyramid halves it: use two patches or more a side"
+        )
+    return problems
+
+
+def levels_of(recipe: Recipe) -> tuple[int, ...]:
+    """The blocks whose outputs make the pyramid."""
+    given = recipe.segment.levels
+    return tuple(given) if given is not None else usual_levels(student_sizes(recipe.model).depth)
+
+
+def form_of(recipe: Recipe) -> Form:
+    """The encoder of a recipe, beside its sizes."""
+    options = recipe.segment
+    if options.frozen:
+        return Form((), False, False, recipe.model.qkv_bias)
+    levels = () if options.head == "linear" else levels_of(recipe)
+    return Form(
+        levels,
+        options.relative_positions,
+        options.layer_scale,
+        recipe.model.qkv_bias,
+        options.drop_path,
+    )
+
+
+def heads_of(recipe: Recipe, num_classes: int) -> Heads:
+    """The heads of a recipe."""
+    options = recipe.segment
+    return Heads(
+        num_classes,
+        kind=options.head,
+        width=options.width,
+        auxiliary=options.aux_weight > 0,
+        dropout=options.dropout,
+    )
+
+
+def new_segmenter(recipe: Recipe, num_classes: int) -> Segmenter:
+    """The network of a recipe with the weights of `run.seed`, the same on every rank."""
+    model = Segmenter(
+        student_sizes(recipe.model),
+        form_of(recipe),
+        heads_of(recipe, num_classes),
+        kernels.layer_norm(recipe.engine.layer_norm),
+    )
+    model.draw_weights(torch.Generator().manual_seed(recipe.run.seed))
+    return model
+
+
+def meta_segmenter(recipe: Recipe, num_classes: int) -> Segmenter:
+    """The network of a recipe, without values."""
+    with torch.device("meta"):
+        return Segmenter(
+            student_sizes(recipe.model), form_of(recipe), heads_of(recipe, num_classes)
+        )
+
+
+def fit(recipe: Recipe, found: Found | None, num_classes: int) -> tuple[list[str], list[str]]:
+    """What keeps the weights from fitting the network, by their shapes and what lies beside them;
+    and what is taken of them.
+    """
+    if recipe.segment.frozen and recipe.segment.init is None:
+        return ["segment.frozen: a probe needs an encoder; give segment.init"], []
+    if found is None or found.weights is None:
+        return [], []
+    source = found.weights
+    where = f"segment.init={recipe.segment.init}"
+    try:
+        fitted = fit_encoder(meta_segmenter(recipe, num_classes), source.weights, source.grid)
+    except Refused as error:
+        return [f"{where} with model.name={recipe.model.name}: {error}"], []
+    sizes = student_sizes(recipe.model)
+    problems = [f"{where}: {problem}" for problem in function_problems(source, sizes)]
+    return problems, start_notes(source, sizes, fitted.table().strip(), where)
+
+
+def start_weights(model: Segmenter, recipe: Recipe) -> Fit | None:
+    """Put the weights of `segment.init` into the encoder; None where it names none. Collective.
+
+    Raises:
+        Refused: on every rank; they cannot be read.
+    """
+    init = recipe.segment.init
+    if init is None:
+        return None
+    source = start.read_together("segment.init", init, recipe.segment.network, first="teacher")
+    return fit_encoder(model, source.weights, source.grid)
+
+
+def crops_of(recipe: Recipe) -> Crops:
+    """How training sees an image with its map."""
+    options = recipe.segment
+    return Crops(
+        recipe.model.image_hw,
+        labels_of(recipe),
+        Augment(
+            scale=options.scale,
+            max_class_share=options.max_class_share,
+            flip=recipe.data.flip,
+            distort=options.distort,
+            antialias=options.resize == "antialias",
+        ),
+        in_channels=recipe.model.in_channels,
+        max_pixels=recipe.data.max_pixels,
+    )
+
+
+def labels_of(recipe: Recipe) -> Labels:
+    """How maps are read."""
+    options = recipe.segment
+    return Labels(options.num_classes or USUAL_CLASSES, options.map_zero == "none")
+
+
+def sight_of(recipe: Recipe) -> Sight:
+    """How evaluation sees a picture."""
+    options = recipe.segment
+    return Sight(
+        recipe.model.image_hw,
+        stride=options.test_stride,
+        scales=tuple(options.test_scales),
+        flip=options.test_flip,
+        antialias=options.resize == "antialias",
+    )
+
+
+def named(names: Sequence[str], num_classes: int) -> list[str]:
+    """A name for each class: its number, where it has none."""
+    return [names[index] if index < len(names) else str(index) for index in range(num_classes)]
