@@ -508,7 +508,7 @@ def test_a_shipped_recipe_resolves_on_the_hardware_of_its_header(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_command_in_a_recipes_header_runs_that_recipe(name):
     command = header(name)["Command"]
-    module = re.search(r"rcmae[. ](train|finetune|probe)\b", command)
+    module = re.search(r"rcmae[. ](train|finetune|probe|segment)\b", command)
     if module is None:  # a script that runs it
         assert (config.RECIPES.parent.parent / command.split()[0].strip(",;")).is_file()
         return
