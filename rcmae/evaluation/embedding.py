@@ -25,7 +25,8 @@ from rcmae import dist
 from rcmae.data.cache import Reader, node_cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.members.reading import image_bytes
-from rcmae.data.packing.inputs import Labelling, Source, find_images, ordered
+from rcmae.data.packing.found import Labelling, Source
+from rcmae.data.packing.inputs import find_images, ordered
 from rcmae.data.sources import is_remote, stat_here
 from rcmae.data.tars import NO_LABEL
 from rcmae.data.transforms import BadImage, CentreTransform, Normalise

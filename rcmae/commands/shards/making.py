@@ -30,6 +30,20 @@ a validation set gets the training set's labels). ImageNet-1k in one command:
 
     rcmae shards make ILSVRC2012/train shards --name train --size 256
 
+Label maps and boxes. A map goes beside its image as KEY.seg.png (a class a pixel, 255 is no label),
+an annotation as KEY.json in COCO's words, with categories.json beside the shards:
+
+    rcmae shards make ADEChallengeData2016 OUT --split training
+    rcmae shards make CITYSCAPES OUT --split train        leftImg8bit and gtFine, the 19 classes
+    rcmae shards make VOCdevkit/VOC2012 OUT --split train
+    rcmae shards make --images A --maps B OUT --classes names.txt     paired by their names
+    rcmae shards make pairs.csv OUT                       with the columns path and map
+    rcmae shards make --coco instances_train2017.json train2017 OUT --name train
+
+ADE20K's 0 becomes "no label" and n becomes n - 1. COCO's images without objects are left out
+unless --keep-empty (for validation). --size makes maps smaller by the nearest pixel and scales
+annotations.
+
 Every image is decoded once; what cannot be is left out and listed, as are those whose shorter side
 has fewer pixels than --min-size. The order is that of a hash of the name, so each shard mixes the
 classes. The same images and options give the same bytes. --size makes images whose shorter side has
@@ -42,7 +56,7 @@ killed or stopped goes on where it was when the same command is started again.
 def _make_arguments() -> argparse.ArgumentParser:
     parser = parser_of("make", MAKE)
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGES", help="a folder, a list, .parquet or .tar files"
+        "images", nargs="*", metavar="IMAGES", help="a folder, a list, .parquet or .tar files"
     )
     parser.add_argument(
         "out",
@@ -81,6 +95,14 @@ def _make_arguments() -> argparse.ArgumentParser:
         "--jobs", type=positive, default=cores.usable(), help="processes (default: the cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this name")
+    targets = parser.add_argument_group("label maps and boxes")
+    targets.add_argument("--images", dest="folder", metavar="FOLDER", help="of images, with --maps")
+    targets.add_argument("--maps", metavar="FOLDER", help="of a map for each image")
+    targets.add_argument("--split", help="of a set that is laid out in splits")
+    targets.add_argument("--coco", metavar="JSON", help="annotations of the images, as COCO's")
+    targets.add_argument(
+        "--keep-empty", action="store_true", help="with --coco: images without objects, too"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
@@ -88,6 +110,7 @@ def _make_arguments() -> argparse.ArgumentParser:
 def make(arguments: Sequence[str] | None = None) -> int:
     """Make shards; the exit status."""
     asked = _make_arguments().parse_args(arguments)
+    from rcmae.data.packing.found import Targets
     from rcmae.data.packing.writer import PackingOptions, make_shards
     from rcmae.errors import Refused
 
@@ -104,8 +127,9 @@ def make(arguments: Sequence[str] | None = None) -> int:
             jobs=asked.jobs,
             overwrite=asked.overwrite,
             progress=sys.stderr.isatty(),
+            targets=Targets(asked.maps, asked.coco, asked.split, asked.keep_empty),
         )
-        report = make_shards(asked.images, asked.out, options)
+        report = make_shards(_images(asked), asked.out, options)
     except (Refused, OSError) as error:
         say(f"error: {error}", error=True)
         return 2
@@ -120,6 +144,20 @@ def make(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _images(asked: argparse.Namespace) -> list[str]:
+    """What holds the images. Raises Refused where the arguments do not go together."""
+    from rcmae.errors import Refused
+
+    if (asked.folder is None) != (asked.maps is None):
+        raise Refused("--images A --maps B go together: a folder of images and one of their maps")
+    images = [*asked.images, *([] if asked.folder is None else [asked.folder])]
+    if not images:
+        raise Refused("no images: give a folder, a list, .parquet or .tar files before OUT")
+    if asked.keep_empty and asked.coco is None:
+        raise Refused("--keep-empty belongs to --coco")
+    return images
+
+
 def _lines(path: Path) -> list[str]:
     from rcmae.errors import Refused
 
@@ -131,7 +169,7 @@ def _lines(path: Path) -> list[str]:
 
 def print_report(report: Report, out: Path) -> None:
     """Print what was made, for people."""
-    from rcmae.data.packing.inputs import some
+    from rcmae.data.packing.found import some
 
     say(
         f"{out}: {report.samples:,} images of {len(report.classes) or 'no'} classes"

@@ -15,8 +15,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rcmae.data import sources
 from rcmae.data.index import ShardIndex
+from rcmae.data.packing.coco import in_coco
 from rcmae.data.packing.folders import ALIASES, class_of, notes_of, walked, without_images
+from rcmae.data.packing.found import (
+    NO_TARGETS,
+    Found,
+    Labelling,
+    Named,
+    Other,
+    Source,
+    Targets,
+    some,
+)
 from rcmae.data.packing.labels import (
     Taken,
     column_of,
@@ -25,78 +37,39 @@ from rcmae.data.packing.labels import (
     read_labels,
     refuse_names,
 )
+from rcmae.data.packing.layouts import in_folders, layout_of
+from rcmae.data.packing.members import files_beside
 from rcmae.data.patterns import expand
-from rcmae.data.tars import IMAGE_SUFFIXES, NO_LABEL
+from rcmae.data.tars import IMAGE_SUFFIXES, KINDS, NO_LABEL
 from rcmae.errors import Refused
 from rcmae.files import aside
 from rcmae.process import cores
 
 _KEY_BYTES = 90  # USTAR has 100 for a name
-_NAMED = 5  # of many files that a message is about
 _ROWS = 256  # of a Parquet file that are in memory together
 
 
-class Source(NamedTuple):
-    """An image, a file or a part of one, and what it becomes."""
-
-    path: str
-    key: str
-    label: int | None
-    offset: int = 0
-    size: int = -1  # bytes; -1: to the end of the file
-    name: str = ""  # what messages call it, where that is not the path
-
-    def read(self) -> bytes:
-        """The encoded image. Raises OSError."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-class Named(NamedTuple):
-    """An image that was found, before it has a key and a number for its class."""
-
-    name: str  # decides its place in the order
-    label: str | int | None
-    path: str
-    offset: int = 0
-    size: int = -1
-
-
-class Found(NamedTuple):
-    """All images of an input."""
-
-    images: list[Named]
-    others: Sequence[str] = ()  # files that no image suffix names: not looked at
-    notes: Sequence[str] = ()  # what was taken for a label, and what was passed over; a line each
-
-
-def some(names: Sequence[str], of: int) -> str:
-    """The first few of `of` names, and how many more there are."""
-    more = f" and {of - _NAMED:,} more" if of > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
-
-
-class Labelling(NamedTuple):
-    """What a user says of labels."""
-
-    column: str | None = None  # of a list or Parquet file; None: label; "none": there is none
-    gaps: bool = False  # whether some images may have a label and others none
-    # whether all classes are named: one without images then shifts no other
-    has_classes: bool = False
-
-
-def find_images(inputs: Sequence[str], spool: Path, how: Labelling) -> Found:
+def find_images(
+    inputs: Sequence[str], spool: Path, how: Labelling, targets: Targets = NO_TARGETS
+) -> Found:
     """The images of some inputs of one kind.
 
     Args:
         inputs: a folder or a list; or several tars, or several Parquet files.
-        spool: a file for the images of Parquet files, which are then read from it by offset.
+        spool: a file for the images of Parquet files or COCO's annotations, which are then read
+            from it by offset.
         how: labels are meant.
+        targets: maps and annotations, where they lie apart from the images.
 
     Raises:
         Refused: there are none, or the input is not of the form that it should have.
     """
+    if targets.coco is not None or targets.maps is not None:
+        return _with_targets(inputs, spool, targets)
+    if len(inputs) == 1 and (layout := layout_of(Path(inputs[0]))) is not None:
+        return layout.found(Path(inputs[0]), targets.split)
+    if targets.split is not None:
+        raise Refused("--split is of ADEChallengeData2016, Cityscapes or VOC; none of them is here")
     kinds = {Path(one).suffix.lower() for one in inputs}
     if kinds == {".parquet"}:
         return _in_parquet(inputs, spool, how)
@@ -112,6 +85,20 @@ def find_images(inputs: Sequence[str], spool: Path, how: Labelling) -> Found:
             f"{', '.join(inputs[:5])}"
         )
     return _in_folder(Path(inputs[0]), how.has_classes)
+
+
+def _with_targets(inputs: Sequence[str], spool: Path, targets: Targets) -> Found:
+    """Images in a folder, and their maps or annotations elsewhere. Raises Refused."""
+    if targets.coco is not None and targets.maps is not None:
+        raise Refused("give --coco or --maps, not both")
+    if len(inputs) != 1 or not Path(inputs[0]).is_dir():
+        what = "--coco" if targets.coco is not None else "--maps"
+        raise Refused(f"{what} goes with one folder of images; got {', '.join(inputs[:5])}")
+    folder = Path(inputs[0])
+    if targets.maps is not None:
+        return in_folders(folder, Path(targets.maps))
+    assert targets.coco is not None
+    return in_coco(Path(targets.coco), folder, spool, keep_empty=targets.keep_empty)
 
 
 def _in_folder(folder: Path, has_classes: bool) -> Found:
@@ -179,11 +166,16 @@ def _in_list(path: Path, how: Labelling) -> Found:
         )
     images = []
     gone = []
+    maps = column_of("map", columns)
     for row, line, number in zip(rows, lines, taken.labels, strict=True):
         file = path.parent / row[where]
-        if not file.is_file():
-            gone.append(f"{row[where]} (line {line})")
-        images.append(Named(row[where], number, str(file)))
+        files = [(row[where], file)]
+        others: tuple[Other, ...] = ()
+        if maps is not None:
+            others = (Other("map", str(path.parent / row[maps])),)
+            files.append((row[maps] or "an empty map", path.parent / row[maps]))
+        gone += [f"{name} (line {line})" for name, each in files if not each.is_file()]
+        images.append(Named(row[where], number, str(file), others=others))
     if gone:
         raise Refused(f"{path} names {len(gone)} files that are not there: {some(gone, len(gone))}")
     _refuse_links(path, images)
@@ -248,14 +240,23 @@ def _rows_of(path: Path) -> tuple[list[dict[str, str]], list[int], list[str]]:
 
 
 def _in_tars(patterns: Sequence[str]) -> Found:
-    index = ShardIndex.open(expand(patterns), jobs=min(8, cores.usable()))
+    wanted = [kind for kind in KINDS if kind not in ("image", "label")]
+    index = ShardIndex.open(expand(patterns), jobs=min(8, cores.usable()), needs=wanted)
     index.tell_unused()
     found = []
+    met: set[str] = set()
     for number in range(len(index)):
         sample = index[number]
         label = None if sample.label == NO_LABEL else sample.label
-        found.append(Named(sample.id, label, sample.path, sample.offset, sample.size))
-    return Found(found)
+        others = tuple(
+            Other(member.kind, sample.path, member.offset, member.size)
+            for member in index.members(number)
+            if member.kind in wanted
+        )
+        met |= {other.kind for other in others}
+        found.append(Named(sample.id, label, sample.path, sample.offset, sample.size, others))
+    folders = {sources.folder_of(shard.path) for shard in index.shards}
+    return Found(found, files=files_beside(folders, met))
 
 
 def _in_parquet(paths: Sequence[str], spool: Path, how: Labelling) -> Found:
@@ -400,7 +401,9 @@ def ordered(
         number = number_of[image.label] if isinstance(image.label, str) else image.label
         label = number if isinstance(number, int) else None
         called = "" if image.size < 0 else image.name
-        sources.append(Source(image.path, key, label, image.offset, image.size, called))
+        sources.append(
+            Source(image.path, key, label, image.offset, image.size, called, image.others)
+        )
     return sources, labels
 
 

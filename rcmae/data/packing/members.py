@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +93,21 @@ def beside_of(folder: str) -> dict[str, Any]:
                 found[kind.name] = kind.read_beside(content.decode())
         except (ValueError, KeyError, TypeError) as error:
             raise Refused(f"{sources.redacted(where)}: cannot be used ({error!r})") from error
+    return found
+
+
+def files_beside(folders: Collection[str], which: Collection[str]) -> dict[str, bytes]:
+    """Name -> content of the files that say what the numbers of some kinds of members mean, where
+    these folders agree.
+    """
+    found = {}
+    for kind in kinds().values():
+        if kind.name not in which or kind.beside is None:
+            continue
+        places = [Path(folder) / kind.beside for folder in folders if "://" not in folder]
+        contents = {place.read_bytes() for place in places if place.is_file()}
+        if len(contents) == 1:
+            found[kind.beside] = contents.pop()
     return found
 
 

@@ -28,6 +28,7 @@ from rcmae.data.packing.members import (
     Held,
     beside_of,
     counted,
+    files_beside,
     registered,
     verified_members,
 )
@@ -317,13 +318,10 @@ def repaired(
 
 def _copy_beside(paths: Sequence[str], out: Path) -> None:
     """Put the files that say what numbers mean beside a copy, where all shards come with one."""
-    here = {sources.folder_of(path) for path in paths if not sources.is_remote(path)}
-    for name in {kind.beside for kind in kinds().values() if kind.beside is not None}:
-        found = {
-            (Path(folder) / name).read_bytes() for folder in here if (Path(folder) / name).is_file()
-        }
-        if len(found) == 1 and not (out / name).exists():
-            write_aside(out / name, found.pop())
+    folders = {sources.folder_of(path) for path in paths}
+    for name, content in files_beside(folders, kinds()).items():
+        if not (out / name).exists():
+            write_aside(out / name, content)
 
 
 def indexed(paths: Sequence[str]) -> dict[str, Shard]:

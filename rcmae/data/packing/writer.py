@@ -20,14 +20,19 @@ import numpy as np
 import simplejpeg
 import tifffile
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from rcmae.data.members.kinds import kinds
+from rcmae.data.members.maps import decode_map, encode_map, no_label
 from rcmae.data.packing.folders import ALIASES
+from rcmae.data.packing.found import NO_TARGETS, Found, Labelling, Other, Source, Targets
 from rcmae.data.packing.indexing import refresh
-from rcmae.data.packing.inputs import Found, Labelling, Source, find_images, ordered
-from rcmae.data.tars import IMAGE_SUFFIXES
+from rcmae.data.packing.inputs import find_images, ordered
+from rcmae.data.packing.layouts import RECODED
+from rcmae.data.tars import IMAGE_SUFFIXES, suffix_of
 from rcmae.data.transforms import FORMATS, NPY, TIFF, BadImage, channels_of, decode, resize
 from rcmae.data.workers import fork_server, mapped
 from rcmae.errors import Refused
@@ -52,6 +57,7 @@ class PackingOptions:
     jobs: int = 1  # processes
     overwrite: bool = False  # replace shards of this name
     progress: bool = False  # show a bar on standard error
+    targets: Targets = NO_TARGETS  # maps and annotations, where they lie apart from the images
 
 
 class Rejected(NamedTuple):
@@ -110,17 +116,25 @@ def make_shards(
     out = Path(out)
     spool = out / f".{options.name}.spool"
     how = Labelling(options.label, options.unlabelled, options.classes is not None)
-    found = find_images(inputs, spool, how)
+    found = find_images(inputs, spool, how, options.targets)
     sources, labels = ordered(found.images, options.classes, " ".join(inputs))
+    if not labels:  # of images; else the classes may be those of their maps
+        labels = list(options.classes or found.classes or ())
+        sources = [_of_classes(source, len(labels)) for source in sources]
     tasks = _tasks(sources, out, options)
     job = Job(out / f".{options.name}.progress", _told(sources, labels, options))
     old = sorted(out.glob(f"{options.name}-*.tar"))
     if old and not options.overwrite and job.done is None:
         raise Refused(_is_taken(out, old, options.name, job.unlike))
-    class_file = out / "classes.txt"
-    class_lines = "".join(f"{label}\n" for label in labels).encode()
-    if labels and not options.overwrite and _differs(class_file, class_lines):
-        raise Refused(f"{class_file} names other classes; pass it as --classes, or --overwrite it")
+    files = dict(found.files)
+    if labels:
+        files["classes.txt"] = "".join(f"{label}\n" for label in labels).encode()
+    for name, content in files.items():
+        if not options.overwrite and _differs(out / name, content):
+            way = (
+                "; pass it as --classes, or" if name == "classes.txt" else "; give another OUT, or"
+            )
+            raise Refused(f"{out / name} names other classes{way} --overwrite it")
 
     out.mkdir(parents=True, exist_ok=True)
     for torn in out.glob(f".{options.name}-*.tar.*"):
@@ -130,13 +144,19 @@ def make_shards(
     paths = [task.path for task in tasks]
     for path in {*map(str, old)} - set(paths):
         Path(path).unlink()
-    if labels:
-        write_aside(class_file, class_lines)
+    for name, content in files.items():
+        write_aside(out / name, content)
     refresh(out, paths, rebuild=True, jobs=options.jobs)
     job.end()
     spool.unlink(missing_ok=True)
     kept = sum(path in before for path in paths)
     return _report([done[path] for path in paths], labels, found, kept)
+
+
+def _of_classes(source: Source, count: int) -> Source:
+    """The image with a map of so many classes; 0: nobody says how many."""
+    others = tuple(other._replace(classes=count) for other in source.others)
+    return source._replace(others=others)
 
 
 def _tasks(sources: Sequence[Source], out: Path, options: PackingOptions) -> list[Task]:
@@ -218,7 +238,7 @@ def _each(write: partial[Written], tasks: Iterable[Task], jobs: int) -> Iterator
 
 def _report(written: Sequence[Written], labels: list[str], found: Found, kept: int) -> Report:
     paths = [shard.path for shard in written]
-    rejected: list[Rejected] = []
+    rejected = [Rejected(name, "it is named, and not there") for name in found.gone]
     samples = 0
     for shard in written:
         rejected += shard.rejected
@@ -299,11 +319,16 @@ def write_shard(
     ):
         for source in task.sources:
             try:
-                suffix, data = encoded(source, size, quality, min_size)
+                image = encoded(source, size, quality, min_size)
+                others = [
+                    (f"{suffix_of(other.kind)}", member_of(other, image)) for other in source.others
+                ]
             except (BadImage, OSError) as error:
                 rejected.append(Rejected(source.name or source.path, str(error)))
                 continue
-            add(tar, f"{source.key}.{suffix}", data)
+            add(tar, f"{source.key}.{image.suffix}", image.data)
+            for suffix, data in others:
+                add(tar, f"{source.key}.{suffix}", data)
             if source.label is not None:
                 add(tar, f"{source.key}.cls", str(source.label).encode())
             count += 1
@@ -322,29 +347,61 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def encoded(source: Source, size: int | None, quality: int, min_size: int) -> tuple[str, bytes]:
-    """(suffix, bytes) of an image: its own, or a smaller JPEG. Raises BadImage, OSError."""
+class Packed(NamedTuple):
+    """An image as it goes into a tar."""
+
+    suffix: str
+    data: bytes
+    old: tuple[int, int]  # height and width as it was found
+    new: tuple[int, int]
+
+
+def member_of(other: Other, image: Packed) -> bytes:
+    """A map or an annotation as it goes into a tar beside its image. Raises BadImage, OSError."""
+    data = other.read()
+    if other.kind == "map":
+        numbers = decode_map(data, image.old)
+        if other.recode:
+            if numbers.dtype != np.uint8:
+                raise BadImage(f"its map has 16 bits a pixel; that of {other.recode} has 8")
+            data = encode_map(numbers := RECODED[other.recode][numbers])
+        _refuse_beyond(numbers, other.classes)
+    else:
+        kinds()[other.kind].verify(data, image.old, None)
+    return (
+        data if image.new == image.old else kinds()[other.kind].resized(data, image.old, image.new)
+    )
+
+
+def _refuse_beyond(numbers: NDArray[np.unsignedinteger[Any]], classes: int) -> None:
+    """Raise BadImage where a map has numbers beyond its classes, if those are known."""
+    there = np.unique(numbers)
+    beyond = [each for each in there.tolist() if each >= classes and each != no_label(numbers)]
+    if classes and beyond:
+        shown = ", ".join(map(str, beyond[:_NAMED]))
+        raise BadImage(f"its map has numbers beyond the {classes} classes: {shown}")
+
+
+def encoded(source: Source, size: int | None, quality: int, min_size: int) -> Packed:
+    """An image: its own bytes, or a smaller JPEG. Raises BadImage, OSError."""
     data = source.read()
     pixels = decode(data, channels_of(data))
     rows, columns, channels = pixels.shape
     if min(rows, columns) < min_size:
         raise BadImage(f"its shorter side has {min(rows, columns)} pixels, --min-size={min_size}")
+    old = (rows, columns)
     if size is None or min(rows, columns) <= size:
         if source.size >= 0:
-            return kind_of(data), data
+            return Packed(kind_of(data), data, old, old)
         own = Path(source.path).suffix[1:].lower()
-        return ALIASES.get(own, own), data
+        return Packed(ALIASES.get(own, own), data, old, old)
     factor = size / min(rows, columns)
-    smaller = (
-        resize(pixels, (round(rows * factor), round(columns * factor)))
-        .permute(1, 2, 0)
-        .contiguous()
-        .numpy()
-    )
+    new = (round(rows * factor), round(columns * factor))
+    smaller = resize(pixels, new).permute(1, 2, 0).contiguous().numpy()
     if data.startswith(NPY):
         file = io.BytesIO()
         np.save(file, smaller)
-        return "npy", file.getvalue()
+        return Packed("npy", file.getvalue(), old, new)
     if channels != 3:
         file = io.BytesIO()
         tifffile.imwrite(
@@ -353,8 +410,8 @@ def encoded(source: Source, size: int | None, quality: int, min_size: int) -> tu
             photometric="rgb" if channels == 4 else "minisblack",
             planarconfig="contig",
         )
-        return "tif", file.getvalue()
-    return "jpg", simplejpeg.encode_jpeg(smaller, quality, "RGB", "420")
+        return Packed("tif", file.getvalue(), old, new)
+    return Packed("jpg", simplejpeg.encode_jpeg(smaller, quality, "RGB", "420"), old, new)
 
 
 def kind_of(data: bytes) -> str:
