@@ -78,6 +78,19 @@ launch() {
     esac
 }
 
+# What an exit status of the ranks means, where srun's own lines above it do not say.
+meaning() {
+    case $1 in
+    0) echo "finished" ;;
+    2) echo "the input is wrong: see what rank 0 says" ;;
+    75) echo "stopped on request, with a checkpoint; srun calls that an error of each task" ;;
+    138) echo "a rank died of USR1, the warning, before it could listen: srun's 'User defined signal 1'" ;;
+    143) echo "a rank was ended by TERM before it could commit" ;;
+    137) echo "a rank was killed: out of memory, or KillWait was over" ;;
+    *) echo "it failed" ;;
+    esac
+}
+
 # start_again DELAY_S [DEPENDENCY]: back into the queue.
 start_again() {
     trap '' TERM  # what the requeue sends to this shell

@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 
+from rcmae import config
 from rcmae.checkpoint import saver
 from rcmae.files import Lines
+from rcmae.run import ending
 from rcmae.run.guard import NonFiniteLoss
 from rcmae.run.loop import saving, schedule
 from rcmae.run.loop.batches import Batches, Trouble
 from rcmae.run.presence import Presence
+from rcmae.tasks.protocol import Ended
 from runs import Folder, start
 from tests.conftest import ROOT
 
@@ -241,3 +244,42 @@ def test_a_folder_that_is_deleted_while_the_run_trains_is_begun_anew_and_saved_i
     again = [str(folder.path / "recipe.yaml"), folder.path, "run.stop_after_steps=null"]
     assert start(*again) == 0
     assert folder.steps() == list(range(10, 21))
+
+
+def test_the_exit_status_stands_whatever_a_launcher_sends_while_python_ends(tmp_path: Path) -> None:
+    """srun sends TERM to the peers of a rank that was refused: the job ends with 2, not 143."""
+    program = tmp_path / "rcmae"  # as the command is called
+    program.write_text(
+        """
+import os, signal, time
+import rcmae.process.early
+
+class Late:
+    def __del__(self):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        time.sleep(0.1)
+
+late = Late()
+raise SystemExit(2)
+"""
+    )
+    done = subprocess.run([sys.executable, program], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2
+
+
+def test_under_slurm_the_hints_name_the_jobs_own_way_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = "run/recipe.yaml"
+
+    def shown(world: int) -> str:
+        ended = Ended(config.Recipe(), tmp_path, False, ending.launcher(world))
+        return ended.start("rcmae.train", words)
+
+    assert shown(1) == "python -m rcmae.train run/recipe.yaml"
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert shown(2) == "srun --nodes=2 --ntasks=2 python -m rcmae.train run/recipe.yaml"
+    monkeypatch.setenv("RCMAE_TEMPLATES", str(tmp_path / "slurm"))
+    monkeypatch.chdir(tmp_path)
+    assert shown(2) == "sbatch --nodes=2 slurm/pretrain.sbatch run/recipe.yaml"

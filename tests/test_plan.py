@@ -347,6 +347,36 @@ def test_what_people_read_has_the_same_verdict(capsys: pytest.CaptureFixture[str
     assert said.rstrip().endswith("can run")
 
 
+def test_a_tiny_network_is_bound_by_its_host_and_nothing_silly_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["quickstart", "--gpus", "1", "--cores", "2", "--samples", "2000"]
+    tiny = ["model.embed_dim=16", "model.num_heads=2", "model.depth=1", "data.workers=4"]
+    tiny += ["evaluate.every_steps=0", "data.shards=unseen.tar", "data.canonical_streams=null"]
+    assert command.main([*words, *tiny]) == 0
+    said = capsys.readouterr().out
+    assert " 0 M" not in said
+    assert "0.0 hours" not in said
+    assert "launching kernels" in said
+    assert "data.workers=10: 4 decode" in said  # not 916: its host launches 6400 images/s at most
+    assert "would mix better" not in said
+    status, report = run(capsys, *words, *tiny, "data.canonical_streams=256")
+    assert status == 0
+    assert any("data.canonical_streams=16 would mix better" in each for each in report["advice"])
+
+
+def test_saves_that_take_longer_than_the_time_between_them_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["rcmae_vit_l_16", "--nodes", "4", "--write-gbps", "0.01"]
+    _, report = run(capsys, *words)
+    (told,) = [each for each in report["advice"] if each.startswith("a save takes")]
+    assert "longer than the" in told
+    assert "checkpoint.every_steps=" in told
+    _, report = run(capsys, *words[:3])
+    assert not [each for each in report["advice"] if each.startswith("a save takes")]
+
+
 def test_shards_and_a_run_are_looked_at_where_they_are(
     tiny: Path,
     uninterrupted: Folder,

@@ -45,6 +45,9 @@ STANDS_FOR = {
     "/data/imagenet/train-{000000..001281}.tar": "/data/imagenet/train-*.tar",
     "'/data/": "'{here}/data/",
     " /data/": " {here}/data/",
+    "data.shards=... run.dir=/scratch": (
+        "data.shards='{here}/data/imagenet/train-*.tar' run.dir=/scratch"
+    ),
     "/scratch/": "{here}/scratch/",
     "torchrun --nproc-per-node 8": "torchrun --master-port {port} --nproc-per-node 2",
     "deepspeed --num_gpus 8": "deepspeed --master_port {port} --num_gpus 2",
@@ -62,7 +65,8 @@ STANDS_FOR = {
 
 # Set over every training, once it was judged as written.
 SHORT = (
-    "batch.images=8 batch.per_device=4 schedule.steps=3 schedule.warmup_steps=1 data.workers=1 "
+    "batch.images=8 batch.per_device=4 schedule.epochs=null schedule.steps=3 "
+    "schedule.warmup_epochs=null schedule.warmup_steps=1 data.workers=1 "
     "checkpoint.every_minutes=null"
 )
 # Set over those of a network of their own; others take it from the weights that they start from.
@@ -70,8 +74,10 @@ SMALL = (
     "model.image_size=32 model.patch_size=8 model.embed_dim=32 model.depth=2 model.num_heads=2 "
     "model.decoder_dim=16 model.decoder_depth=1 model.decoder_heads=2"
 )
-# A few photographs stand for ImageNet: its recipes are judged with an epoch of its length.
-CHECKED = "data.epoch_samples=1281167 --check"
+# A few photographs stand for ImageNet: what judges its recipes is told the length of its epoch.
+LONG = "data.epoch_samples=1281167"
+# As written, in a folder where nothing small was trained before.
+CHECKED = "run.dir=runs/judged --check > /dev/null"
 
 # Before a Python block: what its reader has.
 PHOTO = """
@@ -149,9 +155,11 @@ def script_of(block: Block, folder: Path, *, slurm: bool) -> str:
         if trains(command):
             from_weights = re.search(r"classify.init=", mine)
             if "sbatch" not in command:
-                check = CHECKED if "/imagenet" in mine else "--check"
-                lines.append(f"{with_keys(mine, check)} > /dev/null")
+                long = LONG if "/imagenet" in mine else ""
+                lines.append(with_keys(mine, f"{long} {CHECKED}"))
             mine = with_keys(mine, SHORT if from_weights else f"{SHORT} {SMALL}")
+        elif re.search(r"rcmae (plan|doctor)", mine):
+            mine = with_keys(mine, LONG)
         lines.append(mine)
     if block.is_for_two_nodes:
         lines = [f"{line} &" for line in lines if "--check" not in line] + ["wait -n", "wait -n"]

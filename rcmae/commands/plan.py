@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     site = report["site"]
     console.print(
         f"{report['recipe']}: {report['objective']} {report['model']}, "
-        f"{report['parameters'] / 1e6:.0f} M parameters, "
+        f"{_amount(report['parameters'])} parameters, "
         f"on {site['nodes']} x {site['gpus']} {site['gpu']}"
     )
     if "sizes" in report:
@@ -182,19 +183,49 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
         "batch": f"{sizes['images_per_step']} images = {counted(sizes['world'], 'rank')} x "
         f"{sizes['accumulation']} x {sizes['per_device']}; {sizes['total_steps']} steps, "
         f"{sizes['steps_per_epoch']} an epoch",
-        "speed": f"{rate['forward_flops_per_image'] / 1e9:.1f} GFLOP an image forward, "
-        f"{rate['step_flops_per_image'] / 1e9:.0f} a step; {rate['images_per_s']:,.0f} images/s "
-        f"({rate['images_per_s_per_gpu']:,.0f} a GPU) at {rate['utilisation']:.0%} of "
-        f"{rate['peak_flops'] / 1e12:.0f} TFLOP/s ({rate['utilisation_from']})",
-        "time": f"{rate['step_s']:.2f} s a step, {rate['hours']:.1f} hours, "
-        f"{rate['hours'] * report['site']['world']:,.0f} GPU hours",
+        "speed": _speed(rate),
+        "time": f"{_duration(rate['step_s'])} a step, {_duration(rate['hours'] * 3600)}, "
+        f"{rate['hours'] * report['site']['world']:,.{0 if rate['hours'] > 1 else 2}f} GPU hours",
         "decoding": _decoding(report["data"]),
         "shards": _shards(report),
         "checkpoint": f"{saved['bytes'] / 1e9:.2f} GB in {saved['seconds']:.1f} s "
-        f"({saved['seconds_from']}), every {saved['every_minutes']:.0f} min; "
+        f"({saved['seconds_from']}), every {_duration(saved['every_minutes'] * 60)}; "
         f"{saved['disk_bytes'] / 1e9:.1f} GB of disk, "
         f"{saved['host_bytes_per_node'] / 1e9:.1f} GB of a node's memory",
     }
+
+
+def _speed(rate: dict[str, Any]) -> str:
+    """How fast, and why."""
+    how = (
+        f"{rate['utilisation']:.0%} of {rate['peak_flops'] / 1e12:.0f} TFLOP/s "
+        f"({rate['utilisation_from']})"
+    )
+    if rate["launching"]:
+        how = "the least that launching kernels takes a host (stated): the network is small"
+    return (
+        f"{_amount(rate['forward_flops_per_image'])}FLOP an image forward, "
+        f"{_amount(rate['step_flops_per_image'])}FLOP a step; {rate['images_per_s']:,.0f} images/s "
+        f"({rate['images_per_s_per_gpu']:,.0f} a GPU) at {how}"
+    )
+
+
+def _amount(number: float) -> str:
+    """A count with its unit: 329 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """A time with the unit that it is read in."""
+    if seconds == math.inf:
+        return "never"
+    for unit, size in (("hours", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= size:
+            return f"{seconds / size:.{2 if unit == 's' else 1}f} {unit}"
+    return f"{seconds * 1000:.0f} ms"
 
 
 def _decoding(data: dict[str, Any]) -> str:

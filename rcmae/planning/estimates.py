@@ -123,6 +123,9 @@ def divisors(number: int) -> list[int]:
 # -------------------------------------------------------------------------------------------- speed
 
 
+SHORTEST_S = 0.01  # of a micro-batch: launching its kernels takes a host so long; stated
+
+
 def speed(recipe: Recipe, cost: StepCost, sizes: Resolved, site: Site) -> dict[str, Any]:
     """FLOPs, images/s and hours.
 
@@ -141,8 +144,9 @@ def speed(recipe: Recipe, cost: StepCost, sizes: Resolved, site: Site) -> dict[s
     forward = cost.forward_flops
     recomputes = recipe.engine.activation_checkpointing != "none"
     step = cost.step_flops + (forward if recomputes else 0.0)
-    per_gpu = share * peak / step
-    seconds = sizes.images_per_step / (per_gpu * site.world)
+    seconds = sizes.images_per_step * step / (share * peak * site.world)
+    least = SHORTEST_S * sizes.accumulation
+    per_gpu = sizes.images_per_rank / max(seconds, least)
     return {
         "forward_flops_per_image": forward,
         "step_flops_per_image": step,
@@ -151,9 +155,10 @@ def speed(recipe: Recipe, cost: StepCost, sizes: Resolved, site: Site) -> dict[s
         "utilisation_from": source,
         "images_per_s_per_gpu": per_gpu,
         "images_per_s": per_gpu * site.world,
-        "step_s": seconds,
+        "step_s": max(seconds, least),
+        "launching": seconds < least,  # the GPU waits for its host
         "steps": sizes.total_steps,
-        "hours": seconds * sizes.total_steps / 3600,
+        "hours": max(seconds, least) * sizes.total_steps / 3600,
     }
 
 

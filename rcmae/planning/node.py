@@ -34,6 +34,7 @@ from rcmae.models import kernels
 from rcmae.models.precision import bf16_of
 from rcmae.planning.findings import COLOURS, Finding
 from rcmae.planning.hardware import GIB
+from rcmae.process import extensions  # noqa: F401, timm and torchvision import beside a CPU torch
 
 NEEDED = (
     "timm",

@@ -7,6 +7,7 @@ from here the index is read, and a few samples are decoded.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -88,6 +89,7 @@ def plan(recipe: Recipe, site: Site) -> dict[str, Any]:
             advice += [
                 *memory_advice(recipe, sizes, report),
                 *data_advice(recipe, site, report),
+                *saving_advice(report),
             ]
         except Refused as error:
             problems.append(str(error))
@@ -234,6 +236,20 @@ def memory_advice(recipe: Recipe, sizes: Resolved, report: dict[str, Any]) -> li
     return advice
 
 
+def saving_advice(report: dict[str, Any]) -> list[str]:
+    """What would keep saves from running into each other."""
+    saved, step_s = report["checkpoint"], report["speed"]["step_s"]
+    between = 60 * saved["every_minutes"]
+    if saved["seconds"] < between:
+        return []
+    rest = math.ceil(10 * saved["seconds"] / step_s)  # a tenth of the time
+    return [
+        f"a save takes {saved['seconds']:.3g} s ({saved['seconds_from']}), longer than the "
+        f"{between:.3g} s from one to the next: each waits for the one before, and training with "
+        f"it; checkpoint.every_steps={rest} or more"
+    ]
+
+
 def data_advice(recipe: Recipe, site: Site, report: dict[str, Any]) -> list[str]:
     """What would feed the GPUs better, or mix better."""
     advice = []
@@ -251,10 +267,12 @@ def data_advice(recipe: Recipe, site: Site, report: dict[str, Any]) -> list[str]
             f"{slower:.1f} x the hours; store smaller photographs, take more nodes with fewer GPUs "
             "each, lower data.decode_margin, or let the GPUs decode (data.decode=gpu)"
         )
-    if data["samples_per_stream"] < recipe.data.shuffle_window / 8:
+    free = config.with_values(recipe, {"data.canonical_streams": None})
+    fewer = config.streams_for(free, site.world, data["samples_per_epoch"] // recipe.data.repeats)
+    if data["streams"] > fewer and data["samples_per_stream"] < recipe.data.shuffle_window / 8:
         advice.append(
             f"a stream has {data['samples_per_stream']:.0f} samples an epoch, far fewer than "
-            f"data.shuffle_window={recipe.data.shuffle_window}: fewer data.canonical_streams would "
-            "mix better"
+            f"data.shuffle_window={recipe.data.shuffle_window}: data.canonical_streams={fewer} "
+            "would mix better"
         )
     return advice

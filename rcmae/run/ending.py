@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -157,11 +158,18 @@ def say_error(error: Exception) -> None:
 
 
 def launcher(world: int) -> str:
-    """What starts a module on as many ranks as these."""
-    if world == 1:
-        return "python"
+    """What starts a module on as many ranks as these: the job's own way where SLURM started it."""
     each = dist.ranks_of_node()
     nodes = world // each
+    if templates := os.environ.get("RCMAE_TEMPLATES"):  # slurm/pretrain.sbatch runs this
+        near = Path(templates).absolute()
+        here = Path.cwd()
+        shown = near.relative_to(here) if near.is_relative_to(here) else near
+        return f"sbatch --nodes={nodes} {shown}/pretrain.sbatch"
+    if world == 1:
+        return "python"
+    if "SLURM_STEP_ID" in os.environ:
+        return f"srun --nodes={nodes} --ntasks={world} python"
     several = f" --nnodes={nodes}" if nodes > 1 else ""
     return f"torchrun{several} --nproc-per-node={each}"
 
@@ -242,13 +250,13 @@ def closing_summary(
 def next_commands(run: Run) -> list[tuple[str, str]]:
     """What to run next: (what it does, command line)."""
     recipe, place = run.recipe, run.recipe.run_dir
-    start = launcher(run.sizes.world)
+    ended = Ended(recipe, place, run.parts.progress.is_over, launcher(run.sizes.world))
     commands = []
     if not run.parts.progress.is_over:
         unlimited = " run.stop_after_steps=null" if recipe.run.stop_after_steps else ""
-        resume = f"{start} -m {run.task.module} {place / 'recipe.yaml'}{unlimited}"
+        resume = ended.start(run.task.module, f"{place / 'recipe.yaml'}{unlimited}")
         commands.append(("resume", resume))
-    commands += run.task.hints(Ended(recipe, place, run.parts.progress.is_over, start))
+    commands += run.task.hints(ended)
     if recipe.log.tensorboard:
         commands.append(("see the curves", f"tensorboard --logdir {place / 'tensorboard'}"))
     return commands

@@ -228,6 +228,6 @@ class Pretraining:
             ),
             (
                 "fine-tune it (or rcmae.probe probe: a linear head)",
-                f"{ended.launcher} -m rcmae.finetune finetune classify.init={place} {shards}",
+                ended.start("rcmae.finetune", f"finetune classify.init={place} {shards}"),
             ),
         ]

@@ -212,7 +212,12 @@ class Ended(NamedTuple):
     recipe: Recipe
     run_dir: Path
     is_done: bool  # the last step is done
-    launcher: str  # what starts a module on as many ranks
+    launcher: str  # what starts a module on as many ranks; of SLURM's templates, a recipe
+
+    def start(self, module: str, words: str) -> str:
+        """The command line that starts a module (rcmae.train) with these words."""
+        whole = self.launcher.endswith(".sbatch")
+        return f"{self.launcher} {words}" if whole else f"{self.launcher} -m {module} {words}"
 
 
 class Task(Protocol):
