@@ -26,6 +26,7 @@ GAP = 6
 WHITE = (255, 255, 255)
 GREY = (128, 128, 128)
 BLACK = (0, 0, 0)
+LINE = 18  # pixels of a line of small text
 LEAST_WIDTH = 480  # pixels of a sheet: titles need some
 RAMP = 160  # pixels of the scale of colours
 NEAREST = Image.Resampling.NEAREST
