@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from rcmae.data.members.whole import whole_samples
 from rcmae.data.plan import Plan
 from rcmae.data.stream import Readers
 from rcmae.data.transforms import FORMATS, BadImage, TrainTransform, View, decode
+from rcmae.run.judge import all_without, some_without
+from rcmae.tasks.protocol import Evaluating, Interrupted
 
 META = torch.device("meta")
 
@@ -264,3 +267,63 @@ def test_seven_whole_images_on_three_ranks_come_once_each_in_as_many_turns(tmp_p
     assert told == ["x-0/4 (it is the fourth)"]
     assert ranks[0][0] == (0, 20, 20, ["annotation", "map"])
     assert ranks[0][2] == (6, 20, 20, ["map"])
+
+
+def evaluating(index, pause):
+    """What an evaluation may use, as far as it reads whole samples."""
+    recipe = SimpleNamespace(data=SimpleNamespace(workers=0))
+    names = ("student", "teacher", "objective", "found", "normalise", "device")
+    nothing = dict.fromkeys(names)
+    return Evaluating(recipe=recipe, step=1, sets=[index], cache=None, pause=pause, **nothing)
+
+
+def test_a_stop_is_heard_between_whole_samples(tmp_path):
+    write_tar(tmp_path / "x-0.tar", [sample(number) for number in range(4)])
+    index = ShardIndex.open(f"{tmp_path}/*.tar")
+    heard = []
+
+    def pause():
+        heard.append(True)
+        if len(heard) == 3:
+            raise Interrupted
+
+    made = []
+    with pytest.raises(Interrupted):
+        made.extend(evaluating(index, pause).whole(0, whole, ["map"]))
+    assert len(heard) == 3
+    context = evaluating(index, lambda: None)
+    assert [turn[0] for turn in context.whole(0, whole, ["map"])] == [0, 1, 2, 3]
+
+
+def test_a_start_says_which_samples_lack_what_a_task_reads(tmp_path):
+    samples = [sample(number) for number in range(3)]
+    del samples[1]["seg.png"]
+    for each in samples:
+        del each["json"]
+    write_tar(tmp_path / "x-0.tar", samples)
+    index = ShardIndex.open(f"{tmp_path}/*.tar")
+    kinds = ("map", "annotation")
+    assert all_without("data.shards", index, kinds) == [
+        "data.shards: no sample has a .json (annotation), which the task reads"
+    ]
+    (told,) = some_without("data.shards", index, kinds, "replaced")
+    assert "1 of 3 samples have no .seg.png (map) and are replaced: x-0/1" in told
+
+
+class Nothing(Maps):
+    """Every image without an object."""
+
+    kinds = ("map",)
+    optional = ()
+
+    def read(self, content, view):
+        return {"mean": torch.zeros(()), "b": torch.zeros(0, 4)}
+
+
+def test_images_without_any_object_travel_too(tmp_path):
+    write_tar(tmp_path / "x-0.tar", [sample(number) for number in range(6)])
+    index = ShardIndex.open(f"{tmp_path}/*.tar", needs=Nothing.kinds)
+    stream = stream_with(index, Nothing(), 1)
+    for batch in next(stream.steps(0)):
+        assert [boxes.shape for boxes in batch.extra["boxes"]] == [(0, 4)] * 3
+    stream.close()

@@ -347,6 +347,7 @@ def labelled_batches(
     readers: Readers = Readers(),
     on_bad: Callable[[BadSample], None] | None = None,
     change: Change | None = None,
+    all_labelled: bool = True,
 ) -> Iterator[Batch]:
     """This rank's share of the labelled samples, each once, resized and cut at the centre, in
     batches of one size.
@@ -357,9 +358,11 @@ def labelled_batches(
     `change` is made to each image by the worker that decodes it.
 
     Raises:
-        Refused: samples have no label; names the first of them. The same on every rank.
+        Refused: `all_labelled`, and samples have no label; names the first of them. The same on
+            every rank.
     """
-    refuse_unlabelled(index)
+    if all_labelled:
+        refuse_unlabelled(index)
     share = -(-len(index) // world)
     batch = min(batch, share)
     count = num_batches(index, batch, world)

@@ -51,6 +51,7 @@ from rcmae.tasks.protocol import (
     Score,
 )
 from rcmae.weights.detectors import read_start
+from rcmae.weights.formats import WeightsFormat
 from rcmae.weights.reading import NetworkWeights
 
 CATEGORIES = "categories.json"
@@ -75,6 +76,7 @@ class Detection:
     frozen: tuple[str, ...] = ("detect",)
     reports: tuple[str, ...] = ("detect.category_names", "detect.score", "detect.detections")
     metrics: Mapping[str, str] = MappingProxyType({"box_ap": "box AP"})
+    formats: Mapping[str, WeightsFormat] = MappingProxyType({})
 
     def look(self, recipe: Recipe, saved: Saved | None) -> Found:
         """Categories beside the shards, and the shapes of the weights that a new run starts from.

@@ -133,6 +133,7 @@ class Evaluating:
             rank=dist.rank(),
             world=dist.world(),
             readers=self._readers,
+            all_labelled=False,  # a start has refused those that have to be
         )
         turns = num_batches(self.sets[number], recipe.evaluate.batch, dist.world())
         return self._turns(found, turns)

@@ -64,6 +64,7 @@ from rcmae.tasks.segmenting import (
     sight_of,
     start_weights,
 )
+from rcmae.weights.formats import WeightsFormat
 
 PICTURES = 4  # of the test set that an evaluation draws
 
@@ -82,6 +83,7 @@ class Segmentation:
         "segment.test_flip",
     )
     metrics: Mapping[str, str] = MappingProxyType({"miou": "mIoU"})
+    formats: Mapping[str, WeightsFormat] = MappingProxyType({})
 
     def __init__(self) -> None:
         self.encoder: Backbone | None = None  # of a probe: frozen, no part of what is trained
