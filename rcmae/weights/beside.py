@@ -131,7 +131,9 @@ def _of_args(about: Mapping[str, Any]) -> Beside:
         text = str(args.get(key))  # shells and some writers make text of it
         if text.isdecimal() and 0 < int(text) < 10_000:
             sizes[key] = int(text)
-    pretraining = {key: args[key] for key in ("mask_ratio", "norm_pix_loss") if key in args}
+    pretraining: dict[str, Any] = {
+        key: args[key] for key in ("mask_ratio", "norm_pix_loss") if key in args
+    }
     return Beside(sizes=sizes, pretraining=pretraining, files=(where,) if sizes else ())
 
 
