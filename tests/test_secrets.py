@@ -13,6 +13,7 @@ import rcmae
 from rcmae.commands import convert, export
 from rcmae.commands import replay as replay_tool
 from rcmae.config import sources_in, without_pipes
+from rcmae.data.index import ShardIndex
 from rcmae.data.sources import holds_secret, redacted, without_secrets
 from rcmae.errors import Refused
 from rcmae.run.records.metrics import MetricsLog
@@ -155,3 +156,35 @@ def test_a_bundle_s_command_runs_only_where_it_is_allowed(
     assert not (tmp_path / "OWNED").exists()
     replay_tool.main([str(bundle), "--allow-pipe"])
     assert (tmp_path / "OWNED").exists()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{pipe:touch OWNED,pipe:touch  OWNED}",
+        "p{ipe:touch,ipe: touch} OWNED",
+        "file://pipe:touch OWNED",
+        "*",
+    ],
+)
+def test_no_pattern_becomes_a_command(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands in another's recipe are known by how a pattern begins."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe:touch OWNED").write_bytes(b"no tar")
+    without_pipes({"data": {"shards": pattern}}, "recipe.yaml")
+    with pytest.raises(Refused, match="cannot be used"):
+        ShardIndex.open(pattern)
+    assert not (tmp_path / "OWNED").exists()
+
+
+def test_an_index_s_command_does_not_run(photo_shards: str, tmp_path: Path) -> None:
+    shard = photo_shards.replace("{000000..000005}", "000000")
+    ShardIndex.open(shard).save(tmp_path)
+    head = json.loads((tmp_path / "index.json").read_text())
+    head["shards"][0]["name"] = f"pipe:touch {tmp_path}/OWNED; cat {shard}"
+    (tmp_path / "index.json").write_text(json.dumps(head))
+    index = ShardIndex.open(shard, cache=[str(tmp_path)])
+    assert [each.path for each in index.shards] == [shard]
+    assert not (tmp_path / "OWNED").exists()

@@ -83,6 +83,10 @@ def shards_named(
             problems.append(f"{sources.redacted(pattern):.200}: {error}")
             continue
         for piece in pieces:
+            if piece.startswith(sources.PIPE) and not pattern.startswith(sources.PIPE):
+                # who looks for commands in a recipe looks at the patterns
+                problems.append(f"{sources.redacted(piece)}: a command stands before its braces")
+                continue
             try:
                 found = sources.find(piece, patience)
             except (ValueError, OSError) as error:

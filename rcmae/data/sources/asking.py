@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from fsspec.core import url_to_fs
 
 from rcmae.config import Recipe
-from rcmae.data.sources.names import PASSWORD, PIPE, local
+from rcmae.data.sources.names import PASSWORD, PIPE, local, no_command
 from rcmae.data.sources.secrets import redacted
 from rcmae.errors import Refused
 
@@ -76,7 +76,7 @@ def find(pattern: str, patience: Patience = USUAL) -> list[str]:
         return [pattern]
     if "://" not in pattern:
         return (
-            sorted(glob.glob(pattern))
+            sorted(map(no_command, glob.glob(pattern)))
             if glob.has_magic(pattern) and not os.path.exists(pattern)
             else [pattern]
         )

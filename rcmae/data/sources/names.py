@@ -27,7 +27,12 @@ def is_remote(path: str) -> bool:
 
 def local(path: str) -> str:
     """A `file://` URL as a path; all else as it is."""
-    return path.removeprefix("file://") if path.startswith("file://") else path
+    return no_command(path.removeprefix("file://")) if path.startswith("file://") else path
+
+
+def no_command(path: str) -> str:
+    """A path here, by a name that is no command's, whatever the file is called."""
+    return f"./{path}" if path.startswith(PIPE) else path
 
 
 def identity(path: str) -> str:
