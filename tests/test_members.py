@@ -117,6 +117,11 @@ def objects(*changes, **document):
         (objects({"category_id": 5}), "its category 5 is none of categories.json"),
         (objects({"segmentation": [[1, 2, 3, 4]]}), "no polygon of it has three points"),
         (objects({"segmentation": []}), "it has no polygon"),
+        (objects({"segmentation": [[1, 1, 1e300, 2, 3, 4]]}), "leads far out of the image"),
+        (objects({"segmentation": [[1, 1, 2, 2, 3, 4, 5]]}), "odd number of coordinates"),
+        (objects({"segmentation": [["1", 1, 2, 2, 3, 4]]}), "no list of numbers"),
+        (objects({"area": -1}), "its area is -1"),
+        (objects({"iscrowd": 2}), "its iscrowd is 2"),
         (
             objects({"segmentation": {"size": [20, 12], "counts": [240]}}),
             r"its mask is of \[20, 12\], its image of \[12, 20\]",
@@ -228,8 +233,8 @@ def test_verify_and_repair_read_maps_and_annotations(shards, tmp_path, capsys):
 
 
 def test_report_counts_classes_without_reading_images(shards, capsys):
-    index([str(shards / "x-0.tar"), "--jobs", "1"])
-    capsys.readouterr()
+    told = run(index, [shards / "x-0.tar", "--jobs", 1], capsys)[1]
+    assert told["indexes"][0]["members"] == {"annotation": 2, "map": 4}
     status, told = run(check, ["report", shards / "x-0.tar", "--jobs", 1], capsys)
     assert status == 1
     assert sorted(row["key"] for row in told["rejected"]) == ["c", "e"]  # d fits no image: not seen

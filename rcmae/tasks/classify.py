@@ -25,7 +25,7 @@ from rcmae.models.build import student_sizes
 from rcmae.models.classifier import Classifier
 from rcmae.models.fitting import fit_weights
 from rcmae.tasks import start
-from rcmae.tasks.protocol import Data, Evaluated, Evaluating, EvaluationSet, Judgement, Saved
+from rcmae.tasks.protocol import Data, Ended, Evaluated, Evaluating, EvaluationSet, Judgement, Saved
 from rcmae.weights.reading import NetworkWeights
 from rcmae.weights.starting import function_problems, start_notes
 
@@ -281,3 +281,17 @@ def confusions_of(
         title = f"{name}, step {step}: {row.top1:.1f} % of {row.images:,} test images right"
         pictures[f"confusion-{name}"] = confusion_picture(row.confusion, names, title=title)
     return pictures
+
+
+def whole_hints(ended: Ended) -> list[tuple[str, str]]:
+    """What to do with a classifier that is trained."""
+    if not ended.is_done:
+        return []
+    place = ended.run_dir
+    out = f"{place.name}.safetensors"
+    return [
+        (
+            "the classifier, for timm (or --format hf)",
+            f"rcmae export {place} --format timm --out {out}",
+        )
+    ]

@@ -36,6 +36,7 @@ from rcmae.tasks.classify import (
     new_classifier,
     start_weights,
     test_set,
+    whole_hints,
 )
 from rcmae.tasks.protocol import (
     Data,
@@ -182,5 +183,5 @@ class Finetuning:
         return None
 
     def hints(self, ended: Ended) -> list[tuple[str, str]]:
-        """Nothing beside the curves."""
-        return []
+        """The classifier for timm."""
+        return whole_hints(ended)

@@ -39,6 +39,7 @@ from rcmae.tasks.classify import (
     new_classifier,
     start_weights,
     test_set,
+    whole_hints,
 )
 from rcmae.tasks.protocol import (
     Data,
@@ -178,5 +179,5 @@ class LinearProbe:
         return None
 
     def hints(self, ended: Ended) -> list[tuple[str, str]]:
-        """Nothing beside the curves."""
-        return []
+        """The classifier for timm."""
+        return whole_hints(ended)

@@ -96,5 +96,7 @@ def print_index(facts: dict[str, Any]) -> None:
     )
     if facts["unlabelled"]:
         say(f"  {facts['unlabelled']:,} samples have no label")
+    for kind, count in facts["members"].items():
+        say(f"  {count:,} samples have a member of the kind {kind}")
     for note in facts["notes"]:
         say(f"  {note['text']}")

@@ -23,6 +23,7 @@ from rcmae.data.transforms import BadImage
 
 _MARGIN = 1.0  # pixels by which a box may stick out: COCO's do by rounding
 _NAMED = 3  # objects that a message names
+_FAR = 2  # sides of the image: who draws a polygon needs memory for where it leads
 _POINTS = 6  # numbers of a polygon that encloses anything
 _MOST = 64 * 2**20  # bytes of an annotation
 
@@ -118,6 +119,8 @@ def _problems(
         yield f"its category {category} is none of categories.json"
     if each.get("iscrowd", 0) not in (0, 1):
         yield f"its iscrowd is {each['iscrowd']!r:.60}, wanted is 0 or 1"
+    if not _numbers([each.get("area", 0)], 1) or each.get("area", 0) < 0:
+        yield f"its area is {each['area']!r:.60}, no number from 0 on"
     yield from _shape_problems(each.get("segmentation"), size)
 
 
@@ -137,6 +140,8 @@ def _shape_problems(shape: Any, size: tuple[int, int]) -> Iterator[str]:
         yield "no polygon of it has three points"
     elif any(len(polygon) % 2 for polygon in shape):
         yield "a polygon of it has an odd number of coordinates"
+    elif any(abs(number) > _FAR * max(size) for polygon in shape for number in polygon):
+        yield f"a polygon of it leads far out of the image of {size[1]} x {size[0]}"
 
 
 def _numbers(values: Any, count: int | None) -> bool:

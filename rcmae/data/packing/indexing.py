@@ -107,9 +107,17 @@ def indexed_folder(
         "unlabelled": int((index.labels == NO_LABEL).sum()),
         "without_image": without_image,
         "bad_labels": bad_labels,
+        "members": _members_of(index),
         "notes": _notes_of(index, scans),
         "fingerprint": index.fingerprint,
     }
+
+
+def _members_of(index: ShardIndex) -> dict[str, int]:
+    """Kind -> samples that have such a member, beside image and label."""
+    kinds = {kind for shard in index.shards for kind in shard.kinds} - {"image", "label"}
+    counts = {kind: len(index) - len(index.without(kind)) for kind in sorted(kinds)}
+    return {kind: count for kind, count in counts.items() if count}
 
 
 def _notes_of(index: ShardIndex, scans: Sequence[Scan]) -> list[dict[str, Any]]:
