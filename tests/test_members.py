@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rcmae.commands.shards import check, index
+from rcmae.commands.shards import check, index, make
 from rcmae.data.index import ShardIndex
 from rcmae.data.members import kinds as registry
 from rcmae.data.members.annotations import Annotations, code_of, mask_of, objects_of, scaled
@@ -282,6 +282,10 @@ def test_a_kind_from_outside_is_indexed_and_checked(tmp_path, capsys):
         told = run(check, ["verify", path, "--jobs", 1], capsys)[1]
         assert [row["reason"] for row in told["rejected"]] == ["its depth is too short"]
         assert "5 bytes of depth" in told["members"]["depth"]["lines"]
+        again = run(make, [path, tmp_path / "again", "--jobs", 1], capsys)[1]
+        assert (again["samples"], len(again["rejected"])) == (2, 1)
+        anew = ShardIndex.open(f"{tmp_path}/again/*.tar", needs=["depth"])
+        assert len(anew.without("depth")) == 1
     finally:
         registry._KINDS.clear()
         del KIND_OF_SUFFIX["depth.npy"]

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rcmae.commands.shards.arguments import STOPPED, parser_of, positive
+from rcmae.commands.shards.arguments import (
+    STOPPED,
+    add_kinds,
+    parser_of,
+    positive,
+    register_kinds,
+)
 from rcmae.process import cores
 from rcmae.process.console import say
 
@@ -95,6 +101,7 @@ def _make_arguments() -> argparse.ArgumentParser:
         "--jobs", type=positive, default=cores.usable(), help="processes (default: the cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this name")
+    add_kinds(parser)
     targets = parser.add_argument_group("label maps and boxes")
     targets.add_argument("--images", dest="folder", metavar="FOLDER", help="of images, with --maps")
     targets.add_argument("--maps", metavar="FOLDER", help="of a map for each image")
@@ -115,6 +122,7 @@ def make(arguments: Sequence[str] | None = None) -> int:
     from rcmae.errors import Refused
 
     try:
+        register_kinds(asked.kind)
         options = PackingOptions(
             name=asked.name,
             samples=asked.samples,

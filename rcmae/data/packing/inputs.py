@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rcmae.data import sources
 from rcmae.data.index import ShardIndex
+from rcmae.data.members.kinds import kinds
 from rcmae.data.packing.coco import in_coco
 from rcmae.data.packing.folders import ALIASES, class_of, notes_of, walked, without_images
 from rcmae.data.packing.found import (
@@ -40,7 +41,7 @@ from rcmae.data.packing.labels import (
 from rcmae.data.packing.layouts import in_folders, layout_of
 from rcmae.data.packing.members import files_beside
 from rcmae.data.patterns import expand
-from rcmae.data.tars import IMAGE_SUFFIXES, KINDS, NO_LABEL
+from rcmae.data.tars import IMAGE_SUFFIXES, NO_LABEL
 from rcmae.errors import Refused
 from rcmae.files import aside
 from rcmae.process import cores
@@ -240,7 +241,7 @@ def _rows_of(path: Path) -> tuple[list[dict[str, str]], list[int], list[str]]:
 
 
 def _in_tars(patterns: Sequence[str]) -> Found:
-    wanted = [kind for kind in KINDS if kind not in ("image", "label")]
+    wanted = list(kinds())
     index = ShardIndex.open(expand(patterns), jobs=min(8, cores.usable()), needs=wanted)
     index.tell_unused()
     found = []

@@ -25,13 +25,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from rcmae.data.members.kinds import kinds
+from rcmae.data.members.kinds import MemberKind, kinds, register
 from rcmae.data.members.maps import decode_map, encode_map, no_label
 from rcmae.data.packing.folders import ALIASES
 from rcmae.data.packing.found import NO_TARGETS, Found, Labelling, Other, Source, Targets
 from rcmae.data.packing.indexing import refresh
 from rcmae.data.packing.inputs import find_images, ordered
 from rcmae.data.packing.layouts import RECODED
+from rcmae.data.packing.members import registered
 from rcmae.data.tars import IMAGE_SUFFIXES, suffix_of
 from rcmae.data.transforms import FORMATS, NPY, TIFF, BadImage, channels_of, decode, resize
 from rcmae.data.workers import fork_server, mapped
@@ -208,7 +209,11 @@ def _write_all(
     done = dict(before)
     missing = [task for task in tasks if task.path not in done]
     write = partial(
-        write_shard, size=options.size, quality=options.quality, min_size=options.min_size
+        write_shard,
+        size=options.size,
+        quality=options.quality,
+        min_size=options.min_size,
+        added=registered(),
     )
     shown = track(
         _each(write, missing, options.jobs),
@@ -308,9 +313,17 @@ def _unlike(key: str, before: Any, now: Any) -> str:
 
 
 def write_shard(
-    task: Task, size: int | None = None, quality: int = 90, min_size: int = 1
+    task: Task,
+    size: int | None = None,
+    quality: int = 90,
+    min_size: int = 1,
+    added: Sequence[MemberKind] = (),
 ) -> Written:
-    """Write a tar of the images that can be decoded. It is there whole or not at all."""
+    """Write a tar of the images that can be decoded. It is there whole or not at all.
+
+    `added`: kinds of members that were registered, for another process."""
+    for kind in added:
+        register(kind)
     count = 0
     rejected: list[Rejected] = []
     with (
