@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": Command("plan", "whether a run fits, divides, and how long it takes, before the queue"),
     "doctor": Command("doctor", "whether what a run needs is on this node, or these, and sound"),
     "runs": Command("runs", "where a run stands, and where its time went"),
+    "track": Command("track", "show a run in Weights & Biases, MLflow or trackio"),
     "shards": Command("shards", "make, index and check shards of images"),
     "checkpoint": Command("checkpoint", "list, show, verify, diff and prune checkpoints"),
     "export": Command("export", "write a run's weights to a file that others read"),

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what is needed into .venv, then lints, checks types and runs the tests. Other arguments go to pytest:
 #   tools/test.sh               everything that must pass
-#   tools/test.sh --all         and every block of commands in the READMEs, run as it stands: minutes more
+#   tools/test.sh --all         and every block of commands in the READMEs, run as it stands, and trackers that are
+#                               installed (pip install 'rcmae[wandb,mlflow,trackio]'): minutes more
 #   tools/test.sh --fast        lint, types, and the tests that start no ranks: about two minutes
 #   tools/test.sh -k resume -x  some of the tests, after lint and types
 # The tests of slurm/ start a real SLURM, where tests/slurm/install.sh could install it; elsewhere they skip themselves.
@@ -25,7 +26,7 @@ if [ "$which" = fast ]; then
     for name in "${fast_tests[@]}"; do tests+=("tests/test_$name.py"); done
     set -- -m "not slow" "$@"
 else
-    [ "$which" = all ] || set -- -m "not readme" "$@"
+    [ "$which" = all ] || set -- -m "not readme and not trackers" "$@"
     say "DeepSpeed's C++ optimizer for offload (built once, in .venv)"
     command -v c++ > /dev/null || stop "no C++ compiler, which torch.compile and DeepSpeed's optimizer need (g++, for one)"
     mkdir -p "$TORCH_EXTENSIONS_DIR"

@@ -448,6 +448,8 @@ class LogOptions(Section):
     """Log every so many steps and the last; 0: never."""
     tensorboard: bool = True
     """Whether to write curves and pictures for TensorBoard."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Where to show the run, too: each committed step once, also over kills and requeues."""
 
 
 class RunOptions(Section):

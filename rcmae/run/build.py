@@ -22,11 +22,11 @@ from rcmae.data.transforms import Normalise
 from rcmae.data.views import Views
 from rcmae.engines.build import make_engine, waited_for
 from rcmae.engines.protocol import Engine
-from rcmae.errors import Refused, counted
-from rcmae.models import kernels
+from rcmae.errors import Refused
 from rcmae.objectives import Objective
 from rcmae.process import waits
 from rcmae.run import ending, preempt, startup
+from rcmae.run.announcing import announce
 from rcmae.run.differences import mismatches
 from rcmae.run.folder import renew, start_folder, unwritable, versions
 from rcmae.run.guard import Guard
@@ -44,6 +44,7 @@ from rcmae.run.loop.saving import BYTES_A_WEIGHT, DISK_RATE, Saving
 from rcmae.run.loop.schedule import Schedule
 from rcmae.run.presence import Presence
 from rcmae.run.records.metrics import MetricsLog, events_of
+from rcmae.run.trackers.beside import Trackers
 from rcmae.tasks.protocol import Evaluating, Saved, Task
 
 
@@ -81,6 +82,7 @@ class Run:
     log: MetricsLog
     lease: Lease | None  # rank 0's
     presence: Presence
+    trackers: Trackers
 
 
 def build(verdict: Verdict, task: Task, stop: preempt.StopRequest) -> Run:
@@ -184,7 +186,8 @@ def assemble(
     )
     instruments = Instruments(log, meter, presence, stop)
     parts = parts_of(verdict, task, trained, progress, instruments, lease)
-    run = Run(task, recipe, sizes, parts, log, lease, presence)
+    trackers = Trackers(recipe.log.trackers if lease else (), recipe.run_dir, log.say)
+    run = Run(task, recipe, sizes, parts, log, lease, presence, trackers)
     announce(run, verdict, trained)
     startup.mark("files")
     return run
@@ -439,61 +442,3 @@ def evaluating(
         normalise=batches.normalise,
         device=dist.device(),
     )
-
-
-def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
-    """Say what will run, and where it resumes from."""
-    saved = trained.saved
-    recipe, sizes, log = run.recipe, run.sizes, run.log
-    index = verdict.data.train
-    assert index is not None
-    log.event(
-        "resume" if saved else "start",
-        step=run.parts.progress.step,
-        sizes=sizes.asdict(),
-        versions=versions(),
-        engine=recipe.engine.model_dump(mode="json"),
-        precision=verdict.precision._asdict(),
-        from_checkpoint=str(saved.path) if saved else None,
-        passed_over=trained.damaged,
-        generation=run.lease.generation if run.lease else None,
-        undone=log.undone,
-        **preempt.this_start(),
-    )
-    config_name = f" {recipe.engine.config}" if recipe.engine.config else ""
-    log.say(
-        f"{recipe.run.name}: {recipe.objective.name} {recipe.model.name} on {dist.device()}, "
-        f"{recipe.engine.name}{config_name} x {sizes.world}, {recipe.engine.precision}\n"
-        f"{sizes.images_per_step} images a step = {counted(sizes.world, 'rank')} x "
-        f"{counted(sizes.accumulation, 'micro-batch', 'micro-batches')} x {sizes.per_device}; "
-        f"{sizes.total_steps} steps, {sizes.steps_per_epoch} "
-        f"an epoch of {sizes.samples_per_epoch:,} samples; lr {sizes.lr:.3g} after "
-        f"{sizes.warmup_steps:g} steps of warm-up"
-    )
-    rows = kernels.table(
-        device=dist.device(),
-        precision=recipe.engine.precision,
-        layer_norm=recipe.engine.layer_norm,
-        optimizer=recipe.engine.optimizer,
-        compile=recipe.engine.compile,
-        checkpointing=recipe.engine.activation_checkpointing,
-    )
-    for part, used, why in (verdict.precision.row(), *rows):
-        log.say(f"  {part:<12} {used}  ({why})")
-    if recipe.data.decode != "cpu":
-        decodes = run.parts.batches.stream.decodes
-        log.say(f"  {'JPEG':<12} decoded by {decodes}  (data.decode={recipe.data.decode})")
-    if index.short:
-        shown = ", ".join(index.short[:5]) + " ..." * (len(index.short) > 5)
-        log.event("short_shards", shards=index.short)
-        log.say(
-            f"{len(index.short)} shards are shorter than their index says, their last samples are "
-            f"bad: {shown}"
-        )
-    for told in verdict.notes:
-        log.event("note", told=told)
-        log.say(told)
-    for told in verdict.warnings:
-        log.warn(told)
-    if saved:
-        log.say(f"resumes from {saved.path}, step {saved.step}")

@@ -96,6 +96,7 @@ def note_end(run: Run, outcome: Outcome) -> None:
         if outcome.is_told and run.lease.holds():
             write_outcome(run, outcome)
         run.lease.release()
+    run.trackers.close(in_a_hurry=outcome.status == preempt.STOPPED)
 
 
 def write_outcome(run: Run, outcome: Outcome) -> None:

@@ -32,6 +32,7 @@ from rcmae.process import cores, waits
 from rcmae.run import startup
 from rcmae.run.command import Command
 from rcmae.run.folder import versions
+from rcmae.run.trackers import protocol as trackers
 from rcmae.tasks.following import Followed, follow
 from rcmae.tasks.protocol import Data, Saved, Task
 
@@ -183,6 +184,7 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
     # all of them or none: a set stands for the place that it has in the task's list
     readable = tuple(each for each in sets if each is not None)
     data = with_classes(recipe, train, readable if len(readable) == len(sets) else ())
+    problems += [told for told in map(trackers.missing, recipe.log.trackers) if told]
     config = attempt(engine_config, recipe)
     found = attempt(task.look, recipe, saved)
     return Facts(recipe, saved, written, data, config or {}, found, tuple(problems), notes)

@@ -88,7 +88,8 @@ class Evaluation:
         seconds = time.monotonic() - began
         self.longest_s = max(self.longest_s, seconds)
         best = {"best": self._progress.best} if found.best else {}
-        self._instruments.log.event("evaluate", step=step, **found.event, **best, seconds=seconds)
+        about = {**found.event, **best, "scalars": found.scalars, "seconds": seconds}
+        self._instruments.log.event("evaluate", step=step, **about)
         write_evaluated(found, self._instruments.log, context.recipe.run_dir, step)
 
     def draw(self, context: Evaluating) -> None:

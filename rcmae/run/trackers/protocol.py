@@ -1,0 +1,86 @@
+"""What a tracker is asked for. An adapter imports its library when it is opened, not before."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from rcmae.errors import Refused
+
+NAMES = ("wandb", "mlflow", "trackio")
+
+
+class About(NamedTuple):
+    """The run that a tracker shows."""
+
+    token: str  # of this run in this tracker: the same at each start
+    name: str
+    project: str
+    folder: Path  # where a tracker without a server may keep its files
+    config: Mapping[str, Any]  # the resolved recipe, without secrets
+
+
+class Tracker(Protocol):
+    """A run in a tracker. Everything may raise whatever its library raises."""
+
+    def open(self, about: About) -> str:
+        """Begin the run, or continue the one with this token; where it is to be seen."""
+
+    def last_step(self) -> int:
+        """The newest step that the tracker has numbers of; -1: none."""
+
+    def scalars(self, step: int, time_s: float, values: Mapping[str, float]) -> None:
+        """Numbers of a step. The last call for it: its images and tables come before.
+
+        Args:
+            step: ascends from call to call.
+            time_s: when it was done, seconds since 1970.
+            values: name -> number.
+        """
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A PNG."""
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Any]) -> None:
+        """Rows of numbers and texts."""
+
+    def flush(self) -> None:
+        """Return when the tracker has all of it."""
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """What the run is worth, in single values; those before are replaced."""
+
+    def close(self, *, finished: bool) -> None:
+        """End this session. A run that is not finished can be continued."""
+
+
+def tracker(name: str) -> Tracker:
+    """The adapter of a name.
+
+    Raises:
+        Refused: there is none, or its library is not installed.
+    """
+    if name not in NAMES:
+        raise Refused(f"no tracker {name!r}; there are {', '.join(NAMES)}")
+    if problem := missing(name):
+        raise Refused(problem)
+    if name == "mlflow":
+        from rcmae.run.trackers.to_mlflow import MLflow
+
+        return MLflow()
+    if name == "wandb":
+        from rcmae.run.trackers.to_wandb import WeightsAndBiases
+
+        return WeightsAndBiases()
+    from rcmae.run.trackers.to_trackio import Trackio
+
+    return Trackio()
+
+
+def missing(name: str) -> str | None:
+    """What to install for a tracker, where its library is not there. Imports nothing."""
+    if importlib.util.find_spec(name) is not None:
+        return None
+    return f"{name} is not installed; pip install 'rcmae[{name}]'"

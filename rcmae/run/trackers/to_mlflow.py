@@ -1,0 +1,112 @@
+"""MLflow: a server (MLFLOW_TRACKING_URI), or a database beside the run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunStatus
+from mlflow.exceptions import MlflowException
+
+from rcmae.run.trackers.protocol import About
+
+_TOKEN = "rcmae.token"  # the tag by which a run is found again
+_METRICS = 900  # a request takes 1,000 at most, and all or none of them
+_PARAMS = 100
+_LONGEST = 500  # characters of a parameter that every store takes
+
+
+class MLflow:
+    """An MLflow run."""
+
+    def open(self, about: About) -> str:
+        """Find the run by its tag, or make it."""
+        where = os.environ.get("MLFLOW_TRACKING_URI")
+        if not where:
+            about.folder.mkdir(parents=True, exist_ok=True)
+            where = f"sqlite:///{about.folder.resolve()}/mlflow.db"
+        mlflow.set_tracking_uri(where)
+        self._client = MlflowClient(where)
+        self._metrics: list[Metric] = []
+        experiment = self._experiment(about, where)
+        query = f"tags.`{_TOKEN}` = '{about.token}'"
+        found = self._client.search_runs([experiment], query, max_results=1)
+        if found:
+            self._run = found[0].info.run_id
+            self._client.update_run(self._run, RunStatus.to_string(RunStatus.RUNNING))
+        else:
+            tags = {_TOKEN: about.token}
+            made = self._client.create_run(experiment, tags=tags, run_name=about.name)
+            self._run = made.info.run_id
+            self._describe(about.config)
+        return f"{where.split('@')[-1]} experiment {about.project} run {self._run}"
+
+    def last_step(self) -> int:
+        """Of the numbers that every logged step has."""
+        last = -1
+        for name in self._client.get_run(self._run).data.metrics:
+            if name.startswith("train/"):
+                history = self._client.get_metric_history(self._run, name)
+                last = max([last, *(metric.step for metric in history)])
+                break
+        return last
+
+    def scalars(self, step: int, time_s: float, values: Mapping[str, float]) -> None:
+        """Numbers of a step; the same ones again change nothing: they carry the step's own time."""
+        if len(self._metrics) + len(values) > _METRICS:
+            self.flush()
+        stamp = int(time_s * 1000)
+        self._metrics += [Metric(name, value, stamp, step) for name, value in values.items()]
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Under artifacts: pictures/NAME/step-00000010.png."""
+        from PIL import Image
+
+        with Image.open(path, formats=["PNG"]) as picture:
+            self._client.log_image(self._run, picture, f"{name}/step-{step:08d}.png")
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Any]) -> None:
+        """Under artifacts, as MLflow reads tables."""
+        document = {"columns": list(columns), "data": [list(row) for row in rows]}
+        self._client.log_text(self._run, json.dumps(document), f"{name}/step-{step:08d}.json")
+
+    def flush(self) -> None:
+        """Numbers of whole steps, all or none."""
+        if self._metrics:
+            self._client.log_batch(self._run, metrics=self._metrics)
+            self._metrics = []
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """As tags: a metric would be a curve."""
+        for name, value in values.items():
+            self._client.set_tag(self._run, f"rcmae.{name.replace('/', '.')}", str(value))
+
+    def close(self, *, finished: bool) -> None:
+        """A run that is not finished stays "running": somebody continues it."""
+        if finished:
+            self._client.set_terminated(self._run, RunStatus.to_string(RunStatus.FINISHED))
+
+    def _experiment(self, about: About, where: str) -> str:
+        found = self._client.get_experiment_by_name(about.project)
+        if found is not None:
+            return str(found.experiment_id)
+        place = (about.folder / "artifacts").resolve().as_uri() if "sqlite:" in where else None
+        try:
+            return str(self._client.create_experiment(about.project, artifact_location=place))
+        except MlflowException:  # another run made it meanwhile
+            return str(self._client.get_experiment_by_name(about.project).experiment_id)
+
+    def _describe(self, config: Mapping[str, Any]) -> None:
+        self._client.log_dict(self._run, dict(config), "recipe.json")
+        flat = [
+            Param(f"{section}.{key}", str(value)[:_LONGEST])
+            for section, values in config.items()
+            for key, value in (values.items() if isinstance(values, dict) else [("value", values)])
+        ]
+        for start in range(0, len(flat), _PARAMS):
+            self._client.log_batch(self._run, params=flat[start : start + _PARAMS])
