@@ -99,6 +99,11 @@ def size_problems(vit: NetworkSizes, detect: DetectOptions, window: int) -> list
             f"detect.window={window} does not divide the canvas of {rows}x{columns} patches; set "
             "one that does"
         )
+    if detect.backbone == "benchmark" and vit.depth < 8:
+        problems.append(
+            f"model.depth={vit.depth}: each of four sections has windowed blocks and a global one; "
+            "use 8 or more"
+        )
     if vit.depth % 4:
         problems.append(
             f"model.depth={vit.depth}: blocks come in four sections; use a multiple of 4"
