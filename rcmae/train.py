@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rcmae.commands import training
-from rcmae.data.workers import refuse_unguarded
+from rcmae.data.workers import refuse_unguarded, serve_readers
 from rcmae.process import console, waits
 from rcmae.run import preempt, startup
 from rcmae.run.command import Command
@@ -166,6 +166,7 @@ def built(verdict: Verdict, task: Task, stop: preempt.StopRequest) -> Run:
 
     if verdict.recipe.data.workers:
         refuse_unguarded("rcmae.train")  # its workers import the program that calls it
+        serve_readers()  # their server imports while the engine is built
     if verdict.recipe.run.deadline_s is not None:
         stop.within(verdict.recipe.run.deadline_s)
     return build(verdict, task, stop)

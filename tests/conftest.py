@@ -16,16 +16,34 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from runs import Folder, start
 
 ROOT = Path(__file__).parent.parent
 
+# The files that take longest, in that order: begun first, so that processes which share the files
+# end together.
+LONGEST = (
+    *("engines", "slurm", "checkpoint", "train", "presence", "plan", "finetune", "lease", "drill"),
+    *("replay", "wheel", "compare_objectives", "a_new_task", "cli", "waits", "versions"),
+    *("slurm_job", "preempt", "hosts", "ranks_start", "bench_step", "plugins", "evaluate"),
+)
+
+settings.register_profile("here", deadline=None)  # a machine that is busy is no failure
+settings.load_profile("here")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first (with xdist's --no-loadscope-reorder)."""
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def free_port() -> int:

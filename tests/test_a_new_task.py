@@ -10,13 +10,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Ranks
 
-from runs import Folder, equal
+from runs import Folder, equal, start
 
 NAME = "task.name=my_tasks:Rotation"
 PROGRAM = "tests/programs/started_apart.py"
@@ -42,8 +42,23 @@ def train(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=project, env=paths, capture_output=True, text=True)
 
 
+@pytest.fixture
+def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The project's folder is the current one: its task is trained in this process."""
+    monkeypatch.chdir(project)
+    yield
+    sys.modules.pop("my_tasks", None)
+    if str(project) in sys.path:
+        sys.path.remove(str(project))
+
+
 def test_it_trains_resumes_on_other_ranks_and_is_judged(
-    project: Path, tiny: Path, photo_shards: str, tmp_path: Path, ranks: Callable[..., Ranks]
+    project: Path,
+    inside: None,
+    tiny: Path,
+    photo_shards: str,
+    tmp_path: Path,
+    ranks: Callable[..., Ranks],
 ) -> None:
     arguments = [
         str(tiny),
@@ -60,25 +75,26 @@ def test_it_trains_resumes_on_other_ranks_and_is_judged(
     assert "best student  top-1" in done.stdout
     assert set(whole.events("evaluate")[0]["rotation"]) >= {"top1", "loss"}
 
-    stopped = train(project, *arguments, f"run.dir={halves.path}", "run.stop_after_steps=3")
-    assert stopped.returncode == 75, stopped.stderr
+    assert start(tiny, halves.path, *arguments[1:], "run.stop_after_steps=3") == 75
     again = [*arguments, f"run.dir={halves.path}", "engine.name=fsdp2"]
     command = [str(project), "rcmae.train", *again]
     ranks(PROGRAM, json.dumps([command, command])).succeed()
     assert halves.losses() == pytest.approx(whole.losses(), rel=1e-5)
 
-    other = train(project, *arguments, f"run.dir={halves.path}", "task.options={smoothing: 0.2}")
-    assert other.returncode == 2
-    assert "task.options.smoothing=0.1, but this recipe has 0.2" in other.stderr
 
-
-def test_it_resumes_bit_for_bit(project: Path, tiny: Path, tmp_path: Path) -> None:
-    arguments = [str(tiny), NAME, "schedule.steps=4", "schedule.warmup_steps=1"]
+def test_it_resumes_bit_for_bit_with_the_same_options(
+    inside: None, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [NAME, "task.options={smoothing: 0.1}", "schedule.steps=4"]
+    arguments += ["schedule.warmup_steps=1"]
     whole, halves = Folder(tmp_path / "whole"), Folder(tmp_path / "halves")
-    assert train(project, *arguments, f"run.dir={whole.path}").returncode == 0
-    halved = [*arguments, f"run.dir={halves.path}"]
-    assert train(project, *halved, "run.stop_after_steps=2").returncode == 75
-    assert train(project, *halved).returncode == 0
+    assert start(tiny, whole.path, *arguments) == 0
+    assert start(tiny, halves.path, *arguments, "run.stop_after_steps=2") == 75
+    capsys.readouterr()
+    other = [*arguments, "task.options={smoothing: 0.2}"]
+    assert start(tiny, halves.path, *other) == 2
+    assert "task.options.smoothing=0.1, but this recipe has 0.2" in capsys.readouterr().err
+    assert start(tiny, halves.path, *arguments) == 0
     assert equal(whole.state(), halves.state())
 
 
@@ -94,9 +110,13 @@ def test_it_resumes_bit_for_bit(project: Path, tiny: Path, tmp_path: Path) -> No
     ],
 )
 def test_what_is_wrong_with_it_is_said(
-    project: Path, tiny: Path, tmp_path: Path, given: list[str], said: str
+    inside: None,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    said: str,
 ) -> None:
-    done = train(project, str(tiny), *given, f"run.dir={tmp_path / 'run'}")
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert start(tiny, tmp_path / "run", *given) == 2
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -68,8 +68,8 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return [str(tiny), f"run.dir={root / name}", "log.every_steps=1", *overrides]
 
     fp32, bf16 = (
-        ("engine.precision=fp32", "schedule.steps=20"),
-        ("engine.precision=bf16", "schedule.steps=40"),
+        ("engine.precision=fp32", "schedule.steps=8"),
+        ("engine.precision=bf16", "schedule.steps=16"),
     )
     two = [
         *(
@@ -93,7 +93,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("local-fp32", *fp32),
         job("local-fp32-2", *fp32, "batch.per_device=16"),
         job("local-bf16", *bf16),
-        job("local-fp32-long", "engine.precision=fp32", "schedule.steps=40"),
+        job("local-fp32-long", "engine.precision=fp32", "schedule.steps=16"),
         job("local-micro", *fp32, *AS_PUBLISHED, "batch.per_device=16"),
     ]
     started = [
@@ -136,15 +136,14 @@ def test_every_engine_in_bf16_stays_near_fp32(runs: Path, stage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", ["encoder,decoder", "encoder"])
-def test_the_teacher_is_the_average_at_every_stage(ranks: Callable[..., Ranks], parts: str) -> None:
-    """1,000 updates against a float64 average; the copy is its accumulator rounded.
+def test_the_teacher_is_the_average_at_every_stage(ranks: Callable[..., Ranks]) -> None:
+    """1,000 updates against a float64 average, of teachers with a decoder and without; the copy is
+    its accumulator rounded.
 
     Bytes are the formula's.
     """
-    found = result(
-        ranks(str(PROGRAMS / "teacher_stages.py"), ",".join(("local", *STAGES)), parts).succeed()
-    )
+    engines = ",".join(("local", *STAGES))
+    found = result(ranks(str(PROGRAMS / "teacher_stages.py"), engines, "pixels,tokens").succeed())
     print("\nbytes of the teacher on each of two ranks")
     for name, figures in found.items():
         kinds = [
@@ -152,14 +151,14 @@ def test_the_teacher_is_the_average_at_every_stage(ranks: Callable[..., Ranks], 
             for each in figures["bytes"]
         ]
         print(
-            f"{name:<20} {' | '.join(kinds)} | sum "
+            f"{name:<27} {' | '.join(kinds)} | sum "
             f"{sum(sum(each.values()) for each in figures['bytes']):,}"
         )
         assert figures["error"] < 1e-6, name
         assert figures["copy_is_rounding"], name
         assert figures.get("whole_copy_is_rounding", True), name
         assert figures["bytes"] == figures["formula"], name
-    assert len(found) == 2 * 2 * 6
+    assert len(found) == (2 + 1) * 2 * 6
 
 
 @pytest.mark.slow
@@ -265,21 +264,21 @@ OBJECTIVES = {
 
 @pytest.mark.slow
 def test_every_objective_is_the_local_one_on_every_engine(tiny: Path, tmp_path: Path) -> None:
-    """Losses, the teacher and the batch norm's statistics.
-
-    Then again with a stop and a resume in the middle.
+    """Losses, the teacher and the batch norm's statistics; at stage 3 with a stop and a resume in
+    the middle.
     """
 
     def job(name: str, *overrides: str) -> list[str]:
-        return [str(tiny), f"run.dir={tmp_path / name}", "log.every_steps=1", *overrides]
+        run = [f"run.dir={tmp_path / name}", "log.every_steps=1", "schedule.steps=8"]
+        return [str(tiny), *run, *overrides]
 
     stages = ("zero2", "zero3", "fsdp2")
     two, again = [], []
     for objective, options in OBJECTIVES.items():
-        for stage in stages:
+        for stage in ("zero2", "fsdp2"):
             two.append(job(f"{objective}-{stage}", *options, *engine_of(stage)))
-        again.append(job(f"{objective}-again", *options, *engine_of("zero3")))
-    stopped = [[*each, "run.stop_after_steps=7"] for each in again]
+        again.append(job(f"{objective}-zero3", *options, *engine_of("zero3")))
+    stopped = [[*each, "run.stop_after_steps=3"] for each in again]
     one = [job(f"{objective}-local", *options) for objective, options in OBJECTIVES.items()]
     started = [
         Ranks([sys.executable, str(PROGRAMS / "train_many.py"), json.dumps(jobs)], world, tmp_path)
@@ -300,14 +299,6 @@ def test_every_objective_is_the_local_one_on_every_engine(tiny: Path, tmp_path: 
                     assert relative(tensors(run, kind), tensors(oracle, kind)) < 1e-5, (
                         f"{run.name} {kind}"
                     )
-        resumed, run = tmp_path / f"{objective}-again", tmp_path / f"{objective}-zero3"
-        # two runs on ranks differ by rounding
-        assert losses(resumed) == pytest.approx(losses(run), rel=1e-6)
-        for kind in ("weight", "buffer"):
-            if keys_of(run, kind):
-                assert relative(tensors(resumed, kind), tensors(run, kind)) < 1e-5, (
-                    f"{resumed.name} {kind}"
-                )
     taught = keys_of(tmp_path / "bootmae-zero2", "teacher")
     assert taught
     assert all(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from rcmae import config
-from runs import Folder
+from runs import Folder, start
 from tests.conftest import ROOT
 
 NAME = "objective.name=my_objectives:Absolute"
@@ -50,33 +50,34 @@ def train(project: Path, recipe: Path, run: Path, *overrides: str) -> subprocess
     return subprocess.run(command, cwd=project, env=paths, capture_output=True, text=True)
 
 
-def test_it_trains_and_resumes(project: Path, tiny: Path, tmp_path: Path) -> None:
+def test_it_trains_and_resumes(
+    project: Path, inside: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = "objective.options={visible_weight: 0.2}"
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     steps = ("schedule.steps=3", "schedule.warmup_steps=1", "checkpoint.every_steps=1")
-    done = train(project, tiny, whole, options, *steps)
+    done = train(project, tiny, whole, options, *steps)  # by the command line, as a user does
     assert done.returncode == 0, done.stderr
     row = Folder(whole).rows()[-1]
     assert {key for key in row if key.startswith("loss")} == {"loss", "loss_absolute"}
     assert row["loss"] == row["loss_absolute"] > 0
 
-    stopped = train(project, tiny, halves, options, *steps, "run.stop_after_steps=1")
-    assert stopped.returncode == 75, stopped.stderr
-    assert train(project, tiny, halves, options, *steps).returncode == 0
+    assert start(tiny, halves, NAME, options, *steps, "run.stop_after_steps=1") == 75
+    assert start(tiny, halves, NAME, options, *steps) == 0
     assert Folder(halves).losses() == Folder(whole).losses()
 
     written = yaml.safe_load((halves / "recipe.yaml").read_text())["objective"]
     assert written["options"] == {"visible_weight": 0.2}
     assert not {"norm_pix_loss", "consistency_weight"} & written.keys()
-    other = train(project, tiny, halves, "objective.options={visible_weight: 0.3}", *steps)
-    assert other.returncode == 2
-    assert "objective.options.visible_weight=0.2, but this recipe has 0.3" in other.stderr
+    capsys.readouterr()
+    assert start(tiny, halves, NAME, "objective.options={visible_weight: 0.3}", *steps) == 2
+    said = capsys.readouterr().err
+    assert "objective.options.visible_weight=0.2, but this recipe has 0.3" in said
 
 
-def test_a_shipped_term_can_be_added_to_it(project: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_shipped_term_can_be_added_to_it(inside: Path, tiny: Path, tmp_path: Path) -> None:
     more = ("objective.terms={consistency: 0.5}", "schedule.steps=2", "schedule.warmup_steps=1")
-    done = train(project, tiny, tmp_path / "run", *more)
-    assert done.returncode == 0, done.stderr
+    assert start(tiny, tmp_path / "run", NAME, *more) == 0
     for row in Folder(tmp_path / "run").rows():
         want = row["loss_absolute"] + 0.5 * row["loss_consistency"]
         assert row["loss"] == pytest.approx(want)

@@ -114,7 +114,7 @@ def test_a_process_alone_writes_nothing(tmp_path: Path) -> None:
     [
         (FSDP2, 1, signal.SIGKILL, 1800),
         (FSDP2, 0, signal.SIGKILL, 1800),
-        (ZERO2, 1, signal.SIGSTOP, 40),
+        (ZERO2, 1, signal.SIGSTOP, 20),
     ],
 )
 def test_a_dead_or_hung_rank_ends_the_other_within_the_time_out_and_is_named(

@@ -40,4 +40,5 @@ fi
 say "pytest"
 export OMP_NUM_THREADS=1  # tests start ranks of their own; more threads than cores would only slow them down
 unset PYTHONDONTWRITEBYTECODE  # hundreds of processes import the same modules: compiled once
-python -m pytest -n auto --maxprocesses 4 --dist loadfile "${tests[@]}" "$@"  # by file: what a module sets up is set up once
+# by file: what a module sets up is set up once; the longest first, as tests/conftest.py orders them
+python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "${tests[@]}" "$@"

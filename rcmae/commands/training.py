@@ -140,18 +140,21 @@ def parse(arguments: Sequence[str] | None, prog: str) -> Command:
 
 def refused(asked: Command, task: str) -> bool:
     """Whether the recipe is wrong, which is then told on stderr: a matter of a moment, without
-    torch.
+    torch. Where it is right, the process that readers are forked from begins to import.
 
     Only of a process alone: ranks look at a recipe together, and would wait for one that left.
     """
     from rcmae import config
+    from rcmae.data.workers import serve_readers
     from rcmae.errors import Refused
     from rcmae.process import launchers
 
     try:
         if launchers.launched().world > 1:
             return False
-        config.load(asked.recipe, asked.overrides, task=task)
+        recipe = config.load(asked.recipe, asked.overrides, task=task)
+        if recipe.data.workers and not asked.check:
+            serve_readers()
     except Refused as error:
         print(f"rcmae: {error}", file=sys.stderr)
         return True

@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from rcmae.errors import Refused
 
+READING = "rcmae.data.stream"  # the module of which a reader needs all
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -40,6 +41,13 @@ def fork_server(*preload: str) -> BaseContext:
     with _blocked():
         forkserver.ensure_running()
     return context
+
+
+def serve_readers() -> None:
+    """Let the server that a training's readers are forked from import what they need, from now on,
+    beside what this process does. Without this the first loader does so.
+    """
+    fork_server("torch", READING)
 
 
 def refuse_again(what: str) -> None:

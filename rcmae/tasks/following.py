@@ -18,7 +18,6 @@ from rcmae.config import ModelOptions, Recipe
 from rcmae.errors import Refused
 from rcmae.models.sizes import ARCHITECTURES
 from rcmae.tasks import start
-from rcmae.weights.encoder import HEADS, heads_of, statistics_of
 from rcmae.weights.names import published_names
 from rcmae.weights.reading import NetworkWeights
 from rcmae.weights.shapes import sizes_of
@@ -93,6 +92,9 @@ def network_values(recipe: Recipe, source: NetworkWeights) -> dict[str, Any]:
     Raises:
         Refused: they are those of no encoder.
     """
+    # it imports timm, which costs seconds: for who classifies
+    from rcmae.weights.encoder import HEADS, heads_of, statistics_of
+
     weights = published_names(source.weights)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     sizes = sizes_of(shapes)

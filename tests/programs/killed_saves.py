@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from rcmae import train
+from rcmae.run import build, ending, look  # noqa: F401, what each fork would import for itself
+from rcmae.tasks import pretrain  # noqa: F401
 from runs import Folder, equal
 
 CALLS = {"fsync": os, "rename": os, "replace": os, "rmtree": shutil}

@@ -1,11 +1,12 @@
 """Run on two ranks: 1,000 EMA updates at each stage against a float64 average of the same student
 weights.
 
-Arguments: engines, and the teacher's parts: "encoder,decoder" or "encoder". Prints one JSON
-document on rank 0: engine -> figures.
+Arguments: engines, and what the teacher is asked for: "pixels,tokens", or one of them. Prints one
+JSON document on rank 0: engine -> figures.
 """
 
 import copy
+import functools
 import json
 import sys
 
@@ -35,20 +36,27 @@ SIZES = {
 }
 
 
-PARTS = tuple(sys.argv[2].split(","))
+PARTS = {"pixels": ("encoder", "decoder"), "tokens": ("encoder",)}  # that an output needs
 
 
-def teacher_names():
+@functools.cache
+def teacher_names(output):
     teacher = MaskedAutoencoder(NetworkSizes(**SIZES))
-    teacher.keep(("pixels",) if "decoder" in PARTS else ("tokens",))
+    teacher.keep((output,))
     return {name for name, _ in teacher.named_parameters()}
 
 
-def make(kind, precision):
+@functools.cache
+def walk(update, count):
+    """Numbers by which a student's weights move."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(update)) * 1e-3
+
+
+def make(kind, precision, output):
     student = MaskedAutoencoder(NetworkSizes(**SIZES))
     settings = EngineSettings(precision=precision)
     teacher = copy.deepcopy(student)
-    teacher.keep(("pixels",) if "decoder" in PARTS else ("tokens",))
+    teacher.keep((output,))
     if kind == "local":
         return LocalEngine(student, teacher, settings)
     if kind == "fsdp2":
@@ -56,10 +64,9 @@ def make(kind, precision):
     return DeepSpeedEngine(student, teacher, settings, config=read_config(kind))
 
 
-def whole(state, kind):
+def whole(state, kind, taught):
     """name -> the full tensor of a kind, on every rank."""
     out = {}
-    taught = teacher_names()
     for name, shape in ((name, shape) for name, shape in state.shapes.items() if name in taught):
         flat = torch.zeros(torch.Size(shape).numel())
         for piece in state.pieces:
@@ -83,33 +90,29 @@ def held_bytes(tensors):
     return sum(storages.values())
 
 
-def check(kind, precision, momentum):
-    engine = make(kind, precision)
+def check(kind, precision, momentum, output):
+    engine = make(kind, precision, output)
     state = engine.state()
-    pieces = [piece for piece in state.pieces if piece.name in teacher_names()]
-    assert all(
-        "teacher" not in piece.tensors
-        for piece in state.pieces
-        if piece.name not in teacher_names()
-    )
+    taught = teacher_names(output)
+    pieces = [piece for piece in state.pieces if piece.name in taught]
+    assert all("teacher" not in piece.tensors for piece in state.pieces if piece.name not in taught)
     average = [piece.tensors["teacher"].double().clone() for piece in pieces]
     index = {name: number for number, name in enumerate(state.shapes)}
     most = max(torch.Size(shape).numel() for shape in state.shapes.values())
+    weights = [piece.tensors["weight"].data for piece in pieces]
+    begins = [piece.start + index[piece.name] for piece in pieces]
     for update in range(1000):  # the student walks at random, the same on every cut
-        steps = (
-            torch.randn(most + len(index), generator=torch.Generator().manual_seed(update)) * 1e-3
-        )
-        for piece in pieces:
-            begin = piece.start + index[piece.name]
-            piece.tensors["weight"].data.add_(steps[begin : begin + len(piece.tensors["weight"])])
+        steps = walk(update, most + len(index))
+        moves = [steps[at : at + len(w)] for at, w in zip(begins, weights, strict=True)]
+        torch._foreach_add_(weights, moves)
         engine.update_teacher(momentum)
-        for mean, piece in zip(average, pieces, strict=True):
-            mean.mul_(momentum).add_(piece.tensors["weight"].double(), alpha=1 - momentum)
-    wanted = whole(state, "teacher")
+        torch._foreach_mul_(average, momentum)
+        torch._foreach_add_(average, [w.double() for w in weights], alpha=1 - momentum)
+    wanted = whole(state, "teacher", taught)
     for mean, piece in zip(average, pieces, strict=True):
         # borrow the student's place to bring the reference together
         piece.tensors["weight"].data.copy_(mean)
-    figures = {"error": relative(wanted, whole(state, "weight"))}
+    figures = {"error": relative(wanted, whole(state, "weight", taught))}
     ema, dtype = engine._ema, next(engine.teacher.parameters()).dtype
     figures["copy_is_rounding"] = all(
         torch.equal(c, a.to(dtype)) for c, a in zip(ema.copies, ema.accumulators, strict=True)
@@ -121,7 +124,7 @@ def check(kind, precision, momentum):
         figures["whole_copy_is_rounding"] = all(
             torch.equal(named[name].detach().flatten(), wanted[name].to(dtype)) for name in wanted
         )
-    groups = teacher_groups(MaskedAutoencoder(NetworkSizes(**SIZES)), PARTS)
+    groups = teacher_groups(MaskedAutoencoder(NetworkSizes(**SIZES)), PARTS[output])
     formula = teacher_bytes(kind, groups, rank=dist.rank(), world=dist.world(), precision=precision)
     if kind in ("zero3", "fsdp2"):
         copies = sum(c.numel() * c.element_size() for c in ema.copies)
@@ -139,10 +142,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.start(required=True)
     found = {
-        f"{kind} {precision} {momentum}": check(kind, precision, momentum)
+        f"{kind} {precision} {momentum} {output}": check(kind, precision, momentum, output)
+        for output in sys.argv[2].split(",")
         for kind in sys.argv[1].split(",")
         for precision in ("fp32", "bf16")
-        for momentum in (0.9999, 0.996)
+        for momentum in ((0.9999, 0.996) if output == "pixels" else (0.9999,))
     }
     if dist.rank() == 0:
         print("RESULT " + json.dumps(found))
