@@ -35,15 +35,15 @@ def test_rollout_of_uniform_attention_is_uniform_and_of_one_patch_is_that() -> N
 
 
 def test_without_a_class_token_rollout_is_what_reaches_the_mean_of_the_patches() -> None:
-    model = Classifier(NetworkSizes(**SIZES), class_token=False, num_classes=3).eval()
+    model = Classifier(NetworkSizes(**SIZES, class_tokens=0), num_classes=3).eval()
     maps = attention_maps(model, torch.randn(1, 3, 32, 32))
     assert maps.shape == (3, 1, 4, 16, 16)
     mixed = [(layer.mean(0) + torch.eye(16)) / 2 for layer in maps[:, 0]]
     reached = (mixed[2] @ mixed[1] @ mixed[0]).mean(0)
-    torch.testing.assert_close(rollout(maps[:, 0], class_token=False), reached / reached.max())
+    torch.testing.assert_close(rollout(maps[:, 0], class_tokens=0), reached / reached.max())
     swapped = torch.tensor([[0.0, 1.0], [0.0, 1.0]])  # both patches read the second
-    assert rollout(swapped[None, None], class_token=False).tolist() == pytest.approx([1 / 3, 1.0])
-    assert rollout(swapped[None, None], class_token=False, discard=0.5).tolist() == pytest.approx(
+    assert rollout(swapped[None, None], class_tokens=0).tolist() == pytest.approx([1 / 3, 1.0])
+    assert rollout(swapped[None, None], class_tokens=0, discard=0.5).tolist() == pytest.approx(
         [1 / 3, 1.0]
     )
 

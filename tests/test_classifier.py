@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rcmae.data.batch import Batch
-from rcmae.models.classifier import Classifier, drop_path_draws
+from rcmae.models.blocks import drop_path_draws
+from rcmae.models.classifier import Classifier
 from rcmae.models.fitting import fit_weights, resample_positions
 from rcmae.models.flops import classifier_flops
 from rcmae.models.sizes import NetworkSizes

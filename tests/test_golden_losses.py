@@ -11,6 +11,12 @@ import pytest
 
 from runs import Folder, start
 
+PIXIO = [
+    "objective.mask_grid=2",
+    "model.class_tokens=3",
+    "model.position_table=learned",
+    "model.decoder_depth=3",
+]
 OBJECTIVES = {
     "mae": ["objective.name=mae"],
     "mae as MAE-priv has it": [
@@ -34,6 +40,8 @@ OBJECTIVES = {
         "teacher.schedule=by_epoch",
         "teacher.momentum=0.9",
     ],
+    "pixio": ["objective.name=pixio", *PIXIO],
+    "rcpixio": ["objective.name=rcpixio", *PIXIO, "model.drop_path=0.4", "model.registers=2"],
 }
 TERMS = {
     "mae": ["reconstruction"],
@@ -43,6 +51,8 @@ TERMS = {
     "supmae": ["reconstruction", "class"],
     "rcsupmae": ["reconstruction", "consistency", "class"],
     "bootmae": ["reconstruction", "features"],
+    "pixio": ["reconstruction"],
+    "rcpixio": ["reconstruction", "consistency"],
 }
 GOLDEN = {
     "mae": [1.288801, 1.298635, 1.233965, 1.090182, 1.050785, 1.014847],
@@ -52,6 +62,8 @@ GOLDEN = {
     "supmae": [1.309952, 1.319578, 1.255186, 1.110927, 1.071925, 1.035690],
     "rcsupmae": [1.309952, 1.319578, 1.272170, 1.194863, 1.185872, 1.167410],
     "bootmae": [4.685026, 4.716135, 4.131971, 3.341604, 3.182082, 3.061043],
+    "pixio": [1.247388, 1.262537, 1.159593, 1.059795, 1.030378, 0.986004],
+    "rcpixio": [1.297161, 1.300552, 1.251454, 1.203215, 1.153095, 1.145367],
 }
 
 

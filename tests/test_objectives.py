@@ -137,7 +137,14 @@ def test_losses_of_a_bf16_model_are_computed_in_float32() -> None:
 
 def test_objectives_are_made_from_values_and_say_what_they_need() -> None:
     asked = {name: new(name).teacher_outputs for name in OBJECTIVES}
-    assert asked == {"mae": (), "rcmae": ("pixels",), "supmae": (), "bootmae": ("tokens",)}
+    assert asked == {
+        "mae": (),
+        "rcmae": ("pixels",),
+        "supmae": (),
+        "bootmae": ("tokens",),
+        "pixio": (),
+        "rcpixio": ("pixels",),
+    }
     assert new("rcmae", norm_pix_loss=False, consistency_weight=0.5).weights == {
         "reconstruction": 1.0,
         "consistency": 0.5,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import parity_downstream
+import parity_pixio
 import parity_segmentation
 import pytest
 import torch
@@ -821,8 +822,8 @@ def maepriv_pretrain(folder: Path) -> Path:
                     decoder_dim=widths[1],
                     decoder_depth=depths[1],
                     decoder_heads=heads[1],
+                    class_tokens=int(has_cls),
                 ),
-                cls_token=has_cls,
                 decoder_cls=False,
                 qkv_bias="qv",
             )
@@ -887,7 +888,9 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "maepriv-pretrain": maepriv_pretrain,
     **{
         name: functools.partial(make, write=write)
-        for name, make in (parity_downstream.MAKERS | parity_segmentation.MAKERS).items()
+        for name, make in (
+            parity_downstream.MAKERS | parity_segmentation.MAKERS | parity_pixio.MAKERS
+        ).items()
     },
 }
 
@@ -972,6 +975,11 @@ PERTURBED = [
     ("upernet", "expected.safetensors", "dropout_logits_decode"),
     ("slide-inference", "expected.safetensors", "averaged_probabilities"),
     ("seg-schedule", "after_3_steps_some.safetensors", "decode_head.fpn_bottleneck.conv.weight"),
+    ("pixio-forward", "expected.safetensors", "ids_keep_block3"),
+    ("pixio-forward", "grads_others_some.safetensors", "rcpixio/cls_token"),
+    ("pixio-forward", "after_2_steps.safetensors", "decoder_pos_embed"),
+    ("pixio-masks", "expected.safetensors", "g6_b3_r0.75/ids_restore"),
+    ("pixio-encoder", "expected.safetensors", "12x28/knn_feature"),
 ]
 
 

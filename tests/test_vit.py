@@ -130,9 +130,9 @@ def test_patchify_goes_row_by_row_channels_last_and_back() -> None:
 
 def test_position_table_encodes_column_then_row() -> None:
     assert torch.equal(
-        sincos_positions(24, (3, 5), cls_token=True).float()[None], reference.positions(24, (3, 5))
+        sincos_positions(24, (3, 5), prefix=1).float()[None], reference.positions(24, (3, 5))
     )
-    without = sincos_positions(64, (5, 5), cls_token=False)
+    without = sincos_positions(64, (5, 5), prefix=0)
     assert without.shape == (25, 64)
     recorded = {  # row 1, column 2 of the released code's table
         0: 0.9092974268256817,
@@ -152,7 +152,7 @@ def test_position_table_encodes_column_then_row() -> None:
 def test_row_first_tables_are_those_of_float32(
     dim: int, grid: tuple[int, int], cls_token: bool
 ) -> None:
-    table = sincos_positions(dim, grid, cls_token=cls_token, order="row_first")
+    table = sincos_positions(dim, grid, prefix=int(cls_token), order="row_first")
     assert torch.equal(table, relatives.row_first(dim, grid, cls_token=cls_token)[0].double())
 
 

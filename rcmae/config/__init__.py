@@ -11,6 +11,7 @@ from rcmae.config.loading import load, recipe_path
 from rcmae.config.objective import (
     CLASSIFYING,
     Catalogue,
+    MaskKind,
     ObjectiveOptions,
     OwnOptions,
     Reads,
@@ -68,6 +69,7 @@ __all__ = [
     "Fraction",
     "GuardOptions",
     "LogOptions",
+    "MaskKind",
     "ModelOptions",
     "Natural",
     "ObjectiveOptions",

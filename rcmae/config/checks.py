@@ -126,7 +126,8 @@ def _objective_problems(recipe: Recipe) -> list[str]:
             "qkv_bias": "qkv",
             "positions": "column_first",
         }
-        needs |= {"pixel_order": "hwc"}
+        needs |= {"pixel_order": "hwc", "class_tokens": 1, "registers": 0, "drop_path": 0.0}
+        needs |= {"position_table": "sincos"}
         given = [key for key, default in needs.items() if getattr(model, key) != default]
         if given:
             problems.append(
@@ -141,7 +142,26 @@ def _objective_problems(recipe: Recipe) -> list[str]:
                 "objective.teacher_mask is of a consistency term; bootmae's teacher sees the "
                 "whole image"
             )
-    elif not model.cls_token and (model.class_pool == "cls" or recipe.evaluate.pool == "cls"):
+    if not model.cls_token:
+        problems += _tokenless_problems(recipe)
+    return problems
+
+
+def _tokenless_problems(recipe: Recipe) -> list[str]:
+    """What asks for class tokens that the network has not."""
+    problems = []
+    objective, model = recipe.objective, recipe.model
+    if model.class_tokens > 1:
+        problems.append(
+            f"model.class_tokens={model.class_tokens} and model.cls_token=false: leave one out"
+        )
+    if getattr(objective.own, "needs_class_token", False):
+        problems.append(
+            f"objective.name={objective.name} trains class tokens: leave model.cls_token=true and "
+            "set model.class_tokens (8 are published), or use mae with objective.mask=grid"
+        )
+    pools = "cls" in model.class_pool or recipe.evaluate.pool.startswith("cls")
+    if recipe.decoder != "bootmae" and pools:
         problems.append(
             "model.cls_token=false: there is no token to pool; use class_pool=mean and "
             "evaluate.pool=mean"

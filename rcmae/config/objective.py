@@ -25,6 +25,9 @@ OWN_LOSS = (*CLASSIFYING, "detect", "segment")
 TASKS_OWN = "task"  # objective.name of a task from outside: it brings its own
 
 
+MaskKind = Literal["random", "boxes", "grid"]
+
+
 class Reads(NamedTuple):
     """Outputs of the networks that a loss reads, by the names of `models.protocol.Output`."""
 
@@ -45,8 +48,10 @@ class ObjectiveOptions(Section):
     """Terms to add and their weights, such as {class: 0.01} to rcmae."""
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
     """Part of the patches that is hidden from the encoder."""
-    mask: Literal["random", "boxes"] = "random"
-    """boxes: BEiT's, with single patches up to mask_ratio."""
+    mask: MaskKind = "random"
+    """boxes: BEiT's, with single patches up to mask_ratio. grid: square blocks (Pixio)."""
+    mask_grid: Positive = 4
+    """Of grid: patches of a block's side."""
     mask_shared: Literal["image", "step"] = "image"
     """Who has the same mask."""
     box_ratio: Fraction = 0.62
@@ -101,6 +106,7 @@ class OwnOptions(Section):
 
     reads: ClassVar[Reads] = Reads()
     decoder: ClassVar[str] = "mae"  # that the objective comes with, a value of model.decoder
+    needs_class_token: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, eq=False)

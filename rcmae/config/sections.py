@@ -73,13 +73,21 @@ class ModelOptions(Section):
     decoder: Literal["mae", "bootmae"] | None = None
     """bootmae: a regressor a target; None: as the objective has it."""
     cls_token: bool = True
-    """Whether the encoder has a class token."""
+    """Whether the encoder has class tokens."""
+    class_tokens: Positive = 1
+    """How many of them, where it has any."""
+    registers: Natural = 0
+    """Tokens beside them that no feature and no decoder sees."""
     decoder_cls: bool = True
-    """Whether the class token goes through the decoder, too."""
+    """Whether the class tokens go through the decoder, too."""
     qkv_bias: Literal["qkv", "qv"] = "qkv"
     """qv: no bias for the keys."""
+    position_table: Literal["sincos", "learned"] = "sincos"
+    """learned: parameters, for the class tokens, too, in encoder and decoder."""
     positions: Literal["column_first", "row_first"] = "column_first"
     """Halves of the sin-cos tables."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the encoder that pretrains, at its last block; grows from 0 at the first."""
     pixel_order: Literal["hwc", "chw"] = "hwc"
     """Of the prediction's weights."""
     num_classes: Positive = 1000
@@ -325,8 +333,10 @@ class EvaluateOptions(Section):
     """Of the votes: the lower, the more the nearest count."""
     logistic: bool = False
     """Also logistic regression on the same features: slower, and nearer to a linear probe."""
-    pool: Literal["cls", "mean"] = "mean"
-    """What stands for an image: the class token or the mean of the patches."""
+    pool: Literal["cls", "cls_before_norm", "mean"] = "mean"
+    """What stands for an image: the class token (the mean of several), before the encoder's last
+    norm or after, or the mean of the patches.
+    """
     batch: Positive = 128
     """Images at once."""
     picture_every_steps: Often = None

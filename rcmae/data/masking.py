@@ -140,6 +140,81 @@ class BlockMask:
         raise AssertionError("count() ends never")
 
 
+@dataclass(frozen=True)
+class GridMask:
+    """Square blocks of patches, each seen or hidden as one (Pixio, arXiv 2512.15715): what is
+    hidden is larger than a patch, and harder to guess from its neighbours."""
+
+    grid: tuple[int, int]  # patches, rows and columns
+    block: int  # patches of a block's side; divides both
+    blocks_visible: int
+
+    def __post_init__(self) -> None:
+        if problems := self._problems():
+            raise Refused("\n".join(problems))
+
+    def _problems(self) -> list[str]:
+        rows, columns = self.grid
+        side = self.block
+        if rows % side or columns % side:
+            both = math.gcd(rows, columns)
+            divisors = [each for each in range(1, both + 1) if both % each == 0]
+            below = [divisor for divisor in divisors if divisor < side][-1:]
+            above = [divisor for divisor in divisors if divisor > side][:1]
+            sides = " or ".join(map(str, below + above))
+            grids = " or ".join(f"{high}x{wide}" for high, wide in _multiples(self.grid, side))
+            return [
+                f"blocks of {side}x{side} patches do not fit a grid of {rows}x{columns}: use "
+                f"objective.mask_grid={sides}, or a grid of {grids} patches by model.image_size"
+            ]
+        blocks = self.num_patches // side**2
+        if not 0 < self.blocks_visible < blocks:
+            return [
+                f"{self.blocks_visible} visible blocks of {blocks}: at least one must be seen and "
+                "one hidden; change objective.mask_ratio, objective.mask_grid or model.image_size"
+            ]
+        return []
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in an image, L."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_visible(self) -> int:
+        """How many of them the encoder sees."""
+        return self.blocks_visible * self.block**2
+
+    def ids(self, seed: int, position: int, draw: int = 0) -> NDArray[np.int64]:
+        """[L] a permutation of the patches for this position; the first `num_visible` are seen."""
+        order = random_ids(seed, position, self.num_patches // self.block**2, draw)
+        return patches_of_blocks(order, self.grid, self.block)
+
+
+def _multiples(grid: tuple[int, int], side: int) -> list[tuple[int, int]]:
+    """The grids nearest to one that blocks of this side fit: one not larger, one not smaller."""
+    lower = [max(2 * side, length // side * side) for length in grid]
+    upper = [max(2 * side, -(-length // side) * side) for length in grid]
+    return sorted({(lower[0], lower[1]), (upper[0], upper[1])})
+
+
+def patches_of_blocks(
+    order: NDArray[np.int64], grid: tuple[int, int], block: int
+) -> NDArray[np.int64]:
+    """Blocks [..., n] by their patches [..., n * block^2]: block after block, each in raster
+    order.
+
+    Args:
+        order: numbers of blocks, counted in raster order.
+        grid: patches, rows and columns.
+        block: patches of a block's side.
+    """
+    rows, columns = grid
+    raster = np.arange(rows * columns).reshape(rows // block, block, columns // block, block)
+    inside = raster.transpose(0, 2, 1, 3).reshape(-1, block**2)  # [blocks, patches of each]
+    return inside[order].reshape(*order.shape[:-1], -1)
+
+
 _TRIES = 64  # boxes drawn at once
 _ASPECT = 0.3  # of the flattest box
 

@@ -79,18 +79,19 @@ def rollout(
     *,
     fusion: Fusion = "mean",
     discard: float = 0.0,
-    class_token: bool = True,
+    class_tokens: int = 1,
+    registers: int = 0,
     published: bool = False,
 ) -> Tensor:
-    """How much of each patch reaches the class token, or the mean of the patches where there is
-    none: [L], the most 1.
+    """How much of each patch reaches the class token (the mean of several), or the mean of the
+    patches where there is none: [L], the most 1.
 
     Args:
-        maps: [depth, heads, N, N] of one image, the class token first.
+        maps: [depth, heads, N, N] of one image, class tokens first, then registers.
         fusion: of the heads.
         discard: this share of the smallest entries of each fused map is left out (the class token's
             own stays).
-        class_token: whether there is one.
+        class_tokens, registers: how many there are.
         published: divide each *column* by the sum of the row of the same number, as MAE-priv's
             released code does, which its pictures contain; otherwise each row by its own sum. The
             two differ only with `discard`.
@@ -108,9 +109,11 @@ def rollout(
     for layer in maps:
         flat = _FUSIONS[fusion](layer).flatten()
         weakest = flat.topk(int(flat.numel() * discard), largest=False).indices
-        flat = flat.index_fill(0, weakest[weakest != 0] if class_token else weakest, 0.0)
+        flat = flat.index_fill(0, weakest[weakest != 0] if class_tokens else weakest, 0.0)
         mixed = (flat.view(tokens, tokens) + identity) / 2
         sums = mixed.sum(dim=1)
         result = (mixed / (sums if published else sums[:, None])) @ result
-    reached = result[0, 1:] if class_token else result.mean(0)
+    first = class_tokens + registers
+    readers = result[:class_tokens] if class_tokens else result[first:]
+    reached = readers[:, first:].mean(0)
     return reached / reached.max()

@@ -30,15 +30,19 @@ def pooled(model: nn.Module, pool: str) -> Extractor:
 
     Args:
         model: the wrapper of a network that pretrains; its forward gives "encoded".
-        pool: "cls" for the class token, "mean" for the mean over the patches.
+        pool: "mean" for the mean over the patches, "cls" for the class token (the mean of several),
+            "cls_before_norm" for that before the encoder's last norm, which Pixio's k-NN reads.
 
     Raises:
         Refused: another pool.
     """
-    if pool not in ("cls", "mean"):
-        raise Refused(f"pool={pool!r} is unknown; use 'cls' or 'mean'")
+    if pool not in ("cls", "cls_before_norm", "mean"):
+        raise Refused(f"pool={pool!r} is unknown; use 'cls', 'cls_before_norm' or 'mean'")
 
     def features(images: Tensor) -> Tensor:
+        if pool == "cls_before_norm":
+            class_tokens = model(images, outputs=("class_tokens",))["class_tokens"]  # [B, c, D]
+            return class_tokens.float().mean(dim=1)
         tokens = model(images, outputs=("encoded",))["encoded"].float()  # [B, 1 + L, D]
         return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
 

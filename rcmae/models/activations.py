@@ -67,10 +67,10 @@ def activations(
     pixels = sizes.patch_size**2 * sizes.in_channels
     tokens = model.num_prefix + num_visible
     blocks = _Blocks(computing, sizes.mlp_ratio)
-    prefix = model.cls_token.numel() if model.num_prefix else 0
+    named = ("cls_token", "reg_token", "pos_embed")
     embedding = Part(
         "embedding",
-        params=_numel(model.patch_embed) + prefix,
+        params=_numel(model.patch_embed) + _named_numel(model, named),
         saved=num_visible * pixels * width,
         passing=(tokens + num_visible) * dim * width,
     )
@@ -94,11 +94,11 @@ def classifier_activations(
     """
     width = computing.width
     dim = sizes.embed_dim
-    tokens = 1 + sizes.num_patches
+    tokens = sizes.num_prefix + sizes.num_patches
     blocks = _Blocks(computing, sizes.mlp_ratio)
     at = _Tokens(dim, sizes.num_heads, tokens, tokens)
     encoder = [blocks.part(f"block {i}", block, at) for i, block in enumerate(model.blocks)]
-    named = ("pos_embed", "cls_token", "patch_embed.")
+    named = ("pos_embed", "cls_token", "reg_token", "patch_embed.")
     start = sum(param.numel() for name, param in model.named_parameters() if name.startswith(named))
     embedding = Part(
         "embedding",
@@ -187,11 +187,12 @@ def _decoder(model: Network, num_visible: int, blocks: _Blocks, teacher: bool) -
     visible = model.num_prefix + num_visible
     hidden = model.num_patches - num_visible
     tokens = model.decoder_prefix + model.num_patches
+    own = ("mask_token", "decoder_pos_embed")
     dim = sizes.decoder_dim
     pixels = sizes.patch_size**2 * sizes.in_channels
     bridge = Part(
         "bridge",
-        params=_numel(model.norm) + _numel(model.decoder_embed) + model.mask_token.numel(),
+        params=_numel(model.norm) + _numel(model.decoder_embed) + _named_numel(model, own),
         saved=2 * visible * sizes.embed_dim * width,
         passing=2 * tokens * dim * width,
     )
@@ -293,9 +294,9 @@ def inference_bytes(
     sizes: NetworkSizes, *, num_visible: int, precision: str, decodes: bool = True
 ) -> float:
     """Bytes of one image at the height of a forward pass without gradients: inside an MLP."""
-    widest = (1 + num_visible) * sizes.embed_dim
+    widest = (sizes.num_prefix + num_visible) * sizes.embed_dim
     if decodes:
-        widest = max(widest, (1 + sizes.num_patches) * sizes.decoder_dim)
+        widest = max(widest, (sizes.class_tokens + sizes.num_patches) * sizes.decoder_dim)
     return (2 + 2 * sizes.mlp_ratio) * widest * bytes_of(precision)
 
 
@@ -306,3 +307,9 @@ def bytes_of(precision: str) -> int:
 
 def _numel(module: torch.nn.Module) -> int:
     return sum(param.numel() for param in module.parameters())
+
+
+def _named_numel(module: torch.nn.Module, names: tuple[str, ...]) -> int:
+    """Elements of a module's own parameters of these names, those that it has."""
+    own = dict(module.named_parameters(recurse=False))
+    return sum(own[name].numel() for name in names if name in own)

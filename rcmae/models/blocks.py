@@ -1,5 +1,5 @@
-"""What a Vision Transformer is made of: a patch embedding for patches that are cut out already, and
-blocks whose last answers for the tail of the tokens.
+"""What a Vision Transformer is made of: a patch embedding for patches that are cut out already,
+blocks whose last answers for the tail of the tokens, and drop path that is keyed by sample.
 
 Blocks compute as timm's do and name their parameters as timm does, but are not timm's: importing it
 imports torchvision and torch's compiler, two seconds in each process of a training.
@@ -7,13 +7,14 @@ imports torchvision and torch's compiler, two seconds in each process of a train
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rcmae.data.draws import Purpose, uniform
 from rcmae.errors import Refused
 from rcmae.models import kernels
 from rcmae.models.batchnorm import GlobalBatchNorm
@@ -125,11 +126,13 @@ class Block(nn.Module):
         self.attn = attention(dim, num_heads)
         self.norm2 = norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path1: nn.Module = nn.Identity()  # see put_drop_path
+        self.drop_path2: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, D] to tokens [B, N, D]."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 class LastBlock(Block):
@@ -139,8 +142,8 @@ class LastBlock(Block):
 
     def forward(self, x: Tensor, first_query: int = 0) -> Tensor:
         """Tokens [B, N, D] to tokens [B, N - first_query, D]."""
-        tail = x[:, first_query:] + self.attn(self.norm1(x), first_query)
-        return tail + self.mlp(self.norm2(tail))
+        tail = x[:, first_query:] + self.drop_path1(self.attn(self.norm1(x), first_query))
+        return tail + self.drop_path2(self.mlp(self.norm2(tail)))
 
 
 def class_head(width: int, hidden: int, num_classes: int) -> nn.Module:
@@ -155,3 +158,57 @@ def class_head(width: int, hidden: int, num_classes: int) -> nn.Module:
         nn.ReLU(inplace=True),
         nn.Linear(hidden, num_classes),
     )
+
+
+class Draws:
+    """Where the blocks of one network find the draws of the forward under way."""
+
+    keep: Tensor | None = None  # [B, depth, 2] bool
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): leaves a residual branch of a sample out, and
+    scales what stays.
+    """
+
+    def __init__(self, draws: Draws, block: int, branch: int, rate: float) -> None:
+        super().__init__()
+        self._draws = draws
+        self._block = block
+        self._branch = branch
+        self._rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] of the branch, or zeros; also [B * n, ...], n windows of each image."""
+        keep = self._draws.keep
+        if keep is None or not self.training or self._rate == 0.0:
+            return x
+        scale = keep[:, self._block, self._branch].to(x.dtype) / (1.0 - self._rate)
+        each = scale.repeat_interleave(len(x) // len(scale))
+        return x * each.view(-1, *[1] * (x.ndim - 1))
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """The rate of each block: 0 at the first, growing linearly to `rate` at the last."""
+    last = max(depth - 1, 1)
+    return [rate * index / last for index in range(depth)]
+
+
+def put_drop_path(blocks: Iterable[nn.Module], rates: Sequence[float]) -> Draws:
+    """Drop path of these rates in both branches of blocks; where they find its draws."""
+    draws = Draws()
+    for index, (block, rate) in enumerate(zip(blocks, rates, strict=True)):
+        for branch, name in enumerate(("drop_path1", "drop_path2")):
+            setattr(block, name, DropPath(draws, index, branch, rate))
+    return draws
+
+
+def drop_path_draws(seed: int, positions: Sequence[int], rates: Sequence[float]) -> Tensor:
+    """[B, depth, 2] bool, True = the branch stays: a function of the seed and each sample's
+    position alone.
+    """
+    drop = torch.tensor(rates, dtype=torch.float64)[:, None].expand(-1, 2)
+    draws = [
+        uniform(seed, Purpose.DROP_PATH, position, count=2 * len(rates)) for position in positions
+    ]
+    return torch.stack([torch.from_numpy(row).view(-1, 2) >= drop for row in draws])

@@ -118,7 +118,6 @@ class BootstrappedAutoencoder(Encoder):
     """
 
     de_pos_embed: Tensor  # [1, 1 + L, decoder_dim]
-    TABLES = ("pos_embed", "de_pos_embed")
     undecayed = ("cls_token",)  # as published
 
     def __init__(
@@ -159,7 +158,7 @@ class BootstrappedAutoencoder(Encoder):
             )
 
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        table = sincos_positions(width, self.grid, cls_token=True, order="row_first")
+        table = sincos_positions(width, self.grid, prefix=1, order="row_first")
         self.register_buffer("de_pos_embed", table.float()[None])
         self.decode_blocks = blocks(width)
         self.decode_norm = norm(width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from rcmae.errors import Refused
 from rcmae.models import kernels
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.sizes import ARCHITECTURES, NetworkSizes, size_problems
-from rcmae.models.vit import Heads, MaskedAutoencoder
+from rcmae.models.vit import Heads, MaskedAutoencoder, StochasticDepth
 
 Network = MaskedAutoencoder | BootstrappedAutoencoder  # what pretrains
 
@@ -35,12 +36,23 @@ def student_sizes(model: ModelOptions, *, heads_divide: bool = True) -> NetworkS
     sizes = NetworkSizes(
         image_size=model.image_hw,
         in_channels=model.in_channels,
+        class_tokens=model.class_tokens if model.cls_token else 0,
+        registers=model.registers,
         **{key: getattr(model, key) or value for key, value in named.items()},
     )
     problems = size_problems(sizes, heads_divide=heads_divide)
     if problems:
         raise Refused("\n".join(f"model: {problem}" for problem in problems))
     return sizes
+
+
+def classifier_sizes(model: ModelOptions) -> NetworkSizes:
+    """The sizes of a classifier: it has a class token of its own where the encoder had none.
+
+    Raises Refused.
+    """
+    sizes = student_sizes(model)
+    return replace(sizes, class_tokens=max(1, sizes.class_tokens))
 
 
 def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Network:
@@ -76,9 +88,9 @@ def new_network(recipe: Recipe, *, norm: kernels.Source | None = None) -> Networ
     return MaskedAutoencoder(
         sizes,
         norm_layer=norm_layer,
-        cls_token=model.cls_token,
         qkv_bias=model.qkv_bias,
-        positions=model.positions,
+        positions="learned" if model.position_table == "learned" else model.positions,
+        drop_path=StochasticDepth(model.drop_path, recipe.run.seed),
         decoder_cls=model.decoder_cls,
         pixel_order=model.pixel_order,
         heads=heads,

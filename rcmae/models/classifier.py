@@ -9,15 +9,15 @@ the interpolated table of the pretraining."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from rcmae.data.draws import Purpose, uniform
 from rcmae.models import kernels
 from rcmae.models.batchnorm import GlobalBatchNorm
+from rcmae.models.blocks import drop_path_rates, put_drop_path
 from rcmae.models.fitting import NEW
 from rcmae.models.patches import sincos_positions
 from rcmae.models.protocol import Place, layer_of, part_of
@@ -27,35 +27,8 @@ from rcmae.process import extensions  # noqa: F401, it makes timm importable bes
 from timm.models.vision_transformer import VisionTransformer
 
 Pool = Literal["cls", "mean"]
+UNDECAYED = ("cls_token", "reg_token", "pos_embed")
 HEAD_STD = 2e-5  # of a fresh head's weights: fine-tuning starts from equal scores
-
-
-class Draws:
-    """Where the blocks of one model find the draws of the forward under way."""
-
-    keep: Tensor | None = None  # [B, depth, 2] bool
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): leaves a residual branch of a sample out, and
-    scales what stays.
-    """
-
-    def __init__(self, draws: Draws, block: int, branch: int, rate: float) -> None:
-        super().__init__()
-        self._draws = draws
-        self._block = block
-        self._branch = branch
-        self._rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, D] of the branch, or zeros; also [B * n, ...], n windows of each image."""
-        keep = self._draws.keep
-        if keep is None or not self.training or self._rate == 0.0:
-            return x
-        scale = keep[:, self._block, self._branch].to(x.dtype) / (1.0 - self._rate)
-        each = scale.repeat_interleave(len(x) // len(scale))
-        return x * each.view(-1, *[1] * (x.ndim - 1))
 
 
 class Classifier(VisionTransformer):
@@ -66,11 +39,10 @@ class Classifier(VisionTransformer):
         sizes: of the encoder.
         num_classes: 0 for none: scores are then the pooled features.
         pool: "cls" takes the class token after the encoder's norm, "mean" the mean of the patches
-            of the last block, then a norm of its own (`fc_norm`).
+            of the last block, then a norm of its own (`fc_norm`). Of several class tokens, the
+            mean. Without any, "cls" takes the mean of the patches after the encoder's norm.
         drop_path: rate at the last block; it grows linearly from 0 at the first.
         norm_layer: makes a layer norm of a given width; see `kernels.layer_norm`.
-        class_token: whether there is one. Without, pool "cls" takes the mean of the patches after
-            the encoder's norm.
     """
 
     def __init__(
@@ -81,8 +53,8 @@ class Classifier(VisionTransformer):
         pool: Pool = "mean",
         drop_path: float = 0.0,
         norm_layer: Callable[..., nn.Module] | None = None,
-        class_token: bool = True,
     ) -> None:
+        class_token = sizes.class_tokens > 0
         super().__init__(
             img_size=sizes.image_size,
             patch_size=sizes.patch_size,
@@ -100,13 +72,44 @@ class Classifier(VisionTransformer):
             weight_init="skip",
         )
         self.grid = sizes.grid
-        last = max(sizes.depth - 1, 1)
-        self.drop_path_rates = [drop_path * index / last for index in range(sizes.depth)]
-        self._draws = Draws()
-        for index, (block, rate) in enumerate(zip(self.blocks, self.drop_path_rates, strict=True)):
-            for branch, name in enumerate(("drop_path1", "drop_path2")):
-                setattr(block, name, DropPath(self._draws, index, branch, rate))
+        self.class_tokens = sizes.class_tokens
+        if sizes.class_tokens > 1 or sizes.registers:
+            self._add_tokens(sizes)
+        self.drop_path_rates = drop_path_rates(drop_path, sizes.depth)
+        self._draws = put_drop_path(self.blocks, self.drop_path_rates)
         self.draw_weights(torch.Generator().manual_seed(0))
+
+    def _add_tokens(self, sizes: NetworkSizes) -> None:
+        """Tokens that timm's model has not: more class tokens than one, in one parameter, and
+        registers without a position.
+        """
+        width = sizes.embed_dim
+        if sizes.class_tokens:
+            self.cls_token = nn.Parameter(torch.empty(1, sizes.class_tokens, width))
+        if sizes.registers:
+            self.reg_token = nn.Parameter(torch.empty(1, sizes.registers, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, sizes.class_tokens + sizes.num_patches, width))
+        self.num_prefix_tokens = sizes.num_prefix
+        self.num_reg_tokens = sizes.registers
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """timm's: patches [B, L, D] to tokens [B, c + r + L, D], positions added."""
+        if self.num_prefix_tokens <= 1 and self.reg_token is None:
+            tokens: Tensor = super()._pos_embed(x)
+            return tokens
+        first = self.class_tokens
+        before = [] if self.cls_token is None else [self.cls_token + self.pos_embed[:, :first]]
+        if self.reg_token is not None:
+            before.append(self.reg_token)
+        expanded = [each.expand(len(x), -1, -1) for each in before]
+        return torch.cat([*expanded, x + self.pos_embed[:, first:]], dim=1)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """timm's: the features [B, D] of tokens; of several class tokens, the mean."""
+        if (pool_type or self.global_pool) == "token" and self.class_tokens > 1:
+            return x[:, : self.class_tokens].mean(dim=1)
+        pooled: Tensor = super().pool(x, pool_type)
+        return pooled
 
     @torch.no_grad()
     def draw_weights(self, generator: torch.Generator) -> None:
@@ -117,12 +120,9 @@ class Classifier(VisionTransformer):
             if param.is_meta:
                 continue  # sizes alone; torch would import its compiler for the draws
             if name == "pos_embed":
-                param.copy_(
-                    sincos_positions(param.shape[2], self.grid, cls_token=self.has_class_token)[
-                        None
-                    ]
-                )
-            elif name == "cls_token":
+                table = sincos_positions(param.shape[2], self.grid, prefix=self.class_tokens)
+                param.copy_(table[None])
+            elif name in ("cls_token", "reg_token"):
                 param.normal_(std=0.02, generator=generator)
             elif name == "head.weight":
                 nn.init.trunc_normal_(param, std=HEAD_STD, a=-2.0, b=2.0, generator=generator)
@@ -143,7 +143,9 @@ class Classifier(VisionTransformer):
         return self.forward_head(self.forward_features(images.to(self.pos_embed.dtype)))
 
     def encoded(self, images: Tensor) -> Tensor:
-        """Tokens [B, 1 + L, D] of normalised images, cls first; after the norm if pool is "cls"."""
+        """Tokens [B, c + r + L, D] of normalised images, class tokens first; after the norm if pool
+        is "cls".
+        """
         self._draws.keep = None
         tokens: Tensor = self.forward_features(images.to(self.pos_embed.dtype))
         return tokens
@@ -156,23 +158,12 @@ class Classifier(VisionTransformer):
     def place_of(self, name: str) -> Place:
         """Where a parameter is; 1-D ones, the class token and positions do not decay."""
         part = "head" if name.startswith(NEW) else part_of(name)
-        decays = self.get_parameter(name).ndim > 1 and name not in ("cls_token", "pos_embed")
+        decays = self.get_parameter(name).ndim > 1 and name not in UNDECAYED
         return Place(part, layer_of(name, len(self.blocks)), decays)
 
     def all_blocks(self) -> list[nn.Module]:
         """The encoder's."""
         return list(self.blocks)
-
-
-def drop_path_draws(seed: int, positions: Sequence[int], rates: Sequence[float]) -> Tensor:
-    """[B, depth, 2] bool, True = the branch stays: a function of the seed and each sample's
-    position alone.
-    """
-    drop = torch.tensor(rates, dtype=torch.float64)[:, None].expand(-1, 2)
-    draws = [
-        uniform(seed, Purpose.DROP_PATH, position, count=2 * len(rates)) for position in positions
-    ]
-    return torch.stack([torch.from_numpy(row).view(-1, 2) >= drop for row in draws])
 
 
 def probe_head(width: int, num_classes: int) -> nn.Module:

@@ -84,9 +84,9 @@ def fit_weights(
     wanted = model.state_dict()
     found = {name: value for name, value in weights.items() if not only_pretraining(name)}
     has_token = "cls_token" in found or "pos_embed" not in found
-    fresh_token = model.num_prefix_tokens > 0 and not has_token
+    fresh_token = model.class_tokens > 0 and not has_token
     if fresh_token:
-        found["pos_embed"] = F.pad(found["pos_embed"], (0, 0, 1, 0))
+        found["pos_embed"] = F.pad(found["pos_embed"], (0, 0, model.class_tokens, 0))
     old, problems = _grid_of(model, found, grid)
     if old is not None:
         found["pos_embed"] = resample_positions(found["pos_embed"], old, model.grid)
@@ -115,7 +115,7 @@ def _grid_of(
     table = found.get("pos_embed")
     if table is None or table.shape[2:] != model.pos_embed.shape[2:]:
         return None, []
-    patches = table.shape[1] - model.num_prefix_tokens
+    patches = table.shape[1] - model.class_tokens
     side = math.isqrt(patches)
     rows, columns = grid or (side, side)
     if rows * columns != patches:
@@ -160,7 +160,7 @@ def shape_problems(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
     shapes = [f"{name} {_by(found[name])} instead of {_by(wanted[name])}" for name in differing[:5]]
     problems.append(
         f"has {', '.join(shapes)}{_and_more(differing)}: set model.name (or embed_dim, depth, "
-        "num_heads), image_size and patch_size to those of the weights"
+        "num_heads), image_size, patch_size and class_tokens to those of the weights"
     )
     return problems
 

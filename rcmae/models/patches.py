@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -45,10 +45,10 @@ def unpatchify(
 
 
 def sincos_positions(
-    dim: int, grid: tuple[int, int], *, cls_token: bool, order: Positions = "column_first"
+    dim: int, grid: tuple[int, int], *, prefix: int, order: Positions = "column_first"
 ) -> Tensor:
-    """The 2-D sin-cos table [rows, dim] in float64, raster order, after a row of zeros where
-    `cls_token`.
+    """The 2-D sin-cos table [rows, dim] in float64, raster order, after `prefix` rows of
+    zeros, those of class tokens.
 
     The first half of the columns encodes the patch's column, the second its row, each as sines then
     cosines of geometric frequencies 1 ... 1/10000. "row_first" has it the other way round (MoCo v3,
@@ -56,7 +56,7 @@ def sincos_positions(
     half of their numbers are others by a unit in the last place or more."""
     if torch.get_default_device().type == "meta":
         # its shape alone: for the sums torch would import its compiler
-        return torch.empty(grid[0] * grid[1] + int(cls_token), dim, dtype=torch.float64)
+        return torch.empty(grid[0] * grid[1] + prefix, dim, dtype=torch.float64)
     dtype = torch.float64 if order == "column_first" else torch.float32
     share = torch.arange(dim // 4, dtype=dtype) / (dim // 4)
     frequencies = 10000.0**-share if order == "column_first" else 1.0 / 10000.0**share
@@ -64,4 +64,14 @@ def sincos_positions(
     axes = (column, row) if order == "column_first" else (row, column)
     angles = [axis.reshape(-1, 1) * frequencies for axis in axes]  # each [L, dim/4]
     table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return F.pad(table.double(), (0, 0, 1, 0)) if cls_token else table.double()
+    return F.pad(table.double(), (0, 0, prefix, 0))
+
+
+def is_sincos(table: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether a table [1, c + rows * columns, dim] is one of sines, but for its rounding."""
+    dim = table.shape[2]
+    prefix = table.shape[1] - grid[0] * grid[1]
+    if dim % 4 or prefix < 0:
+        return False
+    kinds = [sincos_positions(dim, grid, prefix=prefix, order=each) for each in get_args(Positions)]
+    return any(bool((table[0].double() - kind).abs().max() < 1e-4) for kind in kinds)

@@ -19,21 +19,23 @@ from torch import Tensor, nn
 #   classes     [B, num_classes] logits
 #   tokens      [B, L, D] of the whole image, out of the last block and before the norm: what
 #               features are to predict
+#   class_tokens  [B, c, D] of the whole image, out of the last block and before the norm
 #   encoded     [B, 1 + L, D] normalised tokens of the whole image, cls first: what evaluations read
-Output = Literal["pixels", "all_pixels", "features", "classes", "tokens", "encoded"]
+Output = Literal["pixels", "all_pixels", "features", "classes", "tokens", "class_tokens", "encoded"]
 OUTPUTS = get_args(Output)
 Outputs = dict[str, Tensor]
-OF_WHOLE_IMAGES = {"tokens", "encoded"}  # outputs that need no mask
+OF_WHOLE_IMAGES = {"tokens", "class_tokens", "encoded"}  # outputs that need no mask
 
 PARTS = ("encoder", "decoder", "head")  # in the order of their optimizer groups
 # Beginnings of the published names of weights and tables, of all networks that pretrain. Heads are
 # what no teacher has.
 PUBLISHED = {
-    "encoder": ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm."),
+    "encoder": ("cls_token", "reg_token", "pos_embed", "patch_embed.", "blocks.", "norm."),
     "decoder": ("decoder", "decode_", "mask_token", "de_pos_embed", "down", "lm_head"),
     "head": ("cls_head.", "feature_head."),
 }
-EMBEDDING = ("cls_token", "pos_embed", "patch_embed.")
+TABLES = ("pos_embed", "decoder_pos_embed", "de_pos_embed")  # of positions, fixed or learned
+EMBEDDING = ("cls_token", "reg_token", "pos_embed", "patch_embed.")
 
 
 class Place(NamedTuple):

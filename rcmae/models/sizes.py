@@ -74,6 +74,13 @@ class NetworkSizes:
     decoder_depth: int = 0
     decoder_heads: int = 0
     mlp_ratio: float = 4.0  # width of the hidden layer of an MLP over that of its block
+    class_tokens: int = 1  # before the patches; 0: none
+    registers: int = 0  # after those: tokens that no feature and no decoder sees
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches."""
+        return self.class_tokens + self.registers
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -111,6 +118,9 @@ def size_problems(sizes: NetworkSizes, *, heads_divide: bool = True) -> list[str
         "decoder_heads": sizes.decoder_heads,
     }
     small = [f"{name}={count} must be at least 1" for name, count in counts.items() if count < 1]
+    for name in ("class_tokens", "registers"):
+        if getattr(sizes, name) < 0:
+            small.append(f"{name}={getattr(sizes, name)} must be at least 0")
     if small:
         return small
     problems = _grid_problems(sizes)

@@ -8,8 +8,9 @@ and nothing is ever put back in place for training. The decoder's last block ask
 tokens alone, because the loss reads no others.
 
 Parameters carry the published names, so published weights load with
-`strict=True`. Positions are fixed sin-cos tables (MAE, appendix A.1): float32 buffers at any
-compute type. Not done: learned or rotary positions.
+`strict=True`. Positions are fixed sin-cos tables (MAE, appendix A.1), float32 buffers at any
+compute type, or learned (Pixio). Tokens go [class tokens, registers, patches]; registers have no
+position, and neither a feature nor the decoder sees them. Not done: rotary positions.
 
 A network gives what an objective asks for in one forward: pixels, classes, features (`Outputs`).
 `Encoder` is what all networks share, and all that is left of a teacher which gives features alone;
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,22 @@ from torch.nn import functional as F
 
 from rcmae.errors import Refused
 from rcmae.models import kernels
-from rcmae.models.blocks import Block, LastBlock, PatchProjection, QKVBias, class_head
+from rcmae.models.blocks import (
+    Block,
+    LastBlock,
+    PatchProjection,
+    QKVBias,
+    class_head,
+    drop_path_draws,
+    drop_path_rates,
+    put_drop_path,
+)
 from rcmae.models.flops import block_flops, flops_per_image
 from rcmae.models.patches import Positions, patch_grid, patches_at, sincos_positions
 from rcmae.models.protocol import (
     OF_WHOLE_IMAGES,
     OUTPUTS,
+    TABLES,
     Output,
     Outputs,
     Place,
@@ -43,6 +54,15 @@ from rcmae.models.protocol import (
 from rcmae.models.sizes import NetworkSizes, size_problems
 
 PixelOrder = Literal["hwc", "chw"]
+PositionTable = Positions | Literal["learned"]
+TOKENS = ("cls_token", "reg_token", "mask_token", *TABLES)  # learned ones are drawn alike
+
+
+class StochasticDepth(NamedTuple):
+    """Drop path of a pretraining's encoder."""
+
+    rate: float = 0.0  # at the last block; grows from 0 at the first
+    seed: int = 0  # draws are a function of it and of a sample's position
 
 
 class Encoder(nn.Module):
@@ -55,13 +75,12 @@ class Encoder(nn.Module):
     Args:
         sizes: those of the decoder play no part here.
         norm_layer: makes a layer norm of a given width; see `kernels.layer_norm`.
-        cls_token: whether one goes before the patches.
         qkv_bias: of the attention.
-        positions: order of the table's halves.
+        positions: order of the sin-cos table's halves, or "learned".
+        drop_path: of the blocks.
     """
 
-    pos_embed: Tensor  # [1, c + L, D]; c: 1 with a cls token, else 0
-    TABLES: ClassVar[tuple[str, ...]] = ("pos_embed",)  # buffers that never lose precision
+    pos_embed: Tensor  # [1, c + L, D]; c: class tokens
     undecayed: ClassVar[tuple[str, ...]] = ()  # by the weight decay, beside biases and norms
 
     def __init__(
@@ -69,9 +88,9 @@ class Encoder(nn.Module):
         sizes: NetworkSizes,
         *,
         norm_layer: Callable[..., nn.Module] | None = None,
-        cls_token: bool = True,
         qkv_bias: QKVBias = "qkv",
-        positions: Positions = "column_first",
+        positions: PositionTable = "column_first",
+        drop_path: StochasticDepth | None = None,
     ) -> None:
         super().__init__()
         width = sizes.embed_dim
@@ -82,14 +101,15 @@ class Encoder(nn.Module):
         self.embed_dim = width
         self.grid = sizes.grid
         self.num_patches = sizes.num_patches
-        # num_prefix: tokens before the patches
-        self.num_prefix = int(cls_token)
+        self.class_tokens = sizes.class_tokens
+        self.num_prefix = sizes.num_prefix  # tokens before the patches
         self.mlp_ratio = sizes.mlp_ratio
         norm = norm_layer or kernels.layer_norm()
-        if cls_token:
-            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        table = sincos_positions(width, self.grid, cls_token=cls_token, order=positions)
-        self.register_buffer("pos_embed", table.float()[None])
+        if sizes.class_tokens:
+            self.cls_token = nn.Parameter(torch.empty(1, sizes.class_tokens, width))
+        if sizes.registers:
+            self.reg_token = nn.Parameter(torch.empty(1, sizes.registers, width))
+        self._add_positions("pos_embed", width, sizes.class_tokens, positions)
         # one child, so that its parameters are called patch_embed.proj.*
         patch = sizes.patch_size
         projection = PatchProjection(sizes.in_channels, width, patch, stride=patch)
@@ -99,12 +119,35 @@ class Encoder(nn.Module):
             for _ in range(sizes.depth)
         )
         self.norm = norm(width)
+        depth = drop_path or StochasticDepth()
+        self.drop_path_rates = drop_path_rates(depth.rate, sizes.depth)
+        self._drop_path_seed = depth.seed
+        self._draws = put_drop_path(self.blocks, self.drop_path_rates) if depth.rate else None
+
+    def _add_positions(self, name: str, width: int, prefix: int, kind: PositionTable) -> None:
+        """A table [1, prefix + L, width]: a buffer of sines, or a parameter."""
+        if kind == "learned":
+            shape = (1, prefix + self.num_patches, width)
+            setattr(self, name, nn.Parameter(torch.empty(shape)))
+        else:
+            table = sincos_positions(width, self.grid, prefix=prefix, order=kind)
+            self.register_buffer(name, table.float()[None])
+
+    def branches(self, positions: Tensor) -> Tensor | None:
+        """Which residual branches of samples at these positions of the run stay, for `forward`'s
+        `keep`: [B, depth, 2] bool; None: nothing is dropped.
+        """
+        if self._draws is None or not self.training:
+            return None
+        draws = drop_path_draws(self._drop_path_seed, positions.tolist(), self.drop_path_rates)
+        return draws.to(self.pos_embed.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
         """Casts and moves of the module (`.to`, `.bfloat16`), except that position tables never
         lose precision.
         """
-        tables = {name: getattr(self, name) for name in self.TABLES if hasattr(self, name)}
+        own = dict(self.named_buffers(recurse=False))
+        tables = {name: own[name] for name in TABLES if name in own}
         super()._apply(fn, recurse)
         for name, table in tables.items():
             if getattr(self, name).dtype in (torch.bfloat16, torch.float16):
@@ -112,24 +155,28 @@ class Encoder(nn.Module):
         return self
 
     def embed(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Tokens [B, c + n, D] of the patches `ids` [B, n], positions added.
+        """Tokens [B, c + r + n, D] of the patches `ids` [B, n], positions added.
 
         Of all in raster order without.
         """
+        first = self.class_tokens
         if ids is None:
             x = self.patch_embed(patch_grid(images, self.patch_size).flatten(1, 2))
-            positions = self.pos_embed[:, self.num_prefix :]
+            positions = self.pos_embed[:, first:]
         else:
             x = self.patch_embed(patches_at(images, self.patch_size, ids))  # [B, n, D]
-            positions = F.embedding(ids + self.num_prefix, self.pos_embed[0])
+            positions = F.embedding(ids + first, self.pos_embed[0])
         x = (x + positions).to(x.dtype)
-        if not self.num_prefix:
-            return x
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
-        return torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
+        tokens = []
+        if self.class_tokens:
+            cls_token = (self.cls_token + self.pos_embed[:, :first]).to(x.dtype)
+            tokens.append(cls_token.expand(len(x), -1, -1))
+        if self.num_prefix > self.class_tokens:
+            tokens.append(self.reg_token.to(x.dtype).expand(len(x), -1, -1))
+        return torch.cat([*tokens, x], dim=1) if tokens else x
 
     def encode(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Normalised tokens [B, c + n, D], cls first, of the patches `ids` [B, n].
+        """Normalised tokens [B, c + r + n, D], class tokens first, of the patches `ids` [B, n].
 
         Of all in raster order without.
         """
@@ -139,13 +186,13 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def whole(self, images: Tensor) -> Tensor:
-        """Tokens [B, L, D] of all patches in raster order, out of the last block, before the
-        norm.
+        """All tokens [B, c + r + L, D] of whole images, patches in raster order, out of the last
+        block, before the norm.
         """
         x = self.embed(images)
         for block in self.blocks:
             x = block(x)
-        return x[:, self.num_prefix :]
+        return x
 
     def encoder_flops(self, num_patches: int) -> float:
         """Floating-point operations of one image's way through the encoder.
@@ -161,10 +208,14 @@ class Encoder(nn.Module):
     def encoded(self, images: Tensor) -> Tensor:
         """What evaluations read: normalised tokens [B, 1 + L, D] of the whole image, cls first.
 
-        Without a cls token the mean over the patches stands in its place.
+        The mean of several class tokens stands for one, that of the patches where there is none.
         """
         x = self.encode(images)
-        return x if self.num_prefix else torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+        if self.num_prefix == self.class_tokens == 1:
+            return x
+        patches = x[:, self.num_prefix :]
+        first = x[:, : self.class_tokens] if self.class_tokens else patches
+        return torch.cat([first.mean(dim=1, keepdim=True), patches], dim=1)
 
     def outputs_without_mask(self, images: Tensor, outputs: Sequence[str]) -> Outputs:
         """Those of the asked outputs that are of the whole image.
@@ -176,8 +227,12 @@ class Encoder(nn.Module):
         for name in outputs:
             if name not in OUTPUTS:
                 raise LookupError(f"no output called {name!r}; there are {', '.join(OUTPUTS)}")
-        if "tokens" in outputs:
-            found["tokens"] = self.whole(images)
+        if not {"tokens", "class_tokens"}.isdisjoint(outputs):
+            whole = self.whole(images)
+            if "tokens" in outputs:
+                found["tokens"] = whole[:, self.num_prefix :]
+            if "class_tokens" in outputs:
+                found["class_tokens"] = whole[:, : self.class_tokens]
         if "encoded" in outputs:
             found["encoded"] = self.encoded(images)
         return found
@@ -236,8 +291,8 @@ class MaskedAutoencoder(Encoder):
 
     Args:
         sizes: of encoder and decoder, which has at least one block.
-        norm_layer: as `cls_token`, `qkv_bias` and `positions` that of `Encoder`.
-        decoder_cls: whether the cls token goes through the decoder, too (MAE; MAE-priv leaves it
+        norm_layer: as `qkv_bias`, `positions` and `drop_path` that of `Encoder`.
+        decoder_cls: whether the class tokens go through the decoder, too (MAE; MAE-priv leaves it
             out).
         pixel_order: how the weights of the prediction count a patch's pixels: channels last (MAE)
             or first. What comes out is always in the order of `patchify`.
@@ -248,16 +303,15 @@ class MaskedAutoencoder(Encoder):
     """
 
     decoder_pos_embed: Tensor  # [1, c + L, decoder_dim]
-    TABLES = ("pos_embed", "decoder_pos_embed")
 
     def __init__(
         self,
         sizes: NetworkSizes,
         *,
         norm_layer: Callable[..., nn.Module] | None = None,
-        cls_token: bool = True,
         qkv_bias: QKVBias = "qkv",
-        positions: Positions = "column_first",
+        positions: PositionTable = "column_first",
+        drop_path: StochasticDepth | None = None,
         decoder_cls: bool = True,
         pixel_order: PixelOrder = "hwc",
         heads: Heads | None = None,
@@ -267,9 +321,9 @@ class MaskedAutoencoder(Encoder):
         super().__init__(
             sizes,
             norm_layer=norm_layer,
-            cls_token=cls_token,
             qkv_bias=qkv_bias,
             positions=positions,
+            drop_path=drop_path,
         )
         heads = heads or Heads()
         self.pixel_order = pixel_order
@@ -277,13 +331,9 @@ class MaskedAutoencoder(Encoder):
         width = sizes.decoder_dim
         norm = norm_layer or kernels.layer_norm()
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        # tokens that the decoder does not get
-        self.num_dropped = self.num_prefix if not decoder_cls else 0
-        self.decoder_prefix = self.num_prefix - self.num_dropped
-        table = sincos_positions(
-            width, self.grid, cls_token=self.decoder_prefix > 0, order=positions
-        )
-        self.register_buffer("decoder_pos_embed", table.float()[None])
+        # class tokens that the decoder gets
+        self.decoder_prefix = self.class_tokens if decoder_cls else 0
+        self._add_positions("decoder_pos_embed", width, self.decoder_prefix, positions)
         self.decoder_embed = nn.Linear(sizes.embed_dim, width)
         self.decoder_blocks = nn.ModuleList(
             kind(
@@ -306,12 +356,12 @@ class MaskedAutoencoder(Encoder):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw all weights (MAE, appendix A.1): Xavier uniform matrices, the patch embedding as
-        one; biases 0, norms 1; tokens normal with deviation 0.02. A function of the generator's
-        state and the sizes alone."""
+        one; biases 0, norms 1; tokens and learned positions normal with deviation 0.02. A function
+        of the generator's state and the sizes alone."""
         for name, param in self.named_parameters():
             if param.is_meta:
                 continue  # sizes alone; torch would import its compiler for the draws
-            if name in ("cls_token", "mask_token"):
+            if name in TOKENS:
                 param.normal_(std=0.02, generator=generator)
             elif param.ndim > 1:
                 nn.init.xavier_uniform_(param.flatten(1), generator=generator)
@@ -333,6 +383,7 @@ class MaskedAutoencoder(Encoder):
         ids_shuffle: Tensor | None = None,
         num_visible: int | None = None,
         outputs: tuple[Output, ...] = ("pixels",),
+        keep: Tensor | None = None,
     ) -> Outputs:
         """The outputs that are asked for, by name.
 
@@ -343,10 +394,13 @@ class MaskedAutoencoder(Encoder):
             num_visible: between 1 and L - 1.
             outputs: any of `protocol.Output`. "pixels" is the training path: the decoder's last
                 block answers for hidden patches alone, unless "all_pixels" are asked for, too.
+            keep: of `branches`; None: nothing is dropped.
 
         Raises:
             Refused: no valid mask where one is needed.
         """
+        if self._draws is not None:
+            self._draws.keep = keep
         found = self.outputs_without_mask(images, outputs)
         if OF_WHOLE_IMAGES.issuperset(outputs):
             return found
@@ -368,9 +422,9 @@ class MaskedAutoencoder(Encoder):
         return found
 
     def pool(self, latent: Tensor) -> Tensor:
-        """What the class is read from: [B, D] of the visible tokens [B, c + num_visible, D]."""
+        """What the class is read from: [B, D] of the visible tokens [B, c + r + num_visible, D]."""
         if self.class_pool == "cls":
-            return latent[:, 0]
+            return latent[:, : self.class_tokens].mean(dim=1)
         return latent[:, self.num_prefix :].mean(dim=1)
 
     def flops(self, num_visible: int) -> float:
@@ -378,22 +432,27 @@ class MaskedAutoencoder(Encoder):
 
         Counted as in `flops_per_image`.
         """
-        return flops_per_image(self.sizes, num_visible=num_visible)
+        return flops_per_image(
+            self.sizes, num_visible=num_visible, decoder_prefix=self.decoder_prefix
+        )
 
     def decode(self, latent: Tensor, ids_shuffle: Tensor, *, first: int) -> Tensor:
         """Normalised tokens [B, L - first, decoder_dim] of the patches from `first` on, in the
         order of `ids_shuffle`.
 
         Args:
-            latent: [B, c + num_visible, D] of `encode`.
+            latent: [B, c + r + num_visible, D] of `encode`.
             ids_shuffle: [B, L].
             first: 0 for all patches, num_visible for the hidden ones.
         """
-        x = self.decoder_embed(latent[:, self.num_dropped :])
         prefix = self.decoder_prefix
+        if prefix < self.num_prefix:
+            latent = torch.cat([latent[:, :prefix], latent[:, self.num_prefix :]], dim=1)
+        x = self.decoder_embed(latent)
         num_hidden = prefix + self.num_patches - x.shape[1]
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), num_hidden, -1)], dim=1)
-        rows = F.pad(ids_shuffle + 1, (1, 0)) if prefix else ids_shuffle  # row 0 is that of cls
+        class_rows = torch.arange(prefix, device=ids_shuffle.device).expand(len(x), -1)
+        rows = torch.cat([class_rows, ids_shuffle + prefix], dim=1)  # of the table
         # [B, c + L, decoder_dim]
         x = (x + F.embedding(rows, self.decoder_pos_embed[0])).to(x.dtype)
         for block in self.decoder_blocks[:-1]:

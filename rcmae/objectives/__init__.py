@@ -29,6 +29,8 @@ OBJECTIVES = {
     "rcmae": Shipped("rcmae.objectives.rcmae:RCMAE", options.RCMAEOptions),
     "supmae": Shipped("rcmae.objectives.supmae:SupMAE", options.SupMAEOptions),
     "bootmae": Shipped("rcmae.objectives.bootmae:BootMAE", options.BootMAEOptions),
+    "pixio": Shipped("rcmae.objectives.pixio:Pixio", options.PixioOptions),
+    "rcpixio": Shipped("rcmae.objectives.rcpixio:RCPixio", options.RCPixioOptions),
 }
 # Terms that can be added to a sum of terms (`objective.terms`).
 TERMS = {

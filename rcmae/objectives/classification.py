@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmae.data.batch import Batch
-from rcmae.models.classifier import drop_path_draws
+from rcmae.models.blocks import drop_path_draws
 
 
 @dataclass(frozen=True)

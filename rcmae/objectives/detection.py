@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rcmae.data.batch import Batch
 from rcmae.data.draws import Purpose, raw
-from rcmae.models.classifier import drop_path_draws
+from rcmae.models.blocks import drop_path_draws
 from rcmae.models.detection.detector import Detector, Sampling
 from rcmae.models.detection.losses import LOSSES, Targets
 

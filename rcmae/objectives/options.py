@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rcmae.config import OwnOptions, Reads
+from rcmae.config import MaskKind, OwnOptions, Reads
 
 # By what a patch's pixels are normalised. MAE: the patch's mean and unbiased variance; MAE-priv:
 # the biased one; BootMAE: each channel's own mean and biased variance.
@@ -74,6 +74,25 @@ class MAEOptions(PixelOptions):
 
 class RCMAEOptions(ConsistencyOptions, PixelOptions):
     """Of `rcmae`."""
+
+    consistency_weight: Weight = 1.0
+    """Gamma of the RC-MAE paper."""
+
+
+class BlocksOptions(PixelOptions):
+    """Of objectives that hide blocks of patches."""
+
+    needs_class_token: ClassVar[bool] = True  # its mean is what such an encoder is read by
+    mask: MaskKind = "grid"
+    """Square blocks (Pixio); random, or boxes of BEiT."""
+
+
+class PixioOptions(BlocksOptions):
+    """Of `pixio`."""
+
+
+class RCPixioOptions(ConsistencyOptions, BlocksOptions):
+    """Of `rcpixio`."""
 
     consistency_weight: Weight = 1.0
     """Gamma of the RC-MAE paper."""

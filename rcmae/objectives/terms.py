@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +92,7 @@ class Sum:
             assert teacher is not None
             with torch.no_grad():  # before the student's activations take their memory
                 targets = teacher_forward(teacher, batch, self.teacher_outputs)
-        preds: Outputs = student(
-            batch.images, batch.ids_shuffle, batch.num_visible, self.student_outputs
-        )
+        preds = student_forward(student, batch, self.student_outputs)
         sums = {}
         for name, term in self.terms.items():
             target = targets[term.teacher_output] if term.teacher_output else None
@@ -104,6 +102,15 @@ class Sum:
     def plus(self, terms: Mapping[str, Term]) -> Sum:
         """This and more terms; one of the same name replaces."""
         return replace(self, terms={**self.terms, **terms})
+
+
+def student_forward(student: nn.Module, batch: Batch, outputs: tuple[str, ...]) -> Outputs:
+    """The student's outputs, with drop path where it has any."""
+    network: Any = student if hasattr(student, "branches") else getattr(student, "module", student)
+    keep = network.branches(batch.positions) if hasattr(network, "branches") else None
+    given = {} if keep is None else {"keep": keep}
+    found: Outputs = student(batch.images, batch.ids_shuffle, batch.num_visible, outputs, **given)
+    return found
 
 
 def teacher_forward(teacher: nn.Module, batch: Batch, outputs: tuple[str, ...]) -> Outputs:

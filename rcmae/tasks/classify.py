@@ -21,7 +21,7 @@ from rcmae.evaluation.confusion import confusion_picture
 from rcmae.evaluation.features import evaluating
 from rcmae.evaluation.scores import Scores, classify, scores_table
 from rcmae.models import kernels
-from rcmae.models.build import student_sizes
+from rcmae.models.build import classifier_sizes
 from rcmae.models.classifier import Classifier
 from rcmae.models.fitting import fit_weights
 from rcmae.tasks import start
@@ -176,7 +176,7 @@ def mixing_of(recipe: Recipe) -> Mixing:
 def new_classifier(recipe: Recipe, num_classes: int) -> Classifier:
     """The classifier of a recipe with the weights of `run.seed`, the same on every rank."""
     model = Classifier(
-        student_sizes(recipe.model),
+        classifier_sizes(recipe.model),
         num_classes=num_classes,
         pool=recipe.classify.pool,
         drop_path=recipe.classify.drop_path,
@@ -191,7 +191,7 @@ def fit(recipe: Recipe, found: Found | None, num_classes: int) -> tuple[list[str
     them; and what is taken of them, for a new run.
     """
     try:
-        sizes = student_sizes(recipe.model)
+        sizes = classifier_sizes(recipe.model)
         with torch.device("meta"):
             model = Classifier(sizes, num_classes=num_classes, pool=recipe.classify.pool)
     except Refused as error:

@@ -20,7 +20,7 @@ from rcmae.data.members.protocol import Members
 from rcmae.data.transforms import Transform
 from rcmae.data.views import train_transform
 from rcmae.models.activations import Computing
-from rcmae.models.build import student_sizes
+from rcmae.models.build import classifier_sizes
 from rcmae.models.classifier import Classifier
 from rcmae.models.cost import StepCost, classifier_cost
 from rcmae.objectives import Objective
@@ -85,7 +85,7 @@ class Finetuning:
 
     def mask(self, recipe: Recipe) -> Mask:
         """The network sees every patch. Raises Refused for sizes that do not fit together."""
-        student_sizes(recipe.model)
+        classifier_sizes(recipe.model)
         return NoMask()
 
     def transform(self, recipe: Recipe) -> Transform:
@@ -123,7 +123,7 @@ class Finetuning:
     def cost(self, recipe: Recipe, *, fused_attention: bool = True) -> StepCost:
         """Forward and backward of the classifier; its average computes nothing."""
         engine = recipe.engine
-        sizes = student_sizes(recipe.model)
+        sizes = classifier_sizes(recipe.model)
         with torch.device("meta"):
             student = Classifier(
                 sizes,

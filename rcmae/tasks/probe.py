@@ -24,7 +24,7 @@ from rcmae.data.views import train_transform
 from rcmae.engines.protocol import DTYPES
 from rcmae.engines.updates import cast_params
 from rcmae.models.batchnorm import GlobalBatchNorm
-from rcmae.models.build import student_sizes
+from rcmae.models.build import classifier_sizes
 from rcmae.models.classifier import Classifier, ProbeHead, probe_head
 from rcmae.models.cost import StepCost, probe_cost
 from rcmae.objectives import Objective
@@ -85,7 +85,7 @@ class LinearProbe:
         judgement.notes += notes
         depth = recipe.classify.depth
         if depth is not None and not judgement.problems:
-            blocks = student_sizes(recipe.model).depth
+            blocks = classifier_sizes(recipe.model).depth
             if depth > blocks:
                 judgement.problems.append(
                     f"classify.depth={depth}: {recipe.model.name} has {blocks} blocks"
@@ -98,7 +98,7 @@ class LinearProbe:
 
     def mask(self, recipe: Recipe) -> Mask:
         """The network sees every patch. Raises Refused for sizes that do not fit together."""
-        student_sizes(recipe.model)
+        classifier_sizes(recipe.model)
         return NoMask()
 
     def transform(self, recipe: Recipe) -> Transform:
@@ -143,7 +143,7 @@ class LinearProbe:
 
     def cost(self, recipe: Recipe, *, fused_attention: bool = True) -> StepCost:
         """The encoder's forward, and the head."""
-        sizes = student_sizes(recipe.model)
+        sizes = classifier_sizes(recipe.model)
         num_classes = recipe.classify.num_classes or USUAL_CLASSES
         with torch.device("meta"):
             head = ProbeHead(

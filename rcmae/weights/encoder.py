@@ -37,8 +37,9 @@ from rcmae.errors import Refused
 from rcmae.models.build import Network, new_network
 from rcmae.models.classifier import Classifier
 from rcmae.models.fitting import Fit, fit_weights
+from rcmae.models.patches import is_sincos
 from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
-from rcmae.models.vit import MaskedAutoencoder
+from rcmae.models.vit import MaskedAutoencoder, PositionTable
 from rcmae.weights.beside import apply_to
 from rcmae.weights.layouts import Which
 from rcmae.weights.names import family_names, of_autoencoder, published_names
@@ -48,7 +49,7 @@ from rcmae.weights.shapes import sizes_of, whole_network
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # of the architectures that the field shares, by width
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24, 3072: 32}
 DECODER_HEADS = {512: 16, 256: 8}
 
 
@@ -228,12 +229,13 @@ def _of_shapes(
             WeightsWarning,
             stacklevel=3,
         )
-    cls_token = sizes.pop("cls_token", True)
     decoder_cls = sizes.pop("decoder_cls", True)
     network = NetworkSizes(
         image_size=(pixels, pixels), num_heads=heads, decoder_heads=heads_of_decoder, **sizes
     )
-    model = MaskedAutoencoder(network, cls_token=cls_token, decoder_cls=decoder_cls)
+    learned = not is_sincos(weights["pos_embed"], (side, side))
+    positions: PositionTable = "learned" if learned else "column_first"
+    model = MaskedAutoencoder(network, decoder_cls=decoder_cls, positions=positions)
     model.load_state_dict(whole_network(model, weights))
     apply_to(model, found.beside)
     return model
@@ -274,10 +276,11 @@ def model_of(
             depth=sizes["depth"],
             num_heads=heads,
             mlp_ratio=sizes["mlp_ratio"],
+            class_tokens=sizes["class_tokens"],
+            registers=sizes["registers"],
         ),
         num_classes=len(weights["head.weight"]) if head else 0,
         pool="mean" if own_norm else "cls",
-        class_token=sizes.get("cls_token", True),
     )
     try:
         fit = fit_weights(model, weights, grid)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rcmae.errors import Refused
-from rcmae.models.protocol import PUBLISHED
+from rcmae.models.protocol import PUBLISHED, TABLES
 from rcmae.models.sizes import NetworkSizes
 
 Shape = tuple[int, ...]
@@ -22,9 +22,9 @@ def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The sizes of a network, as far as the shapes of its weights tell them.
 
     Returns:
-        patch_size, in_channels, embed_dim, depth, mlp_ratio and num_patches; decoder_dim and
-        decoder_depth where there is a decoder; cls_token and decoder_cls, False, where there is
-        none.
+        patch_size, in_channels, embed_dim, depth, mlp_ratio, num_patches, class_tokens and
+        registers; decoder_dim and decoder_depth where there is a decoder, decoder_cls, False, where
+        it gets no class token.
 
     Raises:
         Refused: it is no masked autoencoder, nor the encoder of one.
@@ -41,8 +41,8 @@ def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 def _sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     width, channels, patch, _ = shapes["patch_embed.proj.weight"]
-    class_token = "cls_token" in shapes
-    num_patches = shapes["pos_embed"][1] - int(class_token)
+    class_tokens = shapes["cls_token"][1] if "cls_token" in shapes else 0
+    num_patches = shapes["pos_embed"][1] - class_tokens
     sizes: dict[str, Any] = {
         "patch_size": patch,
         "in_channels": channels,
@@ -50,9 +50,9 @@ def _sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         "depth": _depth(shapes, "blocks"),
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
         "num_patches": num_patches,
+        "class_tokens": class_tokens,
+        "registers": shapes["reg_token"][1] if "reg_token" in shapes else 0,
     }
-    if not class_token:
-        sizes["cls_token"] = False
 
     # BootMAE's, another kind of decoder
     regressors = any(name.startswith("decode_blocks.") for name in shapes)
@@ -94,13 +94,11 @@ def shapes_of(sizes: Mapping[str, Any]) -> dict[str, Shape]:
         decoder_depth=sizes.get("decoder_depth", 1),
         decoder_heads=1,
         mlp_ratio=sizes["mlp_ratio"] + 0.5 / width,  # blocks round the width of their MLP down
+        class_tokens=sizes["class_tokens"],
+        registers=sizes["registers"],
     )
     with torch.device("meta"):
-        model = MaskedAutoencoder(
-            network,
-            cls_token=sizes.get("cls_token", True),
-            decoder_cls=sizes.get("decoder_cls", "cls_token" not in sizes),
-        )
+        model = MaskedAutoencoder(network, decoder_cls=sizes.get("decoder_cls", True))
     return {
         name: tuple(value.shape)
         for name, value in model.state_dict().items()
@@ -120,42 +118,45 @@ def shape_problems(shapes: Mapping[str, Shape]) -> list[str]:
 
 
 def whole_network(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a masked autoencoder, checked against a model of one; position tables stay the
-    model's.
+    """The weights of a masked autoencoder, checked against a model of one; position tables that it
+    does not learn stay the model's.
 
     Raises:
         Refused: the model's weights are not all there in its shapes, or there are others;
             everything at once.
     """
     own = model.state_dict()
-    found = {name: value for name, value in weights.items() if not name.endswith("pos_embed")}
-    wanted = {name: value for name, value in own.items() if not name.endswith("pos_embed")}
+    tables = fixed_tables(model)
+    found = {name: value for name, value in weights.items() if name not in tables}
+    wanted = {name: value for name, value in own.items() if name not in tables}
     problems = _differences(_shapes(found), _shapes(wanted), differ="has other shapes of")
     if problems:
         raise Refused("; ".join(problems))
     return {**own, **found}
 
 
+def fixed_tables(model: nn.Module) -> set[str]:
+    """Names of the position tables that a network does not learn, and of those it has not."""
+    return set(TABLES) - {name for name, _ in model.named_parameters()}
+
+
 def only_known(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's weights for a network to pretrain; position tables and what only other parts
-    have are left.
+    """The encoder's weights for a network to pretrain; position tables that it does not learn and
+    what only other parts have are left.
 
     Raises:
         Refused: they are not all there in its shapes, or there are some that no network here has;
             everything at once.
     """
     own = model.state_dict()
+    tables = fixed_tables(model)
     extra = ("head.", "fc_norm.", *PUBLISHED["head"], *PUBLISHED["decoder"], "encoder_to_decoder.")
     found = {
         name: value
         for name, value in weights.items()
-        if not name.endswith("pos_embed") and not name.startswith(extra)
+        if name not in tables and not name.startswith(extra)
     }
-    wanted = {
-        name: value
-        for name, value in own.items()
-        if in_encoder(name) and not name.endswith("pos_embed")
-    }
+    wanted = {name: value for name, value in own.items() if in_encoder(name) and name not in tables}
     problems = _differences(_shapes(found), _shapes(wanted), differ="has other shapes of")
     if problems:
         raise Refused("; ".join(problems))

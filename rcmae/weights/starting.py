@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from rcmae.errors import Refused
 from rcmae.models.fitting import resample_positions
 from rcmae.models.patches import Positions, sincos_positions
+from rcmae.models.protocol import TABLES
 from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
 from rcmae.weights.beside import refuse_for_training
 from rcmae.weights.names import family_names
 from rcmae.weights.reading import NetworkWeights
-from rcmae.weights.shapes import in_encoder, only_known, whole_network
+from rcmae.weights.shapes import fixed_tables, in_encoder, only_known, whole_network
 
 Decoder = Literal["file", "fresh"]
-_ORDERS: tuple[Positions, ...] = ("column_first", "row_first")
 
 
 class Start(NamedTuple):
@@ -58,6 +58,7 @@ def start_of(model: nn.Module, source: NetworkWeights, decoder: Decoder) -> Star
         name.endswith(".q_bias") for name in weights
     ):
         weights = family_names(weights, "bootmae")  # biases apart, as this network has them
+    weights = _with_learned_tables(model, weights, source.grid)
     if decoder == "file":
         try:
             state = whole_network(model, weights)
@@ -69,17 +70,17 @@ def start_of(model: nn.Module, source: NetworkWeights, decoder: Decoder) -> Star
                     "draws the decoder anew"
                 )
             raise Refused(f"{error}{alone}") from error
-        taken = [name for name in weights if name in own and not name.endswith("pos_embed")]
+        taken = [name for name in weights if name in own and name not in fixed_tables(model)]
     else:
         found = only_known(model, weights)
         state = {**own, **found}
         taken = list(found)
-    if "pos_embed" in weights:
+    if "pos_embed" in weights and "pos_embed" not in taken:
         table = _positions(own["pos_embed"], weights["pos_embed"], model, source.grid)
         if table is not None:
             state["pos_embed"] = table
             taken.append("pos_embed")
-    tables = [name for name in own if name.endswith("pos_embed")]
+    tables = [name for name in own if name in fixed_tables(model)]
     return Start(
         state=state,
         taken=sorted(taken),
@@ -137,12 +138,31 @@ def _positions(
         grid = (side, side)
     if prefix + grid[0] * grid[1] != table.shape[1]:
         return None
-    for order in _ORDERS:
-        kind = sincos_positions(own.shape[2], grid, cls_token=prefix > 0, order=order)
+    for order in get_args(Positions):
+        kind = sincos_positions(own.shape[2], grid, prefix=prefix, order=order)
         if (table[0].double() - kind).abs().max() < 1e-4:
-            here = sincos_positions(own.shape[2], new, cls_token=prefix > 0, order=order).float()
+            here = sincos_positions(own.shape[2], new, prefix=prefix, order=order).float()
             return None if (here - own[0]).abs().max() < 1e-4 else here[None]
     return resample_positions(table.to(torch.float32), grid, new)
+
+
+def _with_learned_tables(
+    model: nn.Module, weights: Mapping[str, Tensor], grid: tuple[int, int] | None
+) -> Mapping[str, Tensor]:
+    """The weights, with position tables that the network learns interpolated to its grid."""
+    own = dict(model.named_parameters())
+    new: tuple[int, int] = model.grid  # type: ignore[assignment]
+    fitted = dict(weights)
+    for name in TABLES:
+        table = weights.get(name)
+        if name not in own or table is None or table.ndim != 3:
+            continue
+        patches = table.shape[1] - (own[name].shape[1] - new[0] * new[1])
+        side = math.isqrt(max(0, patches))
+        old = grid or (side, side)
+        if patches > 0 and old[0] * old[1] == patches:
+            fitted[name] = resample_positions(table.to(torch.float32), old, new)
+    return fitted
 
 
 def _kinds(names: Iterable[str]) -> str:

@@ -57,7 +57,7 @@ def pos_embed(fixture: Fixture) -> None:
         table = sincos_positions(
             int(match["dim"]),
             (int(match["rows"]), int(match["columns"] or match["rows"])),
-            cls_token=match["cls"] == "1",
+            prefix=int(match["cls"]),
             order=ORDERS[family],
         )
         for precision, limit in zip(PRECISIONS, limits, strict=True):

@@ -13,6 +13,7 @@ from rcmae.data.masking import BlockMask
 from rcmae.engines.schedules import epoch_momentum, warmup_half_cosine
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.patches import patchify
+from rcmae.models.protocol import TABLES
 from rcmae.models.sizes import NetworkSizes
 from rcmae.objectives import Context, new
 from rcmae.objectives.mae import crowding, pixel_targets
@@ -77,13 +78,13 @@ def _network(fixture: Fixture, file: str, precision: str) -> BootstrappedAutoenc
         mlp_ratio=config["mlp_ratio"],
     )
     model = BootstrappedAutoencoder(sizes, low_layer=low, high_layer=high)
-    tables = {name: state[name] for name in model.TABLES if name in state}
+    tables = {name: state[name] for name in TABLES if name in state}
     fixture.all_close(
         "position tables", dict(model.named_buffers()), tables, Limit(1e-6, 0.0), "float32"
     )
     problem = ""
     try:
-        computed = {name: getattr(model, name) for name in model.TABLES}  # where none is recorded
+        computed = dict(model.named_buffers())  # tables, where none is recorded
         model.load_state_dict(computed | state, strict=True)
     except RuntimeError as error:
         problem = str(error)

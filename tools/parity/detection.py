@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmae.engines.optim import param_groups
-from rcmae.models.classifier import Draws
+from rcmae.models.blocks import Draws
 from rcmae.models.detection import inference, losses
 from rcmae.models.detection.benchmark import Pyramid
 from rcmae.models.detection.boxes import LARGEST_STEP

@@ -152,7 +152,7 @@ class Fixture:
                 return Limits(
                     _of_losses(float(losses[1])) if losses else limit, limit, limit, limit
                 )
-        elif stated := re.search(r"suggested limits (.*?)(?:\.(?:\s|$)|;|$)", text):
+        elif stated := re.search(r"suggested limits (.*?)(?:\.(?:\s|$)|;|\(an ind|$)", text):
             numbers = [
                 float(number) for number in re.findall(r"\d[\d.]*e-?\d+|\d+\.\d+", stated[1])
             ]

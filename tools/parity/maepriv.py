@@ -100,7 +100,7 @@ def build_variant(
         f"{case}.safetensors",
         torch.float32,
         state,
-        cls_token=stated["use_cls_token"],
+        class_tokens=int(stated["use_cls_token"]),
         decoder_cls=False,
         qkv_bias="qv",
         positions="row_first",

@@ -15,6 +15,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.masking import visible_count
 from rcmae.engines.optim import param_groups
 from rcmae.models import kernels
+from rcmae.models.protocol import TABLES
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import Objective
@@ -27,12 +28,14 @@ def build(
     weights: str,
     dtype: torch.dtype,
     state: dict[str, Tensor] | None = None,
+    *,
+    class_tokens: int = 1,
     **options: Any,
 ) -> MaskedAutoencoder:
     """The package's model of the folder's sizes, with a file of published weights, loaded strictly.
 
-    `state`: those weights under this package's names, where they are not published so; `options`:
-    of the model."""
+    `state`: those weights under this package's names, where they are not published so;
+    `class_tokens`: of the encoder; `options`: of the model."""
     config = fixture.config
     for key, ours in (
         ("layer_norm_eps", kernels.LAYER_NORM_EPS),
@@ -54,17 +57,17 @@ def build(
             decoder_depth=config["decoder_depth"],
             decoder_heads=config["decoder_num_heads"],
             mlp_ratio=config.get("mlp_ratio", 4),
+            class_tokens=class_tokens,
         ),
         **options,
     )
     # float32 as published
-    tables = {name: state[name] for name in ("pos_embed", "decoder_pos_embed") if name in state}
-    fixture.all_close(
-        "position tables", dict(model.named_buffers()), tables, Limit(1e-7, 0.0), "float32"
-    )
+    fixed = dict(model.named_buffers())
+    tables = {name: state[name] for name in TABLES if name in fixed and name in state}
+    fixture.all_close("position tables", fixed, tables, Limit(1e-7, 0.0), "float32")
     problem = ""
     try:
-        computed = {name: getattr(model, name) for name in model.TABLES}  # where none is recorded
+        computed = {name: fixed[name] for name in TABLES if name in fixed}  # where none is recorded
         model.load_state_dict(computed | state, strict=True)
     except RuntimeError as error:
         problem = str(error)

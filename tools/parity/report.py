@@ -18,6 +18,7 @@ from .fixture import Fixture, Row, Unusable
 from .mae import mae_forward
 from .maepriv import maepriv_pretrain
 from .maps import miou, seg_augment
+from .pixio import pixio_arch_names, pixio_encoder, pixio_forward, pixio_masks
 from .rcmae import rcmae_forward, rcmae_train, rcmae_train_accum
 from .schedules import lr_schedule, momentum_schedule
 from .segmentation import seg_backbone, seg_schedule, slide_inference, upernet
@@ -55,6 +56,10 @@ CHECKS: dict[str, Callable[[Fixture], None]] = {
     "miou": miou,
     "seg-schedule": seg_schedule,
     "seg-augment": seg_augment,
+    "pixio-forward": pixio_forward,
+    "pixio-masks": pixio_masks,
+    "pixio-encoder": pixio_encoder,
+    "pixio-arch-names": pixio_arch_names,
 }
 
 

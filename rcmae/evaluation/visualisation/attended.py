@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def attention(
             pixels = _over(photographs[image], values.view(model.grid))
             tiles.append(Tile(caption, pixels))
         rows += [tiles[at : at + ACROSS] for at in range(0, len(tiles), ACROSS)]
-    reader = "the class token attends to" if model.has_class_token else "the patches attend to"
+    reader = "the class token attends to" if model.class_tokens else "the patches attend to"
+    if model.class_tokens > 1:
+        reader = f"the {model.class_tokens} class tokens attend to, in the mean"
     left_out = f", without the weakest {discard:.0%}" if discard else ""
     note = (
         f"Heads: attention in block {len(maps)}, the last. Rollout: the product over all blocks, "
@@ -77,14 +80,18 @@ def _maps_of(
         discard: share of the weakest attention left out of rollouts.
         weighted: by class, such maps weighted by the gradient of its score.
     """
-    token = model.has_class_token
-    last = maps[-1, :, 0, 1:] if token else maps[-1].mean(dim=1)  # [heads, L]
+    rolled = functools.partial(
+        rollout, class_tokens=model.class_tokens, registers=model.num_reg_tokens
+    )
+    first = model.num_prefix_tokens
+    readers = maps[-1, :, : model.class_tokens] if model.class_tokens else maps[-1, :, first:]
+    last = readers[:, :, first:].mean(dim=1)  # [heads, L]
     for head, values in enumerate(last):
         yield f"head {head + 1}", values
     for fusion in FUSIONS:
-        yield f"rollout, {fusion}", rollout(maps, fusion=fusion, discard=discard, class_token=token)
+        yield f"rollout, {fusion}", rolled(maps, fusion=fusion, discard=discard)
     for label, each in weighted.items():
-        yield f"class {label}", rollout(each, class_token=token)
+        yield f"class {label}", rolled(each)
 
 
 def _over(photograph: np.ndarray, values: Tensor) -> np.ndarray:

@@ -61,7 +61,7 @@ def kernels_picture(model: Classifier, network: str) -> np.ndarray:
 def positions_picture(model: Classifier, network: str) -> np.ndarray:
     """For up to 5 x 5 places, how similar the embeddings of all positions are to that one's."""
     rows, columns = model.grid
-    table = model.pos_embed.detach()[0, model.num_prefix_tokens :]
+    table = model.pos_embed.detach()[0, model.class_tokens :]
     table = torch.nn.functional.normalize(table, dim=1)
     down = np.linspace(0, rows - 1, min(rows, PLACES)).astype(int)
     across = np.linspace(0, columns - 1, min(columns, PLACES)).astype(int)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
-from rcmae.models.classifier import Draws, DropPath
+from rcmae.models.blocks import Draws, DropPath
 from rcmae.models.detection.layers import NormedConv, patch_embedding
 from rcmae.models.detection.sizes import BackboneSizes
 from rcmae.models.detection.vitdet import halved
@@ -100,7 +100,7 @@ class SectionedViT(nn.Module):
         self._window = sizes.window
         self._grid = vit.grid
         self.patch_embed = patch_embedding(vit.in_channels, width, vit.patch_size)
-        table = sincos_positions(width, vit.grid, cls_token=False, order=sizes.positions)
+        table = sincos_positions(width, vit.grid, prefix=0, order=sizes.positions)
         self.register_buffer("pos_embed", table.float()[None])
         self.blocks = nn.ModuleList(
             BiasedBlock(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rcmae.models.classifier import Draws
+from rcmae.models.blocks import Draws
 from rcmae.models.detection.benchmark import Pyramid
 from rcmae.models.detection.heads import RegionHeads
 from rcmae.models.detection.inference import Detections, select, with_masks
@@ -56,7 +56,7 @@ class Sampling:
 
     anchors: Tensor  # [B, A] int64, one an anchor: of the two samplings' numbers, see `matching`
     regions: Tensor  # [B, A + M] int64, one an anchor that a region came from, then one an object
-    keep: Tensor | None = None  # [B, depth, 2] bool, as classifier.drop_path_draws
+    keep: Tensor | None = None  # [B, depth, 2] bool, as blocks.drop_path_draws
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcmae.models.classifier import Draws
+from rcmae.models.blocks import Draws
 from rcmae.models.detection.layers import NormedConv, patch_embedding
 from rcmae.models.detection.sizes import BackboneSizes
 from rcmae.models.detection.windows import window_blocks
@@ -27,7 +27,7 @@ class WindowedViT(nn.Module):
         super().__init__()
         vit = sizes.vit
         self._table = sizes.table
-        table = sincos_positions(vit.embed_dim, sizes.table, cls_token=True)
+        table = sincos_positions(vit.embed_dim, sizes.table, prefix=1)
         self.pos_embed = nn.Parameter(table.float()[None])  # row 0, of a class token, plays no part
         self.patch_embed = patch_embedding(vit.in_channels, vit.embed_dim, vit.patch_size)
         self.blocks = nn.ModuleList(window_blocks(sizes, draws))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
-from rcmae.models.classifier import Draws, DropPath
+from rcmae.models.blocks import Draws, DropPath
 from rcmae.models.detection.sizes import BackboneSizes
 
 from timm.models.vision_transformer_sam import Attention, Block, get_rel_pos

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
 from rcmae.models.batchnorm import GlobalBatchNorm
-from rcmae.models.blocks import QKVBias
-from rcmae.models.classifier import Draws, DropPath
+from rcmae.models.blocks import Draws, DropPath, QKVBias
 from rcmae.models.patches import sincos_positions
 from rcmae.models.segmentation.attention import RelativeAttention
 from rcmae.models.sizes import NetworkSizes
@@ -62,7 +61,7 @@ class Backbone(nn.Module):
         self.grid = sizes.grid
         self.levels = form.levels
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        positions = sincos_positions(width, sizes.grid, cls_token=True).float()
+        positions = sincos_positions(width, sizes.grid, prefix=1).float()
         self.pos_embed = nn.Parameter(positions[None])  # trained here
         projection = nn.Conv2d(sizes.in_channels, width, patch, stride=patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rcmae.data.draws import Purpose, uniform
-from rcmae.models.classifier import drop_path_draws
+from rcmae.models.blocks import drop_path_draws
 from rcmae.models.protocol import Place, layer_of
 from rcmae.models.segmentation.backbone import Backbone, Form
 from rcmae.models.segmentation.heads import (

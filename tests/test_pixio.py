@@ -1,0 +1,142 @@
+"""Several class tokens, registers, learned positions, blocks and drop path do what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rcmae.data.masking import GridMask
+from rcmae.models.build import new_teacher
+from rcmae.models.classifier import Classifier
+from rcmae.models.fitting import fit_weights
+from rcmae.models.sizes import NetworkSizes
+from rcmae.models.vit import MaskedAutoencoder, StochasticDepth
+from rcmae.objectives import new
+
+SIZES = NetworkSizes(
+    image_size=(16, 24),
+    patch_size=4,
+    in_channels=3,
+    embed_dim=24,
+    depth=3,
+    num_heads=3,
+    decoder_dim=16,
+    decoder_depth=2,
+    decoder_heads=2,
+    class_tokens=3,
+    registers=2,
+)
+
+
+def network(**options: Any) -> MaskedAutoencoder:
+    return MaskedAutoencoder(SIZES, positions="learned", **options)
+
+
+def some_images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+
+def test_blocks_are_seen_or_hidden_as_one() -> None:
+    mask = GridMask((8, 12), block=4, blocks_visible=2)
+    places = np.arange(96).reshape(8, 12)
+    for position in range(20):
+        ids = mask.ids(3, position)
+        assert sorted(ids) == list(range(96))
+        seen = np.isin(places, ids[: mask.num_visible])
+        shares = seen.reshape(2, 4, 3, 4).mean(axis=(1, 3))
+        assert set(shares.ravel()) == {0.0, 1.0}
+        assert shares.sum() == 2
+    assert not np.array_equal(mask.ids(3, 0), mask.ids(4, 0))
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "visible", "said"),
+    [
+        ((14, 14), 4, 2, "mask_grid=2 or 7.*12x12 or 16x16 patches"),
+        ((6, 6), 3, 0, "0 visible blocks of 4"),
+        ((4, 4), 4, 1, "1 visible blocks of 1"),
+    ],
+)
+def test_blocks_that_cannot_be_are_refused(
+    grid: tuple[int, int], block: int, visible: int, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        GridMask(grid, block, visible)
+
+
+def test_registers_reach_no_feature_and_no_decoder() -> None:
+    model = network()
+    encoded = model(some_images(), outputs=("encoded", "class_tokens", "tokens"))
+    assert [encoded[name].shape[1] for name in ("encoded", "class_tokens", "tokens")] == [25, 3, 24]
+    tokens = model.encode(some_images())  # [B, 3 + 2 + 24, D]
+    torch.testing.assert_close(encoded["encoded"][:, 0], tokens[:, :3].mean(dim=1))
+    assert torch.equal(encoded["encoded"][:, 1:], tokens[:, 5:])
+    seen = []
+    model.decoder_embed.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    ids = torch.arange(24).expand(2, -1)
+    assert model(some_images(), ids, 6)["pixels"].shape == (2, 18, 48)
+    assert seen == [3 + 6]
+    moved = model(some_images(), ids, 6)["pixels"]
+    with torch.no_grad():
+        model.reg_token += 1
+    assert not torch.equal(model(some_images(), ids, 6)["pixels"], moved), "blocks see registers"
+
+
+def test_learned_positions_are_weights_and_fixed_ones_are_not() -> None:
+    learned = network()
+    names = [name for name, _ in learned.named_parameters()]
+    assert names[:5] == ["cls_token", "reg_token", "pos_embed", "mask_token", "decoder_pos_embed"]
+    assert all(learned.place_of(name).decays for name in names[:5])
+    assert not list(learned.buffers())
+    fixed = MaskedAutoencoder(SIZES)
+    assert {name for name, _ in fixed.named_buffers()} == {"pos_embed", "decoder_pos_embed"}
+    assert not fixed.pos_embed[:, :3].any(), "class tokens have no place"
+    assert fixed.bfloat16().pos_embed.dtype == torch.float32
+    assert learned.bfloat16().pos_embed.dtype == torch.bfloat16
+
+
+def test_a_classifier_reads_what_the_pretraining_gives() -> None:
+    model = network()
+    reader = Classifier(SIZES, num_classes=0, pool="cls").eval()
+    weights = {name: value for name, value in model.state_dict().items() if "decoder" not in name}
+    fit_weights(reader, weights, SIZES.grid)
+    torch.testing.assert_close(reader.encoded(some_images()), model.encode(some_images()))
+    both = model(some_images(), outputs=("encoded",))["encoded"][:, 0]
+    torch.testing.assert_close(reader(some_images()), both)
+    one = dataclasses.replace(SIZES, class_tokens=1, registers=0)
+    with pytest.raises(ValueError, match="class_tokens"):
+        fit_weights(Classifier(one, num_classes=0, pool="cls"), weights, SIZES.grid)
+
+
+def test_drop_path_is_a_function_of_position_and_stays_out_of_teachers() -> None:
+    model = network(drop_path=StochasticDepth(rate=0.9, seed=5))
+    ids = torch.arange(24).expand(4, -1)
+    images = some_images(1).expand(4, -1, -1, -1)
+    positions = torch.tensor([0, 1, 2, 0])
+    keep = model.branches(positions)
+    assert keep is not None
+    assert keep.shape == (4, 3, 2)
+    assert keep[:, 0].all(), "the first block never drops"
+    pixels = model(images, ids, 6, ("pixels",), keep)["pixels"]
+    assert torch.equal(pixels[0], pixels[3])
+    assert not torch.equal(pixels[0], pixels[1])
+    whole = model(images, ids, 6)["pixels"]
+    torch.testing.assert_close(whole[0], whole[1])
+    assert model.eval().branches(positions) is None
+    plain = network()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(plain(images, ids, 6)["pixels"], whole)
+
+
+def test_the_teacher_of_rcpixio_has_encoder_and_decoder() -> None:
+    objective = new("rcpixio", consistency_weight=0.5)
+    assert objective.weights == {"reconstruction": 1.0, "consistency": 0.5}
+    student = network()
+    teacher = new_teacher(student, objective.teacher_outputs)
+    assert teacher is not None
+    assert teacher.state_dict().keys() == student.state_dict().keys()
