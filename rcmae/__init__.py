@@ -18,13 +18,15 @@ early.hear()
 if TYPE_CHECKING:
     from rcmae.starting import start
     from rcmae.weights.classifiers import load_classifier
+    from rcmae.weights.detection import load_detector
     from rcmae.weights.encoder import load_encoder
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "load_classifier", "load_encoder", "start"]
+__all__ = ["__version__", "load_classifier", "load_detector", "load_encoder", "start"]
 # name -> module; imported when asked for: torch and timm cost seconds
 _LAZY = {
     "load_classifier": "rcmae.weights.classifiers",
+    "load_detector": "rcmae.weights.detection",
     "load_encoder": "rcmae.weights.encoder",
     "start": "rcmae.starting",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -13,13 +14,16 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import rcmae
 from rcmae import detect
-from rcmae.data.dense.objects import encoded
+from rcmae.commands import export
+from rcmae.data.dense.objects import decoded, encoded
 from runs import Folder, distance, equal, keeping_handlers
 from tests.conftest import Ranks
 
@@ -203,6 +207,42 @@ def test_interrupted_equals_uninterrupted(recipe: Path, whole: Folder, tmp_path:
     assert folder.losses() == whole.losses()
     assert equal(folder.state(), whole.state())
     assert found_in(folder) == found_in(whole)
+
+
+def test_a_run_is_loaded_exported_and_found_again(
+    whole: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = rcmae.load_detector(whole.path, network="student")
+    assert (model.class_names, model.category_ids) == (("square", "disc"), (7, 2))
+    file = tmp_path / "detector.pth"
+    command = [str(whole.path), "--format", "detectron2", "--what", "student", "--out", str(file)]
+    assert export.main(command) == 0
+    assert "rcmae.load_detector" in capsys.readouterr().out
+    images = {}
+    for number in range(20, 23):
+        jpeg = io.BytesIO()
+        Image.fromarray(photograph(number, number != 22)[0]).save(jpeg, "JPEG", quality=95)
+        images[number] = Image.open(jpeg)
+    for number, found in zip(images, model(list(images.values())), strict=True):
+        wanted = [each for each in found_in(whole) if each["image_id"] == number]
+        assert found.scores.tolist() == pytest.approx([each["score"] for each in wanted], abs=1e-5)
+        for row, each in enumerate(wanted):
+            x, y, across, down = each["bbox"]
+            assert found.boxes[row].tolist() == pytest.approx(
+                [x, y, x + across, y + down], abs=0.01
+            )
+            assert model.category_ids[int(found.classes[row])] == each["category_id"]
+            differing = found.masks[row].numpy() != decoded(each["segmentation"]).astype(bool)
+            assert differing.mean() < 0.01
+    # the names alone tell the sizes, but not the anchors, which are the published ones
+    plain = rcmae.load_detector(file)
+    state = model.network.state_dict()
+    assert all(
+        torch.equal(value, state[name]) for name, value in plain.network.state_dict().items()
+    )
+    assert plain.network.sizes.backbone == dataclasses.replace(
+        model.network.sizes.backbone, drop_path=0.0
+    )
 
 
 # -------------------------------------------------------------------------------- on several ranks

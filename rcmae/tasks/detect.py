@@ -50,6 +50,7 @@ from rcmae.tasks.protocol import (
     Saved,
     Score,
 )
+from rcmae.weights.detection import FORMATS as DETECTOR_FORMATS
 from rcmae.weights.detectors import read_start
 from rcmae.weights.formats import WeightsFormat
 from rcmae.weights.reading import NetworkWeights
@@ -76,7 +77,7 @@ class Detection:
     frozen: tuple[str, ...] = ("detect",)
     reports: tuple[str, ...] = ("detect.category_names", "detect.score", "detect.detections")
     metrics: Mapping[str, str] = MappingProxyType({"box_ap": "box AP"})
-    formats: Mapping[str, WeightsFormat] = MappingProxyType({})
+    formats: Mapping[str, WeightsFormat] = DETECTOR_FORMATS
 
     def look(self, recipe: Recipe, saved: Saved | None) -> Found:
         """Categories beside the shards, and the shapes of the weights that a new run starts from.

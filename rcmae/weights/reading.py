@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rcmae import __version__
 from rcmae.checkpoint import Manifest, find_checkpoint, whole_tensors
+from rcmae.config import DetectOptions
 from rcmae.data.sources import redacted, without_secrets
 from rcmae.errors import Refused
 from rcmae.files import json_lines
@@ -251,6 +252,8 @@ def metadata_of(manifest: Manifest) -> dict[str, str]:
     }
 
 
+# what of the section `detect` describes a detector: all but places
+_DETECTOR = tuple(key for key in DetectOptions.model_fields if key not in ("init", "network"))
 _DESCRIBING: dict[str, tuple[str, ...]] = {  # sections -> keys; without any: all
     "task": ("name",),
     "objective": (),
@@ -258,6 +261,7 @@ _DESCRIBING: dict[str, tuple[str, ...]] = {  # sections -> keys; without any: al
     "data": ("mean", "std"),
     "teacher": (),
     "classify": ("num_classes", "pool", "depth", "class_names"),
+    "detect": _DETECTOR,
 }
 _PUBLIC = ("format", "written_by", "step", "images", "data_fingerprint", "versions", "network")
 
@@ -265,8 +269,12 @@ _PUBLIC = ("format", "written_by", "step", "images", "data_fingerprint", "versio
 def network_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Of a recipe, what describes the network: no place of data, no command, no secret."""
     kept = {}
+    task = recipe.get("task")
+    detects = isinstance(task, Mapping) and task.get("name") == "detect"
     for section, keys in _DESCRIBING.items():
         values = recipe.get(section)
+        if section == "detect" and not detects:
+            continue
         if isinstance(values, Mapping):
             kept[section] = {key: values[key] for key in keys or values if key in values}
     return without_secrets(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ def detector_sizes(model: ModelOptions, detect: DetectOptions) -> DetectorSizes:
     Raises:
         Refused: they do not fit together; all problems, with the way out.
     """
-    vit = student_sizes(model)
+    whole = student_sizes(model)
+    vit = replace(whole, decoder_dim=0, decoder_depth=0, decoder_heads=0)
     window = detect.window or (14 if detect.backbone == "vitdet" else 16)
     problems = size_problems(vit, detect, window)
     if problems:
