@@ -1,13 +1,16 @@
-"""Several class tokens, registers, learned positions, blocks and drop path do what they say."""
+"""Class tokens, registers, learned positions, blocks and drop path do what they say; their weights
+go in and out."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rcmae.data.masking import GridMask
@@ -15,8 +18,14 @@ from rcmae.models.build import new_teacher
 from rcmae.models.classifier import Classifier
 from rcmae.models.fitting import fit_weights
 from rcmae.models.sizes import NetworkSizes
-from rcmae.models.vit import MaskedAutoencoder, StochasticDepth
+from rcmae.models.vit import Encoder, MaskedAutoencoder, StochasticDepth
 from rcmae.objectives import new
+from rcmae.weights.conversion import convert
+from rcmae.weights.encoder import load_encoder
+from rcmae.weights.reading import read_network
+from rcmae.weights.starting import start_of
+
+from timm.models.vision_transformer import VisionTransformer
 
 SIZES = NetworkSizes(
     image_size=(16, 24),
@@ -140,3 +149,65 @@ def test_the_teacher_of_rcpixio_has_encoder_and_decoder() -> None:
     teacher = new_teacher(student, objective.teacher_outputs)
     assert teacher is not None
     assert teacher.state_dict().keys() == student.state_dict().keys()
+
+
+def published(folder: Path, sizes: NetworkSizes) -> Path:
+    """A file of an encoder's weights as they are published: names and nothing else."""
+    model = Encoder(sizes, positions="learned")
+    for index, param in enumerate(model.parameters()):
+        torch.nn.init.normal_(param, 0.0, 0.2, generator=torch.Generator().manual_seed(index))
+    file = folder / "encoder.pth"
+    torch.save(model.state_dict(), file)
+    return file
+
+
+def test_a_published_encoder_starts_a_pretraining_with_a_fresh_decoder(tmp_path: Path) -> None:
+    square = dataclasses.replace(SIZES, image_size=(16, 16), registers=0)
+    found = read_network(published(tmp_path, square))
+    model = MaskedAutoencoder(square, positions="learned")
+    with pytest.raises(ValueError, match="init_decoder=fresh"):
+        start_of(model, found, "file")
+    begun = start_of(model, found, "fresh")
+    assert set(begun.taken) == found.weights.keys()
+    model.load_state_dict(begun.state)
+    assert torch.equal(model.pos_embed, found.weights["pos_embed"])
+    larger = MaskedAutoencoder(
+        dataclasses.replace(square, image_size=(24, 24)), positions="learned"
+    )
+    assert start_of(larger, found, "fresh").state["pos_embed"].shape == (1, 3 + 36, 24)
+    fewer = MaskedAutoencoder(dataclasses.replace(square, class_tokens=2), positions="learned")
+    with pytest.raises(ValueError, match="cls_token 1x3x24 instead of 1x2x24"):
+        start_of(fewer, found, "fresh")
+
+
+def test_transformers_and_timm_compute_the_same(tmp_path: Path) -> None:
+    from transformers import PixioModel
+
+    square = dataclasses.replace(SIZES, image_size=(16, 16), registers=0)
+    source = read_network(published(tmp_path, square))
+    images = some_images()[..., :16].double()
+    mine = load_encoder(tmp_path / "encoder.pth", num_heads=3, pool="cls").double()
+    tokens = mine.forward_features(images)
+    convert(source, "pixio", tmp_path / "hf", num_heads=3)
+    theirs = PixioModel.from_pretrained(tmp_path / "hf").double().eval()
+    given = theirs(images)
+    torch.testing.assert_close(given.last_hidden_state, tokens, atol=1e-13, rtol=0)
+    torch.testing.assert_close(given.pooler_output, mine(images), atol=1e-13, rtol=0)
+    back = read_network(tmp_path / "hf")
+    assert all(torch.equal(back.weights[name], value) for name, value in source.weights.items())
+
+    convert(source, "timm", tmp_path / "timm.safetensors", num_heads=3)
+    model = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, reg_tokens=2, num_classes=0
+    )
+    model.load_state_dict(load_file(tmp_path / "timm.safetensors"))
+    made = model.double().eval().forward_features(images)
+    torch.testing.assert_close(made, tokens, atol=1e-13, rtol=0)
+
+
+def test_what_other_models_lack_is_refused(tmp_path: Path) -> None:
+    source = read_network(published(tmp_path, dataclasses.replace(SIZES, image_size=(16, 16))))
+    with pytest.raises(ValueError, match="--to pixio"):
+        convert(source, "huggingface", tmp_path / "mae", num_heads=3)
+    with pytest.raises(ValueError, match="no registers"):
+        convert(source, "pixio", tmp_path / "pixio", num_heads=3)

@@ -27,7 +27,7 @@ _ACTIVATIONS = {
     "swish": nn.SiLU,
 }
 # model_type of those whose blocks are the same and whose weights have these names
-_TYPES = {"vit", "vit_mae", "vit_msn", "ijepa"}
+_TYPES = {"vit", "vit_mae", "vit_msn", "ijepa", "pixio"}
 _TIMM_SHAPES = {  # of timm's model_args: what shapes tell, or what moves no feature
     *("img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "in_chans", "num_classes"),
     *("class_token", "global_pool", "fc_norm", "qkv_bias", "drop_rate", "drop_path_rate"),

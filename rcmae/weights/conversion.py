@@ -62,8 +62,8 @@ def convert(
         encoder = source._replace(weights=taken)
         model, _ = model_of(encoder, image_size=None, num_heads=num_heads, head=False)
         to_onnx(model, out)
-    elif target == "huggingface":
-        write_hugging_face(source, taken, out, num_heads)
+    elif target in ("huggingface", "pixio"):
+        write_hugging_face(source, taken, out, num_heads, family=target)
     else:
         _write_file(source, taken, target, out)
     left_out = sorted(name for name in weights if name not in taken)
@@ -90,15 +90,22 @@ def _write_file(
 
 
 def write_hugging_face(
-    source: NetworkWeights, taken: Mapping[str, Tensor], out: Path, num_heads: int | None
+    source: NetworkWeights,
+    taken: Mapping[str, Tensor],
+    out: Path,
+    num_heads: int | None,
+    *,
+    family: str = "huggingface",
 ) -> None:
-    """A folder for `ViTMAEForPreTraining.from_pretrained` (or ViTMAEModel's, without a decoder).
+    """A folder for `ViTMAEForPreTraining.from_pretrained` (or ViTMAEModel's, without a decoder), or
+    of the family "pixio" for PixioModel's.
 
     Raises Refused, OSError.
     """
-    config = _hugging_face_config(source, taken, num_heads)
+    configs = {"huggingface": _hugging_face_config, "pixio": pixio_config}
+    config = configs[family](source, taken, num_heads)
     mean, std = statistics_of(source, config["num_channels"])
-    weights = family_names(taken, "huggingface")
+    weights = family_names(taken, family)
     if config["architectures"] == ["ViTMAEModel"]:
         weights = {name.removeprefix("vit."): value for name, value in weights.items()}
     weights = {name: value.contiguous() for name, value in weights.items()}
@@ -137,6 +144,8 @@ def _hugging_face_config(
         raise Refused(
             f"Hugging Face's ViTMAE has square images, these weights a grid of {rows}x{columns}"
         )
+    if sizes["class_tokens"] > 1 or sizes["registers"]:
+        raise Refused("Hugging Face's ViTMAE has one class token and no registers: give --to pixio")
     width = sizes["embed_dim"]
     heads = chosen_heads(source, width, num_heads)
     objective = json.loads(source.metadata.get("recipe", "{}")).get("objective", {})
@@ -163,4 +172,38 @@ def _hugging_face_config(
         "decoder_num_attention_heads": decoder_heads,
         "decoder_intermediate_size": round(decoder_width * sizes["mlp_ratio"]),
         **pretraining,
+    }
+
+
+def pixio_config(
+    source: NetworkWeights, taken: Mapping[str, Tensor], num_heads: int | None
+) -> dict[str, Any]:
+    """The config.json of transformers' PixioModel. Raises Refused."""
+    sizes = sizes_of({name: tuple(value.shape) for name, value in taken.items()})
+    side = round(sizes["num_patches"] ** 0.5)
+    rows, columns = source.grid or (side, side)
+    problems = []
+    if rows != columns:
+        problems.append(f"Pixio has square images, these weights a grid of {rows}x{columns}")
+    if not sizes["class_tokens"]:
+        problems.append("Pixio has class tokens, these weights none: give --to huggingface or timm")
+    if sizes["registers"]:
+        problems.append(f"Pixio has no registers, these weights {sizes['registers']}: --to timm")
+    if problems:
+        raise Refused("; ".join(problems))
+    return {
+        "model_type": "pixio",
+        "architectures": ["PixioModel"],
+        "hidden_size": sizes["embed_dim"],
+        "num_hidden_layers": sizes["depth"],
+        "num_attention_heads": chosen_heads(source, sizes["embed_dim"], num_heads),
+        "n_cls_tokens": sizes["class_tokens"],
+        "mlp_ratio": round(sizes["mlp_ratio"]),
+        "hidden_act": source.beside.activation or "gelu",
+        "image_size": rows * sizes["patch_size"],
+        "patch_size": sizes["patch_size"],
+        "qkv_bias": True,
+        "num_channels": sizes["in_channels"],
+        "layer_norm_eps": source.beside.eps or LAYER_NORM_EPS,
+        "drop_path_rate": 0.0,
     }

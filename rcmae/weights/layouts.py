@@ -54,6 +54,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "timm": Family("timm's vit_*: the encoder, as safetensors or .pth", False),
     "huggingface": Family("Hugging Face's ViTMAE: a folder that from_pretrained reads", True),
+    "pixio": Family("Hugging Face's Pixio: its encoder, a folder for from_pretrained", False),
 }
 
 TARGETS = {

@@ -95,8 +95,12 @@ def family_names(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     Raises:
         Refused: it is no family that is known.
     """
-    if family in ("mae", "supmae", "timm"):
+    if family == "timm":
+        return _to_timm(state)
+    if family in ("mae", "supmae"):
         return dict(state)
+    if family == "pixio":
+        return _to_pixio(state)
     if family == "huggingface":
         return _to_hugging_face(state)
     if family not in FAMILIES:
@@ -148,6 +152,34 @@ def _to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _to_pixio(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As transformers' PixioModel saves an encoder: ViTMAE's names, but for the norms of blocks."""
+    renamed = {}
+    for name, value in _to_hugging_face(state).items():
+        plain = name.removeprefix("vit.").replace("layernorm_before", "norm1")
+        renamed[plain.replace("layernorm_after", "norm2")] = value
+    return renamed
+
+
+def _to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's ViT has one class token: further ones are registers of it, and registers without a
+    position get zeros."""
+    renamed = dict(state)
+    token = state.get("cls_token")
+    registers = state.get("reg_token")
+    if token is None or (token.shape[1] == 1 and registers is None):
+        return renamed
+    beside = [token[:, 1:]] if registers is None else [token[:, 1:], registers]
+    renamed["cls_token"] = token[:, :1]
+    renamed["reg_token"] = torch.cat(beside, dim=1)
+    if registers is not None:
+        table = state["pos_embed"]
+        first = table[:, : token.shape[1]]
+        parts = [first, torch.zeros_like(registers), table[:, token.shape[1] :]]
+        renamed["pos_embed"] = torch.cat(parts, dim=1)
+    return renamed
+
+
 def _from_hugging_face(state: Mapping[str, Any]) -> dict[str, Any]:
     if not any(name.startswith("vit.") for name in state):  # the encoder alone
         state = {
@@ -177,8 +209,8 @@ def _of_their_block(name: str, block: re.Match[str], state: Mapping[str, Any]) -
     place = f"{_OUR_BLOCKS[block['blocks']]}.{block['number']}"
     inside = block["inside"]
     kind = block["kind"]
-    if inside in _OURS_INSIDE:
-        return {f"{place}.{_OURS_INSIDE[inside]}.{kind}": state[name]}
+    if inside in _OURS_INSIDE or inside in ("norm1", "norm2"):  # the latter are Pixio's
+        return {f"{place}.{_OURS_INSIDE.get(inside, inside)}.{kind}": state[name]}
     if inside == "attention.attention.query":
         stem = f"{block['blocks']}.{block['number']}.attention.attention."
         parts = [state.get(f"{stem}{part}.{kind}") for part in _PARTS]

@@ -142,11 +142,21 @@ def _network_problems(
         decoders = decoders and "decoder_pred.weight" in shapes
     if unfit:
         problems.append(f"{manifest.path} does not fit the published layouts: {'; '.join(unfit)}")
+    elif layout == "timm" and _more_tokens(_shapes(manifest, networks[0])):
+        problems.append(
+            "timm's model has one class token: `rcmae convert RUN --to timm` writes the others as "
+            "its registers"
+        )
     elif layout in ("mae-full", "rcmae") and not decoders:
         problems.append(
             f"{manifest.path} has no decoder of MAE's; layouts mae and timm take the encoder"
         )
     return problems
+
+
+def _more_tokens(shapes: Mapping[str, Shape]) -> bool:
+    """Whether there are other tokens than one class token."""
+    return "reg_token" in shapes or shapes.get("cls_token", (1, 1, 1))[1] > 1
 
 
 def _file_problems(out: Path, layout: str, overwrite: bool) -> list[str]:

@@ -22,7 +22,10 @@ from rcmae.models.fitting import fit_weights
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import Encoder, MaskedAutoencoder
 from rcmae.objectives import new
+from rcmae.weights.conversion import pixio_config
 from rcmae.weights.encoder import DECODER_HEADS, HEADS
+from rcmae.weights.names import family_names, published_names
+from rcmae.weights.reading import NetworkWeights
 from rcmae.weights.shapes import sizes_of
 
 from .fixture import EXACT, PRECISIONS, Fixture, Limit, Limits, Unusable
@@ -418,9 +421,25 @@ def _tokens(fixture: Fixture, model: Classifier, images: Tensor) -> dict[str, Te
 
 
 def _check_other_names(fixture: Fixture) -> None:
-    for name in ("hf_names", "hf_saved_names", "hf_config"):
-        if fixture.has(name):
-            fixture.leave_out(name, "transformers' own, of another package's files")
+    """Names and settings of the folder that is written for transformers, and the way back."""
+    weights = fixture.arrays("model.safetensors")
+    theirs = family_names(weights, "pixio")
+    if fixture.has("hf_saved_names"):
+        recorded = sorted(fixture.value("hf_saved_names"))
+        fixture.true("transformers' names", "saved", sorted(theirs) == recorded, "others")
+    back = published_names(theirs)
+    same = back.keys() == weights.keys() and all(torch.equal(back[k], weights[k]) for k in weights)
+    fixture.true("transformers' names", "there and back", same, "weights changed")
+    if fixture.has("hf_config"):
+        stated = fixture.value("hf_config")
+        heads = {"num_heads": fixture.config["num_heads"]}
+        source = NetworkWeights(dict(weights), None, heads, "the folder", {})
+        ours = pixio_config(source, weights, None)
+        for key, got in ours.items():
+            fixture.true("transformers' settings", key, got == stated[key], f"{got!r} is ours")
+    if fixture.has("hf_names"):
+        reason = "names of modules in memory; those that are saved are compared"
+        fixture.leave_out("hf_names", reason)
 
 
 # ------------------------------------------------------------------------------------------- names
