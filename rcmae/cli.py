@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from rcmae import __version__
 from rcmae.process import console
+from rcmae.process.leaving import leaving
 
 
 class Command(NamedTuple):
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.guard()
     module, _, function = COMMANDS[name].module.partition(":")
     command = importlib.import_module(f"rcmae.commands.{module}")
-    return int(getattr(command, function or "main")(words[1:]))
+    status = int(getattr(command, function or "main")(words[1:]))
+    return status if arguments is not None else leaving(status)
 
 
 def overview() -> str:

@@ -2,7 +2,7 @@
 
 `aside` and `write_aside` write every file whose reader must never see half of it. `Lines` appends
 to a file of lines and outlives a full disk; `json_lines` reads it, `json_lines_back` from its end:
-a kill may have torn the last one.
+a kill may have torn the last one. `patiently` reads over what passes on a network's file system.
 """
 
 from __future__ import annotations
@@ -10,14 +10,40 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 _BLOCK = 1 << 16  # bytes read at a time
+# A file system on a network loses a server for a moment, or a file's handle; a disk a sector.
+_PASSING = (errno.EIO, errno.ESTALE)
+_PAUSES_S = (0.2, 1.0, 3.0)  # before each further attempt
+_T = TypeVar("_T")
+
+
+def patiently(read: Callable[[], _T], forget: Callable[[], object] = lambda: None) -> _T:
+    """What a reading of files gives, which may be done again: what passes is tried again.
+
+    Args:
+        read: opens, and reads.
+        forget: closes what was opened, before the next attempt.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    for pause_s in (*_PAUSES_S, None):
+        try:
+            return read()
+        except OSError as error:
+            if pause_s is None or error.errno not in _PASSING:
+                raise
+            forget()
+            time.sleep(pause_s)
+    raise AssertionError("the last attempt raises")
 
 
 @contextmanager

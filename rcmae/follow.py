@@ -43,6 +43,7 @@ from rcmae.engines.updates import cast_params
 from rcmae.errors import Refused
 from rcmae.models import kernels
 from rcmae.process import console
+from rcmae.process.leaving import leaving
 from rcmae.run import preempt
 from rcmae.run.ending import say_error
 from rcmae.run.look import open_index, saved_from
@@ -429,4 +430,4 @@ def run(asked: Asked) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(leaving(main()))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rcmae import train
+from rcmae.process.leaving import leaving
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,4 +23,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(leaving(main()))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from rcmae.commands import training
 from rcmae.data.workers import refuse_unguarded, serve_readers
 from rcmae.process import console, waits
+from rcmae.process.leaving import leaving
 from rcmae.run import preempt, startup
 from rcmae.run.command import Command
 
@@ -233,4 +234,4 @@ def start(command: Command, task: str, stop: preempt.StopRequest) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(leaving(main()))

@@ -5,8 +5,10 @@ again, and what cannot be had ends the run with its last step committed.
 from __future__ import annotations
 
 import errno
+import io
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -16,12 +18,16 @@ from typing import Any
 import pytest
 from streams import flat_stream
 
+from rcmae import checkpoint, config, files
 from rcmae.data import cache, loading
 from rcmae.data.index import ShardIndex
 from rcmae.data.loading import WorkersLost
 from rcmae.data.masking import RandomMask
 from rcmae.data.plan import Plan
+from rcmae.data.sets import class_lists
+from rcmae.data.sources import stat_here
 from rcmae.data.stream import Readers, Stream, labelled_batches
+from rcmae.data.tars import scan
 from rcmae.data.transforms import CentreTransform, TrainTransform
 from rcmae.run.loop import schedule
 from runs import Folder, at_step, equal, start
@@ -107,7 +113,7 @@ def test_an_evaluation_outlives_a_killed_worker(
 def test_a_hiccup_of_a_file_system_is_read_again_in_a_file_opened_anew(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(cache.reader, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(files, "_PAUSES_S", (0.0, 0.0))
     pread, opened, left = os.pread, [], [2]
 
     def failing(file: int, size: int, offset: int) -> bytes:
@@ -125,6 +131,56 @@ def test_a_hiccup_of_a_file_system_is_read_again_in_a_file_opened_anew(
         cache.Reader().read(shard, 0, 512)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_hiccup_makes_no_checkpoint_damaged_no_index_unread_and_no_classes_unknown(
+    tiny: Path,
+    uninterrupted: Folder,
+    photo_shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    monkeypatch.setattr(files, "_PAUSES_S", (0.0, 0.0))
+    shard = Path(photo_shards.replace("{000000..000005}", "000000"))
+    shutil.copy(shard, tmp_path)
+    ShardIndex.open(str(tmp_path / shard.name)).save(tmp_path)
+    (tmp_path / "classes.txt").write_text("cat\n")
+    failed: set[str] = set()
+    opened, looked = io.open, os.stat
+
+    def once(path: Any) -> None:
+        if isinstance(path, str | Path) and str(path) not in failed:
+            failed.add(str(path))
+            raise OSError(number, os.strerror(number), str(path))
+
+    def hiccup(path: Any, *args: Any, **options: Any) -> Any:
+        once(path)
+        return opened(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", hiccup)
+        patch.setattr("builtins.open", hiccup)
+        index = ShardIndex.load(tmp_path)
+        assert index.labels.tolist() == ShardIndex.load(tmp_path).labels.tolist()
+        assert class_lists(index)[0].names == ("cat",)
+        assert scan(str(tmp_path / shard.name)).problem == ""
+        assert config.load(str(tiny), ["run.dir=x"]).run.dir == "x"
+        newest = checkpoint.step_folders(uninterrupted.checkpoints)[-1]
+        assert checkpoint.open_verified(newest).step == 20
+    names = {Path(path).name for path in failed}
+    assert {"index.json", "classes.txt", shard.name, "tiny.yaml", "manifest.json"} <= names
+    assert len([name for name in names if name.startswith("index-")]) == 1
+    failed.clear()
+
+    def hiccup_of_stat(path: Any, *args: Any, **options: Any) -> Any:
+        once(path)
+        return looked(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", hiccup_of_stat)
+        assert stat_here(str(shard)) is not None
+
+
 @pytest.mark.parametrize(("error", "again"), [(errno.EIO, True), (errno.EACCES, False)])
 def test_shards_that_cannot_be_read_commit_the_last_step_and_say_whether_to_start_again(
     tiny: Path,
@@ -139,7 +195,7 @@ def test_shards_that_cannot_be_read_commit_the_last_step_and_say_whether_to_star
     def failing(*_: Any) -> bytes:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(cache.reader, "_PAUSES_S", (0.0,))
+    monkeypatch.setattr(files, "_PAUSES_S", (0.0,))
     monkeypatch.setattr(
         schedule,
         "learning_rate",

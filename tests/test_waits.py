@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -49,6 +50,14 @@ class Waiting:
             return self.process.wait(within_s)
         finally:
             self.process.kill()
+
+
+def test_a_process_whose_work_is_done_waits_for_no_thread(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = Waiting("leave", tmp_path, LOCK=str(lock.name))
+        waiting.until("ends")
+        assert waiting.ends(8.0) == STOPPED
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -25,6 +25,7 @@ import torch
 from rcmae.checkpoint.layout import Runs, Stored, understood
 from rcmae.checkpoint.lease import Fence, fence
 from rcmae.errors import Refused
+from rcmae.files import patiently
 
 FORMAT = 2  # 1 has an object a run
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
@@ -141,7 +142,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / "manifest.json"
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(patiently(file.read_text))
         if not isinstance(document, dict):
             raise TypeError("it is no mapping")
         is_whole = document.pop("sha256", None) == _seal(document)
@@ -222,19 +223,24 @@ def file_problem(manifest: Manifest, name: str) -> str | None:
     """What is wrong with one file of a checkpoint, by size and checksum; None if nothing."""
     path = manifest.path / name
     about = manifest.files[name]
-    digest = hashlib.sha256()
     try:
-        size = path.stat().st_size
+        size = patiently(path.stat).st_size
         if size != about["bytes"]:
             return f"{path} has {size} bytes, the manifest says {about['bytes']}"
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+        digest = patiently(lambda: _digest_of(path))
     except OSError as error:
         return f"{path}: {error.strerror}"
-    if digest.hexdigest() != about["sha256"]:
+    if digest != about["sha256"]:
         return f"{path} differs from its checksum in the manifest"
     return None
+
+
+def _digest_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def open_verified(path: Path) -> Manifest:

@@ -25,6 +25,7 @@ from rcmae.config.recipe import Recipe, known_keys
 from rcmae.config.sections import RECIPES
 from rcmae.config.trees import tree_of
 from rcmae.errors import Refused, did_you_mean
+from rcmae.files import patiently
 
 _SHOWN = 2000  # characters of a problem
 _DEEPEST = 16  # sections of a key
@@ -72,7 +73,7 @@ def load(
     """
     path = recipe_path(name)
     try:
-        tree = tree_of(path.read_text()) or {}
+        tree = tree_of(patiently(path.read_text)) or {}
     except UnicodeDecodeError as error:
         raise Refused(f"{path} is not YAML: {error}") from error
     except Refused as error:

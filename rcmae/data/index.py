@@ -50,7 +50,7 @@ from rcmae.data.tars import (
     together,
 )
 from rcmae.errors import Refused
-from rcmae.files import aside
+from rcmae.files import aside, patiently
 
 INDEX = "index.json"
 FORMAT = "rcmae shard index"
@@ -239,7 +239,7 @@ class ShardIndex:
         """
         path = Path(folder) / INDEX
         try:
-            text = path.read_bytes()
+            text = patiently(path.read_bytes)
         except OSError as error:
             raise Refused(f"{path}: cannot be used ({error.strerror})") from error
         head = _head(text, str(path))
@@ -388,8 +388,8 @@ def _indexed(folder: str, patience: Patience) -> Indexed | None:
 def is_ours(folder: str | Path) -> bool:
     """Whether the index.json of a folder, where there is one, is of this package."""
     try:
-        with open(os.path.join(folder, INDEX), "rb") as file:
-            return FORMAT.encode() in file.read(100)
+        with patiently(lambda: open(os.path.join(folder, INDEX), "rb")) as file:
+            return FORMAT.encode() in patiently(lambda: os.pread(file.fileno(), 100, 0))
     except FileNotFoundError:
         return False
 

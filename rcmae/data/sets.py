@@ -19,6 +19,7 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.sources import USUAL, Patience
 from rcmae.data.tars import Shard
 from rcmae.errors import Refused
+from rcmae.files import patiently
 
 CLASSES = "classes.txt"
 _log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def class_lists(index: ShardIndex, patience: Patience = USUAL) -> tuple[ClassLis
             if "://" in folder:
                 content = sources.small_file(where, patience)
             else:
-                content = Path(where).read_bytes()
+                content = patiently(Path(where).read_bytes)
             if content is not None:
                 found.append(ClassList(where, lines_of(content.decode())))
     return tuple(found)

@@ -27,6 +27,7 @@ from rcmae.data.sets import class_lists
 from rcmae.data.sources import is_remote, redacted
 from rcmae.data.sources import patience as patience_of
 from rcmae.errors import Refused
+from rcmae.files import patiently
 from rcmae.models.precision import Bf16, bf16_of
 from rcmae.process import cores, waits
 from rcmae.run import startup
@@ -285,7 +286,7 @@ def written_recipe(recipe: Recipe) -> Mapping[str, Any] | None:
     if recipe.checkpoint.resume == "never" or not path.is_file():
         return None
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(patiently(path.read_text))
     except (yaml.YAMLError, UnicodeDecodeError, OSError):
         return None  # nothing was trained by it
     return tree if isinstance(tree, dict) else None

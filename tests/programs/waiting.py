@@ -1,11 +1,14 @@
 """A process that waits, in the way its first argument says; see test_waits.py."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from rcmae.process import waits
+from rcmae.process.leaving import leaving
 
 
 def main(how: str) -> None:
@@ -51,7 +54,17 @@ def ranks() -> None:
         stop.leave("ranks")
 
 
+def leave() -> int:
+    """Ends while a thread of a pool waits for another process's lock."""
+    lock = open(os.environ["LOCK"], "w")  # noqa: SIM115
+    ThreadPoolExecutor(1).submit(fcntl.flock, lock, fcntl.LOCK_EX)
+    print("ends", flush=True)
+    return leaving(75)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "leave":
+        raise SystemExit(leave())
     if sys.argv[1] == "ranks":
         ranks()
     else:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from rcmae.data import sources
 from rcmae.data.cache.store import Cache
 from rcmae.data.sources import Stored, is_remote
+from rcmae.files import patiently
 
 _OPEN_SHARDS = 128  # local files that a process keeps open; the usual limit is 1,024
 _AT_ONCE = 16  # shards that are copied together
-# A file system on a network loses a server for a moment, or a file's handle; a disk a sector.
-_PASSING = (errno.EIO, errno.ESTALE)
-_PAUSES_S = (0.2, 1.0, 3.0)  # before each further attempt at a local file
 
 
 class Reader:
@@ -42,15 +38,7 @@ class Reader:
         Raises:
             OSError: the shard is gone or cannot be had.
         """
-        for pause_s in (*_PAUSES_S, None):
-            try:
-                return self._read(shard, offset, size)
-            except OSError as error:
-                if pause_s is None or error.errno not in _PASSING:
-                    raise
-                self._forget(shard.path)
-                time.sleep(pause_s)
-        raise AssertionError("the last attempt raises")
+        return patiently(lambda: self._read(shard, offset, size), lambda: self._forget(shard.path))
 
     def _read(self, shard: Stored, offset: int, size: int) -> bytes:
         if is_remote(shard.path):

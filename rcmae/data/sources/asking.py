@@ -22,6 +22,7 @@ from rcmae.config import Recipe
 from rcmae.data.sources.names import PASSWORD, PIPE, local, no_command
 from rcmae.data.sources.secrets import redacted
 from rcmae.errors import Refused
+from rcmae.files import patiently
 
 PIECE = 8 * 2**20  # bytes of a request; each is tried again by itself
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what a disk says that has no room
@@ -218,7 +219,7 @@ def stamp_of(stat: os.stat_result) -> str:
 def stat_here(path: str) -> Stat | None:
     """Size and stamp of a file here; None where there is none."""
     try:
-        found = os.stat(path)
+        found = patiently(lambda: os.stat(path))
     except OSError:
         return None
     return Stat(found.st_size, stamp_of(found))

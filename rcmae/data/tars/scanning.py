@@ -34,6 +34,7 @@ from rcmae.data.tars.samples import (
 )
 from rcmae.data.tars.shard import HEADED, MEMBER, NO_LABEL, ROW, Shard, hashes
 from rcmae.data.workers import mapped
+from rcmae.files import patiently
 
 # of reading headers before other processes are started to help: that takes seconds itself
 _ALONE_S = 2.0
@@ -101,8 +102,7 @@ def scan(path: str, patience: Patience = USUAL, rule: str = FIRST_DOT) -> Scan:
     shown = sources.redacted(path)
     try:
         if not sources.is_remote(path):
-            with open(path, "rb") as file:
-                return _scan(path, file, "", sources.stamp_of(os.fstat(file.fileno())), rule)
+            return patiently(lambda: _scan_here(path, rule))
         with sources.fetched(path, patience) as (file, copied):
             return _scan(path, file, copied.sha256, copied.stamp, rule)
     except BrokenTar as error:
@@ -111,6 +111,11 @@ def scan(path: str, patience: Patience = USUAL, rule: str = FIRST_DOT) -> Scan:
         if isinstance(error, sources.SourceGone | FileNotFoundError) and error.errno is None:
             return Scan(path, problem=str(error))
         return Scan(path, problem=f"{shown}: cannot be read ({error})")
+
+
+def _scan_here(path: str, rule: str) -> Scan:
+    with open(path, "rb") as file:
+        return _scan(path, file, "", sources.stamp_of(os.fstat(file.fileno())), rule)
 
 
 def _scan(path: str, file: BinaryIO, sha256: str, stamp: str, rule: str) -> Scan:

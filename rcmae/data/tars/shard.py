@@ -19,6 +19,7 @@ from rcmae.data import sources
 from rcmae.data.tars.kinds import ADDED, KINDS
 from rcmae.data.tars.samples import FIRST_DOT, RULES, WORDS, Note
 from rcmae.errors import Refused
+from rcmae.files import patiently
 
 # A shard's part of an index table: a ROW for each sample, then the samples' keys. Format 2 adds a
 # HEADED for each sample and a MEMBER for each of their other members, in the samples' order.
@@ -182,7 +183,7 @@ def _mapped(path: str) -> mmap.mmap:
     # its name.
     table = _tables.get(path)
     if table is None:
-        with open(path, "rb") as file:
+        with patiently(lambda: open(path, "rb")) as file:
             table = _tables[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return table
 
