@@ -26,6 +26,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("training:train", "pretrain by a recipe"),
+    "cooldown": Command("cooldown", "end a training of constant rate early, as a run of its own"),
     "finetune": Command("training:finetune", "fine-tune a pretrained encoder on labelled shards"),
     "probe": Command("training:probe", "train a linear head on a frozen encoder"),
     "detect": Command("training:detect", "train and judge a detector of boxes and masks"),

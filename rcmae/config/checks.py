@@ -61,6 +61,18 @@ def _schedule_problems(schedule: ScheduleOptions) -> list[str]:
                 f"schedule: give exactly one of {one} and {other}, got "
                 f"{' and '.join(given) or 'neither'}{way_out}"
             )
+    if schedule.cooldown_steps is not None:
+        if schedule.shape != "wsd":
+            problems.append(
+                f"schedule.cooldown_steps is of schedule.shape=wsd, not {schedule.shape}; leave it "
+                "out"
+            )
+        left = (schedule.steps or math.inf) - (schedule.warmup_steps or 0)
+        if schedule.cooldown_steps > left:
+            problems.append(
+                f"schedule.cooldown_steps={schedule.cooldown_steps} is more than the {left} steps "
+                "after the warm-up; give fewer"
+            )
     if schedule.warmup_epochs is not None and schedule.warmup_steps is not None:
         problems.append("schedule: give warmup_epochs or warmup_steps, got both")
     return problems

@@ -107,6 +107,7 @@ class OwnOptions(Section):
     reads: ClassVar[Reads] = Reads()
     decoder: ClassVar[str] = "mae"  # that the objective comes with, a value of model.decoder
     needs_class_token: ClassVar[bool] = False
+    follows_progress: ClassVar[bool] = False  # whether the loss depends on when the training ends
 
 
 @dataclass(frozen=True, eq=False)

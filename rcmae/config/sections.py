@@ -254,14 +254,18 @@ class ScheduleOptions(Section):
     """Learning rate at the end of the cosine."""
     shape: Literal["cosine", "poly", "steps", "wsd"] = "cosine"
     """cosine: half a cosine to min_lr. poly: (1 - done)^power. steps: a tenth at each milestone.
-    wsd: stays, then falls linearly over the last part (cooldown).
+    wsd: stays, then falls over the last part (cooldown).
     """
     power: Annotated[float, Field(gt=0)] = 1.0
     """Of poly."""
     milestones: list[Fraction] = Field(default_factory=list)
     """Of steps, as parts of the training."""
     cooldown: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Of wsd, as a part of the training."""
+    """Of wsd, as a part of the training after the warm-up; or give cooldown_steps."""
+    cooldown_steps: Positive | None = None
+    """Of wsd, its length; None: cooldown."""
+    cooldown_shape: Literal["linear", "1-sqrt"] = "linear"
+    """Of wsd, how the rate falls."""
     warmup: Literal["multiply", "to_schedule"] | None = None
     """None: the shape begins after the warm-up. multiply: the warm-up is a factor on the falling
     rate. to_schedule: linear to the value that the shape has at the end of the warm-up.

@@ -14,14 +14,16 @@ class Shape:
     """How a learning rate falls over a training, apart from its warm-up.
 
     `cosine`: half a cosine (SGDR, Loshchilov and Hutter, 2017). `poly`: (1 - done) to a power
-    (DeepLab). `steps`: a tenth at each milestone (Mask R-CNN). `wsd`: stays, then falls linearly
-    over the last part (warm-up, stable, decay; Hu et al., 2024).
+    (DeepLab). `steps`: a tenth at each milestone (Mask R-CNN). `wsd`: stays, then falls over the
+    last part (warm-up, stable, decay; Hu et al., 2024), linearly or by 1 - sqrt (Haegele et al.,
+    2024): nothing before that part depends on when the training ends.
     """
 
     name: Literal["cosine", "poly", "steps", "wsd"] = "cosine"
     power: float = 1.0
     milestones: tuple[float, ...] = ()  # parts of the training
     cooldown: float = 0.2  # part of the training
+    curve: Literal["linear", "1-sqrt"] = "linear"  # of the cooldown
 
     def at(self, done: float) -> float:
         """The part of the full rate at a part of the training: 1 at its beginning; both 0 to 1."""
@@ -30,7 +32,8 @@ class Shape:
         if self.name == "steps":
             return 0.1 ** sum(done >= milestone for milestone in self.milestones)
         if self.name == "wsd":
-            return min(1.0, (1.0 - done) / self.cooldown)
+            left = min(1.0, (1.0 - done) / self.cooldown)
+            return left if self.curve == "linear" else 1.0 - math.sqrt(1.0 - left)
         return 0.5 * (1.0 + math.cos(math.pi * done))
 
 

@@ -55,6 +55,7 @@ class FeatureOptions(OwnOptions):
     """Of the term `features`."""
 
     reads: ClassVar[Reads] = Reads(student=("features",), teacher=("tokens",))
+    follows_progress: ClassVar[bool] = True  # the weight grows over the run's first quarter
     weight_mask: bool | None = None
     """Hidden patches among hidden ones count more; None: as published."""
     published_weight_mask: ClassVar[bool] = False

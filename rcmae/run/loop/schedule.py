@@ -14,8 +14,16 @@ class Schedule:
         # whether the teacher moves after each micro-batch, not after each step alone
         self.teacher_each_micro = recipe.teacher.update == "micro_step"
         options = recipe.schedule
+        cooldown = options.cooldown
+        if options.cooldown_steps is not None:
+            before = sizes.warmup_steps if options.warmup is None else 0.0
+            cooldown = options.cooldown_steps / (sizes.total_steps - before)
         self._shape = Shape(
-            options.shape, options.power, tuple(options.milestones), options.cooldown
+            options.shape,
+            options.power,
+            tuple(options.milestones),
+            cooldown,
+            options.cooldown_shape,
         )
         self._warmup = Warmup(sizes.warmup_steps, options.warmup_from, options.warmup)
         self._recipe = recipe

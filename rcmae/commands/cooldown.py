@@ -1,0 +1,196 @@
+"""End a training early, as a run of its own: the rate falls to its end from any kept checkpoint of
+a training with schedule.shape=wsd (the trunk), which may still train and keeps every byte.
+
+    rcmae cooldown runs/trunk@20000 --steps 4000
+    torchrun --no-python rcmae cooldown runs/trunk@20000 --steps 4000 --shape 1-sqrt key=value ...
+
+Weights, moments, teacher and place in the data are the checkpoint's, so the run is the one that had
+been planned with so many steps. It lies in runs/trunk-20000+4000; the same command resumes it. Exit
+status as of `rcmae train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcmae.errors import Refused
+
+if TYPE_CHECKING:
+    from rcmae.checkpoint import Manifest
+    from rcmae.config import Recipe
+
+# frozen keys that make a cooldown of a trunk
+CHANGED = ("epochs", "steps", "cooldown", "cooldown_steps", "cooldown_shape")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; the exit status of this rank."""
+    asked, settings = _parser().parse_known_args(arguments)
+    try:
+        given = command_line(asked.source, asked.steps, asked.shape, asked.dir)
+    except Refused as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank sees the same
+            print(f"rcmae: {error}", file=sys.stderr)
+        return 2
+    from rcmae.train import main as train
+
+    return train([*given, *settings], prog="rcmae train")
+
+
+def command_line(source: str, steps: int, shape: str | None, folder: Path | None) -> list[str]:
+    """The arguments of `rcmae train` that train the cooldown: the trunk's recipe and what differs.
+
+    Args:
+        source: RUN@STEP.
+        steps: of the cooldown.
+        shape: of it; None: the trunk's own.
+        folder: of the new run; None: beside the trunk's.
+
+    Raises:
+        Refused: there is no such checkpoint, or no cooldown can start from it; every reason.
+    """
+    run, at, number = source.rpartition("@")
+    if not at or not number.isdecimal():
+        raise Refused(f"{source!r} names no step: give RUN@STEP, such as runs/trunk@20000")
+    if steps < 1:
+        raise Refused(f"--steps {steps}: a cooldown has at least one step")
+    manifest = kept(Path(run), int(number))
+    recipe = recipe_of(manifest)
+    if problems := trunk_problems(recipe, manifest):
+        raise Refused(f"{manifest.path}: no cooldown can start here:\n" + "\n".join(problems))
+    place = folder or Path(f"{run.rstrip('/')}-{manifest.step}+{steps}")
+    if place.resolve() == Path(run).resolve():
+        raise Refused(f"--dir {place} is the trunk's own folder; give another")
+    options = recipe.schedule
+    changed: dict[str, Any] = {
+        "schedule.steps": manifest.step + steps,
+        "schedule.epochs": None,
+        "schedule.warmup_steps": options.warmup_steps,
+        "schedule.warmup_epochs": options.warmup_epochs,
+        "schedule.cooldown_steps": steps,
+        "schedule.cooldown_shape": shape or options.cooldown_shape,
+        "checkpoint.resume": manifest.path.resolve(),
+        "checkpoint.allow": f"[{','.join(f'schedule.{key}' for key in CHANGED)}]",
+        "run.dir": place,
+        "run.name": place.name,
+        "run.stop_after_steps": None,
+    }
+    words = [f"{key}={'null' if value is None else value}" for key, value in changed.items()]
+    return [str(Path(run) / "recipe.yaml"), *words]
+
+
+def kept(run: Path, step: int) -> Manifest:
+    """The trunk's checkpoint of a step.
+
+    Raises:
+        Refused: there is none, or it is no checkpoint of this package.
+    """
+    from rcmae import checkpoint
+
+    root = run / "checkpoints"
+    if not (run / "recipe.yaml").is_file():
+        raise Refused(f"{run} is no run's folder: it has no recipe.yaml")
+    folder = root / checkpoint.step_name(step)
+    if not folder.is_dir():
+        there = [checkpoint.step_of(path) for path in checkpoint.step_folders(root)]
+        listed = ", ".join(map(str, there)) or "none"
+        raise Refused(
+            f"{run} has no checkpoint of step {step}: it was pruned, or never saved. Kept: "
+            f"{listed}; checkpoint.keep_every keeps one of every so many steps"
+        )
+    try:
+        return checkpoint.open_verified(folder)
+    except checkpoint.CheckpointError as error:
+        raise Refused(f"{folder}: {error}") from error
+
+
+def recipe_of(manifest: Manifest) -> Recipe:
+    """The recipe that a checkpoint was trained by. Raises Refused: it cannot be read."""
+    import pydantic
+
+    from rcmae.config import stored
+
+    try:
+        return stored(manifest.meta["recipe"])
+    except (KeyError, pydantic.ValidationError) as error:
+        raise Refused(f"{manifest.path}: its recipe cannot be read: {error}") from error
+
+
+def trunk_problems(recipe: Recipe, manifest: Manifest) -> list[str]:
+    """What of a training until this checkpoint has depended on when it ends, a line each."""
+    problems = []
+    options = recipe.schedule
+    if recipe.task.name != "pretrain":
+        problems.append(f"task.name={recipe.task.name}: only pretrainings have cooldowns")
+    if options.shape != "wsd":
+        problems.append(
+            f"schedule.shape={options.shape}: the rate has fallen towards the trunk's own end; "
+            "train the trunk with schedule.shape=wsd"
+        )
+    else:
+        problems += _place_problems(recipe, manifest.step, manifest.meta["sizes"])
+    teacher = recipe.teacher
+    moves = teacher.schedule in ("cosine", "published") and teacher.momentum != teacher.momentum_end
+    if recipe.objective.teacher_outputs and moves:
+        problems.append(
+            f"teacher.schedule={teacher.schedule} goes towards the trunk's end: train the trunk "
+            "with teacher.schedule=constant"
+        )
+    if why := _follows_progress(recipe):
+        problems.append(why)
+    return problems
+
+
+def _place_problems(recipe: Recipe, step: int, sizes: Mapping[str, Any]) -> list[str]:
+    """A checkpoint inside the warm-up, or inside the trunk's own cooldown."""
+    options = recipe.schedule
+    total, warmup = sizes["total_steps"], sizes["warmup_steps"]
+    before = warmup if options.warmup is None else 0.0
+    own = options.cooldown_steps or options.cooldown * (total - before)
+    if step < warmup:
+        return [f"step {step} lies in the warm-up of {warmup:g} steps; take a later one"]
+    if step > total - own:
+        return [
+            f"step {step} lies in the trunk's own cooldown, which began at step {total - own:g}; "
+            "take an earlier one"
+        ]
+    return []
+
+
+def _follows_progress(recipe: Recipe) -> str | None:
+    """Why the loss depends on the trunk's end, or may."""
+    from rcmae import plugins
+    from rcmae.config import shipped
+
+    objective = recipe.objective
+    own = getattr(objective.own, "follows_progress", None)
+    if own is None and plugins.is_plugin(objective.name):
+        return (
+            f"objective.name={objective.name} does not say whether its loss depends on the trunk's "
+            "end: give its Options `follows_progress: ClassVar[bool] = False`"
+        )
+    terms = [name for name in objective.terms if shipped().terms[name].follows_progress]
+    if own or terms:
+        named = f"objective.terms: {', '.join(terms)}" if terms else f"objective={objective.name}"
+        return f"{named}: the weight of features grows with the part of the trunk that is done"
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rcmae cooldown",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="rcmae cooldown RUN@STEP --steps N [--shape SHAPE] [--dir FOLDER] [key=value ...]",
+    )
+    parser.add_argument("source", metavar="RUN@STEP")
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="of the cooldown")
+    parser.add_argument("--shape", choices=("linear", "1-sqrt"), help="default: the trunk's")
+    parser.add_argument("--dir", type=Path, metavar="FOLDER", help="default: RUN-STEP+N")
+    return parser

@@ -1,0 +1,90 @@
+"""A cooldown of a trunk is the run that had been planned so, and the trunk keeps every byte."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from rcmae.commands.cooldown import main
+from rcmae.engines.schedules import Shape
+from runs import Folder, equal, start
+
+TRUNK = [
+    "schedule.shape=wsd",
+    "schedule.steps=16",
+    "schedule.warmup_steps=2",
+    "schedule.cooldown_steps=4",
+    "teacher.schedule=constant",
+    "checkpoint.every_steps=4",
+    "checkpoint.keep=9",
+]
+
+
+@pytest.fixture(scope="module")
+def trunk(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trunk") / "trunk"
+    assert start(tiny, folder, *TRUNK) == 0
+    return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_a_cooldown_is_the_run_that_had_been_planned_so(
+    trunk: Path, tiny: Path, tmp_path: Path
+) -> None:
+    before = hashes(trunk)
+    given = [f"{trunk}@8", "--steps", "3", "--shape", "1-sqrt", "--dir", str(tmp_path / "new")]
+    assert main([*given, "run.stop_after_steps=1"]) == 75
+    assert main(given) == 0, "the same command resumes"
+    assert hashes(trunk) == before
+    planned = Folder(tmp_path / "planned")
+    changed = ["schedule.steps=11", "schedule.cooldown_steps=3", "schedule.cooldown_shape=1-sqrt"]
+    assert start(tiny, planned.path, *TRUNK, *changed) == 0
+    new = Folder(tmp_path / "new")
+    assert equal(new.state(), planned.state())
+    assert new.losses() == planned.losses()[8:]
+    rates = [row["lr"] for row in new.rows()]
+    assert rates == [row["lr"] for row in planned.rows()][8:]
+    assert rates == pytest.approx([1e-3, 1e-3 * (1 - (1 / 3) ** 0.5), 1e-3 * (1 - (2 / 3) ** 0.5)])
+
+
+def test_a_cooldown_falls_to_its_end_by_either_curve() -> None:
+    for curve, middle in (("linear", 0.5), ("1-sqrt", 1 - 0.5**0.5)):
+        shape = Shape("wsd", cooldown=0.25, curve=curve)  # type: ignore[arg-type]
+        assert [shape.at(done) for done in (0.0, 0.5, 0.75, 1.0)] == [1.0, 1.0, 1.0, 0.0]
+        assert shape.at(0.875) == pytest.approx(middle)
+
+
+@pytest.mark.parametrize(
+    ("at", "steps", "said"),
+    [
+        ("@8", "0", "at least one step"),
+        ("", "3", "give RUN@STEP"),
+        ("@7", "3", "Kept: 4, 8, 12, 16"),
+        ("@16", "3", "the trunk's own cooldown, which began at step 12"),
+    ],
+)
+def test_what_no_cooldown_can_start_from_is_refused(
+    trunk: Path, at: str, steps: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"{trunk}{at}", "--steps", steps]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_training_that_depends_on_its_end_is_no_trunk(
+    uninterrupted: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"{uninterrupted.path}@10", "--steps", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "schedule.shape=cosine" in said
+    assert "teacher.schedule=constant" in said
+    assert main([str(uninterrupted.path.parent / "none@1"), "--steps", "3"]) == 2
+    assert "no run's folder" in capsys.readouterr().err
