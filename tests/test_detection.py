@@ -20,6 +20,7 @@ from rcmae.models.batchnorm import GlobalBatchNorm
 from rcmae.models.classifier import Classifier
 from rcmae.models.detection import boxes, losses, regions
 from rcmae.models.detection.build import detector_sizes, fit_detector
+from rcmae.models.detection.cost import detection_cost
 from rcmae.models.detection.detector import Detector, Sampling
 from rcmae.models.detection.losses import Targets
 from rcmae.models.detection.matching import match_anchors, sample
@@ -245,6 +246,33 @@ def test_an_image_without_objects_runs_every_head(backbone: str) -> None:
     assert without == []
     after = dict(model.named_buffers())
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_plan_knows_what_a_forward_keeps() -> None:
+    """The most it may: how many regions show an object only the images say."""
+    model = detector(
+        regions_sampled=64, channels=64, proposals=[300, 20], proposals_per_level=[200, 20]
+    ).train()
+    targets = targets_of([(0, [4, 4, 30, 28]), (2, [20, 30, 60, 60])])
+    weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        extents = torch.tensor([[0.0, 0, 64, 64]])
+        model(torch.randn(1, 3, 64, 64), extents, targets, sampling(model, 1))
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    cost = detection_cost(model, averaged=False, precision="fp32", checkpointing="none")
+    stated = sum(part.saved for part in cost.parts)
+    assert 0.8 * found < stated < 3 * found
+    assert cost.student is model
+    assert sum(part.params for part in cost.parts) == sum(
+        each.numel() for each in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (160, 96)])

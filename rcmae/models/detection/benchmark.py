@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
-from rcmae.models.blocks import Draws, DropPath
+from rcmae.models import kernels
+from rcmae.models.blocks import Draws, DropPath, drop_path_rates
 from rcmae.models.detection.layers import NormedConv, patch_embedding
 from rcmae.models.detection.sizes import BackboneSizes
 from rcmae.models.detection.vitdet import halved
-from rcmae.models.detection.windows import drop_path_rates
 from rcmae.models.patches import sincos_positions
+from rcmae.process import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
@@ -113,7 +113,7 @@ class SectionedViT(nn.Module):
             for _ in range(vit.depth)
         )
         for number, (block, rate) in enumerate(
-            zip(self.blocks, drop_path_rates(sizes), strict=True)
+            zip(self.blocks, drop_path_rates(sizes.drop_path, vit.depth), strict=True)
         ):
             block.attn = BiasedAttention(width, vit.num_heads)
             for branch, name in enumerate(("drop_path1", "drop_path2")):

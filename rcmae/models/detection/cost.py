@@ -103,15 +103,15 @@ def _parts(student: Detector, width: int, checkpointing: str) -> list[Part]:
     up = fine * (dim // 2 + dim // 4) * width  # of the finest level, before its channels
     pyramid = _numel(student.backbone) - sum(part.params for part in parts)
     parts.append(
-        Part("pyramid", pyramid, cells * channels * width * 5 + up, 2 * fine * dim * width)
+        Part("pyramid", pyramid, cells * channels * width * 3 + up, 2 * fine * dim * width)
     )
     proposals = cells * channels * width * (1 + sizes.proposals.convs) + cells * 15 * FP32
     regions = sizes.regions
     pooled = sum(_cells(sizes, stride) for stride in STRIDES[:POOLED]) * channels * FP32
     box = regions.sampled * regions.box_side**2 * channels
     mask = regions.sampled * regions.positive * regions.mask_side**2 * channels
-    heads = 3 * (box * regions.heads.box_convs + mask * regions.heads.mask_convs) * width
-    heads += mask * 4 * (channels + regions.num_classes) / channels * width
+    heads = 2 * (box * regions.heads.box_convs + mask * regions.heads.mask_convs) * width
+    heads += mask * 4 * (2 * channels + regions.num_classes) / channels * width
     rest = _numel(student.proposal_generator) + _numel(student.roi_heads)
     parts.append(Part("proposals and heads", rest, proposals + pooled + heads, pooled + box * FP32))
     return parts

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rcmae.models.blocks import Draws
+from rcmae.models.blocks import Draws, drop_path_rates
 from rcmae.models.detection.benchmark import Pyramid
 from rcmae.models.detection.heads import RegionHeads
 from rcmae.models.detection.inference import Detections, select, with_masks
@@ -46,7 +46,6 @@ from rcmae.models.detection.proposals import (
 from rcmae.models.detection.regions import roi_align_levels
 from rcmae.models.detection.sizes import POOLED, STRIDES, DetectorSizes
 from rcmae.models.detection.vitdet import SimplePyramid
-from rcmae.models.detection.windows import drop_path_rates
 from rcmae.models.protocol import Place, layer_of
 
 
@@ -84,7 +83,7 @@ class Detector(nn.Module):
         self.backbone = kind(sizes.backbone, self._draws)
         self.proposal_generator = ProposalNetwork(sizes.proposals, channels)
         self.roi_heads = RegionHeads(sizes.regions, channels, sizes.norm)
-        self.drop_path_rates = drop_path_rates(sizes.backbone)
+        self.drop_path_rates = drop_path_rates(sizes.backbone.drop_path, sizes.backbone.vit.depth)
         self.draw_weights(torch.Generator().manual_seed(0))
 
     def draw_weights(self, generator: torch.Generator) -> None:

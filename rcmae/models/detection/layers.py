@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rcmae.models.batchnorm import GlobalBatchNorm
 from rcmae.models.detection.sizes import Norm
+from rcmae.process import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 
 from timm.layers import LayerNorm2d
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcmae.models import kernels  # noqa: F401, first: it makes torchvision importable
 from rcmae.models.detection.boxes import areas
+from rcmae.process import extensions  # noqa: F401, torchvision imports beside a CPU torch
 
 import torchvision.ops
 

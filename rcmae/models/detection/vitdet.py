@@ -16,6 +16,7 @@ from rcmae.models.detection.sizes import BackboneSizes
 from rcmae.models.detection.windows import window_blocks
 from rcmae.models.fitting import resample_positions
 from rcmae.models.patches import sincos_positions
+from rcmae.process import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 
 from timm.layers import LayerNorm2d
 

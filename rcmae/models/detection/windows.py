@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
-from rcmae.models.blocks import Draws, DropPath
+from rcmae.models import kernels
+from rcmae.models.blocks import Draws, DropPath, drop_path_rates
 from rcmae.models.detection.sizes import BackboneSizes
+from rcmae.process import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 
 from timm.models.vision_transformer_sam import Attention, Block, get_rel_pos
 
@@ -64,7 +65,7 @@ class WideAttention(Attention):
 def window_blocks(sizes: BackboneSizes, draws: Draws) -> list[Block]:
     """The blocks of a ViT, named and built as ViTDet's; drop path takes its draws from `draws`."""
     vit = sizes.vit
-    rates = drop_path_rates(sizes)
+    rates = drop_path_rates(sizes.drop_path, vit.depth)
     blocks = []
     for number in range(vit.depth):
         block = Block(
@@ -84,9 +85,3 @@ def window_blocks(sizes: BackboneSizes, draws: Draws) -> list[Block]:
             setattr(block, name, DropPath(draws, number, branch, rates[number]))
         blocks.append(block)
     return blocks
-
-
-def drop_path_rates(sizes: BackboneSizes) -> list[float]:
-    """Of each block: from 0 at the first to `drop_path` at the last."""
-    last = max(sizes.vit.depth - 1, 1)
-    return [sizes.drop_path * number / last for number in range(sizes.vit.depth)]
