@@ -15,7 +15,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.dense.crops import MAPS
 from rcmae.data.dense.maps import NONE
 from rcmae.models.segmentation.heads import resized
-from rcmae.models.segmentation.segmenter import Keep, drawn
+from rcmae.models.segmentation.segmenter import DenseProbe, Keep, Segmenter, drawn
 from rcmae.objectives.terms import widen
 
 TERMS = ("segmentation", "auxiliary")  # of the head, of the one beside it
@@ -95,7 +95,7 @@ def maps_of(batch: Batch) -> Tensor:
 
 def _inside(wrapper: nn.Module) -> nn.Module:
     """The model inside an engine's wrapper."""
-    inner: Any = wrapper if hasattr(wrapper, "drop_path_rates") else wrapper.module
+    inner: Any = wrapper if isinstance(wrapper, Segmenter | DenseProbe) else wrapper.module
     return inner
 
 

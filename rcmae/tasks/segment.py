@@ -210,7 +210,7 @@ def judged(context: Evaluating, networks: Mapping[str, Network]) -> Evaluated:
     num_classes = recipe.segment.num_classes
     assert num_classes is not None
     sight = sight_of(recipe)
-    prepare = Prepare(sight, labels_of(recipe), recipe.model.in_channels, recipe.data.max_pixels)
+    prepare = Prepare(sight, labels_of(recipe), recipe.data.max_pixels)
     matrices: dict[str, Tensor] = {}
     drawn: dict[str, np.ndarray] = {}
     names = named(class_names(recipe) if dist.rank() == 0 else (), num_classes)

@@ -263,6 +263,7 @@ def sight_of(recipe: Recipe) -> Sight:
         scales=tuple(options.test_scales),
         flip=options.test_flip,
         antialias=options.resize == "antialias",
+        in_channels=recipe.model.in_channels,
     )
 
 

@@ -34,6 +34,7 @@ class Sight:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False  # the mirror image, too
     antialias: bool = False
+    in_channels: int = 3
 
     @property
     def stride_pixels(self) -> Size:
@@ -65,12 +66,11 @@ class Prepare:
 
     sight: Sight
     labels: Labels
-    in_channels: int = 3
     max_pixels: int = MAX_PIXELS
 
     def __call__(self, sample: Whole) -> Picture:
         """The picture at each scale, and its map."""
-        pixels = decode(sample.image, self.in_channels, max_pixels=self.max_pixels)
+        pixels = decode(sample.image, self.sight.in_channels, max_pixels=self.max_pixels)
         size = (pixels.shape[0], pixels.shape[1])
         labels = read_map(
             sample.content["map"],
@@ -140,7 +140,7 @@ def predictions(
     def compute(rounds: int) -> None:
         for _ in range(rounds):
             some = [waiting.popleft() for _ in range(min(batch, len(waiting)))]
-            _run(score, some, sight.crop, batch, normalise, device)
+            _run(score, some, sight, batch, normalise, device)
 
     def finished() -> Iterator[tuple[Picture, Tensor]]:
         while opened and all(canvas.is_full for canvas in opened[0].canvases):
@@ -177,22 +177,19 @@ def _opened(picture: Picture, sight: Sight, waiting: deque[_Piece]) -> _Open:
 def _run(
     score: Score,
     some: list[_Piece],
-    crop: Size,
+    sight: Sight,
     batch: int,
     normalise: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> None:
-    """A forward of a batch of windows. What is smaller than the crop is padded with the mean."""
-    images = None
+    """A forward of a batch of windows; of none where the other ranks have some. What is smaller
+    than the crop is padded with the mean.
+    """
+    images = torch.zeros(batch, sight.in_channels, *sight.crop, device=device)
     for row, piece in enumerate(some):
-        pixels = normalise(piece.pixels[None].to(device))
-        if images is None:
-            images = pixels.new_zeros(batch, pixels.shape[1], *crop)
-        images[row, :, : pixels.shape[2], : pixels.shape[3]] = pixels[0]
-    if images is None:  # this rank has no window left, and computes along
-        channels = normalise(torch.zeros(1, 1, 1, 1, dtype=torch.uint8, device=device)).shape[1]
-        images = torch.zeros(batch, channels, *crop, device=device)
-    logits = resized(score(images).float(), crop)
+        pixels = normalise(piece.pixels[None].to(device))[0]
+        images[row, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+    logits = resized(score(images).float(), sight.crop)
     for piece, row in zip(some, logits, strict=False):
         piece.canvas.add(piece.window, row)
 

@@ -29,7 +29,8 @@ def fit_encoder(
 
     Args:
         model: of the same architecture and patch size; any crop.
-        weights: with or without a decoder or a head, which are left.
+        weights: with or without a decoder or heads, which are left; or a whole segmenter's, whose
+            pyramid is taken, too.
         grid: rows and columns of patches of its position table; None: a square one.
 
     Raises:
@@ -37,7 +38,9 @@ def fit_encoder(
     """
     backbone = model.backbone
     wanted = backbone.state_dict()
-    found = split_bias(weights) if "blocks.0.attn.q_bias" in wanted else dict(weights)
+    found = {name.removeprefix("backbone."): value for name, value in weights.items()}
+    if "blocks.0.attn.q_bias" in wanted:
+        found = split_bias(found)
     usable = {
         name: value
         for name, value in found.items()

@@ -1,0 +1,300 @@
+"""rcmae segment: one training under every engine, one judgement on any ranks, and what is refused.
+
+Engines and ranks meet in one launch each; the rest runs in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from scenes import CLASSES, members, pack, png, scene, write_scenes
+
+from rcmae import config, segment
+from rcmae.data.dense.crops import Crops, Labels
+from rcmae.tasks.segment import Segmentation
+from runs import Folder, equal, keeping_handlers
+from tests.conftest import ROOT, Ranks
+
+ENGINES = ("zero1", "zero2", "zero3", "fsdp2")
+NOISE = ("fpn1.0.bias", "fpn1.3.bias", "fpn2.0.bias")  # gradients of 0, which Adam blows up
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def run(recipe: Path, folder: Path, *overrides: str) -> int:
+    """`rcmae segment` in this process; its exit status."""
+
+    def ended(status: int) -> None:
+        raise AssertionError(f"the run ended its process with {status}")
+
+    with keeping_handlers(), patch.object(os, "_exit", ended):
+        return segment.main([str(recipe), f"run.dir={folder}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """The recipe's run, without a stop."""
+    folder = Folder(tmp_path_factory.mktemp("whole") / "run")
+    assert run(recipe, folder.path) == 0
+    return folder
+
+
+def figures(folder: Folder) -> dict[str, float]:
+    return folder.events("evaluate")[-1]["segmentation"]["student"]
+
+
+def test_a_run_leaves_losses_scores_and_pictures(whole: Folder) -> None:
+    row = whole.rows()[-1]
+    weighted = row["loss_segmentation"] + 0.4 * row["loss_auxiliary"]
+    assert row["loss"] == pytest.approx(weighted)
+    assert 0 < figures(whole)["miou"] < figures(whole)["aacc"] < 100
+    document = json.loads((whole.path / "evaluation" / "step-00000006.json").read_text())
+    classes = document["networks"]["student"]["classes"]
+    assert [each["name"] for each in classes] == list(CLASSES)
+    assert classes[4]["accuracy"] is None, "no label has it"
+    assert sum(each["share"] for each in classes) == pytest.approx(1)
+    picture = whole.path / "pictures" / "segments-00000006.png"
+    assert np.asarray(Image.open(picture)).shape[2] == 3
+    assert yaml.safe_load((whole.path / "recipe.yaml").read_text())["segment"]["num_classes"] == 5
+
+
+def test_every_engine_on_two_ranks_is_the_local_one(
+    recipe: Path, whole: Folder, tmp_path: Path, ranks: Callable[..., Ranks]
+) -> None:
+    """Losses, batch-norm statistics and mIoU; checkpoints of one go on in another."""
+    jobs = []
+    for engine in ENGINES:
+        named = ["engine.name=deepspeed", f"engine.config={engine}.json"]
+        options = ["engine.name=fsdp2"] if engine == "fsdp2" else named
+        jobs.append([str(recipe), f"run.dir={tmp_path / engine}", *options])
+    halves = [f"run.dir={tmp_path / 'halves'}", "run.stop_after_steps=3"]
+    first = [str(recipe), *halves, "engine.name=deepspeed", "engine.config=zero3.json"]
+    second = [str(recipe), halves[0], "engine.name=fsdp2", "batch.per_device=2"]
+    said = ranks("tests/programs/train_many.py", json.dumps([*jobs, first, second])).succeed()
+    assert f"STATUS {[0] * len(jobs) + [75, 0]}" in said
+    wanted = whole.state()
+    for name in (*ENGINES, "halves"):
+        folder = Folder(tmp_path / name)
+        assert folder.losses() == pytest.approx(whole.losses(), rel=1e-5), name
+        found = folder.state()
+        for key, value in wanted.items():
+            if key.startswith("buffer/") and "running_var" in key:
+                torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+        assert figures(folder)["aacc"] == pytest.approx(figures(whole)["aacc"], abs=0.1), name
+
+
+def test_killed_and_stopped_it_ends_as_if_nothing_had_happened(
+    recipe: Path, whole: Folder, tmp_path: Path
+) -> None:
+    folder = Folder(tmp_path / "run")
+    program = (
+        "import os, signal, sys; sys.path[:0] = ['tests']\n"
+        "from unittest.mock import patch; from runs import at_step\n"
+        "from rcmae import segment; from rcmae.run.loop import schedule\n"
+        "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with patch.object(schedule, 'learning_rate', at_step(3, kill)):\n"
+        "    segment.main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", program, str(recipe), f"run.dir={folder.path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert folder.committed() == [2]
+    assert run(recipe, folder.path, "run.stop_after_steps=1", "data.workers=1") == 75
+    assert run(recipe, folder.path) == 0
+    assert folder.losses() == whole.losses()
+    assert equal(folder.state(), whole.state())
+    assert figures(folder) == figures(whole)
+
+
+def test_scores_are_equal_on_one_two_and_three_ranks_and_for_any_batch(
+    recipe: Path, ranks: Callable[..., Ranks]
+) -> None:
+    """On pictures of unequal odd sizes; with scales and flips, too."""
+    sys.path.insert(0, str(ROOT / "tests" / "programs"))
+    try:
+        import judge_scenes
+    finally:
+        sys.path.pop(0)
+    tar = str(recipe.parent / "val.tar")
+    alone = judge_scenes.matrices(tar, 5, [1, 3, 4, 64])
+    assert alone["1"] == alone["4"] == alone["64"] != alone["3"]
+    maps = [scene(number)[1] for number in range(100, 107)]
+    pixels = sum(int((values != 255).sum()) for values in maps)
+    assert sum(map(sum, alone["1"])) == pixels, "every labelled pixel once"
+    program = ("tests/programs/judge_scenes.py", tar, "5", "3", "4")
+    for world in (2, 3):
+        said = ranks(*program, world=world).succeed()
+        line = next(line for line in said.splitlines() if line.startswith("RESULT "))
+        assert json.loads(line.removeprefix("RESULT ")) == {key: alone[key] for key in ("3", "4")}
+
+
+def test_a_probe_trains_its_head_on_the_frozen_encoder_of_a_run(
+    recipe: Path, whole: Folder, tmp_path: Path
+) -> None:
+    """Its encoder is no part of the checkpoint; a resume reads it again."""
+    pretrained = tmp_path / "pretrained"
+    options = ["task.name=pretrain", "objective.name=mae", "segment={}", "schedule.steps=2"]
+    sizes = ["model.image_size=16", "model.decoder_dim=16", "model.decoder_depth=1"]
+    from rcmae import train
+
+    with keeping_handlers():
+        arguments = [str(recipe), f"run.dir={pretrained}", *options, *sizes]
+        arguments += ["evaluate.every_steps=0", "schedule.warmup_steps=1"]
+        assert train.main([*arguments, "model.decoder_heads=2"]) == 0
+    probe = ["segment.head=linear", "segment.frozen=true", "segment.levels=null"]
+    probe += ["segment.width=null", "segment.drop_path=0", "segment.layer_decay=1"]
+    probe += [f"segment.init={pretrained}", "segment.crop=32"]
+    one, other = Folder(tmp_path / "one"), Folder(tmp_path / "other")
+    assert run(recipe, one.path, *probe) == 0
+    assert run(recipe, other.path, *probe, "run.stop_after_steps=3") == 75
+    assert run(recipe, other.path, *probe) == 0
+    assert equal(one.state(), other.state())
+    names = {key.partition("/")[2] for key in one.state() if key.startswith("weight/")}
+    assert names == {f"decode_head.{each}" for each in ("bn.weight", "bn.bias")} | {
+        f"decode_head.conv_seg.{each}" for each in ("weight", "bias")
+    }
+
+
+def test_a_step_without_any_label_has_no_loss_and_no_nan(recipe: Path, tmp_path: Path) -> None:
+    blank = {
+        name: png(np.full_like(scene(int(name[:4]))[1], 255)) if "seg" in name else data
+        for name, data in members(range(8)).items()
+    }
+    pack(tmp_path / "blank.tar", blank)
+    folder = Folder(tmp_path / "run")
+    options = [f"data.shards={tmp_path}/blank.tar", "segment.num_classes=5"]
+    assert run(recipe, folder.path, *options, "evaluate.every_steps=0", "schedule.steps=3") == 0
+    assert folder.losses() == [0.0] * 3
+    labelled = [*options, "evaluate.every_steps=0", "schedule.steps=3"]
+    other = Folder(tmp_path / "labelled")
+    assert run(recipe, other.path, *labelled, "segment.mean_over=labelled") == 0
+    assert other.losses() == [0.0] * 3
+
+
+def refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *given: str) -> str:
+    """What a start says that is refused before anything is written."""
+    folder = tmp_path / "refused"
+    assert run(recipe, folder, *given) == 2
+    assert not folder.exists()
+    return capsys.readouterr().err
+
+
+BAD = [
+    (["segment.num_classes=4"], "segment.num_classes=4, but 5 classes are named"),
+    (["segment.crop=18"], "patch_size=4 does not divide the image height 18"),
+    (["segment.crop=16", "model.image_size=32"], "segment.crop=16 is the size of the network's"),
+    (["segment.crop=[4,16]"], "has a grid of 1x4 patches; the pyramid halves it"),
+    (["segment.levels=[0,2,1,3]"], "wants 4 blocks in ascending order, from 0 to 3"),
+    (["segment.levels=[0,1,2,4]"], "wants 4 blocks in ascending order, from 0 to 3"),
+    (["segment.levels=[0,1,2]"], "wants 4 blocks"),
+    (["segment.head=linear"], "segment.width is of head=uper"),
+    (["segment.frozen=true"], "segment.frozen is a probe: set segment.head=linear"),
+    (["segment.scale=[2,1]"], "segment.scale: wants 0 < low <= high <= 10"),
+    (["segment.init=nowhere"], "segment.init=nowhere"),
+    (["segment.widht=3"], "did you mean 'width'?"),
+    (["evaluate.test_shards=[]"], "give evaluate.test_shards, with maps"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), BAD, ids=[each[0][0] for each in BAD])
+def test_what_does_not_fit_is_one_message_before_anything_is_written(
+    given: list[str],
+    said: str,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = refused(recipe, tmp_path, capsys, *given)
+    assert said in told
+    assert "Traceback" not in told
+
+
+def test_weights_of_another_architecture_are_refused(
+    recipe: Path, whole: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(recipe, tmp_path, capsys, f"segment.init={whole.path}", "model.embed_dim=24")
+    assert "instead of" in told
+
+
+def test_shards_without_maps_are_refused_and_some_without_are_replaced(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = members(range(12))
+    images = {name: data for name, data in every.items() if "seg" not in name}
+    pack(tmp_path / "without.tar", images)
+    options = [f"data.shards={tmp_path}/without.tar", "segment.num_classes=5"]
+    assert "no sample has a .seg.png" in refused(recipe, tmp_path, capsys, *options)
+    some = {name: data for name, data in every.items() if name != "0003.seg.png"}
+    other, values = scene(5)
+    some["0005.seg.png"] = png(values[:-1])
+    some["0007.seg.png"] = png(other)  # colours
+    some["0009.seg.png"] = png(np.where(values == 255, 255, 5 + 0 * values).astype(np.uint8))
+    pack(tmp_path / "some.tar", some)
+    folder = Folder(tmp_path / "run")
+    options = [f"data.shards={tmp_path}/some.tar", "segment.num_classes=5", "schedule.steps=6"]
+    options += ["data.max_bad_fraction=1", "evaluate.every_steps=0"]
+    assert run(recipe, folder.path, *options) == 0
+    reasons = {event["key"]: event["reason"] for event in folder.events("bad_sample")}
+    assert reasons["0003"] == "it has no map"
+    assert "its image" in reasons["0005"]
+    assert "RGB" in reasons["0007"]
+    assert set(reasons) == {"0003", "0005", "0007", "0009"}
+
+
+def test_maps_whose_zero_is_no_label_say_so(recipe: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, data in members(range(4)).items():
+        values = scene(int(name[:4]))[1]
+        shifted = np.where(values == 255, 0, values + 1).astype(np.uint8)
+        found[name] = png(shifted) if "seg" in name else data
+    crops = Crops((16, 16), Labels(4), in_channels=3)
+    image, content = found["0000.png"], {"map": found["0000.seg.png"]}
+    with pytest.raises(ValueError, match=r"outside segment.num_classes=4: 4 .*map_zero=none"):
+        crops.views(image, content, 0, [0])
+    right = Crops((16, 16), Labels(4, zero_is_none=True))
+    (seen,) = right.views(image, content, 0, [0])
+    assert set(seen.extra["maps"].unique().tolist()) <= {0, 1, 2, 3, 255}
+
+
+def test_crops_are_of_image_and_map_and_a_function_of_the_position(recipe: Path) -> None:
+    every = members(range(3))
+    crops = Crops((16, 24), Labels(5))
+    for number in range(3):
+        image, content = every[f"{number:04d}.png"], {"map": every[f"{number:04d}.seg.png"]}
+        together = crops.views(image, content, 3, range(5))
+        for position, seen in enumerate(together):
+            (alone,) = crops.views(image, content, 3, [position])
+            assert torch.equal(seen.view.image, alone.view.image)
+            assert torch.equal(seen.extra["maps"], alone.extra["maps"])
+            height, width = seen.extra["extents"].tolist()
+            assert (seen.extra["maps"][height:] == 255).all()
+            assert (seen.extra["maps"][:, width:] == 255).all()
+            assert seen.view.image.shape == (3, 16, 24)
+        different = {each.view.image.sum().item() for each in together}
+        assert len(different) == 5
+
+
+def test_the_cost_is_that_of_the_published_network() -> None:
+    """ViT-B at 512 pixels: 214 GFLOP of the encoder, 29 of the pyramid, 967 of the heads."""
+    recipe = config.load(
+        "segment_mae_vit_b_16", ["segment.num_classes=150", "engine.precision=bf16"]
+    )
+    cost = Segmentation().cost(recipe)
+    assert cost.forward_flops == pytest.approx((214 + 29 + 967) * 1e9, rel=0.01)
+    assert sum(part.params for part in cost.parts) == sum(
+        param.numel() for param in cost.student.parameters()
+    )
