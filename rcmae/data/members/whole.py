@@ -16,6 +16,7 @@ from rcmae.data.members.reading import image_bytes, member_bytes
 from rcmae.data.sources import redacted
 from rcmae.data.stream import Readers
 from rcmae.data.transforms import BadImage
+from rcmae.data.workers import READING
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def whole_samples(
             here,
             readers.prefetch,
             persistent=False,
-            preload="rcmae.data.stream",
+            preload=READING,
         )
     )
 
