@@ -159,7 +159,7 @@ def test_every_key_has_a_meaning_a_unit_and_a_default(capsys):
     every = listed["checkpoint.every_steps"]
     assert (every["default"], every["unit"]) == (1000, "steps")
     assert listed["engine.precision"]["unit"] == "auto | bf16 | fp32"
-    assert listed["objective.consistency_weight"]["owners"] == ["rcmae"]
+    assert listed["objective.consistency_weight"]["owners"] == ["rcmae", "rcpixio"]
 
 
 def test_keys_are_found_by_how_they_begin(capsys):
