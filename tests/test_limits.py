@@ -123,3 +123,25 @@ def test_a_node_that_cannot_have_workers_says_why(monkeypatch: pytest.MonkeyPatc
     assert told is not None
     assert "export a shorter TMPDIR" in told
     assert loading.workers_amiss(0, 1, 0) is None
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_a_length_that_is_no_number_is_refused_with_its_key(value: str) -> None:
+    with pytest.raises(Refused, match=r"schedule\.steps"):
+        config.load("rcmae_vit_b_16", ["data.shards=x", f"schedule.steps={value}"])
+
+
+@pytest.mark.parametrize(
+    "item", ["schedule.lr=true", "data.std=[true,1.0,1.0]", "teacher.momentum=false"]
+)
+def test_truth_is_no_number(item: str) -> None:
+    key = item.partition("=")[0]
+    with pytest.raises(Refused, match=f"{key}: wants a number, got (true|false)"):
+        load(item)
+    assert load("data.flip=0.5", "checkpoint.background=false").data.flip == 0.5
+
+
+@pytest.mark.parametrize("key", ["run.dir", "checkpoint.init", "data.cache_dir", "data.shards"])
+def test_text_with_a_zero_byte_is_refused_with_its_key(key: str) -> None:
+    with pytest.raises(Refused, match=f"{key}: has a zero byte"):
+        load(f'{key}="a\\0b"')

@@ -6,6 +6,7 @@ gives way; two of a pair on one command line are refused as ever.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -47,6 +48,8 @@ def keep_warmup_share(tree: dict[str, Any], given: Collection[str]) -> None:
         if not all(type(number) in (int, float) for number in numbers) or not numbers[1]:
             continue  # refused by their types, or there is no warm-up
         share = numbers[0] * numbers[2] / numbers[1]
+        if not math.isfinite(share):
+            continue  # refused by their size
         drop(tree, warmup)
         tree["schedule"][mine[len("schedule.") :]] = round(share) if unit == "steps" else share
 

@@ -1,4 +1,4 @@
-"""Numbers of a recipe that no training could work with, found before anything does."""
+"""Values of a recipe that no training could work with, found before anything does."""
 
 from __future__ import annotations
 
@@ -31,6 +31,41 @@ def limit_problems(recipe: Recipe) -> list[str]:
             "samples; give fewer"
         )
     return problems
+
+
+def truth_problems(given: Any, taken: Any, key: str = "") -> list[str]:
+    """Lines for each `true` or `false` where a recipe has a number: it would be 1 or 0.
+
+    Args:
+        given: as the recipe has it.
+        taken: as it was understood.
+        key: of both.
+    """
+    if isinstance(given, dict) and isinstance(taken, dict):
+        problems = []
+        for name, value in given.items():
+            problems += truth_problems(value, taken.get(name), f"{key}.{name}" if key else name)
+        return problems
+    if isinstance(given, list) and isinstance(taken, list | tuple) and len(given) == len(taken):
+        pairs = zip(given, taken, strict=True)
+        return [told for one, other in pairs for told in truth_problems(one, other, key)]
+    if isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+        return [f"{key}: wants a number, got {str(given).lower()}"]
+    return []
+
+
+def text_problems(tree: Any, key: str = "") -> list[str]:
+    """Lines for each text with a zero byte: no path, name or command has one."""
+    if isinstance(tree, dict):
+        problems = []
+        for name, value in tree.items():
+            problems += text_problems(value, f"{key}.{name}" if key else str(name))
+        return problems
+    if isinstance(tree, list):
+        return [told for value in tree for told in text_problems(value, key)]
+    if isinstance(tree, str) and "\0" in tree:
+        return [f"{key}: has a zero byte in it"]
+    return []
 
 
 def _numbers(tree: Any, key: str) -> Iterator[tuple[str, int | float]]:

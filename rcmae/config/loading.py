@@ -12,7 +12,7 @@ import pydantic
 from rcmae import plugins
 from rcmae.config.alternatives import give_way
 from rcmae.config.checks import contradictions
-from rcmae.config.limits import limit_problems
+from rcmae.config.limits import limit_problems, text_problems, truth_problems
 from rcmae.config.objective import (
     OWN_LOSS,
     TASKS_OWN,
@@ -90,6 +90,7 @@ def load(
     recipe, more = _parse(tree, objectives or shipped())
     problems += more
     if recipe is not None:
+        problems += truth_problems(tree, recipe.model_dump()) + text_problems(tree)
         problems += limit_problems(recipe) or contradictions(recipe)
     if problems or recipe is None:
         raise Refused(f"{path}:\n" + "\n".join(f"  {_short(problem)}" for problem in problems))
