@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST = (
     *("engines", "slurm", "checkpoint", "train", "presence", "plan", "finetune", "lease", "drill"),
     *("replay", "wheel", "compare_objectives", "a_new_task", "cli", "waits", "versions"),
-    *("slurm_job", "preempt", "hosts", "ranks_start", "bench_step", "plugins", "evaluate"),
+    *("slurm_job", "follow", "hosts", "preempt", "doctor", "ranks_start", "bench_step", "plugins"),
 )
 
 settings.register_profile("here", deadline=None)  # a machine that is busy is no failure

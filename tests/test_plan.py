@@ -229,7 +229,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[
 PRETRAINING = sorted(
     path.stem
     for path in config.RECIPES.glob("*_vit_*.yaml")
-    if not path.stem.startswith(("finetune", "probe"))
+    if not path.stem.startswith(("finetune", "probe", "segment", "detect"))
 )
 
 

@@ -8,9 +8,10 @@ the allocator's own peak.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -121,6 +122,19 @@ class Allocated:
         torch.cuda.reset_peak_memory_stats()
 
 
+@contextlib.contextmanager
+def _collecting_little() -> Iterator[None]:
+    """What lives now is passed over by the collections inside: with torch imported, there is a
+    lot of it.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def measure(recipe: Recipe) -> dict[str, int]:
     """This rank's bytes when everything is built, and the most in the second step.
 
@@ -133,8 +147,7 @@ def measure(recipe: Recipe) -> dict[str, int]:
         from rcmae.engines.deepspeed_config import read_config
 
         engine_config = read_config(recipe.engine.config or "")
-    gc.collect()
-    with Allocated() if dist.device().type == "cuda" else LiveBytes() as live:
+    with _collecting_little(), Allocated() if dist.device().type == "cuda" else LiveBytes() as live:
         student = new_student(recipe)
         teacher = new_teacher(student, objective.teacher_outputs)
         plain = student
