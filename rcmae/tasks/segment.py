@@ -34,6 +34,7 @@ from rcmae.models.activations import Computing
 from rcmae.models.build import student_sizes
 from rcmae.models.cost import StepCost
 from rcmae.models.segmentation.backbone import Backbone
+from rcmae.models.segmentation.build import heads_of, meta_segmenter, new_segmenter
 from rcmae.models.segmentation.cost import dense_probe_cost, segmenter_cost
 from rcmae.models.segmentation.segmenter import DenseProbe
 from rcmae.objectives import Objective
@@ -53,14 +54,11 @@ from rcmae.tasks.segmenting import (
     USUAL_CLASSES,
     Found,
     crops_of,
-    heads_of,
     judge_segmentation,
     labels_of,
     look_at_classes,
-    meta_segmenter,
     named,
     names_in,
-    new_segmenter,
     sight_of,
     start_weights,
 )
