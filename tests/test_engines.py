@@ -251,6 +251,14 @@ OBJECTIVES = {
         "teacher.schedule=by_epoch",
         "teacher.momentum=0.9",
     ],
+    "rcpixio": [
+        "objective.name=rcpixio",
+        "objective.mask_grid=2",
+        "model.class_tokens=3",
+        "model.registers=1",
+        "model.position_table=learned",
+        "model.drop_path=0.4",
+    ],
     "mixed": [
         "objective.name=mae",
         "objective.terms={consistency: 1, class: 0.1, features: 1}",

@@ -110,19 +110,37 @@ def test_the_check_that_is_kept_is_within_its_tolerances() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "objective", [new("mae"), new("rcmae"), new("bootmae"), new("bootmae", feature_weight=0)]
+    "objective",
+    [
+        new("mae"),
+        new("rcmae"),
+        new("bootmae"),
+        new("bootmae", feature_weight=0),
+        pytest.param(new("rcpixio"), id="rcpixio"),
+    ],
 )
 @pytest.mark.parametrize("checkpointing", ["none", "torch"])
 def test_saved_activations_are_those_that_autograd_saves(
-    middling: Path, precision: str, objective: Any, checkpointing: Any
+    middling: Path,
+    precision: str,
+    objective: Any,
+    checkpointing: Any,
+    request: pytest.FixtureRequest,
 ) -> None:
+    pixio = [
+        "objective.name=rcpixio",
+        "objective.mask_grid=2",
+        "model.class_tokens=4",
+        "model.registers=2",
+        "model.position_table=learned",
+        "model.drop_path=0.3",
+    ]
     bootmae = [
         "objective.name=bootmae",
         f"objective.feature_weight={int('features' in objective.terms)}",
     ]
-    recipe = config.load(
-        str(middling), bootmae if objective.terms["reconstruction"].weight_mask else []
-    )
+    own = bootmae if objective.terms["reconstruction"].weight_mask else []
+    recipe = config.load(str(middling), pixio if "rcpixio" in request.node.callspec.id else own)
     model = new_student(recipe)
     if precision == "bf16":
         model = model.bfloat16()
