@@ -5,6 +5,7 @@ truth.
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -415,6 +416,19 @@ def test_the_bar_moves_at_each_step_and_ends_above_the_summary(tmp_path):
     assert "321 img/s" in text
     assert "left" in text.partition("321 img/s")[2]
     assert "/10" not in text.partition("the last word")[2]
+
+
+def test_a_narrow_terminal_shows_the_step_the_loss_the_speed_and_the_time_left(tmp_path):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, color_system=None)
+    figures = {"lr": 1e-3, "images_per_s": 12345.0, "loss_one": 0.5, "loss_two": 0.25, "mfu": 0.4}
+    with a_log(tmp_path, bar=True, console=console, total_steps=312_000) as log:
+        log.step({"step": 12_345, "epoch": 1.25, "loss": 0.75, **figures})
+        log.moved(12_346, 12345.0)
+        log._bar.refresh()
+    drawn = [line for line in out.getvalue().replace("\r", "\n").splitlines() if "12346/" in line]
+    assert re.search(r"step +12346/312000 .* loss 0\.7500  12345 img/s  \S+ left", drawn[-1])
+    assert len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn[-1])) <= 80
 
 
 def test_a_log_file_has_a_line_of_the_first_steps_and_then_of_each_that_is_logged(

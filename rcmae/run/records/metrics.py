@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from rcmae.data.sources import redacted, without_secrets
 from rcmae.files import Lines, aside, json_lines_back
@@ -200,9 +201,11 @@ class MetricsLog:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=24),
-                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                # the rest of the line, cut where a terminal is narrow
+                TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
                 console=self._console,
+                expand=True,
             )
             self._task: TaskID = self._bar.add_task("", total=total_steps, completed=resume_step)
             self._bar.start()
@@ -222,7 +225,7 @@ class MetricsLog:
                     self._board.scalar(f"train/{name}", value, row["step"])
         self._row = row
         if self._bar:
-            self._bar.update(self._task, completed=row["step"], description=self._shown(row))
+            self._bar.update(self._task, completed=row["step"], description=self._in_short(row))
         else:
             self.say(f"step {row['step']}/{self.total_steps}  {self._shown(row)}")
 
@@ -245,7 +248,7 @@ class MetricsLog:
         if self._bar:
             # the loss is that of the last step that was read
             row = {**self._row, "step": step, "images_per_s": images_per_s}
-            self._bar.update(self._task, completed=step, description=self._shown(row))
+            self._bar.update(self._task, completed=step, description=self._in_short(row))
 
     def conclude(self, text: str) -> None:
         """Print the last word; a bar ends above it."""
@@ -367,6 +370,26 @@ class MetricsLog:
     ) -> None:
         self.close()
 
+    def _in_short(self, row: Mapping[str, Any]) -> str:
+        """A step beside the bar: first what must fit beside it on 80 columns."""
+        parts = []
+        if row.get("loss") is not None:
+            parts.append(f"loss {row['loss']:.4f}")
+        if row.get("images_per_s") is not None:
+            parts.append(f"{row['images_per_s']:.0f} img/s")
+        parts += self._left(row)
+        rest = {name: value for name, value in row.items() if name != "images_per_s"}
+        return "  ".join([*parts, *_figures(rest)])
+
+    def _left(self, row: Mapping[str, Any]) -> list[str]:
+        """The time that the rest will take, where it can be told."""
+        first, began = self._began
+        done = row["step"] - first
+        if done <= 0 or row["step"] >= self.total_steps:
+            return []
+        left = (time.monotonic() - began) / done * (self.total_steps - row["step"])
+        return [f"{_duration(left)} left"]
+
     def _shown(self, row: Mapping[str, Any]) -> str:
         """A logged step for people."""
         parts = []
@@ -374,15 +397,7 @@ class MetricsLog:
             parts.append(f"epoch {row['epoch']:.2f}")
         if row.get("loss") is not None:
             parts.append(f"loss {row['loss']:.4f}{_terms(row)}")
-        for name, form in _FIGURES:
-            if row.get(name) is not None:
-                parts.append(form.format(row[name]))
-        first, began = self._began
-        done = row["step"] - first
-        if done > 0 and row["step"] < self.total_steps:
-            left = (time.monotonic() - began) / done * (self.total_steps - row["step"])
-            parts.append(f"{_duration(left)} left")
-        return "  ".join(parts)
+        return "  ".join([*parts, *_figures(row), *self._left(row)])
 
 
 # of a logged step, those that the progress line shows
@@ -393,6 +408,10 @@ _FIGURES = (
     ("memory_peak_gib", "{:.1f} GiB"),
     ("mfu", "MFU {:.1%}"),
 )
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    return [form.format(row[name]) for name, form in _FIGURES if row.get(name) is not None]
 
 
 def _terms(row: Mapping[str, Any]) -> str:
