@@ -29,6 +29,7 @@ from rcmae.data.workers import refuse_again
 from rcmae.errors import Refused
 from rcmae.files import json_lines
 
+REFUSED = 2  # exit status
 SHOWN = 20  # rows of a table in a notebook
 
 
@@ -38,7 +39,7 @@ def start(
     *,
     ranks: int = 1,
 ) -> Training:
-    """Start to train, or resume what lies in the recipe's run.dir.
+    """Start to train, or resume what lies in the recipe's run.dir. Returns once it trains.
 
     Args:
         recipe: a YAML file, or the name of a shipped recipe.
@@ -46,8 +47,9 @@ def start(
         ranks: processes on this machine; several need engine.name deepspeed or fsdp2.
 
     Raises:
-        Refused: the recipe is wrong; nothing was started. Or this is a worker process that imports
-            the program that started it: put the call under `if __name__ == "__main__":`.
+        Refused: the recipe, or the data that it names, is wrong; nothing was written. Or this is a
+            worker process that imports the program that started it: put the call under
+            `if __name__ == "__main__":`.
     """
     refuse_again("rcmae.start")
     given = [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()]
@@ -58,7 +60,9 @@ def start(
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [sys.executable, *launcher, *words]
-    return Training(loaded.run_dir, command)
+    training = Training(loaded.run_dir, command)
+    training.wait_for_start()
+    return training
 
 
 class Table(dict[str, list[Any]]):
@@ -91,6 +95,7 @@ class Training:
         file, path = tempfile.mkstemp(".log", "rcmae-")  # not in the folder: a refusal leaves none
         self._said = Path(path)
         weakref.finalize(self, self._said.unlink, missing_ok=True)
+        self._began = time.time()
         self._process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -130,12 +135,31 @@ class Training:
             status = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"{self.folder} still trains after {timeout_s} s") from None
-        if status == 2:
+        if status == REFUSED:
             raise Refused(self.said.strip().removeprefix("rcmae: "))
         if status not in (0, 75):
             last = "\n".join(self.said.splitlines()[-SHOWN:])
             raise RuntimeError(f"{self.folder} failed with exit status {status}:\n{last}")
         return status
+
+    def wait_for_start(self, *, poll_s: float = 0.1) -> None:
+        """Wait until it has begun, or ended.
+
+        Raises:
+            Refused, RuntimeError: as `wait`.
+        """
+        while self.is_running and not self._has_begun():
+            time.sleep(poll_s)
+        if self._process.poll() not in (None, 0, 75):
+            self.wait()
+
+    def _has_begun(self) -> bool:
+        """Whether the run's events tell of this start."""
+        path = self.folder / "events.jsonl"
+        if not path.exists() or path.stat().st_mtime < self._began:
+            return False
+        events = (line for line in json_lines(path) if line.get("event") in ("start", "resume"))
+        return any(line.get("time", 0.0) >= self._began for line in events)
 
     def stop(self) -> int:
         """Ask it to stop, and wait until it has committed where it stands; as `wait`."""

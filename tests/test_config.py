@@ -133,6 +133,10 @@ def test_unknown_keys_and_wrong_types_are_named_with_the_way_out(recipe, wrong, 
             "checkpoint.allow: model.depth cannot change within a run",
         ),
         (
+            "checkpoint.allow=[classify.num_classes]",
+            "checkpoint.allow: classify.num_classes cannot change within a run",
+        ),
+        (
             "model.in_channels=4",
             "data.mean and data.std have 3 and 3 values for model.in_channels=4",
         ),

@@ -19,6 +19,7 @@ from test_classifier import batch_of
 
 import rcmae
 from rcmae.commands import convert as tool
+from rcmae.errors import Refused
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
@@ -186,6 +187,9 @@ def test_onnxruntime_computes_the_same_features(file: Path, tmp_path: Path) -> N
 
 def test_an_encoder_in_ones_own_code(file: Path, model: MaskedAutoencoder) -> None:
     encoder, images = rcmae.load_encoder(file, num_heads=4), torch.randn(2, 3, 32, 32)
+    for wrong in (torch.zeros(2, 3, 48, 48), torch.zeros(3, 32, 32)):
+        with pytest.raises(Refused, match=r"images are \[B, 3, 32, 32\], got .*model\.transform"):
+            encoder(wrong)
     with torch.no_grad():
         tokens = model.encoded(images)
         torch.testing.assert_close(encoder.forward_features(images), tokens, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from rcmae import config
+from rcmae.errors import Refused
 from runs import Folder, start
 from tests.conftest import ROOT
 
@@ -81,6 +82,34 @@ def test_a_shipped_term_can_be_added_to_it(inside: Path, tiny: Path, tmp_path: P
     for row in Folder(tmp_path / "run").rows():
         want = row["loss_absolute"] + 0.5 * row["loss_consistency"]
         assert row["loss"] == pytest.approx(want)
+
+
+def test_a_term_of_ones_own_is_added_to_a_shipped_objective(
+    inside: Path, tiny: Path, tmp_path: Path
+) -> None:
+    mine = 'objective.terms={"my_objectives:AbsoluteError": 0.5}'
+    short = ("schedule.steps=2", "schedule.warmup_steps=1", "objective.name=mae")
+    assert start(tiny, tmp_path / "run", mine, *short) == 0
+    for row in Folder(tmp_path / "run").rows():
+        want = row["loss_reconstruction"] + 0.5 * row["loss_absoluteerror"]
+        assert row["loss"] == pytest.approx(want)
+    tree = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    sys.modules.pop("my_objectives")
+    config.stored(tree, imports=False).objective.student_outputs  # noqa: B018, imports nothing
+    assert "my_objectives" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        ("my_objectives:AbsoluteOptions", "is no class with a `student_output`"),
+        ("my_objectives:AbsoluteEror", "did you mean 'AbsoluteError'?"),
+        ("absolute", "objective.terms"),
+    ],
+)
+def test_a_term_that_is_none_is_refused(inside: Path, tiny: Path, terms: str, said: str) -> None:
+    with pytest.raises(Refused, match=re.escape(said)):
+        config.load(str(tiny), [f'objective.terms={{"{terms}": 1.0}}'])
 
 
 @pytest.mark.parametrize(

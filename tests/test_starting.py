@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import rcmae
 from rcmae.errors import Refused
 from runs import Folder
+from tests.conftest import ROOT
 
 
 def test_dir_shows_what_there_is() -> None:
@@ -51,9 +55,8 @@ def test_two_ranks_train_from_python(tiny: Path, tmp_path: Path) -> None:
 def test_a_wrong_recipe_starts_nothing(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="did you mean 'depth'"):
         rcmae.start(tiny, {"run.dir": str(tmp_path / "run"), "model.dpeth": 2})
-    run = rcmae.start(tiny, {"run.dir": str(tmp_path / "run"), "data.shards": "/nowhere/a.tar"})
-    with pytest.raises(Refused, match=r"/nowhere/a\.tar"):
-        run.wait()
+    with pytest.raises(Refused, match=r"/nowhere/a\.tar"):  # at once, not at the first wait
+        rcmae.start(tiny, {"run.dir": str(tmp_path / "run"), "data.shards": "/nowhere/a.tar"})
     assert not (tmp_path / "run").exists()
 
 
@@ -76,3 +79,19 @@ def test_a_program_without_a_guard_trains_once(tiny: Path, tmp_path: Path) -> No
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert Folder(tmp_path / "run").outcome()["status"] == "finished"
+
+
+def test_the_notebook_ends_with_a_picture_of_neighbours(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    draw = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (photos / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = draw.integers(0, 128, (64, 64, 3), np.uint8) + 127 * (name == "light")
+            Image.fromarray(pixels.astype(np.uint8)).save(photos / name / f"{number}.png")
+    command = [sys.executable, str(ROOT / "tools" / "notebook.py"), str(photos), "3"]
+    paths = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "40 vectors of 96 numbers" in done.stdout
+    assert Image.open(tmp_path / "neighbours.png").size == (576, 576)

@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("status", help="where a run stands and where its time went")
     verb.add_argument("run", type=Path, help="its run.dir")
     verb.add_argument(
-        "--watch", action="store_true", help="again every few seconds, until the run is not running"
+        "--watch",
+        action="store_true",
+        help="again every few seconds, from its start until it is not running",
     )
     verb.add_argument("--every-s", type=float, default=5.0, help="seconds between two looks (5)")
     verb.add_argument(
@@ -85,10 +87,20 @@ def _watch(asked: argparse.Namespace) -> None:
 
 
 def _looks(run: Path, every_s: float) -> Iterator[dict[str, Any]]:
+    """What is known of a run, again and again while it trains; one that is queued is waited for."""
+    from rcmae.errors import Refused
     from rcmae.run.records.status import status
 
+    waits = False
     while True:
-        told = status(run)
+        try:
+            told = status(run)
+        except Refused as error:
+            if not waits:
+                print(f"waiting for a start: {error}", file=sys.stderr, flush=True)
+            waits = True
+            time.sleep(every_s)
+            continue
         yield told
         if told["state"] != "training":
             return

@@ -18,7 +18,16 @@ from rcmae.config.objective import (
     objective_class,
     shipped,
 )
-from rcmae.config.recipe import FROZEN, Recipe, differences, module_of, stored, with_values
+from rcmae.config.recipe import (
+    FROZEN,
+    OF_WEIGHTS,
+    Recipe,
+    differences,
+    is_under,
+    module_of,
+    stored,
+    with_values,
+)
 from rcmae.config.resolve import (
     Resolved,
     batch_problems,
@@ -57,6 +66,7 @@ from rcmae.config.statistics import first_batch_doubts, statistics_doubts
 __all__ = [
     "CLASSIFYING",
     "FROZEN",
+    "OF_WEIGHTS",
     "RECIPES",
     "BatchOptions",
     "Catalogue",
@@ -88,6 +98,7 @@ __all__ = [
     "batch_problems",
     "differences",
     "first_batch_doubts",
+    "is_under",
     "load",
     "module_of",
     "objective_class",

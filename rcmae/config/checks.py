@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rcmae.config.objective import CLASSIFYING, Reads
-from rcmae.config.recipe import Recipe, known_keys
+from rcmae.config.recipe import OF_WEIGHTS, Recipe, is_under, known_keys
 from rcmae.config.sections import ScheduleOptions
 from rcmae.config.segmenting import segmenting_problems
 from rcmae.config.statistics import statistics_problems
@@ -84,7 +84,7 @@ def _allow_problems(recipe: Recipe) -> list[str]:
     sections = list(Recipe.model_fields)
     for key in recipe.checkpoint.allow:
         section, dot, name = key.partition(".")
-        if section == "model":
+        if is_under(key, OF_WEIGHTS):
             problems.append(
                 f"checkpoint.allow: {key} cannot change within a run, the weights would be others'"
             )

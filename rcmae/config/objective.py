@@ -42,10 +42,12 @@ class ObjectiveOptions(Section):
     added to it: its class is made of all their classes (`objective_class`).
     """
 
+    imports: ClassVar[bool] = True  # whether modules that it names may be; not of a file's recipe
+
     name: str = "rcmae"
     """Of a shipped objective, or MODULE:NAME."""
     terms: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
-    """Terms to add and their weights, such as {class: 0.01} to rcmae."""
+    """Terms to add and their weights, such as {class: 0.01} to rcmae; one's own by MODULE:NAME."""
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
     """Part of the patches that is hidden from the encoder."""
     mask: MaskKind = "random"
@@ -72,7 +74,7 @@ class ObjectiveOptions(Section):
         """Outputs of the student that the loss reads, by the names of `models.protocol.Output`."""
         found = set(getattr(self.own, "reads", Reads()).student)
         for term in self.terms:
-            found.update(shipped().terms[term].reads.student)
+            found.update(self._reads(term).student)
         return tuple(sorted(found))
 
     @property
@@ -80,8 +82,14 @@ class ObjectiveOptions(Section):
         """Outputs of the teacher that the loss reads; none: it has no teacher."""
         found = set(getattr(self.own, "reads", Reads()).teacher)
         for term in self.terms:
-            found.update(shipped().terms[term].reads.teacher)
+            found.update(self._reads(term).teacher)
         return tuple(sorted(found))
+
+    def _reads(self, term: str) -> Reads:
+        """Outputs that an added term reads."""
+        if not plugins.is_plugin(term):
+            return shipped().terms[term].reads
+        return reads_of_term(term) if self.imports else Reads(())
 
     @property
     def own_decoder(self) -> str:
@@ -116,6 +124,23 @@ class Catalogue:
 
     objectives: Mapping[str, type[OwnOptions]]
     terms: Mapping[str, type[OwnOptions]]
+
+
+def reads_of_term(name: str) -> Reads:
+    """What a term of somebody's module reads, by the attributes of its class.
+
+    Raises:
+        Refused: it does not import, or is no term.
+    """
+    kind = plugins.find(name, key="objective.terms")
+    student = getattr(kind, "student_output", None)
+    teacher = getattr(kind, "teacher_output", None)
+    if not isinstance(kind, type) or not isinstance(student, str):
+        raise Refused(
+            f"objective.terms: {name} is no class with a `student_output` (a name of "
+            "rcmae/models/protocol.py), `teacher_output`, `count` and `total`"
+        )
+    return Reads((student,), (teacher,) if isinstance(teacher, str) else ())
 
 
 def shipped() -> Catalogue:
@@ -163,7 +188,10 @@ def _made_class(
     bases: list[type[BaseModel]] = [
         catalogue.terms[term] for term in terms if term in catalogue.terms
     ]
-    addable: Any = Literal[tuple(catalogue.terms)]
+    own_terms = [term for term in terms if plugins.is_plugin(term)]
+    for term in own_terms if imports else ():
+        reads_of_term(term)
+    addable: Any = Literal[(*catalogue.terms, *own_terms)]
     weights = dict[addable, Annotated[float, Field(ge=0.0)]]
     about = ObjectiveOptions.model_fields["terms"].description
     fields: dict[str, Any] = {"terms": (weights, Field(default_factory=dict, description=about))}
@@ -180,6 +208,7 @@ def _made_class(
     made: Any = pydantic.create_model(
         "ObjectiveOptions", __base__=(*bases, ObjectiveOptions), __doc__=None, **fields
     )
+    made.imports = imports
     return made
 
 

@@ -37,6 +37,7 @@ from rcmae.config.sections import (
     TeacherOptions,
 )
 from rcmae.config.segment import SegmentOptions
+from rcmae.plugins import is_plugin
 
 
 class Recipe(Section):
@@ -101,6 +102,10 @@ FROZEN = (
     "data.mean",
     "data.std",
 )
+
+
+# Of these none may be allowed to change: the weights would be those of another network.
+OF_WEIGHTS = ("model", "classify.num_classes")
 
 
 def stored(tree: Mapping[str, Any], *, imports: bool = True) -> Recipe:
@@ -176,8 +181,10 @@ def _leaves_with_defaults(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> 
     if `mine` names it, too.
     """
     section = saved.get("objective", {})
-    same = section.get("name") == mine.get("objective", {}).get("name")
-    kind = objective_class(section, imports=same)
+    wanted = mine.get("objective", {})
+    same = section.get("name") == wanted.get("name")
+    own_terms = {term for term in section.get("terms") or {} if is_plugin(term)}
+    kind = objective_class(section, imports=same and own_terms <= set(wanted.get("terms") or {}))
     defaults = Recipe().model_dump(mode="json")
     defaults["objective"] = _defaults(kind)
     options = kind.model_fields.get("options")

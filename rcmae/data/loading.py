@@ -14,6 +14,7 @@ import shutil
 import signal
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from rcmae.data.workers import end_with_owner, fork_server
+
+# torch's, of more workers than cores: rcmae plan and doctor say what is needed
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 
 LOSSES_IN_A_ROW = 3  # without a read in between; then there is no use in another
 LOSSES = 50  # of a job

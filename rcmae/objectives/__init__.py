@@ -90,9 +90,26 @@ def _plus(objective: Objective, asked: ObjectiveOptions, context: Context) -> Su
         )
     more = {}
     for name, weight in asked.terms.items():
+        if plugins.is_plugin(name):
+            short = name.partition(":")[2].lower()  # in metrics: loss_absolute
+            taken = short in objective.terms or short in asked.terms
+            more[name if taken else short] = _own_term(name, weight)
+            continue
         term = plugins.find(TERMS[name].factory, key="objective.terms")
         more[name] = term.make(weight, asked, context)
     return objective.plus(more)
+
+
+def _own_term(name: str, weight: float) -> Any:
+    """A term of somebody's module, with the defaults of its class. Raises Refused."""
+    kind = plugins.find(name, key="objective.terms")
+    try:
+        return kind(weight=weight)
+    except TypeError as error:
+        raise Refused(
+            f"objective.terms: {name}(weight={weight:g}) cannot be made ({error}); give its class "
+            "a `weight`, and what else it has a default"
+        ) from error
 
 
 def pixel_options(asked: ObjectiveOptions) -> options.PixelOptions:

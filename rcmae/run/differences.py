@@ -59,7 +59,7 @@ def recipe_mismatches(
     if not found:
         return []
     ways = ["choose another run.dir"]
-    allowed = [each.key for each in found if not each.key.startswith("model.")]
+    allowed = [each.key for each in found if not config.is_under(each.key, config.OF_WEIGHTS)]
     if allowed:
         ways.append(f"pass checkpoint.allow=[{','.join(allowed)}] to override")
     if len(found) == 1:

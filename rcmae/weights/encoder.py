@@ -66,6 +66,29 @@ class Encoder(Classifier):
     transform: ToInput
     about: str  # which network it is, and where it was read
 
+    def forward_features(self, images: Tensor, *args: Any, **named: Any) -> Tensor:
+        """Tokens [B, 1 + L, D]. Raises Refused: images of another size or layout."""
+        self._refuse(images)
+        tokens: Tensor = super().forward_features(images, *args, **named)
+        return tokens
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **named: Any) -> Any:
+        """As timm's. Raises Refused: images of another size or layout."""
+        self._refuse(x)
+        return super().forward_intermediates(x, *args, **named)
+
+    def _refuse(self, images: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return  # exported or compiled for what it was given
+        wanted = (self.in_chans, *self.image_size)
+        if images.ndim == 4 and tuple(images.shape[1:]) == wanted:
+            return
+        raise Refused(
+            f"images are [B, {', '.join(map(str, wanted))}], got {list(images.shape)}: make them "
+            "by model.transform (with [None] for one alone), or load a model for that size: "
+            "load_encoder(..., image_size=(height, width))"
+        )
+
 
 @dataclass(frozen=True)
 class ToInput:
