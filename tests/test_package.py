@@ -45,7 +45,15 @@ HOMES |= {"cli": "commands", "__main__": "commands"}
 DEPTH = {package: depth for depth, row in enumerate(ROWS) for package in row}
 UPWARD: set[str] = set()  # what is still to be turned round
 # Tools of developers, which stay whole; every other one in tools/ is a command of the package.
-OURS = ("bench_memory", "bench_shuffle", "bench_step", "bench_stream", "check_parity", "drill")
+OURS = (
+    "notebook",
+    "bench_memory",
+    "bench_shuffle",
+    "bench_step",
+    "bench_stream",
+    "check_parity",
+    "drill",
+)
 OURS += ("check_cases", "quickstart_data")
 MODULES = sorted((ROOT / "rcmae").rglob("*.py"))
 

@@ -19,7 +19,8 @@ from tests.conftest import ROOT
 
 
 def test_dir_shows_what_there_is() -> None:
-    assert dir(rcmae) == ["__doc__", "__version__", "load_encoder", "start"]
+    assert dir(rcmae) == ["__doc__", *rcmae.__all__]
+    assert {"load_encoder", "load_classifier", "start"} <= set(rcmae.__all__)
     assert all(hasattr(rcmae, name) for name in rcmae.__all__)
 
 
@@ -94,4 +95,5 @@ def test_the_notebook_ends_with_a_picture_of_neighbours(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "40 vectors of 96 numbers" in done.stdout
-    assert Image.open(tmp_path / "neighbours.png").size == (576, 576)
+    with Image.open(tmp_path / "neighbours.png") as sheet:
+        assert sheet.size == (576, 576)
