@@ -5,6 +5,7 @@ Read `rcmae/train.py` first.
     rcmae.start(recipe, {"schedule.steps": 100})   train, in a process of its own
     rcmae.load_encoder(run_or_file)                a pretrained encoder, as a torch module
     rcmae.load_classifier(run_or_file)             a fine-tuned classifier or a probe: scores, names
+    rcmae.load_segmenter(run)                      a class for each pixel of a picture of any size
 """
 
 from __future__ import annotations
@@ -16,18 +17,27 @@ from rcmae.process import early
 
 early.hear()
 if TYPE_CHECKING:
+    from rcmae.evaluation.dense.loading import load_segmenter
     from rcmae.starting import start
     from rcmae.weights.classifiers import load_classifier
     from rcmae.weights.detection import load_detector
     from rcmae.weights.encoder import load_encoder
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "load_classifier", "load_detector", "load_encoder", "start"]
+__all__ = [
+    "__version__",
+    "load_classifier",
+    "load_detector",
+    "load_encoder",
+    "load_segmenter",
+    "start",
+]
 # name -> module; imported when asked for: torch and timm cost seconds
 _LAZY = {
     "load_classifier": "rcmae.weights.classifiers",
     "load_detector": "rcmae.weights.detection",
     "load_encoder": "rcmae.weights.encoder",
+    "load_segmenter": "rcmae.evaluation.dense.loading",
     "start": "rcmae.starting",
 }
 

@@ -15,13 +15,17 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import segmentation_reference
 import torch
 import yaml
 from PIL import Image
 from scenes import CLASSES, members, pack, png, scene, write_scenes
 
+import rcmae
 from rcmae import config, segment
+from rcmae.commands import export
 from rcmae.data.dense.crops import Crops, Labels
+from rcmae.models.segmentation.heads import resized
 from rcmae.tasks.segment import Segmentation
 from runs import Folder, equal, keeping_handlers
 from tests.conftest import ROOT, Ranks
@@ -163,10 +167,41 @@ def test_a_probe_trains_its_head_on_the_frozen_encoder_of_a_run(
     assert run(recipe, other.path, *probe, "run.stop_after_steps=3") == 75
     assert run(recipe, other.path, *probe) == 0
     assert equal(one.state(), other.state())
+    loaded = rcmae.load_segmenter(one.path)
+    encoder = rcmae.load_encoder(pretrained)
+    mine = loaded.model.backbone.blocks[2].mlp.fc1.weight
+    assert torch.equal(mine, encoder.blocks[2].mlp.fc1.weight)
     names = {key.partition("/")[2] for key in one.state() if key.startswith("weight/")}
     assert names == {f"decode_head.{each}" for each in ("bn.weight", "bn.bias")} | {
         f"decode_head.conv_seg.{each}" for each in ("weight", "bias")
     }
+
+
+def test_a_run_is_loaded_and_exported_with_the_same_logits(
+    recipe: Path, whole: Folder, tmp_path: Path
+) -> None:
+    """transformers' UperNetForSemanticSegmentation is the oracle."""
+    from transformers import UperNetForSemanticSegmentation
+
+    segmenter = rcmae.load_segmenter(whole.path)
+    assert segmenter.class_names == CLASSES
+    image, values = scene(100)
+    classes = segmenter.predict(Image.fromarray(image))
+    assert classes.shape == values.shape
+    assert classes.max() < 5
+    for name, out in (("hf-upernet", "hf"), ("mmseg", "file.pth")):
+        arguments = [str(whole.path), "--format", name, "--out", str(tmp_path / out)]
+        assert export.main(arguments) == 0
+    theirs = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "hf").eval().double()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model = segmenter.model.double()
+    with torch.no_grad():
+        got = resized(model(images)[0], (16, 16))
+        torch.testing.assert_close(got, theirs(images).logits, rtol=0, atol=1e-12)
+    state = torch.load(tmp_path / "file.pth", weights_only=True)["state_dict"]
+    index = "backbone.blocks.1.attn.relative_position_index"
+    assert torch.equal(state[index], segmentation_reference.index((4, 4)))
+    assert len(state) == len(segmenter.model.state_dict()) + 4
 
 
 def test_a_step_without_any_label_has_no_loss_and_no_nan(recipe: Path, tmp_path: Path) -> None:

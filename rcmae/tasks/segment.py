@@ -28,6 +28,7 @@ from rcmae.errors import Refused
 from rcmae.evaluation.dense.drawing import segments_picture
 from rcmae.evaluation.dense.judging import Prepare, judge
 from rcmae.evaluation.dense.judging import Score as Network
+from rcmae.evaluation.dense.loading import sight_of
 from rcmae.evaluation.dense.scores import Areas, classes_table, scores_table, worst_confusions
 from rcmae.evaluation.features import evaluating
 from rcmae.models.activations import Computing
@@ -59,10 +60,10 @@ from rcmae.tasks.segmenting import (
     look_at_classes,
     named,
     names_in,
-    sight_of,
     start_weights,
 )
 from rcmae.weights.formats import WeightsFormat
+from rcmae.weights.segmenters import SEGMENTER_FORMATS
 
 PICTURES = 4  # of the test set that an evaluation draws
 
@@ -81,7 +82,7 @@ class Segmentation:
         "segment.test_flip",
     )
     metrics: Mapping[str, str] = MappingProxyType({"miou": "mIoU"})
-    formats: Mapping[str, WeightsFormat] = MappingProxyType({})
+    formats: Mapping[str, WeightsFormat] = SEGMENTER_FORMATS
 
     def __init__(self) -> None:
         self.encoder: Backbone | None = None  # of a probe: frozen, no part of what is trained

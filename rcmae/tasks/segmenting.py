@@ -12,7 +12,6 @@ from rcmae.data.dense.crops import Augment, Crops, Labels
 from rcmae.data.dense.maps import MAX_CLASSES
 from rcmae.data.sets import ClassList, lines_of, unlike
 from rcmae.errors import Refused
-from rcmae.evaluation.dense.judging import Sight
 from rcmae.models.build import student_sizes
 from rcmae.models.fitting import Fit
 from rcmae.models.segmentation.build import levels_of, meta_segmenter
@@ -196,19 +195,6 @@ def labels_of(recipe: Recipe) -> Labels:
     """How maps are read."""
     options = recipe.segment
     return Labels(options.num_classes or USUAL_CLASSES, options.map_zero == "none")
-
-
-def sight_of(recipe: Recipe) -> Sight:
-    """How evaluation sees a picture."""
-    options = recipe.segment
-    return Sight(
-        recipe.model.image_hw,
-        stride=options.test_stride,
-        scales=tuple(options.test_scales),
-        flip=options.test_flip,
-        antialias=options.resize == "antialias",
-        in_channels=recipe.model.in_channels,
-    )
 
 
 def named(names: Sequence[str], num_classes: int) -> list[str]:

@@ -261,6 +261,20 @@ _DESCRIBING: dict[str, tuple[str, ...]] = {  # sections -> keys; without any: al
     "data": ("mean", "std"),
     "teacher": (),
     "classify": ("num_classes", "pool", "depth", "class_names"),
+    "segment": (
+        *(
+            "num_classes",
+            "class_names",
+            "map_zero",
+            "crop",
+            "levels",
+            "head",
+            "width",
+            "aux_weight",
+        ),
+        *("dropout", "drop_path", "relative_positions", "layer_scale", "frozen", "resize"),
+        *("test_stride", "test_scales", "test_flip"),
+    ),
     "detect": _DETECTOR,
 }
 _PUBLIC = ("format", "written_by", "step", "images", "data_fingerprint", "versions", "network")
