@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 
-from rcmae import config
+from rcmae import config, train
 from rcmae.checkpoint import saver
 from rcmae.files import Lines
-from rcmae.run import ending
+from rcmae.process import waits
+from rcmae.run import build, ending
 from rcmae.run.guard import NonFiniteLoss
 from rcmae.run.loop import saving, schedule
 from rcmae.run.loop.batches import Batches, Trouble
 from rcmae.run.presence import Presence
 from rcmae.tasks.protocol import Ended
+from rcmae.tasks.registry import task_named
 from runs import Folder, start
 from tests.conftest import ROOT
 
@@ -283,3 +285,29 @@ def test_under_slurm_the_hints_name_the_jobs_own_way_on(
     monkeypatch.setenv("RCMAE_TEMPLATES", str(tmp_path / "slurm"))
     monkeypatch.chdir(tmp_path)
     assert shown(2) == "sbatch --nodes=2 slurm/pretrain.sbatch run/recipe.yaml"
+
+
+def test_a_wait_that_is_ended_before_the_first_step_leaves_its_own_outcome(
+    tiny: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier job left says nothing of this one; another job's folder is left alone."""
+    task = task_named("pretrain")
+    verdict = train.judged(config.load(str(tiny), [f"run.dir={folder.path}"]), task)
+    earlier = '{"status": "failed", "again": false}'
+    folder.path.mkdir()
+    (folder.path / "outcome.json").write_text(earlier)
+
+    def broken(*_: Any) -> Any:
+        raise waits.StopAsked("SIGTERM")
+
+    monkeypatch.setattr(build, "assemble", broken)
+    stop: Any = None
+    with pytest.raises(waits.StopAsked):
+        build.build(verdict, task, stop)
+    found = folder.outcome()
+    assert (found["status"], found["again"], found["step"]) == ("stopped", True, 0)
+    (folder.path / "outcome.json").write_text(earlier)
+    monkeypatch.setattr(build, "hold", broken)
+    with pytest.raises(waits.StopAsked):
+        build.build(verdict, task, stop)
+    assert folder.outcome()["again"] is False

@@ -276,3 +276,11 @@ def test_parquet_files_of_one_name_keep_apart_and_labels_of_any_type_stay(tmp_pa
     with pytest.raises(Refused, match="other columns of the files"):
         packed([files[0], tmp_path / "other.parquet"], tmp_path / "mixed")
     assert not Path(tmp_path / "mixed" / "index.json").exists()
+
+
+def test_a_pipe_among_images_is_not_waited_for_and_shares_folders_are_no_classes(tmp_path):
+    folder = tree(tmp_path / "in", "a/1.jpg", "b/1.jpg", "~snapshot/1.jpg", "a/_gsdata_/1.jpg")
+    os.mkfifo(folder / "a" / "0.jpg")
+    report = make_shards(folder, tmp_path / "out", PackingOptions())
+    assert (report.samples, report.classes, report.other_files) == (2, ["a", "b"], 1)
+    assert "a/_gsdata_, ~snapshot: hidden and system folders" in report.notes[0]

@@ -103,11 +103,21 @@ def build(verdict: Verdict, task: Task, stop: preempt.StopRequest) -> Run:
         world=dist.world(),
         timeout_s=recipe.engine.timeout_s,
     )
+    made: list[Run] = []
+
+    def note_left() -> None:
+        if made:
+            ending.note_left(made[0])
+        elif lease is not None:
+            ending.note_left_before(verdict, lease)
+
+    waits.last_word(note_left)
     try:
-        run = assemble(verdict, task, stop, lease, presence)
-        waits.last_word(lambda: ending.note_left(run))
-        return run
+        made.append(assemble(verdict, task, stop, lease, presence))
+        return made[0]
     except BaseException as error:
+        if isinstance(error, waits.StopAsked):
+            note_left()
         if isinstance(error, Refused | checkpoint.CheckpointError):  # on all ranks together
             presence.leave()
         else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rcmae import dist
 from rcmae.checkpoint import CheckpointError
-from rcmae.checkpoint.lease import LeaseLost, newest_generation
+from rcmae.checkpoint.lease import Lease, LeaseLost, newest_generation
 from rcmae.data.sources import redacted
 from rcmae.errors import counted
 from rcmae.process import console
@@ -22,6 +22,7 @@ from rcmae.tasks.protocol import Ended
 
 if TYPE_CHECKING:
     from rcmae.run.build import Run
+    from rcmae.run.judge import Verdict
 
 
 # what all ranks raise together: each has said its part, and they meet again
@@ -121,6 +122,19 @@ def note_left(run: Run) -> None:
             status=preempt.STOPPED,
             step=max(0, run.parts.saving.committed_step),
             reason=f"stopped at step {run.parts.progress.step} in a wait, without a save",
+        )
+
+
+def note_left_before(verdict: Verdict, lease: Lease) -> None:
+    """Write how the job ended where a wait before the first step is ended, and the folder is its
+    own: what an earlier job left there says nothing of this one.
+    """
+    if lease.holds():
+        preempt.write_outcome(
+            verdict.recipe.run_dir,
+            status=preempt.STOPPED,
+            step=verdict.saved.step if verdict.saved is not None and verdict.saved.is_own else 0,
+            reason="stopped in a wait before the first step",
         )
 
 

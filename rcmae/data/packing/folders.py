@@ -31,6 +31,12 @@ _SYSTEM = {
     "system volume information",
     "network trash folder",
     "temporary items",
+    "~snapshot",
+    "_gsdata_",
+    "recycled",
+    "@tmp",
+    "#tmp",
+    "@sharebin",
 }
 _NAMED = 5  # of many folders that a message is about
 
@@ -82,7 +88,8 @@ def walked(top: Path) -> Walked:
                 else:
                     read.add(os.path.join(here, entry.name))
                     coming.append(path)
-            elif not _is_image(entry.name):
+            elif not _is_image(entry.name) or not (entry.is_symlink() or entry.is_file()):
+                # a pipe or a socket would be waited for
                 found.others.append(path)
             elif entry.is_symlink():
                 to_images.append(path)
