@@ -24,6 +24,7 @@ from scenes import CLASSES, members, pack, png, scene, write_scenes
 import rcmae
 from rcmae import config, segment
 from rcmae.commands import export
+from rcmae.commands.evaluation import visualize
 from rcmae.data.dense.crops import Crops, Labels
 from rcmae.models.segmentation.heads import resized
 from rcmae.tasks.segment import Segmentation
@@ -189,6 +190,11 @@ def test_a_run_is_loaded_and_exported_with_the_same_logits(
     classes = segmenter.predict(Image.fromarray(image))
     assert classes.shape == values.shape
     assert classes.max() < 5
+    (tmp_path / "photo.png").write_bytes(png(image))
+    drawing = ["segment", str(whole.path), "--images", str(tmp_path / "photo.png")]
+    assert visualize.main([*drawing, "--out", str(tmp_path)]) == 0
+    drawn = np.asarray(Image.open(tmp_path / "segments.png"))
+    assert (drawn[: image.shape[0], : image.shape[1]] == image).all()
     for name, out in (("hf-upernet", "hf"), ("mmseg", "file.pth")):
         arguments = [str(whole.path), "--format", name, "--out", str(tmp_path / out)]
         assert export.main(arguments) == 0

@@ -8,6 +8,8 @@
         tokens by PCA, images by t-SNE, UMAP
     rcmae visualize filters RUN --out pictures/
         patch embedding, positions
+    rcmae visualize segment RUN --images photos/
+        what a segmenter sees: a class for each pixel
     rcmae visualize page RUN
         RUN/pictures as one HTML file
 
@@ -28,7 +30,7 @@ from rcmae.errors import Refused
 if TYPE_CHECKING:
     from rcmae.evaluation.visualisation import Pictures
 
-KINDS = ("reconstruct", "attention", "features", "filters", "page")
+KINDS = ("reconstruct", "attention", "features", "filters", "segment", "page")
 NORMS = ("unbiased", "biased", "channel", "none")
 STATISTICS = ("visible", "true", "none")
 PLANES = ("tsne", "umap")
@@ -80,6 +82,10 @@ def _drawn(options: argparse.Namespace) -> Pictures:
         return visualisation.filters(options.source)
     count = options.count or (200 if options.kind == "features" else 4)
     images = visualisation.Images(options.images, count)
+    if options.kind == "segment":
+        from rcmae.evaluation.visualisation.segments import segments
+
+        return segments(options.source, images)
     if options.kind == "reconstruct":
         return visualisation.reconstruct(
             options.source,

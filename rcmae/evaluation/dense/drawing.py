@@ -37,7 +37,8 @@ def segments_picture(
     shown: Sequence[Shown], num_classes: int, names: Sequence[str]
 ) -> NDArray[np.uint8]:
     """[H, W, 3] of some pictures, a row each: image, map, prediction, difference (red where they
-    differ, dark where there is no label); under them the classes that occur, with their colours.
+    differ, dark where there is no label); of one without any label image, prediction, and both.
+    Under them the classes that occur, with their colours.
     """
     table = colours(num_classes)
     rows = []
@@ -50,8 +51,13 @@ def segments_picture(
         )
         present |= set(labels.unique().tolist()) | set(prediction.unique().tolist())
         image = _image(each.image, height, width)
-        panels = [image, table[labels.numpy()], table[prediction.numpy()]]
-        rows.append(_beside([*panels, _difference(image, labels, prediction)]))
+        coloured = table[prediction.numpy()]
+        if bool((labels == NONE).all()):
+            both = (image // 2 + coloured // 2).astype(np.uint8)
+            rows.append(_beside([image, coloured, both]))
+            continue
+        difference = _difference(image, labels, prediction)
+        rows.append(_beside([image, table[labels.numpy()], coloured, difference]))
     legend = _legend(sorted(present - {NONE}), table, names, max(row.shape[1] for row in rows))
     return _below([*rows, legend])
 

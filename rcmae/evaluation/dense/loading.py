@@ -35,6 +35,7 @@ class TrainedSegmenter:
     sight: Sight
     mean: tuple[float, ...]  # of each channel, pixels from 0 to 1
     std: tuple[float, ...]
+    num_classes: int
     class_names: tuple[str, ...]  # empty where nothing tells them
 
     @torch.no_grad()
@@ -92,9 +93,16 @@ def load_segmenter(source: str | Path, *, network: Which | None = None) -> Train
     """
     trained = read_segmenter(Path(source), network)
     say(trained.source)
-    data = trained.recipe.data
+    recipe = trained.recipe
+    num_classes = recipe.segment.num_classes
+    assert num_classes is not None
     return TrainedSegmenter(
-        trained.model, sight_of(trained.recipe), data.mean, data.std, trained.class_names
+        trained.model,
+        sight_of(recipe),
+        recipe.data.mean,
+        recipe.data.std,
+        num_classes,
+        trained.class_names,
     )
 
 
