@@ -256,6 +256,8 @@ def ranked(recipe: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory)
         [str(recipe), f"run.dir={root / engine}", "batch.per_device=1", *overrides]
         for engine, overrides in ENGINES.items()
     ]
+    norms = ["detect.backbone=benchmark", "batch.per_device=2", *ENGINES["fsdp2"]]
+    jobs.append([str(recipe), f"run.dir={root / 'benchmark'}", *norms])
     none = f"data.shards={shards / 'none-0.tar'}"
     jobs.append([str(recipe), f"run.dir={root / 'none'}", none, *ENGINES["zero3"]])
     tasks = [[*job, "task.name=detect"] for job in jobs]
@@ -277,6 +279,19 @@ def test_two_ranks_learn_what_one_does(engine: str, ranked: Path, whole: Folder)
         assert distance(run.state(), whole.state(), kind) < 2e-3
 
 
+def test_batch_norm_is_over_the_images_of_all_ranks(
+    ranked: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Also in the heads, where ranks have other numbers of regions."""
+    alone, run = Folder(tmp_path / "run"), Folder(ranked / "benchmark")
+    assert start(recipe, alone.path, "detect.backbone=benchmark", "batch.per_device=4") == 0
+    assert run.losses()[0] == pytest.approx(alone.losses()[0], rel=1e-5)
+    assert run.losses() == pytest.approx(alone.losses(), rel=2e-2)
+    for name, value in alone.state().items():
+        if name.endswith(("lateral2.norm.running_mean", "conv1.norm.running_var")):
+            assert torch.allclose(run.state()[name], value, rtol=1e-2, atol=1e-3)
+
+
 def test_a_training_without_any_object_ends(ranked: Path) -> None:
     run = Folder(ranked / "none")
     assert run.steps() == [1, 2, 3]
@@ -292,8 +307,10 @@ def test_any_number_of_ranks_writes_the_same_detections(
         folder = Folder(tmp_path / f"{world}")
         command = [sys.executable, "-m", "rcmae.detect", str(recipe), f"run.dir={folder.path}"]
         only = ["--evaluate-only", "data.canonical_streams=6", "detect.average=false"]
-        engine = ["engine.name=fsdp2"] if world > 1 else []
-        Ranks([*command, *only, *init, *engine], world, tmp_path).succeed()
+        if world == 1:
+            assert start(recipe, folder.path, *only, *init) == 0
+        else:
+            Ranks([*command, *only, *init, "engine.name=fsdp2"], world, tmp_path).succeed()
         (event,) = folder.events("evaluate")
         assert event["images"] == 7
         assert found_in(folder, step=0) == found_in(whole)

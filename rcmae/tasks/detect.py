@@ -35,6 +35,7 @@ from rcmae.models.cost import StepCost
 from rcmae.models.detection.build import detector_sizes, fit_detector, new_detector
 from rcmae.models.detection.cost import detection_cost
 from rcmae.models.detection.detector import Detector
+from rcmae.models.fitting import Fit
 from rcmae.objectives import Objective
 from rcmae.objectives.detection import DetectionLoss
 from rcmae.tasks import start
@@ -54,6 +55,7 @@ from rcmae.weights.detection import FORMATS as DETECTOR_FORMATS
 from rcmae.weights.detectors import read_start
 from rcmae.weights.formats import WeightsFormat
 from rcmae.weights.reading import NetworkWeights
+from rcmae.weights.starting import function_problems, start_notes
 
 CATEGORIES = "categories.json"
 KINDS = {"bbox": "box", "segm": "mask"}  # of COCO's evaluation -> for people
@@ -113,7 +115,7 @@ class Detection:
         if found is None:
             return judgement
         judgement.values["detect.init"] = found.init
-        judge_categories(recipe, found, judgement)
+        judge_categories(recipe, found, saved, judgement)
         try:
             sizes = detector_sizes(recipe.model, recipe.detect)
         except Refused as error:
@@ -129,8 +131,7 @@ class Detection:
             except Refused as error:
                 judgement.problems.append(f"{where} with model.name={recipe.model.name}: {error}")
             else:
-                told = fitted.table().strip()
-                judgement.notes += [f"{where}: {found.weights.about}: {told}", *found.weights.notes]
+                judge_function(recipe, found.weights, fitted, judgement)
         return judgement
 
     def evaluation_sets(self, recipe: Recipe) -> Sequence[EvaluationSet]:
@@ -240,6 +241,16 @@ def canvas_of(recipe: Recipe) -> Canvas:
     )
 
 
+def judge_function(
+    recipe: Recipe, source: NetworkWeights, fitted: Fit, judgement: Judgement
+) -> None:
+    """What the encoder of weights that fit computes in another way; and what is taken of them."""
+    where = f"detect.init={recipe.detect.init}"
+    sizes = student_sizes(recipe.model)
+    judgement.problems += [f"{where}: {told}" for told in function_problems(source, sizes)]
+    judgement.notes += start_notes(source, sizes, fitted.table().strip(), where)
+
+
 # -------------------------------------------------------------------------------------- categories
 
 
@@ -270,11 +281,19 @@ def categories_beside(key: str, shards: Patterns) -> list[tuple[int, str]]:
         raise Refused(f"{key}: {where} has no categories: {error!r}") from error
 
 
-def judge_categories(recipe: Recipe, found: Found, judgement: Judgement) -> None:
-    """Fill in ids and names of the classes; what stands against them."""
+def judge_categories(
+    recipe: Recipe, found: Found, saved: Saved | None, judgement: Judgement
+) -> None:
+    """Fill in ids and names of the classes, of a run that resumes as they were; what stands against
+    them.
+    """
     options = recipe.detect
     ids = options.category_ids
     names = options.category_names
+    if ids is None and saved is not None and saved.is_own:
+        before = saved.meta["recipe"].get("detect", {})
+        ids = before.get("category_ids")
+        names = names or before.get("category_names")
     if ids is None and found.categories:
         ids = [number for number, _ in found.categories]
         names = names or [name for _, name in found.categories]
@@ -366,7 +385,7 @@ def judged(context: Evaluating, networks: dict[str, nn.Module]) -> Evaluated:
         caption=f"of {images:,} test images, AP in %",
         says=f"step {{step}}, {images} images of the test set",
         scalars=scalars,
-        best={"student": Score("box_ap", figures["student"]["bbox"]["AP"])},
+        best={"student": Score("box_ap", 100 * figures["student"]["bbox"]["AP"])},
         document={"images": images, "networks": documents} if dist.rank() == 0 else None,
         files=files if dist.rank() == 0 else {},
         pictures=pictures,

@@ -20,6 +20,7 @@ from torch import Tensor
 from rcmae.errors import Refused
 from rcmae.models.detection.build import HEADS
 from rcmae.weights.layouts import Which
+from rcmae.weights.names import published_names
 from rcmae.weights.reading import NetworkWeights, opened, read_network
 
 # what a pickle of arrays asks for; numpy called its core otherwise before 2.0
@@ -56,7 +57,11 @@ def read_start(
         inner = document.get("model") if isinstance(document, Mapping) else None
         if isinstance(inner, Mapping) and any(str(name).startswith(HEADS) for name in inner):
             return _named(path, inner)
-    return read_network(path, network, first=first)
+    found = read_network(path, network, first=first)
+    if any(name.startswith(HEADS) for name in found.weights):
+        return found
+    # of a run's own network, which may name biases of queries and values
+    return found._replace(weights=published_names(found.weights))
 
 
 def _named(path: Path, state: Mapping[str, Any]) -> NetworkWeights:

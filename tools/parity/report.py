@@ -10,8 +10,9 @@ from typing import Any
 
 from .architectures import arch_names, pos_embed
 from .bootmae import bootmae_forward, bootmae_schedules
-from .detection import benchmark_backbone, detect_arch_names, maskrcnn_losses, vitdet_backbone
+from .detection import benchmark_backbone, detect_arch_names, vitdet_backbone
 from .detection_data import coco_ap, detect_inputs
+from .detectors import maskrcnn_losses
 from .downstream import lars_steps, linprobe_lars, mixup_cutmix, vit_finetune
 from .evaluation import knn_votes, rollout
 from .fixture import Fixture, Row, Unusable

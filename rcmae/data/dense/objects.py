@@ -51,14 +51,16 @@ def objects_on(
     boxes = np.zeros((len(found), 4), np.float32)
     for row, mask in enumerate(found):
         boxes[row] = _box(mask)
+        _, top, _, bottom = boxes[row].astype(int).tolist()
+        part = np.ascontiguousarray(mask[top:bottom])
         x0, _, x1, _ = jitter.extent
-        canvas = np.zeros((jitter.size[0], width), np.uint8)
         if jitter.style == "benchmark" and jitter.flipped:
-            canvas[:, x0:x1] = mask[:, ::-1]
             boxes[row, [0, 2]] = width - boxes[row, [2, 0]]
-        else:
-            canvas[:, x0:x1] = mask
-        masks[row, : jitter.size[0]] = np.packbits(canvas, axis=1)
+            line = np.zeros((bottom - top, width), np.uint8)
+            line[:, x0:x1] = part[:, ::-1]
+            part = line
+        packed = np.packbits(part, axis=1)
+        masks[row, top:bottom, : packed.shape[1]] = packed
     kinds = [classes[annotations[number]["category_id"]] for number in numbers]
     return Objects(boxes, np.array(kinds, np.int64), masks, np.array(numbers, np.int64))
 

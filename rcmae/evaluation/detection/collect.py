@@ -4,6 +4,7 @@ depends on how many there are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from rcmae import dist
 from rcmae.data.dense.annotated import Canvas, Judged
 from rcmae.data.dense.objects import encoded
+from rcmae.errors import Refused
 from rcmae.models.detection.inference import Detections, paste, rescaled
 
 Normalise = Callable[[Tensor], Tensor]  # [B, C, H, W] uint8 -> float32
@@ -67,6 +69,9 @@ def collect(
         categories: COCO's, in the order of the classes.
         normalise: images on the device.
         device: of the networks.
+
+    Raises:
+        Refused: on every rank; two images have one image_id.
     """
     rows: list[_Row] = []
     drawn: list[Drawn] = []
@@ -88,6 +93,13 @@ def collect(
             drawn.append(Drawn(sample.number, sample.pixels, sample.annotations, results))
     every = sorted((row for part in dist.to_first(rows) for row in part), key=_number)
     pictures = sorted((each for part in dist.to_first(drawn) for each in part), key=_number)
+    counts = Counter(row.image["id"] for row in every)
+    twice = [number for number, count in counts.items() if count > 1]
+    if twice := dist.from_first(twice):
+        raise Refused(
+            f"evaluate.test_shards: {len(twice)} image_ids belong to several images, such as "
+            f"{twice[0]}; pack the set with other ids"
+        )
     return Collected(
         truth_of(every, categories),
         {name: [one for row in every for one in row.detections[name]] for name in networks},

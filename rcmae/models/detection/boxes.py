@@ -12,6 +12,11 @@ from torch import Tensor
 LARGEST_STEP = math.log(1000.0 / 16)  # of a side's logarithm: no delta makes a box overflow
 
 
+def widened(values: Tensor) -> Tensor:
+    """float32, or float64 as it is."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def areas(boxes: Tensor) -> Tensor:
     """[...] of boxes [..., 4]; 0 for one that is turned inside out."""
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)

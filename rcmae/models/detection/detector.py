@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rcmae.models.blocks import Draws, drop_path_rates
 from rcmae.models.detection.benchmark import Pyramid
+from rcmae.models.detection.boxes import widened
 from rcmae.models.detection.heads import RegionHeads
 from rcmae.models.detection.inference import Detections, select, with_masks
 from rcmae.models.detection.layers import draw
@@ -41,7 +42,6 @@ from rcmae.models.detection.proposals import (
     Proposals,
     Proposed,
     propose,
-    widened,
 )
 from rcmae.models.detection.regions import roi_align_levels
 from rcmae.models.detection.sizes import POOLED, STRIDES, DetectorSizes
@@ -73,6 +73,8 @@ class Detector(nn.Module):
     Args:
         sizes: all of them.
     """
+
+    most_objects = 256  # of an image that have draws of their own; more share them
 
     def __init__(self, sizes: DetectorSizes) -> None:
         super().__init__()
@@ -165,8 +167,6 @@ class Detector(nn.Module):
         objects[: len(shown)] = match.object[shown]
         classes[: len(shown)] = target.classes[match.object[shown]]
         return Regions(boxes[torch.cat([shown, hidden])], classes, objects)
-
-    most_objects = 256  # of an image that have draws of their own; more share them
 
     def losses(
         self,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rcmae.models.detection.boxes import widened
 from rcmae.models.detection.layers import NormedConv
-from rcmae.models.detection.proposals import widened
 from rcmae.models.detection.sizes import Norm, RegionSizes
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rcmae.models.detection.boxes import encode
+from rcmae.models.detection.boxes import encode, widened
 from rcmae.models.detection.heads import Scored
 from rcmae.models.detection.matching import FOREGROUND, IGNORED
-from rcmae.models.detection.proposals import Proposed, widened
+from rcmae.models.detection.proposals import Proposed
 from rcmae.models.detection.regions import roi_align
 from rcmae.models.detection.sizes import ProposalSizes
 

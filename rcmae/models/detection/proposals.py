@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rcmae.models.detection.boxes import cell_anchors, clip, decode, grid_anchors
+from rcmae.models.detection.boxes import cell_anchors, clip, decode, grid_anchors, widened
 from rcmae.models.detection.regions import nms_by_kind
 from rcmae.models.detection.sizes import STRIDES, ProposalSizes
 
@@ -92,11 +92,6 @@ class ProposalNetwork(nn.Module):
             torch.cat(anchors),
             tuple(len(each) for each in anchors),
         )
-
-
-def widened(values: Tensor) -> Tensor:
-    """float32, or float64 as it is."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmae.models.blocks import Draws
+from rcmae.models.detection.boxes import widened
 from rcmae.models.detection.layers import NormedConv, patch_embedding
 from rcmae.models.detection.sizes import BackboneSizes
 from rcmae.models.detection.windows import window_blocks
@@ -35,7 +36,7 @@ class WindowedViT(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """[1, H, W, D] at a grid."""
-        table = resample_positions(self.pos_embed, self._table, grid)
+        table = resample_positions(widened(self.pos_embed), self._table, grid)
         return table[:, 1:].unflatten(1, grid)
 
     def embed(self, images: Tensor) -> Tensor:
