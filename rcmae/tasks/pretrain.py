@@ -221,11 +221,11 @@ class Pretraining:
             return []
         place = ended.run_dir
         shards = "data.shards=LABELLED_SHARDS evaluate.test_shards=OTHERS"
+        model = ended.recipe.model
+        one = model.class_tokens == 1 and not model.registers  # what timm's own model has
+        way = f"export {place} --format timm" if one else f"convert {place} --to timm"
         return [
-            (
-                "the encoder, for timm",
-                f"rcmae export {place} --format timm --out {place.name}.safetensors",
-            ),
+            ("the encoder, for timm", f"rcmae {way} --out {place.name}.safetensors"),
             (
                 "fine-tune it (or rcmae.probe probe: a linear head)",
                 ended.start("rcmae.finetune", f"finetune classify.init={place} {shards}"),

@@ -27,7 +27,7 @@ from rcmae.weights.conversion import hugging_face_processor
 from rcmae.weights.encoder import Encoder, dressed, model_of, recipe_of, say
 from rcmae.weights.formats import PATH, WeightsFormat, Wrote
 from rcmae.weights.layouts import Which
-from rcmae.weights.names import published_names
+from rcmae.weights.names import family_names, published_names
 from rcmae.weights.reading import NetworkWeights, public_metadata, read_network
 from rcmae.weights.writing import timm_arguments
 
@@ -162,17 +162,25 @@ def _source(manifest: Manifest, network: Which | None) -> _Source:
 
 def _write_timm(manifest: Manifest, network: Which | None, out: Path) -> Wrote:
     source = _source(manifest, network)
-    state = {name: value.contiguous() for name, value in source.model.state_dict().items()}
+    model = source.model
+    if model.class_tokens > 1 and model.global_pool == "token":
+        raise Refused(
+            f"{manifest.path}: timm's model pools one class token, this one the mean of "
+            f"{model.class_tokens}; read it by load_classifier, or export its encoder (--encoder)"
+        )
+    named = family_names(model.state_dict(), "timm")
+    state = {name: value.contiguous() for name, value in named.items()}
     if out.suffix == ".safetensors":
         save_file(state, out, source.metadata)
     else:
         torch.save(state, out)
-    model = source.model
     head: dict[str, Any] = {
         "num_classes": model.num_classes,
         "global_pool": repr(model.global_pool),
     }
     head["fc_norm"] = isinstance(model.fc_norm, torch.nn.LayerNorm)
+    if model.num_prefix_tokens > 1:
+        head["reg_tokens"] = model.num_prefix_tokens - 1
     if manifest.meta["recipe"]["classify"].get("depth") is not None:
         head["depth"] = len(model.blocks)
     call = ", ".join(timm_arguments(manifest, head))
@@ -186,6 +194,11 @@ def _write_hugging_face(manifest: Manifest, network: Which | None, out: Path) ->
     source = _source(manifest, network)
     model = source.model
     token = model.global_pool == "token"
+    if model.num_prefix_tokens > 1:
+        raise Refused(
+            f"{manifest.path}: Hugging Face's classifiers have one class token and no registers; "
+            "use --format timm"
+        )
     if not model.has_class_token or not (token or isinstance(model.fc_norm, torch.nn.LayerNorm)):
         raise Refused(
             f"{manifest.path}: its pooling is none of Hugging Face's classifiers; use --format timm"

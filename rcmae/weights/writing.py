@@ -333,8 +333,8 @@ def timm_arguments(manifest: Manifest, head: Mapping[str, Any] | None = None) ->
     """Of timm's create_model: the architecture and what differs from it, and the statistics and
     size of the run's images.
 
-    `head`: what a classifier's has (num_classes, global_pool, fc_norm); None: there is none, and
-    pooling is as `rcmae.load_encoder` has it."""
+    `head`: what a classifier's has (num_classes, global_pool, fc_norm, perhaps depth and
+    reg_tokens); None: there is none, and pooling is as `rcmae.load_encoder` has it."""
     recipe = manifest.meta["recipe"]
     model = recipe["model"]
     usual = {"image_size": 224, "in_channels": 3}
@@ -347,6 +347,8 @@ def timm_arguments(manifest: Manifest, head: Mapping[str, Any] | None = None) ->
             arguments.append(f"{names.get(key, key)}={model[key]}")
     if not model.get("cls_token", True):
         arguments.append("class_token=False")
+    if "reg_tokens" in head:
+        arguments.append(f"reg_tokens={head['reg_tokens']}")
     arguments += [f"global_pool={head['global_pool']}", f"fc_norm={head['fc_norm']}"]
     size = model["image_size"]
     height, width = size if isinstance(size, list | tuple) else (size, size)
