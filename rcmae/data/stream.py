@@ -42,6 +42,7 @@ from rcmae.data.views import (
     Views,
 )
 from rcmae.errors import Refused
+from rcmae.process.console import in_line
 
 _STEPS_AHEAD = 4096  # at most so far are shards looked for to copy
 _NAMED = 20  # bad samples that a message lists before it counts the rest
@@ -321,7 +322,7 @@ class Limits:
         else:
             return
         lines = [
-            f"  {s.shard}/{s.key} at byte {s.offset}, position {s.position}: {s.reason}"
+            f"  {s.shard}/{in_line(s.key)} at byte {s.offset}, position {s.position}: {s.reason}"
             for s in self._listed
         ]
         rest = [f"  ... and {self._count - len(lines)} more"] if self._count > len(lines) else []

@@ -34,6 +34,11 @@ def printable(text: str) -> str:
     return _OBEYED.sub(_escaped, text)
 
 
+def in_line(text: str) -> str:
+    """A name or reason as it stands within a line: line ends and tabs are escaped, too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape", "surrogatepass").decode()
 

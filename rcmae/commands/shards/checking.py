@@ -18,7 +18,7 @@ from rcmae.commands.shards.arguments import (
     register_kinds,
 )
 from rcmae.process import cores
-from rcmae.process.console import say
+from rcmae.process.console import in_line, say
 
 if TYPE_CHECKING:
     from rcmae.data.packing.verify import Checked
@@ -169,7 +169,7 @@ def print_verdict(found: dict[str, Any], what: str) -> None:
         where = f"/{row['key']} at byte {row['offset']}" if row["offset"] >= 0 else ""
         lines.append(f"{row['shard']}{where}: {row['reason']}")
     for line in lines[:SHOWN]:
-        say(f"  {line}")
+        say(f"  {in_line(line)}")
     if len(lines) > SHOWN:
         say(f"  ... and {len(lines) - SHOWN} more; --json has all")
 
@@ -214,9 +214,10 @@ def print_ledger(entries: Sequence[dict[str, Any]]) -> None:
     for (shard, key), times in sorted(met.items()):
         first = times[0]
         instead = sorted({entry["replaced_by"] for entry in times})
-        say(
-            f"  {shard}/{key} at byte {first['offset']}, {len(times)} times: {first['reason']}; "
+        told = (
+            f"{shard}/{key} at byte {first['offset']}, {len(times)} times: {first['reason']}; "
             f"read instead: {', '.join(instead)}"
         )
+        say(f"  {in_line(told)}")
     for reason, count in sorted(reasons.items(), key=lambda each: -each[1])[:5]:
-        say(f"  {count:>6} x {reason}")
+        say(f"  {count:>6} x {in_line(reason)}")

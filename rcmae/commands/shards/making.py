@@ -17,7 +17,7 @@ from rcmae.commands.shards.arguments import (
     register_kinds,
 )
 from rcmae.process import cores
-from rcmae.process.console import say
+from rcmae.process.console import in_line, say
 
 if TYPE_CHECKING:
     from rcmae.data.packing.writer import Report
@@ -193,4 +193,4 @@ def print_report(report: Report, out: Path) -> None:
             f"{some(report.such_as, report.other_files)}"
         )
     for reject in report.rejected:
-        say(f"  left out: {reject.path} ({reject.reason})")
+        say(f"  left out: {in_line(reject.path)} ({in_line(reject.reason)})")

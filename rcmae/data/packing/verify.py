@@ -474,6 +474,9 @@ def described(patterns: Sequence[str], jobs: int = 1) -> dict[str, Any]:
     }
 
 
+_LEDGER = {"position", "shard", "key", "offset", "reason", "replaced_by"}  # of a bad sample's event
+
+
 def ledger(run: Path) -> list[dict[str, Any]]:
     """The bad samples of a run (its folder, or its events.jsonl), in the order of their positions.
 
@@ -485,7 +488,8 @@ def ledger(run: Path) -> list[dict[str, Any]]:
         raise Refused(f"{path}: is no run's events.jsonl (no such file)")
     found = {}
     for event in json_lines(path):
-        if event.get("event") == "bad_sample":
+        # all of it is asked for: the file may be somebody's own
+        if event.get("event") == "bad_sample" and event.keys() >= _LEDGER:
             # steps done again after a resume tell theirs again
             found[event["position"]] = event
     return [found[position] for position in sorted(found)]
