@@ -113,7 +113,9 @@ def train(
     try:
         verdict = judged(recipe, task, command)
         if command.check:
-            ending.say(verdict.shown())
+            from rcmae.run.expected import expected  # the planner: only where it is used
+
+            ending.say(verdict.shown(expected(verdict, task)))
             return preempt.FINISHED
         run = built(verdict, task, stop)
         stop.has_begun = True

@@ -63,8 +63,12 @@ class Verdict:
     trains: bool = True  # else the run is evaluated as it is
     notes: tuple[str, ...] = ()  # what was taken or chosen
 
-    def shown(self) -> str:
-        """The resolved recipe as YAML, under the numbers that follow from it, for people."""
+    def shown(self, *more: str) -> str:
+        """The resolved recipe as YAML, under the numbers that follow from it, for people.
+
+        Args:
+            more: lines beside the numbers.
+        """
         sizes = [f"# {name}: {value}" for name, value in self.sizes.asdict().items()]
         state = f"resumes from step {self.saved.step}" if self.saved else "starts anew"
         warnings = [f"# {told}" for told in self.notes]
@@ -73,7 +77,7 @@ class Verdict:
         body = yaml.safe_dump(tree, sort_keys=False)
         said = f"# precision: {self.precision.used} ({self.precision.why})"
         first = f"# This run can start; it {state}. In numbers:"
-        return "\n".join([first, *sizes, said, *warnings, body])
+        return "\n".join([first, *sizes, said, *(f"# {told}" for told in more), *warnings, body])
 
 
 class AnotherTraining(Refused):
