@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rcmae import config
 from rcmae.commands.cooldown import main
+from rcmae.config import ties_to_the_end
 from rcmae.engines.schedules import Shape
 from runs import Folder, equal, start
 
@@ -80,11 +82,16 @@ def test_what_no_cooldown_can_start_from_is_refused(
 
 
 def test_a_training_that_depends_on_its_end_is_no_trunk(
-    uninterrupted: Folder, capsys: pytest.CaptureFixture[str]
+    uninterrupted: Folder, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([f"{uninterrupted.path}@10", "--steps", "3"]) == 2
     said = capsys.readouterr().err
     assert "schedule.shape=cosine" in said
     assert "teacher.schedule=constant" in said
+    features = config.load(
+        str(tiny),
+        ["objective.name=mae", "objective.terms={features: 1.0}", "teacher.schedule=constant"],
+    )
+    assert ["objective.terms: features" in line for line in ties_to_the_end(features)] == [True]
     assert main([str(uninterrupted.path.parent / "none@1"), "--steps", "3"]) == 2
     assert "no run's folder" in capsys.readouterr().err

@@ -123,6 +123,8 @@ def recipe_of(manifest: Manifest) -> Recipe:
 
 def trunk_problems(recipe: Recipe, manifest: Manifest) -> list[str]:
     """What of a training until this checkpoint has depended on when it ends, a line each."""
+    from rcmae.config import ties_to_the_end
+
     problems = []
     options = recipe.schedule
     if recipe.task.name != "pretrain":
@@ -134,15 +136,7 @@ def trunk_problems(recipe: Recipe, manifest: Manifest) -> list[str]:
         )
     else:
         problems += _place_problems(recipe, manifest.step, manifest.meta["sizes"])
-    teacher = recipe.teacher
-    moves = teacher.schedule in ("cosine", "published") and teacher.momentum != teacher.momentum_end
-    if recipe.objective.teacher_outputs and moves:
-        problems.append(
-            f"teacher.schedule={teacher.schedule} goes towards the trunk's end: train the trunk "
-            "with teacher.schedule=constant"
-        )
-    if why := _follows_progress(recipe):
-        problems.append(why)
+    problems += ties_to_the_end(recipe)
     return problems
 
 
@@ -160,25 +154,6 @@ def _place_problems(recipe: Recipe, step: int, sizes: Mapping[str, Any]) -> list
             "take an earlier one"
         ]
     return []
-
-
-def _follows_progress(recipe: Recipe) -> str | None:
-    """Why the loss depends on the trunk's end, or may."""
-    from rcmae import plugins
-    from rcmae.config import shipped
-
-    objective = recipe.objective
-    own = getattr(objective.own, "follows_progress", None)
-    if own is None and plugins.is_plugin(objective.name):
-        return (
-            f"objective.name={objective.name} does not say whether its loss depends on the trunk's "
-            "end: give its Options `follows_progress: ClassVar[bool] = False`"
-        )
-    terms = [name for name in objective.terms if shipped().terms[name].follows_progress]
-    if own or terms:
-        named = f"objective.terms: {', '.join(terms)}" if terms else f"objective={objective.name}"
-        return f"{named}: the weight of features grows with the part of the trunk that is done"
-    return None
 
 
 def _parser() -> argparse.ArgumentParser:

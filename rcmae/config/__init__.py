@@ -62,6 +62,7 @@ from rcmae.config.sections import (
 )
 from rcmae.config.segment import SegmentOptions
 from rcmae.config.statistics import first_batch_doubts, statistics_doubts
+from rcmae.config.trunks import ties_to_the_end
 
 __all__ = [
     "CLASSIFYING",
@@ -112,6 +113,7 @@ __all__ = [
     "statistics_doubts",
     "stored",
     "streams_for",
+    "ties_to_the_end",
     "with_precision",
     "with_streams",
     "with_values",

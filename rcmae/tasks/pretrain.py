@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rcmae import dist
-from rcmae.config import Recipe, Resolved, Section
+from rcmae.config import Recipe, Resolved, Section, ties_to_the_end
 from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask
 from rcmae.data.members.protocol import Members
@@ -69,9 +69,14 @@ class Pretraining:
         saved: Saved | None,
         world: int,
     ) -> Judgement:
-        """Weights to start from that do not fit the network; sets for k-NN without a label."""
+        """Weights to start from that do not fit the network; what keeps a training of constant rate
+        from being a trunk, as a note.
+        """
+        trunk = []
+        if recipe.schedule.shape == "wsd" and saved is None:
+            trunk = [f"no trunk for rcmae cooldown: {why}" for why in ties_to_the_end(recipe)]
         if found is None:
-            return Judgement()
+            return Judgement(notes=trunk)
         options = recipe.checkpoint
         where = f"checkpoint.init={options.init}"
         try:
@@ -84,7 +89,7 @@ class Pretraining:
         problems = function_problems(found, network.sizes, decoder=own)
         return Judgement(
             [f"{where}: {problem}" for problem in problems],
-            notes=start_notes(found, network.sizes, begun.table(), where),
+            notes=[*start_notes(found, network.sizes, begun.table(), where), *trunk],
         )
 
     def evaluation_sets(self, recipe: Recipe) -> Sequence[EvaluationSet]:
