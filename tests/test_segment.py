@@ -205,6 +205,12 @@ def test_a_run_is_loaded_and_exported_with_the_same_logits(
         got = resized(model(images)[0], (16, 16))
         torch.testing.assert_close(got, theirs(images).logits, rtol=0, atol=1e-12)
     state = torch.load(tmp_path / "file.pth", weights_only=True)["state_dict"]
+    other = Folder(tmp_path / "again")
+    started = [f"segment.init={tmp_path}/file.pth", "schedule.steps=3", "schedule.lr=1e-12"]
+    assert run(recipe, other.path, *started, "evaluate.every_steps=0") == 0
+    for name in ("fpn1.0.weight", "blocks.2.attn.relative_position_bias_table"):
+        mine = other.state()[f"weight/backbone.{name}"].view_as(state[f"backbone.{name}"])
+        torch.testing.assert_close(mine, state[f"backbone.{name}"], rtol=0, atol=1e-7)
     index = "backbone.blocks.1.attn.relative_position_index"
     assert torch.equal(state[index], segmentation_reference.index((4, 4)))
     assert len(state) == len(segmenter.model.state_dict()) + 4

@@ -33,6 +33,10 @@ from rcmae.weights.names import published_names
 from rcmae.weights.shapes import shape_problems, sizes_of
 from rcmae.weights.wrapping import unwrapped
 
+# whole numbers in published files that no network here reads: batches that a norm has counted, and
+# which row of a table each pair of tokens takes, which follows from the grid
+_COUNTED = ("num_batches_tracked", "relative_position_index")
+
 
 class NetworkWeights(NamedTuple):
     """A network's weights, wherever they were."""
@@ -110,6 +114,7 @@ def _of_file(path: Path, network: Which | None, first: Which) -> NetworkWeights:
         raise Refused(f"{path} has no {name}, only {', '.join(there)}; ask for none, or for that")
 
     weights = published_names(there[name])
+    weights = {key: value for key, value in weights.items() if not key.endswith(_COUNTED)}
     strange = [key for key, value in weights.items() if not _is_dense(value)]
     if strange:
         raise Refused(
