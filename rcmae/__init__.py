@@ -2,7 +2,7 @@
 
 Read `rcmae/train.py` first.
 
-    rcmae.start(recipe, {"schedule.steps": 100})   train, in a process of its own
+    rcmae.start(recipe, {"schedule.steps": 100})   train, in a separate process
     rcmae.load_encoder(run_or_file)                a pretrained encoder, as a torch module
     rcmae.load_classifier(run_or_file)             a fine-tuned classifier or a probe: scores, names
     rcmae.load_segmenter(run)                      a class for each pixel of a picture of any size

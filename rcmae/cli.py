@@ -31,33 +31,39 @@ COMMANDS = {
     "probe": Command("training:probe", "train a linear head on a frozen encoder"),
     "detect": Command("training:detect", "train and judge a detector of boxes and masks"),
     "segment": Command("training:segment", "train and judge a segmenter: a class for each pixel"),
-    "follow": Command("follow", "evaluate each checkpoint of a run, from beside it"),
-    "plan": Command("plan", "whether a run fits, divides, and how long it takes, before the queue"),
-    "doctor": Command("doctor", "whether what a run needs is on this node, or these, and sound"),
-    "runs": Command("runs", "where a run stands, and where its time went"),
+    "follow": Command("follow", "evaluate each checkpoint of a run from a separate job"),
+    "plan": Command(
+        "plan", "check that a run fits and divides, and estimate its time, before queueing it"
+    ),
+    "doctor": Command("doctor", "check one node, or several, for what a run needs"),
+    "runs": Command("runs", "show a run's progress and where its time went"),
     "track": Command("track", "show a run in Weights & Biases, MLflow or trackio"),
     "shards": Command("shards", "make, index and check shards of images"),
     "checkpoint": Command("checkpoint", "list, show, verify, diff and prune checkpoints"),
-    "export": Command("export", "write a run's weights to a file that others read"),
-    "convert": Command("convert", "turn weights of one family into those of another"),
+    "export": Command("export", "write a run's weights for other programs"),
+    "convert": Command("convert", "convert weights between families"),
     "embed": Command("evaluation.embed", "write the features of images to a table"),
-    "probes": Command("evaluation.probes", "tell what the features know, in minutes"),
+    "probes": Command(
+        "evaluation.probes", "judge features by k-NN, logistic regression and few labels"
+    ),
     "visualize": Command(
         "evaluation.visualize", "draw reconstructions, attention, features and filters"
     ),
     "robustness": Command(
         "evaluation.robustness", "judge a classifier on other sets and corrupted images"
     ),
-    "replay": Command("replay", "run a step that went bad again, on one process"),
+    "replay": Command("replay", "rerun a bad step on one process"),
     "analyze-teacher": Command(
-        "evaluation.analyze_teacher", "see what the teacher does to the gradients"
+        "evaluation.analyze_teacher", "analyse what the teacher does to the gradients"
     ),
     "compare": Command(
         "evaluation.compare", "train objectives by one recipe and judge them side by side"
     ),
     "recipe": Command("recipe", "list the shipped recipes, or print one with all its settings"),
     "slurm-templates": Command("slurm_templates", "copy the templates of SLURM jobs to a folder"),
-    "slurm-job": Command("slurm_job", "what the templates ask; a job submitted if it can run"),
+    "slurm-job": Command(
+        "slurm_job", "what the SLURM templates call; submit a job once it is checked"
+    ),
 }
 
 WRONG_INPUT = 2  # exit status
@@ -98,7 +104,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "rcmae COMMAND --help tells the arguments of one; rcmae --version the version.",
+            "rcmae COMMAND --help shows a command's arguments; rcmae --version prints the version.",
         ]
     )
 

@@ -31,7 +31,7 @@ _timeout = datetime.timedelta(seconds=USUAL_TIMEOUT_S)
 
 
 class Unreachable(RuntimeError):
-    """This rank cannot join the others; says whom it tried and what to look at."""
+    """This rank cannot join the others; names the address and what to check."""
 
 
 def rank() -> int:
@@ -63,7 +63,7 @@ def device() -> torch.device:
     """This rank's accelerator, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # srun can show each task only its own GPU: then the local rank is no index
+    # srun can show each task only its own GPU: then the local rank is not an index
     return torch.device("cuda", launched().local_rank % torch.cuda.device_count())
 
 

@@ -15,7 +15,7 @@ class Refused(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The way out of a name that nobody has: the one that is near, else all there are."""
+    """A hint for an unknown name: a similar one, else all known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

@@ -48,13 +48,13 @@ def patiently(read: Callable[[], _T], forget: Callable[[], object] = lambda: Non
 
 @contextmanager
 def aside(path: Path, *, durable: bool = True, private: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` when the block ends; not if it raises.
+    """A file to write, which replaces `path` when the block ends; not if it raises.
 
     Args:
         path: its folder exists.
         durable: flush the file and its folder to disk before returning, so that not even a power
             loss brings back the old one. False for what can be made again.
-        private: nobody but its owner may read it (mode 0600).
+        private: only its owner may read it (mode 0600).
 
     Raises:
         OSError: it cannot be written; `path` is as it was.
@@ -84,7 +84,7 @@ def _for_owner(path: str, flags: int) -> int:
 def write_aside(
     path: Path, content: str | bytes, *, durable: bool = True, private: bool = False
 ) -> None:
-    """Put content in the place of a file, whole or not at all. Arguments and errors of `aside`."""
+    """Replace a file's content, whole or not at all. Arguments and errors of `aside`."""
     with aside(path, durable=durable, private=private) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -113,8 +113,8 @@ def shipped(name: str) -> Path:
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, in order; none where there is no file.
 
-    Left out: a last line without its end, and lines that are no JSON object (torn by a full disk, a
-    kill or a power loss).
+    Left out: a last line without its end, and lines that are not JSON objects (torn by a full disk,
+    a kill or a power loss).
 
     Raises:
         OSError: the file is there and cannot be read.
@@ -169,7 +169,7 @@ class Lines:
     """A file that grows by whole lines. What its disk does not take waits in memory, and goes with
     the next line: a full disk is never a reason to stop. One process writes.
 
-    A file that somebody deleted is begun anew; one that was replaced is another job's, and left.
+    A file that somebody deleted is started again; one that was replaced is another job's, and left.
 
     Args:
         path: the file; made with its folder if it is not there.
@@ -199,7 +199,7 @@ class Lines:
                 self._file.close()
                 self._file = self._open()
             self._write_waiting()
-            self.problem = f"{self.path} was deleted, and is begun anew" if is_gone else None
+            self.problem = f"{self.path} was deleted, and is started again" if is_gone else None
         except OSError as error:
             self.problem = f"{self.path}: {error.strerror or error}"
 

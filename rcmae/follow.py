@@ -1,13 +1,13 @@
-"""Evaluate a run from beside it: each checkpoint, once, as it is committed, until the run is
-finished, as its task does: k-NN of a pretraining, scores of a classifier.
+"""Evaluate each checkpoint of a run once, as it is committed, from a separate job, until the run
+is finished: k-NN for a pretraining, scores for a classifier.
 
     python -m rcmae.follow RUN_DIR evaluate.train_shards=... evaluate.test_shards=... [key=value]
 
-The training does not wait and need not be told: the recipe is the run's own, with the keys given
-here over it, and the weights come from its checkpoints, read-only. Answers go to
-RUN_DIR/evaluations: `events.jsonl` has one line a checkpoint, TensorBoard the curves; what is there
-already is not done again, so a side-car may be stopped, killed and requeued as it comes. Under a
-launcher the images are shared out among the ranks, each with the whole networks.
+The training is not involved: the recipe is the run's own, with the keys given here set over it, and
+the weights are read from its checkpoints. Results go to RUN_DIR/evaluations: `events.jsonl` has one
+line per checkpoint, TensorBoard the curves. Checkpoints that have a result are skipped, so a
+follower may be stopped, killed and requeued at any time. Under a launcher the ranks share the
+images; each holds the whole networks.
 
 Exit status: 0 the run is finished and all its checkpoints are evaluated; 75 it is not: run this
 again (asked to stop, or the run has given no sign of life for --patience-s); 2 the input is wrong;
@@ -118,7 +118,7 @@ class Watch:
 
 
 def evaluated(folder: Path) -> int:
-    """The last step that a side-car of this run has evaluated, 0 before the first."""
+    """The last step that a follower of this run has evaluated, 0 before the first."""
     events = events_of(folder / FOLDER, "evaluate")
     return max((event["step"] for event in events), default=0)
 
@@ -216,9 +216,9 @@ def follow(asked: Asked, stop: preempt.StopRequest) -> int:
     Collective: every rank calls. Rank 0 alone looks into the run's folder.
 
     Raises:
-        Refused: on every rank; the recipe, the shards or another side-car of this run stand
+        Refused: on every rank; the recipe, the shards or another follower of this run stand
             against it.
-        LeaseLost: on every rank; another side-car took over.
+        LeaseLost: on every rank; another follower took over.
     """
     folder = asked.run
     first = dist.rank() == 0
@@ -278,7 +278,7 @@ def _hold(recipe: Recipe) -> Lease | None:
     """The lease of the evaluations, on rank 0. Collective: every rank calls.
 
     Raises:
-        Refused: on every rank; another side-car evaluates this run, or the folder cannot be
+        Refused: on every rank; another follower evaluates this run, or the folder cannot be
             written.
     """
     lease = None
@@ -294,7 +294,7 @@ def _hold(recipe: Recipe) -> Lease | None:
                 say=lambda text: print(text, flush=True),
             )
         except (LeaseHeld, OSError) as error:
-            problem = f"another side-car evaluates {folder}: {error}"
+            problem = f"another follower evaluates {folder}: {error}"
     dist.together(dist.from_first(problem))
     return lease
 
@@ -316,7 +316,7 @@ class SideCar:
         """Evaluate until there is nothing more to come; the exit status.
 
         Raises:
-            LeaseLost: on every rank; another side-car took over.
+            LeaseLost: on every rank; another follower took over.
         """
         log = self.log
         watch = self.watch
@@ -332,7 +332,7 @@ class SideCar:
                 log.say(f"the run is finished, and evaluated up to step {watch.last_step}")
                 return preempt.FINISHED
             if found == "silent":
-                log.say(f"no sign of life of the run; evaluated up to step {watch.last_step}")
+                log.say(f"the run gives no sign of life; evaluated up to step {watch.last_step}")
                 return preempt.STOPPED
             if found == "wait":
                 time.sleep(poll_s)
@@ -360,7 +360,7 @@ class SideCar:
             return
         if dist.agree(self.lease is not None and self.lease.lost):
             raise LeaseLost(
-                f"another side-car took the evaluation of {self.recipe.run_dir} over; this one "
+                f"another follower took the evaluation of {self.recipe.run_dir} over; this one "
                 "stops"
             )
         self.log.event("evaluate", step=step, **found.event, seconds=time.monotonic() - begin)
@@ -406,7 +406,7 @@ class SideCar:
         if not path.exists():
             gone = "; it was pruned meanwhile, checkpoint.keep and keep_every keep more"
         self.log.event("passed_over", step=step, reason=told[0])
-        self.log.say(f"step {step} is left out: {told[0]}{gone}")
+        self.log.say(f"step {step} is skipped: {told[0]}{gone}")
         return None
 
 

@@ -1,4 +1,4 @@
-"""A training started from Python: a notebook, or a program of one's own.
+"""Start a training from Python: from a notebook or your own program.
 
     import rcmae
 
@@ -6,8 +6,8 @@
     run.metrics["loss"]  # while it trains
     run.wait()  # 0: finished
 
-The training is a process of its own, the one that `rcmae train` would be: it does not end with the
-notebook's kernel, a mistake in a cell does not touch it, and it resumes by the same call.
+The training runs in its own process, as under `rcmae train`: it outlives the notebook's kernel, an
+error in a cell does not affect it, and the same call resumes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train. READ FIRST: `fit` is the whole method on one screen, with every collective in sight.
+"""Train. READ FIRST: `fit` shows the whole method on one screen, with every collective.
 
     python -m rcmae.train RECIPE.yaml [key=value ...]     one process
     deepspeed --module rcmae.train RECIPE.yaml ...        or torchrun -m rcmae.train, or srun
@@ -43,7 +43,7 @@ def fit(run: Run) -> str | None:
         NonFiniteLoss: on every rank, before the update, if any rank's loss or gradient is not
             finite (or the loss jumped) and guard.action or its limits say stop.
         DataUnreadable: on every rank, if any cannot read its samples.
-        LeaseLost: on every rank; another job took the run over.
+        LeaseLost: on every rank; another job took over the run.
     """
     parts, progress, schedule = run.parts, run.parts.progress, run.parts.schedule
     engine, objective = run.parts.engine, run.parts.objective

@@ -237,9 +237,9 @@ def test_what_cannot_be_analysed_is_refused(
     (tmp_path / "mae").mkdir()
     (tmp_path / "mae" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for arguments, why in (
-        ([str(tmp_path / "nothing")], "is no run's folder"),
-        ([str(tmp_path / "mae")], "has no consistency with a teacher's pixels"),
-        ([str(uninterrupted.path), "--pairs", "1"], "--pairs want 2 or more"),
+        ([str(tmp_path / "nothing")], "is not a run's folder"),
+        ([str(tmp_path / "mae")], "has no consistency term on a teacher's pixels"),
+        ([str(uninterrupted.path), "--pairs", "1"], "--pairs must be at least 2"),
         ([str(uninterrupted.path), "--shards", str(tmp_path / "gone.tar")], "gone.tar"),
     ):
         assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 2

@@ -40,7 +40,7 @@ def test_rand_augment_is_keyed_by_position_and_every_magnitude_works() -> None:
 
 
 def test_unknown_policies_are_refused() -> None:
-    with pytest.raises(ValueError, match="no policy that timm knows"):
+    with pytest.raises(ValueError, match="not a policy that timm knows"):
         AugmentTransform(TrainTransform((32, 32)), "augmix-m3", (0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="works on 3 channels"):
         AugmentTransform(TrainTransform((32, 32), in_channels=1), "rand-m9", (0.5,))

@@ -1,4 +1,4 @@
-"""Damage of every kind: a run goes on or stops as it was told, and the tool names, counts and
+"""Damage of every kind: a run continues or stops as configured, and the tool names, counts and
 mends it.
 """
 
@@ -151,7 +151,7 @@ def test_verify_names_what_is_wrong_and_repair_leaves_it_out(damaged, tmp_path, 
         "only 7 of the 3876 bytes of 0_20.jpg are there",
         "the tar breaks off: ends within '0_20.jpg'",
         "its index names 40 samples: 19 of them were not found, and 0 were that it does not name;"
-        f" get the tar anew, or run rcmae shards index {index.shards[0].path} --rebuild",
+        f" get the tar again, or run rcmae shards index {index.shards[0].path} --rebuild",
     ]
     assert (
         told["samples"]
@@ -366,7 +366,7 @@ def test_report_tells_what_the_index_says(photo_shards, capsys):
         (["verify", "none.tar"], "No such file"),
         (["repair", "none.tar"], "give --out"),
         (["verify", "x.tar", "--ledger", "."], "--ledger belongs to report"),
-        (["report", "--ledger", "none"], "is no run's events.jsonl"),
+        (["report", "--ledger", "none"], "is not a run's events.jsonl"),
         (["report"], "no shards are named"),
     ],
 )

@@ -1,5 +1,5 @@
-"""A checkpoint is committed or never was: whatever is broken, the run goes on from the newest
-that is whole.
+"""A checkpoint is committed or never was: whatever is broken, the run resumes from the newest
+complete one.
 """
 
 from __future__ import annotations
@@ -602,7 +602,7 @@ def test_a_folder_that_turns_read_only_loses_nothing_and_is_named(
     for text in (
         f"{run.checkpoints}/.writing-step-",
         "Permission denied",
-        "mend the folder",
+        "fix the folder",
         "start the same command",
     ):
         assert text in said
@@ -813,13 +813,13 @@ def test_a_writer_that_was_passed_over_takes_nothing_from_the_one_that_came_afte
     before = files(root)
 
     def passed_over() -> None:
-        raise LeaseLost("job 18 took this run over from step 6")
+        raise LeaseLost("job 18 took over this run from step 6")
 
     disturb(engine)
     for asked in (passed_over, lambda: None):  # lost for good, or paused right after it asked
         earlier = checkpoint.Saver(root, keep=2, generation=1, background=False, check_lease=asked)
         with pytest.raises(
-            (LeaseLost, checkpoint.CheckpointError), match=r"took this run|another valid"
+            (LeaseLost, checkpoint.CheckpointError), match=r"took over this run|another valid"
         ):
             earlier.save(engine, step=7, images=224, meta=META)
         assert files(root) == before

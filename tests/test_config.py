@@ -81,11 +81,11 @@ def refused(path, *overrides):
         ),
         (
             "objective.feature_weight=2",
-            "objective.feature_weight is of bootmae, and without effect in rcmae; leave it out",
+            "objective.feature_weight belongs to bootmae, and has no effect with rcmae; remove it",
         ),
         (
             "objective.class_smoothing=0.1",
-            "objective.class_smoothing is of supmae and the term class, and without effect in",
+            "objective.class_smoothing belongs to supmae and the term class, and has no effect",
         ),
         (
             "objective={terms: {class: 1}, class_temperatur: 3}",
@@ -143,7 +143,7 @@ def test_unknown_keys_and_wrong_types_are_named_with_the_way_out(recipe, wrong, 
         ("data.std=[1.0, 0.0, 1.0]", "data.std: values must be above 0"),
         (
             "data.crop_scale=[0.5, 0.2]",
-            "data.crop_scale: wants 0 < low <= high <= 1, got [0.5, 0.2]",
+            "data.crop_scale: needs 0 < low <= high <= 1, got [0.5, 0.2]",
         ),
         (
             "evaluate.every_steps=5",
@@ -157,7 +157,7 @@ def test_unknown_keys_and_wrong_types_are_named_with_the_way_out(recipe, wrong, 
             "engine.config=zero2.json",
             "engine.config=zero2.json is DeepSpeed's, but engine.name=local",
         ),
-        ("{engine}", "'{engine}' is no key=value"),
+        ("{engine}", "'{engine}' is not of the form key=value"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(recipe, wrong, line):
@@ -201,7 +201,7 @@ def test_every_problem_is_in_the_one_message(recipe):
     path = recipe(objective={"mask_ration": 0.5}, batch={"images": "many"}, nothing=1)
     lines = refused(path, "log.every_step=2", "plain", "run.seed=[", "engine.precision=fp8")
     assert [line.split(":")[0].split(";")[0] for line in sorted(lines)] == [
-        "'plain' is no key=value",
+        "'plain' is not of the form key=value",
         "'run.seed=['",
         "batch.images",
         "engine.precision",
@@ -512,7 +512,7 @@ def test_a_shipped_recipe_resolves_on_the_hardware_of_its_header(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_command_in_a_recipes_header_runs_that_recipe(name):
     command = header(name)["Command"]
-    module = re.search(r"rcmae[. ](train|finetune|probe|segment)\b", command)
+    module = re.search(r"rcmae[. ](train|finetune|probe|segment|detect)\b", command)
     if module is None:  # a script that runs it
         assert (config.RECIPES.parent.parent / command.split()[0].strip(",;")).is_file()
         return
@@ -635,7 +635,7 @@ def test_a_mistyped_recipe_is_told_the_near_ones():
         config.load("quickstrat")
     with pytest.raises(Refused, match="'rcmae_vit_b_16'"):
         config.load("rcmae_vit_b16")
-    with pytest.raises(Refused, match="the shipped ones are"):
+    with pytest.raises(Refused, match="shipped recipes are"):
         config.load("nothing-like-it.yaml")
 
 

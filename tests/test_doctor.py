@@ -295,7 +295,7 @@ def test_shards_that_are_missing_compressed_or_cut(
     assert "photo-000005.tar: No such file" in red
     (tmp_path / "photo-000003.tar").unlink()
     shards = f"data.shards=[{tmp_path}/photo-000000.tar,{tmp_path}/photo-000004.tar]"
-    assert "photo-000004.tar: is no complete tar" in of(
+    assert "photo-000004.tar: is not a complete tar" in of(
         examined(tiny, f"run.dir={tmp_path}/run", shards)[1], "red"
     )
 

@@ -32,7 +32,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(5):
             pixels = draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    (folder / "dogs" / "broken.jpg").write_bytes(b"\xff\xd8 this is no picture")
+    (folder / "dogs" / "broken.jpg").write_bytes(b"\xff\xd8 this is not a picture")
     return folder
 
 

@@ -239,7 +239,7 @@ def test_a_folder_that_is_deleted_while_the_run_trains_is_begun_anew_and_saved_i
     lease = "run.lease_timeout_s=0.6"
     assert start(tiny, folder.path, RARELY, lease, "run.stop_after_steps=12") == 75
     assert folder.steps() == [10, 11, 12]
-    assert "metrics.jsonl was deleted, and is begun anew" in capsys.readouterr().out
+    assert "metrics.jsonl was deleted, and is started again" in capsys.readouterr().out
     assert folder.committed()[-1] == 12
     assert folder.outcome()["status"] == "stopped"
     monkeypatch.undo()

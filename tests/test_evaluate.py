@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_said_all_at_once():
         ValueError, match=r"k=\[0, 11\].*between 1 and 10.*9 labels for 10.*temperature=0"
     ):
         votes(train, labels[:9], train, k=[0, 11], num_classes=3, temperature=0.0)
-    with pytest.raises(ValueError, match=r"labels from 0 to 2; wanted 0 to 1"):
+    with pytest.raises(ValueError, match=r"labels from 0 to 2; expected 0 to 1"):
         votes(train, labels, train, k=[1], num_classes=2)
     with pytest.raises(ValueError, match=r"shapes \[10, 4\] and \[10, 3\]"):
         votes(train, labels, train[:, :3], k=[1], num_classes=3)

@@ -456,9 +456,9 @@ def flatten(state: dict[str, Any]) -> None:
         (add, r"model has unknown head\.weight"),
         (widen, r"model has blocks\.0\.mlp\.fc2\.weight 48x191 instead of 48x192"),
         (skip, r"lacks blocks\.1\.norm1\.weight.* and 7 more; model has unknown blocks\.3\."),
-        (claim, r"no dense tensors of floats, such as norm\.weight"),
-        (count, r"no dense tensors of floats, such as norm\.weight"),
-        (speak, r"no dense tensors of floats, such as norm\.weight"),
+        (claim, r"not dense tensors of floats, such as norm\.weight"),
+        (count, r"not dense tensors of floats, such as norm\.weight"),
+        (speak, r"not dense tensors of floats, such as norm\.weight"),
         (
             empty,
             r"it has no patch_embed\.proj\.weight: no masked autoencoder, nor the encoder of one",

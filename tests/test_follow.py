@@ -1,4 +1,4 @@
-"""A side-car gives each checkpoint the k-NN that the training itself would, once, whatever
+"""A follower gives each checkpoint the k-NN that the training itself would, once, whatever
 happens to it.
 """
 
@@ -60,7 +60,7 @@ def followed(run: Folder, *arguments: str) -> int:
 
 
 def answers(run: Folder) -> dict[int, dict[str, dict[str, float]]]:
-    """What the side-car says of each step; an error where it says it twice."""
+    """What the follower says of each step; an error where it says it twice."""
     events = Folder(run.path / follow.FOLDER).events("evaluate")
     steps = [event["step"] for event in events]
     assert steps == sorted(set(steps))
@@ -161,7 +161,7 @@ def test_what_cannot_be_read_or_does_not_count_is_passed_over(run: Folder) -> No
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     lease = json.loads((run.path / "leases" / "00000001.json").read_text())
-    later = {**lease, "generation": 2, "from_step": 8}  # another job took the run over at step 8
+    later = {**lease, "generation": 2, "from_step": 8}  # another job took over the run at step 8
     (run.path / "leases" / "00000002.json").write_text(json.dumps(later))
     assert followed(run) == 0
     assert list(answers(run)) == [8]
@@ -177,7 +177,7 @@ def test_one_side_car_at_a_time(
     first = ranks("-m", "rcmae.follow", str(run.path), "--poll-s=0.1", world=1)
     wait_for(lambda: len(answers(run)) == 3, lambda: first.processes[0].poll() is None)
     assert followed(run, "run.lease_wait_s=0.2") == preempt.REFUSED
-    assert f"another side-car evaluates {run.path}" in capsys.readouterr().err
+    assert f"another follower evaluates {run.path}" in capsys.readouterr().err
     first.processes[0].terminate()
     assert first.wait() == [preempt.STOPPED]
 

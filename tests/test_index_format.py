@@ -228,8 +228,8 @@ def test_a_shard_that_was_written_again_is_stale_and_named_with_the_way_out(fold
         pytest.fail("the shard is to be the newer file")
     with pytest.raises(
         Refused,
-        match=r"x-0\.tar: was written after it was indexed, and 6 of its 6 samples lie elsewhere "
-        r"or have other labels; run rcmae shards index .*x-0\.tar --rebuild",
+        match=r"x-0\.tar: was written after it was indexed, and 6 of its 6 samples lie at other "
+        r"offsets or have other labels; run rcmae shards index .*x-0\.tar --rebuild",
     ):
         ShardIndex.open(pattern(folder))
     rewritten = refresh(folder, [f"{folder}/x-0.tar", f"{folder}/x-1.tar"])
@@ -260,7 +260,7 @@ def test_the_newer_of_two_indexes_is_used_and_said(folder, tmp_path_factory, cap
     index = ShardIndex.open(pattern(folder), cache=run)
     assert index.labels.tolist()[:6] == [1, 2, 3, 4, 5, 6]
     (said,) = caplog.messages
-    assert f"x-0.tar: the index in {run} says otherwise than the newer one in {folder}" in said
+    assert f"x-0.tar: the index in {run} differs from the newer one in {folder}" in said
 
 
 def test_an_image_is_read_only_behind_the_header_that_was_indexed(folder):

@@ -82,10 +82,10 @@ def test_a_launcher_says_which_rank_this_is(
         ("RANK=0 WORLD_SIZE=2", "not MASTER_ADDR, MASTER_PORT"),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a", "not MASTER_PORT"),
         ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=2 and WORLD_SIZE=2"),
-        ("RANK=x WORLD_SIZE=1", "RANK='x' is no number"),
+        ("RANK=x WORLD_SIZE=1", "RANK='x' is not a number"),
         (f"RANK=0 WORLD_SIZE=1 {MPIRUN}", "WORLD_SIZE=1, but OMPI_COMM_WORLD_SIZE=2"),
         ("SLURM_STEP_NUM_TASKS=2", "SLURM_PROCID is not set"),
-        ("SLURM_STEP_NUM_TASKS=two SLURM_PROCID=0", "SLURM_STEP_NUM_TASKS='two' is no number"),
+        ("SLURM_STEP_NUM_TASKS=two SLURM_PROCID=0", "SLURM_STEP_NUM_TASKS='two' is not a number"),
         ("PMI_RANK=1 PMI_SIZE=2", "PMI_SIZE=2 is set but not MPI_LOCALRANKID or PMI_LOCAL_RANK"),
         ("PMIX_RANK=1 PMIX_NAMESPACE=x", "PMIX_RANK=1 says that a launcher started this process"),
         ("PALS_RANKID=1", "PALS_RANKID=1 says"),
@@ -128,7 +128,7 @@ def test_steps_of_a_job_meet_at_ports_of_their_own(monkeypatch: pytest.MonkeyPat
 def test_a_port_is_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
     for port in ("0", "99999"):
         found = under(monkeypatch, f"{TORCHRUN} MASTER_PORT={port}")
-        with pytest.raises(Refused, match=f"MASTER_PORT={port} is no port"):
+        with pytest.raises(Refused, match=f"MASTER_PORT={port} is not a port"):
             launchers.ports(found)
     monkeypatch.setenv("MASTER_PORT", "")
     assert len(launchers.ports(found)) > 1

@@ -91,7 +91,7 @@ def test_a_job_that_was_started_again_takes_the_run_from_its_earlier_start(
     later = take(tmp_path, timeout_s=0.9, wait_s=0.0, step=40)
     assert exit_status(tmp_path, 1) == 1
     assert (later.generation, later.holder.restart, later.holder.from_step) == (2, 1, 40)
-    with pytest.raises(LeaseLost, match=r"job 17, .* took this run over from step 40"):
+    with pytest.raises(LeaseLost, match=r"job 17, .* took over this run from step 40"):
         earlier.check()
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     # its srun would end the later start's step
@@ -109,7 +109,8 @@ def test_a_holder_that_was_passed_over_notices_and_stops(tmp_path: Path) -> None
     held.check()
     foreign(tmp_path, generation=2, from_step=40)
     with pytest.raises(
-        LeaseLost, match=r"job 17, process 1 on elsewhere \(generation 2\) took .* from step 40"
+        LeaseLost,
+        match=r"job 17, process 1 on elsewhere \(start 2 of the run\) took .* from step 40",
     ):
         held.check()
     deadline = time.monotonic() + 10
@@ -219,7 +220,7 @@ def test_a_lease_that_cannot_be_read_for_a_moment_ends_neither_the_beat_nor_the_
     deadline = time.monotonic() + 10
     while not held.lost and time.monotonic() < deadline:
         time.sleep(0.01)
-    with pytest.raises(LeaseLost, match=r"another job \(generation 2\) took this run over"):
+    with pytest.raises(LeaseLost, match=r"another job \(start 2 of the run\) took over this run"):
         held.check()
 
 
@@ -264,7 +265,7 @@ def test_a_folder_that_was_deleted_is_taken_again_unless_another_job_has_it(tmp_
     shutil.rmtree(run)
     other = take(run, timeout_s=60)
     assert other.generation == held.generation
-    with pytest.raises(LeaseLost, match=r"its folder was deleted, process .* took this run over"):
+    with pytest.raises(LeaseLost, match=r"its folder was deleted, process .* took over this run"):
         held.check()
     assert not held.holds()
     other.check()
@@ -309,7 +310,8 @@ def test_of_two_trainings_on_one_folder_exactly_one_commits(tiny: Path, tmp_path
         assert [process.wait(timeout=120) for process in ((one, other)[refused], went)] == [2, 75]
     said = logs[refused].read_text()
     assert re.search(
-        rf"is being trained by process {went.pid} on \S+ \(generation 1\), which is alive", said
+        rf"is being trained by process {went.pid} on \S+ \(start 1 of the run\), which is alive",
+        said,
     ), said
     assert "use another run.dir" in said
     assert {
@@ -340,13 +342,13 @@ def test_a_holder_paused_between_its_last_check_and_its_rename_changes_nothing_t
         paused.send_signal(signal.SIGCONT)
         assert paused.wait(timeout=120) == 1
     said = (tmp_path / "log").read_text()
-    assert "took this run over from step 5; this job stops and writes nothing more" in said
+    assert "took over this run from step 5; this job stops and writes nothing more" in said
     assert "Free space" not in said.splitlines()[-1]  # the wrong way out
     assert (run.checkpoints / "step-00000010" / "manifest.json").exists()  # it did rename, and ...
     newest, passed_over = checkpoint.newest(run.checkpoints)
     assert newest is not None
     assert newest.step == 5  # ... nobody reads it
-    assert "its writer, generation 1, had lost the run" in passed_over[0]
+    assert "its writer, start 1 of the run, had lost the run" in passed_over[0]
     assert (run.checkpoints / "LATEST").read_text() == "step-00000005\n"
     assert not (run.path / "outcome.json").exists()
 

@@ -150,7 +150,7 @@ def test_two_sets_share_a_folder_its_index_and_its_classes(images, tmp_path):
     index = ShardIndex.load(out)
     assert [shard.name for shard in index.shards] == ["train-000000", "val-000000"]
     assert set(ShardIndex.open(f"{out}/val-*.tar").labels.tolist()) == {0, 2}
-    with pytest.raises(ValueError, match="no known class: cat dog"):
+    with pytest.raises(ValueError, match="not known classes: cat dog"):
         make_shards(images, out, name="other", classes=["ant"])
 
 
@@ -231,7 +231,7 @@ def test_a_list_names_images_and_classes(images, tmp_path):
     assert report.classes == []
     assert sorted(label for label, _ in contents_of(tmp_path / "numbered")) == list(range(8))
     for text, reason in (
-        ("name\nx", "wants a first line with the columns path"),
+        ("name\nx", "needs a first line with the columns path"),
         ("path\nnone.jpg", r"names 1 files that are not there: none.jpg \(line 2\)"),
         ("path,label\n,1\nant/ant.1.jpg,1\n,2", "has 2 lines with an empty path: line 2, 4"),
         ("path,label\nant/ant.0.jpg,1\nant/ant.1.jpg,", "no label for 1 of 2 images"),
@@ -306,11 +306,13 @@ def test_a_job_that_was_killed_goes_on_and_gives_the_same_bytes(images, tmp_path
     monkeypatch.undo()
     assert not (out / "index.json").exists()
     with pytest.raises(
-        ValueError, match=r"has 2 shards .* did not end, --size=64 instead of --size=32; the com"
+        ValueError,
+        match=r"has 2 shards .* an unfinished job, --size=64 instead of --size=32; that job",
     ):
         make_shards(images, out, samples=4, size=32)
     with pytest.raises(
-        ValueError, match=r"did not end, with other images, with other classes, --size=64 instead"
+        ValueError,
+        match=r"an unfinished job, with other images, with other classes, --size=64 instead",
     ):
         make_shards(images / "ant", out, samples=4)
     before = {path: os.stat(path).st_mtime_ns for path in written}
@@ -395,7 +397,7 @@ def test_a_job_that_is_killed_or_stopped_leaves_no_process_behind(many, tmp_path
         _, said = job.communicate(timeout=20)  # it would wait for workers: they have the pipe
     if how == signal.SIGINT:
         assert job.returncode == 130
-        assert said == "stopped; the same command goes on\n"
+        assert said == "stopped; run the same command again to resume\n"
     count = len(list(out.glob("*.tar")))
     assert count < 500
     time.sleep(0.5)
@@ -442,7 +444,7 @@ def test_anyones_tars_get_an_index_that_training_finds(images, tmp_path, capsys)
     told = capsys.readouterr().out
     assert "8 samples in 2 shards (2 read now)" in told
     assert "2 samples have no label" in told
-    assert "2 samples have a .cls that is no number" in told
+    assert "2 samples have a .cls that is not a class number" in told
 
     assert command.index([f"{folder}/x-*.tar", "--jobs", "2", "--json"]) == 0
     (facts,) = json.loads(capsys.readouterr().out)["indexes"]
@@ -470,7 +472,7 @@ def test_an_unusable_shard_leaves_the_index_as_it_was(images, tmp_path, capsys):
     before = contents(out)
     (out / "bad.tar").write_bytes((out / "train-000000.tar").read_bytes()[:5000])
     assert command.index([f"{out}/*.tar", "--jobs", "1"]) == 2
-    assert "bad.tar: is no complete tar" in capsys.readouterr().err
+    assert "bad.tar: is not a complete tar" in capsys.readouterr().err
     (out / "bad.tar").unlink()
     assert contents(out) == before
     (out / "index.json").write_text((out / "index.json").read_text()[:-50])

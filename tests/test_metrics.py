@@ -31,7 +31,7 @@ from runs import Folder, start
 
 def rows_of(path: Path) -> list[dict]:
     def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
@@ -179,7 +179,7 @@ def test_a_full_disk_keeps_lines_waiting_and_is_told_once(tmp_path, monkeypatch)
     assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert len(rows_of(tmp_path / "events.jsonl")) == 4
     said = out.getvalue()
-    assert said.count("metrics.jsonl: No space left on device; its lines wait") == 1
+    assert said.count("metrics.jsonl: No space left on device; its lines are kept") == 1
     assert said.count("metrics.jsonl is written again") == 1
 
 
@@ -209,7 +209,7 @@ def test_a_file_that_was_deleted_is_begun_anew_and_one_that_was_replaced_is_not(
     lines.write('{"step": 1}')
     shutil.rmtree(path.parent)
     lines.write('{"step": 2}')
-    assert lines.problem == f"{path} was deleted, and is begun anew"
+    assert lines.problem == f"{path} was deleted, and is started again"
     lines.write('{"step": 3}')
     assert lines.problem is None
     assert [row["step"] for row in rows_of(path)] == [2, 3]
@@ -346,7 +346,7 @@ def test_the_meter_counts_images_waits_and_leaves_out_what_is_not_training():
     assert seen["model_tflops"] == pytest.approx(seen["images_per_s"] * 1e9 / 2 / 1e12)
     assert 0.01 < seen["memory_peak_gib"] < 100
     assert "mfu" not in seen  # a CPU's peak is not known
-    assert meter.read()["images_per_s"] == 0  # started anew
+    assert meter.read()["images_per_s"] == 0  # restarted
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`data.images=FOLDER`: packed once, reused, and packed anew where the folder has changed."""
+"""`data.images=FOLDER`: packed once, reused, and packed again where the folder has changed."""
 
 from __future__ import annotations
 

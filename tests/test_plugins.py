@@ -130,7 +130,7 @@ def test_a_term_that_is_none_is_refused(inside: Path, tiny: Path, terms: str, sa
         ),
         (
             [NAME, "objective.norm_pix_loss=false"],
-            "objective.norm_pix_loss is of mae, rcmae, supmae and bootmae, and without effect",
+            "objective.norm_pix_loss belongs to mae, rcmae, supmae, ",
         ),
         (["objective.name=my_objectives:Absolut"], "has no 'Absolut'; did you mean 'Absolute'?"),
         (["objective.name=my_objective:Absolute"], "no module 'my_objective' on Python's path"),
@@ -157,7 +157,7 @@ def test_a_module_that_does_not_import_is_the_users(inside: Path, tiny: Path) ->
 
 def test_options_that_are_no_model_are_the_users(inside: Path, tiny: Path) -> None:
     (inside / "plain.py").write_text("class Plain:\n    Options = dict\n")
-    with pytest.raises(ValueError, match="plain:Plain: its Options are no pydantic model"):
+    with pytest.raises(ValueError, match="plain:Plain: its Options must be a pydantic model"):
         config.load(str(tiny), ["objective.name=plain:Plain"])
 
 

@@ -42,8 +42,8 @@ def judged(tiny: Path, folder: Path, asked: str, *ranks: Bf16) -> Verdict:
         ("auto", (WITHOUT,), "fp32", "neither AVX512-BF16 nor AMX"),
         ("auto", (WITH, WITH), "bf16", "the CPU has AVX512-BF16"),
         ("auto", (WITH, WITHOUT), "fp32", "neither AVX512-BF16 nor AMX on rank 1"),
-        ("fp32", (WITH,), "fp32", "as asked for"),
-        ("bf16", (WITHOUT,), "bf16", "as asked for"),
+        ("fp32", (WITH,), "fp32", "as requested"),
+        ("bf16", (WITHOUT,), "bf16", "as requested"),
     ],
 )
 def test_one_precision_for_all_ranks(

@@ -126,7 +126,7 @@ def test_check_prints_what_would_run_and_writes_nothing(
 ) -> None:
     assert start(tiny, folder.path, "--check") == 0
     shown = capsys.readouterr().out
-    assert "# This run can start; it starts anew." in shown
+    assert "# This run can start; it starts from scratch." in shown
     assert re.search(r"# time: about \S+ (ms|s|min): 20 steps of ", shown)
     assert "# total_steps: 20" in shown
     assert yaml.safe_load(shown)["run"]["dir"] == str(folder.path)

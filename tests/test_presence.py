@@ -60,7 +60,7 @@ def test_who_failed_first_is_told_by_the_others_and_its_failure_is_its_own(tmp_p
     told["second"] = ranks[1].explain(RuntimeError("Connection closed by peer"))
     first.join()
     assert not told["first"].of_a_peer
-    assert "this rank's own" in told["first"].message
+    assert "the failure is on this rank" in told["first"].message
     assert told["second"].of_a_peer
     assert "rank 2 on" in told["second"].message
     assert (
@@ -76,14 +76,14 @@ def test_where_rank_0_is_gone_the_next_speaks_and_a_rank_that_never_began_is_sai
     only = Presence(tmp_path, generation=4, rank=1, world=2, timeout_s=600.0, interval_s=0.1)
     loss = only.explain(RuntimeError("Connection reset by peer"))
     assert loss.speaks
-    assert "rank 0 silent, it never began" in loss.message
+    assert "rank 0 silent since its launch" in loss.message
 
 
 def test_beats_of_an_earlier_job_count_for_nothing(tmp_path: Path) -> None:
     Presence(tmp_path, generation=3, rank=1, world=2, timeout_s=600.0, interval_s=0.1)._stop()
     now = Presence(tmp_path, generation=4, rank=0, world=2, timeout_s=600.0, interval_s=0.1)
     assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["00000004"]
-    assert "rank 1 silent, it never began" in now.explain(RuntimeError("x")).message
+    assert "rank 1 silent since its launch" in now.explain(RuntimeError("x")).message
 
 
 def test_a_process_that_was_paused_itself_does_not_take_its_peers_for_dead(

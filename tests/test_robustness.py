@@ -125,16 +125,16 @@ def test_a_subset_alone_competes(classifier: Path, photo_shards: str) -> None:
     [
         (["--corruptions", "rain"], "unknown rain; known: all, noise"),
         (["--corruptions", "all", "--severities", "0-3"], "use some of 1 to 5"),
-        (["--corrupt", "b"], "no set is called so"),
-        (["--corruptions", "fog,snow", "--baselines", "one.yaml"], "fog: None; wanted is an error"),
+        (["--corrupt", "b"], "no set has that name"),
+        (["--corruptions", "fog,snow", "--baselines", "one.yaml"], "fog: None; expected an error"),
         (
             ["--corruptions", "snow", "--severities", "2", "--baselines", "one.yaml"],
             "1 numbers; one severity",
         ),
         (["--corruptions", "frost", "--frost", "."], "one.yaml"),
-        (["--sets", "x"], "'x' is no set"),
+        (["--sets", "x"], "'x' is not a set"),
         (["--sets", "a=x.tar", "a=y.tar"], "two sets are called a"),
-        (["--sets", "sets.yaml"], "classes shark are no numbers, and there are no class names"),
+        (["--sets", "sets.yaml"], "classes shark are not numbers, and there are no class names"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

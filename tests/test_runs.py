@@ -139,7 +139,7 @@ def test_where_a_run_stands(told_run: Path) -> None:
     assert told["undone_steps"] == 15
     assert told["starts_without_training"] == 1, "job 8 never came to a step"
     assert [job["how"] for job in told["jobs"]] == [
-        "ended without a word",
+        "ended without an event",
         "stopped, asked by SIGUSR1",
         "finished",
     ]
@@ -183,7 +183,10 @@ def test_a_silent_job_is_alive_until_its_beat_is_old(tmp_path: Path) -> None:
     assert told["hours_to_go"] == pytest.approx(80 / 3600)
     assert told["seconds"]["other"] == pytest.approx(20.0), "what no line tells of"
     told = status(tmp_path, now=1025 + 181.0)
-    assert (told["state"], told["jobs"][0]["ended"]) == ("not running: ended without a word", 1025)
+    assert (told["state"], told["jobs"][0]["ended"]) == (
+        "not running: ended without an event",
+        1025,
+    )
     (tmp_path / "recipe.yaml").write_text("run: {lease_timeout_s: 1000}")
     assert status(tmp_path, now=1025 + 181.0)["state"] == "training"
 

@@ -56,7 +56,7 @@ def test_secrets_are_not_shown(text: str) -> None:
         "class_token=False mask_token=1",
         "key: photo@2x",
         "`pipe:` commands",
-        "pipe:cat ... (x.tar): is no complete tar",
+        "pipe:cat ... (x.tar): is not a complete tar",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:

@@ -75,9 +75,7 @@ def test_classes_and_shards_of_two_sets_are_compared(halves, other, tmp_path):
     assert met(train, test._replace(classes=())) == ([], [])
     problems, warnings = met(train, opened("--test", other))
     assert warnings == []
-    assert problems[0].startswith(
-        "--train and --test: not of the same classes: label 1 is 'class 1'"
-    )
+    assert problems[0].startswith("--train and --test: different classes: label 1 is 'class 1'")
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in sorted(halves[0].glob("*.tar")):
@@ -114,7 +112,7 @@ def test_a_mixture_is_of_one_list_of_classes(halves, other):
     index = ShardIndex.open([f"{halves[0]}/*.tar", f"{other}/*.tar"])
     problems = class_problems([Labelled("data.shards", index, class_lists(index))])
     assert len(problems) == 1
-    assert problems[0].startswith("data.shards: not of the same classes")
+    assert problems[0].startswith("data.shards: different classes")
 
 
 def tuned(tiny, folder, name, **sections):
@@ -144,9 +142,7 @@ def test_a_classifier_is_not_judged_by_other_classes_or_its_own_images(
     more = {"data": {"shards": train}, "evaluate": {"every_steps": 2}, "classify": rule}
     recipe = tuned(tiny, tmp_path, name, **more)
     assert trained(recipe, run, f"evaluate.test_shards={other}/*.tar") == 2
-    assert (
-        "data.shards and evaluate.test_shards: not of the same classes" in capsys.readouterr().err
-    )
+    assert "data.shards and evaluate.test_shards: different classes" in capsys.readouterr().err
     assert trained(recipe, run, f"evaluate.test_shards={train}") == 2
     assert "evaluate.test_shards is data.shards: the same shards" in capsys.readouterr().err
     (tmp_path / "names").write_text("\n".join(reversed(NAMES)))
@@ -172,7 +168,7 @@ def test_neighbours_are_of_another_set_and_of_the_same_classes(
     tiny, halves, other, tmp_path, capsys
 ):
     sets = ["evaluate.every_steps=2", "evaluate.k=[1]", f"evaluate.train_shards={halves[0]}/*.tar"]
-    for test, told in ((halves[0], "is evaluate.train_shards"), (other, "not of the same classes")):
+    for test, told in ((halves[0], "is evaluate.train_shards"), (other, "different classes")):
         assert start(tiny, tmp_path / "run", *sets, f"evaluate.test_shards={test}/*.tar") == 2
         assert told in capsys.readouterr().err
     part = f"evaluate.test_shards={halves[0]}/photo-000001.tar"
@@ -182,7 +178,7 @@ def test_neighbours_are_of_another_set_and_of_the_same_classes(
 
 def test_probes_compare_their_sets(uninterrupted, halves, other, capsys):
     run = str(uninterrupted.path)
-    for test, told in ((halves[0], "--test is --train"), (other, "not of the same classes")):
+    for test, told in ((halves[0], "--test is --train"), (other, "different classes")):
         sets = ["--train", f"{halves[0]}/*.tar", "--test", f"{test}/*.tar"]
         assert probes_command.main([run, *sets]) == 2
         assert told in capsys.readouterr().err
@@ -191,7 +187,7 @@ def test_probes_compare_their_sets(uninterrupted, halves, other, capsys):
 def test_a_classifier_is_compared_with_the_sets_that_it_is_judged_on(halves, other):
     sets = [LabelledSet("a", [f"{halves[1]}/*.tar"]), LabelledSet("b", [f"{other}/*.tar"])]
     indexes = {each.name: ShardIndex.open(each.shards) for each in sets}
-    with pytest.raises(Refused, match="a and b: not of the same classes"):
+    with pytest.raises(Refused, match="a and b: different classes"):
         refuse_other_classes(sets, indexes, None)
     refuse_other_classes(sets[:1], indexes, None)
     mine = listed("names", *NAMES)

@@ -85,7 +85,7 @@ def test_every_unusable_pattern_and_shard_is_named_at_once(folder):
         ShardIndex.open(patterns)
     message = str(caught.value)
     for line in (
-        "none-*.tar: matches nothing",
+        "none-*.tar: matches no file",
         "train-000003.tar: No such file",
         "train-000004.tar: No such file",
         "empty.tar: is empty",
@@ -127,7 +127,7 @@ def test_every_file_that_is_no_whole_tar_of_images_is_named_at_once(folder):
     with pytest.raises(ValueError, match="cannot be used") as caught:
         ShardIndex.open(f"{folder}/*.tar")
     for place in ("header", "data", "between", "padding", "end"):
-        assert f"cut-{place}.tar: is no complete tar" in str(caught.value)
+        assert f"cut-{place}.tar: is not a complete tar" in str(caught.value)
     assert "words.tar: holds no image (its first members: a.txt)" in str(caught.value)
 
 

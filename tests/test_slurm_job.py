@@ -117,7 +117,7 @@ def test_a_recipe_that_fits_no_node_or_is_wrong_is_refused(
     for overrides, words in (
         (["batch.images=4100"], "use 4096 or 5120"),
         (["batch.imagse=4096", "data.shrads=x"], "did you mean 'images'"),
-        (["--deepspeed"], "'--deepspeed' is no key=value"),
+        (["--deepspeed"], "'--deepspeed' is not of the form key=value"),
     ):
         assert begin(run_dir, *overrides) == 2
         assert words in capsys.readouterr().err
@@ -217,7 +217,7 @@ def test_starts_without_progress_wait_longer_each_time_and_then_end(
     assert begin(run_dir) == end(run_dir, preempt.STOPPED) == 0
     assert answers(capsys)["again"] == "no"
     assert begin(run_dir) == 1  # and where SLURM starts it again itself, after lost nodes
-    assert "3 starts of this job in a row did not get beyond step 8" in capsys.readouterr().err
+    assert "3 restarts in a row without progress beyond step 8" in capsys.readouterr().err
     commit(run_dir, 9)
     assert begin(run_dir) == 0
     monkeypatch.setenv("SLURM_JOB_ID", "18")  # who submits anew means it
@@ -239,7 +239,7 @@ def test_a_start_that_another_of_its_job_has_replaced_asks_for_nothing(
     assert end(run_dir, preempt.STOPPED) == 0
     heard = capsys.readouterr()
     assert heard.out.split()[:2] == ["status=75", "again=no"]
-    assert "start 1 of this job goes on with the run: start 0 asks for nothing" in heard.err
+    assert "start 1 of this job has resumed the run: start 0 does nothing" in heard.err
 
 
 def test_steps_of_each_start_and_how_to_submit_are_told(
@@ -402,7 +402,7 @@ def test_a_wrong_sweep_is_refused_before_it_is_queued(
     assert words in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------- side-car
+# ----------------------------------------------------------------------------------------- follower
 
 
 def test_a_side_car_is_started_again_until_its_starts_come_to_nothing(

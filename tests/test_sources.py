@@ -1,4 +1,4 @@
-"""Shards from elsewhere: the same stream as from disk through whatever a server does, a cache
+"""Remote shards: the same stream as from disk through whatever a server does, a cache
 that keeps its limit.
 """
 
@@ -388,7 +388,7 @@ def test_bytes_that_are_not_those_of_the_index_are_never_used(folder, server, tm
     data[1000] ^= 1
     (server.folder / "photo-000000.tar").write_bytes(data)
     cache = cache_in(tmp_path / "cache")
-    with pytest.raises(SourceGone, match=r"its bytes are not those of the index \(SHA-256"):
+    with pytest.raises(SourceGone, match=r"its bytes differ from the index \(SHA-256"):
         cache.fetch(index.shards[0])
     assert not list(cache.folder.glob("*.tar"))
     assert cache.shards() == []
@@ -903,7 +903,7 @@ def test_shards_are_copied_ahead_of_the_reader(folder, server, tmp_path):
 def test_the_index_tool_reads_shards_from_elsewhere_once(folder, server, tmp_path, capsys):
     pattern = f"{server.url}/photo-{{000000..000004}}.tar"
     assert main([pattern, "--jobs", "1"]) == 2
-    assert "say with --out where its index is to be put" in capsys.readouterr().err
+    assert "give --out, the folder for its index" in capsys.readouterr().err
     assert main([pattern, "--jobs", "1", "--out", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["indexes"][0]["samples"] == SHARDS * SAMPLES
     assert main([pattern, "--jobs", "1", "--out", str(tmp_path)]) == 0

@@ -254,7 +254,7 @@ def test_ranks_and_micro_batches_that_do_not_divide_are_refused(index):
     with pytest.raises(ValueError, match=r"3 ranks must divide batch\.images=8"):
         stream_of(index, world=3)
     with pytest.raises(
-        ValueError, match=r"4 images a step and rank \(batch\.images=8\) are no multiple of 3"
+        ValueError, match=r"4 images a step and rank \(batch\.images=8\) are not a multiple of 3"
     ):
         stream_of(index, world=2, micro=3)
 
@@ -563,7 +563,7 @@ def test_an_unreadable_labelled_sample_is_left_out_and_told(damaged, caplog):
     assert sorted(numbers) == sorted(set(range(len(index))) - bad)
     assert {f"{entry.shard}/{entry.key}" for entry in told} == {index[number].id for number in bad}
     list(labelled_batches(index, CentreTransform((16, 16)), batch=8))
-    assert "left out of the evaluation: photo-000000/p0_2" in caplog.text
+    assert "skipped in the evaluation: photo-000000/p0_2" in caplog.text
 
 
 def test_samples_without_labels_cannot_be_evaluated(tmp_path):

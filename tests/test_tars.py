@@ -188,7 +188,7 @@ def test_a_header_that_leads_nowhere_is_refused_with_the_tars_name(tmp_path, nam
     follower = b"" if "sparse" in name else bytes(header("b.jpg")) + bytes(1024)
     path.write_bytes(bytes(good + HOSTILE[name]) + follower)
     begin = time.monotonic()
-    with pytest.raises(Refused, match=r"train-000000\.tar: is no complete tar"):
+    with pytest.raises(Refused, match=r"train-000000\.tar: is not a complete tar"):
         ShardIndex.build([str(path)])
     assert time.monotonic() - begin < 2
 
@@ -254,7 +254,7 @@ def test_joined_tars_are_read_on_and_junk_behind_the_end_is_told(tmp_path, capsy
     joined.write_bytes(a + b"more" * 500)
     assert notes_of(joined) == {"junk": 2000}
     assert check(["verify", str(joined), "--jobs", "1"]) == 1
-    assert "2,000 bytes behind the end mark are no tar" in capsys.readouterr().out
+    assert "2,000 bytes behind the end mark are not part of the tar" in capsys.readouterr().out
     joined.write_bytes(a + bytes(10_240))  # padding
     assert not notes_of(joined)
 

@@ -155,7 +155,7 @@ def test_evaluating_and_logging_change_nothing_in_the_training(
 
 
 def make_shard(path: Path, jpegs: int, broken: Sequence[int] = ()) -> str:
-    """A shard of grey squares, some of which are no images."""
+    """A shard of grey squares, some of which are not images."""
     square = path.with_suffix(".jpg")
     Image.new("RGB", (40, 40), (90, 120, 150)).save(square)
     garbage = path.with_suffix(".garbage")
@@ -197,7 +197,7 @@ def test_bad_input_is_refused_with_every_problem_and_nothing_written(
                 "model.embed_dim=65",
             ],
             [
-                "nowhere/*.tar: matches nothing",
+                "nowhere/*.tar: matches no file",
                 "a-0.tar: No such file",
                 "a-1.tar: No such file",
                 "image",
@@ -224,7 +224,7 @@ def test_bad_input_is_refused_with_every_problem_and_nothing_written(
             ["schedule.epochs=1", "schedule.steps=9", "schedule.base_lr=1", "schedule.lr=1"],
             ["one of epochs and steps", "one of base_lr and lr"],
         ),
-        (["checkpoint.resume=must"], ["has no valid checkpoint; use auto to start anew"]),
+        (["checkpoint.resume=must"], ["has no valid checkpoint; use auto to start from scratch"]),
         (["checkpoint.resume=elsewhere"], ["checkpoint.resume=elsewhere: "]),
         (
             ["data.index=typo"],

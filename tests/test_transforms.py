@@ -171,7 +171,7 @@ def test_arrays_and_multi_band_tiff_feed_models_of_other_channels():
     [
         (
             saved(np.zeros((4, 6, 4), np.uint8)),
-            r"an array of 4 x 6 x 4, wanted are height x width x 5",
+            r"an array of 4 x 6 x 4, expected height x width x 5",
         ),
         (
             saved(np.zeros((4, 6, 5), np.float32)),
@@ -191,7 +191,7 @@ def test_arrays_and_multi_band_tiff_feed_models_of_other_channels():
         (np.lib.format.MAGIC_PREFIX + b"\x01\x00", "Error"),
         (
             encoded(PHOTOGRAPHS[0], "JPEG"),
-            "an array of 427 x 640 x 3, wanted are height x width x 5",
+            "an array of 427 x 640 x 3, expected height x width x 5",
         ),
         (b"II*\0" + bytes(100), "Error"),
     ],

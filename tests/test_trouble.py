@@ -77,7 +77,7 @@ def test_killed_workers_are_replaced_and_bring_the_same_batches(
     told = stream.drain_losses()
     assert len(told) == 1
     assert "data worker" in told[0]
-    assert "started anew (1 of 50 times)" in told[0]
+    assert "restarted (1 of 50 times)" in told[0]
 
 
 def test_workers_that_are_killed_every_time_end_the_reading(

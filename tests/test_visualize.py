@@ -194,7 +194,7 @@ def test_the_commands_choices_are_those_of_the_library() -> None:
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     (tmp_path / "b.tar").write_bytes(b"no tar" * 500)
-    with pytest.raises(Refused, match=r"a\.png is no image"):
+    with pytest.raises(Refused, match=r"a\.png is not an image"):
         load_images([tmp_path / "a.png"], (32, 32), HALF, 9)
     with pytest.raises(Refused, match=r"b\.tar cannot be read as a tar"):
         load_images([tmp_path / "b.tar"], (32, 32), HALF, 9)

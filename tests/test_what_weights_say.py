@@ -86,7 +86,7 @@ def test_heads_that_do_not_divide_the_width_are_named(tmp_path: Path) -> None:
     torch.save({"model": vit().state_dict(), "args": {"num_heads": 5}}, tmp_path / "w.pth")
     with pytest.raises(Refused, match="num_heads=5, by what lies beside the weights, does not"):
         rcmae.load_encoder(tmp_path / "w.pth")
-    with pytest.raises(Refused, match="num_heads=7, as asked for, does not divide"):
+    with pytest.raises(Refused, match="num_heads=7, as requested, does not divide"):
         rcmae.load_encoder(tmp_path / "w.pth", num_heads=7)
 
 
@@ -298,7 +298,7 @@ def test_a_run_lists_what_it_took(tiny: Path, tmp_path: Path) -> None:
     assert start(tiny, tmp_path / "run", *init, "checkpoint.init_decoder=fresh") == 0
     notes = " ".join(event["told"] for event in Folder(tmp_path / "run").events("note"))
     assert "weights taken (blocks, cls_token, norm, patch_embed)" in notes
-    assert "drawn anew (decoder_blocks" in notes
+    assert "newly initialised (decoder_blocks" in notes
     assert "model.num_heads=4 is this recipe's" in notes
 
 

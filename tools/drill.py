@@ -7,11 +7,11 @@ it under any engine.
     python tools/drill.py cost RECIPE [--layout "ds2 x2"] [--json FILE] [key=value ...]
 
 `kill` SIGKILLs one rank or all at random moments, a third of them inside a save, starts the same
-command again each time and compares what comes out with a run that nobody touched. `matrix` saves
-under each engine and world size, goes on under each, and compares samples, losses and teacher with
-an uninterrupted run on one process; of engine.precision bf16, with one of fp32. `cost` tells for
-how long saves hold the training up, in the background and not, and what they write. Exit status: 0
-all as promised, 1 not, 2 the recipe cannot run.
+command again each time and compares what comes out with a run that was not interrupted. `matrix`
+saves under each engine and world size, goes on under each, and compares samples, losses and teacher
+with an uninterrupted run on one process; of engine.precision bf16, with one of fp32. `cost` tells
+for how long saves hold the training up, in the background and not, and what they write. Exit
+status: 0 all as promised, 1 not, 2 the recipe cannot run.
 
 Over 500 lines, since three drills start, watch and compare runs by the same parts."""
 

@@ -169,7 +169,7 @@ def prune_verified(
 
 
 def others_beside(root: Path, folders: Sequence[Path]) -> list[str]:
-    """Names in `checkpoints/` that are no checkpoints of the run's."""
+    """Names in `checkpoints/` that are not checkpoints of the run's."""
     known = {"LATEST", *(path.name for path in folders)}
     return sorted(path.name for path in root.iterdir() if path.name not in known)
 

@@ -41,7 +41,7 @@ _READ_AGAIN_S = 3.0  # for so long a file that cannot be read is tried again
 
 
 class LeaseLost(RuntimeError):
-    """Another job took the run over; this one must not write any more."""
+    """Another job took over the run; this one must not write any more."""
 
 
 class LeaseHeld(Refused):
@@ -49,7 +49,7 @@ class LeaseHeld(Refused):
 
 
 class LeaseUnreadable(LeaseHeld, OSError):
-    """A lease's file cannot be read, so nobody can know who trains in this folder."""
+    """A lease file cannot be read, so it is unknown who trains in this folder."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Holder:
     from_step: int
     token: str
     host: str
-    boot: str  # tells a host's restarts apart, and two containers of one name
+    boot: str  # distinguishes restarts of a host, and containers of the same name
     pid: int
     job: str  # the scheduler's job id, empty without one
     restart: int = 0  # how often the scheduler had started that job before
@@ -70,7 +70,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Fence:
-    """Which checkpoints count, given who took the run over when."""
+    """Which checkpoints count, given who took over the run when."""
 
     from_steps: tuple[tuple[int, int], ...]  # (generation, from_step)
 
@@ -86,7 +86,7 @@ def fence(run_dir: Path) -> Fence:
 
 
 def newest_generation(run_dir: Path) -> int:
-    """Of the run's leases, by their names; 0 where nobody ever took one. Raises OSError."""
+    """The number of the run's newest lease, by file names; 0 if there was none. Raises OSError."""
     return max(_generations(run_dir / "leases"), default=0)
 
 
@@ -103,7 +103,7 @@ def exit_status(run_dir: Path, status: int) -> int:
         last = _newest(_holders(run_dir / "leases"))
         if last is not None and last.job == job != "" and last.restart > restart:
             print(
-                f"rcmae: start {last.restart} of this job took the run over; start {restart} "
+                f"rcmae: start {last.restart} of this job took over the run; start {restart} "
                 "ends with 0",
                 flush=True,
             )
@@ -123,7 +123,7 @@ class Lease:
         say: told what is waited for.
 
     Raises:
-        LeaseHeld: another job holds it and is alive, or nobody can know.
+        LeaseHeld: another job holds it and is alive, or that cannot be known.
     """
 
     def __init__(
@@ -165,7 +165,9 @@ class Lease:
             raise LeaseLost(self.why_lost)
 
     def holds(self) -> bool:
-        """Whether nobody has taken the run over, looked at now; False where that cannot be seen."""
+        """Whether no other job has taken over the run, by a look now; False if that cannot be
+        seen.
+        """
         try:
             return _generations(self._folder)[-1:] == [self.generation] and self._is_mine()
         except OSError:
@@ -184,7 +186,7 @@ class Lease:
 
     @property
     def why_lost(self) -> str:
-        """Who took the run over, for a message."""
+        """Who took over the run, for a message."""
         return f"{self._folder.parent}: {self._lost}; this job stops and writes nothing more"
 
     def release(self) -> None:
@@ -317,7 +319,7 @@ def _this_start() -> tuple[str, int]:
 
 def _who(holder: Holder) -> str:
     job = f"job {holder.job}, " if holder.job else ""
-    return f"{job}process {holder.pid} on {holder.host} (generation {holder.generation})"
+    return f"{job}process {holder.pid} on {holder.host} (start {holder.generation} of the run)"
 
 
 def _boot() -> str:
@@ -362,7 +364,7 @@ def _holders(folder: Path) -> list[Holder]:
     """Who held the lease so far, by generation. Waits a little for what cannot be read.
 
     Raises:
-        LeaseUnreadable: a holder's file cannot be read, so nobody can know.
+        LeaseUnreadable: a holder's file cannot be read.
     """
     give_up = time.monotonic() + _READ_AGAIN_S
     found = []
@@ -394,12 +396,12 @@ def _holder(path: Path) -> Holder:
 
 
 def _taken_by(path: Path) -> str:
-    """Who took the run over, for a message, whether its file can be read or not."""
+    """Who took over the run, for a message, whether its file can be read or not."""
     try:
         holder = _holder(path)
     except (OSError, ValueError, TypeError, RecursionError):
-        return f"another job (generation {int(path.stem)}) took this run over"
-    return f"{_who(holder)} took this run over from step {holder.from_step}"
+        return f"another job (start {int(path.stem)} of the run) took over this run"
+    return f"{_who(holder)} took over this run from step {holder.from_step}"
 
 
 def _link(folder: Path, holder: Holder) -> bool:

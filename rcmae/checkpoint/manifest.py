@@ -144,7 +144,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         document = json.loads(patiently(file.read_text))
         if not isinstance(document, dict):
-            raise TypeError("it is no mapping")
+            raise TypeError("it is not a mapping")
         is_whole = document.pop("sha256", None) == _seal(document)
         if document["format"] > FORMAT:
             kind = NewerFormat if is_whole else CheckpointError
@@ -191,7 +191,7 @@ def _check_contents(manifest: Manifest) -> None:
         raise ValueError("it lists no files")
     for name, about in manifest.files.items():
         if Path(name).name != name:
-            raise ValueError(f"{name!r} is no file of the checkpoint's folder")
+            raise ValueError(f"{name!r} is not a file of the checkpoint's folder")
         if type(about["bytes"]) is not int or not isinstance(about["sha256"], str):
             raise TypeError(f"{name}: its size or checksum is none")
     for key, stored in manifest.tensors.items():
@@ -202,7 +202,7 @@ def _check_contents(manifest: Manifest) -> None:
 def _check_meta(meta: Mapping[str, Any]) -> None:
     """Refuse a `meta` without what every command reads of it. Raises ValueError or TypeError."""
     if not isinstance(meta, dict):
-        raise TypeError("meta is no mapping")
+        raise TypeError("meta is not a mapping")
     for name, kind in _META.items():
         if not isinstance(meta.get(name), kind):
             raise TypeError(f"meta has no {name}")
@@ -267,7 +267,7 @@ def counts(path: Path, held: Fence | None = None) -> bool:
         held: the run's fence, if it is known.
 
     Raises:
-        LeaseUnreadable: who holds the run cannot be read, so nobody can know.
+        LeaseUnreadable: the file of the run's holder cannot be read.
     """
     held = held or fence(path.parent.parent)
     try:
@@ -374,4 +374,4 @@ def none_valid(root: Path, passed_over: list[str]) -> CheckpointError:
 
 def fenced_off(manifest: Manifest) -> str:
     """Why a checkpoint that a lease's fence does not allow is passed over."""
-    return f"{manifest.path}: its writer, generation {manifest.generation}, had lost the run"
+    return f"{manifest.path}: its writer, start {manifest.generation} of the run, had lost the run"

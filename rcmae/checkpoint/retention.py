@@ -147,7 +147,7 @@ def start_from(root: Path, step: int) -> list[Path]:
     the lease.
 
     Those beyond it were passed over: they are kept as `passed-over-step-...`, for whoever wants to
-    know, so that the run can commit those steps anew.
+    know, so that the run can commit those steps again.
 
     Returns:
         what was renamed.

@@ -1,4 +1,4 @@
-"""Commits checkpoints while the training goes on: a step waits only for the copy to host memory.
+"""Commits checkpoints while the training continues: a step waits only for the copy to host memory.
 
 Each rank writes its slices into one safetensors file of a fresh temporary folder, flushed to disk,
 and reports size and checksum. Only when all have does rank 0 write the manifest and rename the
@@ -294,7 +294,7 @@ class Saver:
         name = aside.name.removeprefix(".writing-")[: len(step_name(0))]
         raise CheckpointError(
             f"{name} was not written ({'; '.join(problems)}); earlier checkpoints are untouched. "
-            "Free space or mend the folder, and start the same command again"
+            "Free space or fix the folder, and start the same command again"
         )
 
     def _commit(self, aside: Path, final: Path, document: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Look at checkpoints, check them, compare two, delete old ones.
+"""List, show, verify, compare and prune checkpoints.
 
     rcmae checkpoint list RUN                   what there is
     rcmae checkpoint show RUN_OR_CHECKPOINT     what is in one
@@ -6,7 +6,7 @@
     rcmae checkpoint diff A B                   differences by parameter
     rcmae checkpoint prune RUN --keep 2         delete all valid ones but the newest
 
-Where one checkpoint is wanted, RUN stands for its newest valid one. `list` and `show` look at
+Where one checkpoint is expected, RUN means its newest valid one. `list` and `show` look at
 manifests and sizes alone; the others read every byte. Exit status: 0 fine, or equal; 1 something is
 damaged, or two differ; 2 wrong arguments.
 """
@@ -90,12 +90,16 @@ def _parser() -> argparse.ArgumentParser:
         "prune", prune, "delete old checkpoints, after reading every byte of all", "RUN"
     )
     prunes.add_argument(
-        "--keep", type=_positive, required=True, help="how many of the newest valid ones stay"
+        "--keep", type=_positive, required=True, help="how many of the newest valid ones to keep"
     )
     prunes.add_argument(
-        "--keep-every", type=_positive, help="steps; multiples stay too (default: as the run does)"
+        "--keep-every",
+        type=_positive,
+        help="also keep steps that are multiples of this (default: as the run does)",
     )
-    prunes.add_argument("--dry-run", action="store_true", help="say what would go, delete nothing")
+    prunes.add_argument(
+        "--dry-run", action="store_true", help="show what would be deleted, delete nothing"
+    )
     return parser
 
 
@@ -311,7 +315,7 @@ def _verified(path: Path) -> Manifest:
 
     manifest, passed_over = find_checkpoint(path)
     for problem in passed_over:
-        print(f"passed over: {problem}", file=sys.stderr)
+        print(f"skipped: {problem}", file=sys.stderr)
     return manifest
 
 

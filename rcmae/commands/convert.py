@@ -1,13 +1,12 @@
-"""Turn weights of one family into those of another, both ways, without running anything that is in
-a file.
+"""Convert weights between families, in both directions. No code in a file is run.
 
     rcmae convert mae_pretrain_vit_base.pth --to huggingface --out vit-mae-base
     rcmae convert runs/rcmae_vit_b_16 --to onnx --out encoder.onnx
     rcmae convert checkpoint-799.pth --to safetensors --out weights.safetensors
 
 The source is a run, a checkpoint or a file: of MAE, RC-MAE, SupMAE, BootMAE, MAE-priv, timm,
-Hugging Face or this package. A table says what matched. A pretraining goes on from any whole
-network with `checkpoint.init=FILE`. Exit status: 0 written; 2 these do not go together; 1 the
+Hugging Face or this package. A table says what matched. `checkpoint.init=FILE` continues
+pretraining from any whole network. Exit status: 0 written; 2 these do not go together; 1 the
 checkpoint is damaged or the file could not be written.
 """
 
@@ -65,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, metavar="RUN_OR_FILE")
     parser.add_argument("--to", choices=TARGETS, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--what", choices=KIND, help="default: the teacher where there is one")
+    parser.add_argument("--what", choices=KIND, help="default: the teacher, if there is one")
     parser.add_argument(
-        "--num-heads", type=int, help="of an unusual architecture, which shapes do not tell"
+        "--num-heads", type=int, help="number of heads, for an unusual architecture"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -1,13 +1,12 @@
-"""On the node: whether what a run needs is there and sound. Green, yellow or red, each with the way
-out.
+"""Check that this node has what a run needs. Each finding is green, yellow or red, with its remedy.
 
     rcmae doctor [RECIPE [key=value ...]] [--gpus N] [--json]
         this node
     srun rcmae doctor ...
         or torchrun --no-python rcmae doctor: all nodes, compared, links measured
 
-Without a recipe what depends on one (its folder, shards, precision) is left out. Nothing is
-trained, and what is written is taken away again. Exit status: 0 no red; 1 something is red; 2 the
+Without a recipe, the checks of its folder, shards and precision are skipped. Nothing is trained;
+test files are removed. Exit status: 0 no red; 1 something is red; 2 the
 input is wrong.
 """
 
@@ -67,10 +66,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="as rcmae train takes them"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="recipe keys, as for rcmae train",
     )
     parser.add_argument(
-        "--gpus", type=int, help="that a process should see (what the scheduler says)"
+        "--gpus", type=int, help="GPUs that a process should see (what the scheduler gave it)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_intermixed_args(arguments)

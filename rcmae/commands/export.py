@@ -1,5 +1,4 @@
-"""Write a run's student or teacher to a file that others read: safetensors, MAE's and RC-MAE's
-.pth, timm's names.
+"""Write a run's student or teacher for other programs: safetensors, MAE's and RC-MAE's .pth, timm.
 
     rcmae export RUN --format timm --out encoder.safetensors
     rcmae export RUN/checkpoints/step-00001000 --what student --format mae --out encoder.pth
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         manifest, passed_over = find_checkpoint(options.source)
         for problem in passed_over:
-            print(f"passed over: {problem}", file=sys.stderr)
+            print(f"skipped: {problem}", file=sys.stderr)
         done = _exported(manifest, options)
     except (Refused, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -97,14 +96,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--what",
         choices=KIND,
-        help="default: the teacher where there is one, which RC-MAE fine-tunes",
+        help="default: the teacher, if there is one, which RC-MAE fine-tunes",
     )
-    parser.add_argument("--format", required=True, help="see below, and those of its task")
+    parser.add_argument("--format", required=True, help="see below; a task may have more")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--encoder", action="store_true", help="without what stands on the encoder")
     parser.add_argument(
-        "--task", metavar="MODULE:NAME", help="of a run of a task of your own: has its formats"
+        "--encoder", action="store_true", help="the encoder alone, without decoder and heads"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
+    parser.add_argument(
+        "--task",
+        metavar="MODULE:NAME",
+        help="task of the run, if it is your own: brings its formats",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

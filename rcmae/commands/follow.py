@@ -1,10 +1,10 @@
-"""Evaluate a run from beside it: each checkpoint, as it is committed.
+"""Evaluate each checkpoint of a run as it is committed, from a separate job.
 
     rcmae follow RUN_DIR evaluate.train_shards=... evaluate.test_shards=... [key=value ...]
 
 A pretraining gets k-NN (with evaluate.logistic=true logistic regression, too), a fine-tuning or a
-probe the scores of its classifier. Answers go to
-RUN_DIR/evaluations; what is there already is not done again. Exit status: 0 the run is finished and
+probe the scores of its classifier. Results go to
+RUN_DIR/evaluations; checkpoints that have one are skipped. Exit status: 0 the run is finished and
 all its checkpoints are evaluated; 75 it is not (run this again); 2 the input is wrong; 1 anything
 else.
 """
@@ -43,12 +43,15 @@ def parse(arguments: Sequence[str] | None, prog: str) -> Asked:
         nargs="*",
         default=[],
         metavar="key=value",
-        help="over the run's recipe, such as evaluate.k=5",
+        help="keys set over the run's recipe, such as evaluate.k=5",
     )
     parser.add_argument(
-        "--patience-s", type=float, default=900.0, help="a run silent for so long is given up (900)"
+        "--patience-s",
+        type=float,
+        default=900.0,
+        help="give up after the run is silent for this many seconds (900)",
     )
-    parser.add_argument("--poll-s", type=float, default=5.0, help="seconds between two looks (5)")
+    parser.add_argument("--poll-s", type=float, default=5.0, help="seconds between updates (5)")
     parser.add_argument(
         "--allow-pipe",
         action="store_true",

@@ -1,14 +1,14 @@
-"""Before the queue: whether a run fits and divides, how long it takes, and what to change. Nothing
-is trained.
+"""Check before queueing that a run fits into memory and divides over the ranks; estimate its time;
+suggest changes. Nothing is trained.
 
     rcmae plan RECIPE [key=value ...] [--nodes N] [--gpus N] [--gpu KIND] [--json]
     rcmae plan RECIPE --table a100-40g,h100-80g,h200
         kinds and sizes side by side, as Markdown
 
 Memory is that of one GPU for every ZeRO stage and FSDP2 (it agrees with live tensors of CPU ranks),
-and what the driver, NCCL and a fragmented allocator take is left free. Hours follow from the
-model's FLOPs and a utilisation: measured by tools/bench_step.py on that kind of GPU where a result
-lies among this package's, else stated. Exit status: 0 it can run; 2 it cannot, or the input is
+with a margin for the driver, NCCL and fragmentation. Hours follow from the model's FLOPs and a
+utilisation: measured by tools/bench_step.py where this package has a result for that GPU, else
+assumed. Exit status: 0 it can run; 2 it cannot, or the input is
 wrong.
 """
 
@@ -76,32 +76,42 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="as rcmae train takes them"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="recipe keys, as for rcmae train",
     )
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=8, help="of a node (8)")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs per node (8)")
     parser.add_argument("--gpu", default="h100-80g", choices=GPUS)
-    parser.add_argument("--cores", type=int, help="of a node, for decoding")
+    parser.add_argument("--cores", type=int, help="cores per node that decode")
     parser.add_argument(
-        "--samples", type=int, default=IMAGENET, help="of an epoch, where the shards cannot be seen"
+        "--samples",
+        type=int,
+        default=IMAGENET,
+        help="samples per epoch, if the shards are not here",
     )
     parser.add_argument(
-        "--utilisation", type=float, help=f"share of the peak ({UTILISATION}, or as measured)"
+        "--utilisation", type=float, help=f"share of peak FLOP/s ({UTILISATION}, or as measured)"
     )
     parser.add_argument(
         "--decode-per-core",
         type=float,
-        help="images/s (tried on the shards where they can be seen)",
+        help="images/s that a core decodes (measured on the shards, if they are here)",
     )
     parser.add_argument(
-        "--write-gbps", type=float, default=WRITE_GBPS, help="GB/s of the run's file system (1)"
+        "--write-gbps",
+        type=float,
+        default=WRITE_GBPS,
+        help="write speed of the run's file system, GB/s (1)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(
         "--table",
         metavar="KINDS",
         type=lambda text: text.split(","),
-        help="of GPUs, with commas between: print a Markdown table of them",
+        help="GPU kinds separated by commas: print a Markdown table of them",
     )
     asked = parser.parse_intermixed_args(arguments)
     low = []

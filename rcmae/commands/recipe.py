@@ -1,15 +1,15 @@
 """List the shipped recipes, or print one with all its settings.
 
     rcmae recipe
-        the names, a line each
+        the names, one per line
     rcmae recipe NAME [key=value ...]
-        the recipe as a training would have it: defaults filled in, key=value set over it
+        the recipe as a training uses it, with defaults filled in
     rcmae recipe --keys [PREFIX]
-        every key, or those that begin so: default, unit, meaning
+        every key, or those with this prefix: default, unit, meaning
     rcmae recipe --schema
         the same as JSON schema, for editors
 
-What it prints is a recipe, too: rcmae recipe NAME > mine.yaml is a start for one's own. Exit
+The output is itself a recipe: rcmae recipe NAME > mine.yaml starts your own. Exit
 status: 0; 2 there is no such recipe, or it is wrong.
 """
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def list_keys(prefix: str, *, as_json: bool) -> int:
-    """Print the keys that begin so; the exit status."""
+    """Print the keys with this prefix; the exit status."""
     from rcmae.config.keys import keys
     from rcmae.errors import did_you_mean
 

@@ -1,5 +1,4 @@
-"""Run a step that went bad again, on one process: from the checkpoint before it, with the very
-samples and masks.
+"""Rerun a bad step on one process, from the checkpoint before it, with the same samples and masks.
 
     rcmae replay RUN/replay/step-00001234.json [--checkpoint FOLDER] [--allow-pipe] [--json]
 
@@ -30,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", type=Path, help="RUN/replay/step-XXXXXXXX.json")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="the checkpoint's folder, where it has moved"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="folder of the checkpoint, if it has moved")
     parser.add_argument(
         "--allow-pipe",
         action="store_true",

@@ -1,10 +1,10 @@
-"""Where the time of a run went over all its jobs, where it stands, and how long it still takes.
+"""Show where the time of a run went over all its jobs, its progress, and the time left.
 
     rcmae runs status RUN_DIR [--watch] [--json]
 
-Reads, writes nothing. Goodput is the time of steps that count (their updates are in the run as it
-stands) over the time since the first job began. A gap before a restart of the same SLURM job is its
-queue, any other gap is idle. Exit status: 0 told; 2 there is no run.
+Read-only. Goodput is the time of steps that count (those whose updates are in the run now) over the
+time since the first job began. A gap before a restart of the same SLURM job is its
+queue, any other gap is idle. Exit status: 0 done; 2 there is no such run.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    verb = verbs.add_parser("status", help="where a run stands and where its time went")
+    verb = verbs.add_parser("status", help="progress of a run and where its time went")
     verb.add_argument("run", type=Path, help="its run.dir")
     verb.add_argument(
         "--watch",
         action="store_true",
-        help="again every few seconds, from its start until it is not running",
+        help="repeat every few seconds, from the start of the run to its end",
     )
-    verb.add_argument("--every-s", type=float, default=5.0, help="seconds between two looks (5)")
+    verb.add_argument("--every-s", type=float, default=5.0, help="seconds between updates (5)")
     verb.add_argument(
         "--json", action="store_true", help="print one JSON document, with --watch one a line"
     )

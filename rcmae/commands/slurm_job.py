@@ -1,20 +1,20 @@
-"""What the templates of SLURM jobs ask, and a job submitted only if it can run.
+"""What the SLURM templates call, and a submission that is checked first.
 
     rcmae slurm-job begin RECIPE [key=value ...] --nodes N --ranks-per-node R
-        on how many nodes the run can go on; notes the start
+        on how many nodes the run can resume; records the start
     rcmae slurm-job end RUN_DIR --status S
-        whether to start again
+        whether to restart
     rcmae slurm-job follow RUN_DIR [--status S]
-        notes the start of a side-car, or whether to start it again
+        records the start of a follower, or says whether to restart it
     rcmae slurm-job sweep SWEEP.yaml [--task T]
         the arguments of a run of a sweep; without a task the array's range, all runs checked
     rcmae slurm-job submit [sbatch's options] TEMPLATE.sbatch [arguments]
-        sbatch for what `rcmae plan` does not refuse. The GPUs' kind, as its --gpu has them, in GPU:
+        runs sbatch unless `rcmae plan` refuses. GPU names the kind of GPU, as its --gpu does:
         GPU=h200 rcmae slurm-job submit --nodes=2-8 ...
 
 Answers are `name=value` words for a shell, each quoted; with --lines a line each, as they are, for
-a shell that evaluates nothing. Exit status: 0 answered; 1 the job has come to nothing too often; 2
-the input is wrong, or the plan refuses it.
+a shell that must not evaluate them. Exit status: 0 answered; 1 the job restarted without progress
+too often; 2 the input is wrong, or the plan refuses it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    begins = verbs.add_parser("begin", help="on how many nodes a run goes on; notes the start")
+    begins = verbs.add_parser("begin", help="on how many nodes a run resumes; records the start")
     begins.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     begins.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="as rcmae train takes them"
@@ -66,13 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     begins.add_argument("--ranks-per-node", type=int, required=True, help="one a GPU")
     begins.set_defaults(answer=begin)
 
-    ends = verbs.add_parser("end", help="whether to start again")
+    ends = verbs.add_parser("end", help="whether to restart")
     ends.add_argument("run_dir", type=Path)
     ends.add_argument("--status", type=int, required=True, help="the launcher's exit status")
     ends.set_defaults(answer=end)
 
     follows = verbs.add_parser(
-        "follow", help="notes the start of a side-car, or whether to start it again"
+        "follow", help="records the start of a follower, or says whether to restart it"
     )
     follows.add_argument("run_dir", type=Path)
     follows.add_argument("--status", type=int, help="its exit status; without it, it starts")
@@ -81,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     this_job = os.environ.get("SLURM_JOB_ID", "")
     for each in (ends, follows):
         each.add_argument(
-            "--backoff-s", type=int, default=60, help="wait after a start without progress; doubles"
+            "--backoff-s",
+            type=int,
+            default=60,
+            help="seconds to wait after a start without progress; doubles each time",
         )
         each.add_argument("--job", default=this_job, help="default: this one")
     for each in (begins, ends, follows):
@@ -89,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
             "--idle-starts",
             type=int,
             default=5,
-            help="so many in a row without progress end the job",
+            help="restarts without progress in a row that end the job",
         )
 
     sweeps = verbs.add_parser("sweep", help="the runs of a sweep")
@@ -121,7 +124,7 @@ def _print_lines(words: Sequence[str]) -> None:
     """Words, a line each.
 
     Raises:
-        Refused: one is no line.
+        Refused: one is not a line.
     """
     from rcmae.errors import Refused
 
@@ -165,7 +168,7 @@ def begin(asked: argparse.Namespace) -> int:
 
 
 def end(asked: argparse.Namespace) -> int:
-    """Answer the status that counts, whether to start again, and after how many seconds."""
+    """Answer the status that counts, whether to restart, and after how many seconds."""
     from rcmae.run import jobs
 
     patience = jobs.Patience(asked.idle_starts, asked.backoff_s)
@@ -174,7 +177,7 @@ def end(asked: argparse.Namespace) -> int:
 
 
 def follow(asked: argparse.Namespace) -> int:
-    """Note the start of a side-car. With a status, answer as `end`, and which job trains the
+    """Note the start of a follower. With a status, answer as `end`, and which job trains the
     run.
     """
     from rcmae.run import jobs

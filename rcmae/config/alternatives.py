@@ -1,4 +1,4 @@
-"""Keys of which a recipe has one: what the command line sets takes the place of the recipe's other.
+"""Keys of which a recipe has one: a key on the command line replaces the recipe's alternative.
 
 `schedule.steps=50` over a recipe of 100 epochs means 50 steps. Only what the recipe's file says
 gives way; two of a pair on one command line are refused as ever.

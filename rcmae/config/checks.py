@@ -86,7 +86,7 @@ def _allow_problems(recipe: Recipe) -> list[str]:
         section, dot, name = key.partition(".")
         if is_under(key, OF_WEIGHTS):
             problems.append(
-                f"checkpoint.allow: {key} cannot change within a run, the weights would be others'"
+                f"checkpoint.allow: {key} cannot change within a run: the weights would not fit"
             )
         elif section not in sections:
             problems.append(
@@ -113,7 +113,7 @@ def _data_problems(recipe: Recipe) -> list[str]:
         low, high = getattr(data, key)
         if not (0 < low <= high <= top and math.isfinite(high)):
             problems.append(
-                f"data.{key}: wants 0 < low <= high{' <= 1' if top == 1 else ''}, got [{low}, "
+                f"data.{key}: needs 0 < low <= high{' <= 1' if top == 1 else ''}, got [{low}, "
                 f"{high}]"
             )
     return problems
@@ -151,7 +151,8 @@ def _objective_problems(recipe: Recipe) -> list[str]:
             )
         if objective.teacher_sees == "different":
             problems.append(
-                "objective.teacher_mask is of a consistency term; bootmae's teacher sees the "
+                "objective.teacher_mask belongs to the consistency term; bootmae's teacher sees "
+                "the "
                 "whole image"
             )
     if not model.cls_token:
@@ -196,7 +197,8 @@ def _classifying_problems(recipe: Recipe) -> list[str]:
         )
     if recipe.data.decode != "cpu":
         problems.append(
-            f"data.decode={recipe.data.decode} is of a pretraining: here images are augmented on "
+            f"data.decode={recipe.data.decode} applies to pretraining only: here images are "
+            "augmented on "
             "the CPU"
         )
     if not probes and classify.rule != "adamw":
@@ -216,7 +218,7 @@ def _classifying_problems(recipe: Recipe) -> list[str]:
             f"classify.{' and '.join(set_)} is for fine-tuning; a probe's encoder is frozen"
         )
     if classify.average and recipe.teacher.update != "step":
-        problems.append("classify.average moves at each step: leave teacher.update=step")
+        problems.append("classify.average is updated at each step: keep teacher.update=step")
     return problems
 
 
@@ -233,14 +235,15 @@ def _detecting_problems(recipe: Recipe) -> list[str]:
         )
     if recipe.data.decode != "cpu":
         problems.append(
-            f"data.decode={recipe.data.decode} is of a pretraining: here images are cut with their "
+            f"data.decode={recipe.data.decode} applies to pretraining only: here images are cut "
+            "with their "
             "objects, on the CPU"
         )
     if recipe.model.in_channels not in (1, 3):
         problems.append(f"model.in_channels={recipe.model.in_channels}: images have 1 or 3 here")
     low, high = detect.scale
     if not 0 < low <= high <= 10:
-        problems.append(f"detect.scale: wants 0 < low <= high <= 10, got [{low}, {high}]")
+        problems.append(f"detect.scale: needs 0 < low <= high <= 10, got [{low}, {high}]")
     if detect.positions == "published" and detect.backbone == "vitdet":
         problems.append("detect.positions=published is of detect.backbone=benchmark; leave it out")
     if detect.average and recipe.teacher.update != "step":

@@ -45,7 +45,7 @@ class Key(NamedTuple):
 
 
 def keys(prefix: str = "") -> list[Key]:
-    """The keys whose names begin so, in the order of the sections."""
+    """The keys with this prefix, in the order of the sections."""
     found = []
     for section, field in Recipe.model_fields.items():
         model = ObjectiveOptions if section == "objective" else field.annotation

@@ -83,17 +83,17 @@ def _numbers(tree: Any, key: str) -> Iterator[tuple[str, int | float]]:
 def _problem(key: str, value: int | float) -> str | None:
     if isinstance(value, float):
         if math.isnan(value) or (math.isinf(value) and key not in _ENDLESS):
-            return "wants a finite number"
+            return "must be a finite number"
         if abs(value) > _LARGEST_FLOAT and key not in _ENDLESS:
-            return "wants less than 10^15"
+            return "must be less than 10^15"
     elif key.endswith("seed"):
-        return "wants less than 2^64" if value > _LARGEST_SEED else None
+        return "must be less than 2^64" if value > _LARGEST_SEED else None
     elif abs(value) > _LARGEST:
-        return "wants at most 2^53"
+        return "must be at most 2^53"
     if key.endswith("_s") and value > _LARGEST_TIME:
-        return "wants at most 10^8 seconds"
+        return "must be at most 10^8 seconds"
     if key in ("data.cache_gb", "schedule.epochs", "checkpoint.every_minutes") and value > 1e9:
-        return "wants at most 10^9"
+        return "must be at most 10^9"
     return None
 
 

@@ -44,7 +44,8 @@ def recipe_path(name: str) -> Path:
     close = difflib.get_close_matches(name, shipped, n=3, cutoff=0.75)
     near = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     raise Refused(
-        f"no recipe {name!r}: {near}It is no file, and the shipped ones are {', '.join(shipped)}"
+        f"no recipe {name!r}: {near}It is neither a file nor a shipped recipe; the shipped recipes "
+        f"are {', '.join(shipped)}"
     )
 
 
@@ -175,10 +176,10 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
         key, equals, text = item.partition("=")
         *sections, last = key.split(".")
         if not equals or not last:
-            problems.append(f"{item!r} is no key=value")
+            problems.append(f"{item!r} is not of the form key=value")
             continue
         if len(sections) > _DEEPEST:
-            problems.append(f"{key!r}: a key of {len(sections)} sections; there is none so deep")
+            problems.append(f"{key!r}: no key is {len(sections)} sections deep")
             continue
         try:
             value = tree_of(text)
@@ -222,7 +223,7 @@ def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None
 
 
 def _unknown(place: Sequence[str], tree: Mapping[str, Any], catalogue: Catalogue) -> str:
-    """What to say of a key that is nobody's, or another objective's."""
+    """The message about a key that is unknown, or belongs to another objective."""
     key = place[-1]
     section = tree.get("objective")
     if len(place) == 2 and place[0] == "objective" and isinstance(section, Mapping):
@@ -236,7 +237,7 @@ def _unknown(place: Sequence[str], tree: Mapping[str, Any], catalogue: Catalogue
         if owners:
             others = ", ".join(owners[:-1])
             whose = f"{others} and {owners[-1]}" if others else owners[-1]
-            return f"objective.{key} is of {whose}, and without effect in {name}; leave it out"
+            return f"objective.{key} belongs to {whose}, and has no effect with {name}; remove it"
     named = ".".join(part for part in place[:-1] if "[" not in part)  # not the branch of a union
     hint = did_you_mean(key, known_keys(place[:-1], section))
     return f"unknown key {key!r}{f' in {named}' if named else ''}; {hint}"

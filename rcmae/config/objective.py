@@ -45,23 +45,25 @@ class ObjectiveOptions(Section):
     imports: ClassVar[bool] = True  # whether modules that it names may be; not of a file's recipe
 
     name: str = "rcmae"
-    """Of a shipped objective, or MODULE:NAME."""
+    """A shipped objective, or MODULE:NAME of your own."""
     terms: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
     """Terms to add and their weights, such as {class: 0.01} to rcmae; one's own by MODULE:NAME."""
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
-    """Part of the patches that is hidden from the encoder."""
+    """Share of the patches that is hidden from the encoder."""
     mask: MaskKind = "random"
-    """boxes: BEiT's, with single patches up to mask_ratio. grid: square blocks (Pixio)."""
+    """random: single patches. boxes: BEiT's boxes, filled up with single patches to mask_ratio.
+    grid: square blocks (Pixio).
+    """
     mask_grid: Positive = 4
-    """Of grid: patches of a block's side."""
+    """With grid: side of a block, in patches."""
     mask_shared: Literal["image", "step"] = "image"
-    """Who has the same mask."""
+    """Which images share a mask."""
     box_ratio: Fraction = 0.62
     """Share of the patches that boxes hide."""
     box_smallest: Positive = 16
-    """Of a box: at least so many patches."""
+    """Smallest box, in patches."""
     box_largest: Positive = 60
-    """Of a box: at most so many patches."""
+    """Largest box, in patches."""
 
     @property
     def own(self) -> BaseModel:
@@ -216,7 +218,7 @@ def _strict(factory: Any, name: str) -> type[BaseModel]:
     """The `Options` of an objective, unknown ones refused."""
     options = getattr(factory, "Options", OwnOptions)
     if not isinstance(options, type) or not issubclass(options, BaseModel):
-        raise Refused(f"objective.name={name}: its Options are no pydantic model")
+        raise Refused(f"objective.name={name}: its Options must be a pydantic model")
     refusing = pydantic.ConfigDict(extra="forbid")
     return type(options.__name__, (options,), {"model_config": refusing, "__module__": __name__})
 
@@ -252,7 +254,7 @@ def foreign_keys(
 
 
 def own_objective(name: Any) -> str | None:
-    """The task that an objective belongs to, where it is no pretraining's: how recipes said once
+    """The task that an objective belongs to, where it is not a pretraining's: how recipes said once
     what they train.
     """
     return name if name in OWN_LOSS else None

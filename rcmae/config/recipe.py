@@ -63,7 +63,7 @@ class Recipe(Section):
     run: RunOptions = Field(default_factory=RunOptions)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels to other ranks as values: the class of the objective section is made anew."""
+        """Travels to other ranks as values: the class of the objective section is created again."""
         return stored, (self.model_dump(mode="json"),)
 
     @property
@@ -119,7 +119,7 @@ def stored(tree: Mapping[str, Any], *, imports: bool = True) -> Recipe:
             which may come from anybody.
 
     Raises:
-        pydantic.ValidationError: it is no recipe.
+        pydantic.ValidationError: it is not a recipe.
     """
     return Recipe.model_validate(with_task(tree), context={"stored": True, "imports": imports})
 

@@ -29,7 +29,7 @@ Often = Annotated[Positive | None, BeforeValidator(_never)]
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, and nothing is written into it."""
+    """A section of the recipe. Unknown keys are refused; values are frozen."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
@@ -44,62 +44,66 @@ class TaskOptions(Section):
     sets it.
     """
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of a task from outside, as it has them."""
+    """Options of a task of your own."""
 
 
 class ModelOptions(Section):
-    """The student. `name` gives the sizes; any of them can be set over it."""
+    """The student network. `name` gives the sizes; each can be overridden."""
 
     name: str = "vit_small_patch16"
-    """Sizes of a published network, such as vit_base_patch16; the keys below go over them."""
+    """Sizes of a published network, such as vit_base_patch16; the keys below override them."""
     image_size: Positive | tuple[Positive, Positive] = 224
-    """Pixels, one side or (height, width)."""
+    """Input size in pixels: one side, or (height, width)."""
     in_channels: Positive = 3
-    """Channels of an image."""
+    """Image channels."""
     patch_size: Positive | None = None
-    """Pixels of a patch's side. None: as `name` has it."""
+    """Side of a patch, in pixels. null: that of `name`."""
     embed_dim: Positive | None = None
-    """Width of the encoder. None: as `name` has it."""
+    """Encoder width. null: that of `name`."""
     depth: Positive | None = None
-    """Blocks of the encoder. None: as `name` has it."""
+    """Encoder blocks. null: those of `name`."""
     num_heads: Positive | None = None
-    """Heads of the encoder's attention. None: as `name` has it."""
+    """Attention heads of the encoder. null: those of `name`."""
     decoder_dim: Positive | None = None
-    """Width of the decoder. None: as `name` has it."""
+    """Decoder width. null: that of `name`."""
     decoder_depth: Positive | None = None
-    """Blocks of the decoder. None: as `name` has it."""
+    """Decoder blocks. null: those of `name`."""
     decoder_heads: Positive | None = None
-    """Heads of the decoder's attention. None: as `name` has it."""
+    """Attention heads of the decoder. null: those of `name`."""
     decoder: Literal["mae", "bootmae"] | None = None
-    """bootmae: a regressor a target; None: as the objective has it."""
+    """mae: one decoder; bootmae: one regressor per target. null: the objective's."""
     cls_token: bool = True
     """Whether the encoder has class tokens."""
     class_tokens: Positive = 1
-    """How many of them, where it has any."""
+    """Number of class tokens, if there are any."""
     registers: Natural = 0
-    """Tokens beside them that no feature and no decoder sees."""
+    """Register tokens: extra tokens that neither features nor the decoder use."""
     decoder_cls: bool = True
-    """Whether the class tokens go through the decoder, too."""
+    """Whether the class tokens also pass through the decoder."""
     qkv_bias: Literal["qkv", "qv"] = "qkv"
-    """qv: no bias for the keys."""
+    """Biases of the attention: queries, keys and values (qkv), or without keys (qv)."""
     position_table: Literal["sincos", "learned"] = "sincos"
-    """learned: parameters, for the class tokens, too, in encoder and decoder."""
+    """Position table of encoder and decoder: fixed sines and cosines, or learned parameters (class
+    tokens included).
+    """
     positions: Literal["column_first", "row_first"] = "column_first"
-    """Halves of the sin-cos tables."""
+    """Which axis fills the first half of the sin-cos position table."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the encoder that pretrains, at its last block; grows from 0 at the first."""
+    """Drop path rate of the encoder's last block in pretraining; it grows linearly from 0 at the
+    first.
+    """
     pixel_order: Literal["hwc", "chw"] = "hwc"
-    """Of the prediction's weights."""
+    """Order of a patch's pixels in the prediction."""
     num_classes: Positive = 1000
-    """Classes of a class term."""
+    """Classes of the class term."""
     class_hidden: Natural = 3072
     """Width of the class head's hidden layer; 0: one linear layer."""
     class_pool: Literal["mean", "cls"] = "mean"
-    """What a class term's head sees."""
+    """What the class head sees: the mean of the patches, or the class token."""
     low_layer: Natural = 0
-    """Of the encoder, that bootmae's regressor of pixels looks at."""
+    """Encoder block that feeds bootmae's pixel regressor."""
     high_layer: Natural | None = None
-    """Of the encoder, that bootmae's regressor of features looks at. None: the last."""
+    """Encoder block that feeds bootmae's feature regressor. null: the last."""
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -115,25 +119,25 @@ class TeacherOptions(Section):
     """The exponential moving average of the student."""
 
     momentum: Fraction = 0.996
-    """Of the average, at the first step."""
+    """Momentum of the average at the first step."""
     momentum_end: Fraction = 1.0
-    """Of the average, at the last step of the schedule."""
+    """Momentum of the average at the end of the schedule."""
     schedule: Literal["cosine", "constant", "published", "by_epoch"] = "cosine"
-    """How the momentum goes from one to the other. published: as the released weights were trained.
+    """How the momentum moves from one to the other. published: as for the released weights.
     """
     dynamic: bool = True
-    """Of by_epoch: on to 0.99999 after the first hundred epochs."""
+    """With by_epoch: rise to 0.99999 after epoch 100."""
     accumulate: Literal["fp32_shard", "stochastic"] = "fp32_shard"
-    """What keeps the average: fp32 shards, or bf16 rounded stochastically, without them."""
+    """How the average is stored: in fp32 shards, or in bf16 alone with stochastic rounding."""
     update: Literal["step", "micro_step"] = "step"
-    """When the average moves: once a step, or with each micro-batch."""
+    """When the average is updated: at each step, or at each micro-batch."""
 
 
 class EngineOptions(Section):
-    """What moves the weights, and how they are computed with."""
+    """What updates the weights, and in which precision they compute."""
 
     name: Literal["local", "deepspeed", "fsdp2"] = "local"
-    """What moves the weights: one process, or ranks by DeepSpeed's ZeRO or PyTorch's FSDP2."""
+    """local: one process. deepspeed: ZeRO on all ranks. fsdp2: PyTorch's FSDP2 on all ranks."""
     config: Place | None = None
     """DeepSpeed's JSON: a path, or the name of one in ds_configs/."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -141,27 +145,26 @@ class EngineOptions(Section):
     CPUs with AVX512-BF16 or AMX), else fp32.
     """
     activation_checkpointing: Literal["none", "torch", "fairscale", "fairscale_offload"] = "none"
-    """Recomputes activations in the backward pass: less memory, slower."""
+    """Recompute activations in the backward pass: less memory, slower."""
     compile: bool = False
-    """torch.compile, block by block."""
+    """Compile each block with torch.compile."""
     layer_norm: Literal["torch", "apex"] = "torch"
-    """Whose layer norm; apex where NVIDIA's has been built."""
+    """Implementation of layer norm; apex needs NVIDIA's build."""
     optimizer: Literal["torch", "apex"] = "torch"
-    """Whose AdamW; apex where NVIDIA's has been built."""
+    """Implementation of AdamW; apex needs NVIDIA's build."""
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A collective that a peer does not join raises after this; every rank then ends and says whom
-    it lost. Above the longest that one rank keeps the others waiting: a save's write, an index read
-    from the shards' headers.
+    """Timeout of a collective. When a peer does not join, every rank ends and names it. Keep it
+    above the longest wait for one rank: writing a checkpoint, indexing shards.
     """
 
 
 class WeightedShards(Section):
-    """A set of a mixture."""
+    """One set of a mixture."""
 
     shards: str | list[str]
     """A pattern, or a list of them."""
     weight: Annotated[float, Field(gt=0)]
-    """Its part of an epoch, in proportion to the other sets'."""
+    """Its share of an epoch, relative to the other sets."""
 
 
 class DataOptions(Section):
@@ -176,177 +179,181 @@ class DataOptions(Section):
     once, under cache_dir or else ~/.cache/rcmae.
     """
     index: Place | None = None
-    """A folder with the index of these shards, where it does not lie beside them."""
+    """Folder of the shards' index, if it is not beside them."""
     cache_dir: Place | None = None
-    """For shards from elsewhere, on each node's disk; None: of this user, in $TMPDIR."""
+    """For remote shards, on each node's disk; null: of this user, in $TMPDIR."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
-    """Its limit, 10^9 bytes, over all jobs that use it."""
+    """Size limit of the cache in GB (10^9 bytes), over all jobs that share it."""
     source_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Of a request for 8 MiB of a shard from elsewhere."""
+    """Timeout of a request for 8 MiB of a remote shard."""
     source_attempts: Positive = 8
-    """Requests that fail one after the other end the run."""
+    """Failed requests in a row that end the run."""
     workers: Natural = 4
-    """Decoding processes of each rank; 0 decodes in the rank itself."""
+    """Decoding processes per rank; 0: decode in the rank itself."""
     seed: Natural = 0
-    """Of the order of samples, crops, flips and masks."""
+    """Seed of the sample order, crops, flips and masks."""
     epoch_samples: Positive | None = None
-    """Samples of an epoch. None: all that the shards have."""
+    """Samples per epoch. null: all samples of the shards."""
     canonical_streams: Positive | None = None
-    """V; None: 256, fewer where each would have fewer than 512 samples an epoch, raised to a
-    multiple of the ranks at the first start.
+    """Canonical streams: the parts of an epoch that are read side by side, sample by sample in
+    turn. Their number is fixed at the first start, so that the order of samples does not depend on
+    the number of ranks. null: 256, fewer where each would have fewer than 512 samples per epoch,
+    raised to a multiple of the ranks.
     """
     shuffle_window: Positive = 4096
-    """Samples permuted together within a stream; a stream that has fewer is permuted whole."""
+    """Samples that are shuffled together within a stream. A shorter stream is shuffled whole."""
     repeats: Positive = 1
-    """Crops and masks of each image that is read, in one batch: less to read and decode."""
+    """Crops and masks drawn per decoded image, in the same batch: less to read and decode."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the crop over the image's."""
+    """Area of the crop, as a fraction of the image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the crop."""
+    """Aspect ratio of the crop, width over height."""
     flip: Fraction = 0.5
     """Probability that an image is mirrored."""
     decode_margin: Annotated[float, Field(ge=1)] = 2.5
-    """JPEGs are decoded at 1/2, 1/4 or 1/8 where the crop keeps this many times the target's side;
-    .inf: never. Under 2.5 is looser and faster: the likeness to a full-size decode may fall under
-    45 dB.
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size while the crop keeps this multiple of the
+    target's side; .inf: always at full size. Below 2.5 it is faster and less exact: the PSNR to a
+    full-size decode may fall below 45 dB.
     """
     decode: Literal["cpu", "gpu", "auto"] = "cpu"
     """Who decodes JPEGs: the workers, or the GPU (nvJPEG, whose pixels differ in their last bits);
     auto: the GPU where it can. Where it cannot the workers do, with a warning under gpu.
     """
     max_pixels: Positive = 100_000_000
-    """An image of more is a bad sample, before it takes memory: up to 15 bytes a pixel."""
+    """Larger images are bad samples, refused before they take memory (up to 15 bytes a pixel)."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Of each channel, for images from 0 to 1: taken off."""
+    """Mean per channel, subtracted; for pixels from 0 to 1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Of each channel, for images from 0 to 1: divided by."""
+    """Standard deviation per channel, divided by; for pixels from 0 to 1."""
     max_bad_fraction: Fraction = 0.001
-    """Part of the samples that may be unreadable before the run stops."""
+    """Share of unreadable samples above which the run stops."""
     max_bad_in_a_row: Positive = 100
-    """Samples in a row that may be unreadable before the run stops."""
+    """Unreadable samples in a row above which the run stops."""
 
 
 class BatchOptions(Section):
     """Images per optimizer step over all ranks, and how many a rank takes at once."""
 
     images: Positive = 4096
-    """Images of an optimizer step, over all ranks."""
+    """Images per optimizer step, over all ranks."""
     per_device: Positive | None = None
-    """At most this many at once; the largest divisor is taken. None: all."""
+    """Largest micro-batch of a rank; the largest divisor that fits is used. null: no limit."""
 
 
 class ScheduleOptions(Section):
-    """How long, and how fast. `epochs` or `steps`, `base_lr` or `lr`."""
+    """Length and learning rate. Give `epochs` or `steps`, `base_lr` or `lr`."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Length of the training; or give steps."""
+    """Length of the training in epochs; or give steps."""
     steps: Positive | None = None
-    """Length of the training; or give epochs."""
+    """Length of the training in steps; or give epochs."""
     warmup_epochs: Annotated[float, Field(ge=0)] | None = None
     """Linear warm-up of the learning rate; or give warmup_steps."""
     warmup_steps: Natural | None = None
     """Linear warm-up of the learning rate; or give warmup_epochs."""
     base_lr: Annotated[float, Field(gt=0)] | None = None
-    """Per 256 images."""
+    """Peak learning rate per 256 images: lr = base_lr x batch.images / 256."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; or give base_lr."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the schedule."""
     shape: Literal["cosine", "poly", "steps", "wsd"] = "cosine"
-    """cosine: half a cosine to min_lr. poly: (1 - done)^power. steps: a tenth at each milestone.
-    wsd: stays, then falls over the last part (cooldown).
+    """cosine: half a cosine to min_lr. poly: (1 - done)^power. steps: divided by 10 at each
+    milestone. wsd: constant, then falls to min_lr over the cooldown.
     """
     power: Annotated[float, Field(gt=0)] = 1.0
-    """Of poly."""
+    """Exponent of poly."""
     milestones: list[Fraction] = Field(default_factory=list)
-    """Of steps, as parts of the training."""
+    """Milestones of steps, as fractions of the training."""
     cooldown: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Of wsd, as a part of the training after the warm-up; or give cooldown_steps."""
+    """Cooldown of wsd, as a fraction of the training after the warm-up; or give cooldown_steps."""
     cooldown_steps: Positive | None = None
-    """Of wsd, its length; None: cooldown."""
+    """Cooldown of wsd in steps. null: by cooldown."""
     cooldown_shape: Literal["linear", "1-sqrt"] = "linear"
-    """Of wsd, how the rate falls."""
+    """How the learning rate falls in the cooldown of wsd."""
     warmup: Literal["multiply", "to_schedule"] | None = None
-    """None: the shape begins after the warm-up. multiply: the warm-up is a factor on the falling
+    """null: the shape begins after the warm-up. multiply: the warm-up is a factor on the falling
     rate. to_schedule: linear to the value that the shape has at the end of the warm-up.
     """
     warmup_from: Fraction = 0.0
-    """Part of the rate that the very first step has."""
+    """Learning rate of the first step, as a fraction of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Decoupled, of AdamW; biases and norms have none."""
+    """AdamW's decoupled weight decay; biases and norms have none."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Of AdamW's averages of the gradient and of its square."""
+    """AdamW's decay rates of the gradient and its square."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
-    """Global L2 norm."""
+    """Clip the gradient to this global L2 norm. null: no clipping."""
 
 
 class CheckpointOptions(Section):
-    """When the run is committed, and from what it goes on."""
+    """When checkpoints are committed, and what a run resumes or starts from."""
 
     every_steps: Often = 1000
-    """Commit every so many steps; 0: never."""
+    """Commit a checkpoint every so many steps; 0: never."""
     every_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Commit after so many minutes."""
+    """Commit a checkpoint every so many minutes, too."""
     keep: Positive = 2
-    """Newest ones; two stay at least."""
+    """Newest checkpoints that are kept, at least two."""
     keep_every: Often = None
-    """One of every so many steps stays for good."""
+    """Also keep every checkpoint whose step is a multiple of this."""
     resume: Place = "auto"
-    """auto | never | must | a checkpoint's folder, to start a new run from."""
+    """auto, never, must, or a checkpoint's folder to start a new run from."""
     init: Place | None = None
-    """A new pretraining starts from these weights: a run, a checkpoint or a file of any family."""
+    """Weights that a new pretraining starts from: a run, a checkpoint or a file of any family."""
     init_decoder: Literal["file", "fresh"] = "file"
-    """Fresh: the encoder alone is taken from there, the decoder is drawn anew."""
+    """fresh: load the encoder alone and initialise the decoder."""
     background: bool = True
-    """Write while training goes on."""
+    """Write checkpoints in the background, while training continues."""
     allow: list[str] = Field(default_factory=list)
-    """Frozen keys that this job may change, knowingly."""
+    """Frozen keys that this job may override."""
 
 
 class GuardOptions(Section):
-    """What to do about numbers gone bad: a loss or gradient that is not finite, or a loss that
+    """What to do about a loss or gradient that is not finite, or a loss that
     jumps.
     """
 
     action: Literal["stop", "skip", "rewind"] = "stop"
-    """Stop, leave the update out, or go back to a checkpoint and on beyond these samples."""
+    """Stop the run, skip the update, or rewind to a checkpoint and skip these samples."""
     max_skips: Natural = 10
     """Of the run; then stop."""
     max_rewinds: Natural = 3
     """Of the run; then stop."""
     spike_factor: Annotated[float, Field(gt=0)] | None = None
-    """deviations above the median; costs an all-reduce a step."""
+    """Standard deviations above the recent median that count as a jump. Costs an all-reduce a
+    step.
+    """
     spike_window: Annotated[int, Field(ge=16)] = 64
-    """Steps that the median and the deviation are of."""
+    """Recent steps for that median and deviation."""
     drill_nan_position: Natural | None = None
-    """Puts a NaN into the image at this position of the run, to try this out."""
+    """For drills: put a NaN into the image at this position of the run."""
 
 
 class EvaluateOptions(Section):
-    """k-NN on labelled shards and a reconstruction picture, while training."""
+    """k-NN on labelled shards and reconstruction pictures during training."""
 
     every_steps: Often = None
     """Evaluate every so many steps and after the last; 0: never."""
     train_shards: str | list[str] = Field(default_factory=list)
-    """Labelled shards whose features k-NN compares with."""
+    """Labelled shards that k-NN votes with."""
     test_shards: str | list[str] = Field(default_factory=list)
-    """Labelled shards that are judged."""
+    """Labelled shards that are classified."""
     k: list[Positive] = [20]
-    """Neighbours that vote."""
+    """Numbers of neighbours; each is reported."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
-    """Of the votes: the lower, the more the nearest count."""
+    """Temperature of the votes: the lower, the more the nearest count."""
     logistic: bool = False
-    """Also logistic regression on the same features: slower, and nearer to a linear probe."""
+    """Also fit a logistic regression on the features: slower, closer to a linear probe."""
     pool: Literal["cls", "cls_before_norm", "mean"] = "mean"
-    """What stands for an image: the class token (the mean of several), before the encoder's last
+    """Features of an image: the class token (the mean of several), before the encoder's last
     norm or after, or the mean of the patches.
     """
     batch: Positive = 128
-    """Images at once."""
+    """Images per forward pass."""
     picture_every_steps: Often = None
     """Draw a reconstruction every so many steps and after the last; 0: never."""
     picture_images: Positive = 4
-    """Images of a reconstruction."""
+    """Images in a picture."""
 
 
 class ClassifyOptions(Section):
@@ -356,43 +363,43 @@ class ClassifyOptions(Section):
     """
 
     init: Place | None = None
-    """A run's or a checkpoint's folder, or a file of weights; None: weights of run.seed."""
+    """Run, checkpoint or file of weights to start from. null: random weights of run.seed."""
     network: Literal["student", "teacher"] | None = None
-    """Whose weights; None: the teacher's where there is one."""
+    """Network to take. null: the teacher, if there is one."""
     follow: bool = False
     """What the recipe does not give follows: network, image size and statistics from init; batch,
     engine and evaluations from the set and the ranks.
     """
     num_classes: Positive | None = None
-    """None: one more than the largest label of data.shards."""
+    """Number of classes. null: one more than the largest label of data.shards."""
     class_names: Place | None = None
-    """A text file, a name a line, for tables and pictures."""
+    """Text file with one class name per line, for tables and pictures."""
     pool: Literal["cls", "mean"] = "mean"
-    """What the head sees: the class token or the mean of the patches."""
+    """Features that the head sees: the class token, or the mean of the patches."""
     depth: Positive | None = None
-    """Of a probe: features after this block; None: after the last."""
+    """Block whose output a probe reads. null: the last."""
     rule: Literal["adamw", "lars", "sgd"] = "adamw"
-    """What moves the head; fine-tuning uses adamw."""
+    """Optimizer of a probe's head; fine-tuning uses adamw."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Lr of a layer over that of the one above it."""
+    """Learning rate of a layer, relative to the layer above."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """At the last block; grows from 0 at the first."""
+    """Drop path rate of the last block; it grows linearly from 0 at the first."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the labels."""
+    """Label smoothing."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
-    """Parameter of the beta distribution; 0: never."""
+    """Mixup's alpha of the beta distribution; 0: no mixup."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """Parameter of CutMix's beta distribution; 0: never."""
+    """CutMix's alpha of the beta distribution; 0: no CutMix."""
     mix_probability: Fraction = 1.0
-    """Of a step."""
+    """Probability that a step mixes its images."""
     mix_switch: Fraction = 0.5
-    """CutMix's share of mixed steps."""
+    """Probability that a mixed step uses CutMix."""
     rand_augment: str | None = None
     """Timm's policy, such as rand-m9-mstd0.5-inc1."""
     erase: Fraction = 0.0
-    """Of the images."""
+    """Probability that a part of an image is erased."""
     average: bool = False
-    """Keep a moving average of the classifier by the section teacher, and evaluate it too."""
+    """Keep a moving average of the classifier (section `teacher`) and evaluate it, too."""
 
 
 class DetectOptions(Section):
@@ -410,17 +417,17 @@ class DetectOptions(Section):
     weights of run.seed.
     """
     network: Literal["student", "teacher"] | None = None
-    """Whose weights; None: the teacher's where there is one."""
+    """Network to take. null: the teacher, if there is one."""
     num_classes: Positive | None = None
-    """None: as many as categories.json beside data.shards has."""
+    """null: as many as categories.json beside data.shards has."""
     category_ids: list[int] | None = None
-    """COCO's id of each class. None: those of categories.json, in their order."""
+    """COCO's id of each class. null: those of categories.json, in their order."""
     category_names: list[str] | None = None
-    """Of each class, for tables and pictures. None: those of categories.json."""
+    """Of each class, for tables and pictures. null: those of categories.json."""
     positions: Literal["mae", "published"] = "mae"
     """Of benchmark's fixed table; published: its halves swapped against MAE's, as theirs is."""
     window: Positive | None = None
-    """Side of an attention window in patches. None: 14, of benchmark 16."""
+    """Side of an attention window in patches. null: 14, of benchmark 16."""
     pretrain_size: Positive = 224
     """Pixels of an image's side in the pretraining: vitdet's table of positions has its grid."""
     channels: Positive = 256
@@ -442,11 +449,11 @@ class DetectOptions(Section):
     scale: tuple[float, float] = (0.1, 2.0)
     """Of an image over the canvas, drawn evenly."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Lr of a layer over that of the one above it."""
+    """Learning rate of a layer, relative to the layer above."""
     decay_norms: bool = False
     """Whether norms and positions of the ViT decay, too."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """At the last block; grows from 0 at the first."""
+    """Drop path rate of the last block; it grows linearly from 0 at the first."""
     score: Fraction = 0.05
     """A detection's must be above."""
     detections: Positive = 100
@@ -461,25 +468,25 @@ class LogOptions(Section):
     every_steps: Often = 20
     """Log every so many steps and the last; 0: never."""
     tensorboard: bool = True
-    """Whether to write curves and pictures for TensorBoard."""
+    """Write curves and pictures for TensorBoard."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
-    """Where to show the run, too: each committed step once, also over kills and requeues."""
+    """Trackers that also show the run: each committed step once, even after kills and requeues."""
 
 
 class RunOptions(Section):
-    """Where the run lives."""
+    """The run's folder, seed and limits."""
 
     dir: Place | None = None
-    """Default: runs/<name>."""
+    """Folder of the run. null: runs/<name>."""
     name: str | None = None
-    """Default: the recipe's."""
+    """Name of the run. null: the recipe's."""
     seed: Natural = 0
-    """Initial weights and stochastic rounding."""
+    """Seed of the initial weights and of stochastic rounding."""
     stop_after_steps: Positive | None = None
-    """This many steps in this job, then commit and exit 75."""
+    """Stop after this many steps of this job: commit and exit with 75."""
     deadline_s: Annotated[float, Field(gt=0)] | None = None
-    """Of this job, from its start; SLURM's end is known anyway."""
+    """Time limit of this job from its start. SLURM's time limit is read by itself."""
     lease_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """A job that gives no sign this long has lost the run."""
+    """A job that shows no sign of life for this long loses the run's lease to the next one."""
     lease_wait_s: Annotated[float, Field(ge=0)] = 120.0
-    """How long to wait for a job that trains here and is alive."""
+    """How long to wait for a running job to release the run's lease."""

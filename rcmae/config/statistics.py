@@ -43,7 +43,7 @@ def _divided(key: str, values: Sequence[float]) -> str:
     if max(values) <= 1:  # a 0 among deviations
         return ""
     told = ",".join(f"{value / 255:.4g}" for value in values)
-    return f"; those are of pixels from 0 to 255, divided: {key}=[{told}]"
+    return f"; these are for pixels from 0 to 255; divided by 255: {key}=[{told}]"
 
 
 def statistics_doubts(recipe: Recipe) -> list[str]:

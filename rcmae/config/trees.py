@@ -17,7 +17,8 @@ def tree_of(text: str) -> Any:
     """What a YAML text says.
 
     Raises:
-        Refused: it is no YAML, is nested too deeply, contains itself or stands for too many values.
+        Refused: it is not YAML, is nested too deeply, contains itself or stands for too many
+        values.
     """
     try:
         tree = yaml.safe_load(text)

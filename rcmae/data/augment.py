@@ -77,7 +77,7 @@ class AugmentTransform:
             self._make()
         except (AssertionError, ValueError, KeyError) as error:
             raise Refused(
-                f"classify.rand_augment={self.policy!r} is no policy that timm knows: {error}"
+                f"classify.rand_augment={self.policy!r} is not a policy that timm knows: {error}"
             ) from error
 
     @property

@@ -152,7 +152,7 @@ class OnDevice(Generic[Item]):
     """Items of an iterator with `make` called on each, a few ahead, in a thread with a CUDA stream
     of its own.
 
-    So decoding goes on while the trainer waits for its step. What `make` or the iterator raises
+    So decoding continues while the trainer waits for its step. What `make` or the iterator raises
     comes out in its place."""
 
     def __init__(
@@ -182,7 +182,7 @@ class OnDevice(Generic[Item]):
         return item
 
     def close(self) -> None:
-        """End the thread; the iterator is nobody's then."""
+        """End the thread and release the iterator."""
         self._closed.set()
         with contextlib.suppress(queue.Empty):
             while True:

@@ -3,7 +3,7 @@
 The index knows for every image where its bytes lie in its tar, so training reads by offset and
 needs no tar library. It is a file beside the shards (`index.json`, and a binary table that is
 mapped, not read); for shards without one it is built in memory by reading their headers. Shards
-from elsewhere (rcmae/data/sources.py) are indexed alike, and their index may lie beside them
+that are remote (rcmae/data/sources) are indexed alike, and their index may lie beside them
 there.
 
 Tables carry hashes, which are compared before rows are used. Which index is believed of a shard:
@@ -124,7 +124,7 @@ class ShardIndex:
             cache: folders in which `save` may have left an index of these shards, beside those next
                 to them.
             jobs: processes that read tar headers where shards have no index.
-            patience: with shards from elsewhere.
+            patience: with remote shards.
             scan: False reads no headers: it refuses shards without an index, and believes what an
                 index says of shards that were written since.
             needs: kinds of members (tars.KINDS) whose places the index has to know.
@@ -165,7 +165,7 @@ class ShardIndex:
 
     @staticmethod
     def lies_in(folder: str, patience: Patience = USUAL) -> bool:
-        """Whether a folder, here or elsewhere, has an index. Raises as `open`."""
+        """Whether a folder, local or remote, has an index. Raises as `open`."""
         if "://" not in folder:
             return is_ours(folder)
         try:  # its table, which may be large, is read once: by `open`
@@ -176,7 +176,7 @@ class ShardIndex:
 
     @classmethod
     def found_in(cls, folder: str, patience: Patience = USUAL) -> ShardIndex | None:
-        """The index in a folder, here or elsewhere, if there is one of this package.
+        """The index in a folder, local or remote, if there is one of this package.
 
         Raises:
             Refused: the index is damaged, or newer than this package.
@@ -210,12 +210,12 @@ class ShardIndex:
             paths: of the tars.
             jobs: processes.
             on_scan: sees each shard's as it is done.
-            patience: with shards from elsewhere.
+            patience: with remote shards.
             rules: path -> where keys end (tars.RULES), of shards that have another rule than
                 WebDataset's.
 
         Raises:
-            Refused: names every shard that is no tar, ends too early or holds no image.
+            Refused: names every shard that is not a tar, ends too early or holds no image.
         """
         shards = []
         problems = []
@@ -402,17 +402,17 @@ def _head(text: bytes, path: str) -> dict[str, Any]:
     try:
         head = json.loads(text)
         if not isinstance(head, dict):
-            raise Refused("it is no mapping")
+            raise Refused("it is not a mapping")
         version = head.get("version")
         if isinstance(version, int) and version > VERSION:
             raise Refused(
                 f"{path}: is of index format {version}, this rcmae reads 1 to {VERSION}; use a "
-                "newer rcmae, or write the index anew with rcmae shards index --rebuild"
+                "newer rcmae, or rebuild the index with rcmae shards index --rebuild"
             )
         if isinstance(version, bool) or version not in (1, VERSION):
             raise Refused(f"version {version!r}")
         if not isinstance(head.get("table"), str) or not _TABLE.fullmatch(head["table"]):
-            raise Refused(f"table {head.get('table')!r} is no name of a table")
+            raise Refused(f"table {head.get('table')!r} is not the name of a table")
         if not isinstance(head.get("shards"), list):
             raise Refused("it lists no shards")
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """The processes that read for a rank, and what becomes of them when the system kills one.
 
 A worker keeps no state, so one that is gone (out of memory, or its fork server was killed) takes
-nothing with it: all of a rank's workers are started anew from the read that is next. torch's loader
+nothing with it: all of a rank's workers are restarted from the read that is next. torch's loader
 cannot replace one of several. How often is counted, and limited: what kills them every time is not
 mended by more of them.
 """
@@ -115,7 +115,7 @@ class Workers:
                 f"{told}; lost {self._count} times in this job, {in_a_row} in a row: see the "
                 "memory of the node (dmesg), and lower data.workers or batch.per_device"
             ) from error
-        self._told.append(f"{told}; started anew ({self._count} of {LOSSES} times)")
+        self._told.append(f"{told}; restarted ({self._count} of {LOSSES} times)")
         _stop(self._iterator)
         self._iterator = iter(())
         self._loader = self._make()

@@ -27,7 +27,7 @@ from rcmae.errors import Refused
 _NAMED = 20  # problems that a message lists before it counts the rest
 # bytes of tables that are read on opening; what is more is checked where it is first used
 _CHECKED_AT_ONCE = 2**30
-_LOOKED_AT = 10_000  # files of a folder that is named in the place of shards
+_LOOKED_AT = 10_000  # files of a folder that is given instead of shards
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +51,7 @@ def expand(patterns: str | Sequence[str], *, even_empty: bool = False) -> list[s
     `data/*.tar`, plain paths, URLs with either, `pipe:` commands with braces.
 
     Raises:
-        Refused: names each pattern that matches nothing and each shard that is missing, empty
+        Refused: names each pattern that matches no file and each shard that is missing, empty
             (unless `even_empty`), unreadable or named twice, all at once.
     """
     paths, problems = shards_named(patterns, even_empty=even_empty)
@@ -94,7 +94,7 @@ def shards_named(
                 continue
             if not found:
                 of = f" (of {sources.redacted(pattern)})" if piece != pattern else ""
-                problems.append(f"{sources.redacted(piece)}: matches nothing{of}")
+                problems.append(f"{sources.redacted(piece)}: matches no file{of}")
             paths += found
     if not paths and not problems:
         problems.append(
@@ -244,7 +244,7 @@ class Search:
             paths: of the shards.
             caches: folders to look into, beside those of the shards.
             indexed: gives what an index in a folder says; may raise Refused and OSError.
-            patience: with shards from elsewhere.
+            patience: with remote shards.
         """
         self.problems: list[str] = []
         self.short: list[str] = []  # shards with fewer bytes than they were indexed with
@@ -292,7 +292,7 @@ class Search:
         shown = sources.redacted(path)
         if shard.fingerprint != candidates[0].shard.fingerprint:
             _log.warning(
-                "%s: the index in %s says otherwise than the newer one in %s, which is used",
+                "%s: the index in %s differs from the newer one in %s, which is used",
                 shown,
                 candidates[0].folder,
                 chosen.folder,
@@ -356,7 +356,7 @@ def unlike(before: Shard, now: Shard) -> list[str]:
         [before.rows[field][:count] == now.rows[field][:count] for field in fields], axis=0
     )
     other = max(before.samples, now.samples) - int(np.count_nonzero(same))
-    what = f"{other} of its {now.samples} samples lie elsewhere or have other labels"
+    what = f"{other} of its {now.samples} samples lie at other offsets or have other labels"
     if not other:
         what = "its samples have other keys"
     path = sources.redacted(now.path)

@@ -89,7 +89,7 @@ def moved(one: ClassList, other: ClassList) -> str | None:
         if places.get(name, label) != label:
             return (
                 f"{name!r} is label {places[name]} in {one.where}, and {label} in {other.where}; "
-                "one of them is of other labels"
+                "one of them has other labels"
             )
     return None
 
@@ -104,7 +104,7 @@ def class_problems(sets: Sequence[Labelled]) -> list[str]:
                 first = each.key, found
             elif told := unlike(first[1], found):
                 both = " and ".join(dict.fromkeys([first[0], each.key]))
-                problems.append(f"{both}: not of the same classes: {told}")
+                problems.append(f"{both}: different classes: {told}")
                 break
     return problems
 
@@ -113,7 +113,7 @@ def class_problems(sets: Sequence[Labelled]) -> list[str]:
 
 
 def _contents(index: ShardIndex) -> Iterator[tuple[int, int, str]]:
-    """What tells a shard whatever it is called: size, samples, where they lie and their labels."""
+    """What identifies a shard whatever its name: size, samples, their offsets and labels."""
     for shard in index.shards:
         yield shard.size, shard.samples, _rows(shard)
 
@@ -152,7 +152,7 @@ def met(train: Labelled, test: Labelled) -> Meeting:
     elif both:
         warnings.append(
             f"{both} of {len(test.samples.shards)} shards of {test.key} are in {train.key}, too: "
-            "what is judged has learnt from them"
+            "those test images were trained on"
         )
     return Meeting(problems, warnings)
 

@@ -65,7 +65,7 @@ class Readers:
 
     workers: int = 0  # processes of this rank; 0: this one
     prefetch: int = 2  # micro-batches that each worker keeps ready
-    # of the node, for shards from elsewhere; what comes next is copied there while training goes on
+    # of the node, for remote shards; what comes next is copied there while training continues
     cache: Cache | None = None
 
 
@@ -132,7 +132,7 @@ class Stream:
             leaves_jpegs=device_decoder is not None,
         )
         remote = any(is_remote(shard.path) for shard in index.shards)
-        assert not remote or cache is not None, "shards from elsewhere need a cache"
+        assert not remote or cache is not None, "remote shards need a cache"
         ahead = None
         if remote and cache is not None:
             ahead = _Ahead(index, cache.limit // share.ranks_of_node)
@@ -238,7 +238,7 @@ class Stream:
         return self._workers.drain()
 
     def missing_workers(self) -> WorkersLost | None:
-        """What to raise in a wait for samples that nobody will bring: a worker is dead."""
+        """What to raise in a wait for samples when a worker is dead."""
         return self._workers.missing()
 
     def first_images(self, count: int) -> Batch:
@@ -295,7 +295,7 @@ class Limits:
 
     def check(self, bad: list[BadSample], positions: list[int]) -> None:
         """Count a micro-batch. The fraction is of an epoch until more than one is read: one early
-        sample is no rate.
+        sample gives no rate.
 
         Raises:
             TooManyBadSamples: lists the samples.
@@ -387,7 +387,7 @@ def labelled_batches(
                     on_bad(bad)
                 else:
                     _log.warning(
-                        "left out of the evaluation: %s/%s (%s)", bad.shard, bad.key, bad.reason
+                        "skipped in the evaluation: %s/%s (%s)", bad.shard, bad.key, bad.reason
                     )
             yield read.batch
     finally:

@@ -32,7 +32,7 @@ from rcmae.data.draws import Purpose, uniform
 from rcmae.data.jpeg import Box, Header, decode_box, decode_cmyk, header, is_whole, scans
 from rcmae.errors import Refused
 
-MAX_PIXELS = 100_000_000  # of an encoded image: data.max_pixels, where nobody says otherwise
+MAX_PIXELS = 100_000_000  # of an encoded image: the default of data.max_pixels
 # A file of more pixels to the byte than a photograph ever has, and of more than these in all, is
 # empty, or made to fill the memory.
 _MAX_PIXELS_A_BYTE = 2000
@@ -52,7 +52,7 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class BadImage(ValueError):
-    """The bytes are no image that can be decoded; the message says why."""
+    """The bytes are not an image that can be decoded; the message says why."""
 
 
 class View(NamedTuple):
@@ -276,7 +276,7 @@ def decode(
         max_pixels: an image of more is refused before it takes memory.
 
     Raises:
-        BadImage: the bytes are no image, are cut short or damaged, or would take more pixels or
+        BadImage: the bytes are not an image, are cut short or damaged, or would take more pixels or
             more memory than there is.
     """
     head = plain_jpeg(data, max_pixels)
@@ -378,7 +378,7 @@ def _bands(values: NDArray[np.generic], channels: int) -> NDArray[np.uint8]:
     if values.ndim != 3 or values.shape[2] != channels or 0 in values.shape:
         shape = " x ".join(map(str, values.shape))
         raise BadImage(
-            f"it is an array of {shape}, wanted are height x width x {channels} (model.in_channels)"
+            f"it is an array of {shape}, expected height x width x {channels} (model.in_channels)"
         )
     if values.dtype == np.uint16:
         values = (values.astype(np.uint32) + 128) // 257

@@ -77,7 +77,7 @@ class Viewed(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a worker is handed: a micro-batch to make, and shards from elsewhere to copy
+    """What a worker is handed: a micro-batch to make, and remote shards to copy
     meanwhile.
     """
 
@@ -128,7 +128,7 @@ class _Copying:
 class TrainReading(Dataset[Read | Exception]):
     """Requests -> views and masks, each keyed by its position. Unreadable samples are replaced.
 
-    What a user has to mend is handed over, not raised: a worker's exception would reach them as its
+    What a user has to fix is returned, not raised: a worker's exception would reach them as its
     traceback."""
 
     def __init__(

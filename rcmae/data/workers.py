@@ -1,7 +1,7 @@
 """Worker processes that live as long as the process that started them: no longer, and no shorter.
 
-A killed process takes nobody with it: a fork server is its workers' parent, and theirs are pipes
-that nobody closes. So each worker watches its owner. And a signal that asks an owner to stop often
+A killed process does not end the others: a fork server is its workers' parent, and theirs are pipes
+that stay open. So each worker watches its owner. And a signal that asks an owner to stop often
 goes to all its processes: workers leave it to the owner, which may want a last result of them. We
 do not use PR_SET_PDEATHSIG, which knows parents alone."""
 

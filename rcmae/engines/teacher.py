@@ -26,7 +26,7 @@ from rcmae.errors import Refused
 
 class Publication(Protocol):
     """Brings updated shards of the copy to the ranks that compute with all of it, while other
-    work goes on.
+    work continues.
     """
 
     def begin(self) -> None:

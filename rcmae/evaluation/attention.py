@@ -47,7 +47,7 @@ def recording(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
-    """[depth, B, heads, N, N] of normalised images [B, C, H, W]; row i tells what token i reads.
+    """[depth, B, heads, N, N] of normalised images [B, C, H, W]; row i has the weights of token i.
 
     N: all tokens.
     """
@@ -97,7 +97,7 @@ def rollout(
             two differ only with `discard`.
 
     Raises:
-        Refused: another fusion, or `discard` is no share below 1.
+        Refused: another fusion, or `discard` is not a share below 1.
     """
     if fusion not in _FUSIONS:
         raise Refused(f"fusion={fusion!r} is unknown; use mean, max or min")

@@ -139,7 +139,7 @@ def photograph(files: Sequence[Path], draw: Draw, size: tuple[int, int]) -> Tens
     enlarged to it.
 
     Raises:
-        Refused: it is no image.
+        Refused: it is not an image.
     """
     pixels = opened(files[draw.randint(len(files))])
     room = max(1.0, *(side / there for side, there in zip(size, pixels.shape[:2], strict=True)))
@@ -235,7 +235,7 @@ class Snow(NamedTuple):
     mean: float  # of the noise that flakes are made of
     deviation: float
     zoom: float  # size of a flake
-    least: float  # noise below this is no flake
+    least: float  # noise below this is not a flake
     radius: float  # of the blur by the fall, pixels at 224
     sigma: float
     kept: float  # share of the image that is not whitened

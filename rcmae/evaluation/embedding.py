@@ -234,7 +234,7 @@ def fingerprint(model: Classifier) -> str:
 
 
 def versions_of(index: ShardIndex) -> list[str]:
-    """What tells the shards' contents from those of another day: hashes, or times of writing."""
+    """What identifies the shards' contents: hashes, or times of writing."""
     found = []
     for shard in index.shards:
         here = None if is_remote(shard.path) else stat_here(shard.path)

@@ -111,7 +111,7 @@ def load_images(
     each channel.
 
     Raises:
-        Refused: there is none, or one is no image.
+        Refused: there is none, or one is not an image.
         OSError: something cannot be read.
     """
     transform = CentreTransform(size, len(statistics[0]))
@@ -129,5 +129,5 @@ def load_images(
         try:
             pixels.append(transform(image.data, 0, 0).image)
         except BadImage as error:
-            raise Refused(f"{image.name} is no image that can be decoded: {error}") from error
+            raise Refused(f"{image.name} is not an image that can be decoded: {error}") from error
     return Shown(Normalise(*statistics).images(torch.stack(pixels)), names, classes)

@@ -84,10 +84,13 @@ def _problems(
     shapes = (train_features.shape, test_features.shape)
     if any(len(shape) != 2 for shape in shapes) or shapes[0][1:] != shapes[1][1:]:
         problems.append(
-            f"features of shapes {list(shapes[0])} and {list(shapes[1])}; wanted [n, D] and [m, D]"
+            f"features of shapes {list(shapes[0])} and {list(shapes[1])}; expected [n, D] and "
+            "[m, D]"
         )
     if len(train_labels) != count:
-        problems.append(f"{len(train_labels)} labels for {count} training images; wanted one each")
+        problems.append(
+            f"{len(train_labels)} labels for {count} training images; expected one each"
+        )
     elif count and not (train_labels.min() >= 0 and train_labels.max() < num_classes):
         problems.append(
             f"labels from {int(train_labels.min())} to {int(train_labels.max())}; wanted 0 "

@@ -59,7 +59,7 @@ def sets_of(given: Sequence[str], names: Sequence[str]) -> list[LabelledSet]:
                 except Refused as error:
                     problems.append(f"{item}: {name}: {error}")
         else:
-            problems.append(f"{item!r} is no set: give NAME=SHARDS, or a .yaml file of sets")
+            problems.append(f"{item!r} is not a set: give NAME=SHARDS, or a .yaml file of sets")
     called = [each.name for each in found]
     twice = {name for name in called if called.count(name) > 1}
     if twice:
@@ -104,7 +104,7 @@ def set_of(name: str, about: Any, folder: Path, names: Sequence[str]) -> Labelle
     """A set of a file in `folder`. Raises Refused."""
     known = {"shards", "classes", "labels"}
     if not isinstance(about, dict) or "shards" not in about or set(about) - known:
-        raise Refused(f"wants shards, and may have classes and labels; got {about!r}")
+        raise Refused(f"needs shards, and may have classes and labels; got {about!r}")
     labels = about.get("labels", "own")
     classes = about.get("classes")
     if labels not in ("own", "listed"):
@@ -149,7 +149,7 @@ def classes_of(given: Any, folder: Path, names: Sequence[str]) -> list[int]:
     if both:
         raise Refused(
             f"classes {', '.join(both[:5])} are numbers and names of other classes; give names "
-            "that are no numbers, or a list of numbers"
+            "that are not numbers, or a list of numbers"
         )
     if unknown:
         why = "no numbers, and there are no class names"

@@ -1,7 +1,8 @@
 """Cheap answers to how good features are: k-NN, logistic regression and few labels, on features
 extracted once.
 
-Local: one process does all of it. Few labels are drawn several times, and their spread is told."""
+Local: one process does all of it. Few labels are drawn several times; mean and deviation are
+reported."""
 
 from __future__ import annotations
 
@@ -142,7 +143,7 @@ def answers(
         strength: inverse of the L2 penalty of the logistic regression.
 
     Raises:
-        Refused: the test set has classes that the training set has not.
+        Refused: the test set has classes that the training set lacks.
     """
     new = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
     if new:

@@ -110,7 +110,7 @@ def report(
         sets: that it is judged on.
         corruptions: of one of them.
         loading: of the images.
-        tell: is told of each corruption that is done.
+        tell: called with a line for each finished corruption.
         names: of the model's classes; None: not known.
 
     Returns:
@@ -123,7 +123,7 @@ def report(
     """
     chosen = next((each for each in sets if each.name == corruptions.set), None)
     if chosen is None:
-        raise Refused(f"--corrupt {corruptions.set}: no set is called so")
+        raise Refused(f"--corrupt {corruptions.set}: no set has that name")
     for path in corruptions.frost:
         opened(path)  # now, and not in a worker half-way
     indexes = {each.name: ShardIndex.open(each.shards) for each in sets}
@@ -208,7 +208,7 @@ def baselines_of(path: Path, corruptions: Sequence[str], severities: Sequence[in
         value: Any = given.get(name) if isinstance(given, dict) else None
         values = value if isinstance(value, list) else [value]
         if not all(map(_is_error, values)):
-            problems.append(f"{name}: {value!r}; wanted is an error in percent, above 0")
+            problems.append(f"{name}: {value!r}; expected an error in percent, above 0")
         elif len(values) == len(SEVERITIES):
             found[name] = [float(values[severity - 1]) for severity in severities]
         elif len(values) == 1 and tuple(severities) == SEVERITIES:
@@ -219,7 +219,7 @@ def baselines_of(path: Path, corruptions: Sequence[str], severities: Sequence[in
             )
     clean = document.get("clean")
     if clean is not None and clean != 0 and not _is_error(clean):
-        problems.append(f"clean: {clean!r}; wanted is an error in percent")
+        problems.append(f"clean: {clean!r}; expected an error in percent")
     if problems:
         raise Refused(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
     return Baselines(found, None if clean is None else float(clean))

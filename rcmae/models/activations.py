@@ -163,9 +163,7 @@ class _Blocks:
             statistics = at.heads * at.queries + 2 * at.queries + 2 * at.others
             kept += numbers * self.width
             kept += FP32 * statistics
-        if (
-            not self.computing.fused_attention
-        ):  # the matrix of attention, in the place of its log-sums
+        if not self.computing.fused_attention:  # the matrix of attention, instead of its log-sums
             matrix = at.heads * at.queries * (at.keys + at.others) * self.width
             attentions = 2 if at.others else 1
             kept += matrix - LOG_SUMS * at.heads * at.queries * attentions

@@ -106,7 +106,7 @@ class _AllSum(torch.autograd.Function):
 
 class _OfMaps(torch.autograd.Function):
     """Maps [B, C, H, W] normalised by each channel's mean and variance over all ranks; and the mean
-    and the unbiased variance, which are no numbers where all ranks together have less than two
+    and the unbiased variance, which are not numbers where all ranks together have less than two
     places. Ranks may have maps of other numbers, or none.
 
     Keeps its input alone for the backward pass, as torch's own does: what autograd would keep of

@@ -45,7 +45,7 @@ class Fit:
     """Which weights of a file went into a model."""
 
     matched: tuple[str, ...]
-    fresh: tuple[str, ...]  # the model's own that the file has not: drawn anew
+    fresh: tuple[str, ...]  # the model's own that the file has not: newly initialised
     unused: tuple[str, ...]  # the file's that the model has no place for
     resampled: tuple[tuple[int, int], tuple[int, int]] | None  # positions: from grid, to grid
 
@@ -57,7 +57,7 @@ class Fit:
             lines.append(
                 f"positions interpolated from a grid of {rows}x{columns} to {to_rows}x{to_columns}"
             )
-        for what, names in (("drawn anew", self.fresh), ("left in the file", self.unused)):
+        for what, names in (("newly initialised", self.fresh), ("left in the file", self.unused)):
             if names:
                 kinds = sorted({name.split(".")[0] for name in names})
                 lines.append(f"{len(names)} {what}: {', '.join(kinds)}")
@@ -135,7 +135,7 @@ def _without_a_place(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
 def name_problems(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], new: tuple[str, ...]
 ) -> list[str]:
-    """Weights that are not there, but for new ones, and weights that are nobody's."""
+    """Weights that are not there, but for new ones, and weights that nothing uses."""
     lacking = [name for name in wanted if name not in found and not name.startswith(new)]
     unknown = [name for name in found if name not in wanted]
     problems = []

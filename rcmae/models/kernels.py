@@ -2,9 +2,9 @@
 checkpointing.
 
 Every choice computes the same function; they differ in speed and memory. What is used, and why not
-the others, is told at start-up (`table`). Attention is torch's `scaled_dot_product_attention`, but
-for bf16 on a CPU that multiplies it in hardware. NVIDIA apex is found at run time where a site has
-built it.
+the others, is printed at start-up (`table`). Attention is torch's `scaled_dot_product_attention`,
+but for bf16 on a CPU that multiplies it in hardware. NVIDIA apex is found at run time where a site
+has built it.
 
 Not done: swapping modules for fused ones after construction. A choice is made when a part is built.
 """
@@ -247,7 +247,7 @@ def table(
     ]
 
 
-ASKED = "as asked for"
+ASKED = "as requested"
 ACTIVATIONS: dict[Checkpointing, str] = {
     "none": "all kept",
     "torch": "recomputed (torch)",

@@ -48,7 +48,7 @@ def make(asked: ObjectiveOptions, context: Context) -> Objective:
     """The objective of a recipe, with the terms added to it.
 
     Raises:
-        Refused: it cannot be made, or is no sum that terms can be added to.
+        Refused: it cannot be made, or is not a sum that terms can be added to.
     """
     listed = OBJECTIVES.get(asked.name)
     factory = plugins.find(listed.factory if listed else asked.name, key="objective.name")
@@ -86,7 +86,8 @@ def _plus(objective: Objective, asked: ObjectiveOptions, context: Context) -> Su
 
     if not isinstance(objective, Sum):
         raise Refused(
-            f"objective.terms: {asked.name} is no sum of terms, so none can be added; leave it out"
+            f"objective.terms: {asked.name} is not a sum of terms, so none can be added; leave "
+            "it out"
         )
     more = {}
     for name, weight in asked.terms.items():

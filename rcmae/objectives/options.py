@@ -1,7 +1,7 @@
 """The keys of the section `objective` that belong to one objective, or to one term.
 
 Without torch, so that a recipe is read, and a typo refused, before it is imported. An objective
-from elsewhere has such a class as its attribute `Options`; any pydantic model will do, with `reads`
+of your own has such a class as its attribute `Options`; any pydantic model will do, with `reads`
 where the loss reads other outputs than the student's pixels."""
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Weight = Annotated[float, Field(ge=0.0)]
 
 
 class PixelOptions(OwnOptions):
-    """Of whatever reconstructs pixels."""
+    """Options of objectives that reconstruct pixels."""
 
     norm_pix_loss: bool = True
-    """The target of a patch is normalised by its own mean and variance."""
+    """Normalise each target patch by its own mean and variance."""
     pixel_norm: PixelNorm | None = None
-    """By which variance; None: as published."""
+    """Which mean and variance normalise a patch. null: as published for the objective."""
     published_norm: ClassVar[PixelNorm] = "unbiased"
 
     @property
@@ -34,30 +34,30 @@ class PixelOptions(OwnOptions):
 
 
 class ConsistencyOptions(OwnOptions):
-    """Of the term `consistency`."""
+    """Options of the term `consistency`."""
 
     reads: ClassVar[Reads] = Reads(student=("pixels",), teacher=("pixels",))
     teacher_mask: Literal["same", "different"] = "same"
-    """Which patches the teacher of the consistency sees."""
+    """Patches that the teacher of the consistency term sees."""
 
 
 class ClassOptions(OwnOptions):
-    """Of the term `class`."""
+    """Options of the term `class`."""
 
     reads: ClassVar[Reads] = Reads(student=("classes",))
     class_temperature: Annotated[float, Field(gt=0.0)] = 10.0
-    """The class head's logits are divided by it."""
+    """Temperature that divides the class head's logits."""
     class_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Of the labels."""
+    """Label smoothing of the class term."""
 
 
 class FeatureOptions(OwnOptions):
-    """Of the term `features`."""
+    """Options of the term `features`."""
 
     reads: ClassVar[Reads] = Reads(student=("features",), teacher=("tokens",))
     follows_progress: ClassVar[bool] = True  # the weight grows over the run's first quarter
     weight_mask: bool | None = None
-    """Hidden patches among hidden ones count more; None: as published."""
+    """Weight hidden patches by their hidden neighbours. null: as published for the objective."""
     published_weight_mask: ClassVar[bool] = False
 
     @property
@@ -67,17 +67,17 @@ class FeatureOptions(OwnOptions):
 
 
 class MAEOptions(PixelOptions):
-    """Of `mae`."""
+    """Options of `mae`."""
 
     weight_mask: bool | None = None
-    """Hidden patches among hidden ones count more."""
+    """Weight hidden patches by their hidden neighbours."""
 
 
 class RCMAEOptions(ConsistencyOptions, PixelOptions):
-    """Of `rcmae`."""
+    """Options of `rcmae`."""
 
     consistency_weight: Weight = 1.0
-    """Gamma of the RC-MAE paper."""
+    """Weight of the consistency term: gamma of the RC-MAE paper."""
 
 
 class BlocksOptions(PixelOptions):
@@ -96,25 +96,25 @@ class RCPixioOptions(ConsistencyOptions, BlocksOptions):
     """Of `rcpixio`."""
 
     consistency_weight: Weight = 1.0
-    """Gamma of the RC-MAE paper."""
+    """Weight of the consistency term: gamma of the RC-MAE paper."""
 
 
 class SupMAEOptions(ClassOptions, PixelOptions):
-    """Of `supmae`."""
+    """Options of `supmae`."""
 
     reads: ClassVar[Reads] = Reads(student=("classes", "pixels"))
     class_weight: Weight = 0.01
-    """Of the class term in the loss."""
+    """Weight of the class term."""
 
 
 class BootMAEOptions(FeatureOptions, PixelOptions):
-    """Of `bootmae`."""
+    """Options of `bootmae`."""
 
     decoder: ClassVar[str] = "bootmae"
     published_norm: ClassVar[PixelNorm] = "channel"
     published_weight_mask: ClassVar[bool] = True
     feature_weight: Weight = 1.0
-    """0: no features, and no teacher."""
+    """Weight of the feature term; 0: no feature term and no teacher."""
 
     @property
     def reads(self) -> Reads:  # type: ignore[override]

@@ -39,9 +39,9 @@ class Objective(Protocol):
     """A loss: total = sum over terms of weights[term] * sum[term] / count[term], both over the
     whole step.
 
-    It gives *sums* over a micro-batch and tells from the data alone what they count; the loop
-    divides by the count of the whole step over all ranks, so that a loss never depends on how the
-    step was split. Not done: a mean per micro-batch, which would.
+    It gives *sums* over a micro-batch and counts from the data alone what they are divided by; the
+    loop divides by the count of the whole step over all ranks, so that a loss never depends on how
+    the step was split. Not done: a mean per micro-batch, which would.
     """
 
     @property

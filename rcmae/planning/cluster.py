@@ -148,7 +148,7 @@ def clock_skew(now: Callable[[], float], rounds: int = 5) -> list[float]:
 
 
 def check_clocks(skew: Sequence[float], hosts: Sequence[str]) -> Finding:
-    """That clocks agree: deadlines and logs are told in their time."""
+    """That clocks agree: deadlines and logs use them."""
     worst = max(range(len(skew)), key=lambda rank: abs(skew[rank]))
     spread = max(skew) - min(skew)
     colour = COLOURS[sum(spread > limit for limit in SKEW_S)]
@@ -263,5 +263,5 @@ def check_links(
             continue
         colour = COLOURS[(rate < 0.5 * expected) + (rate < 0.1 * expected)]
         text += f", {expected:.0f} should be there"
-        ways = "see slurm/README.md on NCCL; NCCL_DEBUG=INFO tells which network it takes"
+        ways = "see slurm/README.md on NCCL; NCCL_DEBUG=INFO shows which network it uses"
         yield Finding("links", colour, text, "" if colour == "green" else ways)

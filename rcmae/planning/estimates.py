@@ -191,7 +191,7 @@ def measured_utilisation(
             rates = [row["model_flops_per_s"] for row in rows]
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise Refused(
-                f"{path} is no result of tools/bench_step.py ({error}); move it away"
+                f"{path} is not a result of tools/bench_step.py ({error}); move it away"
             ) from error
         peak = peak_flops(device, recipe.engine.precision)
         if device == wanted and peak:

@@ -1,5 +1,5 @@
-"""A node's GPUs as their driver tells them: whether torch can use them, and whether they are well
-and free.
+"""A node's GPUs as their driver reports them: whether torch can use them, and whether they are
+healthy and free.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HOT = 88  # degrees Celsius
 
 
 def read_gpus() -> list[dict[str, str]] | str:
-    """This node's GPUs as the driver tells them, or why it does not.
+    """This node's GPUs as the driver reports them, or why it does not.
 
     To be called before CUDA is in use here.
     """
@@ -112,7 +112,7 @@ def _usable(rows: list[dict[str, str]], asked: int) -> Finding:
 
 
 def check_gpu(name: str, row: dict[str, str], recipe: Recipe | None) -> Iterator[Finding]:
-    """One GPU by what the driver tells of it."""
+    """One GPU by what the driver reports."""
     used = _number(row, "memory.used") / 1024  # GiB
     total = _number(row, "memory.total") / 1024
     problems = [

@@ -155,7 +155,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The CPU's model, as far as the system tells it."""
+    """The CPU's model, as far as the system reports it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

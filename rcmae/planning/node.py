@@ -195,7 +195,7 @@ def check_folder(name: str, folder: Path, needed: float) -> Iterator[Finding]:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         text = f"{folder}: {error.strerror or error}"
-        ways = "mend its permissions or quota, or use another folder"
+        ways = "fix its permissions or quota, or use another folder"
         yield Finding(name, "red", text, ways)
         return
     finally:
@@ -249,7 +249,7 @@ def _exercise(folder: Path) -> float:
 
 
 def caches(recipe: Recipe | None) -> dict[str, Path]:
-    """Folders that libraries fill while a run goes on, by the variable that moves each."""
+    """Folders that libraries fill during a run, by the variable that moves each."""
     home = Path.home()
     temporary = Path(tempfile.gettempdir())
     folders = {"TMPDIR": temporary}
@@ -330,7 +330,7 @@ def check_shards(recipe: Recipe) -> tuple[Finding, str]:
     try:
         index = ShardIndex.open(recipe.data.shards, cache=caches)
     except Refused as error:
-        ways = "mend or leave out these shards, or correct data.shards"
+        ways = "repair or remove these shards, or correct data.shards"
         return Finding("shards", "red", str(error), ways), ""
     numbers = range(0, len(index), max(1, len(index) // _TRIED))
     bad, rate = _try_samples(recipe, index, numbers)

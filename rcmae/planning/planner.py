@@ -36,7 +36,7 @@ from rcmae.planning.site import Site
 with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
     from rcmae.engines.deepspeed_config import config_problems, read_config
 
-ROWS = ("zero0", "zero1", "zero2", "zero3", "fsdp2")  # engines that are told side by side
+ROWS = ("zero0", "zero1", "zero2", "zero3", "fsdp2")  # engines that are shown side by side
 
 # ------------------------------------------------------------------------------------------- recipe
 

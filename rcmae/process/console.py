@@ -1,7 +1,7 @@
 """Standard output and error that are never a reason to stop.
 
 Whoever reads them may leave (`| head`, a `tee` that died, a terminal that is closed), and the disk
-under a log may be full. A training goes on without them: its files have what counts.
+under a log may be full. A training continues without them: its files have what counts.
 
 Names that come from data (keys, classes, paths, URLs) may hold what a terminal obeys. They are
 shown escaped: by `say` and `printable` where they are printed, and by the streams behind.

@@ -19,7 +19,7 @@ asked: list[str] = []  # names of the signals that came
 
 
 def hear() -> None:
-    """Note SIGUSR1 from now on, where this package is the program and nobody else does."""
+    """Note SIGUSR1 from now on, if this package is the program and has no other handler."""
     words = sys.orig_argv
     at = words.index("-m") + 1 if "-m" in words else len(words)
     module = words[at].split(".")[0] if at < len(words) else ""

@@ -134,12 +134,12 @@ def launched() -> Launched:
     if other.world > found.world:
         raise Refused(
             f"WORLD_SIZE={found.world}, but {other.says} says that {other.who} started "
-            f"{other.world}: unset RANK and WORLD_SIZE, which are left of something else"
+            f"{other.world}: unset RANK and WORLD_SIZE, which are left over from something else"
         )
     if other.world == found.world and other.rank != found.rank:
         raise Refused(
             f"RANK={found.rank}, but {other.who} calls this process rank {other.rank} of "
-            f"{other.world}: unset RANK and WORLD_SIZE, which are left of something else"
+            f"{other.world}: unset RANK and WORLD_SIZE, which are left over from something else"
         )
     return found
 
@@ -148,7 +148,7 @@ def _by_others(env: Mapping[str, str]) -> Launched:
     for names in _OTHERS:
         is_whole = names.world in env and (names.rank in env or names is _SRUN)
         is_pmi = names.rank == "PMI_RANK"
-        # with srun's own plug-in it tells of the same ranks, without the local ones
+        # with srun's own plug-in it gives the same ranks, without the local ones
         if not is_whole or (is_pmi and (_SRUN.world in env or _is_other_pmi(names, env))):
             continue
         if is_pmi and env[names.world] != "1" and names.local_rank not in env:
@@ -183,7 +183,7 @@ def _read(names: Names, env: Mapping[str, str]) -> Launched:
     if world < 1 or not 0 <= rank < world:
         raise Refused(
             f"{names.rank}={rank} and {names.world}={world}: ranks are 0 to the size less 1; unset "
-            "them, if they are left of something else"
+            "them, if they are left over from something else"
         )
     is_known = names is not _SRUN or world == 1
     local_rank = number(names.local_rank, env, rank if is_known else None)
@@ -201,7 +201,7 @@ def _read(names: Names, env: Mapping[str, str]) -> Launched:
             raise Refused(
                 f"{names.local_rank}={local_rank} and {told if told in env else names.world}="
                 f"{local_world}, of {world} ranks: a rank's number on its host is 0 to the ranks "
-                "there less 1; unset what is left of something else"
+                "there less 1; unset what is left over from something else"
             )
     if world == 1:
         local_rank, local_world = 0, 1  # of an earlier step of a scheduler's job
@@ -216,12 +216,14 @@ def number(name: str, env: Mapping[str, str] = os.environ, default: int | None =
             return default
         raise Refused(
             f"{name} is not set, though others of its launcher are; start all ranks by one "
-            "launcher, or unset what is left of another"
+            "launcher, or unset what is left over from another"
         )
     try:
         value = int(text)
     except ValueError as error:
-        raise Refused(f"{name}={text!r:.80} is no number; unset it, or set what it is") from error
+        raise Refused(
+            f"{name}={text!r:.80} is not a number; unset it, or set what it is"
+        ) from error
     if abs(value) > _MOST:
         raise Refused(f"{name}={text:.80} is too large a number; unset it, or set what it is")
     return value
@@ -246,7 +248,9 @@ def restarts() -> int:
 
 
 def identity(found: Launched) -> str:
-    """What tells this start from others that may listen on the same port; the same on all ranks."""
+    """What distinguishes this start from others that may use the same port; the same on all
+    ranks.
+    """
     env = os.environ
     told = [f"{name}={env[name]}" for name in _STARTS.get(found.who, ()) if name in env]
     if not told and found.who in _BY_MPI and found.local_world == found.world:
@@ -260,7 +264,7 @@ def ports(found: Launched) -> list[int]:
     if os.environ.get("MASTER_PORT", "").strip():
         port = number("MASTER_PORT")
         if not 0 < port < 2**16:
-            raise Refused(f"MASTER_PORT={port} is no port: 1 to 65535; unset it, or set another")
+            raise Refused(f"MASTER_PORT={port} is not a port: 1 to 65535; unset it, or set another")
         return [port]
     digest = hashlib.sha256(identity(found).encode()).digest()
     first = int.from_bytes(digest[:8], "little")
@@ -268,7 +272,7 @@ def ports(found: Launched) -> list[int]:
 
 
 def host(found: Launched) -> str:
-    """Where rank 0 runs. Raises Refused where nothing tells."""
+    """Where rank 0 runs. Raises Refused if it is unknown."""
     env = os.environ
     if env.get("MASTER_ADDR"):
         return env["MASTER_ADDR"]
@@ -276,7 +280,7 @@ def host(found: Launched) -> str:
         return "127.0.0.1"
     if found.who != _SRUN.who:
         raise Refused(
-            f"{found.says} says that {found.who} started ranks on several hosts, but nothing tells "
+            f"{found.says} says that {found.who} started ranks on several hosts, but nothing says "
             "where rank 0 runs: set MASTER_ADDR and MASTER_PORT for all of them (mpirun -x)"
         )
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
@@ -288,7 +292,7 @@ def host(found: Launched) -> str:
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise Refused(
             f"cannot tell the first host of SLURM_STEP_NODELIST={nodes!r} ({error}); export "
-            "MASTER_ADDR in the job, or unset SLURM_STEP_NUM_TASKS if it is left of another"
+            "MASTER_ADDR in the job, or unset SLURM_STEP_NUM_TASKS if it is left over from another"
         ) from error
 
 

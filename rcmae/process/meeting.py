@@ -1,8 +1,8 @@
 """Where the ranks of a start find each other, and only those of the same start.
 
 Rank 0 listens; the others look for it at the same ports, in the same order. A port may be another
-program's, or another start's of this one: each start has a name, and who finds another's goes on to
-the next port. Whoever waits says for whom.
+program's, or another start's of this one: each start has a name, and a rank that finds another's
+moves on to the next port. A wait names the ranks that it waits for.
 """
 
 from __future__ import annotations
@@ -139,21 +139,21 @@ def _found(where: Launched, address: str, end: float) -> int:
             if name == wanted:
                 return port
             if name and len(ports) == 1:
-                met = f"port {port} is of another training ({name}, this one is {wanted})"
+                met = f"port {port} belongs to another training ({name}, this one is {wanted})"
                 give_up = min(give_up, time.monotonic() + _OTHERS_S)
         time.sleep(_PAUSE_S)
-    raise RuntimeError(met or f"nobody listens there; {where.says}")
+    raise RuntimeError(met or f"nothing listens there; {where.says}")
 
 
 def _until_open(address: str, port: int, end: float) -> None:
     while not _is_open(address, port):
         if time.monotonic() > end:
-            raise RuntimeError("nobody listens there")
+            raise RuntimeError("nothing listens there")
         time.sleep(_PAUSE_S)
 
 
 def _is_open(address: str, port: int) -> bool:
-    """Whether somebody listens; torch's own client would write a page where nobody does."""
+    """Whether the port is open; torch's own client would print a page if it is not."""
     try:
         with socket.create_connection((address, port), timeout=1.0):
             return True
@@ -191,7 +191,7 @@ def _wait_for_all(
             return
         if time.monotonic() > end:
             raise RuntimeError(
-                f"{missing} of {where.world} ranks did not come within {timeout_s:g} s; "
+                f"{missing} of {where.world} ranks did not connect within {timeout_s:g} s; "
                 f"{where.says} says that there are {where.world}"
             )
         time.sleep(_PAUSE_S)

@@ -55,7 +55,7 @@ class Wait:
     """What the main thread waits for."""
 
     what: str | Callable[[], str]
-    breaks: bool  # by an exception: it is no collective
+    breaks: bool  # by an exception: it is not a collective
     saved: bool  # nothing is lost where the process ends in it
     check: Callable[[], Exception | None] | None
     began: float = field(default_factory=time.monotonic)
@@ -110,7 +110,7 @@ class Listener:
             thread.join(1.0)
 
     def leave(self, where: str) -> NoReturn:
-        """End this process with 75: nothing is lost by it. The other ranks are told."""
+        """End this process with 75: nothing is lost by it. The other ranks get the request, too."""
         told = f" while it waited for {where}" if where else ""
         _say(f"rcmae: stopped by {self.reason}{told}; start the same command again")
         words = threading.Thread(target=self._give_back, daemon=True)
@@ -241,7 +241,7 @@ def asked() -> str | None:
 
 
 def connect(link: Link, every_s: float) -> None:
-    """Ranks are joined: requests to one are told to all, looked for so often."""
+    """Ranks are joined: a request to one is passed to all, polled at this interval."""
     listener = _listener
     if listener is not None:
         listener._link = link

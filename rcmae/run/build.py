@@ -316,11 +316,11 @@ def choose_checkpoint(recipe: Recipe) -> tuple[checkpoint.Manifest | None, list[
         return None, []
     found, damaged = checkpoint.newest_together(root)
     if damaged and dist.rank() == 0:
-        print("checkpoints passed over: " + "; ".join(damaged), file=sys.stderr, flush=True)
+        print("checkpoints skipped: " + "; ".join(damaged), file=sys.stderr, flush=True)
     if found is None and damaged:
         raise checkpoint.CheckpointError(
             f"{root} has checkpoints but none is valid ({'; '.join(damaged)}); restore one, or "
-            "start anew with checkpoint.resume=never (they are moved aside, not deleted)"
+            "start over with checkpoint.resume=never (they are moved aside, not deleted)"
         )
     if found is None and asked not in ("auto", "must"):
         return checkpoint.open_verified_together(Path(asked)), []

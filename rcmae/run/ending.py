@@ -67,7 +67,7 @@ def evaluated(run: Run) -> Outcome:
 
 
 def outcome_of_error(run: Run, error: Exception) -> Outcome:
-    """Of a training that all ranks ended together, for a reason that is told. Collective.
+    """The outcome of a training that all ranks ended together, with its reason. Collective.
 
     Ranks that cannot read on stand at a step's boundary: that step is committed.
     """
@@ -255,7 +255,7 @@ def closing_summary(
     if table:
         lines.append(caption)
         lines += [f"  {line}" for line in table.splitlines()]
-    lines += section("where it lies", there)
+    lines += section("where the files are", there)
     if commands:
         lines.append("what to run next")
         lines += [f"  {command}    # {what}" for what, command in commands]

@@ -27,7 +27,7 @@ from rcmae.files import write_aside
 
 Action = Literal["stop", "skip", "rewind"]
 ENOUGH = 16  # losses before which none is called a jump
-FLOOR = 0.01  # of the median: a smaller deviation is no scale to judge by
+FLOOR = 0.01  # of the median: a smaller deviation is not a scale to judge by
 
 
 class NonFiniteLoss(RuntimeError):
@@ -79,7 +79,7 @@ class Guard:
             limit = middle + self.spike_factor * max(deviation, FLOOR * abs(middle))
             if loss > limit:
                 return (
-                    f"the loss jumped to {loss:.4g}, above {limit:.4g} (the median of late is "
+                    f"the loss jumped to {loss:.4g}, above {limit:.4g} (the recent median is "
                     f"{middle:.4g})"
                 )
         self.history.append(loss)

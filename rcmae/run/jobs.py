@@ -1,5 +1,5 @@
 """A run among the jobs of a scheduler: on how many nodes it may run, what its starts came to, and
-whether to start again.
+whether to restart.
 
 A folder's `jobs.jsonl` has a line a start. Nothing here imports torch: the templates of slurm/ ask
 in a batch shell, many times an hour.
@@ -25,7 +25,7 @@ from rcmae.process import launchers
 
 # As rcmae.run.preempt and rcmae.follow have them; not imported, so as not to import torch.
 STOPPED = 75  # the exit status of "run me again"
-EVALUATIONS = "evaluations"  # the side-car's folder in the run's
+EVALUATIONS = "evaluations"  # the follower's folder in the run's
 
 _STEP = re.compile(r"step-(\d{8})")
 _JOB = re.compile(r"\d+")
@@ -44,7 +44,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def streams_of(folder: Path) -> int | None:
-    """The canonical streams that a checkpoint's folder has frozen, None if it is no checkpoint."""
+    """The canonical streams that a checkpoint's folder has frozen, None if it is not a
+    checkpoint.
+    """
     try:
         document = json.loads((folder / "manifest.json").read_text())
         return int(document["meta"]["sizes"]["canonical_streams"])
@@ -99,7 +101,7 @@ class Started(NamedTuple):
 
 
 def starts(folder: Path, job: str | None = None) -> list[Started]:
-    """The starts that a folder's jobs.jsonl tells of, oldest first; of one job or all.
+    """The starts in a folder's jobs.jsonl, oldest first; of one job or all.
 
     A line that is none is left out: whoever may write to the folder may have written it.
     """
@@ -134,7 +136,7 @@ def committed_step(run_dir: Path) -> int:
 
 
 def evaluated_step(run_dir: Path) -> int:
-    """The last step of a run that a side-car has evaluated, 0 before the first."""
+    """The last step of a run that a follower has evaluated, 0 before the first."""
     try:
         events = list(json_lines(run_dir / EVALUATIONS / "events.jsonl"))
     except OSError:
@@ -183,7 +185,7 @@ def note_start(
     """Note in a folder's jobs.jsonl that this job starts, if this is one.
 
     Args:
-        folder: the run's, or its side-car's.
+        folder: the run's, or its follower's.
         shape: what the start runs on.
         step: how far it has come by now.
         limit: starts in a row without progress that end the job.
@@ -215,7 +217,7 @@ def note_start(
 
 
 def _came_to_nothing(idle: int, step: int) -> str:
-    return f"{idle} starts of this job in a row did not get beyond step {step}: not started again"
+    return f"{idle} restarts in a row without progress beyond step {step}: not restarted"
 
 
 # -------------------------------------------------------------------------------------- start again
@@ -265,7 +267,7 @@ def after_training(run_dir: Path, job: str, status: int, patience: Patience) -> 
 
 
 def after_evaluating(run_dir: Path, job: str, status: int, patience: Patience) -> Verdict:
-    """What to do after a start of a run's side-car. Arguments of `after_training`."""
+    """What to do after a start of a run's follower. Arguments of `after_training`."""
     verdict = Verdict(status, status == STOPPED, 0, evaluated_step(run_dir), [])
     return _verdict(run_dir / EVALUATIONS, job, verdict, patience)
 
@@ -276,7 +278,7 @@ def _verdict(folder: Path, job: str, asked: Verdict, patience: Patience) -> Verd
     last = max((start.restart for start in starts(folder, job)), default=0)
     mine = this_restart()
     if last > mine:  # this shell was cut off, and is back: a requeue would be the other's
-        told.append(f"start {last} of this job goes on with the run: start {mine} asks for nothing")
+        told.append(f"start {last} of this job has resumed the run: start {mine} does nothing")
         return asked._replace(again=False, told=told)
     if not asked.again:
         return asked
@@ -288,7 +290,7 @@ def _verdict(folder: Path, job: str, asked: Verdict, patience: Patience) -> Verd
         return asked
     delay_s = patience.backoff_s * 2 ** (idle - 1)
     told.append(
-        f"no step was done beyond {asked.step}; another start in {delay_s} s, "
+        f"no progress beyond step {asked.step}; restarts in {delay_s} s, "
         f"{patience.idle_starts - idle} are left"
     )
     return asked._replace(delay_s=delay_s, told=told)
@@ -301,7 +303,7 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
     """The arguments of each run of a sweep, by its name, in the file's order.
 
     Raises:
-        Refused: the file is no sweep; says what one looks like.
+        Refused: the file is not a sweep; says what one looks like.
     """
     try:
         tree = tree_of(path.read_text())
@@ -337,7 +339,8 @@ def _override(path: Path, name: str, key: object, value: object) -> str:
         return f"{key}={json.dumps(value)}"
     except (TypeError, ValueError) as error:  # YAML knows dates, bytes and sets
         raise Refused(
-            f"{path}: the run {name!r} has {key}: {str(value)[:100]}, which is no number or text "
+            f"{path}: the run {name!r} has {key}: {str(value)[:100]}, which is not a number or "
+            "text "
             f"({type(value).__name__}); put it in quotes"
         ) from error
 

@@ -1,7 +1,7 @@
 """Judge: whether a run can start, decided from facts alone.
 
 A pure function: no disk, no collective, no clock. Every rank comes to the same answer, so a refusal
-ends all of them together, and tests need no ranks. All problems are told at once.
+ends all of them together, and tests need no ranks. All problems are reported at once.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Verdict:
             more: lines beside the numbers.
         """
         sizes = [f"# {name}: {value}" for name, value in self.sizes.asdict().items()]
-        state = f"resumes from step {self.saved.step}" if self.saved else "starts anew"
+        state = f"resumes from step {self.saved.step}" if self.saved else "starts from scratch"
         warnings = [f"# {told}" for told in self.notes]
         warnings += [f"# warning: {told}" for told in self.warnings]
         tree = self.recipe.model_dump(mode="json")
@@ -214,7 +214,7 @@ def refuse_differing_ranks(sight: Sight) -> None:
         values = [each.get(name, "not installed") for each in versions]
         problems += differing(f"the version of {name}", values)
     if problems:
-        raise Refused("the ranks were not started alike:\n" + "\n".join(problems))
+        raise Refused("the ranks were started differently:\n" + "\n".join(problems))
 
 
 def named_values(overrides: tuple[str, ...]) -> dict[str, str]:
@@ -285,7 +285,7 @@ def precision_of(recipe: Recipe, sight: Sight) -> tuple[Precision, list[str]]:
             "as in fp32. engine.precision=auto takes what every device multiplies in hardware"
         )
     if asked != "auto":
-        why = "as asked for"
+        why = "as requested"
     return Precision(asked, used, why), warnings
 
 
@@ -322,7 +322,7 @@ def judged_sets(asked: Sequence[EvaluationSet], data: Data) -> list[Labelled]:
 def label_problems(index: ShardIndex, num_classes: int) -> list[str]:
     """What stands against these labels for a class term, one line a problem.
 
-    -100 is no label, and no problem.
+    -100 means no label, and is no problem.
     """
     labels = index.labels[index.labels != NO_LABEL]
     if not labels.size:

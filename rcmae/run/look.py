@@ -130,7 +130,7 @@ def look(
     """The facts and each rank's view of them. Collective: every rank calls.
 
     Args:
-        recipe: rank 0's; ignored elsewhere.
+        recipe: rank 0's; ignored on other ranks.
         command: this rank's.
         verified: read every byte of the newest checkpoint, not its manifest alone.
     """
@@ -252,7 +252,8 @@ def saved_of(recipe: Recipe, verified: bool = False) -> Saved | None:
         return None
     if asked == "must":
         raise Refused(
-            f"checkpoint.resume=must, but {root} has no valid checkpoint; use auto to start anew"
+            f"checkpoint.resume=must, but {root} has no valid checkpoint; use auto to start from "
+            "scratch"
         )
     try:
         return saved_from(recipe, checkpoint.read_manifest(Path(asked)))
@@ -274,7 +275,7 @@ def saved_from(recipe: Recipe, manifest: checkpoint.Manifest) -> Saved:
     if missing:
         raise checkpoint.CheckpointError(
             f"{manifest.path}/manifest.json: meta has no sizes.{'/'.join(missing)}; move the "
-            "folder away, then the one before is used"
+            "folder away, and the one before it is used"
         )
     is_own = manifest.path.parent == recipe.run_dir / "checkpoints"
     return Saved(manifest.path, manifest.step, manifest.images, manifest.meta, is_own)
@@ -374,7 +375,7 @@ def shards_amiss(data: Data) -> list[str]:
 
 
 def cache_of(recipe: Recipe, data: Data) -> Cache | None:
-    """This node's cache for shards from elsewhere; None where all lie here. Raises Refused."""
+    """This node's cache for remote shards; None where all lie here. Raises Refused."""
     indexes = [index for index in (data.train, *data.sets) if index is not None]
     options = recipe.data
     return node_cache(indexes, options.cache_dir, options.cache_gb, patience_of(recipe))

@@ -41,7 +41,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Who asked: a signal's name, or words; None where nobody did."""
+        """Who requested a stop: a signal's name, or words; None: no request."""
         return self._heard.reason
 
     @property
@@ -92,7 +92,7 @@ def _scheduler_deadline() -> float:
         return time.monotonic() + left_s
     said = "it is over" if left_s <= 0 else "that is no time"
     print(
-        f"rcmae: SLURM_JOB_END_TIME={text} is not taken for this job's end ({said}); it is left of "
+        f"rcmae: SLURM_JOB_END_TIME={text} is ignored as this job's end ({said}); it is left of "
         "another job: unset it",
         file=sys.stderr,
         flush=True,
@@ -126,7 +126,7 @@ def write_outcome(
         status: of the ranks.
         step: that was done last.
         reason: why it ended.
-        again: whether the same command goes on with the run; by default if it was stopped on
+        again: whether the same command resumes the run; by default if it was stopped on
             request.
     """
     from rcmae.data.sources import redacted  # its clients cost time: not where a typo is told

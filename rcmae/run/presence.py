@@ -4,7 +4,7 @@ doing.
 Each rank has a thread that beats: it writes host, process, step and phase to
 `run.dir/ranks/00000003/00007.json` (the lease's generation, the rank). A collective that a peer
 never joins only says that it waited too long, and under NCCL not even that reaches Python; the
-beats tell a rank that is gone from one that is late. Files, because they need nobody else to be
+beats distinguish a lost rank from a late one. Files, because they need no other rank to be
 alive, rank 0 not either, and can still be read when all is over. Clocks of two hosts are never
 compared: a rank is silent if its beat stands still while somebody watches it.
 """
@@ -69,7 +69,7 @@ class Presence:
         run_dir: the run's folder.
         generation: of the lease: beats of an earlier job are not mixed up with this one's.
         rank: this process among all.
-        world: how many there are; one alone has nobody to beat for.
+        world: how many there are; one alone writes no beats.
         timeout_s: of collectives. A rank that stands still and sees a peer silent, each for half of
             it, ends itself.
         interval_s: between two beats; by default such that the file system sees at most 32 small
@@ -119,7 +119,7 @@ class Presence:
         """Which other ranks are not where this one waits, by what they last said."""
         mine = self._at[1]
         others = [place for place in self._peers().values() if place is None or place.phase != mine]
-        shown = [str(place) if place else "a rank that says nothing" for place in others[:NAMED]]
+        shown = [str(place) if place else "a silent rank" for place in others[:NAMED]]
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         return f"{'; '.join(shown) or 'the other ranks'}{more}"
 
@@ -150,7 +150,7 @@ class Presence:
             lowest = min(set(range(self._world)) - set(silent))
             return Loss(f"{self._told(silent, ended)}. {WAY_OUT}", True, self._rank == lowest)
         return Loss(
-            f"the other ranks were alive: the failure is this rank's own. {WAY_OUT}",
+            f"the other ranks were alive: the failure is on this rank. {WAY_OUT}",
             False,
             self._rank == 0,
         )
@@ -178,7 +178,7 @@ class Presence:
                 self._give_up(silent, ended)
 
     def _give_up(self, silent: Sequence[int], ended: Sequence[Place]) -> NoReturn:
-        """End this process: its main thread is in a collective that nobody will end."""
+        """End this process: its main thread is in a collective that cannot complete."""
         step, phase = self._at
         waited = f"waited {time.monotonic() - self._since:.0f} s at step {step}, {phase}"
         lost = silent[0] if silent else ended[0].rank
@@ -244,7 +244,7 @@ class Presence:
 
     def _told(self, silent: Sequence[int], ended: Sequence[Place]) -> str:
         """Who is lost, for a message."""
-        lines = [str(self._read(rank) or f"rank {rank} silent, it never began") for rank in silent]
+        lines = [str(self._read(rank) or f"rank {rank} silent since its launch") for rank in silent]
         if not silent:
             # who lost a peer ended with its collective's error: others come first
             lines = [str(place) for place in sorted(ended, key=_is_of_a_collective)]

@@ -73,7 +73,7 @@ def read_bundle(path: Path) -> Bundle:
     except OSError as error:
         raise Refused(str(error)) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refused(f"it is no bundle of a bad step: {error!r}") from error
+        raise Refused(f"it is not a bundle of a bad step: {error!r}") from error
 
 
 def recipe_of(

@@ -107,7 +107,7 @@ class Evaluating:
     objective: Objective
     found: Any  # what `Task.look` gave
     sets: Sequence[ShardIndex]
-    cache: Cache | None  # of this node, for shards from elsewhere
+    cache: Cache | None  # of this node, for remote shards
     normalise: Normalise
     device: torch.device
     # lets a stop request end the evaluation here. Collective: every rank calls
@@ -236,7 +236,7 @@ class Task(Protocol):
     # before a start
 
     def look(self, recipe: Recipe, saved: Saved | None) -> Any:
-        """Read whatever lies on disks and is no shard: names, headers of weights. Rank 0 alone.
+        """Read whatever lies on disks and is not a shard: names, headers of weights. Rank 0 alone.
 
         Returns:
             A small picklable value, broadcast to `judge` and `network` on every rank.

@@ -1,7 +1,7 @@
 """What lies beside weights and says what they do not: config.json, preprocessor_config.json, args.
 
 Heads, activation, the norms' epsilon and the statistics of the pixels change what a network gives,
-and no shape tells them. What is told is used; what cannot be is refused by its key's name."""
+and no shape shows them. Known values are used; others are refused by their key's name."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def refuse_for_training(told: Beside) -> list[str]:
 
 
 def apply_to(model: nn.Module, told: Beside) -> None:
-    """Make a network compute what is told beside its weights: activation, epsilon of its norms."""
+    """Apply what a configuration beside the weights says: activation, epsilon of the norms."""
     for module in model.modules():
         if told.eps is not None and isinstance(module, nn.LayerNorm):
             module.eps = told.eps
@@ -111,7 +111,7 @@ def _tree(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is not JSON: {error}") from error
     if not isinstance(tree, dict):
-        raise Refused(f"{path} is no JSON object")
+        raise Refused(f"{path} is not a JSON object")
     return tree
 
 
@@ -160,7 +160,7 @@ def _of_hugging_face(path: Path, tree: Mapping[str, Any], found: Beside) -> Besi
         )
     eps = tree.get("layer_norm_eps", 1e-12)  # transformers' own
     if not isinstance(eps, int | float) or not 0 < eps < 1:
-        raise Refused(f"{path}: layer_norm_eps={eps!r} is no small number above 0")
+        raise Refused(f"{path}: layer_norm_eps={eps!r} is not a small number above 0")
     names = {"num_attention_heads": "num_heads", "decoder_num_attention_heads": "decoder_heads"}
     heads = {ours: tree[theirs] for theirs, ours in names.items() if type(tree.get(theirs)) is int}
     size = tree.get("image_size")
@@ -217,5 +217,5 @@ def _numbers(path: Path, key: str, value: Any) -> tuple[float, ...] | None:
         return None
     numbers = value if isinstance(value, list) else [value]
     if not all(isinstance(each, int | float) for each in numbers):
-        raise Refused(f"{path}: {key}={value!r} are no numbers")
+        raise Refused(f"{path}: {key}={value!r} must be numbers")
     return tuple(float(each) for each in numbers)

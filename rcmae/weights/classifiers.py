@@ -37,7 +37,7 @@ _FOLD_EPS = 1e-6  # of a probe's batch norm
 class WholeClassifier(Encoder):
     """A classifier with what its images and its scores need."""
 
-    class_names: tuple[str, ...]  # in the order of the scores; empty where nothing tells them
+    class_names: tuple[str, ...]  # in the order of the scores; empty if unknown
 
 
 def load_classifier(

@@ -42,15 +42,15 @@ def convert(
         source: of any family.
         target: one of TARGETS.
         out: a file, of Hugging Face a folder, that is not there yet.
-        num_heads: of an unusual architecture, which shapes do not tell.
+        num_heads: number of heads, for an unusual architecture.
 
     Raises:
-        Refused: the weights are no encoder or network of this family, or the file cannot be one
+        Refused: the weights are not an encoder or network of this family, or the file cannot be one
             of the target.
         OSError: it cannot be written.
     """
     if out.exists():
-        raise Refused(f"{out} is there already; give another name")
+        raise Refused(f"{out} already exists; give another name")
     whole = FAMILIES[target].decoder if target in FAMILIES else target == "safetensors"
     weights = published_names(source.weights)
     taken = {name: weights[name] for name in of_autoencoder(weights) if whole or in_encoder(name)}

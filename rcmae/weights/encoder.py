@@ -11,7 +11,7 @@ in one call.
 
 Images are normalised as in the pretraining: `model.transform` makes an input of a PIL image or a
 tensor, and `model.mean`, `model.std`, `model.image_size` have the numbers; timm finds them in
-`model.pretrained_cfg`. What was guessed or chosen is told as a `WeightsWarning`. Weights are fitted
+`model.pretrained_cfg`. A guess or a choice is a `WeightsWarning`. Weights are fitted
 by name and shape; nothing in a file is run.
 """
 
@@ -113,14 +113,16 @@ class ToInput:
             mode = "L" if len(self.mean) == 1 else "RGB"
             if not isinstance(image, Image.Image) or len(self.mean) not in (1, 3):
                 raise Refused(
-                    f"a {type(image).__name__} is no image of {len(self.mean)} channels; give a "
+                    f"a {type(image).__name__} is not an image of {len(self.mean)} channels; "
+                    "give a "
                     "PIL image (of 1 or 3), or a tensor [C, h, w]"
                 )
             rows = np.asarray(image.convert(mode))
             pixels = torch.from_numpy(rows.copy()).view(*rows.shape[:2], -1).permute(2, 0, 1)
         if pixels.ndim != 3 or len(pixels) != len(self.mean):
             raise Refused(
-                f"a tensor of shape {list(pixels.shape)} is no image of {len(self.mean)} channels: "
+                f"a tensor of shape {list(pixels.shape)} is not an image of {len(self.mean)} "
+                "channels: "
                 "give [C, h, w] or [B, C, h, w]"
             )
         if pixels.is_floating_point():
@@ -152,7 +154,7 @@ def load_encoder(
         network: whose weights; None: the teacher's where there is one.
         image_size: in pixels, one side or (height, width), a multiple of the patch; None: as it was
             trained with. The position table is interpolated.
-        num_heads: for a file of an unusual architecture, which shapes do not tell.
+        num_heads: for a file number of heads, for an unusual architecture.
         pool: what calling the model gives: "mean" of the normalised patch tokens, or "cls".
 
     Local: one process of many may call alone.
@@ -187,7 +189,7 @@ def load_autoencoder(
     Args:
         source: as `load_encoder`.
         network: whose weights.
-        num_heads: for a file of an unusual architecture, which shapes do not tell.
+        num_heads: for a file number of heads, for an unusual architecture.
         decoder_heads: alike.
 
     Raises:
@@ -197,7 +199,7 @@ def load_autoencoder(
     found = read_network(Path(source), network)
     if not found.weights.keys() & {"decoder_pred.weight", "lm_head.weight", "lm_head.proj.weight"}:
         raise Refused(
-            f"{found.about} has no decoder: it reconstructs nothing; give a whole network"
+            f"{found.about} has no decoder, so it cannot reconstruct; give a whole network"
         )
     if "recipe" in found.metadata:
         model = _of_recipe(recipe_of(found), found)
@@ -235,7 +237,7 @@ def _of_recipe(recipe: Recipe, found: NetworkWeights) -> Network:
 def _of_shapes(
     found: NetworkWeights, num_heads: int | None, decoder_heads: int | None
 ) -> MaskedAutoencoder:
-    """The network that shapes tell of, with the weights. Raises Refused."""
+    """The network that the shapes describe, with the weights. Raises Refused."""
     weights = {name: found.weights[name] for name in of_autoencoder(found.weights)}
     sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
     side = round(sizes.pop("num_patches") ** 0.5)  # only a recipe tells of another shape
@@ -247,7 +249,7 @@ def _of_shapes(
         raise Refused(f"{found.about}: its widths do not tell the numbers of heads; give both")
     if told is None:
         warnings.warn(
-            f"{found.about}: decoder_heads={heads_of_decoder} is guessed of its width; give "
+            f"{found.about}: decoder_heads={heads_of_decoder} is guessed from its width; give "
             "decoder_heads",
             WeightsWarning,
             stacklevel=3,
@@ -286,7 +288,7 @@ def model_of(
     size = image_size or (grid[0] * patch, grid[1] * patch)
     if size[0] % patch or size[1] % patch:
         raise Refused(
-            f"image_size={size[0]}x{size[1]} is no multiple of the patch of {patch} pixels"
+            f"image_size={size[0]}x{size[1]} is not a multiple of the patch of {patch} pixels"
         )
 
     own_norm = "fc_norm.weight" in weights and "norm.weight" not in weights
@@ -358,11 +360,11 @@ def _each(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def chosen_heads(source: NetworkWeights, width: int, asked: int | None) -> int:
-    """The number of heads of weights: as asked for, as told beside them, else a guess, which is
-    told.
+    """The number of heads of weights: as requested, as configured beside them, else a guess, which
+    is reported.
 
     Raises:
-        Refused: their width tells none.
+        Refused: their width does not determine it.
     """
     heads = asked or heads_of(source)
     guessed = HEADS.get(width)
@@ -375,7 +377,7 @@ def chosen_heads(source: NetworkWeights, width: int, asked: int | None) -> int:
         )
         return guessed
     if heads is not None and width % heads:
-        by = "as asked for" if asked else "by what lies beside the weights"
+        by = "as requested" if asked else "by what lies beside the weights"
         raise Refused(
             f"{source.about}: num_heads={heads}, {by}, does not divide its width of {width}; give "
             "num_heads"
@@ -418,7 +420,7 @@ def to_onnx(model: Classifier, path: Path) -> None:
     """
     if importlib.util.find_spec("onnxscript") is None:
         # torch's exporter asks for it only when it is under way
-        raise Refused("ONNX needs two packages more: pip install onnx onnxscript")
+        raise Refused("ONNX needs two more packages: pip install onnx onnxscript")
     images = torch.zeros(2, model.in_chans, *pixels_of(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself

@@ -68,11 +68,11 @@ def export_whole(
     if chosen.suffixes and out.suffix not in chosen.suffixes:
         raise Refused(f"{out}: a file of format {name} ends in {' or '.join(chosen.suffixes)}")
     if not out.parent.is_dir():
-        raise Refused(f"{out.parent} is no folder; make it first")
+        raise Refused(f"{out.parent} is not a folder; create it first")
     if out.is_dir() and chosen.suffixes:
         raise Refused(f"{out} is a folder; give a file's name")
     if out.exists() and not overwrite:
-        raise Refused(f"{out} is there already; give another name, or ask to overwrite it")
+        raise Refused(f"{out} already exists; give another name, or ask to overwrite it")
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise Refused(f"{out} is a folder of something else; give another name")
     aside = out.with_name(f".{out.stem}.{secrets.token_hex(4)}{out.suffix}")

@@ -93,7 +93,7 @@ def family_names(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     """Weights of MAE's names by those of another family.
 
     Raises:
-        Refused: it is no family that is known.
+        Refused: it is not a family that is known.
     """
     if family == "timm":
         return _to_timm(state)

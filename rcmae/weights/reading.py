@@ -82,7 +82,7 @@ def read_network(
     Args:
         path: a run's or a checkpoint's folder, or a file: safetensors, or a pickle of tensors.
         network: whose weights; None: those of `first` where it is there, else what there is.
-        first: the teacher is what RC-MAE fine-tunes; the student is what a pretraining goes on
+        first: the teacher is what RC-MAE fine-tunes; the student is what a pretraining continues
             with.
 
     Raises:
@@ -118,7 +118,7 @@ def _of_file(path: Path, network: Which | None, first: Which) -> NetworkWeights:
     strange = [key for key, value in weights.items() if not _is_dense(value)]
     if strange:
         raise Refused(
-            f"{path} has entries that are no dense tensors of floats, such as {strange[0]}; "
+            f"{path} has entries that are not dense tensors of floats, such as {strange[0]}; "
             "give a file of weights by name"
         )
     if not weights:
@@ -197,7 +197,7 @@ def _of_checkpoint(
     _refuse_not_finite(str(manifest.path), weights)
 
     sizes, grid = _architecture(manifest.meta["recipe"], weights)
-    newer = f", newer ones passed over: {'; '.join(passed_over)}" if passed_over else ""
+    newer = f", newer ones skipped: {'; '.join(passed_over)}" if passed_over else ""
     return NetworkWeights(
         weights=weights,
         grid=grid,
@@ -346,7 +346,7 @@ def load_weights(path: Path) -> WeightsFile:
         strange = [name for name, value in state.items() if not _is_dense(value)]
         if strange:
             problems.append(
-                f"{each} has entries that are no dense tensors of floats, such as {strange[0]}"
+                f"{each} has entries that are not dense tensors of floats, such as {strange[0]}"
             )
             continue
         shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -381,7 +381,8 @@ def _read_safetensors(path: Path) -> _Contents:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            names = list(file.keys())
+            state = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise Refused(f"{path} cannot be read as safetensors: {error}") from error
     network = metadata.get("network", "model")

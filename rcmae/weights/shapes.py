@@ -27,7 +27,7 @@ def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         it gets no class token.
 
     Raises:
-        Refused: it is no masked autoencoder, nor the encoder of one.
+        Refused: it is not a masked autoencoder, nor the encoder of one.
     """
     try:
         return _sizes_of(shapes)

@@ -1,5 +1,5 @@
-"""A pretraining that starts from weights in a file: what is taken, drawn anew, left; and what the
-file says of its network that this one would compute in another way."""
+"""A pretraining that starts from weights in a file: what is taken, newly initialised, left; and
+what the file says of its network that this one would compute in another way."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Start(NamedTuple):
         """What was taken, in one line."""
         parts = [f"{len(self.taken)} weights taken ({_kinds(self.taken)})"]
         if self.fresh:
-            parts.append(f"{len(self.fresh)} drawn anew ({_kinds(self.fresh)})")
+            parts.append(f"{len(self.fresh)} newly initialised ({_kinds(self.fresh)})")
         if self.left:
             parts.append(f"{len(self.left)} left in the file ({_kinds(self.left)})")
         return ", ".join(parts)
@@ -45,7 +45,7 @@ def start_of(model: nn.Module, source: NetworkWeights, decoder: Decoder) -> Star
     """The weights that a network to pretrain starts from.
 
     Args:
-        model: the network; its own weights are what is drawn anew.
+        model: the network; its own weights are what is newly initialised.
         source: the file's weights; those without values (on torch's meta device) will do to ask.
         decoder: "file": the whole network is the file's; "fresh": its encoder alone.
 
@@ -67,7 +67,7 @@ def start_of(model: nn.Module, source: NetworkWeights, decoder: Decoder) -> Star
             if all(in_encoder(name) for name in weights):
                 alone = (
                     "; it is an encoder alone: checkpoint.init_decoder=fresh starts from it, and "
-                    "draws the decoder anew"
+                    "initialises the decoder"
                 )
             raise Refused(f"{error}{alone}") from error
         taken = [name for name in weights if name in own and name not in fixed_tables(model)]
@@ -113,7 +113,7 @@ def told(source: NetworkWeights, key: str) -> int | None:
 
 
 def start_notes(source: NetworkWeights, sizes: NetworkSizes, table: str, where: str) -> list[str]:
-    """What a user is told of a start from weights, a line each."""
+    """The messages about a start from weights, a line each."""
     notes = [f"{where}: {source.about}: {table}", *source.notes]
     if told(source, "num_heads") is None:
         notes.append(
@@ -126,8 +126,8 @@ def start_notes(source: NetworkWeights, sizes: NetworkSizes, table: str, where: 
 def _positions(
     own: Tensor, table: Tensor, model: nn.Module, grid: tuple[int, int] | None
 ) -> Tensor | None:
-    """The file's table for this network where it is no sin-cos table of this network's kind; None
-    where the network's own says the same.
+    """The file's table for this network where it is not a sin-cos table of this network's kind;
+    None where the network's own says the same.
     """
     if table.is_meta or table.ndim != 3 or table.shape[2] != own.shape[2]:
         return None

@@ -1,11 +1,11 @@
 """A run's weights in the files that others read.
 
-A checkpoint has every tensor in pieces, for going on; an export has the student or the teacher
+A checkpoint has every tensor in pieces, for resuming; an export has the student or the teacher
 whole, by its published names: safetensors, MAE's and RC-MAE's `.pth` layouts, timm's. Position
 tables are the checkpoint's own. Tensors pass one by one from the checkpoint to the file, as
 float32, so memory is bounded by the largest. A file is put in place whole or not at all.
 
-Not written: the optimizer's state of RC-MAE's layout. To go on training, copy the checkpoint."""
+Not written: the optimizer's state of RC-MAE's layout. To resume training, copy the checkpoint."""
 
 from __future__ import annotations
 
@@ -166,11 +166,11 @@ def _file_problems(out: Path, layout: str, overwrite: bool) -> list[str]:
     if out.suffix not in suffixes:
         problems.append(f"{out}: a file of layout {layout} ends in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
-        problems.append(f"{out.parent} is no folder; make it first")
+        problems.append(f"{out.parent} is not a folder; create it first")
     if out.is_dir():
         problems.append(f"{out} is a folder; give a file's name")
     elif out.exists() and not overwrite:
-        problems.append(f"{out} is there already; give another name, or ask to overwrite it")
+        problems.append(f"{out} already exists; give another name, or ask to overwrite it")
     return problems
 
 

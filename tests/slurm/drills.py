@@ -58,7 +58,7 @@ def test_of_a_cut_off_start_and_its_successor_one_writes(
     try:
         job.until(lambda: job.restarts == 1 and len(run.events("resume")) == 1)
         # says the earlier start, and stops
-        job.until(lambda: "took this run over from step" in rank_logs(run, job)[0])
+        job.until(lambda: "took over this run from step" in rank_logs(run, job)[0])
         assert job.state == "RUNNING"
     finally:
         cluster.lab("heal", int(first[-1]))
@@ -174,9 +174,9 @@ def test_starts_without_progress_come_to_an_end(
     )
     job.ends("FAILED")
     assert (job.restarts, job.show()["ExitCode"]) == (2, "75:0")
-    assert "another start in 2 s" in job.said()
-    assert "another start in 4 s" in job.said()
-    assert "3 starts of this job in a row did not get beyond step 0" in job.said()
+    assert "restarts in 2 s" in job.said()
+    assert "restarts in 4 s" in job.said()
+    assert "3 restarts in a row without progress beyond step 0" in job.said()
 
 
 def test_a_second_job_on_a_run_waits_and_then_leaves_it_alone(

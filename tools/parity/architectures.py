@@ -107,7 +107,7 @@ def arch_names(fixture: Fixture) -> None:
 
 
 def named_sizes(name: str, pixels: tuple[int, int]) -> NetworkSizes | None:
-    """The sizes that a published name says; None: it is no name of an architecture here.
+    """The sizes that a published name says; None: it is not a name of an architecture here.
 
     A decoder in the name (`..._dec512d8b`: width 512, 8 blocks) is that one, else the size's own.
     """

@@ -17,7 +17,7 @@ float64, the total and each layer's:
    another mask, at other images? Against how alike the encoder's features are.
 
 And 4., the paper's linear model: one matrix on masked images, where the consistency's gradient is
-by algebra the sum of all earlier gradients, each times the momentum so often, projected on the
+by algebra the sum of all earlier gradients, each times a power of the momentum, projected on the
 input: at an input b, of the gradient left by an input a, it takes back the share rate x momentum x
 |b|^2 x cos(a, b)^2.
 
@@ -71,7 +71,7 @@ def _analysed(options: argparse.Namespace) -> dict[str, Any]:
     from rcmae.evaluation.teacher_analysis.run import Sizes, document, look_at, open_run
 
     if min(options.images, options.pairs) < 2 or options.size <= 0:
-        raise Refused("--images and --pairs want 2 or more, --size more than 0")
+        raise Refused("--images and --pairs must be at least 2, --size above 0")
     sizes = Sizes(options.images, options.pairs, options.size)
     run = open_run(options.run, options.images, options.shards, allow_pipe=options.allow_pipe)
     found = []

@@ -7,8 +7,8 @@
     torchrun --no-python --nproc-per-node 8 rcmae embed RUN 'shards/*.tar' --out x.safetensors
         any number of ranks: the table is the same
 
-RUN is a run, a checkpoint or a file of any family. A job that was stopped continues where it was by
-the same command. Exit status: 0 written; 2 these do not go together; 1 anything else.
+RUN is a run, a checkpoint or a file of any family. The same command resumes a job that was
+stopped. Exit status: 0 written; 2 these do not go together; 1 anything else.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--what",
         choices=("student", "teacher"),
-        help="default: the teacher where there is one",
+        help="default: the teacher, if there is one",
     )
     parser.add_argument("--pool", choices=("mean", "cls"), default="mean")
-    parser.add_argument("--batch", type=int, default=128, help="images of a forward (128)")
-    parser.add_argument("--workers", type=int, default=0, help="decoding processes a rank (0)")
+    parser.add_argument("--batch", type=int, default=128, help="images per forward pass (128)")
+    parser.add_argument("--workers", type=int, default=0, help="decoding processes per rank (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

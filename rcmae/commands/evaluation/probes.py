@@ -1,13 +1,12 @@
-"""Cheap answers to how good features are: k-NN, logistic regression and few labels, on features
-extracted once.
+"""Judge features quickly: k-NN, logistic regression and few labels, on features extracted once.
 
     rcmae probes RUN --train 'train-*.tar' --test 'val-*.tar' [--random [SEED]] [--json]
 
 RUN is a run, a checkpoint or a file of any family. Features of both sets are extracted once and
-kept beside it (or in --cache), so asking again costs no forward. k-NN is exact, by a weighted vote
-and a plain one; logistic regression is L-BFGS on standardised features; few labels are drawn
---draws times and their spread is told. Exit status: 0 done; 2 these do not go together; 1 the
-checkpoint is damaged.
+kept beside it (or in --cache), so a second call needs no forward pass. k-NN is exact, by a weighted
+vote and a plain one; logistic regression is L-BFGS on standardised features; few labels are drawn
+--draws times; mean and standard deviation are shown. Exit status: 0 done; 2 these do not go
+together; 1 the checkpoint is damaged.
 """
 
 from __future__ import annotations
@@ -78,11 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", nargs="+", required=True, metavar="SHARDS")
     parser.add_argument("--test", nargs="+", required=True, metavar="SHARDS")
     parser.add_argument(
-        "--what", choices=("student", "teacher"), help="default: the teacher where there is one"
+        "--what", choices=("student", "teacher"), help="default: the teacher, if there is one"
     )
     parser.add_argument("--pool", choices=("mean", "cls"), default="mean")
     parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200])
-    parser.add_argument("--draws", type=int, default=5, help="of few labels")
+    parser.add_argument("--draws", type=int, default=5, help="draws of few labels (5)")
     parser.add_argument("--strength", type=float, default=0.01, help="inverse of the L2 penalty")
     parser.add_argument(
         "--random",
@@ -90,10 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=0,
         metavar="SEED",
-        help="beside it the architecture with fresh weights",
+        help="compare with the same architecture at random weights",
     )
     parser.add_argument(
-        "--cache", type=Path, metavar="FOLDER", help="default: RUN/features, of a file none"
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for features (RUN/features; none for a file)",
     )
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON document")

@@ -4,7 +4,7 @@
     rcmae robustness RUN --sets val='val-*.tar' --corruptions all \\
         [--severities 1-5] [--baselines FILE]
     torchrun --nproc-per-node 8 -m rcmae robustness RUN --sets ...
-        the same figures, shared out among GPUs
+        the same figures on several GPUs
 
 RUN is a run of rcmae finetune, a checkpoint or a file with a head. A set is NAME=SHARDS, or comes
 from a YAML file of sets, where it may have some of the classes only (ImageNet-A, ImageNet-R), which
@@ -89,7 +89,7 @@ def _class_names(options: argparse.Namespace, model: Classifier) -> ClassList | 
     """Names of the classes, from --class-names or the file that the run's recipe names.
 
     Raises:
-        Refused: it is no text.
+        Refused: it is not text.
         OSError: it cannot be read.
     """
     from rcmae.data.sets import ClassList, lines_of
@@ -100,7 +100,7 @@ def _class_names(options: argparse.Namespace, model: Classifier) -> ClassList | 
     try:
         return ClassList(str(path), lines_of(Path(path).read_text()))
     except UnicodeDecodeError as error:
-        raise Refused(f"{path} is no text: {error}") from error
+        raise Refused(f"{path} is not text: {error}") from error
 
 
 def _corruptions(options: argparse.Namespace, first: str) -> Corruptions:
@@ -167,21 +167,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, metavar="RUN_OR_FILE")
     parser.add_argument("--sets", nargs="+", required=True, metavar="NAME=SHARDS")
     parser.add_argument(
-        "--what", choices=("student", "teacher"), help="default: the average where the run kept one"
+        "--what", choices=("student", "teacher"), help="default: the average, if the run kept one"
     )
-    parser.add_argument("--class-names", type=Path, metavar="FILE", help="a name a line")
+    parser.add_argument(
+        "--class-names", type=Path, metavar="FILE", help="class names, one per line"
+    )
     parser.add_argument(
         "--corruptions", metavar="NAMES", help="all, groups or names, separated by commas"
     )
     parser.add_argument("--severities", default="1-5")
-    parser.add_argument(
-        "--corrupt", metavar="NAME", help="the set that is corrupted; default: the first"
-    )
+    parser.add_argument("--corrupt", metavar="NAME", help="set to corrupt (the first)")
     parser.add_argument("--baselines", type=Path, metavar="FILE", help="errors to normalise by")
     parser.add_argument(
-        "--frost", type=Path, metavar="FOLDER", help="photographs of frost; default: it is drawn"
+        "--frost", type=Path, metavar="FOLDER", help="photographs of frost (drawn, if not given)"
     )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0, help="decoding processes of each rank")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     return parser

@@ -114,24 +114,32 @@ def _parser() -> argparse.ArgumentParser:
         "--images", type=Path, nargs="+", metavar="PATH", help="files, folders, shards"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/pictures")
-    parser.add_argument("--count", type=int, help="images; default 4, of features 200")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks")
+    parser.add_argument("--count", type=int, help="number of images (4; 200 for features)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the masks and of t-SNE")
     parser.add_argument("--mask-ratio", type=float, default=0.75)
     parser.add_argument(
-        "--pixel-norm", choices=NORMS, help="of what it predicts; default: as its recipe has it"
+        "--pixel-norm",
+        choices=NORMS,
+        help="normalisation of the predicted patches (that of the recipe)",
     )
     parser.add_argument(
         "--plane",
         choices=PLANES,
         nargs="+",
         default=["tsne"],
-        help="how features puts labelled images in the plane",
+        help="how labelled images are drawn in the plane (tsne)",
     )
     parser.add_argument(
-        "--statistics", choices=STATISTICS, default="visible", help="what un-normalises the pixels"
+        "--statistics",
+        choices=STATISTICS,
+        default="visible",
+        help="statistics that un-normalise the pixels (visible)",
     )
     parser.add_argument(
-        "--discard", type=float, default=0.0, help="share of the weakest attention left out"
+        "--discard",
+        type=float,
+        default=0.0,
+        help="share of the weakest attention that rollout ignores",
     )
     parser.add_argument(
         "--classes",

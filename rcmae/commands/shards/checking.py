@@ -160,7 +160,8 @@ def print_verdict(found: dict[str, Any], what: str) -> None:
     lines = []
     for name in found.get("not_written", []):
         lines.append(
-            f"{name}: not written, for a copy would lose what the lines above tell; mend it, or "
+            f"{name}: not written, because a copy would lose what the lines above list; repair "
+            "it, or "
             "leave that out with --drop"
         )
     for key, names in found.get("keys_in_several_shards", {}).items():

@@ -22,7 +22,7 @@ INDEX = """Index WebDataset tars where they lie: training then starts at once an
 Of files here only headers are read, and nothing is rewritten: `index.json` and `index-*.bin` are
 put beside the shards, or all into --out. What of a tar is not used is counted, with names. A key
 ends at the first dot of a name, as in WebDataset; --keys last-dot reads `trip v1.07.jpg` as an
-image with the key `trip v1.07`, and the index remembers it. Tars from elsewhere are read whole,
+image with the key `trip v1.07`, and the index remembers it. Remote tars are read whole,
 once, and hashed, so that each later copy is verified; they need --out: upload its two files beside
 the shards, or give the folder as data.index. What an index already says of shards that still have
 their size and time is kept. If a shard or a folder cannot be used, nothing is changed in its
@@ -78,7 +78,7 @@ def index(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {error}", error=True)
         return 2
     except KeyboardInterrupt:
-        say("stopped; the same command goes on", error=True)
+        say("stopped; run the same command again to resume", error=True)
         return STOPPED
     if asked.json:
         say(json.dumps({"indexes": told}, indent=1))

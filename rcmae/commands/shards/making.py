@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 MAKE = """Make WebDataset shards, with their index, from images.
 
 IMAGES is a folder with a sub-folder for each class, or with images alone (no labels then); or a
-.csv or .tsv file with the columns `path` (from the file's folder) and, if wanted, `label`; or
-.parquet files with a column `image` (bytes, or a struct with `bytes`) and, if wanted, `label`; or
-.tar files, whose images and labels are laid out anew. Labels are whole numbers from 0, or names;
-an empty cell and -1 are none (--unlabelled, where others have one); --label names another column.
-Class folders are numbered in the order of the alphabet, or of their numbers; hidden and system
-folders are not read. OUT gets NAME-000000.tar, ..., `index.json` and, with class names,
+.csv or .tsv file with the columns `path` (relative to the file's folder) and, optionally, `label`;
+or .parquet files with a column `image` (bytes, or a struct with `bytes`) and, if wanted, `label`;
+or .tar files, whose images and labels are laid out again. Labels are whole numbers from 0, or
+names; an empty cell and -1 are none (--unlabelled, where others have one); --label names another
+column. Class folders are numbered in the order of the alphabet, or of their numbers; hidden and
+system folders are not read. OUT gets NAME-000000.tar, ..., `index.json` and, with class names,
 `classes.txt`: line i, counted from 0, is the class of label i (--classes takes such a file, so that
 a validation set gets the training set's labels). ImageNet-1k in one command:
 
@@ -55,7 +55,7 @@ has fewer pixels than --min-size. The order is that of a hash of the name, so ea
 classes. The same images and options give the same bytes. --size makes images whose shorter side has
 more pixels than that smaller, as JPEG; all others go in as they are. Images of any number of
 channels are taken, as .npy or TIFF (which stay .npy or TIFF when made smaller). A job that was
-killed or stopped goes on where it was when the same command is started again.
+killed or stopped resumes when the same command is started again.
 """
 
 
@@ -142,7 +142,7 @@ def make(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {error}", error=True)
         return 2
     except KeyboardInterrupt:
-        say("stopped; the same command goes on", error=True)
+        say("stopped; run the same command again to resume", error=True)
         return STOPPED
     if asked.json:
         rejected = [reject._asdict() for reject in report.rejected]
@@ -172,7 +172,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise Refused(f"{path}: is no text in UTF-8 ({error})") from error
+        raise Refused(f"{path}: is not text in UTF-8 ({error})") from error
 
 
 def print_report(report: Report, out: Path) -> None:
@@ -186,7 +186,7 @@ def print_report(report: Report, out: Path) -> None:
     for note in report.notes:
         say(f"  {note}")
     if report.kept:
-        say(f"  {report.kept:,} shards were there from a job that did not end")
+        say(f"  {report.kept:,} shards were there from an unfinished job")
     if report.other_files:
         say(
             f"  {report.other_files:,} other files were not looked at: "

@@ -1,4 +1,4 @@
-"""Shards from elsewhere on this node's disk, and reading samples by offset wherever they lie."""
+"""Remote shards on this node's disk, and reading samples by offset wherever they lie."""
 
 from rcmae.data.cache.reader import Reader
 from rcmae.data.cache.room import cache_problem, node_cache, open_bytes

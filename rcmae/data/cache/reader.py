@@ -21,7 +21,7 @@ class Reader:
     """Reads parts of shards by offset, wherever these come from. Travels to another process with
     nothing open.
 
-    Without a cache what lies elsewhere is asked for sample by sample: for tools that look at a few.
+    Without a cache, remote shards are read sample by sample: for tools that need a few.
     """
 
     def __init__(self, cache: Cache | None = None) -> None:
@@ -33,7 +33,7 @@ class Reader:
     def read(self, shard: Stored, offset: int, size: int) -> bytes:
         """`size` bytes, or as many as are there.
 
-        What passes on a file system is tried again, in a file that is opened anew.
+        A passing error of a file system is retried with the file opened again.
 
         Raises:
             OSError: the shard is gone or cannot be had.
@@ -50,7 +50,7 @@ class Reader:
         return sources.pread(self._local(shard.path), size, offset)
 
     def _forget(self, path: str) -> None:
-        """Close a file, so that it is opened anew."""
+        """Close a file, so that it is opened again."""
         file = self._open.pop(path, None)
         if file is not None:
             with contextlib.suppress(OSError):

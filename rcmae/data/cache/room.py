@@ -86,7 +86,7 @@ def node_cache(
     gigabytes: float = 100.0,
     patience: Patience = USUAL,
 ) -> Cache | None:
-    """This node's cache for their shards, where any lies elsewhere.
+    """This node's cache for their shards, if any is remote.
 
     Arguments and errors as `Cache.of` has them.
     """

@@ -1,4 +1,4 @@
-"""Shards from elsewhere on this node's disk."""
+"""Remote shards on this node's disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CacheTooSmall(SourceGone):
 
 @dataclass(frozen=True)
 class Cache:
-    """Shards from elsewhere on this node's disk, for all processes that name the same folder, also
+    """Remote shards on this node's disk, for all processes that name the same folder, also
     of other jobs.
 
     A shard is there whole, verified, under a name made of hashes (so nothing that a URL says can
@@ -72,7 +72,7 @@ class Cache:
         try:
             path.mkdir(mode=0o700 if folder is None else 0o777, parents=True, exist_ok=True)
             if folder is None and path.stat().st_uid != os.getuid():
-                raise PermissionError("it belongs to somebody else")
+                raise PermissionError("it belongs to another user")
             with tempfile.TemporaryFile(dir=path):
                 pass
         except OSError as error:
@@ -119,7 +119,7 @@ class Cache:
         """Whether a copy that was read is another one now, or was damaged and has been deleted: a
         sample that it did not have may be read again.
 
-        Hashes the copy. One whose hash nobody knows is deleted, for it may be damaged."""
+        Hashes the copy. One without a known hash is deleted, as it may be damaged."""
         file = self._ready(shard)
         if file is None:
             return True
@@ -133,7 +133,7 @@ class Cache:
                 if wanted and hashlib.file_digest(copy, "sha256").hexdigest() == wanted:
                     return False
                 _log.warning(
-                    "%s: its copy in the cache, %s, is damaged, or its hash unknown: copied anew",
+                    "%s: its copy in the cache, %s, is damaged, or its hash unknown: copied again",
                     redacted(shard.path),
                     place,
                 )
@@ -271,7 +271,7 @@ class Cache:
                 )
         if shard.sha256 and digest != shard.sha256:
             raise SourceGone(
-                f"{redacted(shard.path)}: its bytes are not those of the index (SHA-256 "
+                f"{redacted(shard.path)}: its bytes differ from the index (SHA-256 "
                 f"{digest[:12]}, was "
                 f"{shard.sha256[:12]}); copy it there again, or index it again"
             )

@@ -62,7 +62,7 @@ def walked(top: Path) -> Walked:
     root = os.path.realpath(top)
     read = {root}  # real paths of folders
     images: dict[str, str] = {}  # real path -> path
-    to_folders: deque[str] = deque()  # links, which come after what is no link
+    to_folders: deque[str] = deque()  # links, which come after what is not a link
     to_images: list[str] = []
     coming = deque([""])
     while coming or to_folders:

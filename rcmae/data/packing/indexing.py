@@ -30,7 +30,7 @@ def refresh(
     """Write the index of a folder so that it covers these shards of it, and give it.
 
     What it says of these shards is kept where it is of the newest format, sound, and the shard is
-    still what it was by size and time (or lies elsewhere), unless `rebuild`. What it says of other
+    unchanged by size and time (or remote), unless `rebuild`. What it says of other
     shards of the folder is kept as long as they have their size. `rules`: path -> where keys end,
     of shards that are to have another rule than they had, or than WebDataset's.
 
@@ -72,14 +72,13 @@ def by_folder(patterns: Sequence[str], out: str | None = None) -> dict[str, list
         out: the folder of all; None: each shard's own.
 
     Raises:
-        Refused: a pattern names nothing, or shards from elsewhere have no folder here.
+        Refused: a pattern names nothing, or remote shards have no folder here.
     """
     folders: dict[str, list[str]] = {}
     for path in expand(patterns):
         if out is None and sources.is_remote(path):
             raise Refused(
-                f"{sources.redacted(path)} lies elsewhere; say with --out where its index is to "
-                "be put"
+                f"{sources.redacted(path)} is remote; give --out, the folder for its index"
             )
         folder = out or os.path.dirname(path) or "."
         folders.setdefault(folder, []).append(path)

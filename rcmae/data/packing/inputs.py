@@ -144,7 +144,7 @@ def _in_list(path: Path, how: Labelling) -> Found:
         where = column_of("path", columns)
         if where is None:
             raise Refused(
-                "wants a first line with the columns path and, if wanted, label; then an image a "
+                "needs a first line with the columns path and, optionally, label; then an image a "
                 f"line; it has {', '.join(map(repr, columns)) or 'none'}"
             )
         column = label_column(columns, how)
@@ -193,7 +193,7 @@ def label_column(names: Sequence[str], how: Labelling) -> str | None:
 def no_labels(columns: Sequence[str], how: Labelling) -> str:
     """What is said where no column has labels."""
     if how.column == "none":
-        return "images without labels, as asked for"
+        return "images without labels, as requested"
     names = ", ".join(map(repr, columns))
     return f"no column label among {names}: images without labels (--label COLUMN names another)"
 
@@ -234,7 +234,7 @@ def _rows_of(path: Path) -> tuple[list[dict[str, str]], list[int], list[str]]:
         raise Refused(f"{path} cannot be read as a list ({error})") from error
     if not rows:
         raise Refused(
-            f"{path}: wants a first line with the columns path and, if wanted, label; then "
+            f"{path}: needs a first line with the columns path and, optionally, label; then "
             "an image a line"
         )
     return rows, lines, columns
@@ -377,7 +377,7 @@ def ordered(
     unknown = sorted(set(names) - set(labels))
     if unknown:
         raise Refused(
-            f"folders of {what} that are no known class: {', '.join(unknown[:10])} "
+            f"folders of {what} that are not known classes: {', '.join(unknown[:10])} "
             f"({len(unknown)} in all)"
         )
     highest = max((image.label for image in images if isinstance(image.label, int)), default=-1)

@@ -89,10 +89,10 @@ def read_labels(
         cells: text, or values of any type.
         place: what a message calls the row of a number, from 0.
         gaps: whether some images may have a label and others none.
-        has_classes: all classes are named elsewhere, so that no name is taken for one by mistake.
+        has_classes: the classes are listed, so that no other word is taken for one by mistake.
 
     Raises:
-        Refused: they are no labels, or it is not clear which; names the first rows.
+        Refused: they are not labels, or it is not clear which; names the first rows.
     """
     texts = [_text(column, cell, place(row)) for row, cell in enumerate(cells)]
     numbers = [_number(text) for text in texts]
@@ -108,13 +108,13 @@ def read_labels(
             told += f"; the numbers: {_some(texts, _rows(numbers), place)}"
         raise Refused(
             f"the column {column!r} has {counted} whole numbers, and {len(words)} cells that are "
-            f"none: {told}; an empty cell or -1 is no label among numbers, an empty cell among "
+            f"none: {told}; an empty cell or -1 is not a label among numbers, an empty cell among "
             "names"
         )
     if words:
         if all(_DECIMAL.fullmatch(texts[row]) for row in words):
             raise Refused(
-                f"the column {column!r} has numbers that are no classes: "
+                f"the column {column!r} has numbers that are not classes: "
                 f"{_some(texts, words, place)}; labels are whole numbers or names"
             )
         doubtful = [row for row, text in enumerate(texts) if text and text.lower() in _GAPS]
@@ -129,8 +129,8 @@ def read_labels(
     wrong += [row for row, number in enumerate(numbers) if number is not None and number > LARGEST]
     if wrong:
         raise Refused(
-            f"the column {column!r} has {len(wrong)} numbers that are no class: "
-            f"{_some(texts, wrong, place)}; wanted are 0 to {LARGEST}, or -1 for no label"
+            f"the column {column!r} has {len(wrong)} numbers that are not classes: "
+            f"{_some(texts, wrong, place)}; expected 0 to {LARGEST}, or -1 for no label"
         )
     found = [None if number is None or number < 0 else number for number in numbers]
     return _taken(column, texts, found, place, gaps)

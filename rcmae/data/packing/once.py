@@ -1,8 +1,8 @@
 """A folder of images packed into shards once, in a cache: `data.images=FOLDER`.
 
 The cache's folder is named by the images (their paths, sizes and times) and by how they are packed:
-a folder that has changed is packed anew, and what was packed before stays for the runs that use it.
-It is written aside and renamed, so it is complete or not there; a job that was killed goes on.
+a folder that has changed is packed again, and what was packed before stays for the runs that use
+it. It is written aside and renamed, so it is complete or not there; a killed job resumes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def pack_once(images: str, cache: str | None, *, side: int, world: int = 1) -> P
     folder = Path(images).expanduser()
     size = round(side * MARGIN)
     if not folder.is_dir():
-        raise Refused(f"{images} is no folder; for a list or Parquet: rcmae shards make")
+        raise Refused(f"{images} is not a folder; for a list or Parquet: rcmae shards make")
     try:
         found = walked(folder)
     except OSError as error:
@@ -77,7 +77,7 @@ def pack_once(images: str, cache: str | None, *, side: int, world: int = 1) -> P
             what += f", {left:,} left out" if left else ""
         else:
             what = "by another job"
-    again = "it has changed, and was packed anew" if changed else "packed once"
+    again = "it has changed, and was packed again" if changed else "packed once"
     return Packed(pattern, f"data.images={images}: {again}, into {place} ({what})")
 
 

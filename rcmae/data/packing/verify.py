@@ -358,7 +358,7 @@ def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
         yield (
             f"its index names {len(offsets)} samples: {gone} of them were not found, and "
             f"{len(good - offsets)} were "
-            f"that it does not name; get the tar anew, or run {sources.indexing(known.path)}"
+            f"that it does not name; get the tar again, or run {sources.indexing(known.path)}"
         )
     says: dict[int, set[tuple[str, int]]] = {}  # links give an image to several samples
     for offset, _, label, at, length in rows.tolist():
@@ -485,7 +485,7 @@ def ledger(run: Path) -> list[dict[str, Any]]:
     """
     path = run / "events.jsonl" if run.is_dir() else run
     if not path.is_file():
-        raise Refused(f"{path}: is no run's events.jsonl (no such file)")
+        raise Refused(f"{path}: is not a run's events.jsonl (no such file)")
     found = {}
     for event in json_lines(path):
         # all of it is asked for: the file may be somebody's own

@@ -1,7 +1,7 @@
 """Images written as WebDataset shards with their index and classes.
 
 Every image is decoded once; what cannot be is left out and listed. The same images and options give
-the same bytes. A job that was killed or stopped goes on where it was when it is started again."""
+the same bytes. A killed or stopped job resumes when it is started again."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _digest(what: object) -> str:
 def _is_taken(out: Path, old: Sequence[Path], name: str, unlike: str) -> str:
     unfinished = ""
     if unlike:
-        unfinished = f" of a job that did not end, {unlike}; the command of that job goes on"
+        unfinished = f" of an unfinished job, {unlike}; that job's command resumes it"
     return (
         f"{out} has {len(old)} shards named {name}-*.tar{unfinished}; take another "
         "--name, or --overwrite them"
@@ -263,7 +263,7 @@ def _report(written: Sequence[Written], labels: list[str], found: Found, kept: i
 
 class Job:
     """What a job has written so far, in a file beside the shards: started again with the same
-    input, it goes on.
+    input, it resumes.
     """
 
     def __init__(self, path: Path, what: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Where shards come from: this machine's file systems, any URL that fsspec knows, and the output of
 a command.
 
-A shard that lies on a file system is read where it lies, by offset. One from elsewhere (`https://`,
+A shard on a file system is read in place, by offset. A remote one (`https://`,
 `s3://`, `gs://`, ..., or `pipe:COMMAND` as webdataset has it) is first copied whole into a cache on
 the node's disk, which all processes of the node share, and read from there: shards are made to be
 read whole, and a store sees one reader a node. A `pipe:` command is the user's own, run by the

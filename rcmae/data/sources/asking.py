@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class SourceGone(OSError):
-    """A shard that lies elsewhere cannot be had.
+    """A remote shard cannot be read.
 
     The message says which, what was tried and what came of it.
     """
@@ -59,7 +59,7 @@ USUAL = Patience()
 
 
 def patience(recipe: Recipe) -> Patience:
-    """With shards from elsewhere, as a recipe has it."""
+    """With remote shards, as a recipe has it."""
     return Patience(recipe.data.source_timeout_s, recipe.data.source_attempts)
 
 
@@ -203,7 +203,7 @@ def within(
 
 
 class Stat(NamedTuple):
-    """What tells a file from its next version without reading it."""
+    """What distinguishes a file from its next version without reading it."""
 
     size: int | None  # bytes; None where it is not told
     # when it was written, or what its store calls this version: "mtime NANOSECONDS", "etag TAG" or
@@ -244,7 +244,7 @@ def asked_stat(url: str, patience: Patience) -> Stat:
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    """What a client of fsspec tells of a version: each store has names of its own."""
+    """The version that a client of fsspec reports: each store has its own names for it."""
     known = {key.lower().replace("-", "").replace("_", ""): value for key, value in info.items()}
     if known.get("etag"):
         return f"etag {known['etag']}"

@@ -57,7 +57,7 @@ def _of_group(inside: str, most: int) -> int:
     numbers = _NUMBERS.fullmatch(inside)
     letters = _LETTERS.fullmatch(inside)
     if numbers is None and letters is None:
-        return _count(inside, most)  # its braces are no braces
+        return _count(inside, most)  # its braces mean nothing
     first, last, step = numbers.groups() if numbers is not None else letters.groups()  # type: ignore[union-attr]
     if max(map(len, (first, last, step or ""))) > 18:
         return most + 1

@@ -1,4 +1,4 @@
-"""The bytes of shards from elsewhere: copied whole, or a part of them.
+"""The bytes of remote shards: copied whole, or a part of them.
 
 What a URL gives is one version of a file, or an error: a file that is replaced while it is copied
 is no mixture of both."""
@@ -71,9 +71,9 @@ def copy(
     size: int | None = None,
     stamp: str = "",
 ) -> Copied:
-    """Write the bytes of a shard from elsewhere into an open file.
+    """Write the bytes of a remote shard into an open file.
 
-    A drop costs the piece that was under way, not what came before it; a command is started anew.
+    A drop costs the piece that was under way, not what came before it; a command is restarted.
 
     Args:
         path: URL or command.
@@ -116,7 +116,7 @@ def copy(
 def _refuse_changed(path: str, file: BinaryIO, begin: Stat, patience: Patience) -> None:
     """Raise SourceGone where a file that was copied in pieces is another one now.
 
-    A server need not heed conditions, so the version is asked for again; where it tells none, the
+    A server may ignore conditions, so the version is read again; where it has none, the
     first piece is."""
     client_of(path)[0].invalidate_cache()  # some remember what they were told before
     after = stat_of(path, patience)
@@ -209,7 +209,7 @@ def _run(pipe: str, file: BinaryIO, timeout_s: float, size: int | None) -> str:
 
 
 def part(path: str, offset: int, size: int, patience: Patience = USUAL) -> bytes:
-    """`size` bytes of a shard from elsewhere, or as many as are there, without a cache: for a look
+    """`size` bytes of a remote shard, or as many as are there, without a cache: for a look
     at a few samples.
 
     Raises:
@@ -231,7 +231,7 @@ def part(path: str, offset: int, size: int, patience: Patience = USUAL) -> bytes
 
 @contextlib.contextmanager
 def fetched(path: str, patience: Patience = USUAL) -> Iterator[tuple[BinaryIO, Copied]]:
-    """(an open file with the bytes of a shard from elsewhere, what was copied), for as long as the
+    """(an open file with the bytes of a remote shard, what was copied), for as long as the
     block runs.
 
     Raises:

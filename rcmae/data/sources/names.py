@@ -1,4 +1,4 @@
-"""What shards from elsewhere are called: in indexes, in a cache. `secrets` has how messages show
+"""What remote shards are called: in indexes, in a cache. `secrets` has how messages show
 them."""
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def no_command(path: str) -> str:
 
 
 def identity(path: str) -> str:
-    """What tells a shard from others wherever it is named: absolute path, or URL without password
-    and signature. Signed anew, a URL keeps it.
+    """What identifies a shard wherever it is named: absolute path, or URL without password
+    and signature. A URL that is signed again keeps it.
     """
     said = asked_for(path)
     return bare(path) + (f"?{'&'.join(said)}" if said else "")

@@ -1,6 +1,6 @@
 """Secrets in what names data: commands with tokens, URLs with passwords and signatures.
 
-What is shown or passed on is `redacted`; what must stay whole, for a run to go on from it, lies in
+What is shown or passed on is `redacted`; what must stay whole, for a run to resume from it, lies in
 a file that is its owner's alone (`holds_secret`)."""
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _SPARSE_KEYS = (b"GNU.sparse.map", b"GNU.sparse.major", b"GNU.sparse.size", b"SC
 
 
 class BrokenTar(Refused):
-    """A file is no tar, or stops being one; the message says where."""
+    """A file is not a tar, or stops being one; the message says where."""
 
 
 class Header(NamedTuple):
@@ -52,7 +52,7 @@ class Walk:
         self.size = os.fstat(file).st_size
         self.is_ended = False  # an end mark was met
         self.behind = 0  # members behind an end mark
-        self.junk = 0  # bytes behind an end mark that are no tar
+        self.junk = 0  # bytes behind an end mark that are not part of the tar
 
     def __iter__(self) -> Iterator[Header]:
         """Raises BrokenTar where it breaks off, after the members before that."""
@@ -153,7 +153,7 @@ class Walk:
         return at
 
     def _has_content(self, at: int) -> bool:
-        """Whether what follows a link is no header: some archivers store the bytes, too."""
+        """Whether what follows a link is not a header: some archivers store the bytes, too."""
         block = self._block(at)
         if not block.strip(b"\0"):
             return False

@@ -40,7 +40,7 @@ from rcmae.files import patiently
 _ALONE_S = 2.0
 # editors put a byte order mark first, data frames write whole numbers as 3.0
 _NUMBER = re.compile(rb"(?:\xef\xbb\xbf)?\s*([+-]?[0-9]{1,10})(?:\.0{0,20})?\s*")
-_LABEL_BYTES = 4096  # of a .cls: more is no number
+_LABEL_BYTES = 4096  # of a .cls: more is not a number
 _LARGEST = 2**32 - 1  # bytes of an image, and of all keys of a tar
 _LONGEST_KEY = 2**16 - 1
 
@@ -97,7 +97,7 @@ def scan(path: str, patience: Patience = USUAL, rule: str = FIRST_DOT) -> Scan:
 
     A key is the member's path up to the first dot of its base name (or what `rule` says);
     neighbours with one key are one sample. Its image is the member with the plainest image suffix,
-    its label the number in `.cls`. A tar from elsewhere is copied whole to do so, and hashed.
+    its label the number in `.cls`. A remote tar is copied and hashed for it.
     """
     shown = sources.redacted(path)
     try:
@@ -106,7 +106,7 @@ def scan(path: str, patience: Patience = USUAL, rule: str = FIRST_DOT) -> Scan:
         with sources.fetched(path, patience) as (file, copied):
             return _scan(path, file, copied.sha256, copied.stamp, rule)
     except BrokenTar as error:
-        return Scan(path, problem=f"{shown}: is no complete tar ({error})")
+        return Scan(path, problem=f"{shown}: is not a complete tar ({error})")
     except OSError as error:
         if isinstance(error, sources.SourceGone | FileNotFoundError) and error.errno is None:
             return Scan(path, problem=str(error))

@@ -189,7 +189,7 @@ def _mapped(path: str) -> mmap.mmap:
 
 
 def forget_table(path: str) -> None:
-    """Open a table anew when it is used next. Who has rows of it keeps those."""
+    """Reopen a table at its next use. Rows that were handed out stay valid."""
     _tables.pop(path, None)
 
 
@@ -241,12 +241,12 @@ def shard_of(entry: Any, folder: str, table: str | bytes, at: int) -> Shard:
 
     Args:
         entry: as JSON has it; nothing of it is believed.
-        folder: of the index, here or elsewhere.
+        folder: of the index, local or remote.
         table: as of a Shard.
         at: where the shard's part of it begins.
 
     Raises:
-        Refused: it is no description of a shard.
+        Refused: it is not a description of a shard.
     """
     if not isinstance(entry, dict):
         raise Refused(f"a shard is {entry!r:.50}")
@@ -313,7 +313,7 @@ def _notes(entry: dict[str, Any]) -> tuple[Note, ...]:
 def _count(entry: dict[str, Any], name: str) -> int:
     value = entry.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
-        raise Refused(f"{entry['name']}: {name}={value!r} is no count")
+        raise Refused(f"{entry['name']}: {name}={value!r} is not a count")
     return value
 
 
@@ -322,7 +322,7 @@ def _hash(entry: dict[str, Any], name: str, *, optional: bool = False) -> str:
     if optional and value == "":
         return ""
     if not isinstance(value, str) or not _HASH.fullmatch(value):
-        raise Refused(f"{entry['name']}: {name}={value!r:.80} is no hash")
+        raise Refused(f"{entry['name']}: {name}={value!r:.80} is not a hash")
     return value
 
 

@@ -153,7 +153,7 @@ def grouped(folders: Sequence[Path]) -> list[Group]:
     """Finished runs, those together that differ in their seeds alone.
 
     Raises:
-        Refused: a folder is no finished run, or two have the same recipe and seed.
+        Refused: a folder is not a finished run, or two have the same recipe and seed.
     """
     runs = [read_run(folder) for folder in folders]
     together: dict[str, list[Run]] = {}

@@ -14,8 +14,8 @@ layer's:
    another mask, at other images? Against how alike the encoder's features are.
 
 And 4., the paper's linear model (`linear`): one matrix on masked images, where the consistency's
-gradient is by algebra the sum of all earlier gradients, each times the momentum so often, projected
-on the input.
+gradient is by algebra the sum of all earlier gradients, each times a power of the momentum,
+projected on the input.
 
 Not done: the optimizer's scaling; steps are those of plain gradient descent, as in the paper's
 argument."""

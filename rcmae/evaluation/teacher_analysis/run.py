@@ -103,14 +103,14 @@ def open_run(
         allow_pipe: whether commands in the run's recipe may run.
 
     Raises:
-        Refused: it is no run with a consistency and a checkpoint, or its shards are not there.
+        Refused: it is not a run with a consistency and a checkpoint, or its shards are not there.
         CheckpointError: a checkpoint is damaged.
     """
     recipe = _recipe_of(folder, images, shards, allow_pipe)
     folders = checkpoint.step_folders(folder / "checkpoints")
     manifests = [checkpoint.open_verified(path) for path in folders]
     if not manifests:
-        raise Refused(f"{folder} has no checkpoint yet; train on")
+        raise Refused(f"{folder} has no checkpoint yet; continue the training")
 
     data = recipe.data
     index = ShardIndex.open(data.shards, cache=folder / "index", patience=patience(recipe))
@@ -142,7 +142,7 @@ def open_run(
     )
     made = make_objective(recipe, sizes)
     if not isinstance(made, Sum):
-        raise Refused(f"objective.name={recipe.objective.name} is no sum of terms")
+        raise Refused(f"objective.name={recipe.objective.name} is not a sum of terms")
     objective = Sum({name: made.terms[name] for name in ("reconstruction", "consistency")})
     return AnalysedRun(recipe, objective, stream, mask, manifests, sizes.images_per_step)
 
@@ -152,12 +152,12 @@ def _recipe_of(folder: Path, images: int, shards: str | None, allow_pipe: bool) 
     try:
         recipe = config.stored(yaml.safe_load((folder / "recipe.yaml").read_text()))
     except (OSError, yaml.YAMLError, UnicodeDecodeError, pydantic.ValidationError) as error:
-        raise Refused(f"{folder} is no run's folder: {error}") from error
+        raise Refused(f"{folder} is not a run's folder: {error}") from error
     if not (allow_pipe or shards):
         config.without_pipes(recipe.data.model_dump(), str(folder / "recipe.yaml"))
     if "pixels" not in recipe.objective.teacher_outputs or recipe.decoder == "bootmae":
         raise Refused(
-            f"{folder} has no consistency with a teacher's pixels, which this is about; train "
+            f"{folder} has no consistency term on a teacher's pixels to analyse; train "
             "objective.name=rcmae, or another with objective.terms={consistency: 1}"
         )
     batch = recipe.batch.model_copy(update={"per_device": images})

@@ -126,7 +126,7 @@ def tsne(vectors: np.ndarray, seed: int) -> np.ndarray:
     Raises Refused where its package is not installed.
     """
     if importlib.util.find_spec("sklearn") is None:
-        raise Refused("--plane tsne needs a package more: pip install scikit-learn")
+        raise Refused("--plane tsne needs another package: pip install scikit-learn")
     from sklearn.manifold import TSNE  # for this picture alone
 
     nearest = min(30, len(vectors) // 4)
@@ -139,7 +139,7 @@ def umap(vectors: np.ndarray, seed: int) -> np.ndarray:
     Raises Refused where it is not installed.
     """
     if importlib.util.find_spec("umap") is None:
-        raise Refused("--plane umap needs a package more: pip install umap-learn; or --plane tsne")
+        raise Refused("--plane umap needs another package: pip install umap-learn; or --plane tsne")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its packages about themselves
         from umap import UMAP  # seconds, and a compiler: for this picture alone

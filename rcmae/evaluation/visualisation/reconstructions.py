@@ -102,7 +102,7 @@ def _mean_of_visible(values: Tensor, hidden: Tensor) -> Tensor:
 def norm_of(source: NetworkWeights) -> PixelNorm | None:
     """By which mean and deviation the patches that a network predicts are normalised.
 
-    MAE's where no recipe tells.
+    MAE's where there is no recipe.
     """
     if "recipe" not in source.metadata:
         return NORMS["unbiased"]

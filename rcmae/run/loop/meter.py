@@ -76,7 +76,7 @@ class Meter:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """The figures since the last call, and start anew.
+        """The figures since the last call; resets them.
 
         images_per_s over all ranks; step_s and data_wait_s are means over the steps, in seconds;
         memory_peak_gib is the peak since the start (the device's allocator, on CPU the process's
@@ -91,7 +91,7 @@ class Meter:
         return self._images / (time.perf_counter() - self._since - self._away)
 
     def figures(self) -> dict[str, float]:
-        """What `read` gives, as it stands: nothing starts anew."""
+        """What `read` gives, without a reset."""
         elapsed = time.perf_counter() - self._since - self._away
         steps = max(self._steps, 1)
         rate = self._images / elapsed

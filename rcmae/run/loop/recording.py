@@ -23,7 +23,7 @@ class Recorder:
         self._instruments = instruments
 
     def step_done(self) -> None:
-        """Count the step under way; tell of the first of this job."""
+        """Count the current step; report the first of this job."""
         progress = self._progress
         if progress.is_first_of_job:
             startup.mark("first step")

@@ -140,7 +140,8 @@ class Saving:
             self.collect()
 
     def settle(self) -> None:
-        """Wait for the save under way, at an end that is no good one, and note what it committed.
+        """Wait for the save under way, at an end that is not a good one, and note what it
+        committed.
 
         Raises nothing of what a save does: the run ends of another error.
         """

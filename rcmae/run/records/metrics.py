@@ -2,10 +2,10 @@
 
 `metrics.jsonl` has one object a logged step, each step once: a resume cuts the file back to the
 step it resumes from. `events.jsonl` is only ever appended to, so a step that was run twice shows
-there. TensorBoard gets the same numbers and is told to forget what lies beyond the resume.
+there. TensorBoard gets the same numbers and drops those beyond the resume.
 Everything takes plain numbers: nothing here waits for a GPU, so whoever calls decides when a tensor
-becomes a number (on log steps). What a disk does not take is told and waits: no line is a reason to
-stop.
+becomes a number (on log steps). Lines that a disk does not take are reported and wait: no line is a
+reason to stop.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def cut_back(path: Path, step: int) -> int:
     dropped.
 
     Dropped are lines of later steps (they will be run again), lines of a step that was already
-    seen, and whatever is no JSON object with a step: a kill tears the last line, a power loss can
-    leave zeros. The file is written aside, synced and renamed, so a kill here loses nothing, and a
-    writer that still holds the old file writes into the void.
+    seen, and whatever is not a JSON object with a step: a kill tears the last line, a power loss
+    can leave zeros. The file is written aside, synced and renamed, so a kill here loses nothing,
+    and a writer that still holds the old file writes into the void.
     """
     dropped = 0
     last = 0
@@ -151,7 +151,7 @@ class MetricsLog:
 
     Args:
         directory: the run's folder.
-        resume_step: the step this job goes on from, 0 for a fresh start; lines beyond it are
+        resume_step: the step this job resumes from, 0 for a fresh start; lines beyond it are
             dropped.
         total_steps: the run's last step, for the progress.
         writes: whether this rank writes (rank 0).
@@ -244,7 +244,7 @@ class MetricsLog:
         if not self.writes:
             return
         if step == self._first + 1:
-            self._began = (step, time.monotonic())  # the start-up is no step
+            self._began = (step, time.monotonic())  # the start-up is not a step
         if self._bar:
             # the loss is that of the last step that was read
             row = {**self._row, "step": step, "images_per_s": images_per_s}
@@ -312,7 +312,7 @@ class MetricsLog:
 
     @contextlib.contextmanager
     def sparing(self, what: str) -> Iterator[None]:
-        """Write something that the run can do without: where the disk refuses, that is told.
+        """Write something that the run can do without; a refusal of the disk is reported.
 
         Args:
             what: comes of it, or is not written then.
@@ -323,18 +323,18 @@ class MetricsLog:
             self._tell_of_trouble(f"{what}: {error}")
 
     def _tell_of_trouble(self, text: str) -> None:
-        """Say, once, what cannot be written, and go on."""
+        """Report once what cannot be written, and continue."""
         if text not in self._troubles:
             self._troubles.add(text)
             self.event("not_written", reason=text)
             self.say(f"continuing without: {text}")
 
     def _write(self, lines: Lines, row: Mapping[str, Any]) -> None:
-        """Append a line; tell of the first that must wait, and of the first that need not."""
+        """Append a line; report the first that must wait, and the first that is written again."""
         before = lines.problem
         lines.write(_line(row))
         if lines.problem and not before:
-            self.say(f"{lines.problem}; its lines wait in memory, and a save is tried")
+            self.say(f"{lines.problem}; its lines are kept in memory, and a save is attempted")
         elif before and not lines.problem:
             self.say(f"{lines.path} is written again")
 

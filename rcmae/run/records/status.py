@@ -4,9 +4,9 @@ Reads, writes nothing.
 Goodput is the time of steps that count (their updates are in the run as it stands) over the time
 since the first job began. What is known: each logged step's mean times (metrics.jsonl), events with
 their seconds (events.jsonl), the starts that SLURM made (jobs.jsonl), and the last beat of a job
-that ended without a word (leases/). A gap before a restart of the same SLURM job is its queue, any
-other gap is idle. The teacher's update is timed on logged steps alone and taken to be as long on
-the others.
+that ended without an event (leases/). A gap before a restart of the same SLURM job is its queue,
+any other gap is idle. The teacher's update is timed on logged steps alone and taken to be as long
+on the others.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _starts_of(folder: Path) -> list[_Start]:
     rows = _rows(folder / "metrics.jsonl", of="step")
     starts = _starts_among(events)
     if not starts:
-        raise Refused(f"{folder} is no run: its events.jsonl tells of no start; give a run.dir")
+        raise Refused(f"{folder} is not a run: its events.jsonl has no start; give a run.dir")
     found = []
     for event, later in itertools.zip_longest(starts, starts[1:]):
         begin = event["time"]
@@ -294,7 +294,7 @@ def ending(folder: Path, start: _Start, now: float) -> tuple[float, str]:
     ended = max(ended, beat or 0.0)
     if start.later:
         ended = min(ended, start.later["time"])
-    return ended, "ended without a word"
+    return ended, "ended without an event"
 
 
 def split(start: Row, rows: Sequence[Row], events: Sequence[Row]) -> dict[str, float]:
