@@ -36,6 +36,8 @@ NOT_RUN = {
     "git clone ... /shared/rcmae": "needs the network",
     "python3 -m venv .venv": "installs from the network; tests/test_wheel.py installs without",
     'export PATH="$PWD/.venv/bin:$PATH"': "there is none in this folder; PATH is set already",
+    "rcmae shards make --coco instances_train.json": "no annotations of COCO's are here",
+    "rcmae detect detect_rcmae_vit_b_16": "the same; tests/test_detect.py trains a detector",
     "tail -F vit_l-$job.log": "it never ends; the files it shows are asked for instead",
 }
 
