@@ -4,6 +4,7 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rcmae
+from rcmae import checkpoint
 from rcmae.commands import convert as convert_tool
 from rcmae.errors import Refused
 from rcmae.models.classifier import Classifier
@@ -21,7 +23,7 @@ from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.weights.encoder import WeightsWarning
 from rcmae.weights.names import family_names
-from rcmae.weights.reading import read_network
+from rcmae.weights.reading import _of_checkpoint, read_network
 from rcmae.weights.starting import function_problems, start_of
 from runs import Folder, start
 
@@ -338,3 +340,27 @@ def test_hugging_face_reads_the_run_s_preprocessing(
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(theirs, rcmae.load_encoder(uninterrupted.path).transform(image))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("model", "image_size", "big"),
+        ("model", "image_size", 10**9),
+        ("model", "num_heads", "4"),
+        ("model", "num_heads", 0),
+        ("data", "mean", "x"),
+        ("data", "std", [0.5, None, 0.5]),
+    ],
+)
+def test_a_checkpoint_s_recipe_is_not_believed(
+    section: str, key: str, value: Any, uninterrupted: Folder
+) -> None:
+    newest, _ = checkpoint.newest(uninterrupted.checkpoints)
+    assert newest is not None
+    recipe = newest.meta["recipe"]
+    changed = recipe | {section: recipe[section] | {key: value}}
+    odd = replace(newest, meta={**newest.meta, "recipe": changed})
+    with pytest.raises(Refused, match=rf"its recipe has {section}\.{key}="):
+        _of_checkpoint(odd, [], None, "teacher")
+    assert _of_checkpoint(newest, [], None, "teacher").grid == (4, 4)

@@ -36,6 +36,7 @@ from rcmae.weights.wrapping import unwrapped
 # whole numbers in published files that no network here reads: batches that a norm has counted, and
 # which row of a table each pair of tokens takes, which follows from the grid
 _COUNTED = ("num_batches_tracked", "relative_position_index")
+_LARGEST_SIDE = 2**16  # of an image, in pixels
 
 
 class NetworkWeights(NamedTuple):
@@ -196,7 +197,9 @@ def _of_checkpoint(
         weights[key.partition("/")[2]] = elements.clone().view(shape)
     _refuse_not_finite(str(manifest.path), weights)
 
-    sizes, grid = _architecture(manifest.meta["recipe"], weights)
+    recipe = manifest.meta["recipe"]
+    _refuse_sizes(f"{manifest.path}: its recipe", recipe, recipe["model"].get("image_size"))
+    sizes, grid = _architecture(recipe, weights)
     newer = f", newer ones skipped: {'; '.join(passed_over)}" if passed_over else ""
     return NetworkWeights(
         weights=weights,
@@ -233,10 +236,27 @@ def _recipe_of(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
         size = recipe["model"]["image_size"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refused(f"{path}: the recipe in its metadata is none: {error!r}") from error
-    sides = size if isinstance(size, list) and len(size) == 2 else [size]
-    if not all(type(side) is int and side > 0 for side in sides):
-        raise Refused(f"{path}: the recipe in its metadata has model.image_size={size!r}")
+    _refuse_sizes(f"{path}: the recipe in its metadata", recipe, size)
     return dict(recipe)
+
+
+def _refuse_sizes(where: str, recipe: Mapping[str, Any], size: Any) -> None:
+    """Raise Refused where a recipe says what no network has: it may be anybody's."""
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    if not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sides):
+        raise Refused(f"{where} has model.image_size={size!r:.80}")
+    for key in ("num_heads", "decoder_heads"):
+        heads = recipe["model"].get(key)
+        if heads is not None and (type(heads) is not int or heads < 1):
+            raise Refused(f"{where} has model.{key}={heads!r:.80}")
+    data = recipe.get("data")
+    for key in ("mean", "std"):
+        numbers = data.get(key) if isinstance(data, Mapping) else None
+        if numbers is None:
+            continue
+        is_list = isinstance(numbers, list | tuple) and len(numbers) > 0
+        if not is_list or not all(type(each) in (int, float) for each in numbers):
+            raise Refused(f"{where} has data.{key}={numbers!r:.80}")
 
 
 # ------------------------------------------------------------------------- what made the weights
