@@ -721,6 +721,14 @@ def test_urls_that_name_their_file_in_the_query_are_told_apart(folder, server, t
     assert identity("https://host/get?id=17&token=hush") == "https://host/get?id=17"
     plain = "https://host/a/x-0.tar"
     assert identity(plain + "?" + signed) == plain
+    # Tencent's, Akamai's, nginx's
+    for signing in (
+        "q-ak=K&q-sign-time=1;2&q-signature=S",
+        "hdnts=exp=1~hmac=2",
+        "md5=S&e=1795709810",
+    ):
+        assert identity(f"{plain}?{signing}") == plain
+    assert identity(f"{plain}?e=3") == f"{plain}?e=3"
     assert (basename(plain), folder_of(one)) == ("x-0.tar", "https://host")
 
     url = f"{server.url}/photo-{{000000,000001}}.tar?path=a&files={{x-0,x-1}}.tar"

@@ -15,6 +15,7 @@ TAR = re.compile(r"[^\s/\"'=?&]{1,255}\.tar\b")
 _SIGNS = re.compile(
     r"(x-[a-z]+-|awsaccesskeyid|googleaccessid|ossaccesskeyid|key-pair-id|policy|sign|sig=|hmac|"
     r"expir|se=|sp=|sv=|sr=|st=|spr=|sip=|ss=|srt=|sk[a-z]+=|ts=|timestamp|nonce|auth|cred|"
+    r"q-(sign|ak|key|header|url)|hdn(ts|ea|tl)=|md5=|exp=|e=\d{9,}$|"
     r"[^=]*(token|secret|passw|apikey|api_key|access_key|session)[^=]*|key=|response-)",
     re.IGNORECASE,
 )
