@@ -231,7 +231,7 @@ def test_images_without_labels_are_refused():
                 device=CPU,
                 normalise=normalise,
             )
-    with pytest.raises(ValueError, match="use 'cls' or 'mean'"):
+    with pytest.raises(ValueError, match="use 'cls', 'cls_before_norm' or 'mean'"):
         pooled(a_model(), "max")
 
 

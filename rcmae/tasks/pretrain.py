@@ -194,7 +194,7 @@ class Pretraining:
             scalars["logistic"] = linear
         trained = networks.keys() & {"student", "teacher"}
         return Evaluated(
-            event={"knn": rows, **({"logistic": linear} if linear else {})},
+            event={"knn": rows, "pool": options.pool, **({"logistic": linear} if linear else {})},
             table=knn_table(rows, linear),
             caption="k-NN, top-1 in %",
             says="k-NN at step {step}, top-1 in %",
