@@ -208,7 +208,7 @@ def test_an_encoder_in_ones_own_code(file: Path, model: MaskedAutoencoder) -> No
     ("options", "message"),
     [
         ({}, "give num_heads"),
-        ({"num_heads": 4, "image_size": 30}, "no multiple of the patch of 8"),
+        ({"num_heads": 4, "image_size": 30}, "not a multiple of the patch of 8"),
         ({"num_heads": 4, "pool": "max"}, "use mean or cls"),
         ({"num_heads": 4, "network": "teacher"}, "has no teacher"),
     ],

@@ -152,7 +152,7 @@ def classes_of(given: Any, folder: Path, names: Sequence[str]) -> list[int]:
             "that are not numbers, or a list of numbers"
         )
     if unknown:
-        why = "no numbers, and there are no class names"
+        why = "not numbers, and there are no class names"
         if names:
             why = f"none of the {len(names)} class names"
         raise Refused(f"classes {', '.join(unknown[:5])} are {why}; give --class-names")
