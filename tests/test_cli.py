@@ -50,12 +50,19 @@ def test_a_training_imports_no_compiler_and_nothing_it_does_not_use(
 
 
 def test_the_table_and_the_modules_agree():
+    families = {
+        path.parent for path in COMMANDS.rglob("__init__.py") if "def main(" in path.read_text()
+    }
     paths = [path for path in COMMANDS.rglob("*.py") if path.stem != "__init__"]
-    modules = {".".join(path.relative_to(COMMANDS).with_suffix("").parts) for path in paths}
+    single = [path for path in paths if path.parent not in families]
+    modules = {".".join(path.relative_to(COMMANDS).with_suffix("").parts) for path in single}
+    modules |= {".".join(path.relative_to(COMMANDS).parts) for path in families}
     named = [command.module.partition(":") for command in cli.COMMANDS.values()]
     assert {module for module, _, _ in named} == modules
     for module, _, function in named:
-        tree = ast.parse((COMMANDS / f"{module.replace('.', '/')}.py").read_text())
+        path = COMMANDS / module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), module
         functions = {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
         assert (function or "main") in functions
@@ -181,7 +188,7 @@ def test_the_schema_describes_every_section(capsys):
 
 def test_a_printed_recipe_says_what_each_key_means():
     printed = recipe_command.resolved("quickstart", [])
-    assert "  # Images of an optimizer step, over all ranks.\n  images: 64\n" in printed
+    assert "  # Images per optimizer step, over all ranks.\n  images: 64\n" in printed
 
 
 def test_a_recipe_without_shards_is_printed_without_shards(tmp_path):
