@@ -252,7 +252,7 @@ def test_user_hears_of_every_mistake_at_once(plain, tmp_path, capsys):
         == 2
     )
     said = capsys.readouterr().err
-    for text in ("has no teacher", "ends in .safetensors", "is there already"):
+    for text in ("has no teacher", "ends in .safetensors", "already exists"):
         assert text in said
     assert (tmp_path / "there.pth").read_text() == "kept"
 
@@ -313,7 +313,7 @@ def test_report_says_what_was_written_and_how_to_read_it(run, tmp_path, capsys):
     said = capsys.readouterr()
     assert "teacher of step 10" in said.out
     assert "timm.create_model('vit_tiny_patch16_224', num_classes=0" in said.out
-    assert "passed over" in said.err
+    assert "skipped: " in said.err
     assert "step-00000020" in said.err
 
 
