@@ -251,6 +251,35 @@ def test_a_real_run_stopped_and_killed_is_told_right(
     assert "goodput" in capsys.readouterr().out
 
 
+def test_a_run_whose_job_is_starting_is_told_with_its_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "jobs.jsonl", {"job": "8", "restart": 0, "time": 1000.0})
+    assert runs.main(["status", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "has not begun to train: job 8" in said
+    assert f"{tmp_path}/logs/job-8/rank-00000.log" in said
+
+
+def test_watching_waits_for_the_first_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"  # its job is in the queue
+
+    def begin_and_finish() -> None:
+        write(run / "metrics.jsonl", step(100, 1100.0))
+        stop = {"event": "stop", "time": 1101.0, "step": 100, "reason": "finished"}
+        write(run / "events.jsonl", begin(1000, 0), stop)
+
+    timer = threading.Timer(0.5, begin_and_finish)
+    timer.start()
+    assert runs.main(["status", str(run), "--watch", "--json", "--every-s", "0.1"]) == 0
+    timer.join()
+    told = capsys.readouterr()
+    assert "waiting for a start" in told.err
+    assert json.loads(told.out.splitlines()[-1])["state"] == "finished"
+
+
 def test_watching_ends_with_the_run(tmp_path: Path) -> None:
     write(tmp_path / "events.jsonl", begin(time.time(), 0, generation=1))
     (tmp_path / "leases").mkdir()

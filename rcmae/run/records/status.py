@@ -211,12 +211,24 @@ def jobs_of(folder: Path, now: float) -> list[Job]:
     return found
 
 
+def _no_start(folder: Path) -> str:
+    """Why nothing can be told of a folder: it is no run's, or that of one whose job is starting."""
+    scheduled = _rows(folder / "jobs.jsonl", of="job")
+    job = scheduled[-1]["job"] if scheduled else None
+    if not isinstance(job, str) or not job.isdecimal():
+        return f"{folder} is not a run: its events.jsonl has no start; give a run.dir"
+    return (
+        f"{folder} has not begun to train: job {job} started there; see "
+        f"{folder}/logs/job-{job}/rank-00000.log"
+    )
+
+
 def _starts_of(folder: Path) -> list[_Start]:
     events = _rows(folder / "events.jsonl", of="event")
     rows = _rows(folder / "metrics.jsonl", of="step")
     starts = _starts_among(events)
     if not starts:
-        raise Refused(f"{folder} is not a run: its events.jsonl has no start; give a run.dir")
+        raise Refused(_no_start(folder))
     found = []
     for event, later in itertools.zip_longest(starts, starts[1:]):
         begin = event["time"]
