@@ -432,6 +432,17 @@ def test_a_side_car_is_started_again_until_its_starts_come_to_nothing(
     assert answers(capsys)["again"] == "no"
 
 
+def test_a_follower_hears_of_every_job_that_came_to_the_run(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job in ("17", "17", "21"):  # 21 is refused: 17 holds the run, or waits for its requeue
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert begin(run_dir) == 0
+    capsys.readouterr()
+    assert slurm_job.main(["follow", str(run_dir), "--job=30", "--status=75"]) == 0
+    assert answers(capsys)["followed"] == "21,17"
+
+
 # ------------------------------------------------------------------------------------------- submit
 
 

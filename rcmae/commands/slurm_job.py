@@ -177,8 +177,8 @@ def end(asked: argparse.Namespace) -> int:
 
 
 def follow(asked: argparse.Namespace) -> int:
-    """Note the start of a follower. With a status, answer as `end`, and which job trains the
-    run.
+    """Note the start of a follower. With a status, answer as `end`, and which jobs came to train
+    the run, the last one first: it may have been refused while one before it is in the queue.
     """
     from rcmae.run import jobs
 
@@ -194,8 +194,8 @@ def follow(asked: argparse.Namespace) -> int:
         return 0 if why_not is None else 1
     patience = jobs.Patience(asked.idle_starts, asked.backoff_s)
     verdict = jobs.after_evaluating(asked.run_dir, asked.job, asked.status, patience)
-    trained = jobs.starts(asked.run_dir)
-    _answer(asked, **_said(verdict), followed=trained[-1].job if trained else "")
+    came = dict.fromkeys(start.job for start in reversed(jobs.starts(asked.run_dir)))
+    _answer(asked, **_said(verdict), followed=",".join(came))
     return 0
 
 
