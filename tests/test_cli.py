@@ -174,6 +174,8 @@ def test_keys_are_found_by_how_they_begin(capsys):
     printed = capsys.readouterr().out
     assert "data.cache_gb = 100.0  [10^9 bytes]" in printed
     assert "data.shards" not in printed
+    assert cli.main(["recipe", "--keys", "qqq"]) == 2
+    assert "known: batch, checkpoint, " in capsys.readouterr().err
     assert cli.main(["recipe", "--keys", "data.cahce_gb"]) == 2
     assert "did you mean 'data.cache_gb'?" in capsys.readouterr().err
 

@@ -16,6 +16,7 @@ status: 0; 2 there is no such recipe, or it is wrong.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 import textwrap
@@ -78,7 +79,10 @@ def list_keys(prefix: str, *, as_json: bool) -> int:
 
     found = keys(prefix)
     if not found:
-        near = did_you_mean(prefix, [key.name for key in keys()])
+        names = [key.name for key in keys()]
+        sections = dict.fromkeys(name.partition(".")[0] for name in names)
+        is_near = difflib.get_close_matches(prefix, names, n=1)
+        near = did_you_mean(prefix, names if is_near else sections)
         print(f"rcmae: no key begins with {prefix!r}; {near}", file=sys.stderr)
         return 2
     if as_json:
