@@ -193,7 +193,7 @@ def test_a_silent_job_is_alive_until_its_beat_is_old(tmp_path: Path) -> None:
 
 def test_torn_lines_and_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runs.main(["status", str(tmp_path / "nothing")]) == 2
-    assert "is no run" in capsys.readouterr().err
+    assert "is not a run" in capsys.readouterr().err
     write(tmp_path / "events.jsonl", begin(1000, 0))
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"event": "stop", "ti')
