@@ -172,7 +172,9 @@ def test_a_run_leaves_losses_numbers_detections_and_pictures(whole: Folder) -> N
     document = json.loads((whole.path / "evaluation" / "step-00000003.json").read_text())
     rows = document["networks"]["student"]["segm"]["categories"]
     assert [(row["id"], row["name"]) for row in rows] == [(2, "disc"), (7, "square")]
-    picture = np.asarray(Image.open(whole.path / "pictures" / "detections-00000003.png"))
+    picture = np.asarray(
+        Image.open(whole.path / "pictures" / "detections-00000003.png", formats=["PNG"])
+    )
     assert picture.std() > 10
     found = found_in(whole)
     assert {each["category_id"] for each in found} <= {2, 7}
@@ -222,7 +224,7 @@ def test_a_run_is_loaded_exported_and_found_again(
     for number in range(20, 23):
         jpeg = io.BytesIO()
         Image.fromarray(photograph(number, number != 22)[0]).save(jpeg, "JPEG", quality=95)
-        images[number] = Image.open(jpeg)
+        images[number] = Image.open(jpeg, formats=["JPEG"])
     for number, found in zip(images, model(list(images.values())), strict=True):
         wanted = [each for each in found_in(whole) if each["image_id"] == number]
         assert found.scores.tolist() == pytest.approx([each["score"] for each in wanted], abs=1e-5)

@@ -452,7 +452,7 @@ def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:
         "b.json",
     )
     (tmp_path / "d.json").write_text("{")
-    with pytest.raises(ValueError, match="no result"):
+    with pytest.raises(ValueError, match="is not a result"):
         estimates.measured_utilisation(recipe, "h200", tmp_path)
 
 

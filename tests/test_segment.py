@@ -73,7 +73,7 @@ def test_a_run_leaves_losses_scores_and_pictures(whole: Folder) -> None:
     assert classes[4]["accuracy"] is None, "no label has it"
     assert sum(each["share"] for each in classes) == pytest.approx(1)
     picture = whole.path / "pictures" / "segments-00000006.png"
-    assert np.asarray(Image.open(picture)).shape[2] == 3
+    assert np.asarray(Image.open(picture, formats=["PNG"])).shape[2] == 3
     assert yaml.safe_load((whole.path / "recipe.yaml").read_text())["segment"]["num_classes"] == 5
 
 
@@ -193,7 +193,7 @@ def test_a_run_is_loaded_and_exported_with_the_same_logits(
     (tmp_path / "photo.png").write_bytes(png(image))
     drawing = ["segment", str(whole.path), "--images", str(tmp_path / "photo.png")]
     assert visualize.main([*drawing, "--out", str(tmp_path)]) == 0
-    drawn = np.asarray(Image.open(tmp_path / "segments.png"))
+    drawn = np.asarray(Image.open(tmp_path / "segments.png", formats=["PNG"]))
     assert (drawn[: image.shape[0], : image.shape[1]] == image).all()
     for name, out in (("hf-upernet", "hf"), ("mmseg", "file.pth")):
         arguments = [str(whole.path), "--format", name, "--out", str(tmp_path / out)]

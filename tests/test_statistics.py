@@ -27,8 +27,8 @@ def problems(recipe, *overrides):
 def test_statistics_of_0_to_255_are_refused_with_the_division(recipe):
     lines = problems(recipe, f"data.mean={WHOLE_MEAN}", f"data.std={WHOLE_STD}")
     assert len(lines) == 2
-    assert lines[0].endswith("divided: data.mean=[0.485,0.456,0.406]")
-    assert lines[1].endswith("divided: data.std=[0.229,0.224,0.225]")
+    assert lines[0].endswith("divided by 255: data.mean=[0.485,0.456,0.406]")
+    assert lines[1].endswith("divided by 255: data.std=[0.229,0.224,0.225]")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_one_wrong_statistic_alone_is_refused(recipe, key, value):
 
 
 def test_a_ratio_without_end_is_refused(recipe):
-    assert problems(recipe, "data.crop_ratio=[0.75,.inf]")[0].startswith("data.crop_ratio: wants")
+    assert problems(recipe, "data.crop_ratio=[0.75,.inf]")[0].startswith("data.crop_ratio: must be")
 
 
 def test_statistics_on_purpose_are_taken_and_odd_ones_doubted(recipe):

@@ -167,7 +167,7 @@ def test_a_rank_that_meets_another_training_is_told(tmp_path: Path) -> None:
     first.until("waiting for 2 of 3 ranks; WORLD_SIZE=3")
     other = Waiting("ranks", tmp_path, RANK="1", WORLD_SIZE="2", **port)
     assert other.ends(40.0) == 1
-    assert "is of another training (3 ranks, this one is 2 ranks)" in other.said()
+    assert "belongs to another training (3 ranks, this one is 2 ranks)" in other.said()
     first.process.kill()
     first.process.wait()
 

@@ -145,7 +145,7 @@ def test_what_does_not_go_together_is_refused_and_leaves_what_was_there(tmp_path
 
     assert "did you mean 'timm'" in refused("--format", "tim", "--out", "x.safetensors")
     assert "ends in .safetensors or .pth" in refused("--format", "timm", "--out", str(there))
-    assert "is there already" in refused("--format", "hf", "--out", str(there))
+    assert "already exists" in refused("--format", "hf", "--out", str(there))
     said = refused("--format", "hf", "--out", str(there), "--overwrite")
     assert "a folder of something else" in said
     assert (there / "notes.txt").read_text() == "mine"

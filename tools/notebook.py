@@ -30,7 +30,7 @@ def tiles_of_two_photographs(folder: Path) -> None:
     draw = np.random.default_rng(0)
     for name in ("china", "flower"):
         path = Path(sklearn.__file__).parent / "datasets" / "images" / f"{name}.jpg"
-        photograph = np.asarray(Image.open(path))
+        photograph = np.asarray(Image.open(path, formats=["JPEG", "PNG"]))
         (folder / name).mkdir(parents=True)
         for number in range(64):
             top, left = int(draw.integers(427 - 96)), int(draw.integers(640 - 96))
@@ -77,7 +77,7 @@ run.wait()
 # %% The encoder, and a vector of each photograph
 encoder = rcmae.load_encoder(run.folder)
 paths = sorted(path for path in photos.rglob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
-pictures = [Image.open(path) for path in paths]
+pictures = [Image.open(path, formats=["JPEG", "PNG"]) for path in paths]
 with torch.inference_mode():
     vectors = torch.cat([encoder(encoder.transform(picture)[None]) for picture in pictures])
 print(f"{len(vectors)} vectors of {vectors.shape[1]} numbers")

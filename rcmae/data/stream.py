@@ -273,7 +273,7 @@ def _images_of_a_rank(plan: Plan, share: Share, repeats: int) -> int:
             of += f", or that not of data.repeats={repeats}"
         raise Refused(
             f"{per_rank} images a step and rank (batch.images={plan.images * repeats}) "
-            f"are no multiple of {of}"
+            f"are not a multiple of {of}"
         )
     return per_rank
 

@@ -93,7 +93,7 @@ def _problems(
         )
     elif count and not (train_labels.min() >= 0 and train_labels.max() < num_classes):
         problems.append(
-            f"labels from {int(train_labels.min())} to {int(train_labels.max())}; wanted 0 "
+            f"labels from {int(train_labels.min())} to {int(train_labels.max())}; expected 0 "
             f"to {num_classes - 1}"
         )
     return problems

@@ -116,7 +116,7 @@ def size_problems(vit: NetworkSizes, detect: DetectOptions, window: int) -> list
         )
     if detect.pretrain_size % vit.patch_size:
         problems.append(
-            f"detect.pretrain_size={detect.pretrain_size} is no multiple of {vit.patch_size}"
+            f"detect.pretrain_size={detect.pretrain_size} is not a multiple of {vit.patch_size}"
         )
     return problems
 
