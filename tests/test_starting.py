@@ -95,5 +95,5 @@ def test_the_notebook_ends_with_a_picture_of_neighbours(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "40 vectors of 96 numbers" in done.stdout
-    with Image.open(tmp_path / "neighbours.png") as sheet:
+    with Image.open(tmp_path / "neighbours.png", formats=["PNG"]) as sheet:
         assert sheet.size == (576, 576)
