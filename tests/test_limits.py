@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
+from conftest import ROOT
 
 from rcmae import config
 from rcmae.config import Recipe
@@ -145,3 +148,16 @@ def test_truth_is_no_number(item: str) -> None:
 def test_text_with_a_zero_byte_is_refused_with_its_key(key: str) -> None:
     with pytest.raises(Refused, match=f"{key}: has a zero byte"):
         load(f'{key}="a\\0b"')
+
+
+def test_a_training_under_a_long_temporary_folder_is_refused_not_broken(
+    tiny: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "a-folder-of-this-job" / ("x" * 90)
+    place.mkdir(parents=True)
+    job = [sys.executable, "-m", "rcmae", "train", str(tiny), f"run.dir={tmp_path / 'run'}"]
+    env = {**os.environ, "TMPDIR": str(place), "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([*job, "data.workers=1"], env=env, capture_output=True, text=True)
+    assert found.returncode == 2, found.stderr
+    assert "export a shorter TMPDIR" in found.stderr
+    assert "Traceback" not in found.stderr

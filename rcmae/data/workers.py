@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -46,8 +46,11 @@ def fork_server(*preload: str) -> BaseContext:
 def serve_readers() -> None:
     """Let the server that a training's readers are forked from import what they need, from now on,
     beside what this process does. Without this the first loader does so.
+
+    Where no server can be had, the checks of the start say why, and the way out.
     """
-    fork_server("torch", READING)
+    with suppress(OSError):
+        fork_server("torch", READING)
 
 
 def refuse_again(what: str) -> None:
