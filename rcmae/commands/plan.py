@@ -240,8 +240,9 @@ def _duration(seconds: float) -> str:
 
 def _decoding(data: dict[str, Any]) -> str:
     there = f" of {data['cores']}" if data["cores"] else ""
+    needed = counted(data["cores_needed"], "core")
     return (
-        f"{data['cores_needed']} cores of a node{there}, {data['workers_needed']} workers a rank "
+        f"{needed} of a node{there}, {counted(data['workers_needed'], 'worker')} a rank "
         f"(data.workers={data['workers']}), at {data['decode_per_core']:.0f} images/s a core "
         f"({data['decode_from']})"
     )

@@ -18,7 +18,7 @@ from rcmae.data.cache import cache_problem
 from rcmae.data.index import ShardIndex
 from rcmae.data.plan import Plan
 from rcmae.engines.build import engine_settings
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 from rcmae.models.cost import StepCost
 from rcmae.planning import recipe as recipes
 from rcmae.planning.estimates import (
@@ -220,10 +220,8 @@ def memory_advice(recipe: Recipe, sizes: Resolved, report: dict[str, Any]) -> li
     own = _Own(recipe, report)
     largest = own.here["largest_per_device"]
     if own.here["fits"] and sizes.accumulation > 1 and largest > sizes.per_device:
-        advice.append(
-            f"batch.per_device={largest} fits: {sizes.images_per_rank // largest} micro-batches "
-            f"instead of {sizes.accumulation}"
-        )
+        micros = counted(sizes.images_per_rank // largest, "micro-batch", "micro-batches")
+        advice.append(f"batch.per_device={largest} fits: {micros} instead of {sizes.accumulation}")
     if not own.keeps and own.kept["fits"]:
         advice.append(
             "engine.activation_checkpointing=none fits, and is a quarter to a third faster"
@@ -263,7 +261,8 @@ def data_advice(recipe: Recipe, site: Site, report: dict[str, Any]) -> list[str]
     if site.cores is not None and data["cores_needed"] > site.cores:
         slower = data["cores_needed"] / site.cores
         advice.append(
-            f"decoding wants {data['cores_needed']} cores of a node, it has {site.cores}: "
+            f"decoding wants {counted(data['cores_needed'], 'core')} of a node, it has "
+            f"{site.cores}: "
             f"{slower:.1f} x the hours; store smaller photographs, take more nodes with fewer GPUs "
             "each, lower data.decode_margin, or let the GPUs decode (data.decode=gpu)"
         )
