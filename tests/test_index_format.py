@@ -243,7 +243,7 @@ def test_a_shard_with_another_time_alone_is_believed_once_its_headers_were_read(
     touch(folder / "x-1.tar")
     index = ShardIndex.open(pattern(folder))
     assert not index.is_saved  # x-1.tar was read
-    assert isinstance(index.shards[0].table, str)
+    assert isinstance(index.shards[0].kept.table, str)
     assert index.fingerprint == built.fingerprint
     run = tmp_path / "run"
     index.save(run)

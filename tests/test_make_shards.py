@@ -451,7 +451,7 @@ def test_anyones_tars_get_an_index_that_training_finds(images, tmp_path, capsys)
     assert (facts["read"], facts["shards"], facts["samples"]) == (1, 3, 12)
     assert facts["fingerprint"] == built.fingerprint
     opened = ShardIndex.open(f"{folder}/x-*.tar")
-    assert isinstance(opened.shards[0].table, str)
+    assert isinstance(opened.shards[0].kept.table, str)
     np.testing.assert_array_equal(opened.labels, built.labels)
 
     # A shard that was rewritten is read again on request, and one that is gone is forgotten.

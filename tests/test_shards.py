@@ -226,7 +226,7 @@ def test_an_index_may_cover_more_than_is_asked_and_part_of_it_has_the_fingerprin
     built = ShardIndex.open(patterns)
     ShardIndex.open(f"{folder}/*.tar").save(folder)
     opened = ShardIndex.open(patterns)
-    assert opened.shards[0].table != built.shards[0].table  # this one came from the file
+    assert opened.shards[0].kept.table != built.shards[0].kept.table  # this one came from the file
     assert opened.fingerprint == built.fingerprint
     assert opened[0].id == "train-000002/s2_0"
     assert opened.fingerprint != ShardIndex.open(patterns[::-1]).fingerprint
@@ -262,7 +262,7 @@ def test_a_cache_folder_holds_the_index_of_shards_that_lie_elsewhere(folder, tmp
     built = ShardIndex.open(f"{folder}/*.tar", cache=cache)
     built.save(cache)
     opened = ShardIndex.open(f"{folder}/*.tar", cache=cache)
-    assert isinstance(opened.shards[0].table, str)
+    assert isinstance(opened.shards[0].kept.table, str)
     assert [opened[number][1:] for number in range(12)] == [
         built[number][1:] for number in range(12)
     ]
@@ -587,7 +587,7 @@ import json, os, sys, time
 import numpy as np
 from rcmae.data.index import FORMAT, INDEX, VERSION, ShardIndex
 from rcmae.data.plan import Plan
-from rcmae.data.tars import HEADED, MEMBER, ROW, Shard, hashes
+from rcmae.data.tars import HEADED, MEMBER, ROW, Shard, TablePart, hashes
 folder, shards, samples = sys.argv[1], 100_000, 12_800
 keys = 9  # bytes of one
 rows = samples * (ROW.itemsize + keys)
@@ -609,8 +609,8 @@ with open(f"{folder}/{table}", "rb") as file:
     for n in range(shards):
         fake = f"{n:064x}"
         shard = Shard(
-            f"train-{n:06d}.tar", 2**30, samples, fake, b"", 0, part, "", f"mtime {10**18 + n}",
-            fake, samples, ("image", "label", "map", "annotation"),
+            f"train-{n:06d}.tar", 2**30, samples, fake, TablePart(b"", 0, part), "",
+            f"mtime {10**18 + n}", fake, samples, ("image", "label", "map", "annotation"),
         )
         if n in read:
             file.seek(n * part)

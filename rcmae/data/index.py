@@ -274,7 +274,7 @@ class ShardIndex:
             "fingerprint": ShardIndex(self.shards).fingerprint,  # of a mixture: without its weights
             "samples": len(self),
             "table": table,
-            "bytes": sum(shard.length for shard in self.shards),
+            "bytes": sum(shard.kept.length for shard in self.shards),
             "shards": entries,
         }
         with aside(folder / table) as file:
@@ -310,7 +310,7 @@ class ShardIndex:
     @property
     def is_saved(self) -> bool:
         """Whether all of it lies in files, so that opening it again reads no tar."""
-        return not any(isinstance(shard.table, bytes) for shard in self.shards)
+        return not any(isinstance(shard.kept.table, bytes) for shard in self.shards)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -328,7 +328,7 @@ class ShardIndex:
 
     def _view(self, which: int) -> _View:
         shard = self.shards[which]
-        if isinstance(shard.table, str):
+        if isinstance(shard.kept.table, str):
             shard.check_table()
         view = self._views[which] = _View(shard.name, shard.rows, shard.headed)
         return view
@@ -436,7 +436,7 @@ def _described(
         shards = []
         for entry in head["shards"]:
             shard = shard_of(entry, folder, table, at)
-            at += shard.length
+            at += shard.kept.length
             if at > size:
                 raise Refused("its parts do not add up")
             shards.append(shard)

@@ -301,8 +301,8 @@ class Search:
             kinds = " and ".join(needs)
             _log.warning("%s: its index lacks where the %s lie; read again", shown, kinds)
             return Pick()
-        if self._unchecked > 0 and isinstance(shard.table, str):
-            self._unchecked -= shard.length
+        if self._unchecked > 0 and isinstance(shard.kept.table, str):
+            self._unchecked -= shard.kept.length
             try:
                 shard.check_table()
             except Refused as error:

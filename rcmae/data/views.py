@@ -29,7 +29,7 @@ from rcmae.data.members.protocol import Members, empty
 from rcmae.data.members.reading import image_bytes, member_bytes
 from rcmae.data.plan import Plan, Requests
 from rcmae.data.sources import AccessDenied, redacted
-from rcmae.data.tars import Shard
+from rcmae.data.tars import Shard, TablePart
 from rcmae.data.transforms import BadImage, CentreTransform, Crop, TrainTransform, Transform, View
 from rcmae.errors import Refused
 
@@ -318,7 +318,7 @@ class LabelledReading(Dataset[Read]):
             ),
             (0, 0, 0, 0, 0),
         )
-        padding = (Sample(Shard("", 0, 0, "", b""), "", 0, 0, NO_LABEL), nothing)
+        padding = (Sample(Shard("", 0, 0, "", TablePart(b"")), "", 0, 0, NO_LABEL), nothing)
         rows: list[tuple[Sample, View]] = []
         bad: list[BadSample] = []
         positions = requests.positions.copy()

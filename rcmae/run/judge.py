@@ -117,27 +117,10 @@ def judge(sight: Sight, task: Task) -> Verdict:
             "shards that it needs"
         )
     problems += engine_problems(recipe, sight)
-    warnings: list[str] = []
-    asked_for = task.evaluation_sets(recipe) if facts.data.sets else []
-    for tested, asked in zip(facts.data.sets, asked_for, strict=True):
-        if asked.labelled:
-            with problems.collected():
-                refuse_unlabelled(tested)
-        problems += all_without(asked.key, tested, asked.needs)
-        warnings += some_without(asked.key, tested, asked.needs, "left out")
-    members = None
-    with problems.collected():
-        members = task.members(recipe)
-    if members is not None and facts.data.train is not None:
-        problems += all_without("data.shards", facts.data.train, members.kinds)
-        warnings += some_without("data.shards", facts.data.train, members.kinds, "replaced")
-    tests = judged_sets(task.evaluation_sets(recipe), facts.data)
-    meetings = [met(train, test) for train, test in pairwise(tests)]
-    for meeting in meetings:
-        problems += meeting.problems
-    if facts.data.train is not None and "classes" in recipe.objective.student_outputs:
-        problems += label_problems(facts.data.train, recipe.model.num_classes)
-        problems += class_problems([Labelled("data.shards", facts.data.train, facts.data.classes)])
+    warnings = [
+        *sets_judged(recipe, task, facts.data, problems),
+        *samples_judged(recipe, task, facts.data, problems),
+    ]
     with problems.collected():
         options_of(task, recipe)
     judgement = task.judge(recipe, facts.task, facts.data, facts.saved, sight.world)
@@ -175,13 +158,45 @@ def judge(sight: Sight, task: Task) -> Verdict:
             *emulated,
             *config.statistics_doubts(recipe),
             *members_unused(facts.data),
-            *(told for meeting in meetings for told in meeting.warnings),
             *warnings,
             *judgement.warnings,
         ),
         trains=not command.evaluate_only,
         notes=(*facts.notes, *judgement.notes),
     )
+
+
+def sets_judged(recipe: Recipe, task: Task, data: Data, problems: Problems) -> list[str]:
+    """Add what stands against the evaluation sets; warnings of them."""
+    sets = task.evaluation_sets(recipe)
+    tests = judged_sets(sets, data)
+    meetings = [met(train, test) for train, test in pairwise(tests)]
+    for meeting in meetings:
+        problems += meeting.problems
+    warnings = [told for meeting in meetings for told in meeting.warnings]
+    for tested, each in zip(data.sets, sets if data.sets else [], strict=True):
+        if each.labelled:
+            with problems.collected():
+                refuse_unlabelled(tested)
+        problems += all_without(each.key, tested, each.needs)
+        warnings += some_without(each.key, tested, each.needs, "left out")
+    return warnings
+
+
+def samples_judged(recipe: Recipe, task: Task, data: Data, problems: Problems) -> list[str]:
+    """Add what stands against the samples of data.shards; warnings of them."""
+    members = None
+    with problems.collected():
+        members = task.members(recipe)
+    if data.train is None:
+        return []
+    if "classes" in recipe.objective.student_outputs:
+        problems += label_problems(data.train, recipe.model.num_classes)
+        problems += class_problems([Labelled("data.shards", data.train, data.classes)])
+    if members is None:
+        return []
+    problems += all_without("data.shards", data.train, members.kinds)
+    return some_without("data.shards", data.train, members.kinds, "replaced")
 
 
 def members_unused(data: Data) -> list[str]:

@@ -69,6 +69,14 @@ class Rejected(NamedTuple):
     reason: str
 
 
+class Good(NamedTuple):
+    """A sample that decodes."""
+
+    key: str
+    offset: int
+    label: int
+
+
 class Checked(NamedTuple):
     """What reading a shard to its end gave."""
 
@@ -80,9 +88,7 @@ class Checked(NamedTuple):
     classes: dict[int, int]  # label -> samples
     sides: dict[int, int]  # shorter side in pixels -> samples
     channels: dict[int, int]  # of an image -> samples
-    keys: list[str]  # of the good ones
-    offsets: list[int]  # of the good ones
-    labels: list[int]  # of the good ones
+    good: list[Good]
     held: dict[str, Held]  # kind -> what the members of the good ones hold
     notes: tuple[Note, ...] = ()  # what of the tar is not used, and what is peculiar about it
     is_written: bool = True  # False: a copy would have lost what the notes tell, so there is none
@@ -226,23 +232,18 @@ def check(
             held = together_held([held, one])
             good.append(sample._replace(members={}, facts={}))
         size = os.fstat(file.fileno()).st_size
-    labels = [sample.label for sample in good]
     sides = Counter(sample.side for sample in good)
     channels = Counter(sample.channels for sample in good)
-    keys = [sample.key for sample in good]
-    offsets = [sample.offset for sample in good]
     return Checked(
         path=path,
         bytes=size,
         sha256=digest,
         samples=len(good),
         rejected=rejected,
-        classes=dict(Counter(labels)),
+        classes=dict(Counter(sample.label for sample in good)),
         sides=dict(sides),
         channels=dict(channels),
-        keys=keys,
-        offsets=offsets,
-        labels=labels,
+        good=[Good(sample.key, sample.offset, sample.label) for sample in good],
         held=held,
         notes=tuple(contents.notes),
         is_written=out is copying.out,
@@ -352,7 +353,7 @@ def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
         return
     rows = known.rows
     offsets = set(rows["offset"].tolist())
-    good = set(found.offsets)
+    good = {sample.offset for sample in found.good}
     gone = len(offsets - good - {reject.offset for reject in found.rejected})
     if gone or good - offsets:
         yield (
@@ -364,7 +365,7 @@ def unlike_index(found: Checked, known: Shard) -> Iterator[str]:
     for offset, _, label, at, length in rows.tolist():
         says.setdefault(offset, set()).add((known.key_at(at, length), label))
     other = 0
-    for offset, key, label in zip(found.offsets, found.keys, found.labels, strict=True):
+    for key, offset, label in found.good:
         other += offset in says and (key, label) not in says[offset]
     if other:
         yield (
@@ -392,7 +393,7 @@ def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any
         sides.update(shard.sides)
         channels.update(shard.channels)
         name = sources.basename(shard.path)
-        for key in shard.keys:
+        for key, _, _ in shard.good:
             where.setdefault(key, []).append(name)
         bad = list(shard.rejected)
         bad += [Rejected("", -1, str(note)) for note in shard.notes if note.what in _FLAWS]

@@ -32,7 +32,7 @@ from rcmae.data.tars.samples import (
     Place,
     image_suffix,
 )
-from rcmae.data.tars.shard import HEADED, MEMBER, NO_LABEL, ROW, Shard, hashes
+from rcmae.data.tars.shard import HEADED, MEMBER, NO_LABEL, ROW, Shard, TablePart, hashes
 from rcmae.data.workers import mapped
 from rcmae.files import patiently
 
@@ -140,7 +140,7 @@ def _scan(path: str, file: BinaryIO, sha256: str, stamp: str, rule: str) -> Scan
         size=os.fstat(file.fileno()).st_size,
         samples=len(table.rows),
         fingerprint="",
-        table=b"",
+        kept=TablePart(b""),
         sha256=sha256,
         stamp=stamp,
         kinds=(*KINDS, *added_kinds()),
@@ -213,7 +213,7 @@ class _Table:
         members = np.array(self._headed, HEADED).tobytes()
         members += np.array(self._members, MEMBER).tobytes()
         part = rows_and_keys + members
-        shard = replace(about, table=part, length=len(part), others=len(self._members))
+        shard = replace(about, kept=TablePart(part, 0, len(part)), others=len(self._members))
         fingerprint, digest = hashes(shard, rows_and_keys, members)
         return replace(shard, fingerprint=fingerprint, digest=digest)
 

@@ -43,6 +43,14 @@ class Member(NamedTuple):
     checksum: int  # as its tar header has it
 
 
+class TablePart(NamedTuple):
+    """Where a shard's part of an index table lies."""
+
+    table: str | bytes  # the file that holds the part, or the part itself
+    at: int = 0  # where the part begins
+    length: int = 0  # bytes of the part
+
+
 @dataclass(frozen=True)
 class Shard:
     """One tar, and where its part of the index table lies."""
@@ -51,10 +59,7 @@ class Shard:
     size: int  # bytes of the tar when it was indexed
     samples: int
     fingerprint: str  # of name, size, count, rows and keys
-    # the file that holds the part, or the part itself
-    table: str | bytes = field(repr=False)
-    at: int = 0  # where the part begins
-    length: int = 0  # bytes of the part
+    kept: TablePart = field(repr=False)
     sha256: str = ""  # of the tar, where somebody has read all of it
     # what it had when it was indexed (`sources.Stat`); empty: not known
     stamp: str = ""
@@ -72,7 +77,7 @@ class Shard:
     @property
     def rows(self) -> NDArray[np.void]:
         """[samples] of ROW, a view of the table."""
-        return np.frombuffer(self._buffer, ROW, self.samples, self.at)
+        return np.frombuffer(self._buffer, ROW, self.samples, self.kept.at)
 
     @property
     def headed(self) -> NDArray[np.void] | None:
@@ -83,7 +88,7 @@ class Shard:
 
     def key_at(self, at: int, length: int) -> str:
         """The WebDataset key that a row of the table says to lie there among the keys."""
-        start = self.at + ROW.itemsize * self.samples + at
+        start = self.kept.at + ROW.itemsize * self.samples + at
         return self._buffer[start : start + length].decode("utf-8", "surrogateescape")
 
     def members_of(self, row: int) -> list[Member]:
@@ -138,7 +143,7 @@ class Shard:
     @property
     def part(self) -> bytes:
         """A copy of this shard's part of the table."""
-        return self._buffer[self.at : self.at + self.length]
+        return self._buffer[self.kept.at : self.kept.at + self.kept.length]
 
     def check_table(self) -> None:
         """Read this shard's part of the table, and compare it with its hashes.
@@ -148,7 +153,9 @@ class Shard:
         """
         buffer = memoryview(self._buffer)
         fingerprint, digest = hashes(
-            self, buffer[self.at : self._keys_end], buffer[self._keys_end : self.at + self.length]
+            self,
+            buffer[self.kept.at : self._keys_end],
+            buffer[self._keys_end : self.kept.at + self.kept.length],
         )
         rows = self.rows
         ends = np.minimum(rows["offset"], self.size + 1) + rows["size"]  # without overflow
@@ -157,8 +164,9 @@ class Shard:
             or (self.digest and digest != self.digest)
             or int(ends.max(initial=0)) > self.size
         ):
+            table = self.kept.table if isinstance(self.kept.table, str) else "its table"
             raise Refused(
-                f"{self.table if isinstance(self.table, str) else 'its table'}: what it says of "
+                f"{table}: what it says of "
                 f"{sources.redacted(self.path)} is damaged; run {sources.indexing(self.path)}"
             )
 
@@ -166,13 +174,13 @@ class Shard:
     def _keys_end(self) -> int:
         """Where the rows and keys end, and the members begin."""
         if not self.digest:
-            return self.at + self.length
+            return self.kept.at + self.kept.length
         members = HEADED.itemsize * self.samples + MEMBER.itemsize * self.others
-        return self.at + self.length - members
+        return self.kept.at + self.kept.length - members
 
     @property
     def _buffer(self) -> bytes | mmap.mmap:
-        return self.table if isinstance(self.table, bytes) else _mapped(self.table)
+        return self.kept.table if isinstance(self.kept.table, bytes) else _mapped(self.kept.table)
 
 
 _tables: dict[str, mmap.mmap] = {}  # that are open in this process
@@ -217,7 +225,7 @@ def entry_of(shard: Shard, name: str) -> dict[str, Any]:
         "name": name,
         "bytes": shard.size,
         "samples": shard.samples,
-        "table_bytes": shard.length,
+        "table_bytes": shard.kept.length,
         "fingerprint": shard.fingerprint,
     }
     if shard.sha256:
@@ -264,9 +272,7 @@ def shard_of(entry: Any, folder: str, table: str | bytes, at: int) -> Shard:
         size=_count(entry, "bytes"),
         samples=_count(entry, "samples"),
         fingerprint=_hash(entry, "fingerprint"),
-        table=table,
-        at=at,
-        length=_count(entry, "table_bytes"),
+        kept=TablePart(table, at, _count(entry, "table_bytes")),
         sha256=_hash(entry, "sha256", optional=True),
         stamp=entry.get("stamp", ""),
         digest=digest,
@@ -282,8 +288,8 @@ def shard_of(entry: Any, folder: str, table: str | bytes, at: int) -> Shard:
     least = ROW.itemsize * shard.samples
     if digest:
         least += HEADED.itemsize * shard.samples + MEMBER.itemsize * shard.others
-    if shard.length < least:
-        raise Refused(f"{name}: {shard.samples} samples do not fit into {shard.length} bytes")
+    if shard.kept.length < least:
+        raise Refused(f"{name}: {shard.samples} samples do not fit into {shard.kept.length} bytes")
     return shard
 
 
