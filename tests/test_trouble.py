@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
@@ -29,6 +30,7 @@ from rcmae.data.sources import stat_here
 from rcmae.data.stream import Readers, Stream, labelled_batches
 from rcmae.data.tars import scan
 from rcmae.data.transforms import CentreTransform, TrainTransform
+from rcmae.data.workers import Flag
 from rcmae.run.loop import schedule
 from runs import Folder, at_step, equal, start
 
@@ -93,6 +95,30 @@ def test_workers_that_are_killed_every_time_end_the_reading(
     with pytest.raises(WorkersLost, match=r"lost 3 times in this job.*lower data.workers"):
         read_on()
     stream.close()
+
+
+def _ends_when_told(flag: Flag) -> None:
+    while not flag.is_set():
+        time.sleep(0.01)
+
+
+def test_a_worker_killed_while_it_looks_whether_to_end_keeps_nobody_waiting(
+    index: ShardIndex,
+) -> None:
+    """An event of multiprocessing's has a lock, which such a worker would hold for good."""
+    stream = stream_of(index, workers=1)
+    context = stream._workers._make().multiprocessing_context
+    stream.close()
+    flag = context.Event()
+    assert type(flag) is Flag
+    processes = [context.Process(target=_ends_when_told, args=(flag,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    processes[0].kill()
+    flag.set()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0]
 
 
 def test_an_evaluation_outlives_a_killed_worker(

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from rcmae.data.workers import end_with_owner, fork_server
+from rcmae.data.workers import ReadersContext, end_with_owner, fork_server
 
 # torch's, of more workers than cores: rcmae plan and doctor say what is needed
 warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -201,10 +201,11 @@ def loader(
     """
     processes: dict[str, Any] = {}
     if workers:
+        fork_server("torch", preload)
         processes = {
             "num_workers": workers,
             "prefetch_factor": prefetch,
-            "multiprocessing_context": fork_server("torch", preload),
+            "multiprocessing_context": ReadersContext(),
             "persistent_workers": persistent,
             "worker_init_fn": _start_worker,
         }

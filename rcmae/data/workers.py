@@ -8,6 +8,7 @@ do not use PR_SET_PDEATHSIG, which knows parents alone."""
 from __future__ import annotations
 
 import ast
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,8 +17,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import BaseContext
+from multiprocessing import forkserver, resource_tracker, sharedctypes
+from multiprocessing.context import BaseContext, ForkServerContext
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -41,6 +42,31 @@ def fork_server(*preload: str) -> BaseContext:
     with _blocked():
         forkserver.ensure_running()
     return context
+
+
+class Flag:
+    """An event for whoever only sets and looks, as a DataLoader does: it has no lock. That of
+    multiprocessing's stays held for good where a process is killed while it looks.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = sharedctypes.RawValue(ctypes.c_bool, False)
+
+    def set(self) -> None:
+        """Set it, for all processes."""
+        self._is_set.value = True
+
+    def is_set(self) -> bool:
+        """Whether somebody has set it."""
+        return bool(self._is_set.value)
+
+
+class ReadersContext(ForkServerContext):
+    """A fork server's, whose processes may be killed at any moment."""
+
+    def Event(self) -> Flag:  # type: ignore[override]
+        """What tells a DataLoader's workers to end."""
+        return Flag()
 
 
 def serve_readers() -> None:
