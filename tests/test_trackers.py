@@ -10,18 +10,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from conftest import ROOT, free_port
 
 from rcmae.commands import track
+from rcmae.config import LogOptions
 from rcmae.errors import Refused
 from rcmae.run.trackers import beside, offline_wandb, protocol, pushing, records
 from runs import Folder, start
 
-# as a training's `log.trackers` and rcmae track name them
-TRACKERS = ("mlflow", "wandb", "trackio")
+
+def test_a_recipe_names_the_trackers_that_there_are() -> None:
+    (one, _) = get_args(LogOptions.model_fields["trackers"].annotation)
+    assert get_args(one) == protocol.NAMES
 
 
 class Killed(BaseException):
@@ -270,7 +273,7 @@ def mlflow_server(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.trackers
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", protocol.NAMES)
 def test_a_training_killed_again_and_again_is_there_step_by_step(
     name: str,
     tiny: Path,

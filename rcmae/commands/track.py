@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rcmae.run.trackers.protocol import NAMES
+
 if TYPE_CHECKING:
     from rcmae.run.trackers.pushing import Pusher
-
-NAMES = ("wandb", "mlflow", "trackio")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
