@@ -201,6 +201,7 @@ LIES: dict[str, Callable[[Path], object]] = {
     "a text": lambda path: path.write_text('"x"'),
     "a number for a format": lie(lambda d: d.update(format="1")),
     "a step below 0": lie(lambda d: d.update(step=-20)),
+    "another step than its folder's": lie(lambda d: d.update(step=d["step"] + 1)),
     "meta that is a list": lie(lambda d: d.update(meta=[])),
     "no files": lie(lambda d: d.update(files={})),
     "a list of files": lie(lambda d: d.update(files=[RANK])),

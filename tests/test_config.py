@@ -481,6 +481,12 @@ def test_streams_that_the_first_start_chose_need_not_be_said_again(recipe):
     )
 
 
+@pytest.mark.parametrize("value", ["0", "false", "[]", "''"])
+def test_a_folder_that_is_none_is_refused_and_not_replaced_by_the_usual(recipe, value):
+    with pytest.raises(Refused, match=r"run\.dir: "):
+        config.load(recipe(), [f"run.dir={value}"])
+
+
 # ------------------------------------------------------------------------------ the shipped recipes
 
 

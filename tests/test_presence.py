@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rcmae.process import waits
 from rcmae.run import presence as presence_module
 from rcmae.run.presence import Presence
 from runs import Folder, wait_for
@@ -105,6 +106,19 @@ def test_a_process_alone_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_who_is_asked_to_stop_does_not_wait_long_for_a_silent_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up = threading.Event()
+    monkeypatch.setattr(Presence, "_give_up", lambda *_: given_up.set())
+    monkeypatch.setattr(presence_module, "STOPS_WITHOUT_S", 0.5)
+    mine = Presence(tmp_path, generation=1, rank=0, world=2, timeout_s=600.0, interval_s=0.05)
+    assert not given_up.wait(1.5)
+    monkeypatch.setattr(waits, "asked", lambda: "SIGTERM")
+    assert given_up.wait(10.0)
+    mine.leave()
+
+
 # --------------------------------------------------------------------------------------- real ranks
 
 
@@ -153,6 +167,32 @@ def test_a_dead_or_hung_rank_ends_the_other_within_the_time_out_and_is_named(
         assert (
             run.outcome() | {"status": "failed", "exit_status": 1, "again": True} == run.outcome()
         )
+
+
+@pytest.mark.slow
+def test_ctrl_c_beside_a_hung_rank_is_answered_and_a_second_one_ends_the_run(
+    tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]
+) -> None:
+    run = Folder(tmp_path / "run")
+    long = ["schedule.steps=2000", "checkpoint.every_steps=2"]
+    started = ranks("-m", "rcmae.train", tiny, f"run.dir={run.path}", *long, *ZERO2)
+    first, hung = started.processes
+    wait_for(lambda: len(run.steps()) > 4, lambda: first.poll() is None)
+    hung.send_signal(signal.SIGSTOP)
+    try:
+        first.send_signal(signal.SIGINT)
+        asked = time.monotonic()
+        wait_for(lambda: "stop requested (SIGINT)" in started.said(0), lambda: True, 10.0)
+        assert time.monotonic() - asked < 4.0  # a second of patience, and a busy machine
+        assert "Ctrl-C again ends it now" in started.said(0)
+        first.send_signal(signal.SIGINT)
+        assert first.wait(10.0) == 75
+    finally:
+        first.kill()
+        hung.kill()
+        hung.wait()
+    assert run.outcome()["status"] == "stopped"
+    assert run.outcome()["again"]
 
 
 def rank_of(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process:

@@ -202,6 +202,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make("imagenet", name, folder / images, folder)
     make("theirs", "theirs", folder / "others", folder)
     shutil.copytree(ROOT / "slurm", folder / "slurm")
+    shutil.copytree(ROOT / "tools", folder / "tools")
+    (folder / ".venv").symlink_to(sys.prefix)
     return folder
 
 

@@ -124,6 +124,7 @@ def as_configured(eps: float = 1e-12, act: type[nn.Module] = nn.GELU) -> Tensor:
         ({}, {}),
         ({"hidden_act": "relu"}, {"act": nn.ReLU}),
         ({"layer_norm_eps": 1e-2}, {"eps": 1e-2}),
+        ({"num_attention_heads": "12"}, {}),
     ],
 )
 def test_a_configuration_beside_weights_is_used(
@@ -160,6 +161,7 @@ def test_a_preprocessor_beside_weights_is_used(
         ({"hidden_act": "xielu"}, "hidden_act"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps"),
         ({"model_type": "dinov2"}, "model_type"),
+        ({"num_attention_heads": "twelve"}, "num_attention_heads='twelve' must be a whole number"),
     ],
 )
 def test_what_is_configured_and_unknown_is_refused(

@@ -187,6 +187,8 @@ def _check_contents(manifest: Manifest) -> None:
         if type(value) is not int or value < 0:
             raise ValueError(f"{name} is {value!r}")
     _check_meta(manifest.meta)
+    if step_of(manifest.path) not in (None, manifest.step):
+        raise ValueError(f"it is of step {manifest.step}: its folder was renamed")
     if not manifest.files:
         raise ValueError("it lists no files")
     for name, about in manifest.files.items():

@@ -91,7 +91,7 @@ class Saver:
     """Commits checkpoints of a run, in a thread: the training waits for the copy to host memory
     alone.
 
-    Collective in its making and in every method but `is_done`: every rank calls, in the same order.
+    Collective in its making and in `save` and `wait`: every rank calls, in the same order.
 
     Args:
         root: the run's `checkpoints` folder.
@@ -167,13 +167,17 @@ class Saver:
         """Whether a save was under way on this rank and has ended. Not collective; cheap."""
         return self._thread is not None and not self._thread.is_alive()
 
+    def is_under_way(self) -> bool:
+        """Whether a save is being written on this rank. Not collective; cheap."""
+        return self._thread is not None and self._thread.is_alive()
+
     def ends_within(self, seconds: float) -> bool:
         """Wait so long at most for the save under way, if any; whether none is any more. Not
         collective.
         """
         if self._thread is not None:
             self._thread.join(seconds)
-        return self._thread is None or not self._thread.is_alive()
+        return not self.is_under_way()
 
     def wait(self) -> Saved | None:
         """Wait for the save under way, if any, and give what it committed.

@@ -108,8 +108,9 @@ def name_run(tree: dict[str, Any], stem: str) -> None:
     """Fill in the run's name and folder, after the recipe's file."""
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
-        run["name"] = run.get("name") or stem
-        run["dir"] = run.get("dir") or f"runs/{run['name']}"
+        for key, usual in {"name": stem, "dir": f"runs/{run.get('name') or stem}"}.items():
+            if run.get(key) is None:
+                run[key] = usual
 
 
 def drop_objective(tree: dict[str, Any], overrides: Sequence[str]) -> None:

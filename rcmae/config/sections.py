@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path: ~ is the user's home
+# a path: ~ is the user's home
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Positive = Annotated[int, Strict(), Field(ge=1)]  # strict: not true, nor "8"
 Natural = Annotated[int, Strict(), Field(ge=0)]
 

@@ -5,7 +5,8 @@ request or in a collective, where Python runs no handler. So a thread hears the 
 wake-up pipe, watches the launcher and the clock, and speaks for the main thread: it says what is
 waited for, and once a stop is asked for it breaks the wait (`StopAsked` is raised there), or ends
 the process where that does not help and there is nothing to save. Ranks tell each other of a
-request by the store that they met at. A second Ctrl-C ends any wait, a third the process.
+request by the store that they met at. A second Ctrl-C ends any wait in which no checkpoint is being
+written, a third the process.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Wait:
     breaks: bool  # by an exception: it is not a collective
     saved: bool  # nothing is lost where the process ends in it
     check: Callable[[], Exception | None] | None
+    answer: Callable[[str], str] | None  # to a request to stop that this wait does not end
     began: float = field(default_factory=time.monotonic)
     spoken: float = 0.0  # when it was last said
 
@@ -78,6 +80,8 @@ class Listener:
         self._break: tuple[Wait, BaseException] | None = None
         self._link: Link | None = None
         self._told = False
+        self._answered = False
+        self._is_saving: Callable[[], bool] = lambda: False
         self._last_words: list[Callable[[], object]] = []
         self._done = threading.Event()
         self._launcher_lost = watched_launcher()
@@ -170,7 +174,10 @@ class Listener:
         self._speak(wait, now)
         if self.reason is not None:
             since = now - max(self._asked_at, wait.began)
-            urgent = self._presses > 1
+            urgent = self._presses > 1 and not self._is_saving()
+            if wait.answer is not None and not self._answered and since > _PATIENCE_S:
+                self._answered = True
+                _say(f"rcmae: {wait.answer(self.reason)}")
             if wait.breaks and (urgent or since > _PATIENCE_S):
                 self._break_off(wait, StopAsked(self.reason), main)
             if (wait.saved or urgent) and since > _PATIENCE_S + _HARD_S:
@@ -185,6 +192,8 @@ class Listener:
         signal.pthread_kill(main, _BREAK)
 
     def _speak(self, wait: Wait, now: float) -> None:
+        if not wait.what:
+            return
         due = wait.began + SPEAKS_AFTER_S if not wait.spoken else wait.spoken + SPEAKS_EACH_S
         if now > due:
             wait.spoken = now
@@ -254,6 +263,17 @@ def last_word(word: Callable[[], object]) -> None:
         _listener._last_words.append(word)
 
 
+def at_once(reason: str, what: str) -> str:
+    """How somebody at a terminal ends this now, for an answer; empty where it was another."""
+    return f" Ctrl-C again ends it now, {what}" if reason == signal.SIGINT.name else ""
+
+
+def spare_saves(is_saving: Callable[[], bool]) -> None:
+    """While this says that a checkpoint is being written, a second Ctrl-C ends nothing."""
+    if _listener is not None:
+        _listener._is_saving = is_saving
+
+
 @contextlib.contextmanager
 def waiting(
     what: str | Callable[[], str],
@@ -261,14 +281,18 @@ def waiting(
     breaks: bool = True,
     saved: bool = False,
     check: Callable[[], Exception | None] | None = None,
+    answer: Callable[[str], str] | None = None,
 ) -> Iterator[None]:
     """The main thread waits in this block, which a request to stop may break.
 
     Args:
-        what: is waited for: "waiting for ..."; called in another thread.
+        what: is waited for: "waiting for ..."; called in another thread. Empty: this is work, of
+            which nothing is said until a stop is asked for.
         breaks: an exception may be raised here; not in a collective, which has to be left together.
         saved: nothing is lost where the process ends here: before the first step.
         check: what to raise here, if anything; asked now and then, in another thread.
+        answer: what to say, once a process, where a stop is asked for and this block does not end
+            within a second; called with the reason, in another thread.
 
     Raises:
         StopAsked: somebody asks for a stop, and this took longer than a second.
@@ -278,7 +302,7 @@ def waiting(
         yield
         return
     outer = listener._wait
-    listener._wait = Wait(what, breaks, saved, check)
+    listener._wait = Wait(what, breaks, saved, check, answer)
     try:
         yield
     finally:

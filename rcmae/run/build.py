@@ -272,6 +272,7 @@ def parts_of(
         about=lambda: about(verdict, guard, progress),
         renew=lambda: renew(recipe, index),
     )
+    waits.spare_saves(saving.is_under_way)
     saving.save_s = BYTES_A_WEIGHT * trained.num_weights / DISK_RATE
     if trained.saved is not None and trained.saved.is_own:
         events = events_of(recipe.run_dir, "checkpoint", last=5)

@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from rcmae.checkpoint.lease import exit_status, newest_generation
+from rcmae.process import waits
 from rcmae.run.preempt import FAILED, write_outcome
 
 _OURS = re.compile(r"\d{8}")  # a generation's folder
 NAMED = 8  # ranks that a message names at most
+STOPS_WITHOUT_S = 30.0  # a peer that is silent, once a stop is asked for
 WAY_OUT = "Start the same command again: it resumes from the newest complete checkpoint"
 
 
@@ -71,7 +73,7 @@ class Presence:
         rank: this process among all.
         world: how many there are; one alone writes no beats.
         timeout_s: of collectives. A rank that stands still and sees a peer silent, each for half of
-            it, ends itself.
+            it, ends itself; for STOPS_WITHOUT_S, where it was asked to stop.
         interval_s: between two beats; by default such that the file system sees at most 32 small
             writes a second.
     """
@@ -114,6 +116,11 @@ class Presence:
         """Say what this rank does from now on. Costs nothing: the thread writes it."""
         self._at = (step, phase)
         self._since = time.monotonic()
+
+    def doing(self) -> str:
+        """What this rank said last that it does."""
+        step, phase = self._at
+        return f"step {step} ({phase}, for {time.monotonic() - self._since:.0f} s)"
 
     def awaited(self) -> str:
         """Which other ranks are not where this one waits, by what they last said."""
@@ -166,16 +173,23 @@ class Presence:
         quiet: _Quiet | None = None
         while not self._done.wait(self.interval_s):
             written = self._beat()
-            if not written or time.monotonic() - self._since < self._timeout_s / 2:
+            patience_s = self._patience_s()
+            if not written or time.monotonic() - self._since < patience_s:
                 # what cannot be written by one cannot by others: their silence means nothing then
                 quiet = None
                 continue
             quiet = quiet or _Quiet(self)
             quiet.look()
-            silent = quiet.longer_than(self._timeout_s / 2 - 2 * self.interval_s)
+            silent = quiet.longer_than(patience_s - 2 * self.interval_s)
             ended = quiet.ended()
             if (silent or ended) and not self._done.is_set():
                 self._give_up(silent, ended)
+
+    def _patience_s(self) -> float:
+        """How long to stand still for a peer that is silent: no save is to be had without it."""
+        if waits.asked() is None:
+            return self._timeout_s / 2
+        return min(self._timeout_s / 2, max(STOPS_WITHOUT_S, 4 * self.interval_s))
 
     def _give_up(self, silent: Sequence[int], ended: Sequence[Place]) -> NoReturn:
         """End this process: its main thread is in a collective that cannot complete."""

@@ -162,7 +162,7 @@ def _of_hugging_face(path: Path, tree: Mapping[str, Any], found: Beside) -> Besi
     if not isinstance(eps, int | float) or not 0 < eps < 1:
         raise Refused(f"{path}: layer_norm_eps={eps!r} is not a small number above 0")
     names = {"num_attention_heads": "num_heads", "decoder_num_attention_heads": "decoder_heads"}
-    heads = {ours: tree[theirs] for theirs, ours in names.items() if type(tree.get(theirs)) is int}
+    heads = {ours: _whole(path, theirs, tree) for theirs, ours in names.items() if theirs in tree}
     size = tree.get("image_size")
     sides = (size, size) if isinstance(size, int) else tuple(size or ())
     pretraining = {key: tree[key] for key in ("mask_ratio", "norm_pix_loss") if key in tree}
@@ -177,6 +177,14 @@ def _of_hugging_face(path: Path, tree: Mapping[str, Any], found: Beside) -> Besi
     )
 
 
+def _whole(path: Path, key: str, tree: Mapping[str, Any]) -> int:
+    """A number of heads, which some writers make text or a float of. Raises Refused."""
+    text = str(tree[key]).removesuffix(".0")
+    if not text.isdecimal() or not 0 < int(text) < 10_000:
+        raise Refused(f"{path}: {key}={tree[key]!r} must be a whole number above 0")
+    return int(text)
+
+
 def _of_timm(path: Path, tree: Mapping[str, Any], found: Beside) -> Beside:
     """What timm's configuration on a hub says. Raises Refused."""
     name = str(tree["architecture"])
@@ -186,8 +194,8 @@ def _of_timm(path: Path, tree: Mapping[str, Any], found: Beside) -> Beside:
         told = f"architecture={name!r}" if not strange else f"model_args.{strange[0]}"
         raise Refused(f"{path}: {told} may compute another function than is known here")
     sizes = _of_name(name)
-    if type(args.get("num_heads")) is int:
-        sizes["num_heads"] = args["num_heads"]
+    if "num_heads" in args:
+        sizes["num_heads"] = _whole(path, "num_heads", args)
     cfg = tree.get("pretrained_cfg") or {}
     mean, std = (_numbers(path, key, cfg.get(key)) for key in ("mean", "std"))
     return replace(

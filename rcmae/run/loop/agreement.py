@@ -97,7 +97,7 @@ class Agreement:
         mine = self._counts(micros)
         self._instruments.presence.at(self.progress.step, "agreeing on the step")
         flags = self._flags()
-        with waits.waiting(self._instruments.presence.awaited, breaks=False):
+        with waits.waiting(self._instruments.presence.awaited, breaks=False, answer=self._answer):
             totals = dist.sum_numbers([*mine.values(), *flags])
         told = Flags(*totals[len(mine) :])
         self._saving.asked = told.save > 0
@@ -114,6 +114,16 @@ class Agreement:
         if stop is None:
             self._instruments.presence.at(self.progress.step, "computing the step")
         return Agreed(counts, stop)
+
+    def _answer(self, reason: str) -> str:
+        """To a request to stop, where peers have not come: a save needs them all."""
+        step = self._saving.committed_step
+        kept = f"at the checkpoint of step {step}" if step >= 0 else "without a checkpoint"
+        now = waits.at_once(reason, kept)
+        return (
+            f"stop requested ({reason}): the run saves and ends once all ranks are at step "
+            f"{self.progress.step}; waiting for {self._instruments.presence.awaited()}.{now}"
+        )
 
     def _look_at_the_clock(self) -> None:
         """Ask for a stop where the time left allows no further step and its save. Rank 0's."""

@@ -78,7 +78,8 @@ class Batches:
             micros = self._read(steps)
             self.bad = self.stream.drain_bad()
             self.losses = self.stream.drain_losses()
-            yield micros
+            with self._working():
+                yield micros
 
     def ready(self, batch: Batch) -> Batch:
         """The batch on this rank's device, images normalised, as the task's objective wants it."""
@@ -108,6 +109,16 @@ class Batches:
             f"the samples of step {step} (data.workers={workers})",
             check=self.stream.missing_workers,
         )
+
+    def _working(self) -> contextlib.AbstractContextManager[None]:
+        """The step, which a request to stop lets end: it is answered, by one rank."""
+        doing = self._instruments.presence.doing
+
+        def answer(reason: str) -> str:
+            now = waits.at_once(reason, "without a save")
+            return f"stop requested ({reason}): the run saves and ends after {doing()}.{now}"
+
+        return waits.waiting("", breaks=False, answer=answer if dist.rank() == 0 else None)
 
     def _read(self, steps: Iterator[Sequence[Batch]]) -> list[Batch]:
         try:

@@ -76,6 +76,10 @@ class Saving:
         """Whether a save was under way on this rank and has ended. Not collective."""
         return self._saver.is_done()
 
+    def is_under_way(self) -> bool:
+        """Whether a save is being written on this rank. Not collective."""
+        return self._saver.is_under_way()
+
     def is_called_for(self) -> bool:
         """Whether the disk does not take the lines of the log: then a save is tried, and again
         where it fails, so that the run ends while it can. Not collective.
