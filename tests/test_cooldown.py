@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from rcmae import config
 from rcmae.commands.cooldown import main
 from rcmae.config import ties_to_the_end
 from rcmae.engines.schedules import Shape
-from runs import Folder, equal, start
+from runs import Folder, distance, equal, start
+from tests.conftest import Ranks
 
 TRUNK = [
     "schedule.shape=wsd",
@@ -56,6 +59,34 @@ def test_a_cooldown_is_the_run_that_had_been_planned_so(
     rates = [row["lr"] for row in new.rows()]
     assert rates == [row["lr"] for row in planned.rows()][8:]
     assert rates == pytest.approx([1e-3, 1e-3 * (1 - (1 / 3) ** 0.5), 1e-3 * (1 - (2 / 3) ** 0.5)])
+
+
+@pytest.mark.slow
+def test_a_cooldown_on_other_ranks_and_another_engine_is_killed_and_is_still_the_planned_run(
+    trunk: Path, tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]
+) -> None:
+    new = Folder(tmp_path / "new")
+    program = (
+        "import os, signal, sys; sys.path[:0] = ['tests']\n"
+        "from unittest.mock import patch; from runs import at_step\n"
+        "from rcmae.commands.cooldown import main; from rcmae.run.loop import schedule\n"
+        "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with patch.object(schedule, 'learning_rate', at_step(11, kill)):\n"
+        "    sys.exit(main(sys.argv[1:]))\n"
+    )
+    given = [f"{trunk}@8", "--steps", "4", "--dir", str(new.path)]
+    often = ["checkpoint.every_steps=1", "checkpoint.background=false"]
+    started = ranks("-c", program, *given, *often, "engine.name=fsdp2")
+    assert started.wait(200.0) == [-signal.SIGKILL] * 2, started.said()
+    assert new.committed()[-1] in (10, 11)
+    other = ["engine.name=deepspeed", "engine.config=zero1.json"]
+    done = ranks("-m", "rcmae", "cooldown", *given, *often, *other).wait(200.0)
+    assert done == [0, 0]
+    planned = Folder(tmp_path / "planned")
+    assert start(tiny, planned.path, *TRUNK, "schedule.steps=12") == 0
+    assert new.losses() == pytest.approx(planned.losses()[8:], rel=1e-5)
+    for kind in ("weight", "teacher"):
+        assert distance(new.state(), planned.state(), kind) < 1e-5, kind
 
 
 def test_a_cooldown_falls_to_its_end_by_either_curve() -> None:

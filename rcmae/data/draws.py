@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     DROPOUT = 29  # of whole channels
     ANCHORS = 30  # that are sampled
     REGIONS = 31
+    BANK = 32  # patches of an image that others are compared with
 
 
 def raw(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.uint64]:

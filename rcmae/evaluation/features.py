@@ -82,10 +82,10 @@ class Features:
 
     def gathered(self) -> Features:
         """The shares of all ranks, the same on every rank. Collective: every rank calls."""
-        samples = _gather_rows(self.samples)
+        samples = gather_rows(self.samples)
         order = torch.argsort(samples)  # the order, and so every tie, is that of one process
-        vectors = {name: _gather_rows(rows)[order] for name, rows in self.vectors.items()}
-        return Features(vectors, _gather_rows(self.labels)[order], samples[order])
+        vectors = {name: gather_rows(rows)[order] for name, rows in self.vectors.items()}
+        return Features(vectors, gather_rows(self.labels)[order], samples[order])
 
 
 def extract_features(
@@ -167,7 +167,7 @@ def features_of_both(
     return train_features, test_features
 
 
-def _gather_rows(rows: Tensor) -> Tensor:
+def gather_rows(rows: Tensor) -> Tensor:
     """All ranks' rows of a CPU tensor, in rank order.
 
     Collective: every rank calls; the numbers of rows may differ.

@@ -55,7 +55,7 @@ def votes(
     rows_at_once = max(1, SIMILARITIES_AT_ONCE // len(train))
     for start in range(0, len(test_features), rows_at_once):
         test = F.normalize(test_features[start : start + rows_at_once], dim=1)
-        similarity, nearest = _nearest(test @ train.T, k)
+        similarity, nearest = nearest_of(test @ train.T, k)
         weights = torch.ones_like(similarity)  # [rows, max(k)]
         if temperature is not None:
             weights = (similarity / temperature).exp()
@@ -99,7 +99,7 @@ def _problems(
     return problems
 
 
-def _nearest(similarity: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
+def nearest_of(similarity: Tensor, k: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The max(k) largest of each row, descending, with their columns.
 
     Ties go to the lower column.
