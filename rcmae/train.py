@@ -189,7 +189,9 @@ def main(argv: Sequence[str] | None = None, task: str = "pretrain", prog: str | 
     module = "train" if task == "pretrain" else task
     command = training.parse(argv, prog or f"python -m rcmae.{module}")
     try:
-        return preempt.REFUSED if training.refused(command, task) else start(command, task, stop)
+        if training.refused(command, task, stop):
+            return preempt.REFUSED
+        return start(command, task, stop)
     finally:
         stop.close()
 

@@ -117,6 +117,42 @@ def test_a_mistyped_key_is_refused_without_torch(name):
     assert "torch" not in imported_by(*words)
 
 
+LAUNCHER = """
+import os, subprocess, sys, time
+ranks = []
+for rank in ("0", "1"):
+    env = os.environ | {"RANK": rank, "LOCAL_RANK": rank}
+    ranks.append(subprocess.Popen(sys.argv[1:], env=env))
+while all(rank.poll() is None for rank in ranks):
+    time.sleep(0.05)
+status = max(rank.poll() or 0 for rank in ranks)
+for rank in ranks:
+    rank.terminate()
+    rank.wait()
+raise SystemExit(status)
+"""
+
+
+def test_ranks_of_a_launcher_that_ends_them_refuse_a_typo_without_torch(tmp_path):
+    """One says it; neither imports what takes seconds."""
+    launcher = tmp_path / "deepspeed"  # it goes by its name
+    launcher.write_text(LAUNCHER)
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    command = [sys.executable, "-X", "importtime", "-m", "rcmae", "train", "quickstart"]
+    done = subprocess.run(
+        [sys.executable, str(launcher), *command, "model.dpeth=2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **ranks},
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("did you mean 'depth'?") == 1
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "rcmae.config" in imported
+    assert "torch" not in imported
+
+
 @pytest.mark.parametrize(
     "words", [["--help"], ["train", "--help"], ["train", "rcmae_vit_b_16", "batch.imags=1"]]
 )

@@ -17,6 +17,9 @@ if [ "$gpus" -gt 0 ]; then  # the batch wants a power of two
     while [ $((2 * ranks)) -le "$gpus" ] && [ "$ranks" -lt 8 ]; do ranks=$((2 * ranks)); done
 fi
 
+# A mistyped key is told in a second: DeepSpeed's launcher imports for several before a rank sees it.
+rcmae recipe quickstart "$@" > /dev/null || exit $?
+
 say "shards of real photographs in data/quickstart"
 python tools/quickstart_data.py data/quickstart
 

@@ -7,11 +7,17 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rcmae.run.command import Command
 
+if TYPE_CHECKING:
+    from rcmae.run.preempt import StopRequest
+
+LAUNCHER_S = 5.0  # that a launcher is given to end the ranks beside one that has failed
 RECIPES = Path(__file__).parents[1] / "recipes"
 ABOUT = {
     "train": "Pretrain by a recipe: masked autoencoding, with a teacher where the objective has "
@@ -138,26 +144,45 @@ def parse(arguments: Sequence[str] | None, prog: str) -> Command:
     )
 
 
-def refused(asked: Command, task: str) -> bool:
+def refused(asked: Command, task: str, stop: StopRequest) -> bool:
     """Whether the recipe is wrong, which is then told on stderr: a matter of a moment, without
     torch. Where it is right, the process that readers are forked from begins to import.
 
-    Only of a process alone: ranks look at a recipe together, and would wait for one that left.
+    Of a process alone, and of ranks whose launcher ends them all with the first that fails: rank 0
+    says it, and the others wait for their end. Elsewhere ranks look at a recipe together, and would
+    wait for one that left.
     """
     from rcmae import config
     from rcmae.data.workers import serve_readers
     from rcmae.errors import Refused
     from rcmae.process import launchers
 
+    rank = 0
     try:
-        if launchers.launched().world > 1:
+        found = launchers.launched()
+        if found.world > 1 and not launchers.ends_all(found):
             return False
+        rank = found.rank
         recipe = config.load(asked.recipe, asked.overrides, task=task)
-        if recipe.data.workers and not asked.check:
+        if found.world == 1 and recipe.data.workers and not asked.check:
             serve_readers()
     except Refused as error:
+        if rank > 0:
+            return _is_ended(stop)
         print(f"rcmae: {error}", file=sys.stderr)
         return True
+    return False
+
+
+def _is_ended(stop: StopRequest) -> bool:
+    """Wait for the launcher to end this rank. False: it does not, so that rank 0 reads something
+    else, and says what differs.
+    """
+    end = time.monotonic() + LAUNCHER_S
+    while time.monotonic() < end:
+        if stop.reason is not None:
+            return True
+        time.sleep(0.05)
     return False
 
 

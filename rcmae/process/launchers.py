@@ -101,6 +101,13 @@ _LAUNCHERS = (
 )
 
 
+# that end every rank as soon as one has failed
+_END_ALL = (
+    *("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed"),
+    *("mpirun", "mpiexec", "prterun"),
+)
+
+
 class Launched(NamedTuple):
     """This process among all, as its launcher has it."""
 
@@ -306,16 +313,26 @@ def _name(pid: int) -> str:
         return ""
 
 
-def _is_launcher(process: psutil.Process) -> bool:
+def _is_launcher(process: psutil.Process, known: Sequence[str] = _LAUNCHERS) -> bool:
     try:
         words = " ".join([process.name(), *process.cmdline()[:4]])
     except psutil.Error:
         return False
-    return any(word in words for word in _LAUNCHERS)
+    return any(word in words for word in known)
 
 
 def _nearest_launcher(parents: Sequence[psutil.Process]) -> psutil.Process | None:
     return next((each for each in parents[:4] if _is_launcher(each)), None)
+
+
+def ends_all(found: Launched) -> bool:
+    """Whether the launcher ends all ranks once one has failed: they are on this host, and it is one
+    that is known for it.
+    """
+    if found.local_world < found.world:
+        return False
+    launcher = _nearest_launcher(_ancestors())
+    return launcher is not None and _is_launcher(launcher, _END_ALL)
 
 
 def _ancestors() -> list[psutil.Process]:
