@@ -74,15 +74,39 @@ launch() {
     case $job in
     *JobState=RUNNING*) ;;     # the grace time of a preemption: left alone the job would end before SLURM requeues it
     *Reason=TimeLimit*) ;;     # no warning came in time
-    *) say "ended by scancel, or to be requeued by SLURM; the launcher's status was $status"; exit "$status" ;;
+    *) say "$(ended_by "$job"); $(committed); the launcher ended with $status ($(meaning "$status"))"; exit "$status" ;;
     esac
+}
+
+# ended_by JOB: who ended this job from outside, and what comes, by what scontrol shows of it.
+ended_by() {
+    case $1 in
+    *JobState=CANCELLED*) echo "ended by scancel: submit it again to go on" ;;
+    *PreemptTime=[0-9]*) echo "preempted: SLURM requeues it, unless the site cancels what it preempts" ;;
+    *) echo "ended from outside: requeued by SLURM (it comes back by itself), or scancel (submit it again to go on)" ;;
+    esac
+}
+
+# What the next start resumes from.
+committed() {
+    local step=""
+    step=$(cat "${run_dir:-.}/checkpoints/LATEST" 2> /dev/null) || true
+    if [ -n "$step" ]; then echo "the next start resumes from $step"; else echo "no checkpoint is committed yet"; fi
+}
+
+# said LOG [LINES]: the end of what a rank said in this start; of a refusal the refusal alone.
+said() {
+    local text
+    text=$(awk '/^== .* job / { text = "" } { text = text $0 "\n" } END { printf "%s", text }' "$1") || return 0
+    if grep -q '^rcmae: ' <<< "$text"; then text=$(awk '/^rcmae: / { on = 1 } on' <<< "$text"); fi
+    tail -n "${2:-20}" <<< "$text"
 }
 
 # What an exit status of the ranks means, where srun's own lines above it do not say.
 meaning() {
     case $1 in
     0) echo "finished" ;;
-    2) echo "the input is wrong: see what rank 0 says" ;;
+    2) echo "refused before the first step" ;;
     75) echo "stopped on request, with a checkpoint; srun calls that an error of each task" ;;
     138) echo "a rank died of USR1, the warning, before it could listen: srun's 'User defined signal 1'" ;;
     143) echo "a rank was ended by TERM before it could commit" ;;

@@ -191,6 +191,72 @@ def test_a_silent_job_is_alive_until_its_beat_is_old(tmp_path: Path) -> None:
     assert status(tmp_path, now=1025 + 181.0)["state"] == "training"
 
 
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a stand-in for SLURM's squeue says of any job; empty: that it is over."""
+    answer = tmp_path / "answer"
+    answer.write_text("")
+    program = tmp_path / "bin" / "squeue"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ncat {answer}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    return answer
+
+
+def cut(run: Path, events: int) -> None:
+    """Leave so many lines of a run's events: what it wrote by some moment."""
+    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    (run / "events.jsonl").write_text("".join(lines[:events]))
+
+
+def test_a_run_that_was_requeued_is_told_by_its_job(told_run: Path, squeue: Path) -> None:
+    cut(told_run, 5)  # job 7 was stopped by its second start
+    stopped = "not running: stopped, asked by SIGUSR1"
+    assert (status(told_run)["state"], status(told_run)["is_over"]) == (stopped, True)
+    squeue.write_text("PENDING Resources\n")
+    told = status(told_run)
+    assert told["state"] == "requeued, waiting in the queue (job 9: Resources)"
+    assert not told["is_over"]
+    squeue.write_text("RUNNING None\n")
+    told = status(told_run)
+    assert (told["state"], told["is_over"]) == ("starting (job 9)", False)
+    assert told["starts_without_training"] == 1, "job 8; that of 9 loads"
+    squeue.write_text("")
+    assert status(told_run)["starts_without_training"] == 2, "job 9 is over"
+    lines = (told_run / "jobs.jsonl").read_text().splitlines(keepends=True)
+    (told_run / "jobs.jsonl").write_text("".join(lines[:2]))
+    squeue.write_text("COMPLETING None\n")
+    assert status(told_run)["state"] == "ending (job 7)"
+
+
+def test_watching_goes_on_through_a_requeue(
+    told_run: Path,
+    squeue: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = (told_run / "events.jsonl").read_text()
+    cut(told_run, 5)
+    squeue.write_text("PENDING BeginTime\n")
+    monkeypatch.setattr(runs, "QUEUE_EACH_S", 0.1)
+    timer = threading.Timer(0.5, lambda: (told_run / "events.jsonl").write_text(whole))
+    timer.start()
+    assert runs.main(["status", str(told_run), "--watch", "--json", "--every-s", "0.1"]) == 0
+    timer.join()
+    states = [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()]
+    assert states[0] == "requeued, waiting in the queue (job 9: BeginTime)"
+    assert states[-1] == "finished"
+
+
+def test_watching_ends_where_the_job_ended_before_it_trained(
+    tmp_path: Path, squeue: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "jobs.jsonl", {"job": "8", "restart": 0, "time": 1000.0})
+    assert runs.main(["status", str(tmp_path), "--watch", "--every-s", "0.1"]) == 2
+    assert f"{tmp_path}/logs/job-8/rank-00000.log" in capsys.readouterr().err
+
+
 def test_torn_lines_and_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runs.main(["status", str(tmp_path / "nothing")]) == 2
     assert "is not a run" in capsys.readouterr().err

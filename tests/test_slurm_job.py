@@ -335,6 +335,37 @@ def test_templates_take_their_answers_and_evaluate_nothing(
         slurm_job._print_lines(["run_dir=two\nlines"])
 
 
+REFUSED_LOG = """== 2026-11-26 10:00:00 job 7, start 0, rank 0 on node1, GPU 0, cores 0
+rcmae: the first start's
+== 2026-11-26 11:00:00 job 7, start 1, rank 0 on node1, GPU 0, cores 0
+a library's warning
+rcmae: /scratch/run is being trained by job 6 on node2; wait for it
+data.shards: a.tar: No such file
+"""
+
+
+def test_a_jobs_log_says_why_it_was_refused_and_who_ended_it(run_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "rank-00000.log"
+    log.write_text(REFUSED_LOG)
+    said = sourced(run_dir, f"said {log}").stdout.splitlines()
+    assert [line.partition(" ")[0] for line in said] == ["rcmae:", "data.shards:"]
+    log.write_text(REFUSED_LOG.replace("rcmae: ", ""))
+    assert sourced(run_dir, f"said {log} 2").stdout.startswith("/scratch/run is being trained")
+    assert sourced(run_dir, f"said {tmp_path}/none").returncode == 0
+    ended = 'ended_by "JobId=7 JobState={} Reason=None PreemptTime={} x"; run_dir=$RUN; committed'
+    told = [
+        sourced(run_dir, ended.format(state, preempted)).stdout
+        for state, preempted in (("CANCELLED", "None"), ("COMPLETING", "2026-11-26T11:00:00"))
+    ]
+    assert "ended by scancel: submit it again" in told[0]
+    assert "no checkpoint is committed yet" in told[0]
+    assert "preempted: SLURM requeues it" in told[1]
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints" / "LATEST").write_text("step-00000017\n")
+    told = sourced(run_dir, "run_dir=$RUN; committed").stdout
+    assert told == "the next start resumes from step-00000017\n"
+
+
 def test_the_status_of_run_me_again_is_the_trainers() -> None:
     assert jobs.STOPPED == preempt.STOPPED
 
@@ -487,6 +518,16 @@ def test_what_the_planner_refuses_is_not_submitted(
         "1 of 3 nodes would stay idle: the batch and the streams divide over 2"
         in capfd.readouterr().err
     )
+
+
+def test_the_planner_judges_a_fine_tuning_before_it_is_submitted(
+    sbatch: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPU", "v100-32g")
+    words = ["submit", "--gpus-per-node=1", str(ROOT / "slurm" / "pretrain.sbatch")]
+    assert slurm_job.main([*words, "finetune_cifar10_demo", "engine.precision=bf16"]) == 2
+    assert "has no bf16; use engine.precision=fp32" in capfd.readouterr().out
+    assert not sbatch.exists()
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
     rcmae runs status RUN_DIR [--watch] [--json]
 
-Read-only. Goodput is the time of steps that count (those whose updates are in the run now) over the
-time since the first job began. A gap before a restart of the same SLURM job is its
-queue, any other gap is idle. Exit status: 0 done; 2 there is no such run.
+Read-only. Where squeue answers, a run that waits in SLURM's queue again is shown as such; --watch
+continues until the run is finished or its job is over. Goodput is the time of steps that count
+(those whose updates are in the run now) over the time since the first job began. A gap before a
+restart of the same SLURM job is its queue, any other gap is idle. Exit status: 0 done; 2 there is
+no such run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -18,9 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcmae.errors import counted
+
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
+
+QUEUE_EACH_S = 30.0  # between questions to squeue
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,24 +94,32 @@ def _watch(asked: argparse.Namespace) -> None:
 
 
 def _looks(run: Path, every_s: float) -> Iterator[dict[str, Any]]:
-    """What is known of a run, again and again while it trains; one that is queued is waited for."""
-    from rcmae.errors import Refused
-    from rcmae.run.records.status import status
+    """What is known of a run, again and again while it trains; one that is queued is waited for.
 
-    waits = False
+    Raises:
+        Refused: its jobs ended before it began to train, as SLURM says.
+    """
+    from rcmae.errors import Refused
+    from rcmae.run import jobs
+    from rcmae.run.records.status import queued_job, status
+
+    asked = -math.inf
     while True:
         try:
             told = status(run)
         except Refused as error:
-            if not waits:
+            if asked == -math.inf:
                 print(f"waiting for a start: {error}", file=sys.stderr, flush=True)
-            waits = True
+            if time.monotonic() - asked > QUEUE_EACH_S:
+                asked = time.monotonic()
+                if queued_job(run) is jobs.GONE:
+                    raise
             time.sleep(every_s)
             continue
         yield told
-        if told["state"] != "training":
+        if told["is_over"]:
             return
-        time.sleep(every_s)
+        time.sleep(every_s if told["state"] == "training" else max(every_s, QUEUE_EACH_S))
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -137,8 +152,8 @@ def _head(told: Mapping[str, Any]) -> str:
         f"{told['run']}: {told['state']}",
         f"step {told['step']} of {told['total_steps']} ({share:.1%}){loss}{left}",
         f"goodput {told['goodput']:.1%} of {_duration(told['wall_s'])} since the first start; "
-        f"{told['undone_steps']} steps done twice, {told['starts_without_training']} starts "
-        "without training",
+        f"{counted(told['undone_steps'], 'step')} done twice, "
+        f"{counted(told['starts_without_training'], 'start')} without training",
     ]
     startup = told["startup_s"]
     if startup:

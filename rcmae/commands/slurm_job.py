@@ -296,12 +296,6 @@ def _can_run(run: Sequence[str], nodes: int, gpus: int) -> bool:
             f"{nodes - used} of {nodes} nodes would stay idle: the batch and the streams divide "
             f"over {used}"
         )
-    if config.module_of(recipe) != "rcmae.train":
-        _tell(
-            f"{recipe.run.name}: rcmae plan knows pretraining only; the batch divides, the rest "
-            "is unchecked"
-        )
-        return True
     plan = [sys.executable, "-m", "rcmae", "plan", *run, f"--nodes={used}", f"--gpus={gpus}"]
     if "GPU" in os.environ:
         plan.append(f"--gpu={os.environ['GPU']}")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from rcmae.process import launchers
 
 # As rcmae.run.preempt and rcmae.follow have them; not imported, so as not to import torch.
 STOPPED = 75  # the exit status of "run me again"
+SQUEUE_S = 10.0  # that it may take to answer
 EVALUATIONS = "evaluations"  # the follower's folder in the run's
 
 _STEP = re.compile(r"step-(\d{8})")
@@ -218,6 +220,44 @@ def note_start(
 
 def _came_to_nothing(idle: int, step: int) -> str:
     return f"{idle} restarts in a row without progress beyond step {step}: not restarted"
+
+
+# ---------------------------------------------------------------------------------------- the queue
+
+
+class Queued(NamedTuple):
+    """What SLURM says of a job that it has not ended."""
+
+    job: str
+    state: str  # PENDING, RUNNING, COMPLETING, ...; empty: none of the jobs asked for is left
+    why: str = ""  # it is not running
+
+    @property
+    def runs(self) -> bool:
+        """Whether its batch shell has started and is not over."""
+        return self.state in ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED")
+
+
+GONE = Queued("", "")
+
+
+def queued(jobs: Iterable[str]) -> Queued | None:
+    """The first of these jobs that runs or waits; GONE where all are over.
+
+    None where squeue is not there, or does not answer.
+    """
+    for job in jobs:
+        asked = ["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"]
+        try:
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=SQUEUE_S)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode and "Invalid job id" not in done.stderr:
+            return None
+        state, _, why = done.stdout.strip().partition("\n")[0].partition(" ")
+        if state and not done.returncode:
+            return Queued(job, state, "" if why == "None" else why)
+    return GONE
 
 
 # -------------------------------------------------------------------------------------- start again

@@ -23,6 +23,7 @@ import yaml
 
 from rcmae.errors import Refused
 from rcmae.files import json_lines
+from rcmae.run import jobs
 
 KINDS = (
     "step",
@@ -40,6 +41,8 @@ PRODUCTIVE = ("step", "ema")
 BEATS_MISSED = 3.0  # a job whose beat is older than this many lease time-outs is not alive
 RECENT = 20  # logged steps that the pace is taken from
 EVENTS_SHOWN = 6
+QUEUE_ASKED = 3  # of a run's jobs, the newest
+LOADING_S = 600.0  # a start that has not come to a step may take so long, where SLURM is not asked
 
 Row = dict[str, Any]
 _SIZES = {"total_steps": 0, "world": 0}  # of a start's event, what is read of its sizes
@@ -80,30 +83,41 @@ class _Start:
     undone: Row | None  # the last of its logged steps that were cut back
 
 
-def status(folder: Path, now: float | None = None) -> dict[str, Any]:
+def status(folder: Path, now: float | None = None, *, asks: bool = True) -> dict[str, Any]:
     """All that is known of a run, as plain values.
+
+    Args:
+        folder: the run's.
+        now: the time, in seconds since 1970; None: by the clock.
+        asks: SLURM for the jobs of a run that does not train and is not finished.
 
     Raises:
         Refused: there is no run in this folder.
     """
     if now is None:
         now = time.time()
-    jobs = jobs_of(folder, now)
+    starts = jobs_of(folder, now)
     events = _rows(folder / "events.jsonl", of="event")
     rows = _rows(folder / "metrics.jsonl", of="step")
     first_steps = [event for event in events if event["event"] == "first_step"]
     sizes = _starts_among(events)[-1]["sizes"]
     total = sizes["total_steps"]
-    last = jobs[-1]
+    last = starts[-1]
     step = last.last_step
-    seconds = {kind: sum(job.seconds[kind] for job in jobs) for kind in KINDS}
-    wall = last.ended - jobs[0].began
-    pace = seconds_per_step(rows, jobs)
+    told = state(last, step, total)
+    queue = None
+    if asks and told not in ("training", "finished"):
+        queue = queued_job(folder, last)
+        told = state_in_queue(told, folder, events, queue)
+    seconds = {kind: sum(job.seconds[kind] for job in starts) for kind in KINDS}
+    wall = last.ended - starts[0].began
+    pace = seconds_per_step(rows, starts)
     left = (total - step) * pace if pace is not None else None
     row = rows[-1] if rows else {}
     return {
         "run": str(folder),
-        "state": state(last, step, total),
+        "state": told,
+        "is_over": told != "training" and not (queue and queue.state),
         "step": step,
         "total_steps": total,
         "epoch": row.get("epoch"),
@@ -113,12 +127,12 @@ def status(folder: Path, now: float | None = None) -> dict[str, Any]:
         "wall_s": wall,
         "goodput": sum(seconds[kind] for kind in PRODUCTIVE) / wall if wall > 0 else 0.0,
         "seconds": seconds,
-        "undone_steps": sum(job.undone_steps for job in jobs),
+        "undone_steps": sum(job.undone_steps for job in starts),
         "seconds_per_step": pace,
         "hours_to_go": left / 3600 if left is not None else None,
         "startup_s": first_steps[-1].get("startup_s", {}) if first_steps else {},
-        "jobs": [asdict(job) for job in jobs],
-        "starts_without_training": starts_without_training(folder, events),
+        "jobs": [asdict(job) for job in starts],
+        "starts_without_training": starts_without_training(folder, events, queue, now),
         "last_events": events[-EVENTS_SHOWN:],
         "time": now,
     }
@@ -133,22 +147,65 @@ def state(last: Job, step: int, total: int) -> str:
     return f"not running: {last.how}"
 
 
-def seconds_per_step(rows: Sequence[Row], jobs: Sequence[Job]) -> float | None:
+def seconds_per_step(rows: Sequence[Row], starts: Sequence[Job]) -> float | None:
     """Wall seconds of a step lately, everything in it, within the last start that logged twice.
 
     None without one.
     """
-    for job in reversed(jobs):
+    for job in reversed(starts):
         mine = [row for row in rows if job.began <= row["time"] <= job.ended][-RECENT:]
         if len(mine) > 1 and mine[-1]["step"] > mine[0]["step"]:
             return float(mine[-1]["time"] - mine[0]["time"]) / (mine[-1]["step"] - mine[0]["step"])
     return None
 
 
-def starts_without_training(folder: Path, events: Sequence[Row]) -> int:
-    """Starts of the scheduler that never came to a step: refused, or broken before they began."""
+def queued_job(folder: Path, last: Job | None = None) -> jobs.Queued | None:
+    """What SLURM has of the run's jobs, the newest first; None where it cannot be asked.
+
+    `last`: the last start that came to training.
+    """
+    rows = _rows(folder / "jobs.jsonl", of="job")
+    named = [row["job"] for row in reversed(rows)] + ([last.job] if last else [])
+    known = [job for job in dict.fromkeys(named) if isinstance(job, str) and job.isdecimal()]
+    return jobs.queued(known[:QUEUE_ASKED]) if known else None
+
+
+def state_in_queue(
+    told: str, folder: Path, events: Sequence[Row], queue: jobs.Queued | None
+) -> str:
+    """What can be said of a run that does not train, by its job in the queue.
+
+    `told`: without it.
+    """
+    if queue is None or not queue.state:
+        return told
+    if not queue.runs:
+        why = f": {queue.why}" if queue.why else ""
+        return f"requeued, waiting in the queue (job {queue.job}{why})"
+    rows = _rows(folder / "jobs.jsonl", of="job")
     begun = {_scheduled(event) for event in _starts_among(events)}
-    return sum(_scheduled(row) not in begun for row in _rows(folder / "jobs.jsonl", of="job"))
+    starts = bool(rows) and rows[-1]["job"] == queue.job and _scheduled(rows[-1]) not in begun
+    return f"{'starting' if starts else 'ending'} (job {queue.job})"
+
+
+def starts_without_training(
+    folder: Path, events: Sequence[Row], queue: jobs.Queued | None, now: float
+) -> int:
+    """Starts of the scheduler that never came to a step: refused, or broken before they began.
+
+    The newest is left out while it loads: as SLURM says, else for LOADING_S.
+    """
+    begun = {_scheduled(event) for event in _starts_among(events)}
+    rows = [row for row in _rows(folder / "jobs.jsonl", of="job") if _scheduled(row) not in begun]
+    if not rows:
+        return 0
+    last = rows[-1]
+    loads = last["time"] > max(event["time"] for event in _starts_among(events))
+    if queue is None:
+        loads = loads and now - last["time"] < LOADING_S
+    else:
+        loads = loads and queue.runs and queue.job == last["job"]
+    return len(rows) - loads
 
 
 def _rows(path: Path, *, of: str) -> list[Row]:

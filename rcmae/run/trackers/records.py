@@ -98,7 +98,7 @@ def records(run: Path, after: int, upto: int) -> Iterator[Record]:
 
 def summary_of(run: Path) -> dict[str, Any]:
     """Where the run stands, its goodput, and its best networks."""
-    found = status(run)
+    found = status(run, asks=False)
     kept = ("state", "step", "epoch", "goodput", "wall_s", "ranks", "undone_steps")
     values = {name: found[name] for name in kept if found.get(name) is not None}
     values |= {f"seconds/{kind}": value for kind, value in found["seconds"].items()}
