@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from rcmae import config
 from rcmae.commands import doctor
-from rcmae.planning import cluster
+from rcmae.planning import cluster, node
 from tests.conftest import ROOT, Ranks, free_port
 
 PROGRAM = Path(__file__).parent / "programs" / "doctor_apart.py"
@@ -298,6 +299,32 @@ def test_shards_that_are_missing_compressed_or_cut(
     assert "photo-000004.tar: is not a complete tar" in of(
         examined(tiny, f"run.dir={tmp_path}/run", shards)[1], "red"
     )
+
+
+def test_shards_of_an_evaluation_ranks_and_workers_that_do_not_fit(
+    tmp_path: Path,
+    tiny: Path,
+    photo_shards: str,
+    monkeypatch: pytest.MonkeyPatch,
+    examined: Callable[..., Any],
+) -> None:
+    sets = ["evaluate.every_steps=5", f"evaluate.train_shards={photo_shards}"]
+    sets.append(f"evaluate.test_shards={tmp_path}/val.tar")
+    monkeypatch.setattr("rcmae.process.cores.usable", lambda: 1)
+    status, findings = examined(tiny, f"run.dir={tmp_path}/run", "data.workers=4", *sets)
+    assert status == 1
+    assert "evaluate.train_shards: 6 with 240 samples" in of(findings, "green", "shards")
+    assert f"evaluate.test_shards: shards that cannot be used:\n{tmp_path}/val.tar" in of(
+        findings, "red", "shards"
+    )
+    told = of(findings, "yellow", "data workers")
+    assert "data.workers=4 share 1 core of each rank" in told
+    assert "set data.workers=1" in told
+    recipe = config.load(str(tiny), ["engine.name=local", "data.canonical_streams=8"])
+    found = "; ".join(f"{each.found} -> {each.way_out}" for each in node.check_ranks(recipe, 3))
+    assert "engine.name=local is one process, 3 were launched -> engine.name=fsdp2" in found
+    assert "is not divisible by 3 ranks -> use" in found
+    assert not list(node.check_ranks(recipe, 1))
 
 
 def test_samples_that_do_not_decode(

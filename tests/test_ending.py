@@ -17,6 +17,7 @@ import pytest
 from rcmae import config, train
 from rcmae.checkpoint import saver
 from rcmae.files import Lines
+from rcmae.models import kernels
 from rcmae.process import waits
 from rcmae.run import build, ending
 from rcmae.run.guard import NonFiniteLoss
@@ -25,7 +26,7 @@ from rcmae.run.loop.batches import Batches, Trouble
 from rcmae.run.presence import Presence
 from rcmae.tasks.protocol import Ended
 from rcmae.tasks.registry import task_named
-from runs import Folder, start
+from runs import Folder, at_step, start
 from tests.conftest import ROOT
 
 
@@ -285,6 +286,24 @@ def test_under_slurm_the_hints_name_the_jobs_own_way_on(
     monkeypatch.setenv("RCMAE_TEMPLATES", str(tmp_path / "slurm"))
     monkeypatch.chdir(tmp_path)
     assert shown(2) == "sbatch --nodes=2 slurm/pretrain.sbatch run/recipe.yaml"
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_the_first_step_of_a_compiled_network_says_what_it_does(
+    compiles: bool,
+    tiny: Path,
+    folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """torch.compile takes minutes, in which no bar moves; here a pause stands for it."""
+    monkeypatch.setattr(kernels, "compile_blocks", lambda model: None)
+    monkeypatch.setattr(schedule, "learning_rate", at_step(0, lambda: time.sleep(1.0)))
+    monkeypatch.setattr(waits, "SPEAKS_AFTER_S", 0.3)
+    keys = [f"engine.compile={compiles}", "schedule.steps=2", "schedule.warmup_steps=1"]
+    assert start(tiny, folder.path, *keys) == 0
+    told = "waiting for the first step, for which torch.compile builds kernels"
+    assert capfd.readouterr().err.count(told) == compiles
 
 
 def test_a_wait_that_is_ended_before_the_first_step_leaves_its_own_outcome(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rcmae.data.index import ShardIndex
 from rcmae.data.packing import once
 from rcmae.data.patterns import expand
 from rcmae.errors import Refused
+from rcmae.run.look import note_use
 from runs import Folder, start
 
 
@@ -44,6 +46,27 @@ def test_a_folder_is_packed_once_and_anew_when_it_has_changed(photos: Path, tmp_
     assert len(ShardIndex.open(changed.shards)) == 11
     assert len(ShardIndex.open(first.shards)) == 12  # for the runs that use it
     assert not list(Path(cache).glob("*.part"))
+
+
+def test_what_was_packed_before_goes_when_no_run_has_used_it_for_long(
+    photos: Path, tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "cache")
+    packs = [once.pack_once(str(photos), cache, side=32)]
+    for number in range(2):
+        (photos / "cat" / f"{number}.png").unlink()
+        packs.append(once.pack_once(str(photos), cache, side=32))
+    assert "lies beside it" in packs[-1].note
+    folders = [Path(packed.shards).parent for packed in packs]
+    long_ago = time.time() - 86400 * (once.UNUSED_DAYS + 1)
+    for folder in folders:
+        os.utime(folder, (long_ago, long_ago))
+    note_use(packs[0].shards)  # a run resumes by its own recipe.yaml
+    (photos / "cat" / "2.png").unlink()
+    last = once.pack_once(str(photos), cache, side=32)
+    assert [folder.is_dir() for folder in folders] == [True, False, False]
+    assert len(ShardIndex.open(packs[0].shards)) == 12
+    assert len(ShardIndex.open(last.shards)) == 9
 
 
 def test_a_job_that_was_killed_leaves_nothing_that_is_used(
@@ -84,6 +107,10 @@ def test_a_training_takes_a_folder_in_the_place_of_shards(
 def test_a_folder_in_the_place_of_shards_is_told_what_to_do(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"rcmae shards make '.*my photos' .*data\.images="):
         expand(str(photos))
+    (photos / "val").mkdir()
+    (photos / "cat" / "0.png").rename(photos / "val" / "0.png")
+    with pytest.raises(Refused, match=r"val' '.*val-shards' --name val --size 256, .*val-\*\.tar"):
+        expand(str(photos / "val"))
     tars = tmp_path / "tars"
     tars.mkdir()
     for name in ("train-000000.tar", "val-000000.tar"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from rcmae import config
 from rcmae.commands import plan as command
@@ -419,6 +420,24 @@ def test_shards_and_a_run_are_looked_at_where_they_are(
     assert status == 2
     assert "photo-000006.tar" in report["problems"][0]
     assert "photo-000007.tar" in report["problems"][0]
+
+
+def test_shards_of_an_evaluation_that_are_missing_are_seen(
+    tiny: Path, photo_shards: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sets = ["evaluate.every_steps=5", f"evaluate.train_shards={photo_shards}"]
+    given = [str(tiny), f"run.dir={tmp_path}/run", "--gpus", "1", *sets]
+    missing = f"evaluate.test_shards={tmp_path}/val/a.tar"
+    status, report = run(capsys, *given, missing)
+    assert status == 2
+    assert report["problems"] == [
+        f"evaluate.test_shards: {tmp_path}/val/a.tar: No such file or directory"
+    ]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    status, report = run(capsys, *given, f"evaluate.test_shards={tmp_path}")
+    assert "is a folder of images; pack them, rcmae shards make" in report["problems"][0]
+    status, report = run(capsys, *given, "data.shards=/nowhere/x.tar", missing)
+    assert status == 0, "the training's shards cannot be seen from here either"
 
 
 def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from rcmae.data.workers import ReadersContext, end_with_owner, fork_server
+from rcmae.errors import counted
 
 # torch's, of more workers than cores: rcmae plan and doctor say what is needed
 warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -180,6 +181,16 @@ def workers_amiss(workers: int, ranks: int, batch_bytes: int) -> str | None:
     return None
 
 
+def workers_crowded(workers: int, cores: int) -> str | None:
+    """What stands against so many workers on a rank's cores, with the way out; None if nothing."""
+    if workers <= cores:
+        return None
+    return (
+        f"data.workers={workers} share {counted(cores, 'core')} of each rank with the training: "
+        f"give a rank more cores (--cpus-per-gpu), or set data.workers={max(1, cores - 1)}"
+    )
+
+
 def loader(
     reading: Dataset[Any],
     order: Sampler[Any],
@@ -189,7 +200,7 @@ def loader(
     persistent: bool,
     preload: str,
 ) -> DataLoader[Any]:
-    """Reads of the items of an order, by so many processes; 0: by this one.
+    """A loader of the items of an order, with so many worker processes; 0: none.
 
     Args:
         reading: item -> read.

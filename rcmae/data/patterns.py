@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -27,6 +28,7 @@ from rcmae.errors import Refused
 _NAMED = 20  # problems that a message lists before it counts the rest
 # bytes of tables that are read on opening; what is more is checked where it is first used
 _CHECKED_AT_ONCE = 2**30
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _LOOKED_AT = 10_000  # files of a folder that is given instead of shards
 _log = logging.getLogger(__name__)
 
@@ -168,11 +170,13 @@ def _instead_of(folder: str) -> str:
         names = sorted(entry.name for entry in islice(entries, _LOOKED_AT))
     tars = [name for name in names if name.endswith(".tar")]
     if not tars and _has_images(folder):
+        stem = os.path.basename(inside)
+        stem = stem if _PLAIN.fullmatch(stem) else "images"
         making = f"rcmae shards make {shlex.quote(folder)} {shlex.quote(f'{inside}-shards')}"
         return (
-            f"is a folder of images; pack them, {making} --name train --size 256, and name "
-            f"{inside}-shards/train-*.tar; or give data.images={folder} in the place of "
-            "data.shards, which packs them once"
+            f"is a folder of images; pack them, {making} --name {stem} --size 256, and name "
+            f"{inside}-shards/{stem}-*.tar (to train: data.images={folder} in the place of "
+            "data.shards packs them by itself)"
         )
     stems = sorted({name.rpartition("-")[0] for name in tars})
     if not all(stems) or not 0 < len(stems) <= _NAMED:

@@ -66,12 +66,13 @@ def look(
     local_world = dist.launched().local_world
     mine += node.check_caches(node.caches(recipe), recipe, local_world)
     if recipe is not None:
+        mine += node.check_ranks(recipe, dist.launched().world)
         mine += node.check_kernels(recipe)
         if not any(each.check == "packages" and each.colour == "red" for each in mine):
             needed = node.checkpoints_bytes(recipe)
             mine += node.check_folder("run folder", recipe.run_dir, needed)
             shards, facts["shards"] = node.check_shards(recipe)
-            mine.append(shards)
+            mine += [shards, *node.check_evaluation(recipe)]
     return mine, facts
 
 

@@ -25,7 +25,7 @@ from rcmae import config
 from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import Reader, open_bytes
 from rcmae.data.index import INDEX, ShardIndex
-from rcmae.data.patterns import flat
+from rcmae.data.patterns import flat, shards_named
 from rcmae.data.sources import is_remote
 from rcmae.data.sources.braces import expanded
 from rcmae.data.transforms import BadImage, TrainTransform
@@ -236,6 +236,24 @@ def see_shards(recipe: Recipe) -> tuple[ShardIndex | None, str]:
     if len(paths) > _MANY_SHARDS and not indexed:
         return None, f"{len(paths)} shards without an index: run rcmae shards index on them"
     return ShardIndex.open(recipe.data.shards, cache=caches), ""
+
+
+def see_evaluation(recipe: Recipe, *, sees: bool) -> list[str]:
+    """What stands against the shards that the run's evaluations read, a line each.
+
+    Args:
+        recipe: of the run.
+        sees: the training's shards can be seen from here, and so should these. Else only those
+            whose folder is there are looked at.
+    """
+    problems: list[str] = []
+    for each in task_of(recipe).evaluation_sets(recipe):
+        names = flat(each.shards)
+        folders = [os.path.dirname(os.path.expanduser(name)) or "." for name in names]
+        here = sees or all(map(os.path.isdir, folders))
+        if here and not any(map(is_remote, names)):
+            problems += [f"{each.key}: {told}" for told in shards_named(each.shards)[1]]
+    return problems
 
 
 def decode_rate(recipe: Recipe, index: ShardIndex, *, seconds: float = 1.0) -> float | None:

@@ -27,14 +27,18 @@ from rcmae import __version__, config, dist
 from rcmae.config import Recipe
 from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
-from rcmae.data.loading import workers_amiss
+from rcmae.data.loading import workers_amiss, workers_crowded
+from rcmae.data.patterns import Patterns
 from rcmae.errors import Refused
 from rcmae.files import flush_folder
 from rcmae.models import kernels
 from rcmae.models.precision import bf16_of
 from rcmae.planning.findings import COLOURS, Finding
 from rcmae.planning.hardware import GIB
-from rcmae.process import extensions  # noqa: F401, timm and torchvision import beside a CPU torch
+from rcmae.process import (
+    cores,
+    extensions,  # noqa: F401, timm and torchvision import beside a CPU torch
+)
 
 NEEDED = (
     "timm",
@@ -305,6 +309,11 @@ def _workers(recipe: Recipe, local_world: int) -> Iterator[Finding]:
     if amiss:
         told, _, ways = amiss.partition(": ")
         yield Finding("data workers", "red", told, ways)
+    bound = dist.launched().who == "srun"
+    crowded = workers_crowded(recipe.data.workers, cores.of_a_rank(local_world, bound=bound))
+    if crowded:
+        told, _, ways = crowded.partition(": ")
+        yield Finding("data workers", "yellow", told, ways)
 
 
 def checkpoints_bytes(recipe: Recipe) -> float:
@@ -319,23 +328,51 @@ def checkpoints_bytes(recipe: Recipe) -> float:
     return size * (max(2, recipe.checkpoint.keep) + 1)
 
 
-def check_shards(recipe: Recipe) -> tuple[Finding, str]:
+def check_ranks(recipe: Recipe, world: int) -> Iterator[Finding]:
+    """That the recipe can be trained on so many ranks."""
+    if world < 2:  # the doctor alone: not the run's ranks
+        return
+    if recipe.engine.name == "local":
+        text = f"engine.name=local is one process, {world} were launched"
+        yield Finding("ranks", "red", text, "engine.name=fsdp2, or engine.name=deepspeed")
+    for problem in config.batch_problems(recipe, world):
+        told, _, ways = problem.partition("; ")
+        yield Finding("ranks", "red", told, ways)
+
+
+def check_evaluation(recipe: Recipe) -> Iterator[Finding]:
+    """That the shards of the run's evaluations can be read from here."""
+    from rcmae.tasks.registry import task_of  # as in checkpoints_bytes
+
+    for each in task_of(recipe).evaluation_sets(recipe):
+        finding, _ = check_shards(recipe, each.shards, each.key)
+        yield finding
+
+
+def check_shards(
+    recipe: Recipe, shards: Patterns | None = None, key: str = "data.shards"
+) -> tuple[Finding, str]:
     """That every shard can be read from here and samples decode.
 
     And the fingerprint of all of them; empty where they cannot be read.
+
+    Args:
+        recipe: says where an index may lie, and the network's images.
+        shards: their patterns; None: those of the training.
+        key: that names them.
     """
     caches = [str(recipe.run_dir / "index")]
     if recipe.data.index:
         caches.append(recipe.data.index)
     try:
-        index = ShardIndex.open(recipe.data.shards, cache=caches)
+        index = ShardIndex.open(recipe.data.shards if shards is None else shards, cache=caches)
     except Refused as error:
-        ways = "repair or remove these shards, or correct data.shards"
-        return Finding("shards", "red", str(error), ways), ""
+        ways = f"repair or remove these shards, or correct {key}"
+        return Finding("shards", "red", f"{key}: {error}", ways), ""
     numbers = range(0, len(index), max(1, len(index) // _TRIED))
     bad, rate = _try_samples(recipe, index, numbers)
     bad += [f"{path} is shorter than it was when it was indexed" for path in index.short]
-    shown = f"{len(index.shards)} with {len(index):,} samples"
+    shown = f"{key}: {len(index.shards)} with {len(index):,} samples"
     if not bad:
         text = f"{len(numbers)} read and decoded at {rate / 1e6:.0f} MB/s"
         return Finding("shards", "green", f"{shown}; {text}"), index.fingerprint

@@ -27,6 +27,7 @@ from rcmae.planning.estimates import (
     data_needs,
     memory_row,
     placement,
+    see_evaluation,
     see_shards,
     speed,
 )
@@ -79,6 +80,7 @@ def plan(recipe: Recipe, site: Site) -> dict[str, Any]:
         index, report["shards"] = see_shards(recipe)
     except Refused as error:
         problems.append(str(error))
+    problems += see_evaluation(recipe, sees=index is not None)
     if not problems:
         try:
             sizes = resolve(recipe, site, index)

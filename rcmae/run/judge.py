@@ -156,6 +156,7 @@ def judge(sight: Sight, task: Task) -> Verdict:
         precision=precision,
         warnings=(
             *emulated,
+            *dict.fromkeys(view.crowded for view in sight.views if view.crowded),
             *config.statistics_doubts(recipe),
             *members_unused(facts.data),
             *warnings,

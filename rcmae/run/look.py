@@ -7,8 +7,10 @@ shows two nodes two states of a folder cannot make two ranks decide differently.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from rcmae import checkpoint, config, dist
 from rcmae.config import Recipe
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
-from rcmae.data.loading import workers_amiss
+from rcmae.data.loading import workers_amiss, workers_crowded
 from rcmae.data.patterns import Patterns
 from rcmae.data.sets import class_lists
 from rcmae.data.sources import is_remote, redacted
@@ -36,6 +38,8 @@ from rcmae.run.folder import versions
 from rcmae.run.trackers import protocol as trackers
 from rcmae.tasks.following import Followed, follow
 from rcmae.tasks.protocol import Data, Saved, Task
+
+_PACKED = re.compile(r".*-[0-9a-f]{12}-[0-9a-f]{12}/images-\*\.tar")  # as pack_once names them
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class View(NamedTuple):
     ]  # shards that its node sees otherwise than rank 0; one rank a node looks
     cache: str | None  # why its node's cache for remote shards cannot be used
     workers: str | None = None  # why its node cannot have its ranks' data workers
+    crowded: str | None = None  # what its workers do to its cores
 
 
 @dataclass(frozen=True)
@@ -200,6 +205,7 @@ def with_images(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     """
     data = recipe.data
     if data.images is None:
+        note_use(data.shards)
         return recipe, ()
     from rcmae.data.packing.once import pack_once  # its parts cost a second: only where it is used
 
@@ -209,6 +215,13 @@ def with_images(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         )
     values = {"data.shards": packed.shards, "data.images": None}
     return config.with_values(recipe, values), (packed.note,)
+
+
+def note_use(shards: Patterns) -> None:
+    """Note that shards which were packed from a folder of images (`pack_once`) are in use."""
+    if isinstance(shards, str) and _PACKED.fullmatch(shards):
+        with contextlib.suppress(OSError):  # another user's
+            os.utime(Path(shards).parent)
 
 
 def with_followed(
@@ -353,6 +366,10 @@ def view_of(facts: Facts, command: Command) -> View:
         shards=tuple(shards_amiss(facts.data)) if looks else (),
         cache=cache_amiss(facts) if looks else None,
         workers=processes_amiss(facts.recipe) if looks else None,
+        crowded=workers_crowded(
+            facts.recipe.data.workers,
+            cores.of_a_rank(dist.ranks_of_node(), bound=launched.who == "srun"),
+        ),
     )
 
 

@@ -2,18 +2,22 @@
 
 The cache's folder is named by the images (their paths, sizes and times) and by how they are packed:
 a folder that has changed is packed again, and what was packed before stays for the runs that use
-it. It is written aside and renamed, so it is complete or not there; a killed job resumes.
+it: until no start has used it for UNUSED_DAYS, and the folder is packed anew. It is written aside
+and renamed, so it is complete or not there; a killed job resumes.
 """
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +29,7 @@ from rcmae.process import cores
 MARGIN = 256 / 224  # of the shorter side that is stored, over the network's
 BY_ITSELF = 50_000  # images that one rank packs while others wait
 BY_ONE = 500  # images that are not worth more processes
+UNUSED_DAYS = 30  # after which what was packed of a folder before is removed, for a newer one
 NAME = "images"  # what the shards' names begin with
 
 
@@ -58,14 +63,14 @@ def pack_once(images: str, cache: str | None, *, side: int, world: int = 1) -> P
     place = place_of(folder, found, size, Path(cache).expanduser() if cache else user_cache())
     pattern = f"{place}/{NAME}-*.tar"
     if place.is_dir():
+        _touch(place)
         return Packed(pattern, f"data.images={images}: packed before, in {place}")
     if world > 1 and len(found.images) > BY_ITSELF:
         raise Refused(
             f"{len(found.images):,} images are not packed yet, and {world} ranks would wait for "
             f"it; pack them first: {command(images, size)}"
         )
-    others = sorted(place.parent.glob(f"{place.name.rpartition('-')[0]}-*"))
-    changed = any(other.is_dir() and not other.name.endswith(".part") for other in others)
+    before = _packed_before(place)
     options = PackingOptions(name=NAME, size=size, jobs=jobs_for(len(found.images)))
     with alone(place):
         if not place.is_dir():
@@ -77,8 +82,42 @@ def pack_once(images: str, cache: str | None, *, side: int, world: int = 1) -> P
             what += f", {left:,} left out" if left else ""
         else:
             what = "by another job"
-    again = "it has changed, and was packed again" if changed else "packed once"
-    return Packed(pattern, f"data.images={images}: {again}, into {place} ({what})")
+        _touch(place)
+        kept = _without_unused(before)
+    again = "it has changed, and was packed again" if before else "packed once"
+    note = f"data.images={images}: {again}, into {place} ({what})"
+    if kept:
+        size_gb = sum(file.stat().st_size for old in kept for file in old.iterdir()) / 1e9
+        note += (
+            f"; what was packed of it before, {size_gb:.2g} GB, lies beside it for the runs that "
+            f"use it, and goes {UNUSED_DAYS} days after the last start of one"
+        )
+    return Packed(pattern, note)
+
+
+def _packed_before(place: Path) -> list[Path]:
+    """What was packed of the same folder, when it was another."""
+    same = place.name.rpartition("-")[0]
+    found = sorted(place.parent.glob(f"{glob.escape(same)}-*"))
+    return [old for old in found if old.is_dir() and old != place and old.suffix != ".part"]
+
+
+def _touch(place: Path) -> None:
+    """Note that a start uses it. The folder's own time: who may only read it changes nothing."""
+    with suppress(OSError):
+        os.utime(place)
+
+
+def _without_unused(places: Sequence[Path]) -> list[Path]:
+    """Remove what no start has used for long; what is left."""
+    oldest = time.time() - 86400 * UNUSED_DAYS
+    kept = []
+    for place in places:
+        if place.stat().st_mtime > oldest:
+            kept.append(place)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+    return kept
 
 
 def command(images: str, size: int = 256) -> str:

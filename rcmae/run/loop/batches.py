@@ -111,14 +111,20 @@ class Batches:
         )
 
     def _working(self) -> contextlib.AbstractContextManager[None]:
-        """The step, which a request to stop lets end: it is answered, by one rank."""
+        """The step, which a request to stop lets end: it is answered, by one rank, which also says
+        why the first of a job takes so long where blocks are compiled.
+        """
+        first = self._progress.is_first_of_job and self._recipe.engine.compile
         doing = self._instruments.presence.doing
 
         def answer(reason: str) -> str:
             now = waits.at_once(reason, "without a save")
             return f"stop requested ({reason}): the run saves and ends after {doing()}.{now}"
 
-        return waits.waiting("", breaks=False, answer=answer if dist.rank() == 0 else None)
+        if dist.rank() != 0:
+            return waits.waiting("", breaks=False)
+        what = "the first step, for which torch.compile builds kernels" if first else ""
+        return waits.waiting(what, breaks=False, answer=answer)
 
     def _read(self, steps: Iterator[Sequence[Batch]]) -> list[Batch]:
         try:
