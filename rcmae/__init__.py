@@ -5,7 +5,8 @@ Read `rcmae/train.py` first.
     rcmae.start(recipe, {"schedule.steps": 100})   train, in a separate process
     rcmae.load_encoder(run_or_file)                a pretrained encoder, as a torch module
     rcmae.load_classifier(run_or_file)             a fine-tuned classifier or a probe: scores, names
-    rcmae.load_segmenter(run)                      a class for each pixel of a picture of any size
+    rcmae.load_detector(run)                       boxes, classes, scores and masks of images
+    rcmae.load_segmenter(run)                      a class for each pixel, of images of any size
 """
 
 from __future__ import annotations

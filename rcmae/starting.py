@@ -87,7 +87,7 @@ class Training:
 
     Args:
         folder: the run's.
-        command: what trains.
+        command: that runs the training.
     """
 
     def __init__(self, folder: Path, command: list[str]) -> None:
@@ -108,7 +108,7 @@ class Training:
 
     @property
     def is_running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether its process is still there."""
         return self._process.poll() is None
 
     @property
@@ -124,11 +124,11 @@ class Training:
         return self._said.read_text(errors="replace")
 
     def wait(self, timeout_s: float | None = None) -> int:
-        """Wait for its end; the exit status: 0 finished, 75 stopped on request (start it again).
+        """Wait until it ends. The exit status: 0 finished, 75 stopped on request (start it again).
 
         Raises:
-            Refused: it was refused; what it said.
-            RuntimeError: it failed; the end of what it said.
+            Refused: the training was refused; the message is what it said.
+            RuntimeError: it failed; the message is the end of what it said.
             TimeoutError: it still trains after `timeout_s` seconds.
         """
         try:

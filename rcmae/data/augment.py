@@ -60,7 +60,7 @@ class AugmentTransform:
     Args:
         base: the box.
         policy: in timm's words, such as "rand-m9-mstd0.5-inc1".
-        mean: of the images, 0 to 1; what is pushed in from outside gets it.
+        mean: of the images, 0 to 1; fills what is shifted in from outside.
     """
 
     base: TrainTransform

@@ -1,7 +1,7 @@
 """What a stream's workers do: requests for samples -> batches of views, each keyed by its position.
 
 Workers keep no state that could decide anything: which of them serves a request, or when, does not
-matter. A sample that cannot be read is replaced by the next readable one, and told."""
+matter. A sample that cannot be read is replaced by the next readable one, and reported."""
 
 from __future__ import annotations
 

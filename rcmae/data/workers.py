@@ -1,4 +1,4 @@
-"""Worker processes that live as long as the process that started them: no longer, and no shorter.
+"""Worker processes that live exactly as long as the process that started them.
 
 A killed process does not end the others: a fork server is its workers' parent, and theirs are pipes
 that stay open. So each worker watches its owner. And a signal that asks an owner to stop often

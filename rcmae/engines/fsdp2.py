@@ -35,7 +35,7 @@ from rcmae.models.protocol import blocks_of, other_units
 
 
 class FSDP2Engine:
-    """PyTorch's fully sharded data parallel engine, second generation, one dimension."""
+    """Student and teacher sharded by PyTorch's FSDP2, over one mesh dimension."""
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, settings: EngineSettings

@@ -35,7 +35,7 @@ class Publication(Protocol):
     def wait(self) -> None:
         """Return when nothing is under way.
 
-        On a GPU, when later work on its stream will find that so.
+        On a GPU it returns at once: later work on the stream waits.
         """
 
 

@@ -1,5 +1,5 @@
-"""Batch normalisation over the images of all ranks, and over all places of their maps, on CPU and
-GPU alike.
+"""Batch normalisation over the images of all ranks, and over all positions of their maps, on CPU
+and GPU alike.
 
 torch's SyncBatchNorm is the same on GPUs and refuses CPUs, where a run of the same recipe must give
 the same numbers.

@@ -1,5 +1,5 @@
 """What a Vision Transformer is made of: a patch embedding for patches that are cut out already,
-blocks whose last answers for the tail of the tokens, and drop path that is keyed by sample.
+blocks whose last computes the tail of the tokens alone, and drop path that is keyed by sample.
 
 Blocks compute as timm's do and name their parameters as timm does, but are not timm's: importing it
 imports torchvision and torch's compiler, two seconds in each process of a training.
@@ -24,9 +24,7 @@ QKVBias = Literal["qkv", "qv"]
 
 
 class PatchProjection(nn.Conv2d):
-    """The published patch embedding, for patches that are cut out already: its kernel meets each
-    of them once.
-    """
+    """The published patch embedding, for patches that are cut out already: a matrix product."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Patches [B, n, C, p, p] to tokens [B, n, D], in the type of the weight."""
@@ -59,8 +57,8 @@ class Attention(nn.Module):
 
 
 class SplitBiasAttention(nn.Module):
-    """Self-attention whose queries and values have a bias each, and whose keys, to which a bias is
-    nothing, none.
+    """Self-attention with a bias for queries and one for values; none for keys, where softmax
+    cancels it.
 
     Parameters are named as in BEiT, BootMAE and MAE-priv.
     """

@@ -1,7 +1,7 @@
 """A Vision Transformer that classifies, by the published names: what fine-tuning trains and what
 probes and users read.
 
-It is timm's own model, so whatever knows timm knows it (`forward_features`,
+It is timm's own model, so code for timm works with it (`forward_features`,
 `forward_intermediates`, `get_intermediate_layers`, `feature_info`). Drop path is ours: it takes its
 draws from the caller, keyed by sample, so that a training does not depend on ranks, resumes or
 recomputed activations. Positions are trained here (MAE, appendix A.1); `fitting` starts them from

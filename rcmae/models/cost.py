@@ -1,6 +1,6 @@
-"""What a training step takes for one image, by sizes alone: FLOPs and bytes.
+"""What a training step costs for one image, by sizes alone: FLOPs and bytes.
 
-The planner makes memory and hours of it, a run its utilisation (MFU).
+The planner computes memory and hours from it, a run its utilisation (MFU).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def pretraining_cost(
     num_visible: int,
     computing: Computing,
 ) -> StepCost:
-    """Of a masked autoencoder.
+    """The cost of pretraining a masked autoencoder.
 
     Args:
         student: on the meta device.
@@ -95,7 +95,7 @@ def pretraining_cost(
 def classifier_cost(
     student: Classifier, sizes: NetworkSizes, *, averaged: bool, computing: Computing
 ) -> StepCost:
-    """Of a classifier that is trained whole.
+    """The cost of training a classifier, all layers.
 
     Args:
         student: on the meta device.
@@ -115,7 +115,7 @@ def classifier_cost(
 
 
 def probe_cost(head: nn.Module, sizes: NetworkSizes, *, depth: int, precision: str) -> StepCost:
-    """Of a head on an encoder that nothing moves.
+    """The cost of training a head on a frozen encoder.
 
     Args:
         head: on the meta device.

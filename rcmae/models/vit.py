@@ -218,7 +218,7 @@ class Encoder(nn.Module):
         return torch.cat([first.mean(dim=1, keepdim=True), patches], dim=1)
 
     def outputs_without_mask(self, images: Tensor, outputs: Sequence[str]) -> Outputs:
-        """Those of the asked outputs that are of the whole image.
+        """The requested outputs that are computed from the whole image.
 
         Raises:
             LookupError: an output that no network has.
@@ -238,7 +238,7 @@ class Encoder(nn.Module):
         return found
 
     def check_mask(self, ids_shuffle: Tensor | None, num_visible: int | None) -> tuple[Tensor, int]:
-        """Both, where they are a mask of this network's. Raises Refused."""
+        """The mask, checked against this network. Raises Refused."""
         if ids_shuffle is None or num_visible is None or not 0 < num_visible < self.num_patches:
             raise Refused(
                 f"predictions need ids_shuffle and num_visible from 1 to {self.num_patches - 1}, "

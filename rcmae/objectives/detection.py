@@ -18,7 +18,7 @@ from rcmae.models.detection.losses import LOSSES, Targets
 
 @dataclass(frozen=True)
 class DetectionLoss:
-    """What each image loses, whatever stands beside it; an image without objects counts, too.
+    """The sum over images of each one's loss, whatever else is in the batch.
 
     Args:
         seed: of sampling and of drop path.

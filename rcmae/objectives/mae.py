@@ -67,7 +67,7 @@ def pixel_targets(
         ids: raster indices.
         num_patches: in an image; it gives the side of a patch.
         norm_pix: each patch less its mean, over its deviation (MAE, section 4.2).
-        kind: by which of them.
+        kind: of the mean and variance: see `pixel_statistics`.
     """
     patch_size = math.isqrt(images.shape[2] * images.shape[3] // num_patches)
     pixels = widen(patches_at(images, patch_size, ids).permute(0, 1, 3, 4, 2).flatten(2))
@@ -78,8 +78,8 @@ def pixel_targets(
 
 
 def pixel_statistics(pixels: Tensor, channels: int, kind: PixelNorm) -> tuple[Tensor, Tensor]:
-    """Mean and variance that patches [B, n, p*p*C] are normalised by: [B, n, 1], or [B, n,
-    p*p*C] by channel.
+    """Mean and variance that patches [B, n, p*p*C] are normalised by: of each patch [B, n, 1], or
+    with kind "channel" of each of its channels [B, n, p*p*C].
     """
     if kind != "channel":
         variance, mean = torch.var_mean(

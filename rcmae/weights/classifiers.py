@@ -2,7 +2,7 @@
 timm and Hugging Face.
 
 A probe's batch norm is folded into its linear layer: in evaluation both are one linear map. Its
-encoder is that of `classify.init`, which has to be there still."""
+encoder is that of `classify.init`, which must still exist."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FOLD_EPS = 1e-6  # of a probe's batch norm
 
 
 class WholeClassifier(Encoder):
-    """A classifier with what its images and its scores need."""
+    """A classifier with its transform, image size and class names."""
 
     class_names: tuple[str, ...]  # in the order of the scores; empty if unknown
 
@@ -58,7 +58,7 @@ def load_classifier(
     Local: one process of many may call alone.
 
     Raises:
-        Refused: there is no such thing, or it has no head.
+        Refused: nothing is there, or it has no head.
         CheckpointError: the checkpoint is damaged.
     """
     found = read_network(Path(source), network)

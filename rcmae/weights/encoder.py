@@ -54,11 +54,11 @@ DECODER_HEADS = {512: 16, 256: 8}
 
 
 class WeightsWarning(UserWarning):
-    """What was guessed or chosen of weights whose file does not say it."""
+    """Something that a file of weights does not say was guessed or chosen."""
 
 
 class Encoder(Classifier):
-    """timm's model with what its images need."""
+    """timm's model with the transform, statistics and size of its images."""
 
     mean: tuple[float, ...]  # of each channel, pixels from 0 to 1
     std: tuple[float, ...]
@@ -92,7 +92,7 @@ class Encoder(Classifier):
 
 @dataclass(frozen=True)
 class ToInput:
-    """What turns an image into an input: the centre, resized as evaluations do, normalised."""
+    """Turns an image into an input [C, H, W]: resized, centre-cropped, normalised."""
 
     image_size: tuple[int, int]  # (height, width) in pixels
     mean: tuple[float, ...]  # of each channel, pixels from 0 to 1
@@ -154,7 +154,7 @@ def load_encoder(
         network: whose weights; None: the teacher's where there is one.
         image_size: in pixels, one side or (height, width), a multiple of the patch; None: as it was
             trained with. The position table is interpolated.
-        num_heads: for a file number of heads, for an unusual architecture.
+        num_heads: the number of heads, for an architecture whose file does not tell it.
         pool: what calling the model gives: "mean" of the normalised patch tokens, or "cls".
 
     Local: one process of many may call alone.
@@ -189,7 +189,7 @@ def load_autoencoder(
     Args:
         source: as `load_encoder`.
         network: whose weights.
-        num_heads: for a file number of heads, for an unusual architecture.
+        num_heads: the number of heads, for an architecture whose file does not tell it.
         decoder_heads: alike.
 
     Raises:
@@ -318,7 +318,7 @@ def model_of(
 
 
 def dressed(model: Encoder, source: NetworkWeights, size: tuple[int, int]) -> None:
-    """Give a model what its images need."""
+    """Attach transform, statistics and size of its images to a model."""
     mean, std = statistics_of(source, model.in_chans)
     model.mean, model.std, model.image_size = mean, std, size
     model.transform = ToInput(size, mean, std)

@@ -1,6 +1,6 @@
 """Segmenters out of a run, and into files of others: mmsegmentation's, Hugging Face's UPerNet.
 
-A probe's encoder is that of `segment.init`, which has to be there still."""
+A probe's encoder is that of `segment.init`, which must still exist."""
 
 from __future__ import annotations
 

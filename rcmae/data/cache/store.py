@@ -42,7 +42,7 @@ class Cache:
     """Remote shards on this node's disk, for all processes that name the same folder, also
     of other jobs.
 
-    A shard is there whole, verified, under a name made of hashes (so nothing that a URL says can
+    A shard is there complete, verified, under a name made of hashes (so nothing that a URL says can
     lead out of the folder), or it is not there. Who needs one that is not there copies it, once on
     the node, into a file of its full size that it holds locked: the lock ends with its process, and
     what a killed one leaves is deleted by the next. Room is made before the copy begins: least

@@ -319,7 +319,7 @@ def write_shard(
     min_size: int = 1,
     added: Sequence[MemberKind] = (),
 ) -> Written:
-    """Write a tar of the images that can be decoded. It is there whole or not at all.
+    """Write a tar of the images that can be decoded. It is there complete or not at all.
 
     `added`: kinds of members that were registered, for another process."""
     for kind in added:

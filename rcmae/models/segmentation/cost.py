@@ -1,4 +1,4 @@
-"""What a step of a segmenter takes for one image, by sizes alone."""
+"""What a step of a segmenter costs for one image, by sizes alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rcmae.models.sizes import NetworkSizes
 def segmenter_cost(
     model: Segmenter, num_classes: int, *, averaged: bool, computing: Computing
 ) -> StepCost:
-    """Of a segmenter that is trained whole.
+    """The cost of training a segmenter, all layers.
 
     Args:
         model: on the meta device.
@@ -46,7 +46,7 @@ def segmenter_cost(
 def dense_probe_cost(
     head: DenseProbe, sizes: NetworkSizes, num_classes: int, *, precision: str
 ) -> StepCost:
-    """Of a linear head on an encoder that nothing moves.
+    """The cost of training a linear head on a frozen encoder.
 
     Args:
         head: on the meta device.
