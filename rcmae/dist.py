@@ -172,6 +172,19 @@ def sum_numbers(values: Sequence[float]) -> list[float]:
     return box.tolist()
 
 
+def gather_numbers(values: Sequence[float]) -> list[list[float]]:
+    """Every rank's plain numbers, in rank order, on every rank, without the accelerator.
+
+    Collective: every rank calls, as many numbers.
+    """
+    if world() == 1:
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.float64)
+    parts = [torch.empty_like(mine) for _ in range(world())]
+    torch_dist.all_gather(parts, mine, group=_control)
+    return torch.stack(parts).tolist()
+
+
 def agree(flag: bool) -> bool:
     """True on every rank if it is on any. Collective: every rank calls."""
     if world() == 1:

@@ -47,7 +47,7 @@ from rcmae.process.leaving import leaving
 from rcmae.run import preempt
 from rcmae.run.ending import say_error
 from rcmae.run.look import open_index, saved_from
-from rcmae.run.loop.evaluation import write_evaluated
+from rcmae.run.loop.evaluation import note_collapse, ranks_of, write_evaluated
 from rcmae.run.records.metrics import MetricsLog, events_of
 from rcmae.tasks.protocol import Evaluating, Interrupted, Task
 from rcmae.tasks.registry import task_of
@@ -363,7 +363,9 @@ class SideCar:
                 f"another follower took the evaluation of {self.recipe.run_dir} over; this one "
                 "stops"
             )
-        self.log.event("evaluate", step=step, **found.event, seconds=time.monotonic() - begin)
+        note_collapse(found, self.log, step)
+        about = {**found.event, **ranks_of(found), "seconds": time.monotonic() - begin}
+        self.log.event("evaluate", step=step, **about)
         self.log.sync()
         write_evaluated(found, self.log, self.recipe.run_dir / FOLDER, step)
         self.watch.last_step = step

@@ -53,11 +53,13 @@ def fit(run: Run) -> str | None:
         agreed = parts.agreement.before_step(micros)
         if agreed.stop:
             return agreed.stop
+        logs = progress.is_due(run.recipe.log.every_steps)
         losses = []
         for index, batch in enumerate(micros):
             batch = parts.batches.ready(batch)
             last = index == len(micros) - 1
-            sums = objective(engine.student, engine.teacher, batch, progress.fraction)
+            with parts.stopwatch.computing(logs=logs):  # this rank's own time, without backward
+                sums = objective(engine.student, engine.teacher, batch, progress.fraction)
             shares = agreed.shares(sums)  # of each term's mean over the whole step
             loss = agreed.loss(objective.weights, shares)
             engine.backward(loss, last=last)  # sums gradients: over micro-batches, then over ranks
@@ -66,7 +68,6 @@ def fit(run: Run) -> str | None:
                 engine.update_teacher(schedule.momentum(progress.step, index))
         lr = schedule.lr(progress.step)
         momentum = schedule.momentum(progress.step, len(micros) - 1)
-        logs = progress.is_due(run.recipe.log.every_steps)
         shows = progress.is_early  # on the console alone
         jumped = parts.guard.jumped(losses)  # an all-reduce, where guard.spike_factor asks for it
         # all ranks agree that the gradient is finite before any weight moves

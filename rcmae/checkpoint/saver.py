@@ -120,6 +120,8 @@ class Saver:
         self._generation = generation
         self._check_lease = check_lease
         self._background = background
+        self.own_s = 0.0  # that the training waited in the last `save` for this rank alone
+        self._writing_s = 0.0  # of the last file: what this rank did for it
         self._group = dist.own_group()
         self._thread: threading.Thread | None = None
         self._outcome: Saved | Exception | None = None
@@ -145,11 +147,13 @@ class Saver:
                 is untouched.
             LeaseLost: on every rank; the run is another job's.
         """
+        self.own_s = 0.0
         begin = time.monotonic()
-        before = self.wait()
+        before = self._wait_for_own()
         waited = time.monotonic() - begin
         snapshot = self._snapshot(engine.state(), step, images, meta)
         stall = time.monotonic() - begin
+        self.own_s += stall - waited
 
         def work() -> None:
             try:
@@ -161,7 +165,7 @@ class Saver:
 
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
-        return before if self._background else self.wait()
+        return before if self._background else self._wait_for_own()
 
     def is_done(self) -> bool:
         """Whether a save was under way on this rank and has ended. Not collective; cheap."""
@@ -194,6 +198,14 @@ class Saver:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+    def _wait_for_own(self) -> Saved | None:
+        """As `wait`; of the wait, what this rank's own writing took is noted."""
+        begin = time.monotonic()
+        try:
+            return self.wait()
+        finally:
+            self.own_s += min(time.monotonic() - begin, self._writing_s)
 
     # the copy
 
@@ -276,10 +288,12 @@ class Saver:
         mine = f"rank-{dist.rank():05d}.safetensors"
         problem = None
         about: dict[str, Any] = {}
+        begin = time.monotonic()
         try:
             about = write_safetensors(aside / mine, snapshot.entries)
         except OSError as error:
             problem = f"{aside / mine}: {error.strerror or error}"
+        self._writing_s = time.monotonic() - begin
         self._all_well(problem, aside)
         runs = [
             (entry.key, entry.start, entry.values.numel(), DTYPES[entry.values.dtype])

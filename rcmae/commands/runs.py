@@ -162,7 +162,17 @@ def _head(told: Mapping[str, Any]) -> str:
             f"last start-up of rank 0, {_duration(sum(startup.values()))} to the first step: "
             + ", ".join(parts)
         )
+    lines += map(_late, told["late_ranks"])
     return "\n".join(lines)
+
+
+def _late(event: Mapping[str, Any]) -> str:
+    """A rank that holds the others up, for people."""
+    return (
+        f"late: rank {event['rank']} on {event.get('host')} holds the others up by "
+        f"{event['seconds_a_step']:.3f} s a step ({event['share']:.0%} of one), by "
+        f"{event.get('cause')}, since step {event['step']} at the latest"
+    )
 
 
 def _times(told: Mapping[str, Any]) -> Table:

@@ -25,7 +25,8 @@ def contradictions(recipe: Recipe) -> list[str]:
         problems += _detecting_problems(recipe)
     elif recipe.task.name == "pretrain" and knn_lacks_sets(recipe):
         problems.append(
-            "evaluate.every_steps is set: give evaluate.train_shards and test_shards, both labelled"
+            "evaluate.every_steps is set: give evaluate.train_shards and test_shards, both "
+            "labelled, or evaluate.held_shards, which need no labels"
         )
     if recipe.engine.name == "deepspeed" and recipe.engine.config is None:
         problems.append("engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json")
@@ -252,6 +253,9 @@ def _detecting_problems(recipe: Recipe) -> list[str]:
 
 
 def knn_lacks_sets(recipe: Recipe) -> bool:
-    """Whether k-NN is asked for without both labelled sets."""
+    """Whether an evaluation is asked for without both labelled sets, or without any set."""
     options = recipe.evaluate
-    return bool(options.every_steps) and not (options.train_shards and options.test_shards)
+    if not options.every_steps or (options.train_shards and options.test_shards):
+        return False
+    is_held = bool(options.held_shards and options.held_images)
+    return not is_held or bool(options.train_shards or options.test_shards)

@@ -331,7 +331,7 @@ class GuardOptions(Section):
 
 
 class EvaluateOptions(Section):
-    """k-NN on labelled shards and reconstruction pictures during training."""
+    """k-NN on labelled shards, quality without labels, and pictures, during training."""
 
     every_steps: Often = None
     """Evaluate every so many steps and after the last; 0: never."""
@@ -339,6 +339,12 @@ class EvaluateOptions(Section):
     """Labelled shards that k-NN votes with."""
     test_shards: str | list[str] = Field(default_factory=list)
     """Labelled shards that are classified."""
+    held_shards: str | list[str] = Field(default_factory=list)
+    """Shards, labelled or not, that are judged without labels: effective ranks of the features, and
+    the loss. Without them: test_shards.
+    """
+    held_images: Natural = 4096
+    """At most so many of these images, evenly spread; more than the encoder is wide. 0: none."""
     k: list[Positive] = [20]
     """Numbers of neighbours; each is reported."""
     temperature: Annotated[float, Field(gt=0)] = 0.07

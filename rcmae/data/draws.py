@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     ANCHORS = 30  # that are sampled
     REGIONS = 31
     BANK = 32  # patches of an image that others are compared with
+    HELD = 33  # views of a held set's images
 
 
 def raw(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray[np.uint64]:

@@ -332,9 +332,9 @@ class Limits:
         raise TooManyBadSamples("\n".join([f"{why}:", *lines, *rest, way_out]))
 
 
-def num_batches(index: ShardIndex, batch: int, world: int) -> int:
+def num_batches(index: ShardIndex, batch: int, world: int, most: int | None = None) -> int:
     """How many batches `labelled_batches` gives to each rank."""
-    share = -(-len(index) // world)
+    share = -(-len(_chosen(index, most)) // world)
     return -(-share // min(batch, share))
 
 
@@ -349,6 +349,7 @@ def labelled_batches(
     on_bad: Callable[[BadSample], None] | None = None,
     change: Change | None = None,
     all_labelled: bool = True,
+    most: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of the labelled samples, each once, resized and cut at the centre, in
     batches of one size.
@@ -356,7 +357,8 @@ def labelled_batches(
     Every rank gets as many batches, so that collective forwards match. `positions` holds the
     samples' numbers, -1 where there is none (padding, or an image that cannot be read: given to
     `on_bad`, by default logged): leave those out. There are no masks: `ids_shuffle` is [B, 0].
-    `change` is made to each image by the worker that decodes it.
+    `change` is made to each image by the worker that decodes it. Of more samples than `most` so
+    many are taken, evenly spread.
 
     Raises:
         Refused: `all_labelled`, and samples have no label; names the first of them. The same on
@@ -364,11 +366,12 @@ def labelled_batches(
     """
     if all_labelled:
         refuse_unlabelled(index)
-    share = -(-len(index) // world)
+    chosen = _chosen(index, most)
+    share = -(-len(chosen) // world)
     batch = min(batch, share)
-    count = num_batches(index, batch, world)
+    count = num_batches(index, batch, world, most)
     numbers = np.full(count * batch, -1)
-    mine = np.arange(rank * share, min((rank + 1) * share, len(index)))
+    mine = chosen[rank * share : (rank + 1) * share]
     numbers[: len(mine)] = mine
     reading = LabelledReading(index, transform, readers.cache, change)
     order = _Chunks(numbers, batch)
@@ -394,6 +397,12 @@ def labelled_batches(
         workers.close()
         for loss in workers.drain():
             _log.warning("%s", loss)
+
+
+def _chosen(index: ShardIndex, most: int | None) -> NDArray[np.int64]:
+    """Numbers of samples, evenly spread, at most so many."""
+    count = len(index) if most is None else min(most, len(index))
+    return np.arange(count) * len(index) // max(count, 1)
 
 
 def refuse_unlabelled(index: ShardIndex) -> None:

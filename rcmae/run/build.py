@@ -6,6 +6,7 @@ and nothing is written before it is held.
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from rcmae.run.loop.recording import Recorder
 from rcmae.run.loop.recovery import Recovery
 from rcmae.run.loop.saving import BYTES_A_WEIGHT, DISK_RATE, Saving
 from rcmae.run.loop.schedule import Schedule
+from rcmae.run.loop.stopwatch import Stopwatch
+from rcmae.run.loop.stragglers import Stragglers
 from rcmae.run.presence import Presence
 from rcmae.run.records.metrics import MetricsLog, events_of
 from rcmae.run.trackers.beside import Trackers
@@ -57,6 +60,7 @@ class Parts:
     progress: Progress
     schedule: Schedule
     batches: Batches
+    stopwatch: Stopwatch
     agreement: Agreement
     guard: Guard
     recovery: Recovery
@@ -194,7 +198,9 @@ def assemble(
         precision=recipe.engine.precision,
         step_flops_per_image=trained.step_flops,
     )
-    instruments = Instruments(log, meter, presence, stop)
+    stopwatch = Stopwatch(dist.device(), is_needed=dist.world() > 1)
+    stopwatch.leave_out_gathers(trained.engine.student, trained.engine.teacher)
+    instruments = Instruments(log, meter, stopwatch, presence, stop)
     parts = parts_of(verdict, task, trained, progress, instruments, lease)
     trackers = Trackers(recipe.log.trackers if lease else (), recipe.run_dir, log.say)
     run = Run(task, recipe, sizes, parts, log, lease, presence, trackers)
@@ -285,6 +291,9 @@ def parts_of(
         instruments,
         save_s=lambda: saving.save_s,
     )
+    stragglers = Stragglers(
+        instruments.stopwatch, dist.gather(socket.gethostname()), instruments.log
+    )
     agreement = Agreement(
         recipe, objective, progress, batches, saving, evaluation, instruments, lease=lease
     )
@@ -294,10 +303,11 @@ def parts_of(
         progress=progress,
         schedule=Schedule(recipe, verdict.sizes),
         batches=batches,
+        stopwatch=instruments.stopwatch,
         agreement=agreement,
         guard=guard,
         recovery=Recovery(recipe, engine, guard, progress, saving, instruments),
-        recorder=Recorder(objective, progress, instruments),
+        recorder=Recorder(objective, progress, instruments, stragglers),
         evaluation=evaluation,
         saving=saving,
     )

@@ -1,8 +1,10 @@
-"""Pretraining: the student sees a part of each image and reconstructs the rest; k-NN judges it."""
+"""Pretraining: the student sees a part of each image and reconstructs the rest. k-NN judges it with
+labels, spectra and the loss on a held set without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -17,10 +19,11 @@ from rcmae.data.members.protocol import Members
 from rcmae.data.transforms import Transform
 from rcmae.data.views import train_transform
 from rcmae.errors import Refused
-from rcmae.evaluation.features import evaluating, features_of_both, pixels, pooled
+from rcmae.evaluation.features import Extractor, evaluating, features_of_both, pixels, pooled
 from rcmae.evaluation.knn import knn_rows, knn_table
 from rcmae.evaluation.logistic import logistic_rows
 from rcmae.evaluation.pictures import reconstruction_picture
+from rcmae.evaluation.unlabelled.held import Held, Looking, Losing, look_at_held
 from rcmae.models.activations import Computing
 from rcmae.models.build import Network, new_network, new_student, new_teacher
 from rcmae.models.cost import StepCost, pretraining_cost
@@ -93,13 +96,19 @@ class Pretraining:
         )
 
     def evaluation_sets(self, recipe: Recipe) -> Sequence[EvaluationSet]:
-        """Training and test set of the k-NN."""
+        """Training and test set of the k-NN, where there are such, and a held set."""
         options = recipe.evaluate
         if not options.every_steps:
             return []
+        held = []
+        if options.held_shards and options.held_images:
+            held = [EvaluationSet("evaluate.held_shards", options.held_shards, labelled=False)]
+        if held and not has_neighbours(recipe):
+            return held
         return [
             EvaluationSet("evaluate.train_shards", options.train_shards),
             EvaluationSet("evaluate.test_shards", options.test_shards),
+            *held,
         ]
 
     def mask(self, recipe: Recipe) -> Mask:
@@ -167,40 +176,17 @@ class Pretraining:
         return batch
 
     def evaluate(self, context: Evaluating) -> Evaluated:
-        """k-NN of student and teacher beside a random network and raw pixels."""
+        """k-NN of student and teacher beside a random network and raw pixels, where there are
+        labelled sets; effective ranks and loss on a held set.
+        """
         options = context.recipe.evaluate
         networks = {"student": pooled(context.student, options.pool)}
         if context.teacher is not None:
             networks["teacher"] = pooled(context.teacher, options.pool)
-        if context.baselines:
-            untrained = new_student(context.recipe).to(context.device)
-            networks["random"] = pooled(untrained, options.pool)
-            networks["pixels"] = pixels
-        with evaluating(context.student, context.teacher):
-            features = features_of_both(
-                networks,
-                context.batches(0),
-                context.batches(1),
-                device=context.device,
-                normalise=context.normalise.images,
-            )
-        device = context.device
-        rows = knn_rows(*features, k=options.k, device=device, temperature=options.temperature)
-        linear = logistic_rows(*features, device=device) if options.logistic else {}
-        scalars: dict[str, dict[str, float]] = {}
-        for name, row in rows.items():
-            scalars[f"knn_{name}"] = {f"k{k}": accuracy for k, accuracy in row.items()}
-        if linear:
-            scalars["logistic"] = linear
-        trained = networks.keys() & {"student", "teacher"}
-        return Evaluated(
-            event={"knn": rows, "pool": options.pool, **({"logistic": linear} if linear else {})},
-            table=knn_table(rows, linear),
-            caption="k-NN, top-1 in %",
-            says="k-NN at step {step}, top-1 in %",
-            scalars=scalars,
-            best={name: Score("knn", max(rows[name].values())) for name in trained},
-        )
+        if not has_neighbours(context.recipe):
+            return with_held(Evaluated({}, "", "", ""), held_of(self, context, networks))
+        found = neighbours(context, networks)
+        return with_held(found, held_of(self, context, networks) if options.held_images else None)
 
     def picture(self, context: Evaluating, batch: Batch) -> np.ndarray | None:
         """Input, what was hidden, and what student and teacher make of it."""
@@ -236,3 +222,83 @@ class Pretraining:
                 ended.start("rcmae.finetune", f"finetune classify.init={place} {shards}"),
             ),
         ]
+
+
+def has_neighbours(recipe: Recipe) -> bool:
+    """Whether there are sets for k-NN."""
+    return bool(recipe.evaluate.train_shards or recipe.evaluate.test_shards)
+
+
+def neighbours(context: Evaluating, trained: Mapping[str, Extractor]) -> Evaluated:
+    """k-NN of these networks and of what does not train. Collective."""
+    options = context.recipe.evaluate
+    networks = dict(trained)
+    if context.baselines:
+        untrained = new_student(context.recipe).to(context.device)
+        networks["random"] = pooled(untrained, options.pool)
+        networks["pixels"] = pixels
+    with evaluating(context.student, context.teacher):
+        features = features_of_both(
+            networks,
+            context.batches(0),
+            context.batches(1),
+            device=context.device,
+            normalise=context.normalise.images,
+        )
+    device = context.device
+    rows = knn_rows(*features, k=options.k, device=device, temperature=options.temperature)
+    linear = logistic_rows(*features, device=device) if options.logistic else {}
+    scalars: dict[str, dict[str, float]] = {}
+    for name, row in rows.items():
+        scalars[f"knn_{name}"] = {f"k{k}": accuracy for k, accuracy in row.items()}
+    if linear:
+        scalars["logistic"] = linear
+    return Evaluated(
+        event={"knn": rows, "pool": options.pool, **({"logistic": linear} if linear else {})},
+        table=knn_table(rows, linear),
+        caption="k-NN, top-1 in %",
+        says="k-NN at step {step}, top-1 in %",
+        scalars=scalars,
+        best={name: Score("knn", max(rows[name].values())) for name in trained},
+    )
+
+
+def held_of(task: Pretraining, context: Evaluating, networks: Mapping[str, Extractor]) -> Held:
+    """Effective ranks and loss on the held set, or on the test set of the k-NN. Collective."""
+    recipe = context.recipe
+    looking = Looking(
+        networks,
+        context.normalise.images,
+        context.device,
+        mask=task.mask(recipe),
+        teacher_masks=recipe.objective.teacher_sees == "different",
+    )
+    last = len(context.sets) - 1  # the held set, or else the test set
+    with evaluating(context.student, context.teacher):
+        return look_at_held(
+            context.batches(last, recipe.evaluate.held_images),
+            looking,
+            Losing(context.student, context.teacher, context.objective),
+        )
+
+
+def with_held(found: Evaluated, held: Held | None) -> Evaluated:
+    """What an evaluation found, with what was found without labels."""
+    if held is None:
+        return found
+    about = {"images": held.images, "rankme": held.rankme, "lidar": held.lidar, **held.losses}
+    return replace(
+        found,
+        event={**found.event, "held": about},
+        table="\n".join(filter(None, [found.table, held.table()])),
+        caption=found.caption or "without labels",
+        says=found.says or "without labels, at step {step}",
+        scalars={
+            **found.scalars,
+            "rankme": held.rankme,
+            "lidar": held.lidar,
+            "held": held.losses,
+        },
+        document={"held": {**about, "singular_values": held.spectra}},
+        effective_rank=held.rankme,
+    )

@@ -114,7 +114,7 @@ class Evaluating:
     pause: Callable[[], None] = lambda: None
     baselines: bool = True  # whether to judge networks, too, that training does not change
 
-    def batches(self, number: int) -> Iterator[Batch]:
+    def batches(self, number: int, most: int | None = None) -> Iterator[Batch]:
         """This rank's batches of a set, in order, views cut from the centre; as many on each rank.
 
         A stop request is heard before each, also in the wait for one. Collective: every rank
@@ -122,6 +122,7 @@ class Evaluating:
 
         Args:
             number: which of `sets`.
+            most: samples, evenly spread over the set; None: all.
         """
         recipe = self.recipe
         found = labelled_batches(
@@ -134,8 +135,9 @@ class Evaluating:
             world=dist.world(),
             readers=self._readers,
             all_labelled=False,  # a start has refused those that have to be
+            most=most,
         )
-        turns = num_batches(self.sets[number], recipe.evaluate.batch, dist.world())
+        turns = num_batches(self.sets[number], recipe.evaluate.batch, dist.world(), most)
         return self._turns(found, turns)
 
     def whole(
@@ -201,6 +203,8 @@ class Evaluated:
         default_factory=dict
     )  # group -> name -> value
     best: Mapping[str, Score] = field(default_factory=dict)  # by network, of those that train
+    # by network: how many directions its features use; an alarm where that falls to a tenth
+    effective_rank: Mapping[str, float] = field(default_factory=dict)
     document: Mapping[str, Any] | None = None  # for evaluation/step-*.json; rank 0's
     # name -> JSON of evaluation/NAME-step-*.json; rank 0's
     files: Mapping[str, Any] = field(default_factory=dict)

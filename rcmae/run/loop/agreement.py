@@ -97,7 +97,9 @@ class Agreement:
         mine = self._counts(micros)
         self._instruments.presence.at(self.progress.step, "agreeing on the step")
         flags = self._flags()
-        with waits.waiting(self._instruments.presence.awaited, breaks=False, answer=self._answer):
+        awaited = self._instruments.presence.awaited
+        waits_for = waits.waiting(awaited, breaks=False, answer=self._answer)
+        with waits_for, self._instruments.stopwatch.meeting():
             totals = dist.sum_numbers([*mine.values(), *flags])
         told = Flags(*totals[len(mine) :])
         self._saving.asked = told.save > 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rcmae import dist
 from rcmae.config import Recipe
 from rcmae.evaluation.pictures import save_png
+from rcmae.evaluation.unlabelled.spectra import is_collapsed
 from rcmae.files import write_aside
 from rcmae.run.loop.batches import Batches
 from rcmae.run.loop.instruments import Instruments
@@ -88,7 +89,9 @@ class Evaluation:
         seconds = time.monotonic() - began
         self.longest_s = max(self.longest_s, seconds)
         best = {"best": self._progress.best} if found.best else {}
-        about = {**found.event, **best, "scalars": found.scalars, "seconds": seconds}
+        about = {**found.event, **best, **ranks_of(found)}
+        about |= {"scalars": found.scalars, "seconds": seconds}
+        note_collapse(found, self._instruments.log, step)
         self._instruments.log.event("evaluate", step=step, **about)
         write_evaluated(found, self._instruments.log, context.recipe.run_dir, step)
 
@@ -121,6 +124,34 @@ def owes_evaluation(recipe: Recipe, saved: Saved) -> bool:
         return False
     made = events_of(recipe.run_dir, "evaluate") if dist.rank() == 0 else []
     return dist.from_first(all(event["step"] != saved.step for event in made))
+
+
+RANKS = "effective_rank"  # in an event
+
+
+def ranks_of(found: Evaluated) -> dict[str, Mapping[str, float]]:
+    """What the event of an evaluation says of effective ranks, for the evaluations after it."""
+    return {RANKS: found.effective_rank} if found.effective_rank else {}
+
+
+def note_collapse(found: Evaluated, log: MetricsLog, step: int) -> None:
+    """Raise an alarm where features use a tenth of the directions that they used, by what the log
+    has of earlier evaluations. To be called before this one is noted. The run goes on.
+    """
+    if not log.writes or not found.effective_rank:
+        return
+    before = events_of(log.directory, "evaluate")
+    for name, rank in found.effective_rank.items():
+        ranks = [event[RANKS][name] for event in before if name in event.get(RANKS, ())]
+        highest = max(ranks, default=rank)
+        if not is_collapsed(rank, highest):
+            continue
+        log.event("collapse", step=step, network=name, effective_rank=rank, highest=highest)
+        log.say(
+            f"the {name}'s features collapse: their effective rank was {highest:.1f}, at step "
+            f"{step} it is {rank:.1f} (all images alike: 1). The run goes on; look at its loss and "
+            "at schedule.lr, or begin a run from an earlier checkpoint (checkpoint.resume=PATH)"
+        )
 
 
 def write_evaluated(found: Evaluated, log: MetricsLog, folder: Path, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rcmae.run.loop.meter import Meter
+from rcmae.run.loop.stopwatch import Stopwatch
 from rcmae.run.preempt import StopRequest
 from rcmae.run.presence import Presence
 from rcmae.run.records.metrics import MetricsLog
@@ -15,5 +16,6 @@ class Instruments(NamedTuple):
 
     log: MetricsLog
     meter: Meter
+    stopwatch: Stopwatch
     presence: Presence
     stop: StopRequest

@@ -47,7 +47,8 @@ class Meter:
 
     def _reset(self) -> None:
         self._since = time.perf_counter()
-        self._images = self._steps = 0
+        self.steps = 0  # since the last `read`
+        self._images = 0
         self._waited = self._away = 0.0
 
     @contextlib.contextmanager
@@ -73,7 +74,7 @@ class Meter:
     def step(self, images: int) -> None:
         """Count one optimizer step of so many images over all ranks."""
         self._images += images
-        self._steps += 1
+        self.steps += 1
 
     def read(self) -> dict[str, float]:
         """The figures since the last call; resets them.
@@ -93,7 +94,7 @@ class Meter:
     def figures(self) -> dict[str, float]:
         """What `read` gives, without a reset."""
         elapsed = time.perf_counter() - self._since - self._away
-        steps = max(self._steps, 1)
+        steps = max(self.steps, 1)
         rate = self._images / elapsed
         flops = rate * self._flops / self._world  # FLOP/s of one device
         figures = {

@@ -12,15 +12,23 @@ from rcmae.objectives import Objective
 from rcmae.run import startup
 from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
+from rcmae.run.loop.stragglers import Stragglers
 
 
 class Recorder:
     """Writes steps to metrics.jsonl, the console and TensorBoard; shows how far they are."""
 
-    def __init__(self, objective: Objective, progress: Progress, instruments: Instruments) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        progress: Progress,
+        instruments: Instruments,
+        stragglers: Stragglers,
+    ) -> None:
         self._objective = objective
         self._progress = progress
         self._instruments = instruments
+        self._stragglers = stragglers
 
     def step_done(self) -> None:
         """Count the current step; report the first of this job."""
@@ -41,7 +49,12 @@ class Recorder:
             figures: more numbers of the step.
         """
         row = self._row(losses, figures)
-        self._instruments.log.step({**row, **self._instruments.meter.read()})
+        meter = self._instruments.meter
+        steps, speed = meter.steps, meter.read()
+        ranks = self._stragglers.compare(
+            self._progress.step, steps=steps, step_s=speed["step_s"], data_s=speed["data_wait_s"]
+        )
+        self._instruments.log.step({**row, **speed, **ranks})
 
     def show(self, losses: Sequence[dict[str, Tensor]], **figures: float) -> None:
         """Print the step just done, which metrics.jsonl does not get. Arguments of `record`.

@@ -113,11 +113,13 @@ class Saving:
             self._instruments.log.event("checkpoint_left_out", step=step, reason=reason)
             return False
         with self._instruments.meter.away():
+            began = time.monotonic()
             self._instruments.log.sync()
             if dist.rank() == 0:
                 with self._instruments.log.sparing("recipe and index"):
                     self._renew()
             self.saved_at = time.monotonic()
+            self._instruments.stopwatch.saving(self.saved_at - began)
             self._is_called = True
             begun = self._note(self._copy)
             if not begun and self._options.background:  # it was the one before that failed
@@ -167,9 +169,12 @@ class Saving:
 
     def _copy(self) -> checkpoint.Saved | None:
         progress = self._progress
-        return self._saver.save(
-            self._engine, step=progress.step, images=progress.images, meta=self._about()
-        )
+        try:
+            return self._saver.save(
+                self._engine, step=progress.step, images=progress.images, meta=self._about()
+            )
+        finally:
+            self._instruments.stopwatch.saving(self._saver.own_s)
 
     def _note(self, get: Callable[[], checkpoint.Saved | None]) -> bool:
         try:

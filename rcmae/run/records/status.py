@@ -54,6 +54,8 @@ _NUMBERS = {
     "checkpoint": ("step", "stall_s"),
     "evaluate": ("seconds",),
     "stop": ("step",),
+    "late_rank": ("step", "rank", "seconds_a_step", "share"),
+    "late_rank_over": ("rank",),
 }
 
 
@@ -133,6 +135,7 @@ def status(folder: Path, now: float | None = None, *, asks: bool = True) -> dict
         "startup_s": first_steps[-1].get("startup_s", {}) if first_steps else {},
         "jobs": [asdict(job) for job in starts],
         "starts_without_training": starts_without_training(folder, events, queue, now),
+        "late_ranks": late_ranks(events),
         "last_events": events[-EVENTS_SHOWN:],
         "time": now,
     }
@@ -206,6 +209,19 @@ def starts_without_training(
     else:
         loads = loads and queue.runs and queue.job == last["job"]
     return len(rows) - loads
+
+
+def late_ranks(events: Sequence[Row]) -> list[Row]:
+    """What the last start says of ranks that hold the others up, and still do: one a cause."""
+    late: dict[Any, Row] = {}
+    for event in events:
+        if event["event"] in ("start", "resume"):
+            late = {}
+        elif event["event"] == "late_rank":
+            late[str(event.get("cause"))] = event
+        elif event["event"] == "late_rank_over":
+            late.pop(str(event.get("cause")), None)
+    return list(late.values())
 
 
 def _rows(path: Path, *, of: str) -> list[Row]:
