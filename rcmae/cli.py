@@ -38,6 +38,7 @@ COMMANDS = {
     "doctor": Command("doctor", "check one node, or several, for what a run needs"),
     "runs": Command("runs", "show a run's progress and where its time went"),
     "track": Command("track", "show a run in Weights & Biases, MLflow or trackio"),
+    "report": Command("report", "write a page with a run, or several beside each other"),
     "shards": Command("shards", "make, index and check shards of images"),
     "checkpoint": Command("checkpoint", "list, show, verify, diff and prune checkpoints"),
     "export": Command("export", "write a run's weights for other programs"),
@@ -52,7 +53,7 @@ COMMANDS = {
     "robustness": Command(
         "evaluation.robustness", "judge a classifier on other sets and corrupted images"
     ),
-    "replay": Command("replay", "rerun a bad step on one process"),
+    "replay": Command("again.replay", "rerun a bad step on one process"),
     "analyze-teacher": Command(
         "evaluation.analyze_teacher", "analyse what the teacher does to the gradients"
     ),

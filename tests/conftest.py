@@ -173,7 +173,7 @@ data: {{shards: "{photo_shards}", workers: 0, canonical_streams: 8}}
 batch: {{images: 32}}
 schedule: {{steps: 20, warmup_steps: 5, lr: 1.0e-3}}
 checkpoint: {{every_steps: 10}}
-log: {{every_steps: 1, tensorboard: false}}
+log: {{every_steps: 1, tensorboard: false, report: false}}
 """
     )
     return path

@@ -75,7 +75,7 @@ schedule: {{shape: poly, steps: 6, warmup: multiply, warmup_steps: 2, warmup_fro
 segment: {{crop: 16, levels: [0, 1, 2, 3], width: 8, drop_path: 0.2, layer_decay: 0.8}}
 checkpoint: {{every_steps: 2, background: false}}
 evaluate: {{every_steps: 6, test_shards: {folder}/val.tar, batch: 4}}
-log: {{every_steps: 1, tensorboard: false}}
+log: {{every_steps: 1, tensorboard: false, report: false}}
 """
     )
     return recipe

@@ -38,7 +38,12 @@ import timm
 def test_runs_are_trained_judged_and_taken_as_they_are(
     tiny: Path, photo_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = ["schedule.steps=3", "schedule.warmup_steps=1", "log.tensorboard=false"]
+    steps = [
+        "schedule.steps=3",
+        "schedule.warmup_steps=1",
+        "log.tensorboard=false",
+        "log.report=false",
+    ]
     test = photo_shards.replace("000000..", "000004..")
     shards = [f"evaluate.train_shards={photo_shards}", f"evaluate.test_shards={test}"]
     given = [str(tiny), *steps, *shards, "--runs", str(tmp_path), "--seeds", "4", "--rounds", "1"]
@@ -217,7 +222,7 @@ def test_what_cannot_be_compared_is_refused(
 @pytest.fixture
 def seeded(tiny: Path, photo_shards: str, tmp_path: Path) -> dict[str, Path]:
     """Two seeds of MAE, one of RC-MAE, and MAE with another learning rate; a step each."""
-    steps = ["schedule.steps=1", "schedule.warmup_steps=0", "log.every_steps=1"]
+    steps = ["schedule.steps=1", "schedule.warmup_steps=0", "log.every_steps=1", "log.report=false"]
     shards = [f"evaluate.train_shards={photo_shards}", f"evaluate.test_shards={photo_shards}"]
     options = {
         "a": ["objective.name=mae", "--seed", "3"],

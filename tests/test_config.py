@@ -67,7 +67,7 @@ def refused(path, *overrides):
             "data.shards=[{shards: a.tar, weight: 1}, b.tar]",
             "data.shards: wants a pattern, a list of patterns",
         ),
-        ("log.zzzz=1", "unknown key 'zzzz' in log; known: every_steps, tensorboard"),
+        ("log.zzzz=1", "unknown key 'zzzz' in log; known: every_steps, report, tensorboard"),
         ("batch.images=many", "batch.images: input should be a valid integer"),
         ("batch.images=32.5", "batch.images: input should be a valid integer"),
         ("batch.images=true", "batch.images: input should be a valid integer, got True"),

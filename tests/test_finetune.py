@@ -19,7 +19,7 @@ import yaml
 from test_classifier import SIZES
 
 from rcmae import checkpoint, finetune, follow, probe
-from rcmae.commands import replay
+from rcmae.commands.again import replay
 from rcmae.data.index import ShardIndex
 from rcmae.models.classifier import Classifier
 from rcmae.models.sizes import NetworkSizes

@@ -17,7 +17,7 @@ from rcmae.tasks.following import batch_for, follow, size_values
 from runs import Folder
 
 GENERIC = Path("finetune")
-HEAD = ["classify.rand_augment=null", "data.workers=0", "log.tensorboard=false"]
+HEAD = ["classify.rand_augment=null", "data.workers=0", "log.tensorboard=false", "log.report=false"]
 
 
 def loaded(*overrides: str, name: str = "finetune") -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rcmae.commands import replay
+from rcmae.commands.again import replay
 from tests.conftest import Ranks
 
 PROGRAM = Path(__file__).parent / "programs" / "train_many.py"

@@ -11,7 +11,7 @@ import pytest
 
 import rcmae
 from rcmae.commands import convert, export
-from rcmae.commands import replay as replay_tool
+from rcmae.commands.again import replay as replay_tool
 from rcmae.config import sources_in, without_pipes
 from rcmae.data.index import ShardIndex
 from rcmae.data.sources import holds_secret, redacted, without_secrets

@@ -441,6 +441,7 @@ def test_a_shipped_recipe_with_every_default_left_alone_goes_on(
         "schedule.warmup_epochs=0.1",
         "log.every_steps=1",
         "log.tensorboard=false",
+        "log.report=false",
     ]
     assert start(Path("rcmae_vit_s_16"), folder.path, *small, "run.stop_after_steps=3") == 75
     assert start(Path("rcmae_vit_s_16"), folder.path, *small, "run.stop_after_steps=3") == 75

@@ -81,6 +81,7 @@ FIXED = [
     "log.every_steps=1",
     "engine.timeout_s=120",
     "log.tensorboard=false",
+    "log.report=false",
 ]
 BY_ANY_RANK = ("copied", "half a file", "file written")  # the others are rank 0's alone
 # relative; L2 for tensors
@@ -561,6 +562,7 @@ def matrix(
         "log.every_steps=1",
         "checkpoint.every_steps=5",
         "log.tensorboard=false",
+        "log.report=false",
         "schedule.steps=20",
         *overrides,
     ]
@@ -633,6 +635,7 @@ COST_SAVES = 3
 COST_FIXED = [
     "log.every_steps=1",
     "log.tensorboard=false",
+    "log.report=false",
     f"schedule.steps={COST_EVERY * COST_SAVES + 1}",
     "schedule.warmup_steps=1",
     "schedule.epochs=null",

@@ -11,8 +11,6 @@ Exit status: 0 pushed; 1 the tracker failed; 2 there is no run, or the tracker i
 from __future__ import annotations
 
 import argparse
-import os
-import select
 import sys
 import time
 from collections.abc import Sequence
@@ -51,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _push(pusher: Pusher, every_s: float | None, *, ends_with_input: bool) -> None:
+    from rcmae.run.trackers.beside import input_ended
+
     while True:
         count = pusher.push()
         if count or every_s is None:
@@ -58,16 +58,10 @@ def _push(pusher: Pusher, every_s: float | None, *, ends_with_input: bool) -> No
         if every_s is None:
             return
         if ends_with_input:
-            if _input_ended(every_s):
+            if input_ended(every_s):
                 every_s = None
         else:
             time.sleep(every_s)
-
-
-def _input_ended(seconds: float) -> bool:
-    """Wait so long at most for the end of standard input: of whoever started this process."""
-    ready, _, _ = select.select([0], [], [], seconds)
-    return bool(ready) and not os.read(0, 4096)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -476,6 +476,8 @@ class LogOptions(Section):
     """Log every so many steps and the last; 0: never."""
     tensorboard: bool = True
     """Write curves and pictures for TensorBoard."""
+    report: bool = True
+    """Keep run.dir/report.html, the run on one page: anew at each evaluation and at the end."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that also show the run: each committed step once, even after kills and requeues."""
 

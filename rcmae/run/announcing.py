@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from rcmae import dist
 from rcmae.errors import counted
 from rcmae.models import kernels
+from rcmae.planning.hardware import cpu_name
 from rcmae.run import preempt
 from rcmae.run.folder import versions
 from rcmae.run.judge import Verdict
@@ -28,6 +31,8 @@ def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
         versions=versions(),
         engine=recipe.engine.model_dump(mode="json"),
         precision=verdict.precision._asdict(),
+        device=device_name(),
+        data={"fingerprint": index.fingerprint, "samples": len(index)},
         from_checkpoint=str(saved.path) if saved else None,
         passed_over=trained.damaged,
         generation=run.lease.generation if run.lease else None,
@@ -73,3 +78,9 @@ def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
         log.warn(told)
     if saved:
         log.say(f"resumes from {saved.path}, step {saved.step}")
+
+
+def device_name() -> str:
+    """What rank 0 computes on."""
+    device = dist.device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

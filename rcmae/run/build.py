@@ -47,7 +47,7 @@ from rcmae.run.loop.stopwatch import Stopwatch
 from rcmae.run.loop.stragglers import Stragglers
 from rcmae.run.presence import Presence
 from rcmae.run.records.metrics import MetricsLog, events_of
-from rcmae.run.trackers.beside import Trackers
+from rcmae.run.trackers.beside import REPORT, Trackers
 from rcmae.tasks.protocol import Evaluating, Saved, Task
 
 
@@ -202,7 +202,8 @@ def assemble(
     stopwatch.leave_out_gathers(trained.engine.student, trained.engine.teacher)
     instruments = Instruments(log, meter, stopwatch, presence, stop)
     parts = parts_of(verdict, task, trained, progress, instruments, lease)
-    trackers = Trackers(recipe.log.trackers if lease else (), recipe.run_dir, log.say)
+    beside = [*recipe.log.trackers, *([REPORT] if recipe.log.report else [])]
+    trackers = Trackers(beside if lease else (), recipe.run_dir, log.say)
     run = Run(task, recipe, sizes, parts, log, lease, presence, trackers)
     announce(run, verdict, trained)
     startup.mark("files")

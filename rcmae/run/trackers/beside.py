@@ -1,13 +1,15 @@
-"""Trackers beside a training: a process each, which reads the run's folder as anybody could.
+"""Trackers, and the run's page, beside a training: a process each, which reads the run's folder as
+anybody could.
 
 No tracker's library is in the training's process: one that hangs, prints or dies costs nothing.
-When the training ends, or is killed, the process sees its input end and pushes what was committed.
+When the training ends, or is killed, the process sees its input end and shows what was committed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from typing import NamedTuple
 EVERY_S = 10.0  # a tracker looks for a new checkpoint
 LAST_PUSH_S = 60.0  # that the end of a training waits for all of them
 HURRY_S = 5.0  # the same where a job was asked to stop: the next one pushes the rest
+REPORT = "report"  # among the names: RUN/report.html
 # a tracker is no rank
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -33,7 +36,7 @@ class Trackers:
     """The trackers of a run, on the one rank that writes.
 
     Args:
-        names: of `protocol.NAMES`; none on other ranks.
+        names: of `protocol.NAMES`, or REPORT; none on other ranks.
         run_dir: the run's folder.
         say: prints a line; called by threads.
     """
@@ -78,21 +81,20 @@ class Trackers:
         if each.name in self._told:
             return
         self._told.add(each.name)
-        self._say(
-            f"{each.name} {what} (see {each.log}); the training goes on. Push the rest with\n"
-            f"  rcmae track {self._run_dir} --to {each.name}"
-        )
+        if each.name == REPORT:
+            again = f"Write the page with\n  rcmae report {self._run_dir}"
+        else:
+            again = f"Push the rest with\n  rcmae track {self._run_dir} --to {each.name}"
+        self._say(f"{each.name} {what} (see {each.log}); the training goes on. {again}")
 
     def _start(self, name: str) -> _Beside:
         folder = self._run_dir / "trackers"
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}.log"
-        command = [sys.executable, "-m", "rcmae", "track", str(self._run_dir), "--to", name]
-        command += ["--follow", str(EVERY_S), "--ends-with-input"]
         env = {key: value for key, value in os.environ.items() if key not in _OF_RANKS}
         with path.open("ab") as out:
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "rcmae", *_words(name, self._run_dir)],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
@@ -100,3 +102,18 @@ class Trackers:
                 start_new_session=True,  # Ctrl-C is for the training
             )
         return _Beside(name, process, path)
+
+
+def _words(name: str, run_dir: Path) -> list[str]:
+    """The command of a name, behind `rcmae`."""
+    if name == REPORT:
+        return ["report", str(run_dir), "--beside", str(EVERY_S)]
+    return ["track", str(run_dir), "--to", name, "--follow", str(EVERY_S), "--ends-with-input"]
+
+
+def input_ended(seconds: float) -> bool:
+    """Wait so long at most for the end of standard input: of the training that started this
+    process.
+    """
+    ready, _, _ = select.select([0], [], [], seconds)
+    return bool(ready) and not os.read(0, 4096)

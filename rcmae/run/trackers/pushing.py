@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rcmae.errors import Refused
 from rcmae.files import write_aside
+from rcmae.run.records.shown import ended, recipe_of
 from rcmae.run.trackers import records
 from rcmae.run.trackers.protocol import About, Tracker
 
@@ -107,7 +108,7 @@ def opened(run: Path, name: str, tracker: Tracker, project: str | None = None) -
     Raises:
         Refused: there is no run in this folder, or what is noted of the tracker is a newer rcmae's.
     """
-    config = records.recipe_of(run)
+    config = recipe_of(run)
     with _alone(_path(run, name).with_suffix(".lock")):
         pushed = _noted(run, name, project)
         about = About(
@@ -122,7 +123,7 @@ def opened(run: Path, name: str, tracker: Tracker, project: str | None = None) -
         try:
             yield pusher
         finally:
-            outcome = records.ended(run)
+            outcome = ended(run)
             tracker.close(finished=outcome is not None and outcome.status == "finished")
 
 

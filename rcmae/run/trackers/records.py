@@ -6,22 +6,15 @@ after it; or it is the committed one itself, and the job has ended there.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from rcmae import checkpoint
-from rcmae.data.sources import without_secrets
-from rcmae.errors import Refused
 from rcmae.files import json_lines, json_lines_back
+from rcmae.run.records.shown import Figure, ended, evaluations, figures, pictures
 from rcmae.run.records.status import status
 
-# pictures/NAME-00000010.png
-_PICTURE = re.compile(r"(?P<name>.+)-(?P<step>\d{8})\.png")
 _LEFT_OUT = ("step", "time")  # of a row: no curves
 
 
@@ -32,36 +25,7 @@ class Record(NamedTuple):
     time: float  # seconds since 1970
     scalars: dict[str, float]
     images: list[tuple[str, Path]]
-    table: list[tuple[str, str, float]]  # of an evaluation: (network or group, metric, value)
-
-
-class Finished(NamedTuple):
-    """Where the job that ended last left the run."""
-
-    step: int
-    status: str  # finished, failed, refused, stopped
-
-
-def recipe_of(run: Path) -> dict[str, Any]:
-    """The resolved recipe, without secrets.
-
-    Raises:
-        Refused: there is no run in this folder.
-    """
-    try:
-        tree = yaml.safe_load((run / "recipe.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise Refused(f"{run}: no run is there ({error})") from error
-    return dict(without_secrets(tree))
-
-
-def ended(run: Path) -> Finished | None:
-    """How the last job ended; None: it has not, or was killed."""
-    try:
-        found = json.loads((run / "outcome.json").read_text())
-        return Finished(int(found["step"]), str(found["status"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    table: list[Figure]  # of an evaluation
 
 
 def settled_step(run: Path) -> int:
@@ -79,21 +43,21 @@ def settled_step(run: Path) -> int:
 
 def records(run: Path, after: int, upto: int) -> Iterator[Record]:
     """The steps after one and up to another that have something to show, in order."""
-    evaluations = _evaluations(run, after, upto)
-    pictures = _pictures(run, after, upto)
+    judged = evaluations(run, after, upto)
+    drawn = pictures(run, after, upto)
     rows = _rows(run, after, upto)
-    for step in sorted({*rows, *evaluations, *pictures}):
+    for step in sorted({*rows, *judged, *drawn}):
         row = rows.get(step, {})
-        event = evaluations.get(step, {})
+        event = judged.get(step, {})
         numbers = {
             f"train/{name}": float(value)
             for name, value in row.items()
             if isinstance(value, int | float) and name not in _LEFT_OUT
         }
-        table = _table(event)
+        table = figures(event)
         numbers |= {f"{group}/{name}": value for group, name, value in table}
         time_s = float(row.get("time") or event.get("time") or 0.0)
-        yield Record(step, time_s, numbers, pictures.get(step, []), table)
+        yield Record(step, time_s, numbers, drawn.get(step, []), table)
 
 
 def summary_of(run: Path) -> dict[str, Any]:
@@ -120,35 +84,6 @@ def _rows(run: Path, after: int, upto: int) -> dict[int, dict[str, Any]]:
         if step <= upto:
             found[step] = row
     return found
-
-
-def _evaluations(run: Path, after: int, upto: int) -> dict[int, dict[str, Any]]:
-    """Step -> its evaluation; of one that was made twice the last."""
-    found = {}
-    for event in json_lines(run / "events.jsonl"):
-        step = event.get("step")
-        if event.get("event") == "evaluate" and isinstance(step, int) and after < step <= upto:
-            found[step] = event
-    return found
-
-
-def _pictures(run: Path, after: int, upto: int) -> dict[int, list[tuple[str, Path]]]:
-    found: dict[int, list[tuple[str, Path]]] = {}
-    for path in sorted((run / "pictures").glob("*.png")):
-        named = _PICTURE.fullmatch(path.name)
-        if named is not None and after < int(named["step"]) <= upto:
-            name = "reconstruction" if named["name"] == "step" else named["name"]
-            found.setdefault(int(named["step"]), []).append((name, path))
-    return found
-
-
-def _table(event: dict[str, Any]) -> list[tuple[str, str, float]]:
-    rows = []
-    for group, values in event.get("scalars", {}).items():
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                rows.append((str(group), str(name), float(value)))
-    return rows
 
 
 def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:

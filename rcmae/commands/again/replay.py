@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rcmae.run.replay import Replayed
+    from rcmae.run.again.replay import Replayed
 
 SHOWN = 10  # samples
 
@@ -60,7 +60,7 @@ def _replayed(path: Path, checkpoint_folder: Path | None, *, allow_pipe: bool) -
 
     from rcmae import dist, train
     from rcmae.run import preempt
-    from rcmae.run.replay import read_bundle, recipe_of, replay
+    from rcmae.run.again.replay import read_bundle, recipe_of, replay
     from rcmae.tasks.registry import task_of
 
     bundle = read_bundle(path)

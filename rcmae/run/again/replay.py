@@ -112,7 +112,7 @@ def recipe_of(
             "resume": str(start) if start else "never",
         },
         "guard": {"action": "stop"},
-        "log": {"tensorboard": False},
+        "log": {"tensorboard": False, "report": False, "trackers": ()},
         "run": {"dir": str(folder), "stop_after_steps": bundle.step - from_step + 1},
     }
     try:
@@ -149,12 +149,17 @@ def replay(run: Run, bundle: Bundle, fit: Callable[[Run], object]) -> Replayed:
     same_masks = True
     if progress.step == bundle.step:
         samples, same_masks = _samples_of_the_step(run, bundle.masks)
+    leave(run)
+    return Replayed(progress.step, from_step, reproduced, said, same_masks, samples)
+
+
+def leave(run: Run) -> None:
+    """Close a run that is thrown away."""
     run.log.close()
     run.parts.batches.stream.close()
     run.presence.leave()
     if run.lease is not None:
         run.lease.release()
-    return Replayed(progress.step, from_step, reproduced, said, same_masks, samples)
 
 
 def _samples_of_the_step(run: Run, masks: Mapping[int, list[int]]) -> tuple[list[Sample], bool]:

@@ -1,0 +1,1 @@
+"""Commands that train steps of a run again."""
