@@ -54,6 +54,7 @@ COMMANDS = {
         "evaluation.robustness", "judge a classifier on other sets and corrupted images"
     ),
     "replay": Command("again.replay", "rerun a bad step on one process"),
+    "reproduce": Command("again.reproduce", "train the first steps of a run again, and compare"),
     "analyze-teacher": Command(
         "evaluation.analyze_teacher", "analyse what the teacher does to the gradients"
     ),

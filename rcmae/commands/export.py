@@ -2,6 +2,8 @@
 
     rcmae export RUN --format timm --out encoder.safetensors
     rcmae export RUN/checkpoints/step-00001000 --what student --format mae --out encoder.pth
+    rcmae export RUN --format folder --out model
+        a folder that timm and transformers load without a network, with a model card
 
 A run of `rcmae finetune` or `rcmae probe` is written whole, encoder and head, in the formats of its
 task: timm, or hf (a folder). --encoder leaves the head out.
@@ -23,6 +25,8 @@ from typing import TYPE_CHECKING
 
 from rcmae.errors import Refused, did_you_mean
 from rcmae.weights.layouts import KIND, LAYOUTS
+
+FOLDER = "folder"  # the format of a model's passport
 
 if TYPE_CHECKING:
     from rcmae.checkpoint import Manifest
@@ -59,6 +63,12 @@ def _exported(manifest: Manifest, options: argparse.Namespace) -> Exported:
     from rcmae.weights.formats import export_whole
     from rcmae.weights.writing import export
 
+    if options.format == FOLDER:
+        from rcmae.run.passport.folder import write_folder
+
+        return write_folder(
+            manifest, options.out, network=options.what, overwrite=options.overwrite
+        )
     task = options.task or manifest.meta["recipe"].get("task", {}).get("name", "pretrain")
     # a module of somebody else's is imported only where the user names it
     known = options.task is not None or task in TASKS
@@ -73,7 +83,7 @@ def _exported(manifest: Manifest, options: argparse.Namespace) -> Exported:
             overwrite=options.overwrite,
         )
     if options.format not in LAYOUTS:
-        names = list(dict.fromkeys([*formats, *LAYOUTS]))
+        names = list(dict.fromkeys([*formats, *LAYOUTS, FOLDER]))
         raise Refused(f"--format {options.format}: {did_you_mean(options.format, names)}")
     return export(
         manifest,
@@ -85,7 +95,9 @@ def _exported(manifest: Manifest, options: argparse.Namespace) -> Exported:
 
 
 def _parser() -> argparse.ArgumentParser:
-    layouts = "\n".join(f"  {name:<12} {layout.about}" for name, layout in LAYOUTS.items())
+    about = {name: layout.about for name, layout in LAYOUTS.items()}
+    about[FOLDER] = "a folder for timm and transformers, with a model card, curves and recipe"
+    layouts = "\n".join(f"  {name:<12} {text}" for name, text in about.items())
     parser = argparse.ArgumentParser(
         prog="rcmae export",
         description=__doc__,

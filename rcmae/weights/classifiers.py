@@ -174,17 +174,19 @@ def _write_timm(manifest: Manifest, network: Which | None, out: Path) -> Wrote:
         save_file(state, out, source.metadata)
     else:
         torch.save(state, out)
-    head: dict[str, Any] = {
-        "num_classes": model.num_classes,
-        "global_pool": repr(model.global_pool),
-    }
+    call = ", ".join(timm_arguments(manifest, timm_head(model, manifest)))
+    return Wrote(source.network, len(state), f"timm.create_model({call}, checkpoint_path={PATH})")
+
+
+def timm_head(model: WholeClassifier, manifest: Manifest) -> dict[str, Any]:
+    """What of a classifier timm's create_model is told besides the sizes of its encoder."""
+    head: dict[str, Any] = {"num_classes": model.num_classes, "global_pool": model.global_pool}
     head["fc_norm"] = isinstance(model.fc_norm, torch.nn.LayerNorm)
     if model.num_prefix_tokens > 1:
         head["reg_tokens"] = model.num_prefix_tokens - 1
     if manifest.meta["recipe"]["classify"].get("depth") is not None:
         head["depth"] = len(model.blocks)
-    call = ", ".join(timm_arguments(manifest, head))
-    return Wrote(source.network, len(state), f"timm.create_model({call}, checkpoint_path={PATH})")
+    return head
 
 
 def _write_hugging_face(manifest: Manifest, network: Which | None, out: Path) -> Wrote:

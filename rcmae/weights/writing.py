@@ -329,9 +329,17 @@ def _use(manifest: Manifest, layout: str, out: Path) -> str:
     return f"rcmae.weights.reading.load_weights(Path({str(out)!r}))"
 
 
-def timm_arguments(manifest: Manifest, head: Mapping[str, Any] | None = None) -> list[str]:
-    """Of timm's create_model: the architecture and what differs from it, and the statistics and
-    size of the run's images.
+class TimmModel(NamedTuple):
+    """What timm's create_model is asked for."""
+
+    architecture: str
+    num_classes: int
+    arguments: dict[str, Any]  # what differs from the architecture
+    cfg: dict[str, Any]  # pretrained_cfg: the statistics and size of the run's images
+
+
+def timm_model(manifest: Manifest, head: Mapping[str, Any] | None = None) -> TimmModel:
+    """The timm model of a checkpoint's network.
 
     `head`: what a classifier's has (num_classes, global_pool, fc_norm, perhaps depth and
     reg_tokens); None: there is none, and pooling is as `rcmae.load_encoder` has it."""
@@ -339,17 +347,17 @@ def timm_arguments(manifest: Manifest, head: Mapping[str, Any] | None = None) ->
     model = recipe["model"]
     usual = {"image_size": 224, "in_channels": 3}
     names = {"image_size": "img_size", "in_channels": "in_chans"}
-    head = head or {"num_classes": 0, "global_pool": "'avg'", "fc_norm": False}
+    head = head or {"num_classes": 0, "global_pool": "avg", "fc_norm": False}
     model = model | {key: head[key] for key in ("depth",) if key in head}
-    arguments = [f"'{model['name']}_224'", f"num_classes={head['num_classes']}"]
+    arguments: dict[str, Any] = {}
     for key in ("image_size", "in_channels", "patch_size", "embed_dim", "depth", "num_heads"):
         if model.get(key) not in (None, usual.get(key)):
-            arguments.append(f"{names.get(key, key)}={model[key]}")
+            arguments[names.get(key, key)] = model[key]
     if not model.get("cls_token", True):
-        arguments.append("class_token=False")
+        arguments["class_token"] = False
     if "reg_tokens" in head:
-        arguments.append(f"reg_tokens={head['reg_tokens']}")
-    arguments += [f"global_pool={head['global_pool']}", f"fc_norm={head['fc_norm']}"]
+        arguments["reg_tokens"] = head["reg_tokens"]
+    arguments |= {"global_pool": head["global_pool"], "fc_norm": head["fc_norm"]}
     size = model["image_size"]
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = model["in_channels"]
@@ -361,5 +369,11 @@ def timm_arguments(manifest: Manifest, head: Mapping[str, Any] | None = None) ->
         "interpolation": "bicubic",
         "crop_pct": CENTRE_SHARE,
     }
-    arguments.append(f"pretrained_cfg={cfg}")
-    return arguments
+    return TimmModel(f"{model['name']}_224", head["num_classes"], arguments, cfg)
+
+
+def timm_arguments(manifest: Manifest, head: Mapping[str, Any] | None = None) -> list[str]:
+    """Of timm's create_model, as Python has them; arguments of `timm_model`."""
+    model = timm_model(manifest, head)
+    named = {"num_classes": model.num_classes, **model.arguments, "pretrained_cfg": model.cfg}
+    return [repr(model.architecture), *(f"{key}={value!r}" for key, value in named.items())]
