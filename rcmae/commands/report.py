@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.nice(beside.NICENESS)
             beside.keep(asked.runs[0], out, asked.beside)
             return 0
-        written = page.write(asked.runs, out)
+        written = page.write(asked.runs, out, asks=True)
     except Refused as error:
         print(f"rcmae: {error}", file=sys.stderr)
         return 2

@@ -82,19 +82,22 @@ class Chapter:
     whole: str  # the recipe as YAML
 
 
-def write(folders: Sequence[Path], out: Path, now: float | None = None) -> Written:
+def write(
+    folders: Sequence[Path], out: Path, now: float | None = None, *, asks: bool = False
+) -> Written:
     """Write the page of these runs.
 
     Args:
         folders: of the runs.
         out: the file, replaced whole or not at all.
         now: the time, in seconds since 1970; None: that of the clock.
+        asks: SLURM for the jobs of a run that does not train and is not finished.
 
     Raises:
         Refused: a folder has no run, or one that never began to train.
         OSError: it cannot be read or written.
     """
-    runs = seen(folders, now)
+    runs = seen(folders, now, asks=asks)
     text = page(runs, time.time() if now is None else now)
     write_aside(out, text, durable=False)
     return Written(out, len(text.encode()), [run.name for run in runs])

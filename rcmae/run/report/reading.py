@@ -57,12 +57,13 @@ class Seen:
         return [event for event in self.events if event["event"] in kinds]
 
 
-def seen(folders: Sequence[Path], now: float | None = None) -> list[Seen]:
+def seen(folders: Sequence[Path], now: float | None = None, *, asks: bool = False) -> list[Seen]:
     """The runs in these folders.
 
     Args:
         folders: of the runs.
         now: the time, in seconds since 1970; None: that of the clock.
+        asks: SLURM for the jobs of a run that does not train and is not finished.
 
     Raises:
         Refused: a folder has no run, or one that never began to train.
@@ -77,7 +78,7 @@ def seen(folders: Sequence[Path], now: float | None = None) -> list[Seen]:
             folder=folder,
             name=name,
             recipe=recipe,
-            status=status(folder, now),
+            status=status(folder, now, asks=asks),
             curves=curves_of(folder / "metrics.jsonl"),
             judged={step: figures(judged[step]) for step in sorted(judged)},
             best=_best(events),
