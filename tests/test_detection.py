@@ -19,6 +19,7 @@ from rcmae.errors import Refused
 from rcmae.models.batchnorm import GlobalBatchNorm
 from rcmae.models.classifier import Classifier
 from rcmae.models.detection import boxes, losses, regions
+from rcmae.models.detection.benchmark import BiasedAttention, RelativeBias
 from rcmae.models.detection.build import detector_sizes, fit_detector
 from rcmae.models.detection.cost import detection_cost
 from rcmae.models.detection.detector import Detector, Sampling
@@ -212,6 +213,48 @@ def test_relative_positions_ride_along_to_the_same_attention() -> None:
     assert torch.allclose(wide(x), plain(x), atol=1e-12)
     wide.fused_attn = False
     assert torch.allclose(wide(x), plain(x), atol=1e-12)
+
+
+def test_a_bias_of_offsets_is_taken_band_by_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrix of all pairs is never kept; values and gradients are those of it."""
+    torch.manual_seed(0)
+    heads, height, width, dim = 2, 6, 4, 8
+    count = height * width
+    attention = BiasedAttention(dim, heads).double()
+    bias = RelativeBias((height, width), heads).double()
+    nn.init.normal_(bias.relative_position_bias_table)
+    x = torch.randn(1, count, dim, dtype=torch.float64)
+    places = [divmod(number, width) for number in range(count)]
+    index = torch.tensor(
+        [
+            [(yi - yj + height - 1) * (2 * width - 1) + xi - xj + width - 1 for yj, xj in places]
+            for yi, xi in places
+        ]
+    )
+    q, k, v = attention.qkv(x).view(1, count, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
+    logits = q @ k.transpose(2, 3) / (dim // heads) ** 0.5
+    logits = logits + bias.relative_position_bias_table[index].permute(2, 0, 1)
+    plain = attention.proj((logits.softmax(dim=3) @ v).transpose(1, 2).flatten(2))
+    params = [*attention.parameters(), bias.relative_position_bias_table]
+    wanted = torch.autograd.grad(plain.square().sum(), params)
+
+    for fused in (True, False):
+        attention.fused_attn = fused
+        for most, rows in ((2**24, height), (heads * width * count * 4, 4), (1, 1)):
+            monkeypatch.setattr("rcmae.models.detection.benchmark.BAND", most)
+            kept: list[int] = []
+
+            def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+                kept.append(tensor.numel())
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                found = attention(x, bias())
+            torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+            got = torch.autograd.grad(found.square().sum(), params)
+            for mine, theirs in zip(got, wanted, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+            assert (max(kept) < heads * count**2) == (rows < height)
 
 
 @pytest.mark.parametrize("backbone", ["vitdet", "benchmark"])

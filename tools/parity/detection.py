@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from rcmae.engines.optim import param_groups
 from rcmae.models.blocks import Draws
-from rcmae.models.detection.benchmark import Pyramid
+from rcmae.models.detection.benchmark import Pyramid, RelativeBias, bias_of
 from rcmae.models.detection.detector import Detector
 from rcmae.models.detection.sizes import (
     STRIDES,
@@ -67,6 +68,9 @@ def vitdet_sizes(config: Mapping[str, Any]) -> BackboneSizes:
 def loaded(fixture: Fixture, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """The recorded weights, strictly; tables that the package computes are compared."""
     state = dict(state)
+    for name, grid in biases_of(model).items():
+        if name in state:
+            fixture.close("tables", name, relative_index(grid), state.pop(name), EXACT)
     for name, table in dict(model.named_buffers()).items():
         if name not in model.state_dict() and name in state:
             fixture.close("tables", name, table, state.pop(name), EXACT)
@@ -76,6 +80,24 @@ def loaded(fixture: Fixture, model: nn.Module, state: Mapping[str, Tensor]) -> N
     except RuntimeError as error:
         problem = str(error)
     fixture.true("weights load strictly", "model.safetensors", not problem, problem)
+
+
+def biases_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The published name of each index into a table of biases, which the package does without ->
+    the grid.
+    """
+    return {
+        f"{name}.relative_position_index": module.grid
+        for name, module in model.named_modules()
+        if isinstance(module, RelativeBias)
+    }
+
+
+def relative_index(grid: tuple[int, int]) -> Tensor:
+    """[L, L] the row of a table that each pair of patches takes, as `bias_of` does."""
+    height, width = grid
+    rows = torch.arange((2 * height - 1) * (2 * width - 1), dtype=torch.float64)
+    return bias_of(rows.view(1, 2 * height - 1, 2 * width - 1), range(height))[0].long()
 
 
 def vitdet_backbone(fixture: Fixture) -> None:
@@ -260,6 +282,7 @@ def detect_arch_names(fixture: Fixture) -> None:
         model = published(vit, kind, config["classes"])
         entries = model.state_dict() | dict(model.named_buffers())
         got = {key: list(value.shape) for key, value in entries.items()}
+        got |= {key: [math.prod(grid)] * 2 for key, grid in biases_of(model).items()}
         wanted = stated["shapes"]
         differing = sorted(
             key for key in got.keys() | wanted.keys() if got.get(key) != wanted.get(key)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rcmae.models import kernels
 from rcmae.models.blocks import Draws, DropPath, drop_path_rates
@@ -28,35 +29,51 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 
 SECTIONS = 4
+BAND = 2**24  # numbers of a bias at most: 32 MB of bf16
 
 
 class RelativeBias(nn.Module):
     """A learned bias for each head and each offset between two patches of a grid."""
 
-    relative_position_index: Tensor  # [L, L] int64, rows of the table
-
     def __init__(self, grid: tuple[int, int], heads: int) -> None:
         super().__init__()
+        self.grid = grid
         height, width = grid
         rows = (2 * height - 1) * (2 * width - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
-        y, x = (
-            each.flatten()
-            for each in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        )
-        down = y[:, None] - y[None] + height - 1
-        along = x[:, None] - x[None] + width - 1
-        index = down * (2 * width - 1) + along
-        # 134 MB at 1024 pixels, and known from the grid alone: in no checkpoint
-        self.register_buffer("relative_position_index", index, persistent=False)
 
     def forward(self) -> Tensor:
-        """[heads, L, L]."""
-        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        """[heads, 2 rows - 1, 2 columns - 1], for `bias_of`."""
+        height, width = self.grid
+        table = self.relative_position_bias_table.unflatten(0, (2 * height - 1, 2 * width - 1))
+        return table.permute(2, 0, 1).contiguous()
+
+
+def bias_of(offsets: Tensor, rows: range) -> Tensor:
+    """[heads, len(rows) * columns, L] what is added to the logits of the queries in some rows of
+    the grid, and all keys: of (yi, xi) and (yj, xj) it is that of the offset (yi - yj, xi - xj).
+
+    Made of views, without an index: that of a canvas of 1024 pixels has 134 MB, and the gradient
+    of an indexed table is added up in no fixed order on a GPU.
+
+    Args:
+        offsets: [heads, 2 height - 1, 2 width - 1].
+        rows: of the queries.
+    """
+    height, width = ((side + 1) // 2 for side in offsets.shape[1:])
+    seen = offsets[:, rows.start : rows.stop + height - 1]
+    shifted = seen.unfold(1, height, 1).unfold(2, width, 1)  # [heads, rows, width, height, width]
+    return shifted.flip(3, 4).flatten(3, 4).flatten(1, 2)
 
 
 class BiasedAttention(nn.Module):
-    """Self-attention whose logits get a bias."""
+    """Self-attention of a grid of patches whose logits get a bias.
+
+    The matrix of a large grid is not formed (12 x 4096 x 4096 at 1024 pixels): rows of queries are
+    taken a band at a time, and a band's bias is made again in the backward pass. The bias has a
+    number for each offset and is of no low rank, so it cannot ride along as channels of queries
+    and keys, as `windows.WideAttention`'s does.
+    """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -65,25 +82,45 @@ class BiasedAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Tokens [B, N, D] to the same; bias: [heads, N, N]."""
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Tokens [B, L, D] of a grid to the same; offsets: [heads, 2 rows - 1, 2 columns - 1]."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = bias.to(q.dtype)
-        if self.fused_attn:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        else:
-            logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
-            mixed = logits.softmax(dim=-1) @ v
+        offsets = offsets.to(q.dtype)
+        height, width = ((side + 1) // 2 for side in offsets.shape[1:])
+        each = max(1, BAND // (self.num_heads * width * x.shape[1]))  # rows of a band
+        bands = [range(top, min(top + each, height)) for top in range(0, height, each)]
+        parts = []
+        for rows in bands:
+            some = q[:, :, rows.start * width : rows.stop * width]
+            if len(bands) > 1 and torch.is_grad_enabled():
+                part = checkpoint(
+                    self._mixed,
+                    *(some, k, v, offsets, rows),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                part = self._mixed(some, k, v, offsets, rows)
+            parts.append(part)
+        mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         found: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return found
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, rows: range) -> Tensor:
+        """[B, heads, n, d] of the n queries in some rows."""
+        bias = bias_of(offsets, rows)
+        if self.fused_attn:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
+        return logits.softmax(dim=-1) @ v
 
 
 class BiasedBlock(Block):
     """timm's block around an attention with a bias."""
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Tokens [B, N, D] to the same; bias: [heads, N, N]."""
-        x = x + self.drop_path1(self.attn(self.norm1(x), bias))
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Tokens [B, L, D] of a grid to the same; offsets: as `BiasedAttention` takes them."""
+        x = x + self.drop_path1(self.attn(self.norm1(x), offsets))
         found: Tensor = x + self.drop_path2(self.mlp(self.norm2(x)))
         return found
 
