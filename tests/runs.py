@@ -7,6 +7,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,8 @@ from torch import Tensor
 from rcmae import checkpoint, train
 from rcmae.run import preempt
 from rcmae.run.loop import schedule
+
+ROOT = Path(__file__).parent.parent
 
 
 class Folder:
@@ -108,6 +112,25 @@ def at_step(step: int, action: Callable[[], object]) -> Callable[..., float]:
         return rate(now, **named)
 
     return asked
+
+
+def die_at_step(task: str, step: int, recipe: Path, folder: Path) -> None:
+    """Train in a process of its own that is killed, by SIGKILL, before the update of a step; what
+    was saved before is committed.
+    """
+    program = (
+        "import importlib, os, signal, sys; sys.path[:0] = ['tests']\n"
+        "from unittest.mock import patch; from runs import at_step\n"
+        "from rcmae.run.loop import schedule\n"
+        "task, step, *words = sys.argv[1:]\n"
+        "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with patch.object(schedule, 'learning_rate', at_step(int(step), kill)):\n"
+        "    importlib.import_module(f'rcmae.{task}').main(words)\n"
+    )
+    command = [sys.executable, "-c", program, task, str(step), str(recipe), f"run.dir={folder}"]
+    command.append("checkpoint.background=false")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def _not_the_tests(status: int) -> None:

@@ -48,6 +48,7 @@ UPWARD: set[str] = set()  # what is still to be turned round
 OURS = (
     "notebook",
     "bench_memory",
+    "bench_dense",
     "bench_shuffle",
     "bench_step",
     "bench_stream",

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +22,24 @@ from scenes import CLASSES, members, pack, png, scene, write_scenes
 
 import rcmae
 from rcmae import config, segment
-from rcmae.commands import export
+from rcmae.commands import export, plan, replay
+from rcmae.commands import runs as runs_command
 from rcmae.commands.evaluation import visualize
 from rcmae.data.dense.crops import Crops, Labels
+from rcmae.data.dense.maps import WIDE_NONE, read_map
+from rcmae.models.segmentation.backbone import Form
+from rcmae.models.segmentation.build import new_segmenter
+from rcmae.models.segmentation.fitting import fit_encoder
 from rcmae.models.segmentation.heads import resized
+from rcmae.models.segmentation.segmenter import Heads, Segmenter
+from rcmae.models.sizes import NetworkSizes
+from rcmae.objectives.segmentation import pixel_loss
 from rcmae.tasks.segment import Segmentation
-from runs import Folder, equal, keeping_handlers
+from rcmae.weights.segmenters import read_start
+from runs import Folder, die_at_step, equal, keeping_handlers
 from tests.conftest import ROOT, Ranks
 
+HEADS = ("decode_head", "auxiliary_head")
 ENGINES = ("zero1", "zero2", "zero3", "fsdp2")
 NOISE = ("fpn1.0.bias", "fpn1.3.bias", "fpn2.0.bias")  # gradients of 0, which Adam blows up
 
@@ -106,17 +115,7 @@ def test_killed_and_stopped_it_ends_as_if_nothing_had_happened(
     recipe: Path, whole: Folder, tmp_path: Path
 ) -> None:
     folder = Folder(tmp_path / "run")
-    program = (
-        "import os, signal, sys; sys.path[:0] = ['tests']\n"
-        "from unittest.mock import patch; from runs import at_step\n"
-        "from rcmae import segment; from rcmae.run.loop import schedule\n"
-        "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "with patch.object(schedule, 'learning_rate', at_step(3, kill)):\n"
-        "    segment.main(sys.argv[1:])\n"
-    )
-    command = [sys.executable, "-c", program, str(recipe), f"run.dir={folder.path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    die_at_step("segment", 3, recipe, folder.path)
     assert folder.committed() == [2]
     assert run(recipe, folder.path, "run.stop_after_steps=1", "data.workers=1") == 75
     assert run(recipe, folder.path) == 0
@@ -211,9 +210,153 @@ def test_a_run_is_loaded_and_exported_with_the_same_logits(
     for name in ("fpn1.0.weight", "blocks.2.attn.relative_position_bias_table"):
         mine = other.state()[f"weight/backbone.{name}"].view_as(state[f"backbone.{name}"])
         torch.testing.assert_close(mine, state[f"backbone.{name}"], rtol=0, atol=1e-7)
+    for name in ("decode_head.conv_seg.weight", "auxiliary_head.convs.0.conv.weight"):
+        torch.testing.assert_close(other.state()[f"weight/{name}"], state[name], rtol=0, atol=1e-7)
     index = "backbone.blocks.1.attn.relative_position_index"
     assert torch.equal(state[index], segmentation_reference.index((4, 4)))
     assert len(state) == len(segmenter.model.state_dict()) + 4
+
+
+def theirs(name: str) -> str:
+    """What mmsegmentation 1.x calls a weight of a segmenter."""
+    for ours, other in (
+        (r"backbone\.fpn1\.", "neck.upsample_4x."),
+        (r"backbone\.fpn2\.", "neck.upsample_2x."),
+        (r"backbone\.patch_embed\.proj\.", "backbone.patch_embed.projection."),
+        (r"backbone\.blocks\.", "backbone.layers."),
+        (r"\.norm([12])\.", r".ln\1."),
+        (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
+        (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+    ):
+        name = re.sub(ours, other, name)
+    return name
+
+
+def test_a_segmenter_of_mmsegmentation_1_starts_another(whole: Folder, tmp_path: Path) -> None:
+    """All of it, but for the last layers where there are other classes."""
+    state = rcmae.load_segmenter(whole.path).model.state_dict()
+    table = {theirs(name): value for name, value in state.items()}
+    for block in range(4):
+        place = f"backbone.layers.{block}.attn.relative_position_index"
+        table[place] = segmentation_reference.index((4, 4))
+    file = tmp_path / "upernet.pth"
+    torch.save({"meta": {"epoch": 1}, "state_dict": table}, file)
+    source = read_start(file)
+    sizes = NetworkSizes((16, 16), 4, 3, 16, 4, 2)
+    form = Form(levels=(0, 1, 2, 3))
+    counted = {name for name in state if name.endswith("num_batches_tracked")}
+    for classes in (5, 7):
+        model = Segmenter(sizes, form, Heads(classes, width=8))
+        fit = fit_encoder(model, source.weights)
+        last = {f"{head}.conv_seg.{leaf}" for head in HEADS for leaf in ("weight", "bias")}
+        fresh = set() if classes == 5 else last
+        assert {name for name in fit.fresh if not name.endswith("num_batches_tracked")} == fresh
+        for name, value in model.state_dict().items():
+            assert name in counted | fresh or torch.equal(value, state[name]), name
+    other = Segmenter(sizes, form, Heads(5, width=12))
+    fit = fit_encoder(other, source.weights)
+    assert "fpn1.0.weight" in fit.matched
+    assert "decode_head.bottleneck.conv.weight" in fit.fresh, "of another width"
+    assert "auxiliary_head.convs.0.conv.weight" in fit.matched
+
+
+def test_a_bad_step_is_replayed_sample_by_sample(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    poisoned = ["guard.drill_nan_position=5", "evaluate.every_steps=0"]
+    assert run(recipe, folder, *poisoned) == 1
+    capsys.readouterr()
+    with keeping_handlers(), patch("rcmae.run.preempt.SIGNALS", ()):
+        assert replay.main([str(folder / "replay" / "step-00000001.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["step"], found["reproduced"], found["same_masks"]) == (1, True, True)
+    losses = {each["position"]: each["loss"] for each in found["samples"]}
+    assert sorted(losses) == [4, 5, 6, 7]
+    assert [position for position, loss in losses.items() if loss != loss] == [5]
+
+
+def test_a_run_is_planned_and_its_state_told(
+    recipe: Path, whole: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runs_command.main(["status", str(whole.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert plan.main([str(recipe), "--gpus", "1", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["task"] == "segment"
+
+
+def test_more_than_255_classes_are_told_apart(recipe: Path, tmp_path: Path) -> None:
+    """Maps of 16 bits: of 300 classes, no label 65535, and with a zero that is no label."""
+    wide = {}
+    for name, data in members(range(8)).items():
+        values = scene(int(name[:4]))[1].astype(np.uint16)
+        shifted = np.where(values == 255, 65535, 70 * values + 50)
+        wide[name] = png(shifted.astype(np.uint16)) if "seg" in name else data
+    pack(tmp_path / "wide.tar", wide)
+    size = scene(0)[1].shape
+    labels = read_map(wide["0000.seg.png"], size, 300)
+    narrow = scene(0)[1]
+    assert labels.dtype == np.int16
+    assert (labels == np.where(narrow == 255, WIDE_NONE, 70 * narrow.astype(int) + 50)).all()
+    less = read_map(wide["0000.seg.png"], size, 299, zero_is_none=True)
+    assert (less == np.where(labels == WIDE_NONE, WIDE_NONE, labels - 1)).all()
+    both = np.array([[0, 255, 256, 65535]], np.uint16)
+    assert read_map(png(both), (1, 4), 300).tolist() == [[0, 255, 256, WIDE_NONE]]
+    assert read_map(png(both), (1, 4), 300, zero_is_none=True).tolist() == [
+        [WIDE_NONE, 254, 255, WIDE_NONE]
+    ]
+    eight = np.array([[0, 1, 254, 255]], np.uint8)
+    assert read_map(png(eight), (1, 4), 300).tolist() == [[0, 1, 254, WIDE_NONE]]
+    with pytest.raises(ValueError, match=r"outside segment.num_classes=250: 260 \("):
+        read_map(wide["0000.seg.png"], size, 250)
+
+    logits = torch.randn(1, 300, 4, 4)
+    maps = torch.from_numpy(labels)[None, :16, :16]
+    chosen = [50, 120, 190, 260]
+    few = torch.from_numpy(narrow)[None, :16, :16]
+    loss = pixel_loss(logits, maps)
+    logs = resized(logits, (16, 16)).log_softmax(dim=1)[:, chosen]
+    there = few != 255
+    picked = logs.gather(1, torch.where(there, few, 0).long()[:, None])[:, 0]
+    assert float(loss) == pytest.approx(-float(picked[there].sum()), rel=1e-5)
+
+    folder = Folder(tmp_path / "run")
+    options = [f"data.shards={tmp_path}/wide.tar", f"evaluate.test_shards={tmp_path}/wide.tar"]
+    options += ["segment.num_classes=300", "schedule.warmup_steps=1"]
+    options += ["schedule.steps=2", "evaluate.every_steps=2"]
+    assert run(recipe, folder.path, *options) == 0
+    document = json.loads((folder.path / "evaluation" / "step-00000002.json").read_text())
+    rows = document["networks"]["student"]["classes"]
+    assert [row["class"] for row in rows if row["pixels"]] == chosen
+    classes = rcmae.load_segmenter(folder.path).predict(Image.fromarray(scene(1)[0]))
+    assert classes.dtype == torch.int16
+
+
+def test_the_plan_knows_what_the_heads_keep(recipe: Path) -> None:
+    """Within a factor: what batch norm and resizing keep depends on torch."""
+    loaded = config.load(
+        str(recipe), ["segment.num_classes=19", "segment.crop=64", "segment.width=32"]
+    )
+    model = new_segmenter(loaded, 19).train()
+    weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # else its memory is used again
+        return tensor
+
+    alive: list[torch.Tensor] = []
+    maps = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(torch.randn(2, 3, 64, 64))
+        torch.stack([pixel_loss(each, maps) for each in logits]).sum()
+    parts = Segmentation().cost(loaded).parts
+    stated = 2 * sum(part.saved for part in parts)  # of two images
+    assert 0.8 * sum(kept.values()) < stated < 1.5 * sum(kept.values())
 
 
 def test_a_step_without_any_label_has_no_loss_and_no_nan(recipe: Path, tmp_path: Path) -> None:

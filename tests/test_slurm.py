@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scenes import write_scenes
+from test_detect import write_recipe
 from test_finetune import recipe_of
 from test_finetune import start as start_classifier
 
 from cluster import ROOT, TWO, Cluster, Job, equals, missing, rank_logs
+from rcmae import segment
 from rcmae.commands import slurm_templates
-from runs import Folder
+from runs import Folder, keeping_handlers
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,43 @@ def test_a_fine_tuning_is_requeued_like_a_pretraining(
     assert equals(run, whole)
     assert job.restarts == 1
     assert run.events("evaluate")[-1]["scores"]["student"]["images"] == 40
+
+
+def test_segmentation_and_detection_are_requeued_like_a_pretraining(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """One is warned, the other preempted; the recipes say what they are."""
+    (tmp_path / "objects").mkdir()
+    segmenting, detecting = write_scenes(tmp_path / "scenes"), write_recipe(tmp_path / "objects")
+    two = ["engine.name=fsdp2", "batch.per_device=2", "data.workers=0"]
+    longer = {segmenting: "schedule.steps=60", detecting: "schedule.steps=20"}
+    runs = {recipe: Folder(tmp_path / recipe.stem) for recipe in longer}
+    jobs = {}
+    for (recipe, steps), of in zip(longer.items(), ("1-2", "3-4"), strict=True):
+        where = f"run.dir={runs[recipe].path}"
+        jobs[recipe] = cluster.submit("pretrain.sbatch", recipe, *two, steps, where, of=of)
+    for recipe, job in jobs.items():
+        job.until(lambda run=runs[recipe]: len(run.steps()) >= 3)
+    jobs[segmenting].warn()
+    first = ("--partition=high", "--exclusive", "--nodes=2", "--exclude=node[1-2,5-8]")
+    words = ("sbatch", "--parsable", *first, "--output=/dev/null", "--wrap=sleep 1")
+    urgent = Job(cluster, int(cluster.run(*words)))
+    whole = Folder(tmp_path / "whole")
+    with keeping_handlers():
+        alone = [str(segmenting), f"run.dir={whole.path}", longer[segmenting]]
+        assert segment.main(alone) == 0
+    urgent.ends("COMPLETED")
+    for recipe, job in jobs.items():
+        job.ends("COMPLETED")
+        run = runs[recipe]
+        assert job.restarts == 1, job.said()
+        assert run.steps() == list(range(1, int(longer[recipe].rpartition("=")[2]) + 1))
+        stop, finish = run.events("stop")
+        assert (stop["status"], finish["status"]) == (75, 0)
+        assert run.events("resume")[0]["step"] == stop["step"]
+        assert run.events("evaluate")
+        assert run.outcome()["status"] == "finished"
+    assert equals(runs[segmenting], whole)
 
 
 def test_a_preempted_job_goes_on_when_the_other_is_done(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rcmae.data.batch import Batch
 from rcmae.data.dense.crops import MAPS
-from rcmae.data.dense.maps import NONE
+from rcmae.data.dense.maps import none_of
 from rcmae.models.segmentation.heads import resized
 from rcmae.models.segmentation.segmenter import DenseProbe, Keep, Segmenter, drawn
 from rcmae.objectives.terms import widen
@@ -55,7 +55,7 @@ class SegmentationLoss:
     def counts(self, batch: Batch) -> dict[str, int]:
         """Pixels of the micro-batch, or those that have a label."""
         maps = maps_of(batch)
-        pixels = maps.numel() if self.mean_over == "pixels" else int((maps != NONE).sum())
+        pixels = maps.numel() if self.mean_over == "pixels" else int((maps != none_of(maps)).sum())
         return dict.fromkeys(self.weights, pixels)
 
     def __call__(
@@ -82,7 +82,7 @@ def pixel_loss(logits: Tensor, maps: Tensor) -> Tensor:
         maps: [B, H, W].
     """
     full = resized(widen(logits), maps.shape[-2:])
-    return F.cross_entropy(full, maps.long(), ignore_index=NONE, reduction="sum")
+    return F.cross_entropy(full, maps.long(), ignore_index=none_of(maps), reduction="sum")
 
 
 def maps_of(batch: Batch) -> Tensor:

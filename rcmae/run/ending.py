@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from rcmae import dist
 from rcmae.checkpoint import CheckpointError
 from rcmae.checkpoint.lease import Lease, LeaseLost, newest_generation
+from rcmae.config import Recipe, Resolved
 from rcmae.data.sources import redacted
 from rcmae.errors import counted
 from rcmae.process import console
@@ -148,6 +151,10 @@ def note_failure(run: Run, error: Exception) -> None:
     loss = run.presence.explain(error)
     error.add_note(loss.message)
     reason = loss.message if loss.of_a_peer else f"rank {dist.rank()}: {error!r}"
+    if is_out_of_memory(error):
+        advice = memory_advice(run.recipe, run.sizes)
+        error.add_note(f"rcmae: {advice}")
+        reason = f"rank {dist.rank()}: {advice}"
     step = run.parts.progress.step
     if loss.speaks:
         run.presence.write_outcome(reason, again=loss.of_a_peer)
@@ -158,6 +165,35 @@ def note_failure(run: Run, error: Exception) -> None:
         run.log.close()
     if run.lease is not None:
         run.lease.release()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the device or of the host did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # torch's allocator of the CPU has no error of its own
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def memory_advice(recipe: Recipe, sizes: Resolved) -> str:
+    """What to set where a step does not fit, what costs least first."""
+    engine = recipe.engine
+    less = [each for each in range(1, sizes.per_device) if sizes.images_per_rank % each == 0]
+    ways = []
+    if less:
+        ways.append(f"batch.per_device={less[-1]} (the same images a step)")
+    if engine.precision == "fp32":
+        ways.append("engine.precision=bf16")
+    if engine.activation_checkpointing == "none":
+        ways.append("engine.activation_checkpointing=torch")
+    if engine.name != "fsdp2":
+        ways.append("engine.name=fsdp2 on several ranks")
+    ways.append("a smaller model.image_size")
+    return (
+        f"out of memory with batch.per_device={sizes.per_device} and engine.name={engine.name} on "
+        f"{counted(sizes.world, 'rank')}; what helps: {', '.join(ways)}; rcmae plan RECIPE says "
+        "what fits before a start"
+    )
 
 
 def say(text: str) -> None:

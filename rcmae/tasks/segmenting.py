@@ -21,6 +21,7 @@ from rcmae.tasks import start
 from rcmae.tasks.classify import same_source
 from rcmae.tasks.protocol import Data, Judgement, Saved
 from rcmae.weights.reading import NetworkWeights
+from rcmae.weights.segmenters import read_start
 from rcmae.weights.starting import function_problems, start_notes
 
 USUAL_CLASSES = 150  # for a plan made before the classes are known: ADE20K's
@@ -50,7 +51,9 @@ def look_at_classes(recipe: Recipe, saved: Saved | None) -> Found:
         init = str(start.newest_of(Path(init)))
     weights = None
     if init is not None and (options.frozen or saved is None):
-        weights = start.look_at("segment.init", init, options.network, first="teacher")
+        weights = start.look_at(
+            "segment.init", init, options.network, first="teacher", read=read_start
+        )
     return Found(init, weights, names_in(options.class_names))
 
 
@@ -110,7 +113,7 @@ def judge_names(
         )
     elif num_classes > MAX_CLASSES:
         judgement.problems.append(
-            f"segment.num_classes={num_classes}: at most {MAX_CLASSES} classes are trained"
+            f"segment.num_classes={num_classes}: at most {MAX_CLASSES:,} classes are trained"
         )
     return num_classes
 
@@ -169,7 +172,9 @@ def start_weights(model: Segmenter, recipe: Recipe) -> Fit | None:
     init = recipe.segment.init
     if init is None:
         return None
-    source = start.read_together("segment.init", init, recipe.segment.network, first="teacher")
+    source = start.read_together(
+        "segment.init", init, recipe.segment.network, first="teacher", read=read_start
+    )
     return fit_encoder(model, source.weights, source.grid)
 
 

@@ -35,7 +35,7 @@ from rcmae.weights.wrapping import unwrapped
 
 # whole numbers in published files that no network here reads: batches that a norm has counted, and
 # which row of a table each pair of tokens takes, which follows from the grid
-_COUNTED = ("num_batches_tracked", "relative_position_index")
+COUNTED = ("num_batches_tracked", "relative_position_index")
 _LARGEST_SIDE = 2**16  # of an image, in pixels
 
 
@@ -115,8 +115,8 @@ def _of_file(path: Path, network: Which | None, first: Which) -> NetworkWeights:
         raise Refused(f"{path} has no {name}, only {', '.join(there)}; ask for none, or for that")
 
     weights = published_names(there[name])
-    weights = {key: value for key, value in weights.items() if not key.endswith(_COUNTED)}
-    strange = [key for key, value in weights.items() if not _is_dense(value)]
+    weights = {key: value for key, value in weights.items() if not key.endswith(COUNTED)}
+    strange = [key for key, value in weights.items() if not is_dense(value)]
     if strange:
         raise Refused(
             f"{path} has entries that are not dense tensors of floats, such as {strange[0]}; "
@@ -124,7 +124,7 @@ def _of_file(path: Path, network: Which | None, first: Which) -> NetworkWeights:
         )
     if not weights:
         raise Refused(f"{path} has no weights; give a file of weights by name")
-    _refuse_not_finite(str(path), weights)
+    refuse_not_finite(str(path), weights)
 
     recipe = _recipe_of(path, contents.about)
     sizes, grid = _architecture(recipe, weights)
@@ -170,7 +170,7 @@ def _grid_beside(told: Beside, weights: Mapping[str, Tensor]) -> tuple[int, int]
     return (rows, columns) if fits else None
 
 
-def _refuse_not_finite(about: str, weights: Mapping[str, Tensor]) -> None:
+def refuse_not_finite(about: str, weights: Mapping[str, Tensor]) -> None:
     """Raises Refused: a weight is infinite or NaN."""
     bad = [name for name, value in weights.items() if not value.isfinite().all()]
     if bad:
@@ -195,7 +195,7 @@ def _of_checkpoint(
     for key, elements in zip(keys, whole_tensors(manifest, keys, torch.float32), strict=True):
         shape = manifest.tensors[key].shape
         weights[key.partition("/")[2]] = elements.clone().view(shape)
-    _refuse_not_finite(str(manifest.path), weights)
+    refuse_not_finite(str(manifest.path), weights)
 
     recipe = manifest.meta["recipe"]
     _refuse_sizes(f"{manifest.path}: its recipe", recipe, recipe["model"].get("image_size"))
@@ -363,7 +363,7 @@ def load_weights(path: Path) -> WeightsFile:
     problems: list[str] = []
     sizes: dict[str, Any] = {}
     for each, state in contents.networks.items():
-        strange = [name for name, value in state.items() if not _is_dense(value)]
+        strange = [name for name, value in state.items() if not is_dense(value)]
         if strange:
             problems.append(
                 f"{each} has entries that are not dense tensors of floats, such as {strange[0]}"
@@ -371,7 +371,7 @@ def load_weights(path: Path) -> WeightsFile:
             continue
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         unfit = shape_problems(shapes)
-        _refuse_not_finite(f"{each} of {path}", state)
+        refuse_not_finite(f"{each} of {path}", state)
         problems += [f"{each} {problem}" for problem in unfit]
         if not unfit:
             sizes = sizes_of(shapes)
@@ -382,7 +382,7 @@ def load_weights(path: Path) -> WeightsFile:
     return WeightsFile(path, contents.layout, contents.networks, sizes, contents.about)
 
 
-def _is_dense(value: object) -> bool:
+def is_dense(value: object) -> bool:
     """Whether it is a tensor of floats, each of which is in the file: a few bytes can claim to
     be any shape.
     """

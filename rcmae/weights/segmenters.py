@@ -1,4 +1,5 @@
-"""Segmenters out of a run, and into files of others: mmsegmentation's, Hugging Face's UPerNet.
+"""Segmenters out of a run or a published file, and into files of others: mmsegmentation's, Hugging
+Face's UPerNet.
 
 A probe's encoder is that of `segment.init`, which must still exist."""
 
@@ -23,13 +24,22 @@ from rcmae.files import write_aside
 from rcmae.models.kernels import LAYER_NORM_EPS
 from rcmae.models.segmentation.attention import relative_bias
 from rcmae.models.segmentation.build import new_segmenter
-from rcmae.models.segmentation.fitting import INDEX, fit_encoder, split_bias
+from rcmae.models.segmentation.fitting import HEADS, INDEX, fit_encoder, split_bias
 from rcmae.models.segmentation.heads import AUXILIARY_WIDTH, POOL_SCALES
 from rcmae.models.segmentation.segmenter import Segmenter
 from rcmae.weights.encoder import recipe_of
 from rcmae.weights.formats import PATH, WeightsFormat, Wrote
-from rcmae.weights.layouts import Which
-from rcmae.weights.reading import NetworkWeights, public_metadata, read_network
+from rcmae.weights.layouts import TORCH, Which
+from rcmae.weights.names import published_names
+from rcmae.weights.reading import (
+    COUNTED,
+    NetworkWeights,
+    is_dense,
+    opened,
+    public_metadata,
+    read_network,
+    refuse_not_finite,
+)
 
 # ours -> Hugging Face's, inside a block and in the heads
 _BLOCK = {
@@ -50,6 +60,21 @@ _EMBEDDING = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+}
+
+
+# mmsegmentation 1.x -> ours, by what a name begins with; outside, and inside of a block
+_MMSEG = {
+    "backbone.patch_embed.projection.": "backbone.patch_embed.proj.",
+    "backbone.ln1.": "backbone.norm.",
+    "neck.upsample_4x.": "backbone.fpn1.",
+    "neck.upsample_2x.": "backbone.fpn2.",
+}
+_MMSEG_BLOCK = {
+    "ln1.": "norm1.",
+    "ln2.": "norm2.",
+    "ffn.layers.0.0.": "mlp.fc1.",
+    "ffn.layers.1.": "mlp.fc2.",
 }
 
 
@@ -113,6 +138,59 @@ def _names_of(recipe: Recipe) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError):
         return ()
     return names if len(names) == recipe.segment.num_classes else ()
+
+
+# -------------------------------------------------------------------------------------- from others
+
+
+def read_start(
+    path: Path, network: Which | None = None, *, first: Which = "teacher"
+) -> NetworkWeights:
+    """What a segmentation starts from: a whole segmenter's file, by the published names or by those
+    of mmsegmentation 1.x, or whatever `read_network` takes. Local; nothing in it is run.
+
+    Raises:
+        Refused: it cannot be read.
+        CheckpointError: the checkpoint is damaged.
+    """
+    whole = _whole_segmenter(opened(path)) if path.is_file() and path.suffix in TORCH else None
+    if whole is None:
+        return read_network(path, network, first=first)
+    weights = {name: value for name, value in whole.items() if not name.endswith(COUNTED)}
+    strange = [name for name, value in weights.items() if not is_dense(value)]
+    if strange:
+        raise Refused(
+            f"{path} has entries that are not dense tensors of floats, such as {strange[0]}; give "
+            "a file of weights by name"
+        )
+    weights = {name: value.float() for name, value in weights.items()}
+    refuse_not_finite(str(path), weights)
+    about = f"segmenter of {path} ({len(weights)} tensors)"
+    return NetworkWeights(weights=weights, grid=None, sizes={}, about=about, metadata={})
+
+
+def _whole_segmenter(document: Any) -> dict[str, Any] | None:
+    """A segmenter's weights in what a file holds, by the published names; None: it has none."""
+    table = document
+    for key in ("state_dict", "model"):
+        if isinstance(table, Mapping) and isinstance(table.get(key), Mapping):
+            table = table[key]
+    if not isinstance(table, Mapping) or not any(str(name).startswith(HEADS) for name in table):
+        return None
+    names = {str(name).removeprefix("module."): value for name, value in table.items()}
+    if not any(name.startswith("backbone.") for name in names):
+        return None  # a probe's head alone
+    if any(name.startswith("backbone.layers.") for name in names):
+        names = {_of_mmsegmentation(name): value for name, value in names.items()}
+    return published_names(names)
+
+
+def _of_mmsegmentation(name: str) -> str:
+    """Ours for a name of mmsegmentation 1.x."""
+    layer = re.fullmatch(r"backbone\.layers\.(\d+)\.(.+)", name)
+    if layer is None:
+        return _renamed(name, _MMSEG)
+    return f"backbone.blocks.{layer[1]}.{_renamed(layer[2], _MMSEG_BLOCK)}"
 
 
 # ---------------------------------------------------------------------------------------- to others

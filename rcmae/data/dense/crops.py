@@ -12,12 +12,12 @@ from torch import Tensor
 from rcmae.data.batch import Extra
 from rcmae.data.dense import distortion, geometry
 from rcmae.data.dense.geometry import Size
-from rcmae.data.dense.maps import NONE, read_map
+from rcmae.data.dense.maps import none_of, read_map
 from rcmae.data.draws import Purpose, uniform
 from rcmae.data.members.protocol import Seen, stacked
 from rcmae.data.transforms import MAX_PIXELS, View, decode
 
-MAPS = "maps"  # in Batch.extra: [B, H, W] uint8, NONE where there is no label
+MAPS = "maps"  # in Batch.extra: [B, H, W], see maps.py; none_of it where there is no label
 EXTENTS = "extents"  # [B, 2] int64: rows and columns that are image; the rest is padding
 _SCALE, _BOXES = range(2)  # draws of one purpose
 
@@ -99,7 +99,7 @@ class Crops:
             geometry.padded(image, self.crop, 0),
             (where[0], where[1], where[2], where[3], int(flipped)),
         )
-        values = geometry.padded(values, self.crop, NONE)
+        values = geometry.padded(values, self.crop, none_of(values))
         return Seen(view, {MAPS: values, EXTENTS: torch.tensor(extent)})
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rcmae.data.dense.maps import NONE
+from rcmae.data.dense.maps import none_of
 
 TRIES = 10  # boxes that are looked at before one is taken as it comes
 Size = tuple[int, int]  # (height, width) in pixels
@@ -103,7 +103,8 @@ def padded(pixels: Tensor, crop: Size, value: int) -> Tensor:
 
 
 def _is_mixed(values: Tensor, max_share: float) -> bool:
-    counts = torch.bincount(values.reshape(-1), minlength=NONE + 1)[:NONE]
+    none = none_of(values)
+    counts = torch.bincount(values.reshape(-1), minlength=none + 1)[:none]
     return int((counts > 0).sum()) > 1 and float(counts.max()) / float(counts.sum()) < max_share
 
 

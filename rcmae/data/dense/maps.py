@@ -1,18 +1,32 @@
-"""A map as segmentation trains with it: a class a byte, none where there is no label."""
+"""A map as segmentation trains with it: a class a byte, of more than 255 classes two bytes; the
+largest number of the type is no label."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rcmae.data.members.maps import decode_map, no_label
 from rcmae.data.transforms import MAX_PIXELS, BadImage
 
-NONE = 255  # a pixel without a label
-MAX_CLASSES = NONE  # a class a byte, and one value for none
+NONE = 255  # a pixel without a label, of a map of bytes
+WIDE_NONE = 2**15 - 1  # the same of a wide map, int16: torch counts and compares no uint16
+MAX_CLASSES = 4096  # an evaluation counts their square
 _NAMED = 5  # classes that a message names
 
-Classes = NDArray[np.uint8]
+Classes = NDArray[np.uint8] | NDArray[np.int16]
+
+
+def none_of(values: Tensor) -> int:
+    """The number that is no label in a map."""
+    return WIDE_NONE if values.dtype == torch.int16 else NONE
+
+
+def is_wide(num_classes: int) -> bool:
+    """Whether maps of so many classes have two bytes a pixel."""
+    return num_classes > NONE
 
 
 def read_map(
@@ -51,11 +65,17 @@ def read_map(
         raise BadImage(
             f"its map has numbers outside segment.num_classes={num_classes}: {named}{more}{hint}"
         )
-    narrow = np.where(numbers == none, NONE, numbers).astype(np.uint8)
-    return without_zero(narrow) if zero_is_none else narrow
+    wide = is_wide(num_classes)
+    if numbers.dtype == np.uint8 and not wide:
+        narrow = numbers.astype(np.uint8, copy=False)
+        return without_zero(narrow) if zero_is_none else narrow
+    last = min(first + num_classes, none)
+    table = np.full(none + 1, WIDE_NONE if wide else NONE, np.int16)
+    table[first:last] = np.arange(last - first)
+    return table[numbers] if wide else table.astype(np.uint8)[numbers]
 
 
-def without_zero(values: Classes) -> Classes:
+def without_zero(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The map of a set whose zero means that there is no label (ADE20K): 0 -> none, n -> n - 1;
     none stays none.
     """

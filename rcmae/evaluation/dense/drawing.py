@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from rcmae.data.dense.geometry import resize_map
-from rcmae.data.dense.maps import NONE
+from rcmae.data.dense.maps import none_of
 from rcmae.evaluation.dense.judging import Shown
 
 HEIGHT = 240  # pixels of a picture
@@ -24,9 +24,9 @@ _LINE = 18
 
 
 def colours(num_classes: int) -> NDArray[np.uint8]:
-    """[256, 3] RGB of each class; grey of no label."""
-    table = np.full((NONE + 1, 3), _NO_LABEL, dtype=np.uint8)
-    for index in range(min(num_classes, NONE)):
+    """[classes + 1, 3] RGB of each class; grey, the last, of no label."""
+    table = np.full((num_classes + 1, 3), _NO_LABEL, dtype=np.uint8)
+    for index in range(num_classes):
         value = 0.95 if index % 2 else 0.75
         red, green, blue = colorsys.hsv_to_rgb(index * _TURN % 1.0, 0.75, value)
         table[index] = [round(255 * part) for part in (red, green, blue)]
@@ -43,6 +43,11 @@ def segments_picture(
     table = colours(num_classes)
     rows = []
     present: set[int] = set()
+
+    def coloured(values: Tensor) -> NDArray[np.uint8]:
+        numbers = values.numpy()
+        return table[np.where(numbers == none_of(values), num_classes, numbers)]
+
     for each in shown:
         height = min(HEIGHT, each.labels.shape[0])
         width = max(1, round(each.labels.shape[1] * height / each.labels.shape[0]))
@@ -51,14 +56,15 @@ def segments_picture(
         )
         present |= set(labels.unique().tolist()) | set(prediction.unique().tolist())
         image = _image(each.image, height, width)
-        coloured = table[prediction.numpy()]
-        if bool((labels == NONE).all()):
-            both = (image // 2 + coloured // 2).astype(np.uint8)
-            rows.append(_beside([image, coloured, both]))
+        found = coloured(prediction)
+        if bool((labels == none_of(labels)).all()):
+            both = (image // 2 + found // 2).astype(np.uint8)
+            rows.append(_beside([image, found, both]))
             continue
         difference = _difference(image, labels, prediction)
-        rows.append(_beside([image, table[labels.numpy()], coloured, difference]))
-    legend = _legend(sorted(present - {NONE}), table, names, max(row.shape[1] for row in rows))
+        rows.append(_beside([image, coloured(labels), found, difference]))
+    present = {each for each in present if each < num_classes}
+    legend = _legend(sorted(present), table, names, max(row.shape[1] for row in rows))
     return _below([*rows, legend])
 
 
@@ -70,9 +76,10 @@ def _image(image: Tensor, height: int, width: int) -> NDArray[np.uint8]:
 
 def _difference(image: NDArray[np.uint8], labels: Tensor, prediction: Tensor) -> NDArray[np.uint8]:
     grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
-    wrong = ((labels != prediction) & (labels != NONE)).numpy()
+    unlabelled = labels == none_of(labels)
+    wrong = ((labels != prediction) & ~unlabelled).numpy()
     grey[wrong] = (220, 40, 40)
-    grey[(labels == NONE).numpy()] = _NO_LABEL
+    grey[unlabelled.numpy()] = _NO_LABEL
     return grey
 
 

@@ -57,7 +57,7 @@ class Picture(NamedTuple):
     number: int  # in its set
     size: Size
     views: list[Tensor]  # [C, h, w] uint8, one a scale
-    labels: Tensor  # [height, width] uint8
+    labels: Tensor  # [height, width] uint8, of more than 255 classes int16
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class _Open:
     canvases: list[Canvas] = field(default_factory=list)
 
     def prediction(self) -> Tensor:
-        """[height, width] uint8, on the CPU."""
+        """[height, width] as `predicted` gives it, on the CPU."""
         logits = [canvas.logits() for canvas in self.canvases]
         return predicted(logits, self.picture.size).cpu()
 
@@ -119,7 +119,7 @@ def predictions(
     normalise: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> Iterator[tuple[Picture, Tensor]]:
-    """What is predicted [height, width] uint8 of each of this rank's pictures.
+    """What is predicted [height, width] of each of this rank's pictures.
 
     Collective: every rank calls with as many turns (None: without a picture), and iterates to the
     end. The device holds the logits of the pictures that are open, in float32: classes x the pixels

@@ -40,7 +40,8 @@ class TrainedSegmenter:
 
     @torch.no_grad()
     def predict(self, image: Image.Image | Tensor, *, batch: int = BATCH) -> Tensor:
-        """The class [H, W] uint8 of each pixel, by windows, where the model is. Local.
+        """The class [H, W] of each pixel, by windows, where the model is: uint8, of more than 255
+        classes int16. Local.
 
         Args:
             image: PIL, or [C, H, W] uint8.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcmae.data.dense.maps import NONE
+from rcmae.data.dense.maps import none_of
 
 WORST = 20  # confusions that are listed
 CLASSES_SHOWN = 30  # of a table for people; more are in the document alone
@@ -20,11 +20,11 @@ def confusion(labels: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
     label are left out, whatever was predicted there.
 
     Args:
-        labels: [...] classes, NONE where there is none.
+        labels: [...] classes, `none_of` them where there is no label.
         prediction: the same shape.
         num_classes: all labels lie below.
     """
-    there = labels != NONE
+    there = labels != none_of(labels)
     pairs = labels[there].long() * num_classes + prediction[there].long()
     counts = torch.bincount(pairs, minlength=num_classes**2)
     assert len(counts) == num_classes**2, "labels are checked where maps are read"

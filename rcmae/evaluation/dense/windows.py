@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rcmae.data.dense.maps import is_wide
+
 Size = tuple[int, int]  # (height, width) in pixels
 STRIP_NUMBERS = 2**25  # logits of a strip of the picture: 128 MiB in float32
 
@@ -106,15 +108,18 @@ def probabilities(logits: Sequence[Tensor], size: Size, rows: range) -> Tensor:
 
 
 def predicted(logits: Sequence[Tensor], size: Size) -> Tensor:
-    """The most likely class [height, width] uint8 of each pixel of a picture, strip by strip: a
-    picture of 6 megapixels and 150 classes would take 3.6 GB at once.
+    """The most likely class [height, width] of each pixel of a picture, uint8 or int16 as maps of
+    as many classes, strip by strip: a picture of 6 megapixels and 150 classes would take 3.6 GB at
+    once.
 
     Args:
         logits: of the picture at any sizes, one a scale and flip.
         size: of the picture.
     """
     height, width = size
-    step = max(1, STRIP_NUMBERS // (logits[0].shape[0] * width))
+    num_classes = logits[0].shape[0]
+    step = max(1, STRIP_NUMBERS // (num_classes * width))
+    dtype = torch.int16 if is_wide(num_classes) else torch.uint8
     strips = []
     for start in range(0, height, step):
         rows = range(start, min(start + step, height))
@@ -122,5 +127,5 @@ def predicted(logits: Sequence[Tensor], size: Size) -> Tensor:
             strip = rows_resized(logits[0], size, rows)
         else:
             strip = probabilities(logits, size, rows)
-        strips.append(strip.argmax(dim=0).to(torch.uint8))
+        strips.append(strip.argmax(dim=0).to(dtype))
     return torch.cat(strips)

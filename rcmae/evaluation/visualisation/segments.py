@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rcmae.data.dense.maps import NONE
+from rcmae.data.dense.maps import none_of
 from rcmae.data.transforms import BadImage, decode
 from rcmae.errors import Refused
 from rcmae.evaluation.dense.drawing import segments_picture
@@ -38,7 +38,7 @@ def segments(source: Path, images: Images) -> dict[str, NDArray[np.uint8]]:
             raise Refused(f"{each.name}: {error}") from error
         pixels = torch.from_numpy(rows).permute(2, 0, 1)
         classes = segmenter.predict(pixels)
-        shown.append(Shown(number, pixels, torch.full_like(classes, NONE), classes))
+        shown.append(Shown(number, pixels, torch.full_like(classes, none_of(classes)), classes))
     if not shown:
         raise Refused("--images: there is no image; give files, folders or shards")
     drawn = segments_picture(shown, segmenter.num_classes, segmenter.class_names)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rcmae.models import kernels  # first: it makes timm importable beside a CPU torch
+from rcmae.models import kernels
 from rcmae.models.batchnorm import GlobalBatchNorm
 from rcmae.models.blocks import Draws, DropPath, QKVBias
 from rcmae.models.patches import sincos_positions
 from rcmae.models.segmentation.attention import RelativeAttention
 from rcmae.models.sizes import NetworkSizes
+from rcmae.process import extensions  # noqa: F401, it makes timm importable beside a CPU torch
 
 from timm.models.beit import Block
 

@@ -15,6 +15,7 @@ from rcmae.models.segmentation.segmenter import Segmenter
 
 # ends of names that a pretraining has not: they stay at their start
 NEW = ("gamma_1", "gamma_2", "relative_position_bias_table", "num_batches_tracked")
+COUNTER = "num_batches_tracked"  # of a batch norm; published files are read without
 PYRAMID = ("fpn1.", "fpn2.")
 HEADS = ("decode_head.", "auxiliary_head.")
 INDEX = ".relative_position_index"  # of published files: it follows from the grid
@@ -24,13 +25,14 @@ INDEX = ".relative_position_index"  # of published files: it follows from the gr
 def fit_encoder(
     model: Segmenter, weights: Mapping[str, Tensor], grid: tuple[int, int] | None = None
 ) -> Fit:
-    """Put an encoder's weights, by their published names, into a segmenter's backbone; names in the
-    result are the backbone's.
+    """Put an encoder's weights, by their published names, into a segmenter's backbone; those of a
+    whole segmenter into its pyramid and heads, too. Names in the result are the backbone's and the
+    heads'.
 
     Args:
         model: of the same architecture and patch size; any crop.
-        weights: with or without a decoder or heads, which are left; or a whole segmenter's, whose
-            pyramid is taken, too.
+        weights: with or without a decoder, which is left. A head of another kind or width is left,
+            too, and so is the last layer of one of other classes.
         grid: rows and columns of patches of its position table; None: a square one.
 
     Raises:
@@ -55,12 +57,45 @@ def fit_encoder(
     if problems:
         raise Refused("; ".join(problems))
     backbone.load_state_dict({**wanted, **usable})
+    heads = {name: value for name, value in model.state_dict().items() if name.startswith(HEADS)}
+    taken = heads_that_fit(heads, found)
+    model.load_state_dict({**model.state_dict(), **taken})
+    fresh = [name for name in wanted if name not in usable]
+    if any(name.startswith(HEADS) for name in found):  # else they are all new, and nobody wonders
+        fresh += [name for name in heads if name not in taken and not name.endswith(COUNTER)]
+    usable |= taken
     return Fit(
         matched=tuple(sorted(usable)),
-        fresh=tuple(sorted(name for name in wanted if name not in usable)),
+        fresh=tuple(sorted(fresh)),
         unused=tuple(sorted(name for name in found if name not in usable)),
         resampled=None if old is None else (old, backbone.grid),
     )
+
+
+def heads_that_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the heads that a file has, head by head: all but the last layer or none; and the
+    last layer where it tells as many classes apart.
+
+    Args:
+        wanted: those of the model's heads.
+        found: of the file.
+    """
+    taken: dict[str, Tensor] = {}
+    for head in HEADS:
+        mine, theirs = (
+            {name: value.shape for name, value in state.items() if name.startswith(head)}
+            for state in (wanted, found)
+        )
+        last = f"{head}conv_seg."
+        inner = {name for name in mine if not name.startswith(last) and not name.endswith(COUNTER)}
+        others = {name for name in theirs if not name.startswith(last)}
+        if not theirs or inner != others or any(mine[name] != theirs[name] for name in inner):
+            continue
+        ends = [name for name in mine if name.startswith(last)]
+        if all(mine[name] == theirs.get(name) for name in ends):
+            inner |= set(ends)
+        taken |= {name: found[name] for name in inner}
+    return taken
 
 
 def split_bias(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

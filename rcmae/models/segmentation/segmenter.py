@@ -97,17 +97,18 @@ class Segmenter(nn.Module):
                 param.fill_(0.0 if leaf.endswith("bias") else 1.0)
 
     def forward(self, images: Tensor, keep: Keep | None = None) -> list[Tensor]:
-        """Logits [B, classes, h, w] of the head, and in training those of the head beside it.
+        """Logits [B, classes, h, w] of the head, and for a loss those of the head beside it.
 
         Args:
             images: [B, C, H, W] normalised, of one crop's size.
-            keep: what stays; in evaluation None.
+            keep: what stays, also of a step that is replayed; None of one that is judged.
         """
+        for_loss = self.training or keep is not None
         keep = keep or Keep()
         self.backbone.draws.keep = keep.paths
         maps = self.backbone(images)
         found = [self.decode_head(maps, keep.decode)]
-        if self.training and hasattr(self, "auxiliary_head"):
+        if for_loss and hasattr(self, "auxiliary_head"):
             found.append(self.auxiliary_head(maps[AUXILIARY_LEVEL], keep.auxiliary))
         return found
 
