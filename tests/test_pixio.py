@@ -193,6 +193,13 @@ def test_transformers_and_timm_compute_the_same(tmp_path: Path) -> None:
     given = theirs(images)
     torch.testing.assert_close(given.last_hidden_state, tokens, atol=1e-13, rtol=0)
     torch.testing.assert_close(given.pooler_output, mine(images), atol=1e-13, rtol=0)
+    for size in ((24, 16), (32, 32), (12, 20)):  # positions of its own, resized in float32
+        images_of_size = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(3))
+        other = load_encoder(tmp_path / "encoder.pth", num_heads=3, image_size=size)
+        resized = theirs.float()(images_of_size, interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(
+            resized, other.forward_features(images_of_size), atol=1e-5, rtol=1e-5
+        )
     back = read_network(tmp_path / "hf")
     assert all(torch.equal(back.weights[name], value) for name, value in source.weights.items())
 
