@@ -23,7 +23,8 @@ from pycocotools.cocoeval import COCOeval
 
 import rcmae
 from rcmae import detect
-from rcmae.commands import export, replay
+from rcmae.commands import export
+from rcmae.commands.again import replay
 from rcmae.data.dense.objects import decoded, encoded
 from runs import Folder, die_at_step, distance, equal, keeping_handlers
 from tests.conftest import Ranks

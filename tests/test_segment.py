@@ -22,8 +22,9 @@ from scenes import CLASSES, members, pack, png, scene, write_scenes
 
 import rcmae
 from rcmae import config, segment
-from rcmae.commands import export, plan, replay
+from rcmae.commands import export, plan
 from rcmae.commands import runs as runs_command
+from rcmae.commands.again import replay
 from rcmae.commands.evaluation import visualize
 from rcmae.data.dense.crops import Crops, Labels
 from rcmae.data.dense.maps import WIDE_NONE, read_map
