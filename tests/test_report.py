@@ -225,6 +225,33 @@ def test_lines_that_somebody_edited_break_no_page(judged: Folder, tmp_path: Path
     assert "new, deep" in found.text
 
 
+def test_who_holds_all_up_and_what_is_judged_without_labels_have_their_places(
+    judged: Folder, tmp_path: Path
+) -> None:
+    run = copied(judged.path, tmp_path / "run")
+    ranks = {"compute_slowest_s": 0.5, "compute_median_s": 0.3, "compute_slowest_rank": 3}
+    write(run / "metrics.jsonl", [{**row, **ranks} for row in judged.rows()])
+    now = time.time()
+    who = {"rank": 3, "host": "node7", "cause": "compute"}
+    late = {"event": "late_rank", "step": 9, "seconds_a_step": 0.2, "share": 0.4, **who}
+    scalars = {"rankme": {"student": 12.5}, "held": {"reconstruction": 0.25}}
+    judging = {"event": "evaluate", "step": 12, "seconds": 1.0, "scalars": scalars}
+    fell = {"event": "collapse", "step": 12, "network": "student", "effective_rank": 1.2}
+    with (run / "events.jsonl").open("a") as file:
+        for event in (late, judging, fell):
+            file.write(json.dumps({**event, "time": now}) + "\n")
+    page.write([run], tmp_path / "r.html")
+    found = Page(tmp_path / "r.html")
+    first = found.text.split("Curves over")[0]
+    assert "rank 3 on node7 holds the others up by 0.200 s a step (40% of one), by compute" in first
+    assert "the features collapsed at step 12" in first
+    said = {str(each["aria-label"]) for each in found.of("svg", role="img")}
+    (both,) = [each for each in said if each.startswith("ranks: forward passes, s a step: slowest")]
+    assert "; median from 0.3" in both
+    assert any(each.startswith("RankMe") and "to 12.5 at step 12" in each for each in said)
+    assert any(each.startswith("held images, fixed masks: reconstruction") for each in said)
+
+
 def test_a_folder_without_a_run_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

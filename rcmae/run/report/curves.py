@@ -43,7 +43,17 @@ KINDS = {
     "logistic": "logistic regression, top-1 in %",
     "scores": "test set",
     "segmentation": "segmentation, in %",
+    "rankme": "RankMe: effective rank of the features",
+    "lidar": "LiDAR: effective rank between images",
+    "held": "held images, fixed masks",
 }
+# of a name in metrics.jsonl with _slowest_s, _median_s and _slowest_rank
+_OF_RANKS = {
+    "data_wait": "wait for data",
+    "compute": "forward passes",
+    "arrival": "arrival at the first collective",
+}
+_ENDS = {"_slowest_s": "slowest rank", "_median_s": "median"}
 NETWORKS = ("student", "teacher", "random", "pixels")
 _OPTIMISATION = ("lr", "grad_norm", "weight_decay", "skipped")
 _SPEED = ("images_per_s", "step_s", "data_wait_s", "memory_peak_gib", "model_tflops", "mfu")
@@ -157,12 +167,29 @@ def _logged(runs: Sequence[Seen]) -> dict[str, list[Series]]:
         label = run.name if len(runs) > 1 else ""
         for key, curve in run.curves.items():
             found.setdefault(key, []).append(Series(label, number, curve))
+    _join_ranks(found, several=len(runs) > 1)
     terms = [key for key in found if key.startswith("loss_")]
     if len(terms) == 1 and "loss" in found and _same(found["loss"], found[terms[0]]):
         del found[terms[0]]  # the same curve again
     first = ["loss", *terms, "lr", "grad_norm", "images_per_s"]
     ordered = [key for key in first if key in found]
     return {key: found[key] for key in [*ordered, *(key for key in found if key not in ordered)]}
+
+
+def _join_ranks(found: dict[str, list[Series]], *, several: bool) -> None:
+    """Put the slowest rank and the median of a figure into one panel."""
+    for name, title in _OF_RANKS.items():
+        joined = []
+        for number, (end, label) in enumerate(_ENDS.items()):
+            for series in found.pop(name + end, []):
+                named = f"{series.label}, {label}" if several else label
+                colour = series.colour if several else number
+                joined.append(Series(named, colour, series.curve, several and number > 0))
+        which = found.pop(f"{name}_slowest_rank", [])
+        if joined:
+            found[f"ranks: {title}, s a step"] = joined
+        if which:
+            found[f"which rank is the slowest: {title}"] = which
 
 
 def _same(one: Sequence[Series], other: Sequence[Series]) -> bool:

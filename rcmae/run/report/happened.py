@@ -19,6 +19,7 @@ _SAYS = ("told", "reason", "jumped", "action")  # keys of an event that are word
 _ORDINARY = ("start", "resume", "first_step", "checkpoint", "evaluate", "signal", "stop", "note")
 _OFTEN = ("checkpoint", "evaluate", "bad_sample")  # told together where they follow each other
 _NAMES = {"evaluate": "evaluation", "bad_sample": "bad sample"}
+_TOLD_APART = ("bad_sample", "late_rank", "late_rank_over")
 # events that ask for a look -> what is said of them
 _LOOK = {
     "warning": "warned",
@@ -29,6 +30,7 @@ _LOOK = {
     "not_written": "something could not be written",
     "console_lost": "the console was lost",
     "worker_lost": "a data worker was killed",
+    "collapse": "the features collapsed",
     "short_shards": "shards are shorter than their index says",
 }
 
@@ -64,12 +66,13 @@ def notices(run: Seen) -> list[Notice]:
     how = str(run.status["state"])
     if how not in ("training", "finished"):
         found.append(Notice(how, is_now=True))
+    found += [Notice(late(event), is_now=how == "training") for event in run.status["late_ranks"]]
     bad = run.of("bad_sample")
     if bad:
         found.append(Notice(f"{counted(len(bad), 'sample')} could not be read", is_now=False))
     kinds = dict.fromkeys(event["event"] for event in run.events)
     for kind in kinds:
-        if kind in _ORDINARY or kind == "bad_sample":
+        if kind in _ORDINARY or kind in _TOLD_APART:
             continue
         same = run.of(kind)
         times = f"{len(same):,} times; the last time " if len(same) > 1 else ""
@@ -103,6 +106,16 @@ def bad_samples(run: Seen) -> tuple[list[BadSample], int]:
     return found, len(events)
 
 
+def late(event: Mapping[str, Any]) -> str:
+    """A rank that all others wait for."""
+    share = _number(event, "share")
+    return (
+        f"rank {event.get('rank')} on {event.get('host')} holds the others up by "
+        f"{_number(event, 'seconds_a_step'):.3f} s a step ({share:.0%} of one), by "
+        f"{event.get('cause')}, since step {_number(event, 'step'):,.0f} at the latest"
+    )
+
+
 def clock(seconds: float) -> str:
     """A moment, in local time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
@@ -119,6 +132,10 @@ def said(event: Mapping[str, Any]) -> str:
     if kind == "checkpoint":
         size = _number(event, "bytes") / 1e6
         return f"{size:,.1f} MB in {duration(_number(event, 'seconds'))}"
+    if kind == "late_rank":
+        return late(event)
+    if kind == "late_rank_over":
+        return f"rank {event.get('rank')} on {event.get('host')} is no longer late"
     if kind == "evaluate":
         return f"took {duration(_number(event, 'seconds'))}"
     words = [str(event[key]) for key in _SAYS if event.get(key)]
