@@ -20,6 +20,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rcmae.errors import Refused
 from rcmae.process import cores, launchers, meeting, waits
@@ -150,14 +151,24 @@ def barrier() -> None:
         torch_dist.barrier(group=_control)
 
 
-def all_sum(values: Tensor) -> Tensor:
-    """`values` summed over the ranks, in place.
+def all_sum(values: Tensor, group: torch_dist.ProcessGroup | None = None) -> Tensor:
+    """`values` summed over the ranks of a group (None: all), in place.
 
     Collective: every rank calls, same shape and type.
     """
     if world() > 1:
-        torch_dist.all_reduce(values)
+        torch_dist.all_reduce(values, group=group)
     return values
+
+
+def mesh(shards: int) -> DeviceMesh:
+    """All ranks: `shards` neighbours in the last dimension, and copies of such neighbours in the
+    first, where there are several. Collective: every rank calls, with what divides the ranks.
+    """
+    if shards == world():
+        return init_device_mesh(device().type, (shards,), mesh_dim_names=("shards",))
+    sides = (world() // shards, shards)
+    return init_device_mesh(device().type, sides, mesh_dim_names=("copies", "shards"))
 
 
 def sum_numbers(values: Sequence[float]) -> list[float]:

@@ -44,7 +44,7 @@ def start(
     Args:
         recipe: a YAML file, or the name of a shipped recipe.
         overrides: keys of the recipe, as in {"schedule.steps": 100}.
-        ranks: processes on this machine; several need engine.name deepspeed or fsdp2.
+        ranks: processes on this machine; several need engine.name ddp, deepspeed or fsdp2.
 
     Raises:
         Refused: the recipe, or the data that it names, is wrong; nothing was written. Or this is a

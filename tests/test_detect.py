@@ -35,6 +35,7 @@ CATEGORIES = [{"id": 7, "name": "square"}, {"id": 2, "name": "disc"}]
 ENGINES = {
     **{zero: ["engine.name=deepspeed", f"engine.config={zero}"] for zero in ZEROS},
     "fsdp2": ["engine.name=fsdp2"],
+    "ddp": ["engine.name=ddp"],
 }
 LOSSES = ("loss", "loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
 STEPS = 3

@@ -17,17 +17,17 @@ from rcmae.models.protocol import PUBLISHED, Place, running_buffers
 from tests.conftest import Ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
-STAGES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+STAGES = ("ddp", "ddp/2", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 # the released weights'
 AS_PUBLISHED = ("teacher.update=micro_step", "teacher.schedule=published", "teacher.momentum=0.9")
 
 
 def engine_of(stage: str) -> list[str]:
-    return (
-        ["engine.name=fsdp2"]
-        if stage == "fsdp2"
-        else ["engine.name=deepspeed", f"engine.config={stage}"]
-    )
+    """Overrides; "ddp/2" is sharded over two ranks."""
+    name, _, shards = stage.partition("/")
+    if name in ("ddp", "fsdp2"):
+        return [f"engine.name={name}", f"engine.shard_ranks={shards or 'null'}"]
+    return ["engine.name=deepspeed", f"engine.config={stage}"]
 
 
 def result(said: str) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("engines")
 
     def job(name: str, *overrides: str) -> list[str]:
-        return [str(tiny), f"run.dir={root / name}", "log.every_steps=1", *overrides]
+        folder = root / name.replace("/", "-")
+        return [str(tiny), f"run.dir={folder}", "log.every_steps=1", *overrides]
 
     fp32, bf16 = (
         ("engine.precision=fp32", "schedule.steps=8"),
@@ -109,7 +110,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_every_engine_is_the_local_one_in_fp32(runs: Path, stage: str, accumulation: int) -> None:
-    run, oracle = runs / f"{stage}-fp32-{accumulation}", runs / "local-fp32"
+    run, oracle = runs / f"{stage.replace('/', '-')}-fp32-{accumulation}", runs / "local-fp32"
     assert losses(run) == pytest.approx(losses(oracle), rel=1e-5)
     assert losses(runs / "local-fp32-2") == pytest.approx(losses(oracle), rel=1e-5)
     assert relative(tensors(run, "teacher"), tensors(oracle, "teacher")) < 1e-5
@@ -118,7 +119,7 @@ def test_every_engine_is_the_local_one_in_fp32(runs: Path, stage: str, accumulat
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_teacher_may_move_at_each_micro_batch(runs: Path, stage: str) -> None:
-    run, oracle = runs / f"{stage}-micro", runs / "local-micro"
+    run, oracle = runs / f"{stage.replace('/', '-')}-micro", runs / "local-micro"
     assert losses(run) == pytest.approx(losses(oracle), rel=1e-5)
     assert relative(tensors(run, "teacher"), tensors(oracle, "teacher")) < 1e-5
     # another teacher
@@ -128,7 +129,7 @@ def test_the_teacher_may_move_at_each_micro_batch(runs: Path, stage: str) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_engine_in_bf16_stays_near_fp32(runs: Path, stage: str) -> None:
-    run = runs / f"{stage}-bf16-2"
+    run = runs / f"{stage.replace('/', '-')}-bf16-2"
     assert losses(run) == pytest.approx(losses(runs / "local-fp32-long"), rel=1e-2)
     accumulator, other = tensors(run, "teacher"), tensors(runs / "local-bf16", "teacher")
     assert relative(accumulator, other) < 1e-3
@@ -158,7 +159,7 @@ def test_the_teacher_is_the_average_at_every_stage(ranks: Callable[..., Ranks]) 
         assert figures["copy_is_rounding"], name
         assert figures.get("whole_copy_is_rounding", True), name
         assert figures["bytes"] == figures["formula"], name
-    assert len(found) == (2 + 1) * 2 * 6
+    assert len(found) == (2 + 1) * 2 * (1 + len(STAGES))
 
 
 @pytest.mark.slow
@@ -187,6 +188,7 @@ def test_savings_of_memory_and_time_change_no_loss(
     # FSDP2
     jobs = [
         job("compile", "engine.name=fsdp2", "engine.compile=true"),
+        job("compile-ddp", "engine.name=ddp", "engine.compile=true"),
         job("plain", *zero3),
         job("torch", *zero3, "engine.activation_checkpointing=torch"),
         job("fairscale", *zero3, "engine.activation_checkpointing=fairscale"),
@@ -197,14 +199,18 @@ def test_savings_of_memory_and_time_change_no_loss(
         ),
         job("clipped", *zero3, "schedule.clip_grad=0.05"),
         job("clipped-fsdp2", "engine.name=fsdp2", "schedule.clip_grad=0.05"),
+        job("clipped-ddp", *engine_of("ddp/2"), "schedule.clip_grad=0.05"),
+        job("torch-ddp", "engine.name=ddp", "engine.activation_checkpointing=torch"),
+        job("fairscale-ddp", "engine.name=ddp", "engine.activation_checkpointing=fairscale"),
     ]
     said = ranks(str(PROGRAMS / "train_many.py"), json.dumps(jobs)).succeed()
     assert f"STATUS {[0] * len(jobs)}" in said
-    for name in ("torch", "fairscale", "fairscale_offload", "compile"):
+    changed = ("torch", "fairscale", "fairscale_offload", "compile")
+    for name in (*changed, "compile-ddp", "torch-ddp", "fairscale-ddp"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "plain"), rel=1e-5), name
-    assert losses(tmp_path / "clipped-fsdp2") == pytest.approx(
-        losses(tmp_path / "clipped"), rel=1e-5
-    )
+    for name in ("clipped-fsdp2", "clipped-ddp"):
+        clipped = losses(tmp_path / "clipped")
+        assert losses(tmp_path / name) == pytest.approx(clipped, rel=1e-5), name
 
 
 @pytest.mark.slow
@@ -280,10 +286,10 @@ def test_every_objective_is_the_local_one_on_every_engine(tiny: Path, tmp_path: 
         run = [f"run.dir={tmp_path / name}", "log.every_steps=1", "schedule.steps=8"]
         return [str(tiny), *run, *overrides]
 
-    stages = ("zero2", "zero3", "fsdp2")
+    stages = ("zero2", "zero3", "fsdp2", "ddp")
     two, again = [], []
     for objective, options in OBJECTIVES.items():
-        for stage in ("zero2", "fsdp2"):
+        for stage in ("zero2", "fsdp2", "ddp"):
             two.append(job(f"{objective}-{stage}", *options, *engine_of(stage)))
         again.append(job(f"{objective}-zero3", *options, *engine_of("zero3")))
     stopped = [[*each, "run.stop_after_steps=3"] for each in again]
@@ -312,6 +318,36 @@ def test_every_objective_is_the_local_one_on_every_engine(tiny: Path, tmp_path: 
     assert all(
         key.startswith(tuple(f"teacher/{part}" for part in PUBLISHED["encoder"])) for key in taught
     )
+
+
+@pytest.mark.slow
+def test_shards_may_lie_on_a_few_ranks_and_copies_on_the_others(
+    tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]
+) -> None:
+    """Four ranks, two of which share: half a training by one engine, the other half by another."""
+
+    def job(name: str, *overrides: str) -> list[str]:
+        run = [f"run.dir={tmp_path / name}", "log.every_steps=1", "schedule.steps=6"]
+        return [str(tiny), *run, "schedule.clip_grad=0.5", *overrides]
+
+    engines = {name: engine_of(f"{name}/2") for name in ("ddp", "fsdp2")}
+    halves = [
+        job(name, *overrides, "run.stop_after_steps=3", "checkpoint.every_steps=2")
+        for name, overrides in engines.items()
+    ]
+    others = [
+        job("fsdp2", *engines["ddp"], "engine.precision=fp32"),
+        job("ddp", *engines["fsdp2"], "engine.precision=fp32"),
+    ]
+    one = ranks(str(PROGRAMS / "train_many.py"), json.dumps([job("local")]), world=1)
+    four = ranks(str(PROGRAMS / "train_many.py"), json.dumps(halves + others), world=4)
+    assert "STATUS [0]" in one.succeed()
+    assert "STATUS [75, 75, 0, 0]" in four.succeed()
+    for name in engines:
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "local"), rel=1e-5)
+        for kind in ("weight", "teacher", "exp_avg_sq"):
+            wanted = tensors(tmp_path / "local", kind)
+            assert relative(tensors(tmp_path / name, kind), wanted) < 1e-5, (name, kind)
 
 
 def keys_of(run: Path, kind: str) -> list[str]:

@@ -31,6 +31,7 @@ ENGINES = {
     "zero2": ["engine.name=deepspeed", "engine.config=zero2"],
     "zero3": ["engine.name=deepspeed", "engine.config=zero3"],
     "fsdp2": ["engine.name=fsdp2"],
+    "ddp": ["engine.name=ddp"],
 }
 EVERYTHING = {
     "layer_decay": 0.7,

@@ -47,6 +47,7 @@ UPWARD: set[str] = set()  # what is still to be turned round
 # Tools of developers, which stay whole; every other one in tools/ is a command of the package.
 OURS = (
     "notebook",
+    "bench_host",
     "bench_memory",
     "bench_dense",
     "bench_shuffle",

@@ -69,6 +69,17 @@ CASES = {
         "engine.activation_checkpointing=torch",
     ],
     "zero3 fp32": ["engine.config={}/zero3.json", "engine.precision=fp32"],
+    "ddp bf16": ["engine.name=ddp"],
+    "ddp fp32, two micro-batches": [
+        "engine.name=ddp",
+        "engine.precision=fp32",
+        "batch.per_device=8",
+    ],
+    "ddp bf16, sharded, two micro-batches": [
+        "engine.name=ddp",
+        "engine.shard_ranks=2",
+        "batch.per_device=8",
+    ],
     "fsdp2 bf16": ["engine.name=fsdp2"],
     "fsdp2 bf16, two micro-batches": ["engine.name=fsdp2", "batch.per_device=8"],
     "zero2 bf16, bootmae": ["engine.config={}/zero2.json", "objective.name=bootmae"],
@@ -84,7 +95,7 @@ def test_memory_is_that_of_live_tensors_on_ranks(
     cases = {
         name: [
             each.format(middling.parent)
-            for each in ([] if "fsdp2" in name else ["engine.name=deepspeed"]) + given
+            for each in (["engine.name=deepspeed"] if "zero" in name else []) + given
         ]
         for name, given in CASES.items()
     }
@@ -208,7 +219,7 @@ def test_more_ranks_never_need_more_memory(middling: Path, where: str) -> None:
     for world in (1, 2, 8, 64):
         needs.append(footprint(cost, MemorySettings(where, world=world, per_device=4)).peak)
     assert needs == sorted(needs, reverse=True)
-    if where in ("local", "zero0"):
+    if where in ("local", "ddp", "zero0"):
         assert len(set(needs)) == 1
     without = estimates.cost_of(config.load(str(middling), ["objective.name=mae"]))
     alone, with_teacher = (
@@ -298,6 +309,7 @@ def test_shipped_recipes_can_run(
     assert status == 0, report["problems"]
     assert report["verdict"] == "can run"
     assert [row["engine"] for row in report["memory"]] == [
+        "ddp",
         "zero0",
         "zero1",
         "zero2",

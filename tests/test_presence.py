@@ -22,6 +22,7 @@ from runs import Folder, wait_for
 from tests.conftest import ROOT, Ranks, free_port
 
 FSDP2, ZERO2 = ["engine.name=fsdp2"], ["engine.name=deepspeed", "engine.config=zero2.json"]
+DDP = ["engine.name=ddp"]
 
 
 def three(run: Path) -> list[Presence]:
@@ -128,6 +129,7 @@ def test_who_is_asked_to_stop_does_not_wait_long_for_a_silent_peer(
     [
         (FSDP2, 1, signal.SIGKILL, 1800),
         (FSDP2, 0, signal.SIGKILL, 1800),
+        (DDP, 1, signal.SIGKILL, 1800),
         (ZERO2, 1, signal.SIGSTOP, 20),
     ],
 )

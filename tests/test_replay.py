@@ -38,6 +38,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("skip", *zero2, "guard.action=skip"),
         job("rewind", *zero2, "guard.action=rewind"),
         job("rewind-fsdp2", "engine.name=fsdp2", "guard.action=rewind"),
+        job("rewind-ddp", "engine.name=ddp", "engine.shard_ranks=2", "guard.action=rewind"),
         job("too-often", *zero2, "guard.action=skip", "guard.max_skips=0"),
         [
             str(tiny),
@@ -52,7 +53,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     ]
     ranks = Ranks([sys.executable, str(PROGRAM), json.dumps(jobs)], 2, root)
-    assert "STATUS [1, 0, 0, 0, 1, 0]" in ranks.succeed()
+    assert "STATUS [1, 0, 0, 0, 0, 1, 0]" in ranks.succeed()
     (root / "said").write_text(ranks.said())
     return root
 
@@ -90,7 +91,7 @@ def test_skip_leaves_out_one_update(runs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rewind", "rewind-fsdp2"])
+@pytest.mark.parametrize("name", ["rewind", "rewind-fsdp2", "rewind-ddp"])
 def test_rewind_passes_over_exactly_the_samples_since_the_checkpoint(runs: Path, name: str) -> None:
     steps = rows(runs / name)
     assert [row["step"] for row in steps] == list(range(1, 21))

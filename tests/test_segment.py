@@ -41,7 +41,7 @@ from runs import Folder, die_at_step, equal, keeping_handlers
 from tests.conftest import ROOT, Ranks
 
 HEADS = ("decode_head", "auxiliary_head")
-ENGINES = ("zero1", "zero2", "zero3", "fsdp2")
+ENGINES = ("zero1", "zero2", "zero3", "fsdp2", "ddp")
 NOISE = ("fpn1.0.bias", "fpn1.3.bias", "fpn2.0.bias")  # gradients of 0, which Adam blows up
 
 
@@ -94,7 +94,7 @@ def test_every_engine_on_two_ranks_is_the_local_one(
     jobs = []
     for engine in ENGINES:
         named = ["engine.name=deepspeed", f"engine.config={engine}.json"]
-        options = ["engine.name=fsdp2"] if engine == "fsdp2" else named
+        options = named if engine.startswith("zero") else [f"engine.name={engine}"]
         jobs.append([str(recipe), f"run.dir={tmp_path / engine}", *options])
     halves = [f"run.dir={tmp_path / 'halves'}", "run.stop_after_steps=3"]
     first = [str(recipe), *halves, "engine.name=deepspeed", "engine.config=zero3.json"]

@@ -31,6 +31,7 @@ ZERO1, ZERO2, ZERO3 = (
     [f"engine.config=zero{stage}.json", "engine.name=deepspeed"] for stage in (1, 2, 3)
 )
 FSDP2 = ["engine.name=fsdp2"]
+DDP = ["engine.name=ddp", "engine.shard_ranks=2"]
 
 
 @pytest.fixture
@@ -681,7 +682,7 @@ def test_a_run_goes_on_over_launchers_engines_kills_and_a_signal_to_one_rank(
 def test_any_engine_goes_on_from_any_others_checkpoint(
     tiny: Path, tmp_path: Path, uninterrupted: Folder, ranks: Callable[..., Ranks]
 ) -> None:
-    engines = {"zero1": ZERO1, "zero3": ZERO3, "fsdp2": FSDP2}
+    engines = {"zero1": ZERO1, "zero3": ZERO3, "fsdp2": FSDP2, "ddp": DDP}
     saved = {name: tmp_path / name / "checkpoints" / "step-00000010" for name in engines}
     saved["local"] = uninterrupted.checkpoints / "step-00000010"
     jobs = [
@@ -699,7 +700,7 @@ def test_any_engine_goes_on_from_any_others_checkpoint(
         for saver, path in saved.items()
     ]
     said = ranks(MANY, json.dumps(jobs), world=2).succeed()
-    assert f"STATUS {[75] * 3 + [0] * 12}" in said
+    assert f"STATUS {[75] * 4 + [0] * 20}" in said
     for saver in engines:
         assert start(tiny, tmp_path / f"{saver}-local", f"checkpoint.resume={saved[saver]}") == 0
 
@@ -709,7 +710,7 @@ def test_any_engine_goes_on_from_any_others_checkpoint(
     )
     pairs = [f"{saver}-{loader}" for saver in saved for loader in (*engines, "local")]
     pairs.remove("local-local")
-    assert len(pairs) == 15
+    assert len(pairs) == 24
     for pair in pairs:
         went_on = Folder(tmp_path / pair)
         assert went_on.steps() == list(range(11, 21)), pair

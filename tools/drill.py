@@ -58,6 +58,8 @@ from rcmae.tasks.registry import task_of
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = {  # name -> ranks, overrides
     "local x1": (1, ["engine.name=local", "engine.config=null"]),
+    "ddp x2": (2, ["engine.name=ddp", "engine.config=null"]),
+    "ddp/2 x4": (4, ["engine.name=ddp", "engine.config=null", "engine.shard_ranks=2"]),
     "ds0 x2": (2, ["engine.name=deepspeed", "engine.config=zero0.json"]),
     "ds1 x2": (2, ["engine.name=deepspeed", "engine.config=zero1.json"]),
     "ds2 x2": (2, ["engine.name=deepspeed", "engine.config=zero2.json"]),
@@ -65,6 +67,7 @@ LAYOUTS = {  # name -> ranks, overrides
     "ds3 x4": (4, ["engine.name=deepspeed", "engine.config=zero3.json"]),
     "fsdp2 x2": (2, ["engine.name=fsdp2", "engine.config=null"]),
     "fsdp2 x4": (4, ["engine.name=fsdp2", "engine.config=null"]),
+    "fsdp2/2 x4": (4, ["engine.name=fsdp2", "engine.config=null", "engine.shard_ranks=2"]),
 }
 PHASES = (
     "copied",

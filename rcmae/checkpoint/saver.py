@@ -363,14 +363,11 @@ def _attempt(action: Callable[[], object]) -> str | None:
 
 
 def _entries_of(state: EngineState) -> Iterator[Entry]:
-    """What this rank writes. Of what every rank holds, each writes a share."""
+    """What this rank writes. Of what several ranks hold, each writes a share."""
     for piece in state.pieces:
         for kind, tensor in piece.tensors.items():
-            low = 0
-            high = tensor.numel()
-            if state.replicated:
-                low = tensor.numel() * dist.rank() // dist.world()
-                high = tensor.numel() * (dist.rank() + 1) // dist.world()
+            low = tensor.numel() * state.copies.mine // state.copies.of
+            high = tensor.numel() * (state.copies.mine + 1) // state.copies.of
             if high > low:
                 yield Entry(f"{kind}/{piece.name}", piece.start + low, tensor[low:high])
     if dist.rank() == 0:

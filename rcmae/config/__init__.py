@@ -7,6 +7,7 @@ else computes them again. Reading it takes no torch.
 
 from rcmae.config.checks import rounding_problems
 from rcmae.config.commands import sources_in, without_pipes
+from rcmae.config.dense import DetectOptions, SegmentOptions
 from rcmae.config.loading import load, recipe_path
 from rcmae.config.objective import (
     CLASSIFYING,
@@ -31,6 +32,7 @@ from rcmae.config.recipe import (
 from rcmae.config.resolve import (
     Resolved,
     batch_problems,
+    engine_problems,
     per_device,
     precision_of,
     resolve,
@@ -44,7 +46,6 @@ from rcmae.config.sections import (
     CheckpointOptions,
     ClassifyOptions,
     DataOptions,
-    DetectOptions,
     EngineOptions,
     EvaluateOptions,
     Fraction,
@@ -60,7 +61,6 @@ from rcmae.config.sections import (
     TeacherOptions,
     WeightedShards,
 )
-from rcmae.config.segment import SegmentOptions
 from rcmae.config.statistics import first_batch_doubts, statistics_doubts
 from rcmae.config.trunks import ties_to_the_end
 
@@ -98,6 +98,7 @@ __all__ = [
     "WeightedShards",
     "batch_problems",
     "differences",
+    "engine_problems",
     "first_batch_doubts",
     "is_under",
     "load",

@@ -35,6 +35,11 @@ def contradictions(recipe: Recipe) -> list[str]:
             f"engine.config={recipe.engine.config} is DeepSpeed's, but "
             f"engine.name={recipe.engine.name}"
         )
+    if recipe.engine.shard_ranks is not None and recipe.engine.name not in ("ddp", "fsdp2"):
+        problems.append(
+            f"engine.shard_ranks={recipe.engine.shard_ranks} is of ddp and fsdp2, but "
+            f"engine.name={recipe.engine.name}; leave it out"
+        )
     problems += _objective_problems(recipe)
     return problems + rounding_problems(recipe)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import pydantic
 from pydantic import BaseModel, Field, SerializeAsAny
 
+from rcmae.config.dense import DetectOptions, SegmentOptions
 from rcmae.config.objective import (
     OWN_LOSS,
     ObjectiveOptions,
@@ -24,7 +25,6 @@ from rcmae.config.sections import (
     CheckpointOptions,
     ClassifyOptions,
     DataOptions,
-    DetectOptions,
     EngineOptions,
     EvaluateOptions,
     GuardOptions,
@@ -36,7 +36,6 @@ from rcmae.config.sections import (
     TaskOptions,
     TeacherOptions,
 )
-from rcmae.config.segment import SegmentOptions
 from rcmae.plugins import is_plugin
 
 

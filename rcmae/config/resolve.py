@@ -92,6 +92,25 @@ def batch_problems(recipe: Recipe, world: int) -> list[str]:
     return problems
 
 
+def engine_problems(recipe: Recipe, world: int) -> list[str]:
+    """What the engine cannot do on this many ranks, one line a problem."""
+    engine = recipe.engine
+    shards = engine.shard_ranks
+    problems = []
+    if engine.name == "local" and world > 1:
+        problems.append(
+            f"engine.name=local is one process, not {world}; use ddp, deepspeed or fsdp2"
+        )
+    if shards is not None and engine.name in ("ddp", "fsdp2") and world % shards:
+        fitting = [size for size in range(1, world + 1) if world % size == 0]
+        near = min(fitting, key=lambda size: abs(size - shards))
+        problems.append(
+            f"engine.shard_ranks={shards} does not divide {world} ranks; use {near}, or leave it "
+            "out"
+        )
+    return problems
+
+
 def per_device(recipe: Recipe, world: int) -> int:
     """Images of a micro-batch of a rank: the largest divisor of its part of a step that the recipe
     allows.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from rcmae import dist
@@ -52,12 +53,15 @@ def make_engine(
     optimizing: Optimizing = ADAMW,
 ) -> Engine:
     """The engine of a recipe, around the student and the teacher. Collective: every rank calls."""
+    if recipe.engine.tf32 and dist.device().type == "cuda":
+        torch.set_float32_matmul_precision("high")
     for model in filter(None, (student, teacher)):
         kernels.choose_attention(model, dist.device(), recipe.engine.precision)
         if recipe.engine.compile:
             kernels.compile_blocks(model)
     kernels.checkpoint_blocks(student, recipe.engine.activation_checkpointing)
     settings = engine_settings(recipe, sizes, optimizing)
+    shards = recipe.engine.shard_ranks
     if recipe.engine.name == "deepspeed":
         from rcmae.engines.deepspeed import DeepSpeedEngine
 
@@ -65,5 +69,9 @@ def make_engine(
     if recipe.engine.name == "fsdp2":
         from rcmae.engines.fsdp2 import FSDP2Engine
 
-        return FSDP2Engine(student, teacher, settings)
+        return FSDP2Engine(student, teacher, settings, shards=shards)
+    if recipe.engine.name == "ddp":
+        from rcmae.engines.ddp import DDPEngine
+
+        return DDPEngine(student, teacher, settings, shards=shards or 1)
     return LocalEngine(student, teacher, settings)

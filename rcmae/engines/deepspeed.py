@@ -21,12 +21,19 @@ from typing import Any, NamedTuple, Protocol
 import deepspeed
 import deepspeed.ops.adam
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from rcmae import dist
+from rcmae.engines.flat import Cut, Gather
 from rcmae.engines.optim import moments, param_groups, prime, set_rates, step_of
-from rcmae.engines.protocol import DTYPES, EngineSettings, EngineState, Piece, StepStats
+from rcmae.engines.protocol import (
+    DTYPES,
+    Copies,
+    EngineSettings,
+    EngineState,
+    Piece,
+    StepStats,
+)
 from rcmae.engines.teacher import Teacher
 from rcmae.engines.updates import (
     cast_params,
@@ -41,9 +48,6 @@ from rcmae.engines.updates import (
     verdict,
 )
 from rcmae.process import compiler
-
-# its name since torch 2.13
-_all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
 
 
 class _Run(NamedTuple):
@@ -362,9 +366,8 @@ class DeepSpeedEngine:
             pieces.append(Piece(run.name, run.start, tensors))
         tables = dict(self.student.module.named_buffers())
         step = step_of(self._adam, self._stage.keys[0])
-        return EngineState(
-            self._shapes, pieces, tables, not self._stage.sharded, step, updates_of(self._ema)
-        )
+        copies = Copies() if self._stage.sharded else Copies(dist.world(), dist.rank())
+        return EngineState(self._shapes, pieces, tables, copies, step, updates_of(self._ema))
 
     def _teacher_views(self, runs: Sequence[_Run]) -> dict[str, Tensor]:
         if self._ema is None:
@@ -401,7 +404,7 @@ def _groups_of_teacher(teacher: nn.Module, stage: _Partitioned) -> list[int]:
 
 def _whole_copies(
     teacher: nn.Module, stage: _Partitioned, groups: Sequence[int], dtype: torch.dtype
-) -> tuple[list[Tensor], _Gather]:
+) -> tuple[list[Tensor], Gather]:
     """Teacher parameters as views of one flat tensor a group.
 
     This rank's shards of those, and what gathers them.
@@ -415,33 +418,10 @@ def _whole_copies(
             size = math.prod(param.shape)
             theirs[name].data = flat[offset : offset + size].view(param.shape)
             offset += size
-    gather = _Gather(flats)
+    gather = Gather(flats, Cut(dist.rank(), dist.world()))
     # until then it overlaps with the next batch
     teacher.register_forward_pre_hook(lambda *_: gather.wait())
     return gather.shards, gather
-
-
-class _Gather:
-    """One all-gather a group of the teacher's rounded shards."""
-
-    def __init__(self, flats: Sequence[Tensor]) -> None:
-        sizes = [flat.numel() // dist.world() for flat in flats]
-        self.flats = flats
-        self.shards = [
-            flat.narrow(0, dist.rank() * size, size)
-            for flat, size in zip(flats, sizes, strict=True)
-        ]
-        self._under_way: list[torch_dist.Work] = []
-
-    def begin(self) -> None:
-        for flat, shard in zip(self.flats, self.shards, strict=True):
-            work = _all_gather(flat, shard.clone(), async_op=True)
-            if work is not None:
-                self._under_way.append(work)
-
-    def wait(self) -> None:
-        while self._under_way:
-            self._under_way.pop(0).wait()
 
 
 def _shard_teacher(teacher: nn.Module, config: dict[str, Any]) -> nn.Module:

@@ -2,7 +2,9 @@
 
 Masters are the fp32 shards that `fully_shard` keeps; with bf16 it gathers them rounded and reduces
 gradients in fp32. The teacher is a second sharded module of the compute type; its accumulators are
-local tensors, sharded alike, so an update is one `lerp` a rank and no communication.
+local tensors, sharded alike, so an update is one `lerp` a rank and no communication. Shards may lie
+on a few neighbouring ranks (of a node), and copies of them on the others (HSDP): gathers then stay
+among neighbours, and the reduced gradients are summed over the copies.
 """
 
 from __future__ import annotations
@@ -11,13 +13,19 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rcmae import dist
 from rcmae.engines.optim import moments, param_groups, prime, set_rates, step_of
-from rcmae.engines.protocol import DTYPES, EngineSettings, EngineState, Piece, StepStats
+from rcmae.engines.protocol import (
+    DTYPES,
+    Copies,
+    EngineSettings,
+    EngineState,
+    Piece,
+    StepStats,
+)
 from rcmae.engines.teacher import Teacher
 from rcmae.engines.updates import (
     cast_params,
@@ -35,10 +43,20 @@ from rcmae.models.protocol import blocks_of, other_units
 
 
 class FSDP2Engine:
-    """Student and teacher sharded by PyTorch's FSDP2, over one mesh dimension."""
+    """PyTorch's fully sharded data parallel engine, second generation.
+
+    Args:
+        student, teacher, settings: as of every engine.
+        shards: neighbouring ranks that share a copy of everything; it divides the ranks. None: all.
+    """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, settings: EngineSettings
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        settings: EngineSettings,
+        *,
+        shards: int | None = None,
     ) -> None:
         # a linear layer's output is a view of a matrix product's; nothing here writes into a
         # prediction
@@ -48,14 +66,16 @@ class FSDP2Engine:
         self._settings = settings
         dtype = DTYPES[settings.precision]
         self._shapes = {name: tuple(param.shape) for name, param in student.named_parameters()}
-        mesh = init_device_mesh(settings.device.type, (dist.world(),))
+        self._shards = shards or dist.world()
+        mesh = dist.mesh(self._shards)
+        self._group = mesh.get_group("shards")
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         self.student = student.to(settings.device)
         self._root = _shard(student, mesh, policy)
         groups = param_groups(student, settings.weight_decay, settings.layer_decay)
-        self._optimizer = optimizer_for(groups, settings, sharded=True)
+        self._optimizer = optimizer_for(groups, settings, sharded=True, group=self._group)
         prime(self._optimizer, student.parameters(), 0)
         self.teacher = freeze(teacher)
         self._ema: Teacher | None = None
@@ -70,7 +90,7 @@ class FSDP2Engine:
                 accumulate=settings.teacher_accumulate,
                 statistics=statistics(student, teacher),
                 seed=settings.seed,
-                offset=dist.rank(),
+                offset=dist.rank() % self._shards,
             )
             self._ema.start_from_student()
 
@@ -87,7 +107,7 @@ class FSDP2Engine:
         grads = [
             _shard_of(param.grad) for param in self.student.parameters() if param.grad is not None
         ]
-        norm = global_norm(grads, sharded=True, device=self._settings.device)
+        norm = global_norm(grads, sharded=True, device=self._settings.device, group=self._group)
         stats = verdict(norm)
         if stats.finite and not discard:
             clip(grads, norm, self._settings.clip_grad)
@@ -118,7 +138,8 @@ class FSDP2Engine:
             if name in averages:
                 tensors["teacher"] = averages[name]
             if local.numel():
-                first_row = min(dist.rank() * -(-rows // dist.world()), rows)  # as torch.chunk
+                part = dist.rank() % self._shards
+                first_row = min(part * -(-rows // self._shards), rows)  # as torch.chunk
                 start = first_row * (param.numel() // rows)
                 pieces.append(
                     Piece(name, start, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
@@ -128,7 +149,7 @@ class FSDP2Engine:
             self._shapes,
             pieces,
             dict(self.student.named_buffers()),
-            False,
+            Copies(dist.world() // self._shards, dist.rank() // self._shards),
             step,
             updates_of(self._ema),
         )

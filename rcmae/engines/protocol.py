@@ -44,6 +44,13 @@ class Piece:
     tensors: dict[str, Tensor]
 
 
+class Copies(NamedTuple):
+    """How often the ranks hold the same pieces: each writes its share of what all of them hold."""
+
+    of: int = 1
+    mine: int = 0  # which of them this rank has
+
+
 @dataclass
 class EngineState:
     """The logical state on this rank."""
@@ -51,7 +58,7 @@ class EngineState:
     shapes: dict[str, tuple[int, ...]]  # of every parameter, in the model's order
     pieces: list[Piece]
     buffers: dict[str, Tensor]  # frozen tables, whole and the same on every rank
-    replicated: bool  # every rank holds all of it
+    copies: Copies
     optimizer_step: int
     teacher_updates: int
 

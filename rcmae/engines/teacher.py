@@ -216,13 +216,14 @@ def teacher_bytes(
     """What the teacher takes on a rank, by formula; padding and uneven cuts included. Pure.
 
     Args:
-        placement: "local", "zero0", "zero1", "zero2", "zero3" or "fsdp2".
+        placement: "local", "ddp", "zero0", "zero1", "zero2", "zero3" or "fsdp2".
         groups: for each optimizer group the shapes of its parameters.
-        rank: whose bytes.
-        world: number of ranks.
+        rank: whose bytes; among those that share.
+        world: number of ranks that share what is sharded.
         precision: "fp32" or "bf16", the type of the copy.
         accumulate: "fp32_shard" or "stochastic".
 
+    DDP lays a group end to end, padded to a multiple of 8 x world elements where it is sharded;
     ZeRO-1/2 lay a group end to end, pad it to a multiple of 2 x world elements and split it in
     `world` pieces; ZeRO-3 splits each parameter, padded to a multiple of world; FSDP2 splits the
     rows of each parameter in chunks of ceil(rows / world), the last ranks getting fewer or none.
@@ -230,8 +231,12 @@ def teacher_bytes(
     width = 2 if precision == "bf16" else 4
     sizes = [list(map(math.prod, group)) for group in groups]
     whole = sum(map(sum, sizes))
-    if placement in ("local", "zero0"):
+    if placement in ("local", "zero0") or (placement == "ddp" and world == 1):
         copied = held = whole
+    elif placement == "ddp":
+        padded = [math.ceil(sum(group) / (8 * world)) * 8 * world for group in sizes if group]
+        copied = sum(padded)
+        held = sum(padded) // world
     elif placement in ("zero1", "zero2"):
         padded = [math.ceil(sum(group) / (2 * world)) * 2 * world for group in sizes if group]
         copied = sum(padded)
@@ -244,7 +249,7 @@ def teacher_bytes(
         )
     else:
         raise Refused(
-            f"no placement {placement!r}; known: local, zero0, zero1, zero2, zero3, fsdp2"
+            f"no placement {placement!r}; known: local, ddp, zero0, zero1, zero2, zero3, fsdp2"
         )
     is_copy = accumulate == "stochastic" or precision == "fp32"
     return TeacherBytes(copy=copied * width, accumulator=0 if is_copy else held * 4)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from rcmae import dist
@@ -18,9 +19,15 @@ from rcmae.models.protocol import running_buffers
 from rcmae.process import compiler
 
 
-def global_norm(grads: Sequence[Tensor], *, sharded: bool, device: torch.device) -> Tensor:
+def global_norm(
+    grads: Sequence[Tensor],
+    *,
+    sharded: bool,
+    device: torch.device,
+    group: torch_dist.ProcessGroup | None = None,
+) -> Tensor:
     """L2 norm of all gradients as a float32 scalar on `device`. Collective when `sharded`: every
-    rank calls.
+    rank calls; `group` are the ranks that share them, None: all.
 
     Not finite if any element on any rank is not: this is the verdict all ranks share before an
     update."""
@@ -28,15 +35,19 @@ def global_norm(grads: Sequence[Tensor], *, sharded: bool, device: torch.device)
     if grads:
         norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
         squares = torch.stack([norm.to(device) for norm in norms]).square().sum()
-    return (dist.all_sum(squares) if sharded else squares).sqrt()
+    return (dist.all_sum(squares, group) if sharded else squares).sqrt()
 
 
 def optimizer_for(
-    groups: list[dict[str, Any]], settings: EngineSettings, *, sharded: bool
+    groups: list[dict[str, Any]],
+    settings: EngineSettings,
+    *,
+    sharded: bool,
+    group: torch_dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of the settings over an engine's groups.
 
-    `sharded` where each rank holds a part of a tensor.
+    `sharded` where each rank of `group` (None: of all) holds a part of a tensor.
     """
     compiler.spare_optimizers()
     if settings.rule == "adamw":
@@ -44,7 +55,11 @@ def optimizer_for(
         compiler.spare_step(optimizer)
         return optimizer
     trust = 0.001 if settings.rule == "lars" else None
-    return LARS(groups, trust=trust, all_sum=dist.all_sum if sharded else lambda values: values)
+
+    def all_sum(values: Tensor) -> Tensor:
+        return dist.all_sum(values, group) if sharded else values
+
+    return LARS(groups, trust=trust, all_sum=all_sum)
 
 
 def read_telemetry(found: Telemetry, *, sharded: bool) -> dict[str, float]:

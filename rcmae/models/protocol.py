@@ -77,6 +77,13 @@ def other_units(model: nn.Module) -> list[nn.Module]:
     return network.other_units() if hasattr(network, "other_units") else []
 
 
+def graph_changes(model: nn.Module) -> bool:
+    """Whether which parameters a loss depends on changes from batch to batch: `graph_changes` of a
+    `Trainable` whose heads may have nothing to learn from in a batch.
+    """
+    return bool(getattr(model, "graph_changes", False))
+
+
 def running_buffers(model: nn.Module) -> list[str]:
     """Names of the buffers that training changes: statistics that run along (batch norm's), the
     same on every rank. All other buffers are tables, which nothing changes.

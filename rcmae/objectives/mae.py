@@ -108,9 +108,11 @@ def squared_error(pred: Tensor, target: Tensor, weights: Tensor | None = None) -
 
     `weights` [B, n]: how much each patch counts; None: 1.
     """
+    wide = widen(pred)
     if weights is None:
-        return F.mse_loss(widen(pred), target, reduction="sum") / pred.shape[2]
-    return ((widen(pred) - target).square().mean(dim=2) * weights).sum()
+        # torch 2.11 has no gradient of a float64 prediction and a float32 target
+        return F.mse_loss(wide, target.to(wide.dtype), reduction="sum") / pred.shape[2]
+    return ((wide - target).square().mean(dim=2) * weights).sum()
 
 
 def crowding(batch: Batch) -> Tensor:

@@ -62,8 +62,8 @@ def placement(recipe: Recipe) -> str:
 def settings_of(recipe: Recipe, where: str, world: int, per_device: int) -> MemorySettings:
     """What `footprint` wants to know of a recipe in a place that may not be its own."""
     deepspeed: Mapping[str, Any] = {}
+    own = where == placement(recipe)
     if where.startswith("zero"):
-        own = where == placement(recipe)
         deepspeed = read_config((recipe.engine.config or "") if own else where)
     return MemorySettings(
         placement=where,
@@ -73,6 +73,7 @@ def settings_of(recipe: Recipe, where: str, world: int, per_device: int) -> Memo
         accumulation=recipe.batch.images // world // per_device,
         accumulate=recipe.teacher.accumulate,
         deepspeed=deepspeed,
+        shard_ranks=recipe.engine.shard_ranks if own else None,
     )
 
 
@@ -134,7 +135,7 @@ def speed(recipe: Recipe, cost: StepCost, sizes: Resolved, site: Site) -> dict[s
     """
     gpu = GPUS[site.gpu]
     recipe = config.with_precision(recipe, gpu.bf16)
-    peak = peak_flops(gpu.device_name, recipe.engine.precision)
+    peak = peak_flops(gpu.device_name, recipe.engine.precision, tf32=recipe.engine.tf32)
     if peak is None:
         raise Refused(
             f"{gpu.device_name} has no {recipe.engine.precision}; use engine.precision=fp32"

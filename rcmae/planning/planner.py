@@ -37,7 +37,7 @@ from rcmae.planning.site import Site
 with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator it found
     from rcmae.engines.deepspeed_config import config_problems, read_config
 
-ROWS = ("zero0", "zero1", "zero2", "zero3", "fsdp2")  # engines that are shown side by side
+ROWS = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")  # engines that are shown side by side
 
 # ------------------------------------------------------------------------------------------- recipe
 
@@ -157,10 +157,7 @@ def site_problems(recipe: Recipe, site: Site) -> list[str]:
     """What stands against a recipe on a site before anything is computed."""
     gpu = GPUS[site.gpu]
     problems = config.batch_problems(recipe, site.world)
-    if recipe.engine.name == "local" and site.world > 1:
-        problems.append(
-            f"engine.name=local is one process, not {site.world}; use deepspeed or fsdp2"
-        )
+    problems += config.engine_problems(recipe, site.world)
     if recipe.engine.precision == "bf16" and not gpu.bf16:
         problems.append(f"{gpu.device_name} has no bf16; use engine.precision=fp32")
     return problems + config.rounding_problems(recipe)

@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import nn
 
+from rcmae.engines.ddp import BUCKET_MB
 from rcmae.engines.optim import param_groups
 from rcmae.engines.teacher import TeacherBytes, teacher_bytes
 from rcmae.models.activations import FP32, bytes_of
 
-PLACEMENTS = ("local", "zero0", "zero1", "zero2", "zero3", "fsdp2")
+PLACEMENTS = ("local", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 _FLUSH = 500_000_000  # elements of DeepSpeed's all-reduce at stage 0, and of its default buckets
 _LIVE = 1_000_000_000  # parameters that its stage 3 keeps gathered by default: all of a ViT
 _PERSISTENT = 100_000  # parameters up to this size stay whole in stage 3 by default
@@ -35,6 +36,12 @@ class MemorySettings:
     accumulation: int = 1  # micro-batches of a step
     accumulate: str = "fp32_shard"  # the teacher's, as in `teacher.Teacher`
     deepspeed: Mapping[str, Any] = field(default_factory=dict)  # its JSON
+    shard_ranks: int | None = None  # as in the recipe
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that share what is sharded."""
+        return self.shard_ranks or (1 if self.placement == "ddp" else self.world)
 
 
 def states(model: nn.Module, settings: MemorySettings) -> dict[str, int]:
@@ -94,7 +101,7 @@ def _bytes_of_teacher(
         settings.placement,
         groups,
         rank=0,
-        world=settings.world,
+        world=settings.sharing,
         precision=precision,
         accumulate=accumulate,
     )
@@ -215,6 +222,8 @@ def engine_bytes(model: nn.Module, teacher: Sequence[str], settings: MemorySetti
     size = _States(model, teacher, settings)
     if settings.placement == "local":
         return _local(size)
+    if settings.placement == "ddp":
+        return _ddp(size, settings)
     if settings.placement == "zero0":
         return _zero0(size)
     if settings.placement == "fsdp2":
@@ -234,6 +243,29 @@ def _local(size: _States) -> EngineBytes:
         size.resident(size.master, size.master, 8 * size.whole),
         buckets=Buckets(bytes=size.width * max(size.sizes)),
         publishing=size.publishing,
+    )
+
+
+def _ddp(size: _States, settings: MemorySettings) -> EngineBytes:
+    # DDP's buckets have all gradients, the masters' are apart. Autograd's own tensors of a bucket
+    # live until it is full. Micro-batches before the last are summed by autograd in fp32; in bf16
+    # beside it, in fp32, and what autograd adds to is not handed over bucket by bucket.
+    bf16 = size.width < FP32
+    several = settings.accumulation > 1
+    weights = (size.width * size.whole if bf16 else 0) + 4.0 * (size.shard if bf16 else size.whole)
+    gradients = size.width * size.whole + 4.0 * size.shard
+    if several and bf16:
+        gradients += (size.width + 4) * size.whole
+    sharded = settings.sharing > 1
+    bucket = min(float(size.width * size.whole), BUCKET_MB * 2**20)
+    return EngineBytes(
+        size.resident(weights, gradients, 8 * size.shard),
+        gradients=Gradients(
+            grown=bucket,
+            carried=float(size.width * size.whole) if several and not bf16 else 0.0,
+        ),
+        updating=float(size.width * size.shard) if sharded else 0.0,  # on their way
+        publishing=size.publishing * (2 if sharded else 1),
     )
 
 

@@ -274,11 +274,7 @@ def node_problems(sight: Sight) -> list[str]:
 
 def engine_problems(recipe: Recipe, sight: Sight) -> list[str]:
     """What the engine cannot do on these ranks."""
-    problems = []
-    if recipe.engine.name == "local" and sight.world > 1:
-        problems.append(
-            f"engine.name=local is one process, {sight.world} were launched; use deepspeed or fsdp2"
-        )
+    problems = config.engine_problems(recipe, sight.world)
     return problems + config.rounding_problems(recipe)
 
 

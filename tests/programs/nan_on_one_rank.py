@@ -11,6 +11,7 @@ import torch
 
 from rcmae import dist
 from rcmae.data.batch import Batch
+from rcmae.engines.ddp import DDPEngine
 from rcmae.engines.deepspeed import DeepSpeedEngine
 from rcmae.engines.deepspeed_config import read_config
 from rcmae.engines.fsdp2 import FSDP2Engine
@@ -56,6 +57,9 @@ def check(kind, precision):
     settings = EngineSettings(precision=precision, accumulation=2, per_device=2)
     if kind == "fsdp2":
         engine = FSDP2Engine(student, copy.deepcopy(student), settings)
+    elif kind.startswith("ddp"):
+        shards = int(kind.partition("/")[2] or 1)
+        engine = DDPEngine(student, copy.deepcopy(student), settings, shards=shards)
     else:
         engine = DeepSpeedEngine(
             student, copy.deepcopy(student), settings, config=read_config(kind)
@@ -81,7 +85,7 @@ if __name__ == "__main__":
     dist.start(required=True)
     found = {
         f"{kind} {precision}": dist.gather(check(kind, precision))
-        for kind in ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+        for kind in ("ddp", "ddp/2", "zero0", "zero1", "zero2", "zero3", "fsdp2")
         for precision in ("fp32", "bf16")
     }
     if dist.rank() == 0:

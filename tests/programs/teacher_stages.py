@@ -13,6 +13,7 @@ import sys
 import torch
 
 from rcmae import dist
+from rcmae.engines.ddp import DDPEngine
 from rcmae.engines.deepspeed import DeepSpeedEngine
 from rcmae.engines.deepspeed_config import read_config
 from rcmae.engines.fsdp2 import FSDP2Engine
@@ -52,6 +53,11 @@ def walk(update, count):
     return torch.randn(count, generator=torch.Generator().manual_seed(update)) * 1e-3
 
 
+def shards_of(kind):
+    """Ranks that share, of "ddp" or "ddp/2"."""
+    return int(kind.partition("/")[2] or 1)
+
+
 def make(kind, precision, output):
     student = MaskedAutoencoder(NetworkSizes(**SIZES))
     settings = EngineSettings(precision=precision)
@@ -61,6 +67,8 @@ def make(kind, precision, output):
         return LocalEngine(student, teacher, settings)
     if kind == "fsdp2":
         return FSDP2Engine(student, teacher, settings)
+    if kind.startswith("ddp"):
+        return DDPEngine(student, teacher, settings, shards=shards_of(kind))
     return DeepSpeedEngine(student, teacher, settings, config=read_config(kind))
 
 
@@ -74,7 +82,7 @@ def whole(state, kind, taught):
                 flat[piece.start : piece.start + len(piece.tensors[kind])] = piece.tensors[
                     kind
                 ].float()
-        out[name] = flat if state.replicated else dist.all_sum(flat)
+        out[name] = dist.all_sum(flat) / state.copies.of
     return out
 
 
@@ -117,7 +125,8 @@ def check(kind, precision, momentum, output):
     figures["copy_is_rounding"] = all(
         torch.equal(c, a.to(dtype)) for c, a in zip(ema.copies, ema.accumulators, strict=True)
     )
-    if kind in ("local", "zero0", "zero1", "zero2"):  # every rank computes with the whole copy
+    # every rank computes with the whole copy
+    if kind in ("local", "ddp", "ddp/2", "zero0", "zero1", "zero2"):
         # waits for a gather that is under way
         engine.teacher(torch.zeros(1, 3, 16, 16), outputs=("encoded",))
         named = dict(engine.teacher.named_parameters())
@@ -125,7 +134,9 @@ def check(kind, precision, momentum, output):
             torch.equal(named[name].detach().flatten(), wanted[name].to(dtype)) for name in wanted
         )
     groups = teacher_groups(MaskedAutoencoder(NetworkSizes(**SIZES)), PARTS[output])
-    formula = teacher_bytes(kind, groups, rank=dist.rank(), world=dist.world(), precision=precision)
+    placement = kind.partition("/")[0]
+    world = shards_of(kind) if placement == "ddp" else dist.world()
+    formula = teacher_bytes(placement, groups, rank=dist.rank(), world=world, precision=precision)
     if kind in ("zero3", "fsdp2"):
         copies = sum(c.numel() * c.element_size() for c in ema.copies)
     else:

@@ -75,6 +75,7 @@ class Detector(nn.Module):
     """
 
     most_objects = 256  # of an image that have draws of their own; more share them
+    graph_changes = True  # a batch without objects has nothing for the heads of regions
 
     def __init__(self, sizes: DetectorSizes) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The section `segment` of a recipe."""
+"""The sections `segment` and `detect` of a recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rcmae.config.sections import Place, Positive, Section
+from rcmae.config.sections import Fraction, Place, Positive, Section
 
 Scale = Annotated[float, Field(gt=0)]
 
@@ -66,3 +66,63 @@ class SegmentOptions(Section):
     """Sizes that a picture is judged at; probabilities are averaged."""
     test_flip: bool = False
     """Judge the mirror image, too."""
+
+
+class DetectOptions(Section):
+    """What rcmae.detect trains; nothing else reads it. model.image_size is the canvas.
+
+    Evaluation is on evaluate.test_shards.
+    """
+
+    backbone: Literal["vitdet", "benchmark"] = "vitdet"
+    """vitdet: windows and a simple pyramid. benchmark: that of arXiv 2111.11429, with batch norm,
+    which RC-MAE's table of COCO was made with.
+    """
+    init: Place | None = None
+    """A run, a checkpoint, a file of an encoder, or a published detector (.pth, .pkl); None:
+    weights of run.seed.
+    """
+    network: Literal["student", "teacher"] | None = None
+    """Network to take. null: the teacher, if there is one."""
+    num_classes: Positive | None = None
+    """null: as many as categories.json beside data.shards has."""
+    category_ids: list[int] | None = None
+    """COCO's id of each class. null: those of categories.json, in their order."""
+    category_names: list[str] | None = None
+    """Of each class, for tables and pictures. null: those of categories.json."""
+    positions: Literal["mae", "published"] = "mae"
+    """Of benchmark's fixed table; published: its halves swapped against MAE's, as theirs is."""
+    window: Positive | None = None
+    """Side of an attention window in patches. null: 14, of benchmark 16."""
+    pretrain_size: Positive = 224
+    """Pixels of an image's side in the pretraining: vitdet's table of positions has its grid."""
+    channels: Positive = 256
+    """Of each level of the pyramid."""
+    box_width: Positive = 1024
+    """Of the box head's linear layer."""
+    anchors: list[float] = Field(default=[32, 64, 128, 256, 512], min_length=5, max_length=5)
+    """Sides of the anchors in pixels, one a level."""
+    canonical_size: Annotated[float, Field(gt=0)] = 224.0
+    """Pixels of a region's side that is read at stride 16."""
+    anchors_sampled: Positive = 256
+    """Of an image, that the loss sees."""
+    proposals_per_level: tuple[Positive, Positive] = (2000, 1000)
+    """In training and in evaluation, before suppression."""
+    proposals: tuple[Positive, Positive] = (1000, 1000)
+    """Of all levels, in training and in evaluation."""
+    regions_sampled: Positive = 512
+    """Of an image, that the losses see."""
+    scale: tuple[float, float] = (0.1, 2.0)
+    """Of an image over the canvas, drawn evenly."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning rate of a layer, relative to the layer above."""
+    decay_norms: bool = False
+    """Whether norms and positions of the ViT decay, too."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Drop path rate of the last block; it grows linearly from 0 at the first."""
+    score: Fraction = 0.05
+    """A detection's must be above."""
+    detections: Positive = 100
+    """Of an image, at most."""
+    average: bool = False
+    """Keep a moving average of the detector by the section teacher, and evaluate it too."""
