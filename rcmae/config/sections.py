@@ -124,8 +124,7 @@ class TeacherOptions(Section):
     momentum_end: Fraction = 1.0
     """Momentum of the average at the end of the schedule."""
     schedule: Literal["cosine", "constant", "published", "by_epoch"] = "cosine"
-    """How the momentum moves from one to the other. published: as for the released weights.
-    """
+    """How the momentum moves between the two. published: as for the released weights."""
     dynamic: bool = True
     """With by_epoch: rise to 0.99999 after epoch 100."""
     accumulate: Literal["fp32_shard", "stochastic"] = "fp32_shard"
