@@ -177,7 +177,13 @@ def test_a_sleeping_rank_is_named_with_its_cause(
     tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """200 ms of sleep in one rank's loader, forward pass or save; under FSDP2, and under ZeRO-2."""
-    small = ["batch.images=8", "log.every_steps=5", "checkpoint.every_steps=5"]
+    small = [
+        "batch.images=8",
+        "model.depth=1",
+        "model.decoder_depth=1",
+        "log.every_steps=5",
+        "checkpoint.every_steps=5",
+    ]
     small += ["schedule.steps=200", "run.stop_after_steps=115"]
     fsdp2 = [*small, "engine.name=fsdp2"]
     zero2 = [*small, "engine.name=deepspeed", "engine.config=zero2.json"]
@@ -212,8 +218,9 @@ def test_nobody_is_named_in_a_thousand_steps_without_a_cause(
     tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]
 ) -> None:
     folder = Folder(tmp_path / "run")
-    options = ["schedule.steps=1000", "batch.images=8", "log.every_steps=4"]
-    options += ["engine.name=fsdp2", "checkpoint.every_steps=50", f"run.dir={folder.path}"]
+    options = ["schedule.steps=1000", "batch.images=8", "log.every_steps=4", "model.depth=1"]
+    options += ["engine.name=fsdp2", "checkpoint.every_steps=50", "model.decoder_depth=1"]
+    options.append(f"run.dir={folder.path}")
     ranks("-m", "rcmae.train", tiny, *options).succeed(400)
     assert folder.steps()[-1] == 1000
     assert folder.events("late_rank") == []

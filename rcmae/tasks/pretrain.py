@@ -183,10 +183,11 @@ class Pretraining:
         networks = {"student": pooled(context.student, options.pool)}
         if context.teacher is not None:
             networks["teacher"] = pooled(context.teacher, options.pool)
+        # first: a stop request that comes while neighbours are counted loses nothing
+        held = held_of(self, context, networks) if options.held_images else None
         if not has_neighbours(context.recipe):
-            return with_held(Evaluated({}, "", "", ""), held_of(self, context, networks))
-        found = neighbours(context, networks)
-        return with_held(found, held_of(self, context, networks) if options.held_images else None)
+            return with_held(Evaluated({}, "", "", ""), held)
+        return with_held(neighbours(context, networks), held)
 
     def picture(self, context: Evaluating, batch: Batch) -> np.ndarray | None:
         """Input, what was hidden, and what student and teacher make of it."""
