@@ -222,6 +222,8 @@ def follow(asked: Asked, stop: preempt.StopRequest) -> int:
     """
     folder = asked.run
     first = dist.rank() == 0
+    if not dist.from_first(folder.is_dir()):
+        raise Refused(f"{folder}: there is no such folder; give the run.dir of a training")
     watch = Watch(folder, last_step=evaluated(folder) if first else 0, patience_s=asked.patience_s)
     while not dist.from_first((folder / "recipe.yaml").is_file()):
         # the training has not come so far

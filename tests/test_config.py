@@ -93,7 +93,7 @@ def refused(path, *overrides):
         ),
         ("log.tensorboard=maybe", "log.tensorboard: input should be a valid boolean"),
         ("data.crop_scale=[0.2]", "data.crop_scale: field required, got [0.2]"),
-        ("model=[1]", "model: input should be a valid dictionary or instance of ModelOptions"),
+        ("model=[1]", "model is a section, got [1]; set its keys, such as model.name=VALUE"),
     ],
 )
 def test_unknown_keys_and_wrong_types_are_named_with_the_way_out(recipe, wrong, line):
@@ -201,7 +201,7 @@ def test_every_problem_is_in_the_one_message(recipe):
     path = recipe(objective={"mask_ration": 0.5}, batch={"images": "many"}, nothing=1)
     lines = refused(path, "log.every_step=2", "plain", "run.seed=[", "engine.precision=fp8")
     assert [line.split(":")[0].split(";")[0] for line in sorted(lines)] == [
-        "'plain' is not of the form key=value",
+        "'plain' is not of the form key=value, such as batch.images=64",
         "'run.seed=['",
         "batch.images",
         "engine.precision",
@@ -230,10 +230,37 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_recipe_that_is_not_there_is_answered_with_the_shipped_names():
-    with pytest.raises(ValueError, match="no recipe 'rcmae_vit_xl'") as caught:
-        config.load("rcmae_vit_xl")
-    assert all(name in str(caught.value) for name in SHIPPED)
+def test_a_recipe_that_is_not_there_is_answered_with_the_way_out(tmp_path):
+    with pytest.raises(Refused, match="no recipe 'rcmae_vit_x_16'; did you mean 'rcmae_vit_s_16'"):
+        config.load("rcmae_vit_x_16")
+    with pytest.raises(Refused, match=r"no recipe 'mine\.yaml': .* which rcmae recipe lists"):
+        config.load("mine.yaml")
+    with pytest.raises(Refused, match=r"is a folder, not a recipe; .* RECIPE data\.images="):
+        config.load(str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("{}")
+    with pytest.raises(Refused, match=r"is a folder of a run; its recipe is .*/recipe\.yaml"):
+        config.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["batch.images", "64"], "batch.images has no value: write batch.images=64, without a"),
+        (["64"], "'64' is not of the form key=value, such as batch.images=64"),
+        (["batch=3"], "batch is a section, got 3; set its keys, such as batch.images=VALUE"),
+        (["data.shards="], "data.shards: names no shards; give a path"),
+    ],
+)
+def test_a_word_that_sets_no_key_is_answered_with_one_that_does(words, told):
+    with pytest.raises(Refused) as caught:
+        config.load("quickstart", words)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.strip().startswith(told)
+
+
+def test_no_shards_beside_a_folder_of_images_are_none():
+    recipe = config.load("quickstart", ["data.images=photos", "data.shards=null"])
+    assert recipe.data.images == "photos"
 
 
 # ------------------------------------------------------------------------------------- what is read
@@ -641,7 +668,7 @@ def test_a_mistyped_recipe_is_told_the_near_ones():
         config.load("quickstrat")
     with pytest.raises(Refused, match="'rcmae_vit_b_16'"):
         config.load("rcmae_vit_b16")
-    with pytest.raises(Refused, match="shipped recipes are"):
+    with pytest.raises(Refused, match="nor a shipped recipe, which rcmae recipe lists"):
         config.load("nothing-like-it.yaml")
 
 

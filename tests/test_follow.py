@@ -191,6 +191,9 @@ def test_wrong_input_is_refused(
     assert "/nowhere/x.tar" in capsys.readouterr().err
     assert followed(run, "evaluate.kk=3") == preempt.REFUSED
     assert "did you mean" in capsys.readouterr().err
-    assert followed(Folder(tmp_path / "nothing"), "--patience-s=0.2") == preempt.STOPPED
-    assert answers(run) == {}
+    assert followed(Folder(tmp_path / "nothing")) == preempt.REFUSED
+    assert "give the run.dir of a training" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
+    (tmp_path / "begins").mkdir()
+    assert followed(Folder(tmp_path / "begins"), "--patience-s=0.2") == preempt.STOPPED
+    assert answers(run) == {}

@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rcmae.run.command import Command
 
@@ -65,6 +65,16 @@ def segment(arguments: Sequence[str] | None = None) -> int:
     return _run("segment", "segment", arguments)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says of an option that is none how keys are given."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process as wrong input."""
+        if "unrecognized arguments" in message:
+            message += "; keys have no dashes: batch.images=64 (rcmae recipe --keys lists them)"
+        super().error(message)
+
+
 def _run(name: str, task: str, arguments: Sequence[str] | None) -> int:
     from rcmae.train import main as run  # it imports what is heavy once the recipe is right
 
@@ -93,7 +103,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> Command:
         prog: the command as the user gave it; its last word is its name.
     """
     name = prog.replace(".", " ").split()[-1]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         description=HELP.format(name=name, about=ABOUT[name]),
         epilog=shipped(name),

@@ -35,17 +35,24 @@ def recipe_path(name: str) -> Path:
     """The file of a recipe given by path or by the name of a shipped one.
 
     Raises:
-        ValueError: there is no such file, with the shipped names.
+        Refused: there is no such file, with the names that are near.
     """
-    for candidate in (Path(name).expanduser(), RECIPES / f"{name}.yaml"):
+    given = Path(name).expanduser()
+    for candidate in (given, RECIPES / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
-    shipped = recipe_names()
-    close = difflib.get_close_matches(name, shipped, n=3, cutoff=0.75)
-    near = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    if (given / "recipe.yaml").is_file():
+        raise Refused(f"{name} is a folder of a run; its recipe is {given / 'recipe.yaml'}")
+    if given.is_dir():
+        raise Refused(
+            f"{name} is a folder, not a recipe; to train on its images: RECIPE data.images={name} "
+            "(rcmae recipe lists the shipped ones)"
+        )
+    close = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.75)
+    near = f"; did you mean {' or '.join(map(repr, close))}?" if close else ":"
     raise Refused(
-        f"no recipe {name!r}: {near}It is neither a file nor a shipped recipe; the shipped recipes "
-        f"are {', '.join(shipped)}"
+        f"no recipe {name!r}{near} it is neither a file nor a shipped recipe, which rcmae recipe "
+        "lists"
     )
 
 
@@ -87,6 +94,7 @@ def load(
         drop_objective(tree, overrides)
     problems += name_task(tree, task)
     problems += crop_as_image_size(tree)
+    drop_null_shards(tree)
     name_run(tree, path.stem)
     recipe, more = _parse(tree, objectives or shipped())
     problems += more
@@ -102,6 +110,13 @@ def _short(problem: str) -> str:
     """A problem that a terminal can show: values may be of any length."""
     half = _SHOWN // 2
     return problem if len(problem) <= _SHOWN else f"{problem[:half]} ... {problem[-half:]}"
+
+
+def drop_null_shards(tree: dict[str, Any]) -> None:
+    """`data.shards=null`, and no value at all, name none."""
+    data = tree.get("data")
+    if isinstance(data, dict) and data.get("shards", ()) is None:
+        del data["shards"]
 
 
 def name_run(tree: dict[str, Any], stem: str) -> None:
@@ -173,11 +188,11 @@ COMMANDS = {"pretrain": "train"} | {name: name for name in OWN_LOSS}
 
 def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     problems = []
-    for item in overrides:
+    for number, item in enumerate(overrides):
         key, equals, text = item.partition("=")
         *sections, last = key.split(".")
         if not equals or not last:
-            problems.append(f"{item!r} is not of the form key=value")
+            problems += _unequalled(item, overrides[number + 1 :], overrides[:number])
             continue
         if len(sections) > _DEEPEST:
             problems.append(f"{key!r}: no key is {len(sections)} sections deep")
@@ -197,6 +212,21 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     return problems
 
 
+def _unequalled(item: str, behind: Sequence[str], before: Sequence[str]) -> list[str]:
+    """What is wrong with a word that has no `=`, by those beside it."""
+    if before and _is_key(before[-1]) and not _is_key(item):
+        return []  # told with its key
+    if not _is_key(item):
+        return [f"{item!r} is not of the form key=value, such as batch.images=64"]
+    value = behind[0] if behind and "=" not in behind[0] else "VALUE"
+    return [f"{item} has no value: write {item}={value}, without a space"]
+
+
+def _is_key(item: str) -> bool:
+    section, dot, name = item.partition(".")
+    return bool(dot and name) and section in Recipe.model_fields and "=" not in item
+
+
 def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None, list[str]]:
     try:
         return Recipe.model_validate(tree, context={"objectives": catalogue}), []
@@ -209,6 +239,11 @@ def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None
                 lines[key] = item["msg"]
             elif item["type"] == "extra_forbidden":
                 lines[".".join(place)] = _unknown(place, tree, catalogue)
+            elif len(place) == 1 and key in Recipe.model_fields:
+                lines[key] = (
+                    f"{key} is a section, got {item['input']!r}; set its keys, such as "
+                    f"{key}.{_first_key(key)}=VALUE (rcmae recipe --keys {key}. lists them)"
+                )
             elif key == "data.shards":
                 lines[key] = (
                     f"{key}: wants a pattern, a list of patterns, or, for a mixture, a list "
@@ -221,6 +256,11 @@ def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None
                 told = f"{item['msg'][0].lower()}{item['msg'][1:]}"
                 lines[key] = f"{key}: {told}, got {item['input']!r}"
         return None, list(lines.values())
+
+
+def _first_key(section: str) -> str:
+    """A key of a section, for an example."""
+    return next(iter(known_keys([section], {})), "KEY")
 
 
 def _unknown(place: Sequence[str], tree: Mapping[str, Any], catalogue: Catalogue) -> str:

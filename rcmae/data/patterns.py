@@ -160,6 +160,8 @@ def _not_a_shard(path: str, *, even_empty: bool) -> str | None:
             return f"{path}: is empty"
     except OSError as error:
         return f"{path}: {error.strerror}"
+    if path.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+        return f"{path}: is an image, not a tar; name its folder"
     return None if os.access(path, os.R_OK) else f"{path}: is not readable"
 
 
@@ -178,6 +180,8 @@ def _instead_of(folder: str) -> str:
             f"{inside}-shards/{stem}-*.tar (to train: data.images={folder} in the place of "
             "data.shards packs them by itself)"
         )
+    if not tars:
+        return "is a folder without tars or images"
     stems = sorted({name.rpartition("-")[0] for name in tars})
     if not all(stems) or not 0 < len(stems) <= _NAMED:
         stems = []
@@ -259,6 +263,8 @@ class Search:
         for folder in dict.fromkeys(folders):
             try:
                 found = indexed(folder, patience)
+            except NotADirectoryError:  # a file is in its way: whoever writes there says so
+                continue
             except (Refused, OSError) as error:
                 self.problems.append(str(error))
                 gone.add(folder)

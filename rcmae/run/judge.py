@@ -381,6 +381,8 @@ def plan_of(
 ) -> tuple[Plan | None, Resolved | None]:
     """The order of the samples, and the numbers that follow; None where there is a problem."""
     index = sight.facts.data.train
+    if recipe.classify.follow and problems and "images" not in recipe.batch.model_fields_set:
+        return None, None  # what the batch follows from is refused
     undivided = config.batch_problems(recipe, sight.world)
     problems += undivided
     if index is None or undivided:

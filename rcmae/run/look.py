@@ -161,7 +161,7 @@ def shown(recipe: Recipe) -> str:
 
 def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
     """Read what a recipe names. One process."""
-    problems: list[str] = []
+    problems = folder_problems(recipe.run_dir)
 
     def attempt(read: Any, *arguments: Any, key: str = "") -> Any:
         """What a reader gives; None and a problem, of this key, where it refuses."""
@@ -194,6 +194,16 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
     config = attempt(engine_config, recipe)
     found = attempt(task.look, recipe, saved)
     return Facts(recipe, saved, written, data, config or {}, found, tuple(problems), notes)
+
+
+def folder_problems(run_dir: Path) -> list[str]:
+    """Why a run's folder cannot be made or written, if that can be seen."""
+    there = next(each for each in (run_dir, *run_dir.absolute().parents) if each.exists())
+    if not there.is_dir():
+        return [f"run.dir={run_dir}: {there} is a file; choose another folder"]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"run.dir={run_dir}: {there} cannot be written; choose another folder"]
+    return []
 
 
 def with_images(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:

@@ -458,5 +458,6 @@ def opened(path: Path) -> Any:
         ) from error
     except Exception as error:  # damaged bytes make torch's reader fail in any way
         raise Refused(
-            f"{path} cannot be read as a file of torch.save: {error or type(error).__name__}"
+            f"{path} is no file of weights: give .safetensors, or what torch.save wrote (.pth, "
+            f".pt, .bin); reading it as such failed: {error or type(error).__name__}"
         ) from error

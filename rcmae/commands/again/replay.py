@@ -59,10 +59,13 @@ def _replayed(path: Path, checkpoint_folder: Path | None, *, allow_pipe: bool) -
     import tempfile
 
     from rcmae import dist, train
+    from rcmae.errors import Refused
     from rcmae.run import preempt
     from rcmae.run.again.replay import read_bundle, recipe_of, replay
     from rcmae.tasks.registry import task_of
 
+    if not path.is_file():
+        raise Refused("there is no such file; bundles of bad steps are in RUN/replay")
     bundle = read_bundle(path)
     dist.start(required=False)
     with tempfile.TemporaryDirectory() as folder:
