@@ -210,6 +210,7 @@ def numbers(version: str) -> tuple[int, ...]:
 def test_whatever_the_package_imports_is_declared():
     # where a module is not called as its distribution, or comes with another
     names = {"PIL": "pillow", "yaml": "pyyaml", "pydantic_core": "pydantic"}
+    names |= {"markupsafe": "jinja2"}
     names |= {"sklearn": "scikit-learn", "umap": "umap-learn"}
     names |= {"faster_coco_eval": "faster-coco-eval"}
     # apex is found at run time where a site has built it

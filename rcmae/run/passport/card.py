@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from rcmae import __version__
 from rcmae.checkpoint import Manifest
 from rcmae.run.report.axes import duration, told
-from rcmae.run.report.page import last_evaluation
+from rcmae.run.report.page import METRICS, last_evaluation
 from rcmae.run.report.reading import Seen, device_hours
 from rcmae.run.report.recipes import Change, changes
 from rcmae.weights.writing import TimmModel
@@ -137,9 +139,9 @@ def _template() -> Template:
     return environment.get_template("card.md")
 
 
-def _cell(text: object) -> str:
-    """A text that breaks no table of Markdown."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+def _cell(text: object) -> Markup:
+    """A text that breaks no table of Markdown and is no HTML."""
+    return Markup(html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|"))
 
 
 def _name(about: About) -> str:
@@ -188,7 +190,8 @@ def _best(about: About) -> list[Fact]:
         for metric, value in row.items():
             if metric != "step":
                 at = f"at step {told(float(row.get('step', 0)))}"
-                found.append(Fact(f"{network}, {metric}", f"{told(float(value))} {at}"))
+                name = f"{network}, {METRICS.get(metric, metric)}"
+                found.append(Fact(name, f"{told(float(value))} {at}"))
     return found
 
 

@@ -47,6 +47,7 @@ LOADING_S = 600.0  # a start that has not come to a step may take so long, where
 Row = dict[str, Any]
 _SIZES = {"total_steps": 0, "world": 0}  # of a start's event, what is read of its sizes
 _SHOWN = ("teacher_update_s", "loss", "epoch", "images_per_s")  # of a step, where it has them
+_OF_STEPS = ("step", "time", "step_s", "data_wait_s", *_SHOWN)
 # the same of each kind of event
 _NUMBERS = {
     "start": ("step",),
@@ -226,7 +227,11 @@ def late_ranks(events: Sequence[Row]) -> list[Row]:
 
 def _rows(path: Path, *, of: str) -> list[Row]:
     """The lines of a file that say when, and have this key: others are not ours."""
-    return [row for row in json_lines(path) if of in row and _is_whole(row, of)]
+    found = (row for row in json_lines(path) if of in row and _is_whole(row, of))
+    if of != "step":
+        return list(found)
+    # of a million logged steps, what is read of them alone
+    return [{name: row[name] for name in _OF_STEPS if name in row} for row in found]
 
 
 def _is_whole(row: Row, of: str) -> bool:

@@ -16,6 +16,7 @@ from rcmae.run.trackers.beside import input_ended
 
 NICENESS = 19  # the training comes first
 AGAIN_S = 600.0  # after which a page of a run that goes on is made again, evaluated or not
+REST = 10.0  # times as long as a page took, before the next: millions of logged steps take a while
 
 
 def keep(run: Path, out: Path, every_s: float) -> None:
@@ -31,15 +32,18 @@ def keep(run: Path, out: Path, every_s: float) -> None:
     """
     shown = _last_evaluation(run)
     made = time.monotonic()
+    took = 0.0
     while not input_ended(every_s):
         now = _last_evaluation(run)
-        if now == shown and time.monotonic() - made < AGAIN_S:
+        began = time.monotonic()
+        if began - made < (AGAIN_S if now == shown else REST * took):
             continue
         try:
             page.write([run], out)
         except (OSError, Refused):  # a full disk, a folder that is being deleted: it may pass
             continue
         shown, made = now, time.monotonic()
+        took = made - began
     page.write([run], out)
 
 

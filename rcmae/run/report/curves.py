@@ -21,7 +21,7 @@ from rcmae.run.report.reading import Curve, Seen
 PLACES = 240  # across a panel, that a long curve is drawn at
 HOVERS = 80  # across a panel, that tell their values
 _DOTTED = 40  # a curve of fewer numbers has dots
-_MARKED = 300  # checkpoints and evaluations that are marked, of each run
+_MARKED = 120  # checkpoints and evaluations that are marked, of each run
 _ROW = 5.0  # of marks, in a panel's units
 
 # key of metrics.jsonl -> its title; others are titled by their own names

@@ -64,8 +64,6 @@ def notices(run: Seen) -> list[Notice]:
     """What to look at first, the newest of a kind standing for all of it."""
     found = []
     how = str(run.status["state"])
-    if how not in ("training", "finished"):
-        found.append(Notice(how, is_now=True))
     found += [Notice(late(event), is_now=how == "training") for event in run.status["late_ranks"]]
     bad = run.of("bad_sample")
     if bad:
