@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from scenes import CLASSES, write_scenes
 from torch import Tensor
 
 from rcmae.data.dense.maps import NONE
@@ -19,6 +25,8 @@ from rcmae.evaluation.dense.neighbours import (
     patch_pixels,
     vote,
 )
+from runs import Folder, start
+from tests.conftest import Ranks
 
 GRID = (2, 3)
 PATCH = 4
@@ -97,3 +105,71 @@ def test_what_cannot_vote_is_refused() -> None:
     bank = Bank({"colour": torch.eye(3)}, torch.eye(3))
     with pytest.raises(Refused, match="k=4 neighbours of 3 labelled patches"):
         judge_patches(a_reading(), bank, [], grid=GRID, k=4, temperature=0.02)
+
+
+# ------------------------------------------------------------------------------------ in a training
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with maps: train.tar, val.tar and classes.txt."""
+    return write_scenes(tmp_path_factory.mktemp("scenes")).parent
+
+
+def dense(scenes: Path, **changed: object) -> list[str]:
+    """Keys that judge a training of four steps by pictures with maps alone."""
+    keys = {"train_shards": scenes / "train.tar", "test_shards": scenes / "val.tar", "k": 5}
+    words = [f"evaluate.dense.{key}={value}" for key, value in (keys | changed).items()]
+    short = ["schedule.steps=4", "schedule.warmup_steps=1", "evaluate.every_steps=4"]
+    return [*short, "evaluate.batch=4", *words]
+
+
+def test_student_and_teacher_are_judged_beside_what_does_not_train(
+    tiny: Path, scenes: Path, tmp_path: Path, ranks: Callable[..., Ranks]
+) -> None:
+    alone = Folder(tmp_path / "alone")
+    assert start(tiny, alone.path, *dense(scenes)) == 0
+    [event] = alone.events("evaluate")
+    found = event["dense"]["networks"]
+    assert found.keys() == {"student", "teacher", "random", "pixels"}
+    assert all(0 < row["miou"] < row["aacc"] <= 100 for row in found.values())
+    assert found["random"]["aacc"] > 40  # chance is 25: classes are of brightness and side
+    document = json.loads((alone.path / "evaluation/step-00000004.json").read_text())
+    assert [row["name"] for row in document["dense"]["student"]["classes"]] == list(CLASSES)
+    two = Folder(tmp_path / "two")
+    words = [*dense(scenes), f"run.dir={two.path}", "engine.name=fsdp2"]
+    assert ranks("-m", "rcmae.train", tiny, *words).wait() == [0, 0]
+    for name in ("random", "pixels"):  # the trained ones differ by rounding
+        assert two.events("evaluate")[0]["dense"]["networks"][name] == found[name]
+
+
+def test_sets_that_cannot_be_judged_are_refused_before_anything_is_written(
+    tiny: Path, scenes: Path, photo_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(scenes / "val.tar", other / "val.tar")
+    (other / "classes.txt").write_text("\n".join(reversed(CLASSES)))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("train.tar", "val.tar"):
+        shutil.copy(scenes / name, bare / name)
+    cases = [
+        (
+            {"test_shards": "[]"},
+            "evaluate.dense.train_shards and test_shards, both with",
+        ),
+        ({"test_shards": scenes / "train.tar"}, "the same shards, or copies of them"),
+        ({"test_shards": other / "val.tar"}, "different classes"),
+        ({"train_shards": photo_shards}, "evaluate.dense.train_shards: no sample has a .seg.png"),
+        (
+            {"train_shards": bare / "train.tar", "test_shards": bare / "val.tar"},
+            "evaluate.dense.num_classes: give it",
+        ),
+        ({"k": 0}, "evaluate.dense.k"),
+    ]
+    for changed, said in cases:
+        folder = tmp_path / "run"
+        assert start(tiny, folder, *dense(scenes, **changed)) == 2, changed
+        assert said in capsys.readouterr().err, changed
+        assert not folder.exists()

@@ -17,7 +17,7 @@ import yaml
 
 from rcmae.run import preempt
 from rcmae.run.loop import schedule
-from rcmae.tasks import pretrain, protocol
+from rcmae.tasks import judging, protocol
 from runs import Folder, at_step, equal, keeping_handlers, send, start
 
 
@@ -49,13 +49,13 @@ def test_a_signal_during_an_evaluation_commits_its_step_after_it(
         f"evaluate.train_shards={photo_shards.replace('000005', '000004')}",
         f"evaluate.test_shards={photo_shards}",
     ]
-    rows = pretrain.knn_rows
+    rows = judging.knn_rows
 
     def interrupted(*args: Any, **named: Any) -> Any:
         send(signal.SIGUSR1)()
         return rows(*args, **named)
 
-    monkeypatch.setattr(pretrain, "knn_rows", interrupted)
+    monkeypatch.setattr(judging, "knn_rows", interrupted)
     assert start(tiny, folder.path, *evaluated) == 75
     assert [event["step"] for event in folder.events("evaluate")] == [4]
     assert (folder.outcome()["step"], folder.committed()) == (4, [4])

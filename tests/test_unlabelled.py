@@ -31,7 +31,7 @@ from rcmae.evaluation.unlabelled.spectra import (
 from rcmae.objectives.mae import Reconstruction
 from rcmae.objectives.rcmae import Consistency
 from rcmae.objectives.terms import Sum
-from rcmae.tasks import pretrain
+from rcmae.tasks import judging, pretrain
 from runs import Folder, start
 from tests.conftest import Ranks
 
@@ -166,7 +166,7 @@ def test_a_run_is_judged_without_labels_and_alarms_where_features_collapse(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     held = photo_shards.replace("{000000..000005}", "000005")
-    looked = pretrain.look_at_held
+    looked = judging.look_at_held
     seen: list[int] = []
 
     def dulled(*args: Any) -> Held:
@@ -176,7 +176,7 @@ def test_a_run_is_judged_without_labels_and_alarms_where_features_collapse(
             found.rankme["student"] = 1.01
         return found
 
-    monkeypatch.setattr(pretrain, "look_at_held", dulled)
+    monkeypatch.setattr(judging, "look_at_held", dulled)
     folder = Folder(tmp_path / "run")
     options = ["evaluate.every_steps=5", f"evaluate.held_shards={held}", "evaluate.held_images=30"]
     assert start(tiny, folder.path, *options) == 0

@@ -47,7 +47,6 @@ from rcmae.config.sections import (
     ClassifyOptions,
     DataOptions,
     EngineOptions,
-    EvaluateOptions,
     Fraction,
     GuardOptions,
     LogOptions,

@@ -7,7 +7,6 @@ import math
 from rcmae.config.objective import CLASSIFYING, Reads
 from rcmae.config.recipe import OF_WEIGHTS, Recipe, is_under, known_keys
 from rcmae.config.sections import ScheduleOptions
-from rcmae.config.segmenting import segmenting_problems
 from rcmae.config.statistics import statistics_problems
 from rcmae.errors import did_you_mean
 
@@ -20,13 +19,14 @@ def contradictions(recipe: Recipe) -> list[str]:
     if recipe.task.name in CLASSIFYING:
         problems += _classifying_problems(recipe)
     elif recipe.task.name == "segment":
-        problems += segmenting_problems(recipe)
+        problems += _segmenting_problems(recipe)
     elif recipe.task.name == "detect":
         problems += _detecting_problems(recipe)
     elif recipe.task.name == "pretrain" and knn_lacks_sets(recipe):
         problems.append(
             "evaluate.every_steps is set: give evaluate.train_shards and test_shards, both "
-            "labelled, or evaluate.held_shards, which need no labels"
+            "labelled, or evaluate.dense.train_shards and test_shards, both with label maps, or "
+            "evaluate.held_shards, which need no labels"
         )
     if recipe.engine.name == "deepspeed" and recipe.engine.config is None:
         problems.append("engine.config: DeepSpeed needs its JSON, such as engine.config=zero2.json")
@@ -228,6 +228,48 @@ def _classifying_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
+def _segmenting_problems(recipe: Recipe) -> list[str]:
+    """Problems of a recipe that segments."""
+    problems = []
+    evaluate, segment = recipe.evaluate, recipe.segment
+    linear = segment.head == "linear"
+    if evaluate.every_steps and not evaluate.test_shards:
+        problems.append("evaluate.every_steps is set: give evaluate.test_shards, with maps")
+    if evaluate.picture_every_steps:
+        problems.append(
+            "evaluate.picture_every_steps is of a pretraining; a segmentation draws some pictures "
+            "of the test set with each evaluation"
+        )
+    if recipe.data.decode != "cpu":
+        problems.append(
+            f"data.decode={recipe.data.decode} is of a pretraining: here images are cut with their "
+            "maps, on the CPU"
+        )
+    if segment.distort and recipe.model.in_channels != 3:
+        problems.append(
+            f"segment.distort is of colours, and model.in_channels={recipe.model.in_channels}; set "
+            "segment.distort=false"
+        )
+    low, high = segment.scale
+    if not 0 < low <= high <= 10:
+        problems.append(f"segment.scale: wants 0 < low <= high <= 10, got [{low}, {high}]")
+    if linear and segment.width is not None:
+        problems.append("segment.width is of head=uper; a linear head has the encoder's")
+    if linear and segment.levels is not None:
+        problems.append("segment.levels is of head=uper; a linear head sees the last block")
+    if segment.frozen and not linear:
+        problems.append("segment.frozen is a probe: set segment.head=linear, or train the encoder")
+    trains = {"drop_path": 0.0, "average": False, "layer_decay": 1.0}
+    moved = [key for key, off in trains.items() if getattr(segment, key) != off]
+    if segment.frozen and moved:
+        problems.append(f"segment.{' and '.join(moved)}: a probe's encoder is frozen; leave it out")
+    if segment.average and recipe.teacher.update != "step":
+        problems.append("segment.average moves at each step: leave teacher.update=step")
+    if not recipe.model.cls_token:
+        problems.append("model.cls_token=false: a segmenter's encoder has one; leave it out")
+    return problems
+
+
 def _detecting_problems(recipe: Recipe) -> list[str]:
     """Problems of a recipe that trains a detector."""
     problems = []
@@ -258,9 +300,10 @@ def _detecting_problems(recipe: Recipe) -> list[str]:
 
 
 def knn_lacks_sets(recipe: Recipe) -> bool:
-    """Whether an evaluation is asked for without both labelled sets, or without any set."""
+    """Whether an evaluation is asked for without any set, or with one of two that go together."""
     options = recipe.evaluate
-    if not options.every_steps or (options.train_shards and options.test_shards):
+    if not options.every_steps:
         return False
+    pairs = [(bool(each.train_shards), bool(each.test_shards)) for each in (options, options.dense)]
     is_held = bool(options.held_shards and options.held_images)
-    return not is_held or bool(options.train_shards or options.test_shards)
+    return any(one != other for one, other in pairs) or not (is_held or any(map(all, pairs)))

@@ -227,6 +227,9 @@ def _is_key(item: str) -> bool:
     return bool(dot and name) and section in Recipe.model_fields and "=" not in item
 
 
+NESTED = (("objective", "options"), ("evaluate", "dense"))  # sections inside sections
+
+
 def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None, list[str]]:
     try:
         return Recipe.model_validate(tree, context={"objectives": catalogue}), []
@@ -234,7 +237,7 @@ def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None
         lines: dict[str, str] = {}  # one line a key, though each branch of a union complains
         for item in error.errors():
             place = [str(part) for part in item["loc"]]
-            key = ".".join(place[: 3 if place[:2] == ["objective", "options"] else 2])
+            key = ".".join(place[: 3 if tuple(place[:2]) in NESTED else 2])
             if item["type"] == "refused":
                 lines[key] = item["msg"]
             elif item["type"] == "extra_forbidden":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pydantic
 from pydantic import BaseModel, Field, SerializeAsAny
 
 from rcmae.config.dense import DetectOptions, SegmentOptions
+from rcmae.config.evaluate import EvaluateOptions
 from rcmae.config.objective import (
     OWN_LOSS,
     ObjectiveOptions,
@@ -26,7 +27,6 @@ from rcmae.config.sections import (
     ClassifyOptions,
     DataOptions,
     EngineOptions,
-    EvaluateOptions,
     GuardOptions,
     LogOptions,
     ModelOptions,
@@ -37,6 +37,8 @@ from rcmae.config.sections import (
     TeacherOptions,
 )
 from rcmae.plugins import is_plugin
+
+S = TypeVar("S", bound=Section)
 
 
 class Recipe(Section):
@@ -236,15 +238,16 @@ def _plain(value: Any) -> Any:
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """A copy of the recipe with other values: `section.key` -> value."""
-    sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = value
-    changed = {
-        section: getattr(recipe, section).model_copy(update=keys)
-        for section, keys in sections.items()
-    }
-    return recipe.model_copy(update=changed)
+        recipe = _changed(recipe, name.split("."), value)
+    return recipe
+
+
+def _changed(section: S, place: Sequence[str], value: Any) -> S:
+    key, *inside = place
+    if inside:
+        value = _changed(getattr(section, key), inside, value)
+    return section.model_copy(update={key: value})
 
 
 def module_of(recipe: Recipe) -> str:

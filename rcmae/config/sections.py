@@ -335,39 +335,6 @@ class GuardOptions(Section):
     """For drills: put a NaN into the image at this position of the run."""
 
 
-class EvaluateOptions(Section):
-    """k-NN on labelled shards, quality without labels, and pictures, during training."""
-
-    every_steps: Often = None
-    """Evaluate every so many steps and after the last; 0: never."""
-    train_shards: str | list[str] = Field(default_factory=list)
-    """Labelled shards that k-NN votes with."""
-    test_shards: str | list[str] = Field(default_factory=list)
-    """Labelled shards that are classified."""
-    held_shards: str | list[str] = Field(default_factory=list)
-    """Shards, labelled or not, that are judged without labels: effective ranks of the features, and
-    the loss. Without them: test_shards.
-    """
-    held_images: Natural = 4096
-    """At most so many of these images, evenly spread; more than the encoder is wide. 0: none."""
-    k: list[Positive] = [20]
-    """Numbers of neighbours; each is reported."""
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    """Temperature of the votes: the lower, the more the nearest count."""
-    logistic: bool = False
-    """Also fit a logistic regression on the features: slower, closer to a linear probe."""
-    pool: Literal["cls", "cls_before_norm", "mean"] = "mean"
-    """Features of an image: the class token (the mean of several), before the encoder's last
-    norm or after, or the mean of the patches.
-    """
-    batch: Positive = 128
-    """Images per forward pass."""
-    picture_every_steps: Often = None
-    """Draw a reconstruction every so many steps and after the last; 0: never."""
-    picture_images: Positive = 4
-    """Images in a picture."""
-
-
 class ClassifyOptions(Section):
     """What rcmae.finetune and rcmae.probe train; nothing else reads it.
 

@@ -4,7 +4,6 @@ labels, spectra and the loss on a held set without."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -19,17 +18,14 @@ from rcmae.data.members.protocol import Members
 from rcmae.data.transforms import Transform
 from rcmae.data.views import train_transform
 from rcmae.errors import Refused
-from rcmae.evaluation.features import Extractor, evaluating, features_of_both, pixels, pooled
-from rcmae.evaluation.knn import knn_rows, knn_table
-from rcmae.evaluation.logistic import logistic_rows
+from rcmae.evaluation.features import evaluating
 from rcmae.evaluation.pictures import reconstruction_picture
-from rcmae.evaluation.unlabelled.held import Held, Looking, Losing, look_at_held
 from rcmae.models.activations import Computing
 from rcmae.models.build import Network, new_network, new_student, new_teacher
 from rcmae.models.cost import StepCost, pretraining_cost
 from rcmae.objectives import Objective, make_objective, pixel_options
 from rcmae.objectives.masks import make_mask
-from rcmae.tasks import start
+from rcmae.tasks import judging, start
 from rcmae.tasks.protocol import (
     Data,
     Ended,
@@ -39,7 +35,6 @@ from rcmae.tasks.protocol import (
     Judgement,
     Optimizing,
     Saved,
-    Score,
 )
 from rcmae.weights.formats import WeightsFormat
 from rcmae.weights.reading import NetworkWeights
@@ -54,7 +49,7 @@ class Pretraining:
     options: type[Section] | None = None
     frozen: tuple[str, ...] = ()
     reports: tuple[str, ...] = ()
-    metrics: Mapping[str, str] = MappingProxyType({"knn": "k-NN"})
+    metrics: Mapping[str, str] = MappingProxyType({"knn": "k-NN", "miou": "dense k-NN"})
     formats: Mapping[str, WeightsFormat] = MappingProxyType({})
 
     def look(self, recipe: Recipe, saved: Saved | None) -> NetworkWeights | None:
@@ -75,11 +70,13 @@ class Pretraining:
         """Weights to start from that do not fit the network; what keeps a training of constant rate
         from being a trunk, as a note.
         """
-        trunk = []
+        judgement = judging.judge_dense(recipe, data)
         if recipe.schedule.shape == "wsd" and saved is None:
-            trunk = [f"no trunk for rcmae cooldown: {why}" for why in ties_to_the_end(recipe)]
+            judgement.notes += [
+                f"no trunk for rcmae cooldown: {why}" for why in ties_to_the_end(recipe)
+            ]
         if found is None:
-            return Judgement(notes=trunk)
+            return judgement
         options = recipe.checkpoint
         where = f"checkpoint.init={options.init}"
         try:
@@ -87,29 +84,19 @@ class Pretraining:
                 network = new_network(recipe)
                 begun = start_of(network, found, options.init_decoder)
         except Refused as error:
-            return Judgement([f"{where} with model.name={recipe.model.name}: {error}"])
+            judgement.problems.append(f"{where} with model.name={recipe.model.name}: {error}")
+            return judgement
         own = options.init_decoder == "file"
         problems = function_problems(found, network.sizes, decoder=own)
-        return Judgement(
-            [f"{where}: {problem}" for problem in problems],
-            notes=[*start_notes(found, network.sizes, begun.table(), where), *trunk],
-        )
+        judgement.problems += [f"{where}: {problem}" for problem in problems]
+        judgement.notes += start_notes(found, network.sizes, begun.table(), where)
+        return judgement
 
     def evaluation_sets(self, recipe: Recipe) -> Sequence[EvaluationSet]:
-        """Training and test set of the k-NN, where there are such, and a held set."""
-        options = recipe.evaluate
-        if not options.every_steps:
-            return []
-        held = []
-        if options.held_shards and options.held_images:
-            held = [EvaluationSet("evaluate.held_shards", options.held_shards, labelled=False)]
-        if held and not has_neighbours(recipe):
-            return held
-        return [
-            EvaluationSet("evaluate.train_shards", options.train_shards),
-            EvaluationSet("evaluate.test_shards", options.test_shards),
-            *held,
-        ]
+        """Training and test set of the k-NN and of the dense k-NN, and a held set: those that there
+        are.
+        """
+        return list(judging.sets_of(recipe))
 
     def mask(self, recipe: Recipe) -> Mask:
         """That of the recipe, for the network's grid. Raises Refused."""
@@ -176,18 +163,8 @@ class Pretraining:
         return batch
 
     def evaluate(self, context: Evaluating) -> Evaluated:
-        """k-NN of student and teacher beside a random network and raw pixels, where there are
-        labelled sets; effective ranks and loss on a held set.
-        """
-        options = context.recipe.evaluate
-        networks = {"student": pooled(context.student, options.pool)}
-        if context.teacher is not None:
-            networks["teacher"] = pooled(context.teacher, options.pool)
-        # first: a stop request that comes while neighbours are counted loses nothing
-        held = held_of(self, context, networks) if options.held_images else None
-        if not has_neighbours(context.recipe):
-            return with_held(Evaluated({}, "", "", ""), held)
-        return with_held(neighbours(context, networks), held)
+        """What the features are worth, by k-NN of images and of pixels and without labels."""
+        return judging.judged(context, self.mask(context.recipe))
 
     def picture(self, context: Evaluating, batch: Batch) -> np.ndarray | None:
         """Input, what was hidden, and what student and teacher make of it."""
@@ -223,83 +200,3 @@ class Pretraining:
                 ended.start("rcmae.finetune", f"finetune classify.init={place} {shards}"),
             ),
         ]
-
-
-def has_neighbours(recipe: Recipe) -> bool:
-    """Whether there are sets for k-NN."""
-    return bool(recipe.evaluate.train_shards or recipe.evaluate.test_shards)
-
-
-def neighbours(context: Evaluating, trained: Mapping[str, Extractor]) -> Evaluated:
-    """k-NN of these networks and of what does not train. Collective."""
-    options = context.recipe.evaluate
-    networks = dict(trained)
-    if context.baselines:
-        untrained = new_student(context.recipe).to(context.device)
-        networks["random"] = pooled(untrained, options.pool)
-        networks["pixels"] = pixels
-    with evaluating(context.student, context.teacher):
-        features = features_of_both(
-            networks,
-            context.batches(0),
-            context.batches(1),
-            device=context.device,
-            normalise=context.normalise.images,
-        )
-    device = context.device
-    rows = knn_rows(*features, k=options.k, device=device, temperature=options.temperature)
-    linear = logistic_rows(*features, device=device) if options.logistic else {}
-    scalars: dict[str, dict[str, float]] = {}
-    for name, row in rows.items():
-        scalars[f"knn_{name}"] = {f"k{k}": accuracy for k, accuracy in row.items()}
-    if linear:
-        scalars["logistic"] = linear
-    return Evaluated(
-        event={"knn": rows, "pool": options.pool, **({"logistic": linear} if linear else {})},
-        table=knn_table(rows, linear),
-        caption="k-NN, top-1 in %",
-        says="k-NN at step {step}, top-1 in %",
-        scalars=scalars,
-        best={name: Score("knn", max(rows[name].values())) for name in trained},
-    )
-
-
-def held_of(task: Pretraining, context: Evaluating, networks: Mapping[str, Extractor]) -> Held:
-    """Effective ranks and loss on the held set, or on the test set of the k-NN. Collective."""
-    recipe = context.recipe
-    looking = Looking(
-        networks,
-        context.normalise.images,
-        context.device,
-        mask=task.mask(recipe),
-        teacher_masks=recipe.objective.teacher_sees == "different",
-    )
-    last = len(context.sets) - 1  # the held set, or else the test set
-    with evaluating(context.student, context.teacher):
-        return look_at_held(
-            context.batches(last, recipe.evaluate.held_images),
-            looking,
-            Losing(context.student, context.teacher, context.objective),
-        )
-
-
-def with_held(found: Evaluated, held: Held | None) -> Evaluated:
-    """What an evaluation found, with what was found without labels."""
-    if held is None:
-        return found
-    about = {"images": held.images, "rankme": held.rankme, "lidar": held.lidar, **held.losses}
-    return replace(
-        found,
-        event={**found.event, "held": about},
-        table="\n".join(filter(None, [found.table, held.table()])),
-        caption=found.caption or "without labels",
-        says=found.says or "without labels, at step {step}",
-        scalars={
-            **found.scalars,
-            "rankme": held.rankme,
-            "lidar": held.lidar,
-            "held": held.losses,
-        },
-        document={"held": {**about, "singular_values": held.spectra}},
-        effective_rank=held.rankme,
-    )

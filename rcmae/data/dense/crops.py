@@ -28,6 +28,7 @@ class Labels:
 
     num_classes: int
     zero_is_none: bool = False
+    section: str = "segment"  # of the recipe that says so, for messages
 
 
 @dataclass(frozen=True)

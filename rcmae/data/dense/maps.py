@@ -36,6 +36,7 @@ def read_map(
     *,
     zero_is_none: bool = False,
     max_pixels: int = MAX_PIXELS,
+    section: str = "segment",
 ) -> Classes:
     """The classes [h, w] of an encoded map.
 
@@ -45,6 +46,7 @@ def read_map(
         num_classes: all labels must lie below.
         zero_is_none: zero means that there is no label, and n is class n - 1.
         max_pixels: a larger one is refused before it takes memory.
+        section: of the recipe that says so, for messages.
 
     Raises:
         BadImage: it is no map of this image or of these classes; says which values lie outside,
@@ -61,9 +63,9 @@ def read_map(
         more = f" and {len(outside) - _NAMED} more" * (len(outside) > _NAMED)
         hint = ""
         if outside == [num_classes] and not zero_is_none:
-            hint = "; if zero is no label, set segment.map_zero=none"
+            hint = f"; if zero is no label, set {section}.map_zero=none"
         raise BadImage(
-            f"its map has numbers outside segment.num_classes={num_classes}: {named}{more}{hint}"
+            f"its map has numbers outside {section}.num_classes={num_classes}: {named}{more}{hint}"
         )
     wide = is_wide(num_classes)
     if numbers.dtype == np.uint8 and not wide:

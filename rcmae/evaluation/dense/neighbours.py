@@ -21,7 +21,7 @@ from rcmae import dist
 from rcmae.data import draws
 from rcmae.data.dense import geometry
 from rcmae.data.dense.crops import Labels
-from rcmae.data.dense.maps import NONE, Classes, read_map
+from rcmae.data.dense.maps import Classes, none_of, read_map
 from rcmae.data.members.whole import Whole
 from rcmae.data.transforms import MAX_PIXELS, decode
 from rcmae.errors import Refused
@@ -53,7 +53,7 @@ class Seen(NamedTuple):
 
     number: int  # in its set
     image: Tensor  # [C, h, w] uint8, the network's size
-    labels: Tensor  # [height, width] uint8 of a test picture; [L, classes] int64 pixels of others
+    labels: Tensor  # [height, width] of a test picture; [L, classes] int64 pixels of others
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Look:
             self.labels.num_classes,
             zero_is_none=self.labels.zero_is_none,
             max_pixels=self.max_pixels,
+            section=self.labels.section,
         )
         whole = torch.from_numpy(pixels).permute(2, 0, 1)
         image = geometry.resize_image(whole, self.size, antialias=True)
@@ -92,7 +93,7 @@ def class_counts(labels: Classes, grid: Grid, num_classes: int) -> np.ndarray:
     rows = np.arange(labels.shape[0]) * grid[0] // labels.shape[0]
     columns = np.arange(labels.shape[1]) * grid[1] // labels.shape[1]
     patch = rows[:, None] * grid[1] + columns
-    there = labels != NONE
+    there = labels != none_of(torch.from_numpy(labels))
     pairs = patch[there] * num_classes + labels[there]
     counts = np.bincount(pairs, minlength=grid[0] * grid[1] * num_classes)
     return counts.reshape(-1, num_classes)
