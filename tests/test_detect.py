@@ -278,7 +278,7 @@ def test_where_memory_does_not_suffice_the_message_says_what_to_set(
 
 
 def test_a_run_is_loaded_exported_and_found_again(
-    whole: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, whole: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = rcmae.load_detector(whole.path, network="student")
     assert (model.class_names, model.category_ids) == (("square", "disc"), (7, 2))
@@ -302,6 +302,10 @@ def test_a_run_is_loaded_exported_and_found_again(
             assert model.category_ids[int(found.classes[row])] == each["category_id"]
             differing = found.masks[row].numpy() != decoded(each["segmentation"]).astype(bool)
             assert differing.mean() < 0.01
+    judged = Folder(tmp_path / "judged")
+    only = ["--evaluate-only", f"detect.init={file}", "detect.average=false"]
+    assert start(recipe, judged.path, *only) == 0
+    assert found_in(judged, step=0) == found_in(whole)
     # the names alone tell the sizes, but not the anchors, which are the published ones
     plain = rcmae.load_detector(file)
     state = model.network.state_dict()

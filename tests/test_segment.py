@@ -28,6 +28,7 @@ from rcmae.commands.again import replay
 from rcmae.commands.evaluation import visualize
 from rcmae.data.dense.crops import Crops, Labels
 from rcmae.data.dense.maps import WIDE_NONE, read_map
+from rcmae.models.kernels import layer_norm
 from rcmae.models.segmentation.backbone import Form
 from rcmae.models.segmentation.build import new_segmenter
 from rcmae.models.segmentation.fitting import fit_encoder
@@ -332,6 +333,29 @@ def test_more_than_255_classes_are_told_apart(recipe: Path, tmp_path: Path) -> N
     assert [row["class"] for row in rows if row["pixels"]] == chosen
     classes = rcmae.load_segmenter(folder.path).predict(Image.fromarray(scene(1)[0]))
     assert classes.dtype == torch.int16
+
+
+def test_levels_are_the_features_of_timms_vit() -> None:
+    """Without relative positions and layer scale it is the plain network."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = NetworkSizes((24, 32), 4, 3, 16, 4, 2)
+    form = Form(levels=(0, 1, 3), relative_positions=False, layer_scale=False)
+    backbone = Segmenter(sizes, form, Heads(3, kind="linear")).backbone.double().eval()
+    plain = VisionTransformer(
+        (24, 32), 4, embed_dim=16, depth=4, num_heads=2, num_classes=0, norm_layer=layer_norm()
+    ).double()
+    state = {name: value for name, value in backbone.state_dict().items() if "fpn" not in name}
+    missing = plain.load_state_dict(state, strict=False)
+    assert set(missing.missing_keys) == {"norm.weight", "norm.bias"}
+    assert not missing.unexpected_keys
+    images = torch.randn(2, 3, 24, 32, dtype=torch.float64)
+    with torch.no_grad():
+        theirs = plain.eval().forward_intermediates(
+            images, indices=[0, 1, 3], intermediates_only=True
+        )
+        for mine, other in zip(backbone.outputs(images), theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
 
 
 def test_the_plan_knows_what_the_heads_keep(recipe: Path) -> None:
