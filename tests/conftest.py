@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 # The files that take longest, in that order: begun first, so that processes which share the files
 # end together.
 LONGEST = (
+    "stragglers",  # mostly asleep
     *("engines", "slurm", "checkpoint", "train", "presence", "plan", "finetune", "lease", "drill"),
     *("replay", "wheel", "compare_objectives", "a_new_task", "cli", "waits", "versions"),
     *("slurm_job", "follow", "hosts", "preempt", "doctor", "ranks_start", "bench_step", "plugins"),

@@ -176,7 +176,7 @@ def test_a_rank_alone_times_nothing() -> None:
 def test_a_sleeping_rank_is_named_with_its_cause(
     tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """200 ms of sleep in one rank's loader, forward pass or save; under FSDP2, and under ZeRO-2."""
+    """200 ms of sleep in one rank's loader, forward pass or save, under several engines."""
     small = [
         "batch.images=8",
         "model.depth=1",
@@ -188,7 +188,8 @@ def test_a_sleeping_rank_is_named_with_its_cause(
     fsdp2 = [*small, "engine.name=fsdp2"]
     zero2 = [*small, "engine.name=deepspeed", "engine.config=zero2.json"]
     starts = []
-    for cause, engine in (("data", fsdp2), ("compute", fsdp2), ("save", fsdp2), ("compute", zero2)):
+    ddp = [*small, "engine.name=ddp"]
+    for cause, engine in (("data", fsdp2), ("compute", fsdp2), ("save", zero2), ("compute", ddp)):
         folder = tmp_path / f"{cause}-{engine[-1]}"
         starts.append([cause, str(tiny), f"run.dir={folder}", *engine])
     program = Path(__file__).parent / "programs" / "late_rank.py"

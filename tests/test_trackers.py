@@ -244,6 +244,32 @@ class Series:
                     yield row.step, row.values["train/loss"]
 
 
+@pytest.mark.trackers
+@pytest.mark.slow
+def test_what_was_pushed_offline_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is noted as pushed: its process may be killed in the next moment."""
+    if problem := protocol.missing("wandb"):
+        pytest.skip(problem)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = protocol.tracker("wandb")
+    tracker.open(protocol.About("token", "name", "project", tmp_path, {}))
+    try:
+        steps = []
+        for first in (1, 2001):  # several blocks of the file, too
+            steps += range(first, first + 2000)
+            for step in steps[-2000:]:
+                tracker.scalars(step, 0.0, {f"train/{name}": 0.1 * step for name in "abcdefgh"})
+            tracker.flush()
+            (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+            assert [row.step for row in offline_wandb.rows(path)] == steps
+            assert tracker.last_step() == offline_wandb.last_step(path) == steps[-1]
+        assert path.stat().st_size > 10 << 15
+    finally:
+        tracker.close(finished=True)
+
+
 @pytest.fixture
 def mlflow_server(tmp_path: Path) -> Iterator[str]:
     """A real one."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 _MAGIC = b":W&B" + struct.pack("<H", 0xBEE1)
 _HEADER = len(_MAGIC) + 1  # and a version
 _BLOCK = 1 << 15
+_LAST_BLOCKS = 8  # at a file's end, in which its last row is likely to be
 _PIECE = struct.Struct("<IHB")  # checksum, length, kind
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
@@ -29,9 +30,28 @@ class Row(NamedTuple):
 
 def rows(path: Path) -> Iterator[Row]:
     """The rows of a `.wandb` file in order, up to a torn end. Raises OSError."""
+    content = path.read_bytes()
+    if content.startswith(_MAGIC):
+        yield from _rows(content, _HEADER)
+
+
+def last_step(path: Path) -> int:
+    """The newest step of a `.wandb` file; -1: it has none. Raises OSError."""
+    start = (path.stat().st_size // _BLOCK - _LAST_BLOCKS) * _BLOCK
+    if start > 0:
+        with path.open("rb") as file:
+            file.seek(start)
+            found = [row.step for row in _rows(file.read(), 0)]
+        if found:
+            return found[-1]
+    return max([-1, *(row.step for row in rows(path))])
+
+
+def _rows(content: bytes, at: int) -> Iterator[Row]:
+    """The rows of a file, or of its end that begins with a block."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for data in _records(path.read_bytes()):
+    for data in _records(content, at):
         record = Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
@@ -42,11 +62,9 @@ def rows(path: Path) -> Iterator[Row]:
             yield Row(record.history.step.num, values)
 
 
-def _records(content: bytes) -> Iterator[bytes]:
-    if not content.startswith(_MAGIC):
-        return
-    at = _HEADER
-    record = b""
+def _records(content: bytes, at: int) -> Iterator[bytes]:
+    """The records that begin at this offset or beyond."""
+    record = None  # of the pieces since its first one
     while True:
         left = _BLOCK - at % _BLOCK
         if left < _PIECE.size:  # too little for a piece: zeros
@@ -59,6 +77,9 @@ def _records(content: bytes) -> Iterator[bytes]:
             return
         piece = content[at : at + length]
         at += length
-        record = piece if kind in (_FULL, _FIRST) else record + piece
-        if kind in (_FULL, _LAST):
+        if kind in (_FULL, _FIRST):
+            record = piece
+        elif record is not None:
+            record += piece
+        if kind in (_FULL, _LAST) and record is not None:
             yield record
