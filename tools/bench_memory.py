@@ -68,9 +68,9 @@ def compare(recipe: Recipe, measured: Sequence[dict[str, int]]) -> dict[str, Any
     # the teacher's first publication, which has left by the second step: half of what its update
     # takes
     update = told.moments["teacher's update"]["teacher"] - told.resident["teacher"]
-    on_its_way = (
-        round(update / 2) if settings.placement in ("zero1", "zero2") and cost.teacher else 0
-    )
+    gathers = settings.placement in ("zero1", "zero2")
+    gathers |= settings.placement == "ddp" and settings.sharing > 1
+    on_its_way = round(update / 2) if gathers and cost.teacher else 0
     ready = [each["ready"] - on_its_way for each in measured]
     above = [each["peak"] - base for each, base in zip(measured, ready, strict=True)]
     return {

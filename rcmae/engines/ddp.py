@@ -14,7 +14,6 @@ gradients: the reducer has none.
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -262,8 +261,9 @@ def _wrap(
     student: nn.Module, settings: EngineSettings, bucket_mb: float
 ) -> DistributedDataParallel:
     """The student with torch's reducer. Collective: every rank calls."""
-    # a graph that is the same at each step is looked through once; torch cannot tell it in a step
-    # that begins without a reduction
+    # A graph that is the same at each step is looked through once. Not with several micro-batches:
+    # torch 2.13 then aborts in the first step, or sums wrongly from the second on. The other way it
+    # warns once that all parameters were used.
     static = settings.accumulation == 1 and not graph_changes(student)
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     # running statistics are the same on all ranks already; its name since torch 2.13
@@ -271,8 +271,6 @@ def _wrap(
     options: dict[str, Any] = {no_buffers: False}
     if "batched_grad_copy" in known:
         options["batched_grad_copy"] = True  # a bucket's gradients in one pass
-    # where graphs may change, most do not
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
     # blocks are compiled one by one: there is no graph over several buckets to be split
     torch._dynamo.config.optimize_ddp = False
     wrapped = DistributedDataParallel(
