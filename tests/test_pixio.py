@@ -16,7 +16,11 @@ from torch import Tensor
 from rcmae.data.masking import GridMask
 from rcmae.models.build import new_teacher
 from rcmae.models.classifier import Classifier
+from rcmae.models.detection.vitdet import positions_for
 from rcmae.models.fitting import fit_weights
+from rcmae.models.segmentation.backbone import Form
+from rcmae.models.segmentation.fitting import fit_encoder
+from rcmae.models.segmentation.segmenter import Heads, Segmenter
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import Encoder, MaskedAutoencoder, StochasticDepth
 from rcmae.objectives import new
@@ -210,6 +214,34 @@ def test_transformers_and_timm_compute_the_same(tmp_path: Path) -> None:
     model.load_state_dict(load_file(tmp_path / "timm.safetensors"))
     made = model.double().eval().forward_features(images)
     torch.testing.assert_close(made, tokens, atol=1e-13, rtol=0)
+
+
+def test_a_segmenter_computes_the_features_of_a_published_encoder_at_other_sizes(
+    tmp_path: Path,
+) -> None:
+    square = dataclasses.replace(SIZES, image_size=(16, 16), registers=0)
+    found = read_network(published(tmp_path, square))
+    mine = load_encoder(tmp_path / "encoder.pth", num_heads=3, image_size=(24, 16))
+    images = torch.randn(2, 3, 24, 16, generator=torch.Generator().manual_seed(1))
+    sizes = dataclasses.replace(square, image_size=(24, 16))
+    form, heads = Form((), relative_positions=False, layer_scale=False), Heads(5, kind="linear")
+    model = Segmenter(sizes, form, heads).eval()
+    fitted = fit_encoder(model, found.weights, found.grid)
+    assert {name for name in found.weights if not name.startswith("norm.")} <= set(fitted.matched)
+    (features,) = model.backbone(images)
+    tokens = mine.forward_features(images)[:, 3:]
+    torch.testing.assert_close(features.flatten(2).transpose(1, 2), tokens, atol=1e-5, rtol=1e-5)
+    other = Segmenter(dataclasses.replace(sizes, class_tokens=1), form, heads)
+    with pytest.raises(ValueError, match="cls_token 1x3x24 instead of 1x1x24"):
+        fit_encoder(other, found.weights, found.grid)
+
+
+def test_a_detector_takes_the_patches_of_a_published_encoder(tmp_path: Path) -> None:
+    square = dataclasses.replace(SIZES, image_size=(16, 16), registers=0)
+    found = read_network(published(tmp_path, square))
+    table = positions_for(found.weights["pos_embed"], (4, 4), (4, 4))
+    assert torch.equal(table[:, 1:], found.weights["pos_embed"][:, 3:])
+    assert positions_for(found.weights["pos_embed"], (4, 4), (6, 8)).shape == (1, 49, 24)
 
 
 def test_what_other_models_lack_is_refused(tmp_path: Path) -> None:

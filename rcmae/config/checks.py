@@ -267,6 +267,13 @@ def _segmenting_problems(recipe: Recipe) -> list[str]:
         problems.append("segment.average moves at each step: leave teacher.update=step")
     if not recipe.model.cls_token:
         problems.append("model.cls_token=false: a segmenter's encoder has one; leave it out")
+    if recipe.model.class_tokens > 1 and segment.relative_positions and not segment.frozen:
+        problems.append(
+            f"model.class_tokens={recipe.model.class_tokens}: relative positions are of patches "
+            "and one class token; set segment.relative_positions=false"
+        )
+    if recipe.model.registers:
+        problems.append("model.registers: a segmenter's encoder has none; leave it out")
     return problems
 
 

@@ -226,6 +226,11 @@ def _of_upernet(manifest: Manifest, network: Which | None) -> Trained:
     trained = read_segmenter(manifest.path, network)
     if trained.recipe.segment.head != "uper":
         raise Refused(f"{manifest.path}: a linear head is in no other code; it has no such format")
+    if trained.model.backbone.class_tokens > 1:
+        raise Refused(
+            f"{manifest.path}: its {trained.model.backbone.class_tokens} class tokens are in no other "
+            "code; it has no such format"
+        )
     return trained
 
 

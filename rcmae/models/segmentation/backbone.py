@@ -61,8 +61,9 @@ class Backbone(nn.Module):
         self.sizes = sizes
         self.grid = sizes.grid
         self.levels = form.levels
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        positions = sincos_positions(width, sizes.grid, prefix=1).float()
+        self.class_tokens = sizes.class_tokens
+        self.cls_token = nn.Parameter(torch.zeros(1, self.class_tokens, width))
+        positions = sincos_positions(width, sizes.grid, prefix=self.class_tokens).float()
         self.pos_embed = nn.Parameter(positions[None])  # trained here
         projection = nn.Conv2d(sizes.in_channels, width, patch, stride=patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
@@ -93,7 +94,7 @@ class Backbone(nn.Module):
             self.norm = norm(width)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """[B, 1 + L, D] of normalised images, positions added."""
+        """[B, class tokens + L, D] of normalised images, positions added."""
         x = self.patch_embed(images.to(self.pos_embed.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         return x + self.pos_embed
@@ -120,7 +121,7 @@ class Backbone(nn.Module):
         return self.pyramid(maps) if self.levels else maps
 
     def _as_map(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+        return tokens[:, self.class_tokens :].transpose(1, 2).unflatten(2, self.grid)
 
 
 def _doubling(width: int) -> nn.Module:

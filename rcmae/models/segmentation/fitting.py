@@ -127,14 +127,17 @@ def _grid_of(
     model: Segmenter, found: dict[str, Tensor], grid: tuple[int, int] | None
 ) -> tuple[tuple[int, int] | None, list[str]]:
     """The grid of the position table, where it is another than the model's, and what is wrong; a
-    table without the class token's row gets one of zeros."""
+    table without class tokens' rows gets some of zeros."""
     table = found.get("pos_embed")
     ours = model.backbone.pos_embed
     if table is None or table.ndim != 3 or table.shape[2] != ours.shape[2]:
         return None, []
+    prefix = model.backbone.class_tokens
     if "cls_token" not in found:
-        found["pos_embed"] = table = torch.nn.functional.pad(table, (0, 0, 1, 0))
-    patches = table.shape[1] - 1
+        found["pos_embed"] = table = torch.nn.functional.pad(table, (0, 0, prefix, 0))
+    elif found["cls_token"].shape[1] != prefix:
+        return None, []  # told by its shape
+    patches = table.shape[1] - prefix
     rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
     if rows * columns != patches:
         return None, [f"pos_embed has {patches} patches, which are no {rows}x{columns} grid"]
