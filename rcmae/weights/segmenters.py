@@ -228,8 +228,8 @@ def _of_upernet(manifest: Manifest, network: Which | None) -> Trained:
         raise Refused(f"{manifest.path}: a linear head is in no other code; it has no such format")
     if trained.model.backbone.class_tokens > 1:
         raise Refused(
-            f"{manifest.path}: its {trained.model.backbone.class_tokens} class tokens are in no other "
-            "code; it has no such format"
+            f"{manifest.path}: its {trained.model.backbone.class_tokens} class tokens are in no "
+            "other code; it has no such format"
         )
     return trained
 
