@@ -27,7 +27,7 @@ from rcmae.run.report import beside, curves, page
 from rcmae.run.report.axes import across, told, upright
 from rcmae.run.report.reading import Curve, seen
 from rcmae.run.report.recipes import changes
-from runs import Folder, start
+from runs import Folder, start, wait_for
 
 KEPT = ROOT / "tests" / "data" / "version_0.1.0"
 VOID = ("meta", "link", "img", "br")
@@ -362,6 +362,23 @@ def test_the_page_follows_a_run_until_its_input_ends(
     beside.keep(run, out, 1.0)
     assert made == ["none", "none", "page", "none"]
     assert out.exists()
+
+
+def test_a_training_that_is_killed_leaves_its_page(tiny: Path, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "run")
+    job = [sys.executable, "-m", "rcmae", "train", str(tiny), f"run.dir={folder.path}"]
+    job += ["schedule.steps=20000", "log.report=true"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    training = subprocess.Popen(job, env=env, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: len(folder.rows()) > 30, lambda: training.poll() is None)
+    finally:
+        training.kill()
+        training.wait()
+    wait_for((folder.path / "report.html").exists, lambda: True, timeout_s=60)
+    found = Page(folder.path / "report.html")
+    assert found.wrong == []
+    assert f"to {told(folder.losses()[-1])} at step {folder.steps()[-1]}" in str(found.tags)
 
 
 def test_a_page_needs_no_torch(judged: Folder, tmp_path: Path) -> None:
