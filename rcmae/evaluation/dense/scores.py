@@ -140,7 +140,7 @@ def scores_table(rows: Mapping[str, Areas], names: Sequence[str]) -> str:
         figures = areas.figures().values()
         lines.append(f"{name:<{width}} {''.join(f'{value:7.2f}' for value in figures)}")
     first = next(iter(rows.values()))
-    if len(names) <= CLASSES_SHOWN:
+    if 0 < len(names) <= CLASSES_SHOWN:
         lines.append(f"{'':<{width}}    IoU    Acc  share")
         total = max(int(first.labelled.sum()), 1)
         for index, name in enumerate(names):
