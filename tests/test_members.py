@@ -146,6 +146,9 @@ def test_boxes_without_area_and_crowds_are_counted_and_other_json_is_let_be():
     facts = Annotations().verify(objects({}, flat, {"iscrowd": 1}), (12, 20), {3: "cat"})
     assert facts["boxes"] == {"3": 2}
     assert facts["objects"] == {"crowds": 1, "without area": 1}
+    lines = Annotations().report(facts, {3: "cat"})
+    assert "1 boxes without area" in lines[0]
+    assert lines[1] == "boxes without area: object 7 of image 1"
     assert Annotations().verify(b'{"caption": "a cat"}', (12, 20), None) == {
         "others": Counter({"files": 1})
     }

@@ -23,6 +23,7 @@ from rcmae.data.transforms import BadImage
 
 _MARGIN = 1.0  # pixels by which a box may stick out: COCO's do by rounding
 _NAMED = 3  # objects that a message names
+_LISTED = 20  # objects that a report names
 _FAR = 2  # sides of the image: who draws a polygon needs memory for where it leads
 _POINTS = 6  # numbers of a polygon that encloses anything
 _MOST = 64 * 2**20  # bytes of an annotation
@@ -259,11 +260,16 @@ class Annotations:
         thin = sum(len(each["segmentation"]) - len(polygons_of(each)) for each in shapes)
         told = {"crowds": crowds, "without area": flat, "images without": int(not boxes)}
         told["thin polygons"] = thin
-        return {
+        facts = {
             "boxes": boxes,
             "images": Counter(dict.fromkeys(boxes, 1)),
             "objects": Counter({what: count for what, count in told.items() if count}),
         }
+        if flat:
+            image = document_of(data).get("image_id")
+            named = [f"{each.get('id')} of image {image}" for each in objects if not has_area(each)]
+            facts["flat"] = Counter(named[:_NAMED])
+        return facts
 
     def resized(self, data: bytes, old: tuple[int, int], new: tuple[int, int]) -> bytes:
         """The annotation of an image that is made smaller: boxes, polygons, masks, areas."""
@@ -288,6 +294,10 @@ class Annotations:
                 f"without area and {told['thin polygons']:,} polygons of less than three points "
                 "are left out"
             )
+        if flat := facts.get("flat"):
+            names = sorted(flat)[:_LISTED]
+            more = f" and {len(flat) - len(names):,} more" if len(flat) > len(names) else ""
+            lines.append(f"boxes without area: object {', '.join(names)}{more}")
         for number in sorted(map(int, boxes)):
             name = f" {beside[number]}" if beside is not None and number in beside else ""
             lines.append(
