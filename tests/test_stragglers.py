@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from rcmae.commands import runs
-from rcmae.run.loop import stragglers
+from rcmae.run.loop import stopwatch, stragglers
 from rcmae.run.loop.stopwatch import Own, Stopwatch
 from rcmae.run.loop.stragglers import CAUSES, Lately, Part, arrivals, lateness
 from rcmae.run.records.status import status
@@ -136,26 +135,78 @@ def test_a_rank_is_told_once_and_its_end_too(monkeypatch: pytest.MonkeyPatch) ->
 # ----------------------------------------------------------------------------------- the stopwatch
 
 
-def test_own_seconds_are_those_of_the_blocks_and_without_gathers() -> None:
+class Clock:
+    """Time that passes where a test says so: a busy machine is no failure."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    one = Clock()
+    monkeypatch.setattr(stopwatch, "time", one)
+    return one
+
+
+def test_own_seconds_are_those_of_the_blocks_and_without_gathers(clock: Clock) -> None:
     network = nn.Sequential(nn.Identity(), nn.Linear(2, 2))
-    network[1].register_forward_pre_hook(lambda *_: time.sleep(0.05))  # an engine's
+    network[1].register_forward_pre_hook(lambda *_: clock.passes(0.5))  # an engine's
     watch = Stopwatch(CPU, is_needed=True)
     watch.leave_out_gathers(network, None)
     for _ in range(2):
         with watch.meeting():
-            time.sleep(0.02)
+            clock.passes(0.02)
         for _ in range(2):
             with watch.computing(logs=False):
                 network(torch.zeros(1, 2))
-                time.sleep(0.01)
+                clock.passes(0.01)
         network(torch.zeros(1, 2))  # in no block: a recomputation, or an evaluation
     watch.saving(0.1)
-    found = watch.read(data_s=0.5)
-    assert found.data == 0.5
-    assert 0.02 <= found.compute < 0.05
-    assert found.save == pytest.approx(0.05)
-    assert 0.02 <= found.met < 0.05
+    assert watch.read(data_s=0.3) == pytest.approx(Own(data=0.3, compute=0.02, save=0.05, met=0.02))
     assert watch.read(data_s=0.0) == Own(0.0, 0.0, 0.0, 0.0)
+
+
+def test_a_device_is_timed_on_logged_steps_alone(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[float] = []
+    waited_for = False
+
+    class Event:
+        """A device's: its moment can be asked for only once the device was waited for."""
+
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock.now
+            events.append(self.at)
+
+        def elapsed_time(self, other: Event) -> float:
+            assert waited_for
+            return 1000 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    network = nn.Linear(2, 2)
+    network.register_forward_pre_hook(lambda *_: clock.passes(0.5))
+    watch = Stopwatch(torch.device("cuda"), is_needed=True)
+    watch.leave_out_gathers(network)
+    for logs in (False, False, True):
+        with watch.meeting():
+            pass
+        for _ in range(2):
+            with watch.computing(logs=logs):
+                network(torch.zeros(1, 2))
+                clock.passes(0.01)
+        assert len(events) == 8 * logs, "two micro-batches, each with one gather"
+    waited_for = True
+    assert watch.read(data_s=0.0).compute == pytest.approx(0.02)
 
 
 def test_a_rank_alone_times_nothing() -> None:
