@@ -78,12 +78,21 @@ launch() {
     esac
 }
 
-# ended_by JOB: who ended this job from outside, and what comes, by what scontrol shows of it.
+# ended_by JOB: who ended this job from outside, and what comes: by what scontrol shows of it, and by what slurmstepd
+# wrote into its log in this start.
 ended_by() {
-    case $1 in
-    *JobState=CANCELLED*) echo "ended by scancel: submit it again to go on" ;;
-    *PreemptTime=[0-9]*) echo "preempted: SLURM requeues it, unless the site cancels what it preempts" ;;
-    *) echo "ended from outside: requeued by SLURM (it comes back by itself), or scancel (submit it again to go on)" ;;
+    local log why=""
+    log=$(sed -n 's/.* StdOut=\([^ ]*\).*/\1/p' <<< "$1")
+    if [ -f "$log" ]; then
+        why=$(awk '/, start [0-9]+: / { why = "" } / CANCELLED AT / { why = $0 } END { print why }' "$log")
+    fi
+    case $why$1 in
+    *"DUE TO PREEMPTION"* | *PreemptTime=[0-9]*)
+        echo "preempted: SLURM requeues it, unless the site cancels what it preempts" ;;
+    *"DUE TO JOB REQUEUE"*) echo "requeued by SLURM: it comes back by itself" ;;
+    *"DUE TO NODE FAILURE"*) echo "ended by the failure of a node: SLURM requeues it" ;;
+    *" CANCELLED AT "* | *JobState=CANCELLED*) echo "ended by scancel: submit it again to continue" ;;
+    *) echo "ended from outside: SLURM requeues it, or, after scancel, submit it again to continue" ;;
     esac
 }
 

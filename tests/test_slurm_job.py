@@ -352,11 +352,17 @@ def test_a_jobs_log_says_why_it_was_refused_and_who_ended_it(run_dir: Path, tmp_
     log.write_text(REFUSED_LOG.replace("rcmae: ", ""))
     assert sourced(run_dir, f"said {log} 2").stdout.startswith("/scratch/run is being trained")
     assert sourced(run_dir, f"said {tmp_path}/none").returncode == 0
-    ended = 'ended_by "JobId=7 JobState={} Reason=None PreemptTime={} x"; run_dir=$RUN; committed'
+    ended = 'ended_by "JobId=7 JobState={} PreemptTime={} StdOut={} x"; run_dir=$RUN; committed'
+    steps = [f"*** JOB 7 ON n1 CANCELLED AT {at} ***" for at in ("10:00 DUE TO JOB REQUEUE", "11")]
+    job_log = tmp_path / "vit-7.log"
+    job_log.write_text(f"x job 7, start 0: y\n{steps[0]}\nx job 7, start 1: y\n{steps[1]}\n")
     told = [
-        sourced(run_dir, ended.format(state, preempted)).stdout
-        for state, preempted in (("CANCELLED", "None"), ("COMPLETING", "2026-11-26T11:00:00"))
+        sourced(run_dir, ended.format("COMPLETING", preempted, job_log)).stdout
+        for preempted in ("None", "2026-11-26T11:00:00")
     ]
+    job_log.write_text(job_log.read_text() + f"x job 7, start 2: y\n{steps[0]}\n")
+    told.append(sourced(run_dir, ended.format("COMPLETING", "None", job_log)).stdout)
+    assert "requeued by SLURM: it comes back" in told[2]
     assert "ended by scancel: submit it again" in told[0]
     assert "no checkpoint is committed yet" in told[0]
     assert "preempted: SLURM requeues it" in told[1]

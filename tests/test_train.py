@@ -219,7 +219,7 @@ def test_bad_input_is_refused_with_every_problem_and_nothing_written(
         (["batch.images=4096"], ["batch.images=4096 is more than the 240 samples"]),
         (
             ["schedule.warmup_steps=20"],
-            ["the warm-up of 20 steps does not end before the last of 20 steps"],
+            ["before the last of 20 steps; set schedule.warmup_steps to fewer, such as 2"],
         ),
         (
             ["schedule.epochs=1", "schedule.steps=9", "schedule.base_lr=1", "schedule.lr=1"],
@@ -296,6 +296,7 @@ def test_a_folder_of_another_recipe_or_other_data_is_refused_with_the_difference
                 "pass checkpoint.allow=[data.seed,schedule.lr] to override",
             ],
         ),
+        (["model.depth=2"], ["this recipe has 2. Use 3, or choose another run.dir"]),
         ([f"data.shards={fewer}"], ["data.shards are not those of", "give the same shards"]),
         (
             ["checkpoint.resume=must", "run.seed=1"],

@@ -178,7 +178,7 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     if warmup >= total:
         raise Refused(
             f"schedule: the warm-up of {warmup:g} steps does not end before the last of {total} "
-            "steps"
+            f"steps; set schedule.warmup_steps to fewer, such as {total // 10}"
         )
     lr = schedule.lr if schedule.lr is not None else (schedule.base_lr or 0.0) * images / 256
     per_rank = images // world

@@ -62,11 +62,13 @@ def recipe_mismatches(
     allowed = [each.key for each in found if not config.is_under(each.key, config.OF_WEIGHTS)]
     if allowed:
         ways.append(f"pass checkpoint.allow=[{','.join(allowed)}] to override")
+    back = json.dumps(found[0].written) if len(found) == 1 else "its values"
+    *first, last = [f"Use {back}", *ways]
+    out = f"{', '.join(first)}, or {last}"
     if len(found) == 1:
-        back = f"Use {json.dumps(found[0].written)}"
-        return [f"{where} was written with {found[0]}. {back}, {', or '.join(ways)}"]
+        return [f"{where} was written with {found[0]}. {out}"]
     listed = "".join(f"\n  {each}" for each in found)
-    return [f"{where} was written with{listed}\nUse its values, {', or '.join(ways)}"]
+    return [f"{where} was written with{listed}\n{out}"]
 
 
 def accumulation_mismatch(recipe: Recipe, saved: Saved, sizes: Resolved) -> list[str]:
