@@ -37,7 +37,7 @@ def test_ranks_have_figures_and_what_is_of_one_process_is_left_out(
     [
         (["--models", "vit_huge"], "no model 'vit_huge'"),
         (["--ranks", "0"], "--ranks=0 must be at least 1"),
-        (["--steps", "1", "--rounds", "1"], "has no spread"),
+        (["--steps", "1"], "has no spread"),
     ],
 )
 def test_unusable_input_is_refused(

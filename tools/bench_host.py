@@ -279,8 +279,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("steps", "warmup", "rounds"):
         if getattr(asked, name) < 1:
             parser.error(f"--{name}={getattr(asked, name)} must be at least 1")
-    if asked.steps * asked.rounds < 2:
-        parser.error("--steps=1 with --rounds=1 has no spread; give more of one")
+    if asked.steps < 2:
+        parser.error("--steps=1 has no spread; give more")
     if min(asked.ranks) < 1:
         parser.error(f"--ranks={min(asked.ranks)} must be at least 1")
     from rcmae.models.sizes import ARCHITECTURES
@@ -309,30 +309,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_rank(asked.rank_of)
     import torch
 
+    from rcmae.engines.ddp import BUCKET_MB
     from rcmae.planning.hardware import commit, hardware
 
     rows: dict[Case, list[dict[str, float]]] = {case: [] for case in cases_of(asked)}
     how = {"steps": asked.steps, "warmup": asked.warmup, "timeout_s": asked.timeout_s}
-    for number in range(asked.rounds):
-        for case, found in rows.items():
-            print(f"round {number + 1}: {case}", file=sys.stderr, flush=True)
-            found += run_case(case, **how)
     words = sys.argv[1:] if argv is None else argv
-    report = {
+    settings = {"width": WIDTH, "patches": GRID**2, "batch": BATCH, "bucket_mb": BUCKET_MB}
+    report: dict[str, Any] = {
         "tool": "bench_host",
         "command": "python tools/bench_host.py " + " ".join(words),
         "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": hardware(torch.device("cpu")),
-        "settings": {"width": WIDTH, "patches": GRID**2, "batch": BATCH, "rounds": asked.rounds},
-        "cases": [describe(case, found) for case, found in rows.items()],
+        "settings": settings,
     }
+    for number in range(asked.rounds):
+        for case, found in rows.items():
+            print(f"round {number + 1}: {case}", file=sys.stderr, flush=True)
+            found += run_case(case, **how)
+        cases = [describe(case, found) for case, found in rows.items()]
+        report |= {"rounds": number + 1, "cases": cases}
+        if asked.json not in (None, "-"):  # whatever stops the next round
+            Path(asked.json).write_text(json.dumps(report, indent=1) + "\n")
     if asked.json == "-":
         print(json.dumps(report, indent=1))
-        return 0
-    if asked.json:
-        Path(asked.json).write_text(json.dumps(report, indent=1) + "\n")
-    print_report(report)
+    else:
+        print_report(report)
     return 0
 
 

@@ -39,7 +39,7 @@ from rcmae.engines.updates import (
 )
 from rcmae.models.protocol import graph_changes
 
-BUCKET_MB = 25.0  # of gradients that are sent as one
+BUCKET_MB = 50.0  # of gradients that are sent as one
 
 
 class DDPEngine:
