@@ -15,4 +15,7 @@ ELSEWHERE = {
 setup(
     packages=[*find_namespace_packages(include=["rcmae*"]), *ELSEWHERE],
     package_dir={"rcmae": "rcmae", **ELSEWHERE},
+    # An editable install is a path in a .pth, not an import hook: Python asks hooks last, and a
+    # script beside the checkout would take its folder for a namespace package called rcmae.
+    options={"editable_wheel": {"mode": "compat"}},
 )

@@ -1,6 +1,6 @@
 """Train a detector of boxes and masks on annotated shards, and judge it by COCO's rules.
 
-    python -m rcmae.detect RECIPE.yaml [key=value ...]       one process
+    rcmae detect RECIPE.yaml [key=value ...]       one process
     torchrun -m rcmae.detect RECIPE.yaml ...                 or deepspeed --module, or srun
 
 The training of `rcmae.train` (the same loop, engines, stream, checkpoints, run folder, resume and

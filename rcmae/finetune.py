@@ -1,6 +1,6 @@
 """Fine-tune a pretrained encoder on labelled shards.
 
-    python -m rcmae.finetune RECIPE.yaml [key=value ...]     one process
+    rcmae finetune RECIPE.yaml [key=value ...]     one process
     torchrun -m rcmae.finetune RECIPE.yaml ...               or deepspeed --module, or srun
 
 The training of `rcmae.train` (the same loop, engines, stream, checkpoints, run folder, resume and

@@ -1,7 +1,7 @@
 """Evaluate each checkpoint of a run once, as it is committed, from a separate job, until the run
 is finished: k-NN for a pretraining, scores for a classifier.
 
-    python -m rcmae.follow RUN_DIR evaluate.train_shards=... evaluate.test_shards=... [key=value]
+    rcmae follow RUN_DIR evaluate.train_shards=... evaluate.test_shards=... [key=value]
 
 The training is not involved: the recipe is the run's own, with the keys given here set over it, and
 the weights are read from its checkpoints. Results go to RUN_DIR/evaluations: `events.jsonl` has one

@@ -1,6 +1,6 @@
 """Train a linear classifier on the features of a frozen encoder.
 
-    python -m rcmae.probe RECIPE.yaml [key=value ...]     one process
+    rcmae probe RECIPE.yaml [key=value ...]     one process
     torchrun -m rcmae.probe RECIPE.yaml ...               or deepspeed --module, or srun
 
 The training of `rcmae.train` with another task, `rcmae.tasks.probe`: the engine holds the head

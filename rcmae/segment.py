@@ -1,6 +1,6 @@
 """Train a segmenter, a class for each pixel, on shards with maps.
 
-    python -m rcmae.segment RECIPE.yaml [key=value ...]     one process
+    rcmae segment RECIPE.yaml [key=value ...]     one process
     torchrun -m rcmae.segment RECIPE.yaml ...               or deepspeed --module, or srun
 
 The training of `rcmae.train` (the same loop, engines, stream, checkpoints, run folder, resume and

@@ -12,6 +12,7 @@ error in a cell does not affect it, and the same call resumes it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ from rcmae.errors import Refused
 from rcmae.files import json_lines
 
 REFUSED = 2  # exit status
+ENDS_WITHIN_S = 60.0  # a start that has no step to do
 SHOWN = 20  # rows of a table in a notebook
 
 
@@ -102,7 +104,10 @@ class Training:
         os.close(file)
 
     def __repr__(self) -> str:
-        state = "training" if self.is_running else f"ended with {self._process.returncode}"
+        state = "training"
+        if not self.is_running:
+            status = self._process.returncode
+            state = f"ended with {status}" if status else "finished"
         steps = self.metrics.get("step", [])
         return f"<{self.folder}: {state}, step {steps[-1] if steps else 0}>"
 
@@ -150,16 +155,31 @@ class Training:
         """
         while self.is_running and not self._has_begun():
             time.sleep(poll_s)
+        if self._had_finished():  # a run that has no step left: it says so and ends
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(ENDS_WITHIN_S)
         if self._process.poll() not in (None, 0, 75):
             self.wait()
 
+    def _had_finished(self) -> bool:
+        """Whether this start found the last step done."""
+        starts = self._starts()
+        if not starts:
+            return False
+        total = starts[-1].get("sizes", {}).get("total_steps")
+        return total is not None and starts[-1].get("step", 0) >= total
+
     def _has_begun(self) -> bool:
         """Whether the run's events tell of this start."""
+        return bool(self._starts())
+
+    def _starts(self) -> list[dict[str, Any]]:
+        """What the run's events tell of this start."""
         path = self.folder / "events.jsonl"
         if not path.exists() or path.stat().st_mtime < self._began:
-            return False
+            return []
         events = (line for line in json_lines(path) if line.get("event") in ("start", "resume"))
-        return any(line.get("time", 0.0) >= self._began for line in events)
+        return [line for line in events if line.get("time", 0.0) >= self._began]
 
     def stop(self) -> int:
         """Ask it to stop, and wait until it has committed where it stands; as `wait`."""

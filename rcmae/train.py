@@ -1,6 +1,6 @@
 """Train. READ FIRST: `fit` shows the whole method on one screen, with every collective.
 
-    python -m rcmae.train RECIPE.yaml [key=value ...]     one process
+    rcmae train RECIPE.yaml [key=value ...]     one process
     deepspeed --module rcmae.train RECIPE.yaml ...        or torchrun -m rcmae.train, or srun
 
 A start has three phases: `look` (rank 0 reads disks and servers), `judge` (pure: the same answer on
@@ -84,6 +84,8 @@ def fit(run: Run) -> str | None:
             parts.recorder.record(losses, **rates, **telemetry)  # an all-reduce
         elif shows:
             parts.recorder.show(losses, **rates)  # an all-reduce
+        else:
+            parts.recorder.mention()  # a line each half minute, on rank 0
         parts.evaluation.when_due()
         parts.saving.when_due()
     return None

@@ -40,7 +40,7 @@ def refused(path, *overrides):
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         config.load(path, overrides)
     head, *lines = str(caught.value).splitlines()
-    assert head == f"{path}:"
+    assert head.removeprefix("the command line, over ") == f"{path}:"
     return [line.strip() for line in lines]
 
 
@@ -55,6 +55,11 @@ def refused(path, *overrides):
             "objective.mask_ration=0.5",
             "unknown key 'mask_ration' in objective; did you mean 'mask_ratio'?",
         ),
+        (
+            "model.mask_ration=0.6",
+            "unknown key 'mask_ration' in model; did you mean 'objective.mask_ratio'?",
+        ),
+        ("mask_ratio=0.6", "unknown key 'mask_ratio'; did you mean 'objective.mask_ratio'?"),
         (
             "schedule.warmup_epoch=5",
             "unknown key 'warmup_epoch' in schedule; did you mean 'warmup_epochs'?",
@@ -195,6 +200,42 @@ def test_a_teacher_rounded_to_bf16_needs_bf16(recipe):
     assert lines == [
         "teacher.accumulate=stochastic rounds to bf16: set engine.precision=bf16, or use fp32_shard"
     ]
+
+
+def test_a_typo_is_said_to_be_where_it_is(recipe):
+    path = recipe()
+    with pytest.raises(Refused) as typed:
+        config.load(path, ["objective.mask_ration=0.5"])
+    assert str(typed.value).startswith(f"the command line, over {path}:")
+    wrong = recipe(objective={"mask_ration": 0.5})
+    for words in ([], ["model.dpeth=2"]):  # the file's, and one of each
+        with pytest.raises(Refused) as written:
+            config.load(wrong, words)
+        assert str(written.value).startswith(f"{wrong}:")
+
+
+def test_a_mistyped_recipe_is_answered_with_those_of_the_command():
+    with pytest.raises(Refused) as caught:
+        config.load("rcmae_vit_b_61", task="pretrain")
+    assert "did you mean 'rcmae_vit_b_16'" in str(caught.value)
+    assert "detect_" not in str(caught.value)
+    assert "segment_" not in str(caught.value)
+    with pytest.raises(Refused, match="did you mean 'probe'"):
+        config.load("prob", task="probe")
+
+
+@pytest.mark.parametrize("unit", ["steps", "epochs"])
+def test_a_warm_up_shrinks_with_a_run_that_is_shorter_than_it(recipe, unit):
+    length = {"epochs": None, "steps": None, unit: 90}
+    warmup = {"warmup_epochs": None, "warmup_steps": None, f"warmup_{unit}": 10}
+    path = recipe(schedule={**length, **warmup, "lr": 1e-3})
+
+    def warmed(words):
+        return getattr(config.load(path, words).schedule, f"warmup_{unit}")
+
+    assert warmed([f"schedule.{unit}=9"]) == 1
+    assert warmed([f"schedule.{unit}=11"]) == 10, "it ends before the run"
+    assert warmed([f"schedule.{unit}=9", f"schedule.warmup_{unit}=9"]) == 9, "as it is given"
 
 
 def test_every_problem_is_in_the_one_message(recipe):

@@ -280,7 +280,7 @@ def test_under_slurm_the_hints_name_the_jobs_own_way_on(
         ended = Ended(config.Recipe(), tmp_path, False, ending.launcher(world))
         return ended.start("rcmae.train", words)
 
-    assert shown(1) == "python -m rcmae.train run/recipe.yaml"
+    assert shown(1) == "rcmae train run/recipe.yaml"
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert shown(2) == "srun --nodes=2 --ntasks=2 python -m rcmae.train run/recipe.yaml"
     monkeypatch.setenv("RCMAE_TEMPLATES", str(tmp_path / "slurm"))

@@ -83,7 +83,7 @@ def test_what_is_no_label_is_refused_with_its_row(cells, reason):
 
 def test_what_was_taken_is_told():
     told = read_labels("Label", ["3", "1", ""], str, gaps=True).told
-    assert told == "column 'Label': 2 labels, the numbers 1 to 3; 1 images have none"
+    assert told == "column 'Label': 2 labels, the numbers 1 to 3; 1 image without one"
     assert read_labels("x", ["b", "a"], str).told == "column 'x': 2 labels, 2 names"
     assert read_labels("x", ["-1"], str).told.startswith("column 'x': no labels at all")
 
@@ -168,7 +168,7 @@ def test_a_class_without_images_is_refused_unless_classes_are_named(tmp_path):
     (images / "dog").mkdir()
     (images / "dog/0.heic").write_bytes(b"x")
     (images / "elk").mkdir()
-    reason = r"without an image: dog \(1 files: \.heic\), elk \(is empty\); as they would shift"
+    reason = r"without an image: dog \(1 file: \.heic\), elk \(is empty\); as they would shift"
     with pytest.raises(Refused, match=reason):
         packed(images, tmp_path / "out")
     names = ["cat", "dog", "elk", "emu"]
@@ -220,7 +220,7 @@ def test_a_list_of_a_spreadsheet_is_read_and_told(tmp_path, capsys):
     assert make_command([str(path), str(tmp_path / "no"), "--jobs", "1"]) == 2
     assert "line 4" in capsys.readouterr().err
     assert make_command([str(path), str(tmp_path / "out"), "--jobs", "1", "--unlabelled"]) == 0
-    assert "column 'Label': 2 labels, the numbers 2 to 10; 1 images have none" in (
+    assert "column 'Label': 2 labels, the numbers 2 to 10; 1 image without one" in (
         capsys.readouterr().out
     )
     labels = ShardIndex.load(tmp_path / "out").labels.tolist()

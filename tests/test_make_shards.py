@@ -22,6 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from rcmae.commands import shards as command
+from rcmae.commands.shards import making
 from rcmae.data.index import ShardIndex
 from rcmae.data.packing import writer
 from rcmae.data.transforms import decode
@@ -192,7 +193,7 @@ def test_a_folder_that_makes_no_sense_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="holds no image"):
         make_shards(tmp_path / "empty", tmp_path / "shards")
     (images / "top.jpg").write_bytes(photograph(0))
-    with pytest.raises(ValueError, match="holds 1 images beside class folders"):
+    with pytest.raises(ValueError, match="holds 1 image beside class folders"):
         make_shards(images, tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
     broken = tmp_path / "broken"
@@ -232,7 +233,7 @@ def test_a_list_names_images_and_classes(images, tmp_path):
     assert sorted(label for label, _ in contents_of(tmp_path / "numbered")) == list(range(8))
     for text, reason in (
         ("name\nx", "needs a first line with the columns path"),
-        ("path\nnone.jpg", r"names 1 files that are not there: none.jpg \(line 2\)"),
+        ("path\nnone.jpg", r"names 1 file not there: none.jpg \(line 2\)"),
         ("path,label\n,1\nant/ant.1.jpg,1\n,2", "has 2 lines with an empty path: line 2, 4"),
         ("path,label\nant/ant.0.jpg,1\nant/ant.1.jpg,", "no label for 1 of 2 images"),
         ("path\nant/ant.0.jpg\nant/ant.0.jpg", "more than once, such as ant/ant.0.jpg"),
@@ -415,7 +416,7 @@ def test_the_commands_tell_what_they_made(images, tmp_path, capsys):
     )
     assert "18 images of 3 classes in 3 shards" in done.stdout
     assert "left out:" in done.stdout
-    assert "1 other files were not looked at: bee/notes.txt" in done.stdout
+    assert "1 other file was not looked at: bee/notes.txt" in done.stdout
     assert done.stderr == ""
     assert command.make([str(images), str(out)]) == 2
     assert "error: " in capsys.readouterr().err
@@ -480,3 +481,46 @@ def test_an_unusable_shard_leaves_the_index_as_it_was(images, tmp_path, capsys):
     assert "--rebuild" in capsys.readouterr().err
     assert command.index([f"{out}/*.tar", "--jobs", "1", "--rebuild"]) == 0
     assert contents(out) == before
+
+
+def test_a_part_of_one_folder_is_held_out(tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for number in range(40):
+        picture = photos / "ab"[number % 2] / f"{number}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(picture)
+    words = [str(photos), str(out), "--hold-out", "0.25", "--jobs", "1"]
+    assert making.make(words) == 0
+
+    def names(folder: Path, kind: str) -> set[str]:
+        found = ShardIndex.open([f"{folder}/{kind}-*.tar"])
+        return {found[number].id.partition("/")[2] for number in range(len(found))}
+
+    train, held = names(out, "train"), names(out, "val")
+    assert len(train) + len(held) == 40
+    assert not train & held
+    assert 3 <= len(held) <= 18
+    assert (out / "classes.txt").read_text() == "a\nb\n"
+    (photos / "a" / "0.png").unlink()  # others stay on their side
+    assert making.make([str(photos), str(tmp_path / "less"), *words[2:]]) == 0
+    assert names(tmp_path / "less", "val") == held - {"a_0"}
+    assert making.make(words) == 2, "both names are taken"
+    assert making.make([*words, "--name", "val", "--overwrite"]) == 2
+    with pytest.raises(SystemExit):
+        making.make([*words[:2], "--hold-out", "1.5"])
+
+
+def test_photographs_of_a_phone_are_named_with_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    assert making.make([str(photos), str(tmp_path / "out")]) == 2
+    assert "1 photograph in HEIC is not read" in capsys.readouterr().err
+    Image.new("RGB", (8, 8)).save(photos / "a.png")
+    assert making.make([str(photos), str(tmp_path / "out"), "--jobs", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "1 photograph in HEIC is not read" in told
+    assert "1 image of no classes in 1 shard," in told
+    assert "1 other file was not looked at" in told

@@ -24,7 +24,7 @@ from rcmae.files import json_lines_back
 from rcmae.planning.hardware import peak_flops
 from rcmae.run.ending import closing_summary
 from rcmae.run.loop.meter import Meter
-from rcmae.run.records import board
+from rcmae.run.records import board, metrics
 from rcmae.run.records.metrics import MetricsLog, cut_back, events_of, undone
 from runs import Folder, start
 
@@ -443,3 +443,18 @@ def test_a_log_file_has_a_line_of_the_first_steps_and_then_of_each_that_is_logge
     shown = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "loss" in line]
     assert shown == ["8/12", "9/12", "12/12"], "a job that resumes looks alive, too"
     assert run.steps() == [6, 12], "metrics.jsonl has those that are logged"
+
+
+def test_a_long_silence_is_broken_by_a_line(tmp_path, monkeypatch):
+    out = io.StringIO()
+    clock = [1000.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    with a_log(tmp_path, console=Console(file=out), total_steps=40) as log:
+        for step in range(21, 26):  # 12 s each, none logged
+            clock[0] += 12.0
+            log.moved(step, 3.0)
+            log.mention(step, 3.0)
+    shown = re.findall(r"step (\d+)/40  3 img/s", out.getvalue())
+    assert shown == ["23"], "after half a minute"
+    assert not rows_of(tmp_path / "metrics.jsonl"), "on the console alone"
+    assert json.loads((tmp_path / "progress.json").read_text())["step"] == 25

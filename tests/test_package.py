@@ -325,3 +325,32 @@ def test_the_fast_tests_are_files_that_are_there():
     assert len(names) > 10
     for name in names:
         assert (ROOT / "tests" / f"test_{name}.py").is_file(), name
+
+
+GUARDED = ("timm", "torchvision", "torchmetrics")  # they import torchvision's compiled part
+
+
+def _imports(tree):
+    """(line, top name) of what a module imports, wherever it does."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.lineno, node.module
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", ["rcmae", "tools"])
+def test_a_module_that_imports_timm_makes_it_importable_before(folder):
+    """Beside a torch that torchvision was not built for, each module has to import by itself."""
+    found = 0
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        imports = list(_imports(ast.parse(path.read_text())))
+        needs = [line for line, name in imports if name.split(".")[0] in GUARDED]
+        if not needs:
+            continue
+        found += 1
+        guards = [line for line, name in imports if name == "rcmae.process.extensions"]
+        assert guards, f"{path} imports {GUARDED} without rcmae.process.extensions"
+        assert min(guards) < min(needs), f"{path}: rcmae.process.extensions comes first"
+    assert found >= 1

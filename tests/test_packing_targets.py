@@ -206,10 +206,10 @@ def test_coco_becomes_an_annotation_beside_each_image_with_an_object(tmp_path, c
     assert report["samples"] == 1
     assert report["rejected"] == [{"path": "4.jpg", "reason": "it is named, and not there"}]
     notes = "\n".join(report["notes"])
-    assert "2 images have no object and are left out" in notes
+    assert "2 images without objects left out" in notes
     assert "1 boxes without area are left out: ids 12" in notes
     assert "1 annotations are of no image" in notes
-    assert "1 images are not named in x.json: 7.jpg" in notes
+    assert "1 image not named in x.json: 7.jpg" in notes
     (sample,) = samples_of(tmp_path / "out").values()
     document = json.loads(sample["json"])
     assert (document["image_id"], document["height"], document["width"]) == (1, 12, 20)

@@ -51,6 +51,14 @@ def test_a_silent_rank_is_named_with_its_place_and_those_that_beat_are_not(tmp_p
     assert not (tmp_path / "ranks" / "00000004" / "00002.json").exists()
 
 
+def test_the_step_under_way_is_the_one_after_those_done(tmp_path: Path) -> None:
+    alone = Presence(tmp_path, generation=1, rank=0, world=1, timeout_s=600.0)
+    alone.at(11, "computing the step")  # eleven are done
+    assert alone.doing().startswith("step 12 (computing the step, ")
+    alone.at(12, "evaluating or saving")
+    assert alone.doing().startswith("step 12 (evaluating or saving, ")
+
+
 def test_who_failed_first_is_told_by_the_others_and_its_failure_is_its_own(tmp_path: Path) -> None:
     ranks = three(tmp_path)
     told = {}

@@ -393,3 +393,23 @@ def test_lines_that_somebody_edited_are_left_out(told_run: Path) -> None:
     found = status(told_run, now=10_000.0)
     assert (found["step"], found["state"]) == (whole["step"], whole["state"])
     assert runs.main(["status", str(told_run)]) == 0
+
+
+def test_a_run_that_logged_no_step_yet_says_where_it_stands(tmp_path: Path) -> None:
+    start = {"event": "start", "time": 1000.0, "step": 0, "sizes": {"total_steps": 40, "world": 1}}
+    events = [start, {"event": "first_step", "time": 1010.0, "step": 1}]
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    (tmp_path / "events.jsonl").write_text(lines)
+    (tmp_path / "progress.json").write_text(json.dumps({"step": 10, "time": 1100.0}) + "\n")
+    told = status(tmp_path, now=1102.0, asks=False)
+    assert told["step"] == 10
+    assert told["seconds"]["step"] == pytest.approx(100.0), "it trained, though nothing is logged"
+    assert told["goodput"] > 0.9
+    stop = {"event": "stop", "time": 1105.0, "step": 10, "status": 75, "reason": "stopped"}
+    (tmp_path / "events.jsonl").write_text(lines + json.dumps(stop) + "\n")
+    told = status(tmp_path, now=2000.0, asks=False)
+    assert told["seconds"]["step"] == pytest.approx(100.0), "not the wait for its last save"
+    assert told["seconds"]["other"] == pytest.approx(5.0)
+    older = json.dumps({"step": 30, "time": 900.0}) + "\n"  # of a start before
+    (tmp_path / "progress.json").write_text(older)
+    assert status(tmp_path, now=2000.0, asks=False)["step"] == 10

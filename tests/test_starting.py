@@ -51,6 +51,9 @@ def test_two_ranks_train_from_python(tiny: Path, tmp_path: Path) -> None:
     run = rcmae.start(tiny, keys | {"schedule.warmup_steps": 1}, ranks=2)
     assert run.wait() == 0
     assert folder.outcome()["status"] == "finished"
+    assert "finished, step 2" in repr(run)
+    once_more = rcmae.start(tiny, keys | {"schedule.warmup_steps": 1, "engine.name": "local"})
+    assert "finished, step 2" in repr(once_more), "at once: no step is left"
 
 
 def test_a_wrong_recipe_starts_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -90,10 +93,24 @@ def test_the_notebook_ends_with_a_picture_of_neighbours(tmp_path: Path) -> None:
         for number in range(20):
             pixels = draw.integers(0, 128, (64, 64, 3), np.uint8) + 127 * (name == "light")
             Image.fromarray(pixels.astype(np.uint8)).save(photos / name / f"{number}.png")
+    whole = (photos / "dark" / "0.png").read_bytes()
+    (photos / "dark" / "0.png").rename(photos / "dark" / "0.PNG")
+    (photos / "dark" / "torn.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "dark" / "._0.png").write_bytes(b"Mac OS X")  # a companion, no image
+    (photos / ".hidden").mkdir()
+    (photos / ".hidden" / "0.png").write_bytes(whole)
     command = [sys.executable, str(ROOT / "tools" / "notebook.py"), str(photos), "3"]
     paths = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "40 vectors of 96 numbers" in done.stdout
-    with Image.open(tmp_path / "neighbours.png", formats=["PNG"]) as sheet:
+    assert "left out: dark/torn.png" in done.stdout
+    (picture,) = (tmp_path / "runs").glob("notebook-photos-*-3/neighbours.png")
+    with Image.open(picture, formats=["PNG"]) as sheet:
         assert sheet.size == (576, 576)
+    assert {path.name for path in photos.iterdir()} == {".hidden", "dark", "light"}
+    command[2] = str(tmp_path / "photoes")
+    wrong = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
+    assert wrong.returncode == 1
+    assert f"no such folder: {tmp_path / 'photoes'}" in wrong.stderr
+    assert not (tmp_path / "photoes").exists()

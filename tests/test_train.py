@@ -219,7 +219,7 @@ def test_bad_input_is_refused_with_every_problem_and_nothing_written(
         (["batch.images=4096"], ["batch.images=4096 is more than the 240 samples"]),
         (
             ["schedule.warmup_steps=20"],
-            ["before the last of 20 steps; set schedule.warmup_steps to fewer, such as 2"],
+            ["before the last of 20 steps; set schedule.warmup_steps to less (0: none)"],
         ),
         (
             ["schedule.epochs=1", "schedule.steps=9", "schedule.base_lr=1", "schedule.lr=1"],
@@ -789,7 +789,7 @@ def test_what_it_says_to_run_next_runs(
         ["schedule.steps=2", "schedule.warmup_steps=0", "run.stop_after_steps=1"],
     )
     assert start(tiny, run.path, *words) == 75
-    resume = r"python -m rcmae.train (.*?)    # resume"
+    resume = r"rcmae train (.*?)    # resume"
     (command,) = re.findall(resume, capsys.readouterr().out)
     recipe, *overrides = command.split()
     assert start(recipe, run.path, *overrides) == 0  # it does not stop after another step

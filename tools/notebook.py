@@ -4,11 +4,14 @@ Editors that know cells (`# %%`) run it cell by cell; `python tools/notebook.py`
 
     python tools/notebook.py [PHOTOS] [STEPS]
         PHOTOS: a folder of photographs; without it some are cut from those of scikit-learn
+
+The run and the picture of neighbours go to the current folder's runs/.
 """
 
 # %% Photographs: a folder of yours
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -17,10 +20,19 @@ import torch
 from PIL import Image
 
 import rcmae
+from rcmae.data.packing.folders import walked
+from rcmae.data.transforms import BadImage, decode
 
 arguments = sys.argv[1:]
 photos = Path(arguments[0] if arguments else "data/notebook/photos")
 steps = int(arguments[1]) if len(arguments) > 1 else 200
+if arguments and not photos.is_dir():
+    sys.exit(f"no such folder: {photos}")
+# one for each folder and length: another training does not meet this one
+same = hashlib.sha256(str(photos.resolve()).encode()).hexdigest()[:6]
+folder = Path("runs") / f"notebook-{photos.resolve().name}-{same}-{steps}"
+if folder.is_dir():
+    print(f"{folder} is there: it goes on, or is shown if it is finished")
 
 
 def tiles_of_two_photographs(folder: Path) -> None:
@@ -47,7 +59,7 @@ run = rcmae.start(
     {
         "data.images": str(photos),  # packed into shards once
         "data.workers": 1,
-        "run.dir": str(photos.parent / "run"),
+        "run.dir": str(folder),
         "engine.name": "local",
         "model.image_size": 64,
         "model.patch_size": 8,
@@ -76,8 +88,13 @@ run.wait()
 
 # %% The encoder, and a vector of each photograph
 encoder = rcmae.load_encoder(run.folder)
-paths = sorted(path for path in photos.rglob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
-pictures = [Image.open(path, formats=["JPEG", "PNG"]) for path in paths]
+paths, pictures = [], []
+for name in sorted(walked(photos).images):  # as the training reads a folder
+    try:
+        pictures.append(Image.fromarray(decode((photos / name).read_bytes())))
+        paths.append(photos / name)
+    except BadImage as error:
+        print(f"left out: {name} ({error})")
 with torch.inference_mode():
     vectors = torch.cat([encoder(encoder.transform(picture)[None]) for picture in pictures])
 print(f"{len(vectors)} vectors of {vectors.shape[1]} numbers")
@@ -87,17 +104,17 @@ directions = torch.nn.functional.normalize(vectors - vectors.mean(0))
 likeness = directions @ directions.T
 likeness.fill_diagonal_(-1.0)
 queries = list(range(0, len(paths), max(1, len(paths) // 6)))[:6]
-rows = {query: likeness[query].topk(5).indices.tolist() for query in queries}
-same = [paths[query].parent == paths[near].parent for query in queries for near in rows[query]]
-print(f"{sum(same)} of {len(same)} neighbours lie in the photograph's own folder")
+rows = {query: likeness[query].topk(min(5, len(paths) - 1)).indices.tolist() for query in queries}
+alike = [paths[query].parent == paths[near].parent for query in queries for near in rows[query]]
+print(f"{sum(alike)} of {len(alike)} neighbours lie in the photograph's own folder")
 
 # %% A picture of them: the first of each row is the photograph, the others its neighbours
 side = 96
 sheet = Image.new("RGB", (6 * side, len(queries) * side))
 for row, query in enumerate(queries):
     for column, number in enumerate([query, *rows[query]]):
-        tile = pictures[number].convert("RGB").resize((side, side))
+        tile = pictures[number].resize((side, side))
         sheet.paste(tile, (column * side, row * side))
-out = photos.parent / "neighbours.png"
+out = folder / "neighbours.png"
 sheet.save(out)
 print(out)

@@ -41,7 +41,7 @@ into_venv() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 if installed requirements requirements.txt; then
     say "requirements.txt is installed in .venv"
 else
-    say "installing requirements.txt into .venv: about a hundred packages, a minute or more"
+    say "installing requirements.txt into .venv: about 135 packages, some minutes"
     (set -o pipefail; into_venv install --progress-bar off -r requirements.txt 2>&1 | how_far) \
         || stop "pip could not install requirements.txt (see above); the same command tries again"
     stamp requirements requirements.txt
@@ -60,4 +60,11 @@ export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions
 unset VIRTUAL_ENV PYTHONHOME  # of another environment that may be active
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')" \
     || stop "torch does not import; remove .venv to have it made anew"
+python - << 'EOF' || true
+from rcmae.process import extensions
+
+if extensions.guard_torchvision():
+    print("note: torchvision does not fit this torch. rcmae works; `import timm` alone fails here.")
+    print(f"      To mend it: {extensions.remedy()}")
+EOF
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu  # DeepSpeed would find that out itself, with a warning

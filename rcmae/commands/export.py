@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
     options = _parser().parse_args(arguments)
     from rcmae.checkpoint import CheckpointError, find_checkpoint
+    from rcmae.process import extensions
 
     try:
         manifest, passed_over = find_checkpoint(options.source)
@@ -54,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{done.path}: {' and '.join(done.networks)} of step {done.step:,} ({manifest.path}), "
         f"{done.tensors} tensors, {done.bytes / 1e6:,.1f} MB\n  {done.use}"
     )
+    if "timm." in done.use and extensions.guard_torchvision():
+        print(
+            f"  timm does not import by itself here, as torchvision does not fit this torch: begin "
+            f"with `{extensions.FIRST}`, or: {extensions.remedy()}"
+        )
     return 0
 
 

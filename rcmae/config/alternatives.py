@@ -7,7 +7,7 @@ gives way; two of a pair on one command line are refused as ever.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 PAIRS = (
@@ -18,14 +18,16 @@ PAIRS = (
 )
 
 
-def give_way(tree: dict[str, Any], given: Collection[str]) -> None:
+def give_way(tree: dict[str, Any], given: Collection[str], usual: Mapping[str, Any]) -> None:
     """Leave out what the file says and the command line says otherwise.
 
     Args:
         tree: the recipe, with what the command line sets in it.
         given: `section.key` that the command line sets.
+        usual: `schedule` as the file has it.
     """
     keep_warmup_share(tree, given)
+    shorten_warmup(tree, given, usual)
     for pair in PAIRS:
         for key, other in (pair, pair[::-1]):
             if key in given and other not in given and value_of(tree, key) is not None:
@@ -52,6 +54,25 @@ def keep_warmup_share(tree: dict[str, Any], given: Collection[str]) -> None:
             continue  # refused by their size
         drop(tree, warmup)
         tree["schedule"][mine[len("schedule.") :]] = round(share) if unit == "steps" else share
+
+
+def shorten_warmup(tree: dict[str, Any], given: Collection[str], usual: Mapping[str, Any]) -> None:
+    """Where the command line gives a length that the file's warm-up does not end before: the
+    warm-up is the same part of the training as in the file.
+    """
+    for unit in ("steps", "epochs"):
+        length, warmup = f"schedule.{unit}", f"schedule.warmup_{unit}"
+        if length not in given or {"schedule.warmup_steps", "schedule.warmup_epochs"} & set(given):
+            continue
+        numbers = [value_of(tree, length), value_of(tree, warmup), usual.get(unit)]
+        if not all(type(number) in (int, float) and number > 0 for number in numbers):
+            continue
+        now, old, before = numbers
+        if old < now or old >= before:
+            continue
+        share = now * old / before
+        if math.isfinite(share):
+            tree["schedule"][f"warmup_{unit}"] = round(share) if unit == "steps" else share
 
 
 def value_of(tree: dict[str, Any], key: str) -> Any:

@@ -31,8 +31,12 @@ _SHOWN = 2000  # characters of a problem
 _DEEPEST = 16  # sections of a key
 
 
-def recipe_path(name: str) -> Path:
+def recipe_path(name: str, task: str | None = None) -> Path:
     """The file of a recipe given by path or by the name of a shipped one.
+
+    Args:
+        name: of it.
+        task: of the command that asks, whose recipes a hint names; None: any.
 
     Raises:
         Refused: there is no such file, with the names that are near.
@@ -48,17 +52,26 @@ def recipe_path(name: str) -> Path:
             f"{name} is a folder, not a recipe; to train on its images: RECIPE data.images={name} "
             "(rcmae recipe lists the shipped ones)"
         )
-    close = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.75)
-    near = f"; did you mean {' or '.join(map(repr, close))}?" if close else ":"
+    close = difflib.get_close_matches(name, recipe_names(task), n=3, cutoff=0.75)
+    if close:
+        near = " or ".join(map(repr, close))
+        raise Refused(f"no recipe {name!r}; did you mean {near}? (rcmae recipe lists all)")
     raise Refused(
-        f"no recipe {name!r}{near} it is neither a file nor a shipped recipe, which rcmae recipe "
-        "lists"
+        f"no recipe {name!r}: it is neither a file nor a shipped recipe, which rcmae recipe lists"
     )
 
 
-def recipe_names() -> list[str]:
-    """The shipped recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipe_names(task: str | None = None) -> list[str]:
+    """The shipped recipes, of a task alone where one is given: their names begin with it, but for
+    those of a pretraining.
+    """
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    others = [each for each in COMMANDS if each != "pretrain"]
+    if task in others:
+        return [name for name in names if name.startswith(task)]
+    if task == "pretrain":
+        return [name for name in names if not name.startswith(tuple(others))]
+    return names
 
 
 def load(
@@ -79,7 +92,7 @@ def load(
     Raises:
         Refused: one message that names every problem.
     """
-    path = recipe_path(name)
+    path = recipe_path(name, task)
     try:
         tree = tree_of(patiently(path.read_text)) or {}
     except UnicodeDecodeError as error:
@@ -88,8 +101,12 @@ def load(
         raise Refused(f"{path} {error}") from error
     if not isinstance(tree, dict):
         raise Refused(f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}")
+    usual = tree.get("schedule")
+    lengths = dict(usual) if isinstance(usual, dict) else {}
     problems = _override(tree, overrides)
-    give_way(tree, {item.partition("=")[0] for item in overrides})
+    given = {item.partition("=")[0] for item in overrides}
+    of_line = len(problems)  # of the command line, as far as that is known
+    give_way(tree, given, lengths)
     if any(item.startswith("task.name=") for item in overrides):
         drop_objective(tree, overrides)
     problems += name_task(tree, task)
@@ -97,12 +114,15 @@ def load(
     drop_null_shards(tree)
     name_run(tree, path.stem)
     recipe, more = _parse(tree, objectives or shipped())
-    problems += more
+    problems += more.values()
+    of_line += sum(key in given for key in more)
     if recipe is not None:
         problems += truth_problems(tree, recipe.model_dump()) + text_problems(tree)
         problems += limit_problems(recipe) or contradictions(recipe)
     if problems or recipe is None:
-        raise Refused(f"{path}:\n" + "\n".join(f"  {_short(problem)}" for problem in problems))
+        head = "the command line, over " if of_line == len(problems) else ""
+        lines = [f"  {_short(problem)}" for problem in problems]
+        raise Refused(f"{head}{path}:\n" + "\n".join(lines))
     return recipe
 
 
@@ -230,9 +250,10 @@ def _is_key(item: str) -> bool:
 NESTED = (("objective", "options"), ("evaluate", "dense"))  # sections inside sections
 
 
-def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None, list[str]]:
+def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None, dict[str, str]]:
+    """The recipe, or what is wrong with it, by keys."""
     try:
-        return Recipe.model_validate(tree, context={"objectives": catalogue}), []
+        return Recipe.model_validate(tree, context={"objectives": catalogue}), {}
     except pydantic.ValidationError as error:
         lines: dict[str, str] = {}  # one line a key, though each branch of a union complains
         for item in error.errors():
@@ -258,7 +279,7 @@ def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None
             else:
                 told = f"{item['msg'][0].lower()}{item['msg'][1:]}"
                 lines[key] = f"{key}: {told}, got {item['input']!r}"
-        return None, list(lines.values())
+        return None, lines
 
 
 def _first_key(section: str) -> str:
@@ -283,5 +304,19 @@ def _unknown(place: Sequence[str], tree: Mapping[str, Any], catalogue: Catalogue
             whose = f"{others} and {owners[-1]}" if others else owners[-1]
             return f"objective.{key} belongs to {whose}, and has no effect with {name}; remove it"
     named = ".".join(part for part in place[:-1] if "[" not in part)  # not the branch of a union
-    hint = did_you_mean(key, known_keys(place[:-1], section))
+    known = known_keys(place[:-1], section)
+    hint = did_you_mean(key, known)
+    elsewhere = [] if difflib.get_close_matches(key, known, n=1, cutoff=0.75) else _keys_like(key)
+    if elsewhere and len(place) <= 2:
+        hint = f"did you mean {' or '.join(map(repr, elsewhere))}?"
     return f"unknown key {key!r}{f' in {named}' if named else ''}; {hint}"
+
+
+def _keys_like(name: str) -> list[str]:
+    """Keys of any section with this name or one near it, at most three."""
+    found: dict[str, list[str]] = {}
+    for section in Recipe.model_fields:
+        for key in known_keys([section], {}):
+            found.setdefault(key, []).append(f"{section}.{key}")
+    close = difflib.get_close_matches(name, found, n=1, cutoff=0.8)
+    return found[close[0]][:3] if close else []

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rcmae.config.recipe import Recipe, with_values
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,11 @@ def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     if schedule.warmup_epochs is not None:
         warmup = schedule.warmup_epochs * steps_per_epoch
     if warmup >= total:
+        key = "steps" if schedule.warmup_epochs is None else "epochs"
+        most = counted(total, "step")
         raise Refused(
-            f"schedule: the warm-up of {warmup:g} steps does not end before the last of {total} "
-            f"steps; set schedule.warmup_steps to fewer, such as {total // 10}"
+            f"schedule: the warm-up of {warmup:g} steps does not end before the last of {most}; "
+            f"set schedule.warmup_{key} to less (0: none), or train longer"
         )
     lr = schedule.lr if schedule.lr is not None else (schedule.base_lr or 0.0) * images / 256
     per_rank = images // world

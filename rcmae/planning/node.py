@@ -29,7 +29,7 @@ from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
 from rcmae.data.loading import workers_amiss, workers_crowded
 from rcmae.data.patterns import Patterns
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 from rcmae.files import flush_folder
 from rcmae.models import kernels
 from rcmae.models.precision import bf16_of
@@ -37,7 +37,7 @@ from rcmae.planning.findings import COLOURS, Finding
 from rcmae.planning.hardware import GIB
 from rcmae.process import (
     cores,
-    extensions,  # noqa: F401, timm and torchvision import beside a CPU torch
+    extensions,  # timm and torchvision import beside a CPU torch
 )
 
 NEEDED = (
@@ -90,6 +90,15 @@ def check_software(found: dict[str, str]) -> Iterator[Finding]:
             f"torchvision {found['torchvision']} belongs to torch {wanted}, this is torch "
             f"{torch.__version__}",
             "install the pair that requirements.txt names",
+        )
+    elif extensions.guard_torchvision():
+        yield Finding(
+            "torchvision",
+            "yellow",
+            f"the compiled part of torchvision {found['torchvision']} does not load beside torch "
+            f"{torch.__version__}: rcmae works, but `import timm` and `import torchvision` alone "
+            "fail",
+            extensions.remedy(),
         )
     elif not broken:
         shown = ("python", "torch", "torchvision", "timm", "deepspeed")
@@ -372,7 +381,7 @@ def check_shards(
     numbers = range(0, len(index), max(1, len(index) // _TRIED))
     bad, rate = _try_samples(recipe, index, numbers)
     bad += [f"{path} is shorter than it was when it was indexed" for path in index.short]
-    shown = f"{key}: {len(index.shards)} with {len(index):,} samples"
+    shown = f"{key}: {len(index.shards)} with {counted(len(index), 'sample')}"
     if not bad:
         text = f"{len(numbers)} read and decoded at {rate / 1e6:.0f} MB/s"
         return Finding("shards", "green", f"{shown}; {text}"), index.fingerprint

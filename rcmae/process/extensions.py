@@ -6,10 +6,14 @@ import it before either.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 
 import torch
+
+INDEX = "https://download.pytorch.org/whl"  # torch's own, with a folder for each build
+FIRST = "import rcmae.process.extensions"  # what a program says before it imports timm
 
 _torchvision_ops: torch.library.Library | None = None  # the definitions live as long as this does
 
@@ -33,6 +37,18 @@ def guard_torchvision() -> bool:
         _torchvision_ops.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _torchvision_ops.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return _torchvision_ops is not None
+
+
+def remedy() -> str:
+    """How to get a torchvision that fits the torch that is here, and what does without it."""
+    build = torch.__version__.partition("+")[2]  # cpu, cu130
+    if not build:
+        build = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
+    version = importlib.metadata.version("torchvision").partition("+")[0]
+    return (
+        f"pip install --force-reinstall --no-deps torchvision=={version} --index-url "
+        f"{INDEX}/{build}; or `{FIRST}` before timm"
+    )
 
 
 guard_torchvision()

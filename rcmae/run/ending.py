@@ -218,7 +218,7 @@ def launcher(world: int) -> str:
         shown = near.relative_to(here) if near.is_relative_to(here) else near
         return f"sbatch --nodes={nodes} {shown}/pretrain.sbatch"
     if world == 1:
-        return "python"
+        return "rcmae"
     if "SLURM_STEP_ID" in os.environ:
         return f"srun --nodes={nodes} --ntasks={world} python"
     several = f" --nnodes={nodes}" if nodes > 1 else ""

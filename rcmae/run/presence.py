@@ -32,6 +32,8 @@ from rcmae.run.preempt import FAILED, write_outcome
 _OURS = re.compile(r"\d{8}")  # a generation's folder
 NAMED = 8  # ranks that a message names at most
 STOPS_WITHOUT_S = 30.0  # a peer that is silent, once a stop is asked for
+# phases before a step is counted: a rank in one of them is in the step after those that are done
+_IN_A_STEP = ("reading samples", "agreeing on the step", "computing the step")
 WAY_OUT = "Start the same command again: it resumes from the newest complete checkpoint"
 
 
@@ -118,8 +120,10 @@ class Presence:
         self._since = time.monotonic()
 
     def doing(self) -> str:
-        """What this rank said last that it does."""
+        """What this rank said last that it does, with the step that is under way."""
         step, phase = self._at
+        if phase in _IN_A_STEP:
+            step += 1
         return f"step {step} ({phase}, for {time.monotonic() - self._since:.0f} s)"
 
     def awaited(self) -> str:

@@ -196,7 +196,7 @@ class Pretraining:
         return [
             ("the encoder, for timm", f"rcmae {way} --out {place.name}.safetensors"),
             (
-                "fine-tune it (or rcmae.probe probe: a linear head)",
+                "fine-tune it (or rcmae probe probe: a linear head)",
                 ended.start("rcmae.finetune", f"finetune classify.init={place} {shards}"),
             ),
         ]

@@ -221,6 +221,8 @@ class Ended(NamedTuple):
 
     def start(self, module: str, words: str) -> str:
         """The command line that starts a module (rcmae.train) with these words."""
+        if self.launcher == "rcmae":  # one process
+            return f"rcmae {module.removeprefix('rcmae.')} {words}"
         whole = self.launcher.endswith(".sbatch")
         return f"{self.launcher} {words}" if whole else f"{self.launcher} -m {module} {words}"
 
@@ -229,7 +231,7 @@ class Task(Protocol):
     """What a run trains and how it is judged."""
 
     name: str  # as in task.name=
-    module: str  # that a user starts: python -m MODULE
+    module: str  # that a user starts: rcmae.NAME, by `rcmae NAME` or by a launcher
     options: type[Section] | None  # of task.options, for a task from outside; None: it has none
     frozen: tuple[str, ...]  # keys beside the core's that make two runs the same training
     reports: tuple[str, ...]  # keys under `frozen` that change nothing in the training

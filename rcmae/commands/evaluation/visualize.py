@@ -116,7 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/pictures")
     parser.add_argument("--count", type=int, help="number of images (4; 200 for features)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the masks and of t-SNE")
-    parser.add_argument("--mask-ratio", type=float, default=0.75)
+    parser.add_argument(
+        "--mask-ratio",
+        type=float,
+        help="share of the patches that is hidden (that of the run; 0.75 of a file of weights)",
+    )
     parser.add_argument(
         "--pixel-norm",
         choices=NORMS,

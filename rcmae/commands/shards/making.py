@@ -16,6 +16,7 @@ from rcmae.commands.shards.arguments import (
     positive,
     register_kinds,
 )
+from rcmae.errors import counted
 from rcmae.process import cores
 from rcmae.process.console import in_line, say
 
@@ -56,6 +57,9 @@ classes. The same images and options give the same bytes. --size makes images wh
 more pixels than that smaller, as JPEG; all others go in as they are. Images of any number of
 channels are taken, as .npy or TIFF (which stay .npy or TIFF when made smaller). A job that was
 killed or stopped resumes when the same command is started again.
+
+--hold-out 0.1 puts a tenth of the images, drawn by their names, into shards named val beside those
+of NAME: a set to judge by, with the same classes.txt.
 """
 
 
@@ -100,6 +104,12 @@ def _make_arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--jobs", type=positive, default=cores.usable(), help="processes (default: the cores)"
     )
+    parser.add_argument(
+        "--hold-out",
+        type=_share,
+        metavar="SHARE",
+        help="of the images go into shards named val, with the same classes (0.1: a tenth)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace shards of this name")
     add_kinds(parser)
     targets = parser.add_argument_group("label maps and boxes")
@@ -112,6 +122,14 @@ def _make_arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
+
+
+def _share(text: str) -> float:
+    """A number between 0 and 1."""
+    share = float(text)
+    if not 0.0 < share < 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return share
 
 
 def make(arguments: Sequence[str] | None = None) -> int:
@@ -137,7 +155,7 @@ def make(arguments: Sequence[str] | None = None) -> int:
             progress=sys.stderr.isatty(),
             targets=Targets(asked.maps, asked.coco, asked.split, asked.keep_empty),
         )
-        report = make_shards(_images(asked), asked.out, options)
+        report = make_shards(_images(asked), asked.out, options, hold_out=asked.hold_out)
     except (Refused, OSError) as error:
         say(f"error: {error}", error=True)
         return 2
@@ -179,17 +197,20 @@ def print_report(report: Report, out: Path) -> None:
     """Print what was made, for people."""
     from rcmae.data.packing.found import some
 
+    classes = counted(len(report.classes), "class", "classes") if report.classes else "no classes"
     say(
-        f"{out}: {report.samples:,} images of {len(report.classes) or 'no'} classes"
-        f" in {len(report.shards)} shards, {report.bytes / 1e6:,.1f} MB"
+        f"{out}: {counted(report.samples, 'image')} of {classes}"
+        f" in {counted(len(report.shards), 'shard')}, {report.bytes / 1e6:,.1f} MB"
     )
     for note in report.notes:
         say(f"  {note}")
     if report.kept:
-        say(f"  {report.kept:,} shards were there from an unfinished job")
+        were = "was" if report.kept == 1 else "were"
+        say(f"  {counted(report.kept, 'shard')} {were} there from an unfinished job")
     if report.other_files:
+        were = "was" if report.other_files == 1 else "were"
         say(
-            f"  {report.other_files:,} other files were not looked at: "
+            f"  {counted(report.other_files, 'other file')} {were} not looked at: "
             f"{some(report.such_as, report.other_files)}"
         )
     for reject in report.rejected:

@@ -16,7 +16,7 @@ from typing import Any
 from rcmae.data.members.annotations import compact, has_area
 from rcmae.data.packing.folders import walked
 from rcmae.data.packing.found import Found, Named, Other, some
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 from rcmae.files import aside
 
 _Row = dict[str, Any]
@@ -71,10 +71,12 @@ def in_coco(path: Path, folder: Path, spool: Path, *, keep_empty: bool) -> Found
     if not named:
         raise Refused(f"{path}: no image has an object; --keep-empty packs images without any")
     if empty:
-        notes.append(f"{empty:,} images have no object and are left out (--keep-empty takes them)")
+        notes.append(
+            f"{counted(empty, 'image')} without objects left out (--keep-empty takes such)"
+        )
     unnamed = sorted(files - {row["file_name"] for row in images})
     if unnamed:
-        notes.append(f"{len(unnamed):,} images are not named in {path.name}: {_some(unnamed)}")
+        notes.append(f"{counted(len(unnamed), 'image')} not named in {path.name}: {_some(unnamed)}")
     listed = json.dumps([{"id": row["id"], "name": row["name"]} for row in categories])
     return Found(
         named,

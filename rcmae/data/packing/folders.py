@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # JPEGs have more names in folders than in tars, where they are .jpg
 from rcmae.data.tars import IMAGE_SUFFIXES
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 
 ALIASES = {"jfif": "jpg", "jpe": "jpg"}  # suffix of a file -> that in a tar
 _SYSTEM = {
@@ -38,6 +39,7 @@ _SYSTEM = {
     "#tmp",
     "@sharebin",
 }
+_PHONES = (".heic", ".heif")  # images that are not read
 _NAMED = 5  # of many folders that a message is about
 
 
@@ -135,9 +137,21 @@ def without_images(top: Path, found: Walked) -> list[str]:
         if entry.name in found.links:
             why = "is a link to a folder that is read already"
         elif inside:
-            why = f"{len(inside):,} files: {', '.join(suffixes[:_NAMED])}"
+            why = f"{counted(len(inside), 'file')}: {', '.join(suffixes[:_NAMED])}"
         told.append(f"{entry.name} ({why})")
     return told
+
+
+def heic_hint(others: Iterable[str]) -> str | None:
+    """What to do with the photographs of a phone among these files; None where there are none."""
+    count = sum(path.lower().endswith(_PHONES) for path in others)
+    if not count:
+        return None
+    return (
+        f"{counted(count, 'photograph')} in HEIC {'is' if count == 1 else 'are'} not read: make "
+        "JPEGs of them first (with pillow-heif, Pillow opens them; on an iPhone: Settings, Camera, "
+        "Formats, Most Compatible)"
+    )
 
 
 def notes_of(found: Walked) -> list[str]:
@@ -147,6 +161,8 @@ def notes_of(found: Walked) -> list[str]:
         notes.append(f"{_some(found.skipped)}: hidden and system folders, not read")
     if found.links:
         notes.append(f"{_some(found.links)}: links to what is read already, passed over")
+    if hint := heic_hint(found.others):
+        notes.append(hint)
     return notes
 
 

@@ -19,7 +19,14 @@ from rcmae.data import sources
 from rcmae.data.index import ShardIndex
 from rcmae.data.members.kinds import kinds
 from rcmae.data.packing.coco import in_coco
-from rcmae.data.packing.folders import ALIASES, class_of, notes_of, walked, without_images
+from rcmae.data.packing.folders import (
+    ALIASES,
+    class_of,
+    heic_hint,
+    notes_of,
+    walked,
+    without_images,
+)
 from rcmae.data.packing.found import (
     NO_TARGETS,
     Found,
@@ -42,7 +49,7 @@ from rcmae.data.packing.layouts import in_folders, layout_of
 from rcmae.data.packing.members import files_beside
 from rcmae.data.patterns import expand
 from rcmae.data.tars import IMAGE_SUFFIXES, NO_LABEL
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 from rcmae.files import aside
 from rcmae.process import cores
 
@@ -109,15 +116,16 @@ def _in_folder(folder: Path, has_classes: bool) -> Found:
         )
     found = walked(folder)
     if not found.images:
+        hint = heic_hint(found.others)
         raise Refused(
             f"{folder} holds no image ({', '.join([*IMAGE_SUFFIXES, *ALIASES])}) among "
-            f"{len(found.others)} files"
+            f"{counted(len(found.others), 'file')}{f'; {hint}' if hint else ''}"
         )
     alone = sum(os.sep not in path for path in found.images)
     if 0 < alone < len(found.images):
+        loose = counted(alone, "image")
         raise Refused(
-            f"{folder} holds {alone} images beside class folders; move them into one, or the "
-            "folders away"
+            f"{folder} holds {loose} beside class folders; move them into one, or the folders away"
         )
     notes = notes_of(found)
     if not alone:
@@ -178,7 +186,9 @@ def _in_list(path: Path, how: Labelling) -> Found:
         gone += [f"{name} (line {line})" for name, each in files if not each.is_file()]
         images.append(Named(row[where], number, str(file), others=others))
     if gone:
-        raise Refused(f"{path} names {len(gone)} files that are not there: {some(gone, len(gone))}")
+        raise Refused(
+            f"{path} names {counted(len(gone), 'file')} not there: {some(gone, len(gone))}"
+        )
     _refuse_links(path, images)
     return Found(images, notes=[taken.told])
 
@@ -212,7 +222,8 @@ def _refuse_links(path: Path, images: Sequence[Named]) -> None:
         if first != image.name:
             twice.append(f"{image.name} is {first}")
     if twice:
-        raise Refused(f"{path} names {len(twice)} images more than once: {some(twice, len(twice))}")
+        count = counted(len(twice), "image")
+        raise Refused(f"{path} names {count} more than once: {some(twice, len(twice))}")
 
 
 def _rows_of(path: Path) -> tuple[list[dict[str, str]], list[int], list[str]]:
@@ -357,6 +368,28 @@ def parquet_of(path: str, how: Labelling) -> ParquetTable:
     return ParquetTable(file, label_column(names, how))
 
 
+def held_out(images: Sequence[Named], share: float, what: str) -> set[tuple[str, int]]:
+    """Path and offset of the images that a draw by their names holds out: an image stays on its
+    side whatever comes beside it.
+
+    Raises:
+        Refused: all are held out, or none is.
+    """
+    held = {(image.path, image.offset) for image in images if _draw(image.name) < share}
+    if not held or len(held) == len(images):
+        raise Refused(
+            f"--hold-out {share:g} of the {counted(len(images), 'image')} of {what} would hold out "
+            f"{len(held)}; give {'a larger' if not held else 'a smaller'} share, or more images"
+        )
+    return held
+
+
+def _draw(name: str) -> float:
+    """From 0 to 1, by the name alone; another number than that of the order."""
+    digest = hashlib.sha256(b"hold out:" + os.fsencode(name)).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
 def ordered(
     images: Sequence[Named], classes: Sequence[str] | None, what: str
 ) -> tuple[list[Source], list[str]]:
@@ -389,9 +422,8 @@ def ordered(
     hashes = {image.name: hashlib.sha256(os.fsencode(image.name)).hexdigest() for image in images}
     if len(hashes) < len(images):
         twice = Counter(image.name for image in images).most_common(1)[0][0]
-        raise Refused(
-            f"{what} names {len(images) - len(hashes)} images more than once, such as {twice}"
-        )
+        count = counted(len(images) - len(hashes), "image")
+        raise Refused(f"{what} names {count} more than once, such as {twice}")
     plain = {image.name: _plain(image) for image in images}
     times = Counter(plain.values())
     sources = []

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 
 LARGEST = 2**31 - 1  # that an index has room for
 Label = int | str | None
@@ -101,13 +101,13 @@ def read_labels(
         for row, (number, text) in enumerate(zip(numbers, texts, strict=True))
         if number is None and text.lower() not in _GAPS
     ]
-    counted = sum(number is not None for number in numbers)
-    if words and counted:
+    whole = sum(number is not None for number in numbers)
+    if words and whole:
         told = _some(texts, words, place)
-        if counted < len(words):
+        if whole < len(words):
             told += f"; the numbers: {_some(texts, _rows(numbers), place)}"
         raise Refused(
-            f"the column {column!r} has {counted} whole numbers, and {len(words)} cells that are "
+            f"the column {column!r} has {whole} whole numbers, and {len(words)} cells that are "
             f"none: {told}; an empty cell or -1 is not a label among numbers, an empty cell among "
             "names"
         )
@@ -195,7 +195,7 @@ def _told(column: str, labels: Sequence[Label]) -> str:
         what = f"{len(numbers):,} labels, the numbers {min(numbers)} to {max(numbers)}"
     elif names:
         what = f"{len(labels) - without:,} labels, {len(names):,} names"
-    gaps = f"; {without:,} images have none" if without else ""
+    gaps = f"; {counted(without, 'image')} without one" if without else ""
     return f"column {column!r}: {what}{gaps}"
 
 

@@ -21,9 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from rcmae.data.packing.folders import Walked, walked
+from rcmae.data.packing.folders import Walked, heic_hint, walked
 from rcmae.data.packing.writer import PackingOptions, make_shards
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 from rcmae.process import cores
 
 MARGIN = 256 / 224  # of the shorter side that is stored, over the network's
@@ -78,8 +78,12 @@ def pack_once(images: str, cache: str | None, *, side: int, world: int = 1) -> P
             report = make_shards(folder, part, options)
             os.replace(part, place)
             left = len(report.rejected)
-            what = f"{report.samples:,} images of {len(report.classes) or 'no'} classes"
+            classes = len(report.classes)
+            what = f"{counted(report.samples, 'image')} of "
+            what += counted(classes, "class", "classes") if classes else "no classes"
             what += f", {left:,} left out" if left else ""
+            if hint := heic_hint(found.others):
+                what += f"; {hint}"
         else:
             what = "by another job"
         _touch(place)

@@ -30,15 +30,16 @@ from rcmae.data.members.maps import decode_map, encode_map, no_label
 from rcmae.data.packing.folders import ALIASES
 from rcmae.data.packing.found import NO_TARGETS, Found, Labelling, Other, Source, Targets
 from rcmae.data.packing.indexing import refresh
-from rcmae.data.packing.inputs import find_images, ordered
+from rcmae.data.packing.inputs import find_images, held_out, ordered
 from rcmae.data.packing.layouts import RECODED
 from rcmae.data.packing.members import registered
 from rcmae.data.tars import IMAGE_SUFFIXES, suffix_of
 from rcmae.data.transforms import FORMATS, NPY, TIFF, BadImage, channels_of, decode, resize
 from rcmae.data.workers import fork_server, mapped
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 from rcmae.files import aside, json_lines, write_aside
 
+HELD_OUT = "val"  # what the names of shards of held-out images begin with
 _NAMED = 5  # of many files that a report is about
 
 
@@ -98,7 +99,11 @@ class Task(NamedTuple):
 
 
 def make_shards(
-    images: str | Path | Sequence[str | Path], out: str | Path, options: PackingOptions
+    images: str | Path | Sequence[str | Path],
+    out: str | Path,
+    options: PackingOptions,
+    *,
+    hold_out: float | None = None,
 ) -> Report:
     """Write images as shards with their index and classes.
 
@@ -107,6 +112,8 @@ def make_shards(
             one kind.
         out: folder of the shards; made where it is not there.
         options: how.
+        hold_out: share of the images that go into shards of another name, HELD_OUT, with the same
+            classes; drawn by their names.
 
     Raises:
         Refused: the folder holds no images, or images beside class folders, or folders of no
@@ -122,11 +129,20 @@ def make_shards(
     if not labels:  # of images; else the classes may be those of their maps
         labels = list(options.classes or found.classes or ())
         sources = [_of_classes(source, len(labels)) for source in sources]
-    tasks = _tasks(sources, out, options)
-    job = Job(out / f".{options.name}.progress", _told(sources, labels, options))
-    old = sorted(out.glob(f"{options.name}-*.tar"))
-    if old and not options.overwrite and job.done is None:
-        raise Refused(_is_taken(out, old, options.name, job.unlike))
+    parts = {options.name: sources}
+    if hold_out is not None:
+        parts, found = _split(sources, found, options.name, hold_out, " ".join(inputs))
+    tasks = [task for name, part in parts.items() for task in _tasks(part, out, name, options)]
+    told = _told(sources, labels, options)
+    if hold_out is not None:
+        told["hold-out"] = hold_out
+    job = Job(out / f".{options.name}.progress", told)
+    old = []
+    for name in parts:
+        theirs = sorted(out.glob(f"{name}-*.tar"))
+        old += theirs
+        if theirs and not options.overwrite and job.done is None:
+            raise Refused(_is_taken(out, theirs, name, job.unlike))
     files = dict(found.files)
     if labels:
         files["classes.txt"] = "".join(f"{label}\n" for label in labels).encode()
@@ -138,8 +154,9 @@ def make_shards(
             raise Refused(f"{out / name} names other classes{way} --overwrite it")
 
     out.mkdir(parents=True, exist_ok=True)
-    for torn in out.glob(f".{options.name}-*.tar.*"):
-        torn.unlink()  # of a job that was killed
+    for name in parts:
+        for torn in out.glob(f".{name}-*.tar.*"):
+            torn.unlink()  # of a job that was killed
     before = {path: each for path, each in (job.done or {}).items() if os.path.isfile(path)}
     done = _write_all(tasks, before, job, options)
     paths = [task.path for task in tasks]
@@ -154,18 +171,38 @@ def make_shards(
     return _report([done[path] for path in paths], labels, found, kept)
 
 
+def _split(
+    sources: Sequence[Source], found: Found, name: str, share: float, what: str
+) -> tuple[dict[str, list[Source]], Found]:
+    """What goes into shards of each name, in its order, and what was found with a note of it.
+
+    Raises:
+        Refused: both names are the same, or one would have no image.
+    """
+    if name == HELD_OUT:
+        raise Refused(f"--hold-out makes shards named {HELD_OUT}; give the others another --name")
+    held = held_out(found.images, share, what)
+    parts: dict[str, list[Source]] = {name: [], HELD_OUT: []}
+    for source in sources:
+        parts[HELD_OUT if (source.path, source.offset) in held else name].append(source)
+    note = (
+        f"{counted(len(held), 'image')} held out, in {HELD_OUT}-*.tar; the others in {name}-*.tar"
+    )
+    return parts, found._replace(notes=[*found.notes, note])
+
+
 def _of_classes(source: Source, count: int) -> Source:
     """The image with a map of so many classes; 0: nobody says how many."""
     others = tuple(other._replace(classes=count) for other in source.others)
     return source._replace(others=others)
 
 
-def _tasks(sources: Sequence[Source], out: Path, options: PackingOptions) -> list[Task]:
+def _tasks(sources: Sequence[Source], out: Path, name: str, options: PackingOptions) -> list[Task]:
     count = -(-len(sources) // options.samples)
     cuts = [len(sources) * shard // count for shard in range(count + 1)]
     tasks = []
     for shard in range(count):
-        path = str(out / f"{options.name}-{shard:06d}.tar")
+        path = str(out / f"{name}-{shard:06d}.tar")
         tasks.append(Task(path, sources[cuts[shard] : cuts[shard + 1]]))
     return tasks
 
@@ -193,7 +230,7 @@ def _is_taken(out: Path, old: Sequence[Path], name: str, unlike: str) -> str:
     if unlike:
         unfinished = f" of an unfinished job, {unlike}; that job's command resumes it"
     return (
-        f"{out} has {len(old)} shards named {name}-*.tar{unfinished}; take another "
+        f"{out} has {counted(len(old), 'shard')} named {name}-*.tar{unfinished}; take another "
         "--name, or --overwrite them"
     )
 

@@ -25,6 +25,7 @@ from rcmae.weights.encoder import load_autoencoder, recipe_of, statistics_of
 from rcmae.weights.layouts import Which
 from rcmae.weights.reading import NetworkWeights
 
+MASK_RATIO = 0.75  # of a network that says nothing of its training
 STATISTICS = {
     "visible": "put back: mean and standard deviation of the visible patches, averaged",
     "true": "put back: the true mean and standard deviation of each hidden patch, which the "
@@ -110,12 +111,19 @@ def norm_of(source: NetworkWeights) -> PixelNorm | None:
     return pixel.norm if pixel.norm_pix_loss else None
 
 
+def mask_ratio_of(source: NetworkWeights) -> float:
+    """The share of the patches that the training hid; MAE's where there is no recipe."""
+    if "recipe" not in source.metadata:
+        return MASK_RATIO
+    return float(getattr(recipe_of(source).objective, "mask_ratio", MASK_RATIO))
+
+
 def reconstruct(
     source: Path,
     images: Images,
     *,
     seed: int = 0,
-    mask_ratio: float = 0.75,
+    mask_ratio: float | None = None,
     statistics: str = "visible",
     pixel_norm: str | None = None,
 ) -> Pictures:
@@ -125,7 +133,7 @@ def reconstruct(
         source: a run, a checkpoint or a file with a whole network.
         images: to draw.
         seed: of the masks.
-        mask_ratio: share of the patches that is hidden.
+        mask_ratio: share of the patches that is hidden; None: as in the run.
         statistics: one of STATISTICS.
         pixel_norm: one of NORMS; None: as the recipe has it.
 
@@ -137,7 +145,8 @@ def reconstruct(
     norm = NORMS[pixel_norm] if pixel_norm else norm_of(about)
     channels = statistics_of(about, model.in_channels)
     shown = load_images(images.paths, model.image_size, channels, images.limit)
-    batch = _masked(shown, model.num_patches, seed, mask_ratio)
+    hidden = mask_ratio if mask_ratio is not None else mask_ratio_of(about)
+    batch = _masked(shown, model.num_patches, seed, hidden)
     inputs = to_uint8(shown.pixels, *channels)
     columns = [("input", inputs), masked_column(batch, inputs)]
     for name, network in networks.items():

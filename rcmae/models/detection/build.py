@@ -180,7 +180,7 @@ def _unused(
 
 
 def _of_other_classes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """Last layers of another number of classes: they are drawn anew."""
+    """Last layers of another number of classes: they are newly initialised."""
     last = [name for name in found if any(part in name for part in OF_CLASSES)]
     if all(name in wanted and found[name].shape == wanted[name].shape for name in last):
         return []

@@ -105,7 +105,7 @@ class Evaluation:
             with self._instruments.log.sparing("pictures"):
                 save_png(picture, path)
                 if not self._drew:
-                    self._instruments.log.say(f"a picture of step {step}, the first: {path}")
+                    self._instruments.log.say(f"a picture of step {step}: {path}")
                 self._drew = True
             self._instruments.log.picture("reconstruction", picture, step)
 

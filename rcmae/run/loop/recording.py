@@ -64,6 +64,13 @@ class Recorder:
         row = self._row(losses, figures)
         self._instruments.log.tell({**row, **self._instruments.meter.figures()})
 
+    def mention(self) -> None:
+        """Say that the step just done is done, where no line came for long. Not collective, and
+        nothing is waited for: without its loss.
+        """
+        rate = self._instruments.meter.images_per_s()
+        self._instruments.log.mention(self._progress.step, rate)
+
     def _row(
         self, losses: Sequence[dict[str, Tensor]], figures: Mapping[str, float]
     ) -> dict[str, float]:

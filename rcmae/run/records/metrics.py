@@ -29,7 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 from rcmae.data.sources import redacted, without_secrets
-from rcmae.files import Lines, aside, json_lines_back
+from rcmae.errors import counted
+from rcmae.files import Lines, aside, json_lines_back, write_aside
 from rcmae.process import console as standard
 from rcmae.run.records.board import Board
 
@@ -141,6 +142,11 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(_plain(row), allow_nan=False)
 
 
+SILENT_S = 30.0  # without a line, after which a step is mentioned
+PROGRESS = "progress.json"  # the last step done, which metrics.jsonl need not have
+PROGRESS_EACH_S = 5.0
+
+
 class MetricsLog:
     """metrics.jsonl, events.jsonl, TensorBoard and the progress of one run, on the one rank that
     writes.
@@ -178,6 +184,9 @@ class MetricsLog:
         self._first = resume_step
         self._began = (resume_step, time.monotonic())  # what the rest of the time is told by
         self._row: Mapping[str, Any] = {}  # that was shown last
+        self._said = time.monotonic()  # when a line of a step came last
+        self._moved: dict[str, float] = {}  # the last step done and when, as PROGRESS has it
+        self._noted = -math.inf  # when that was written
         self._board: Board | None = None
         self._troubles: set[str] = set()  # that were told
         self._bar: Progress | None = None
@@ -227,6 +236,7 @@ class MetricsLog:
         if self._bar:
             self._bar.update(self._task, completed=row["step"], description=self._in_short(row))
         else:
+            self._said = time.monotonic()
             self.say(f"step {row['step']}/{self.total_steps}  {self._shown(row)}")
 
     def tell(self, row: Mapping[str, Any]) -> None:
@@ -237,18 +247,36 @@ class MetricsLog:
             return
         self._row = row
         if not self._bar or row["step"] == self._first + 1:
+            self._said = time.monotonic()
             self.say(f"step {row['step']}/{self.total_steps}  {self._shown(row)}")
 
+    def mention(self, step: int, images_per_s: float) -> None:
+        """Show that a step is done, where no line of a step came for SILENT_S; a bar shows it."""
+        if not self.writes or self._bar or time.monotonic() - self._said < SILENT_S:
+            return
+        self._said = time.monotonic()
+        row = {"step": step, "images_per_s": images_per_s}
+        self.say(f"step {step}/{self.total_steps}  {self._shown(row)}")
+
     def moved(self, step: int, images_per_s: float) -> None:
-        """Move the bar: a step is done. Cheap, and nothing is waited for: called at each."""
+        """A step is done: move the bar, and note it now and then. Cheap: called at each."""
         if not self.writes:
             return
         if step == self._first + 1:
             self._began = (step, time.monotonic())  # the start-up is not a step
+        self._moved = {"step": step, "time": time.time()}
+        if time.monotonic() - self._noted > PROGRESS_EACH_S:
+            self._note_progress()
         if self._bar:
             # the loss is that of the last step that was read
             row = {**self._row, "step": step, "images_per_s": images_per_s}
             self._bar.update(self._task, completed=step, description=self._in_short(row))
+
+    def _note_progress(self) -> None:
+        """Leave the last step done where others read it; a disk that refuses has its own alarms."""
+        self._noted = time.monotonic()
+        with contextlib.suppress(OSError):
+            write_aside(self.directory / PROGRESS, json.dumps(self._moved) + "\n", durable=False)
 
     def conclude(self, text: str) -> None:
         """Print the last word; a bar ends above it."""
@@ -349,6 +377,9 @@ class MetricsLog:
         """Finish the files and the bar. A second call does nothing."""
         if not self.writes:
             return
+        if self._moved:
+            self._note_progress()
+            self._moved = {}
         if self._bar:
             self._bar.stop()
         if self._board:
@@ -356,7 +387,7 @@ class MetricsLog:
         for lines in (self._metrics, self._events):
             lines.close()
             if lines.waiting:
-                self.say(f"{lines.path}: {lines.waiting} lines could not be written")
+                self.say(f"{lines.path}: {counted(lines.waiting, 'line')} could not be written")
         self._bar = self._board = None
 
     def __enter__(self) -> MetricsLog:

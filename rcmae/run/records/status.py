@@ -24,6 +24,7 @@ import yaml
 from rcmae.errors import Refused
 from rcmae.files import json_lines
 from rcmae.run import jobs
+from rcmae.run.records.metrics import PROGRESS
 
 KINDS = (
     "step",
@@ -335,6 +336,7 @@ def job_of(folder: Path, start: _Start, *, began: float, now: float) -> Job:
     ended, how = ending(folder, start, now)
     told = [start.event, *start.rows[-1:]]  # not all steps are logged
     told += [event for event in start.events if event["event"] in ("checkpoint", "stop")]
+    told += last_step_done(folder, start)
     job = Job(
         began=began,
         ended=ended,
@@ -347,6 +349,7 @@ def job_of(folder: Path, start: _Start, *, began: float, now: float) -> Job:
     job.seconds |= split(start.event, start.rows, start.events)
     job.seconds["start-up"] += start.event["time"] - began
     _count_what_was_lost(job, start)
+    _count_the_rest(job, start, told)
     job.seconds["other"] = max(0.0, ended - began - sum(job.seconds.values()))
     return job
 
@@ -363,6 +366,30 @@ def _count_what_was_lost(job: Job, start: _Start) -> None:
         interrupted = sum(split(start.event, [], between).values())
         job.undone_steps += max(0, row["step"] - stands["step"])
         job.seconds["replayed"] += max(0.0, row["time"] - stands["time"] - interrupted)
+
+
+def _count_the_rest(job: Job, start: _Start, told: Sequence[Row]) -> None:
+    """Seconds of the steps after the last that was logged, up to the last that is known of."""
+    logged = start.rows[-1] if start.rows else start.event
+    later = [row for row in told if row["step"] > logged["step"]]
+    if not later:
+        return
+    last = max(later, key=lambda row: (row["step"], -row["time"]))
+    between = [each for each in start.events if logged["time"] < each["time"] <= last["time"]]
+    interrupted = sum(split(start.event, [], between).values())
+    seconds = max(0.0, last["time"] - logged["time"] - interrupted)
+    if start.rows:  # as long as they usually are: what is left is not the steps'
+        usual = statistics.median(row["step_s"] for row in start.rows)
+        seconds = min(seconds, usual * (last["step"] - logged["step"]))
+    job.seconds["step"] += seconds
+
+
+def last_step_done(folder: Path, start: _Start) -> list[Row]:
+    """The last step of the newest start, as it noted it itself; none of another start."""
+    if start.later is not None:
+        return []
+    noted = [row for row in json_lines(folder / PROGRESS) if _has_numbers(row, ("step", "time"))]
+    return [row for row in noted if row["time"] >= start.event["time"]]
 
 
 def ending(folder: Path, start: _Start, now: float) -> tuple[float, str]:
