@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from rcmae.commands import training
 from rcmae.data.workers import refuse_unguarded, serve_readers
 from rcmae.process import console, waits
-from rcmae.process.leaving import leaving
+from rcmae.process.leaving import leaving, tell_launcher
 from rcmae.run import preempt, startup
 from rcmae.run.command import Command
 
@@ -222,6 +222,7 @@ def start(command: Command, task: str, stop: preempt.StopRequest) -> int:
         say_error(error)
         status = preempt.REFUSED
     except dist.Unreachable as error:
+        tell_launcher(str(error))
         print(f"rcmae: {error}", file=sys.stderr, flush=True)
         return preempt.FAILED
     except waits.StopAsked:  # in a wait before the first step
@@ -231,8 +232,10 @@ def start(command: Command, task: str, stop: preempt.StopRequest) -> int:
             stop.leave()  # and so did the peers, whom this rank waited for
         # a bug, or this rank's peers are gone: they are in another collective and will not come to
         # a barrier
+        told = redacted(traceback.format_exc())
+        tell_launcher(told)
         print(f"rcmae: rank {dist.launched().rank} failed", file=sys.stderr)
-        print(redacted(traceback.format_exc()), file=sys.stderr)
+        print(told, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_status(folder, preempt.FAILED) if folder else preempt.FAILED)

@@ -330,3 +330,28 @@ def test_a_wait_that_is_ended_before_the_first_step_leaves_its_own_outcome(
     with pytest.raises(waits.StopAsked):
         build.build(verdict, task, stop)
     assert folder.outcome()["again"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["data.shardz=1"], 2, "unknown key 'shardz' in data"),
+        (["run.stop_after_steps=2"], 75, "stopped, run.stop_after_steps=2, at step 2: run the same"),
+        (["schedule.steps=1", "schedule.warmup_steps=0"], 0, None),
+    ],
+)
+def test_torchrun_is_told_why_a_rank_ended(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    status: int,
+    said: str | None,
+) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert start(tiny, tmp_path / "run", *words) == status
+    if said is None:
+        assert not file.exists()
+    else:
+        assert said in json.loads(file.read_text())["message"]

@@ -165,7 +165,7 @@ def refused(asked: Command, task: str, stop: StopRequest) -> bool:
     from rcmae import config
     from rcmae.data.workers import serve_readers
     from rcmae.errors import Refused
-    from rcmae.process import launchers
+    from rcmae.process import launchers, leaving
 
     rank = 0
     try:
@@ -179,6 +179,7 @@ def refused(asked: Command, task: str, stop: StopRequest) -> bool:
     except Refused as error:
         if rank > 0:
             return _is_ended(stop)
+        leaving.tell_launcher(str(error))
         print(f"rcmae: {error}", file=sys.stderr)
         return True
     return False

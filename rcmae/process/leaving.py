@@ -1,4 +1,4 @@
-"""The end of a process whose work is done: it waits for nobody.
+"""The end of a process whose work is done: it waits for nobody, and tells its launcher why.
 
 Python joins the threads of pools before it ends: one that waits for another process's lock, or for
 a store that does not answer, would keep a job that has committed everything from ending."""
@@ -6,6 +6,7 @@ a store that does not answer, would keep a job that has committed everything fro
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import threading
@@ -20,6 +21,18 @@ def leaving(status: int) -> int:
     """
     threading.Thread(target=_leave, args=(status,), daemon=True, name="the end").start()
     return status
+
+
+def tell_launcher(cause: str) -> None:
+    """Say why this rank ends, for torchrun's last page: it shows the first rank's that said so as
+    the root cause, instead of "to enable traceback see ...". Elsewhere nothing is written.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"message": cause.replace("\n", "\n  "), "timestamp": int(time.time())}
+        # its folder may be gone with the launcher
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            json.dump(told, file)
 
 
 def _leave(status: int) -> None:

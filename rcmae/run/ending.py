@@ -18,6 +18,7 @@ from rcmae.config import Recipe, Resolved
 from rcmae.data.sources import redacted
 from rcmae.errors import counted
 from rcmae.process import console
+from rcmae.process.leaving import tell_launcher
 from rcmae.run import preempt
 from rcmae.run.guard import NonFiniteLoss
 from rcmae.run.loop.agreement import DataUnreadable
@@ -101,6 +102,8 @@ def note_end(run: Run, outcome: Outcome) -> None:
             write_outcome(run, outcome)
         run.lease.release()
     run.trackers.close(in_a_hurry=outcome.status == preempt.STOPPED)
+    if outcome.status == preempt.STOPPED:
+        tell_launcher(f"{outcome.reason}, at step {step}: run the same command to resume")
 
 
 def write_outcome(run: Run, outcome: Outcome) -> None:
@@ -204,8 +207,10 @@ def say(text: str) -> None:
 
 def say_error(error: Exception) -> None:
     """One message for all ranks, on standard error."""
+    told = redacted(str(error))
     if dist.launched_first():
-        console.say(f"rcmae: {redacted(str(error))}", error=True)
+        tell_launcher(told)
+        console.say(f"rcmae: {told}", error=True)
 
 
 def launcher(world: int) -> str:
