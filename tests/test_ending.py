@@ -336,7 +336,11 @@ def test_a_wait_that_is_ended_before_the_first_step_leaves_its_own_outcome(
     ("words", "status", "said"),
     [
         (["data.shardz=1"], 2, "unknown key 'shardz' in data"),
-        (["run.stop_after_steps=2"], 75, "stopped, run.stop_after_steps=2, at step 2: run the same"),
+        (
+            ["run.stop_after_steps=2"],
+            75,
+            "stopped, run.stop_after_steps=2, at step 2: run the same",
+        ),
         (["schedule.steps=1", "schedule.warmup_steps=0"], 0, None),
     ],
 )
