@@ -143,3 +143,28 @@ def test_templates_recipes_and_the_version_are_there(rcmae: Run, tmp_path: Path)
     assert (tmp_path / "jobs" / "pretrain.sbatch").read_text() == shipped
     assert "rcmae_vit_b_16" in rcmae("recipe")
     assert rcmae("--version").startswith("rcmae ")
+
+
+def test_an_editable_install_is_found_beside_the_checkout(tmp_path: Path) -> None:
+    """A script beside a checkout called rcmae: its folder is no package, that within it is."""
+    checkout = tmp_path / "rcmae"
+    (checkout / "rcmae").mkdir(parents=True)
+    (checkout / "rcmae" / "__init__.py").write_text("load_encoder = 1\n")
+    for name in ("ds_configs", "slurm", "tools/results"):
+        (checkout / name).mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout / name)
+    build = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
+    command = [sys.executable, "-W", "ignore", "-c", build, str(tmp_path)]
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "packages")
+    script = tmp_path / "try.py"
+    script.write_text("import rcmae\nprint(rcmae.load_encoder)\n")
+    start = f"import site; site.addsitedir({str(tmp_path / 'packages')!r}); import runpy, sys; "
+    start += f"sys.path.insert(0, {str(tmp_path)!r}); runpy.run_path({str(script)!r})"
+    done = subprocess.run(
+        [sys.executable, "-S", "-I", "-c", start], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "1\n", done.stderr
