@@ -7,6 +7,7 @@ Read `rcmae/train.py` first.
     rcmae.load_classifier(run_or_file)             a fine-tuned classifier or a probe: scores, names
     rcmae.load_detector(run)                       boxes, classes, scores and masks of images
     rcmae.load_segmenter(run)                      a class for each pixel, of images of any size
+    rcmae.check_objective("mine:Mine", lam=0.5)    tries a loss of yours on random images
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ early.hear()
 if TYPE_CHECKING:
     from rcmae.evaluation.dense.loading import load_segmenter
     from rcmae.starting import start
+    from rcmae.tasks.checking import check_objective
     from rcmae.weights.classifiers import load_classifier
     from rcmae.weights.detection import load_detector
     from rcmae.weights.encoder import load_encoder
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "__version__",
+    "check_objective",
     "load_classifier",
     "load_detector",
     "load_encoder",
@@ -35,6 +38,7 @@ __all__ = [
 ]
 # name -> module; imported when asked for: torch and timm cost seconds
 _LAZY = {
+    "check_objective": "rcmae.tasks.checking",
     "load_classifier": "rcmae.weights.classifiers",
     "load_detector": "rcmae.weights.detection",
     "load_encoder": "rcmae.weights.encoder",

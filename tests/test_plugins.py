@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import rcmae
 from rcmae import config
 from rcmae.errors import Refused
+from rcmae.objectives import OBJECTIVES
 from runs import Folder, start
 from tests.conftest import ROOT
 
@@ -190,3 +192,50 @@ def test_outputs_that_are_read_without_being_said_are_refused(inside: Path, tiny
     recipe = config.load(str(tiny), ["objective.name=silent:Silent"])
     with pytest.raises(ValueError, match="reads all_pixels of the student; say so in its Options"):
         objectives.make(recipe.objective, objectives.Context())
+
+
+LOSS = "return (error * torch.ones_like(error).scatter(1, visible, self.visible_weight)).sum()"
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "said"),
+    [
+        (LOSS.replace(".sum()", ".mean()"), 0, "so give the sum, not a mean"),
+        (LOSS.replace(".sum()", ""), 2, "it must be a scalar, the sum"),
+        (LOSS.replace(".sum()", ".sum() / 0"), 2, "the term absolute is inf on random images"),
+        (LOSS.replace(".sum()", ".sum().detach()"), 2, "no gradient reaches the student"),
+        ("return 1 + error.nothing", 2, "AttributeError: 'Tensor' object has no attribute"),
+    ],
+)
+def test_what_a_loss_gets_wrong_is_told_before_anything_is_written(
+    project: Path,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: str,
+    status: int,
+    said: str,
+) -> None:
+    text = (project / "my_objectives.py").read_text()
+    assert LOSS in text
+    (tmp_path / "wrong_objectives.py").write_text(text.replace(LOSS, given))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "objective.name=wrong_objectives:Absolute"
+    steps = ("schedule.steps=1", "schedule.warmup_steps=0")
+    try:
+        assert start(tiny, tmp_path / "run", name, *steps) == status
+        assert said in "".join(capsys.readouterr())
+        assert (tmp_path / "run").exists() == (status == 0)
+        with pytest.raises(Refused, match=re.escape(said)):
+            rcmae.check_objective("wrong_objectives:Absolute")
+    finally:
+        sys.modules.pop("wrong_objectives", None)
+
+
+def test_a_loss_that_is_right_is_tried_in_ones_own_tests(inside: Path) -> None:
+    assert rcmae.check_objective("my_objectives:Absolute", visible_weight=0.2)["absolute"] > 0
+    for name in OBJECTIVES:
+        assert all(value > 0 for value in rcmae.check_objective(name).values()), name
+    with pytest.raises(Refused, match=r"or give my_objectives:Absolute"):
+        rcmae.check_objective("my_objectives.Absolute")

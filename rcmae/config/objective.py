@@ -205,8 +205,10 @@ def _made_class(
     elif name in known:
         bases.insert(0, catalogue.objectives.get(name, NoOptions))
     else:
-        hint = did_you_mean(name, known)
-        raise Refused(f"objective.name: unknown objective {name!r}; {hint}, or give MODULE:NAME")
+        hint = did_you_mean(name, catalogue.objectives)
+        module, dot, last = str(name).rpartition(".")
+        own = f"{module}:{last}" if dot else "MODULE:NAME"
+        raise Refused(f"objective.name: unknown objective {name!r}; {hint}, or give {own}")
     made: Any = pydantic.create_model(
         "ObjectiveOptions", __base__=(*bases, ObjectiveOptions), __doc__=None, **fields
     )

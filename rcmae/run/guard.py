@@ -128,7 +128,14 @@ def bundle(
             text = json.dumps({**about, "ranks": ranks})
             write_aside(path, text, durable=False, private=holds_secret(about))
     bad = _not_finite(ranks)
-    what = "a loss" if bad else "the gradient, but no loss,"
+    terms = {
+        term
+        for micros_of_rank in ranks
+        for micro in micros_of_rank
+        for term, value in micro["losses"].items()
+        if not math.isfinite(value)
+    }
+    what = f"the loss {' and '.join(sorted(terms))}" if bad else "the gradient, but no loss,"
     return Report(
         path=path,
         samples=bad,

@@ -30,6 +30,11 @@ from rcmae.process import waits
 from rcmae.run.preempt import FAILED, write_outcome
 
 _OURS = re.compile(r"\d{8}")  # a generation's folder
+# of a failure of this rank's own: as it is it may well fail again
+MENDED = (
+    "Once it is mended, the same command resumes from the newest complete checkpoint, or begins "
+    "where there is none"
+)
 NAMED = 8  # ranks that a message names at most
 STOPS_WITHOUT_S = 30.0  # a peer that is silent, once a stop is asked for
 # phases before a step is counted: a rank in one of them is in the step after those that are done
@@ -146,7 +151,7 @@ class Presence:
         """
         self._stop()
         if self._world == 1:
-            return Loss(WAY_OUT, False, True)
+            return Loss(MENDED, False, True)
         self._ended = type(error).__name__
         if text := str(error).strip():
             self._ended += f": {text.splitlines()[0][:200]}"
@@ -161,7 +166,7 @@ class Presence:
             lowest = min(set(range(self._world)) - set(silent))
             return Loss(f"{self._told(silent, ended)}. {WAY_OUT}", True, self._rank == lowest)
         return Loss(
-            f"the other ranks were alive: the failure is on this rank. {WAY_OUT}",
+            f"the other ranks were alive: the failure is on this rank. {MENDED}",
             False,
             self._rank == 0,
         )

@@ -25,7 +25,9 @@ from rcmae.models.build import Network, new_network, new_student, new_teacher
 from rcmae.models.cost import StepCost, pretraining_cost
 from rcmae.objectives import Objective, make_objective, pixel_options
 from rcmae.objectives.masks import make_mask
+from rcmae.plugins import is_plugin
 from rcmae.tasks import judging, start
+from rcmae.tasks.checking import try_objective
 from rcmae.tasks.protocol import (
     Data,
     Ended,
@@ -71,6 +73,10 @@ class Pretraining:
         from being a trunk, as a note.
         """
         judgement = judging.judge_dense(recipe, data)
+        if saved is None and is_plugin(recipe.objective.name):
+            tried = try_objective(recipe)
+            judgement.problems += tried.problems
+            judgement.warnings += tried.doubts
         if recipe.schedule.shape == "wsd" and saved is None:
             judgement.notes += [
                 f"no trunk for rcmae cooldown: {why}" for why in ties_to_the_end(recipe)

@@ -43,7 +43,16 @@ class Agreed(NamedTuple):
         """A micro-batch's part of each term's mean over the whole step.
 
         A term that counts nothing in the step (no image has a label) is 0.
+
+        Raises:
+            TypeError: a sum is no scalar.
         """
+        for term, total in sums.items():
+            if total.ndim:
+                raise TypeError(
+                    f"the objective's term {term} gives {list(total.shape)}; it must be a scalar, "
+                    "the sum over the micro-batch"
+                )
         return {term: total / max(self.counts[term], 1.0) for term, total in sums.items()}
 
     def loss(self, weights: Mapping[str, float], shares: Mapping[str, Tensor]) -> Tensor:
