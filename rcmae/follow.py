@@ -142,7 +142,11 @@ def open_sets(recipe: Recipe, task: Task) -> Sets:
     wanted = task.evaluation_sets(recipe)
     if missing := [each.key for each in wanted if not each.shards]:
         raise Refused(f"the run's recipe has no {' and '.join(missing)}; give them here")
-    opened = tuple(open_index(recipe, each.shards) for each in wanted)
+    if not wanted:
+        raise Refused(
+            "the run's recipe has no evaluate.train_shards and evaluate.test_shards; give them here"
+        )
+    opened = tuple(open_index(recipe, each.shards, each.needs) for each in wanted)
     for each, index in zip(wanted, opened, strict=True):
         if each.labelled:
             refuse_unlabelled(index)

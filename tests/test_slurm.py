@@ -280,7 +280,7 @@ def test_a_side_car_sees_each_checkpoint_once_over_requeues_of_both(
 ) -> None:
     run = Folder(tmp_path / "run")
     train = photo_shards.replace("000005}", "000003}")
-    often = ["schedule.steps=60", "checkpoint.every_steps=4", "checkpoint.keep=99"]
+    often = ["schedule.steps=90", "checkpoint.every_steps=4", "checkpoint.keep=99"]
     job = cluster.submit(
         "pretrain.sbatch", tiny, *often, f"run.dir={run.path}", nodes="1", of="5-6"
     )
@@ -288,6 +288,7 @@ def test_a_side_car_sees_each_checkpoint_once_over_requeues_of_both(
         f"evaluate.train_shards={train}",
         f"evaluate.test_shards={photo_shards}",
         "evaluate.k=[3]",
+        "evaluate.held_images=0",  # the training would be over before two evaluations
     ]
     beside = cluster.submit(
         "evaluate.sbatch",
@@ -307,5 +308,5 @@ def test_a_side_car_sees_each_checkpoint_once_over_requeues_of_both(
     beside.ends("COMPLETED")
     assert (job.restarts, beside.restarts >= 1) == (1, True)
     assert [event["step"] for event in evaluations.events("evaluate")] == run.committed()
-    assert len(run.committed()) >= 60 / 4
-    assert "the run is finished, and evaluated up to step 60" in rank_logs(evaluations, beside)[0]
+    assert len(run.committed()) >= 90 / 4
+    assert "the run is finished, and evaluated up to step 90" in rank_logs(evaluations, beside)[0]

@@ -24,14 +24,13 @@ from rcmae.evaluation.dense.neighbours import (
     patch_pixels,
     patches,
 )
-from rcmae.evaluation.dense.scores import Areas, classes_table, scores_table
+from rcmae.evaluation.dense.scores import Areas, classes_table, named, scores_table
 from rcmae.evaluation.features import Extractor, evaluating, features_of_both, pixels, pooled
 from rcmae.evaluation.knn import knn_rows, knn_table
 from rcmae.evaluation.logistic import logistic_rows
 from rcmae.evaluation.unlabelled.held import Held, Looking, Losing, look_at_held
 from rcmae.models.build import new_student, student_sizes
 from rcmae.tasks.protocol import Data, Evaluated, Evaluating, EvaluationSet, Judgement, Score
-from rcmae.tasks.segmenting import named
 
 TRAIN, TEST = "evaluate.train_shards", "evaluate.test_shards"
 DENSE_TRAIN, DENSE_TEST = "evaluate.dense.train_shards", "evaluate.dense.test_shards"
@@ -43,10 +42,10 @@ def sets_of(recipe: Recipe) -> Iterator[EvaluationSet]:
     options = recipe.evaluate
     if not options.every_steps:
         return
-    if options.train_shards:
+    if options.train_shards or options.test_shards:
         yield EvaluationSet(TRAIN, options.train_shards)
         yield EvaluationSet(TEST, options.test_shards)
-    if options.dense.train_shards:
+    if options.dense.train_shards or options.dense.test_shards:
         for key, shards in (
             (DENSE_TRAIN, options.dense.train_shards),
             (DENSE_TEST, options.dense.test_shards),

@@ -29,7 +29,13 @@ from rcmae.evaluation.dense.drawing import segments_picture
 from rcmae.evaluation.dense.judging import Prepare, judge
 from rcmae.evaluation.dense.judging import Score as Network
 from rcmae.evaluation.dense.loading import sight_of
-from rcmae.evaluation.dense.scores import Areas, classes_table, scores_table, worst_confusions
+from rcmae.evaluation.dense.scores import (
+    Areas,
+    classes_table,
+    named,
+    scores_table,
+    worst_confusions,
+)
 from rcmae.evaluation.features import evaluating
 from rcmae.models.activations import Computing
 from rcmae.models.build import student_sizes
@@ -58,7 +64,6 @@ from rcmae.tasks.segmenting import (
     judge_segmentation,
     labels_of,
     look_at_classes,
-    named,
     names_in,
     start_weights,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -200,8 +199,3 @@ def labels_of(recipe: Recipe) -> Labels:
     """How maps are read."""
     options = recipe.segment
     return Labels(options.num_classes or USUAL_CLASSES, options.map_zero == "none")
-
-
-def named(names: Sequence[str], num_classes: int) -> list[str]:
-    """A name for each class: its number, where it has none."""
-    return [names[index] if index < len(names) else str(index) for index in range(num_classes)]

@@ -85,6 +85,11 @@ class Areas:
         }
 
 
+def named(names: Sequence[str], num_classes: int) -> list[str]:
+    """A name for each class: its number, where it has none."""
+    return [names[index] if index < len(names) else str(index) for index in range(num_classes)]
+
+
 def classes_table(matrix: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row a class for JSON, None where it has no value."""
     areas = Areas.of(matrix)
