@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from rcmae import checkpoint, config
 from rcmae.config import Recipe
 from rcmae.errors import Refused, counted
 from rcmae.files import json_lines
+from rcmae.process import cores
 from rcmae.run.again.replay import leave
 from rcmae.run.announcing import device_name
 from rcmae.run.build import Run
@@ -121,7 +121,7 @@ def recipe_of(
     values: dict[str, Any] = {
         "engine.name": "local",
         "engine.config": None,
-        "data.workers": min(workers, os.cpu_count() or 1),
+        "data.workers": min(workers, cores.usable()),
         "evaluate.every_steps": None,
         "evaluate.picture_every_steps": None,
         "checkpoint.every_steps": None,
