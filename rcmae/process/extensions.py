@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-INDEX = "https://download.pytorch.org/whl"  # torch's own, with a folder for each build
 FIRST = "import rcmae.process.extensions"  # what a program says before it imports timm
 
 _torchvision_ops: torch.library.Library | None = None  # the definitions live as long as this does
@@ -46,8 +45,8 @@ def remedy() -> str:
         build = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
     version = importlib.metadata.version("torchvision").partition("+")[0]
     return (
-        f"pip install --force-reinstall --no-deps torchvision=={version} --index-url "
-        f"{INDEX}/{build}; or `{FIRST}` before timm"
+        f"pip install --force-reinstall --no-deps torchvision=={version}+{build}, from where that "
+        f"torch came; or `{FIRST}` before timm"
     )
 
 
