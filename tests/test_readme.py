@@ -195,7 +195,7 @@ def photographs(folder: Path, each: int) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all blocks are run, one after the other: what one makes, the next one finds."""
     folder = tmp_path_factory.mktemp("newcomer")
-    photographs(folder / "photos", 16)
+    photographs(folder / "photos", 20)  # of which a tenth is held out, and 64 make a batch
     photographs(folder / "others", 4)
     photographs(folder / "data/photos", 4)
     for name, images in (("train", "photos"), ("val", "others")):
