@@ -24,7 +24,7 @@ from rcmae.evaluation.dense.neighbours import (
     patch_pixels,
     patches,
 )
-from rcmae.evaluation.dense.scores import Areas, classes_table, named, scores_table
+from rcmae.evaluation.dense.scores import Areas, classes_table, finite, named, scores_table
 from rcmae.evaluation.features import Extractor, evaluating, features_of_both, pixels, pooled
 from rcmae.evaluation.knn import knn_rows, knn_table
 from rcmae.evaluation.logistic import logistic_rows
@@ -214,11 +214,6 @@ def with_dense(found: Evaluated, context: Evaluating) -> Evaluated:
         best=found.best or {name: Score("miou", numbers[name]["miou"]) for name in trained},
         document={**(found.document or {}), "dense": rows},
     )
-
-
-def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
-    """The figures, None for what is no number: JSON has none."""
-    return {key: value if value == value else None for key, value in figures.items()}
 
 
 def dense(context: Evaluating) -> dict[str, Tensor]:

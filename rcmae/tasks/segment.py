@@ -32,6 +32,7 @@ from rcmae.evaluation.dense.loading import sight_of
 from rcmae.evaluation.dense.scores import (
     Areas,
     classes_table,
+    finite,
     named,
     scores_table,
     worst_confusions,
@@ -237,7 +238,7 @@ def judged(context: Evaluating, networks: Mapping[str, Network]) -> Evaluated:
     figures = {name: each.figures() for name, each in areas.items()}
     pixels = int(areas["student"].labelled.sum())
     return Evaluated(
-        event={"segmentation": finite(figures)},
+        event={"segmentation": {name: finite(row) for name, row in figures.items()}},
         table=scores_table(areas, names),
         caption=f"of {pixels:,} labelled pixels, in %",
         says=f"step {{step}}, {pixels:,} labelled pixels of the test set",
@@ -254,19 +255,11 @@ def documents(
     """The table of classes of each network, for JSON."""
     return {
         name: {
-            **finite(figures)[name],
+            **finite(figures[name]),
             "classes": classes_table(matrix, names),
             "confused": worst_confusions(matrix, names),
         }
         for name, matrix in matrices.items()
-    }
-
-
-def finite(figures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    """The figures, None for what is no number: JSON has none."""
-    return {
-        name: {key: value if value == value else None for key, value in row.items()}
-        for name, row in figures.items()
     }
 
 

@@ -234,9 +234,4 @@ def judge_patches(
                 found = vote(each[row], vectors[name], shares, k=k, temperature=temperature)
                 prediction = predicted([found.T.reshape(-1, *grid)], size).cpu()
                 matrices[name] += confusion(seen.labels, prediction, num_classes)
-    return {name: _over_ranks(matrix) for name, matrix in matrices.items()}
-
-
-def _over_ranks(matrix: Tensor) -> Tensor:
-    total = dist.sum_numbers(matrix.flatten().tolist())  # whole numbers, exact below 2^53
-    return torch.tensor(total, dtype=torch.float64).long().view_as(matrix)
+    return {name: dist.all_sum(matrix) for name, matrix in matrices.items()}

@@ -85,6 +85,11 @@ class Areas:
         }
 
 
+def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """The figures, None for what is no number: JSON has none."""
+    return {key: value if value == value else None for key, value in figures.items()}
+
+
 def named(names: Sequence[str], num_classes: int) -> list[str]:
     """A name for each class: its number, where it has none."""
     return [names[index] if index < len(names) else str(index) for index in range(num_classes)]
