@@ -91,6 +91,8 @@ def test_a_bank_has_as_many_patches_of_each_picture_drawn_by_its_number() -> Non
     pictures = [learnt(number, [0, 1, 2, 0, 1, 2]) for number in range(4)]
     small = fill_bank(a_reading(), pictures, size=8, num_pictures=4, seed=0)
     assert len(small.shares) == 8
+    first, *others = small.shares.view(4, 2, 3)
+    assert not all(torch.equal(first, each) for each in others)
     turned = fill_bank(a_reading(3), pictures[::-1], size=8, num_pictures=4, seed=0)
     assert torch.equal(small.vectors["colour"], turned.vectors["colour"])
     assert torch.equal(small.shares, turned.shares)
