@@ -81,11 +81,27 @@ def test_a_run_leaves_losses_scores_and_pictures(whole: Folder) -> None:
     document = json.loads((whole.path / "evaluation" / "step-00000006.json").read_text())
     classes = document["networks"]["student"]["classes"]
     assert [each["name"] for each in classes] == list(CLASSES)
+    assert document["untrained"] == [], "no label of the test set has it either"
     assert classes[4]["accuracy"] is None, "no label has it"
     assert sum(each["share"] for each in classes) == pytest.approx(1)
     picture = whole.path / "pictures" / "segments-00000006.png"
     assert np.asarray(Image.open(picture, formats=["PNG"])).shape[2] == 3
     assert yaml.safe_load((whole.path / "recipe.yaml").read_text())["segment"]["num_classes"] == 5
+
+
+def test_a_class_that_is_judged_and_was_never_trained_is_named(
+    recipe: Path, tmp_path: Path
+) -> None:
+    found = members(range(100, 103))
+    values = scene(101)[1]
+    values[3:6] = CLASSES.index("unseen")
+    found["0101.seg.png"] = png(values)
+    pack(tmp_path / "val.tar", found)
+    folder = Folder(tmp_path / "run")
+    tested = f"evaluate.test_shards={tmp_path}/val.tar"
+    assert run(recipe, folder.path, tested, "schedule.steps=4", "evaluate.every_steps=4") == 0
+    document = json.loads((folder.path / "evaluation" / "step-00000004.json").read_text())
+    assert document["untrained"] == ["unseen"]
 
 
 def test_every_engine_on_two_ranks_is_the_local_one(

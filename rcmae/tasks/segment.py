@@ -18,6 +18,7 @@ from rcmae import dist
 from rcmae.config import Recipe, Resolved, Section
 from rcmae.data.batch import Batch
 from rcmae.data.dense.crops import EXTENTS, without_padding
+from rcmae.data.dense.maps import none_of
 from rcmae.data.masking import Mask, NoMask
 from rcmae.data.members.protocol import Members
 from rcmae.data.transforms import Transform
@@ -30,6 +31,7 @@ from rcmae.evaluation.dense.judging import Prepare, judge
 from rcmae.evaluation.dense.judging import Score as Network
 from rcmae.evaluation.dense.loading import sight_of
 from rcmae.evaluation.dense.scores import (
+    CLASSES_SHOWN,
     Areas,
     classes_table,
     finite,
@@ -46,7 +48,7 @@ from rcmae.models.segmentation.build import heads_of, meta_segmenter, new_segmen
 from rcmae.models.segmentation.cost import dense_probe_cost, segmenter_cost
 from rcmae.models.segmentation.segmenter import DenseProbe
 from rcmae.objectives import Objective
-from rcmae.objectives.segmentation import SegmentationLoss
+from rcmae.objectives.segmentation import SegmentationLoss, maps_of
 from rcmae.tasks.protocol import (
     Data,
     Ended,
@@ -92,6 +94,7 @@ class Segmentation:
 
     def __init__(self) -> None:
         self.encoder: Backbone | None = None  # of a probe: frozen, no part of what is trained
+        self.trained = TrainedClasses()
 
     def look(self, recipe: Recipe, saved: Saved | None) -> Found:
         """Class names, and the shapes of the weights that a new run starts from."""
@@ -181,6 +184,8 @@ class Segmentation:
         assert batch.extra is not None
         extents = batch.extra[EXTENTS]
         assert isinstance(extents, Tensor)
+        assert recipe.segment.num_classes is not None
+        self.trained.add(maps_of(batch), recipe.segment.num_classes)
         return replace(batch, images=without_padding(batch.images, extents))
 
     def evaluate(self, context: Evaluating) -> Evaluated:
@@ -188,7 +193,7 @@ class Segmentation:
         networks: dict[str, Network] = {"student": self._score(context.student)}
         if context.teacher is not None:
             networks["average"] = self._score(context.teacher)
-        return judged(context, networks)
+        return judged(context, networks, self.trained)
 
     def _score(self, network: nn.Module) -> Network:
         """Normalised images to logits."""
@@ -209,8 +214,12 @@ class Segmentation:
         return []
 
 
-def judged(context: Evaluating, networks: Mapping[str, Network]) -> Evaluated:
-    """How good networks are on the test set. Collective: every rank calls."""
+def judged(
+    context: Evaluating, networks: Mapping[str, Network], trained: TrainedClasses
+) -> Evaluated:
+    """How good networks are on the test set, and which of its classes had no label in training.
+    Collective: every rank calls.
+    """
     recipe = context.recipe
     num_classes = recipe.segment.num_classes
     assert num_classes is not None
@@ -237,16 +246,50 @@ def judged(context: Evaluating, networks: Mapping[str, Network]) -> Evaluated:
     areas = {name: Areas.of(matrix) for name, matrix in matrices.items()}
     figures = {name: each.figures() for name, each in areas.items()}
     pixels = int(areas["student"].labelled.sum())
+    missing = [names[index] for index in trained.missing(areas["student"].labelled)]
     return Evaluated(
         event={"segmentation": {name: finite(row) for name, row in figures.items()}},
-        table=scores_table(areas, names),
+        table="\n".join([scores_table(areas, names), *untrained(missing)]),
         caption=f"of {pixels:,} labelled pixels, in %",
         says=f"step {{step}}, {pixels:,} labelled pixels of the test set",
         scalars={f"segmentation_{name}": row for name, row in figures.items()},
         best={name: Score("miou", row["miou"]) for name, row in figures.items()},
-        document={"networks": documents(matrices, figures, names)},
+        document={"networks": documents(matrices, figures, names), "untrained": missing},
         pictures=drawn,
     )
+
+
+class TrainedClasses:
+    """Which classes had a label in the crops of this process since it started."""
+
+    def __init__(self) -> None:
+        self._shown: Tensor | None = None  # [classes + 1] of 0 and 1, the last for no label
+
+    def add(self, maps: Tensor, num_classes: int) -> None:
+        """Note the labels of maps [B, H, W]. Does not wait for the device."""
+        if self._shown is None:
+            self._shown = torch.zeros(num_classes + 1, dtype=torch.long, device=maps.device)
+        slots = maps.masked_fill(maps == none_of(maps), num_classes)
+        self._shown.index_fill_(0, slots.flatten().long(), 1)
+
+    def missing(self, labelled: Tensor) -> list[int]:
+        """The classes that have labelled pixels [classes] and had none in any rank's crops; none
+        before the first step. Collective: every rank calls.
+        """
+        none = torch.zeros(len(labelled) + 1, dtype=torch.long, device=dist.device())
+        shown = dist.all_sum(none if self._shown is None else self._shown.clone()).cpu()
+        if not shown.any():
+            return []
+        return ((labelled.cpu() > 0) & (shown[:-1] == 0)).nonzero().flatten().tolist()
+
+
+def untrained(names: Sequence[str]) -> list[str]:
+    """A line for classes that are judged and were in no crop, or none."""
+    if not names:
+        return []
+    shown = ", ".join(names[:CLASSES_SHOWN])
+    more = f" and {len(names) - CLASSES_SHOWN} more" * (len(names) > CLASSES_SHOWN)
+    return [f"in no training crop since the start: {shown}{more}"]
 
 
 def documents(
