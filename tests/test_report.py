@@ -23,6 +23,7 @@ from conftest import ROOT
 from rcmae.commands import report
 from rcmae.errors import Refused
 from rcmae.run.records.shown import figures
+from rcmae.run.records.status import status
 from rcmae.run.report import beside, curves, page
 from rcmae.run.report.axes import across, told, upright
 from rcmae.run.report.reading import Curve, seen
@@ -379,6 +380,9 @@ def test_a_training_that_is_killed_leaves_its_page(tiny: Path, tmp_path: Path) -
     found = Page(folder.path / "report.html")
     assert found.wrong == []
     assert f"to {told(folder.losses()[-1])} at step {folder.steps()[-1]}" in str(found.tags)
+    assert "not running: ended without an event" in found.text  # though its beat is fresh
+    state = status(folder.path)["state"]
+    assert state == "not running: ended without an event"
 
 
 def test_a_page_needs_no_torch(judged: Folder, tmp_path: Path) -> None:

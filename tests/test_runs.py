@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from rcmae.commands import runs
+from rcmae.process.alive import boot
 from rcmae.run.records.status import status
 from runs import Folder, once, send, start, wait_for
 from tests.conftest import Ranks
@@ -189,6 +191,27 @@ def test_a_silent_job_is_alive_until_its_beat_is_old(tmp_path: Path) -> None:
     )
     (tmp_path / "recipe.yaml").write_text("run: {lease_timeout_s: 1000}")
     assert status(tmp_path, now=1025 + 181.0)["state"] == "training"
+
+
+def test_a_job_whose_process_died_on_this_host_is_not_alive(tmp_path: Path) -> None:
+    """Its beat is fresh for a while; of a process elsewhere the beat alone tells."""
+    write(tmp_path / "events.jsonl", begin(1000, 0, generation=3))
+    write(tmp_path / "leases" / "00000003.beat")
+    os.utime(tmp_path / "leases" / "00000003.beat", (1025, 1025))
+    process = subprocess.Popen(["sleep", "60"])
+    holder = {"host": socket.gethostname(), "boot": boot(), "pid": process.pid}
+    write(tmp_path / "leases" / "00000003.json", holder)
+    assert status(tmp_path, now=1030.0)["state"] == "training"
+    process.kill()
+    process.wait()
+    told = status(tmp_path, now=1030.0)
+    assert (told["state"], told["jobs"][0]["ended"]) == (
+        "not running: ended without an event",
+        1025,
+    )
+    (tmp_path / "leases" / "00000003.json").unlink()
+    write(tmp_path / "leases" / "00000003.json", {**holder, "host": "elsewhere"})
+    assert status(tmp_path, now=1030.0)["state"] == "training"
 
 
 @pytest.fixture

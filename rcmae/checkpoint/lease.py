@@ -34,6 +34,7 @@ from pathlib import Path
 
 from rcmae.errors import Refused
 from rcmae.process import launchers
+from rcmae.process.alive import boot, died_here
 
 # others may lie in the folder, a file system's or an editor's
 _OURS = re.compile(r"(\d{8})\.json")
@@ -218,7 +219,7 @@ class Lease:
                     from_step=newest_step(),
                     token=secrets.token_hex(8),
                     host=socket.gethostname(),
-                    boot=_boot(),
+                    boot=boot(),
                     pid=os.getpid(),
                     job=job,
                     restart=restart,
@@ -248,8 +249,7 @@ class Lease:
             now = _read(file)
             if now == "released":
                 return True
-            here = holder.host == socket.gethostname() and holder.boot == _boot()
-            if here and not _alive(holder.pid):
+            if died_here(holder.host, holder.boot, holder.pid):
                 return True
             if now != first:
                 return False
@@ -320,31 +320,6 @@ def _this_start() -> tuple[str, int]:
 def _who(holder: Holder) -> str:
     job = f"job {holder.job}, " if holder.job else ""
     return f"{job}process {holder.pid} on {holder.host} (start {holder.generation} of the run)"
-
-
-def _boot() -> str:
-    """Names this host since it started, and this set of processes of it: a pid means nothing
-    elsewhere.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return secrets.token_hex(8)  # not known: then only the beat tells
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        # a zombie writes nothing
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 def _newest(holders: Sequence[Holder]) -> Holder | None:

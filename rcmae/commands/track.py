@@ -49,16 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _push(pusher: Pusher, every_s: float | None, *, ends_with_input: bool) -> None:
-    from rcmae.run.trackers.beside import input_ended
+    from rcmae.run.trackers.beside import input_ended, wait_for_end
 
     while True:
-        count = pusher.push()
+        count = pusher.push(is_last=every_s is None)
         if count or every_s is None:
             print(f"{count} steps pushed, up to step {pusher.pushed.step}", flush=True)
         if every_s is None:
             return
         if ends_with_input:
             if input_ended(every_s):
+                wait_for_end(pusher.run)
                 every_s = None
         else:
             time.sleep(every_s)

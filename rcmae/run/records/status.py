@@ -3,15 +3,16 @@ Reads, writes nothing.
 
 Goodput is the time of steps that count (their updates are in the run as it stands) over the time
 since the first job began. What is known: each logged step's mean times (metrics.jsonl), events with
-their seconds (events.jsonl), the starts that SLURM made (jobs.jsonl), and the last beat of a job
-that ended without an event (leases/). A gap before a restart of the same SLURM job is its queue,
-any other gap is idle. The teacher's update is timed on logged steps alone and taken to be as long
-on the others.
+their seconds (events.jsonl), the starts that SLURM made (jobs.jsonl), and of a job that ended
+without an event its last beat and, where it ran on this host, whether its process is there
+(leases/). A gap before a restart of the same SLURM job is its queue, any other gap is idle. The
+teacher's update is timed on logged steps alone and taken to be as long on the others.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ from typing import Any
 import yaml
 
 from rcmae.errors import Refused
-from rcmae.files import json_lines
+from rcmae.files import json_lines, json_lines_back
+from rcmae.process.alive import died_here
 from rcmae.run import jobs
 from rcmae.run.records.metrics import PROGRESS
 
@@ -402,7 +404,8 @@ def ending(folder: Path, start: _Start, now: float) -> tuple[float, str]:
         return stop["time"], str(stop.get("reason", "ended"))
     beat = last_beat(folder, start.event.get("generation"))
     silent_s = now - beat if beat is not None else float("inf")
-    if start.later is None and silent_s < BEATS_MISSED * lease_timeout(folder):
+    beats = silent_s < BEATS_MISSED * lease_timeout(folder)
+    if start.later is None and beats and not holder_died(folder, start.event.get("generation")):
         return now, "alive"
     signs = [start.event, *start.rows, *start.events]
     if start.undone:
@@ -451,6 +454,25 @@ def last_beat(folder: Path, generation: int | None) -> float | None:
         return (folder / "leases" / f"{generation:08d}.beat").stat().st_mtime
     except OSError:
         return None
+
+
+def holder_died(folder: Path, generation: Any) -> bool:
+    """Whether the process that took a generation of the lease was one of this host, and is gone."""
+    try:
+        holder = json.loads((folder / "leases" / f"{generation:08d}.json").read_text())
+        return died_here(str(holder["host"]), str(holder["boot"]), int(holder["pid"]))
+    except (OSError, ValueError, KeyError, TypeError):  # none, or somebody edited it
+        return False
+
+
+def has_stopped(folder: Path) -> bool:
+    """Whether the last start of a run wrote how it stopped, or its process is seen to be gone."""
+    for event in json_lines_back(folder / "events.jsonl"):
+        if event.get("event") == "stop":
+            return True
+        if event.get("event") in ("start", "resume"):
+            return holder_died(folder, event.get("generation"))
+    return True
 
 
 def lease_timeout(folder: Path) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rcmae.errors import Refused
 from rcmae.files import json_lines_back
 from rcmae.run.report import page
-from rcmae.run.trackers.beside import input_ended
+from rcmae.run.trackers.beside import input_ended, wait_for_end
 
 NICENESS = 19  # the training comes first
 AGAIN_S = 600.0  # after which a page of a run that goes on is made again, evaluated or not
@@ -44,6 +44,7 @@ def keep(run: Path, out: Path, every_s: float) -> None:
             continue
         shown, made = now, time.monotonic()
         took = made - began
+    wait_for_end(run)
     page.write([run], out)
 
 

@@ -18,9 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rcmae.run.records.status import has_stopped
+
 EVERY_S = 10.0  # a tracker looks for a new checkpoint
 LAST_PUSH_S = 60.0  # that the end of a training waits for all of them
 HURRY_S = 5.0  # the same where a job was asked to stop: the next one pushes the rest
+_GONE_S = 15.0  # that a process that was killed may take to give its memory back
 REPORT = "report"  # among the names: RUN/report.html
 # a tracker is no rank
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -117,3 +120,16 @@ def input_ended(seconds: float) -> bool:
     """
     ready, _, _ = select.select([0], [], [], seconds)
     return bool(ready) and not os.read(0, 4096)
+
+
+def wait_for_end(run: Path) -> None:
+    """Once the input has ended: wait until it can be seen how the training did.
+
+    One that is killed closes its files a moment before it is gone.
+    """
+    end = time.monotonic() + _GONE_S
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            if has_stopped(run):
+                return
+        time.sleep(0.1)

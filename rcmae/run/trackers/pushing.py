@@ -51,14 +51,17 @@ class Pusher:
 
     def __init__(self, run: Path, name: str, tracker: Tracker, pushed: Pushed) -> None:
         self.pushed = pushed
-        self._run = run
+        self.run = run
         self._path = _path(run, name)
         self._tracker = tracker
 
-    def push(self) -> int:
-        """Push what is committed and not there yet; how many steps."""
-        upto = records.settled_step(self._run)
-        found = records.records(self._run, self.pushed.step, upto)
+    def push(self, *, is_last: bool = True) -> int:
+        """Push what is committed and not there yet; how many steps.
+
+        `is_last`: tell where the run stands, whether steps were pushed or not.
+        """
+        upto = records.settled_step(self.run)
+        found = records.records(self.run, self.pushed.step, upto)
         count = 0
         while part := list(islice(found, _AT_ONCE)):
             self.pushed.upto = part[-1].step
@@ -69,8 +72,8 @@ class Pusher:
             self.pushed.step = self.pushed.upto
             self._note()
             count += len(part)
-        if count:
-            self._tracker.summary(records.summary_of(self._run))
+        if count or is_last:
+            self._tracker.summary(records.summary_of(self.run))
             self._tracker.flush()
         return count
 
