@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rcmae import config, train
 from rcmae.checkpoint import saver
 from rcmae.files import Lines
-from rcmae.models import kernels
+from rcmae.models.tuning import compiling
 from rcmae.process import waits
 from rcmae.run import build, ending
 from rcmae.run.guard import NonFiniteLoss
@@ -297,13 +299,34 @@ def test_the_first_step_of_a_compiled_network_says_what_it_does(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """torch.compile takes minutes, in which no bar moves; here a pause stands for it."""
-    monkeypatch.setattr(kernels, "compile_blocks", lambda model: None)
+    monkeypatch.setattr(compiling, "compile_blocks", lambda *models: None)
     monkeypatch.setattr(schedule, "learning_rate", at_step(0, lambda: time.sleep(1.0)))
     monkeypatch.setattr(waits, "SPEAKS_AFTER_S", 0.3)
     keys = [f"engine.compile={compiles}", "schedule.steps=2", "schedule.warmup_steps=1"]
     assert start(tiny, folder.path, *keys) == 0
     told = "waiting for the first step, for which torch.compile builds kernels"
     assert capfd.readouterr().err.count(told) == compiles
+
+
+def test_blocks_that_cannot_be_compiled_are_a_warning_once(
+    tiny: Path,
+    folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def broken(graph: object, inputs: object) -> object:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    keys = ["schedule.steps=3", "schedule.warmup_steps=1"]
+    assert start(tiny, folder.path, "engine.compile=true", *keys) == 0
+    (warning,) = [line for line in folder.events("warning") if "compile" in line["told"]]
+    assert "OSError: no space left; blocks compute eagerly" in warning["told"]
+    assert capfd.readouterr().out.count("no space left") == 1
+    plain = Folder(folder.path.parent / "plain")
+    assert start(tiny, plain.path, *keys) == 0
+    assert folder.losses() == plain.losses()
+    torch.compiler.reset()
 
 
 def test_a_wait_that_is_ended_before_the_first_step_leaves_its_own_outcome(

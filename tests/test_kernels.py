@@ -19,6 +19,7 @@ import reference
 from rcmae.engines.optim import param_groups
 from rcmae.models import kernels, precision
 from rcmae.models.sizes import NetworkSizes
+from rcmae.models.tuning import compiling
 from rcmae.models.vit import MaskedAutoencoder
 from reference import Sizes
 
@@ -171,10 +172,10 @@ def test_compiled_blocks_compute_the_same_with_any_checkpointing(
 ) -> None:
     plain, model = small(), small()
     if compile_first:
-        kernels.compile_blocks(model)
+        compiling.compile_blocks(model)
     kernels.checkpoint_blocks(model, kind)
     if not compile_first:
-        kernels.compile_blocks(model)
+        compiling.compile_blocks(model)
     assert list(model.state_dict()) == list(plain.state_dict())
     torch._dynamo.utils.counters.clear()
     loss, grads = trained(model)
@@ -215,7 +216,7 @@ def test_the_start_up_table_says_what_is_used_and_why(apex: pytest.MonkeyPatch) 
     rows = {row.part: row for row in chosen}
     assert rows["layer norm"].used == "apex FusedLayerNorm"
     assert rows["optimizer"][1:] == ("DeepSpeedCPUAdam", "the engine's own")
-    assert rows["compile"].used == "each block"
+    assert rows["compile"].used.startswith("each block")
     assert "host memory" in str(rows["activations"])
     assert "engine.optimizer=apex" in kernels.table(device=torch.device("cpu"))[2].why
 

@@ -55,6 +55,7 @@ from rcmae.models.blocks import Block
 from rcmae.models.bootmae import BootstrappedAutoencoder
 from rcmae.models.flops import flops_per_image
 from rcmae.models.sizes import ARCHITECTURES, NetworkSizes
+from rcmae.models.tuning import compiling
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import Objective, new
 from rcmae.objectives.mae import pixel_targets
@@ -278,8 +279,7 @@ class Bench:
         networks = [network for network in (self.student, self.teacher) if network is not None]
         blocks: list[Any] = [block for network in networks for block in network.all_blocks()]
         if variant.mode == "compiled" and not self._compiled:
-            for network in networks:
-                kernels.compile_blocks(network)
+            compiling.compile_blocks(*networks)
             self._compiled = {block: vars(block).pop("forward") for block in blocks}
         for block in blocks:
             if variant.mode == "compiled":

@@ -32,6 +32,7 @@ from rcmae.config.recipe import (
 from rcmae.config.resolve import (
     Resolved,
     batch_problems,
+    compiles,
     engine_problems,
     per_device,
     precision_of,
@@ -96,6 +97,7 @@ __all__ = [
     "TeacherOptions",
     "WeightedShards",
     "batch_problems",
+    "compiles",
     "differences",
     "engine_problems",
     "first_batch_doubts",

@@ -149,6 +149,19 @@ def with_precision(recipe: Recipe, bf16_units: bool) -> Recipe:
     return with_values(recipe, {"engine.precision": precision})
 
 
+def compiles(recipe: Recipe, *, cuda: bool, zero3: bool) -> bool:
+    """Whether blocks are compiled: `engine.compile`, where auto means on GPUs, except under ZeRO-3,
+    which hooks every module inside a block: a graph would end at each.
+
+    Args:
+        recipe: with its engine.
+        cuda: whether every rank has a GPU.
+        zero3: whether the engine is DeepSpeed's stage 3.
+    """
+    asked = recipe.engine.compile
+    return (cuda and not zero3) if asked == "auto" else asked
+
+
 def resolve(recipe: Recipe, *, world: int, samples_per_epoch: int) -> Resolved:
     """The derived numbers, once.
 

@@ -152,8 +152,10 @@ class EngineOptions(Section):
     """
     activation_checkpointing: Literal["none", "torch", "fairscale", "fairscale_offload"] = "none"
     """Recompute activations in the backward pass: less memory, slower."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
+    compile: bool | Literal["auto"] = False
+    """Compile each block with torch.compile, a graph for each shape. auto: on GPUs, but not under
+    ZeRO-3.
+    """
     layer_norm: Literal["torch", "apex"] = "torch"
     """Implementation of layer norm; apex needs NVIDIA's build."""
     optimizer: Literal["torch", "apex"] = "torch"

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from rcmae import dist
+from rcmae import config, dist
 from rcmae.config import Recipe, Resolved
 from rcmae.engines.local import LocalEngine
 from rcmae.engines.protocol import Engine, EngineSettings, Optimizing
 from rcmae.models import kernels
+from rcmae.models.tuning import compiling
 
 ADAMW = Optimizing()  # one learning rate for all layers
 
@@ -44,6 +45,10 @@ def waited_for(engine_config: Mapping[str, Any]) -> str:
     return "the engine"
 
 
+def _is_zero3(engine_config: Mapping[str, Any]) -> bool:
+    return engine_config.get("zero_optimization", {}).get("stage") == 3
+
+
 def make_engine(
     recipe: Recipe,
     sizes: Resolved,
@@ -57,8 +62,8 @@ def make_engine(
         torch.set_float32_matmul_precision("high")
     for model in filter(None, (student, teacher)):
         kernels.choose_attention(model, dist.device(), recipe.engine.precision)
-        if recipe.engine.compile:
-            kernels.compile_blocks(model)
+    if config.compiles(recipe, cuda=dist.device().type == "cuda", zero3=_is_zero3(engine_config)):
+        compiling.compile_blocks(student, teacher)
     kernels.checkpoint_blocks(student, recipe.engine.activation_checkpointing)
     settings = engine_settings(recipe, sizes, optimizing)
     shards = recipe.engine.shard_ranks

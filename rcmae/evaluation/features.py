@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rcmae import dist
 from rcmae.data.batch import Batch
 from rcmae.errors import Refused
+from rcmae.models.tuning import compiling
 
 Extractor = Callable[[Tensor], Tensor]  # normalised images [B, C, H, W] -> one vector each [B, D]
 
@@ -60,12 +61,15 @@ def pixels(images: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
-    """The models in evaluation mode (no drop path) and without gradients, and back as they were."""
+    """The models in evaluation mode (no drop path), without gradients and without compiled graphs,
+    and back as they were.
+    """
     there = [(model, model.training) for model in models if model is not None]
     for model, _ in there:
         model.eval()
     try:
-        with torch.no_grad():  # not inference_mode: FSDP2 would keep what it gathers there
+        # not inference_mode: FSDP2 would keep what it gathers there
+        with compiling.eagerly(), torch.no_grad():
             yield
     finally:
         for model, was_training in there:

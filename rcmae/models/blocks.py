@@ -176,6 +176,11 @@ class DropPath(nn.Module):
         self._branch = branch
         self._rate = rate
 
+    @property
+    def drops(self) -> bool:
+        """Whether a branch is ever left out."""
+        return self._rate > 0.0
+
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, D] of the branch, or zeros; also [B * n, ...], n windows of each image."""
         keep = self._draws.keep

@@ -125,7 +125,7 @@ def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
     if kind == "none":
         return
     for block in blocks_of(model):
-        compiled: Any = vars(block).pop("forward", None)  # by compile_blocks
+        compiled: Any = vars(block).pop("forward", None)  # by compile_blocks of tuning.compiling
         assert compiled is None or compiled.args == (block,), "blocks are checkpointed once"
         forward = type(block).forward if compiled is None else compiled.func
         if kind == "torch":
@@ -138,27 +138,6 @@ def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
             checkpoint_wrapper(block, offload_to_cpu=kind == "fairscale_offload")
             wrapped: Any = block.forward  # a partial over (the class's forward, block, offload)
             block.forward = functools.partial(wrapped.func, forward, *wrapped.args[1:])
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile the forward of each block of `model`, in place.
-
-    Blocks of one shape share their compiled code, and what an engine hooks to a block stays outside
-    of it. Together with `checkpoint_blocks`, in either order, what is computed again is compiled
-    too. A deep copy computes with its own weights.
-    """
-    kinds = {type(block) for block in blocks_of(model)}
-    compiled = {kind: torch.compile(kind.forward) for kind in kinds}
-    for block in blocks_of(model):
-        forward = compiled[type(block)]
-        # checkpoint_blocks: a partial over (forward, block, ...)
-        wrapped: Any = vars(block).get("forward")
-        if wrapped is None:
-            block.forward = functools.partial(forward, block)
-        else:
-            block.forward = functools.partial(
-                wrapped.func, forward, *wrapped.args[1:], **wrapped.keywords
-            )
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
@@ -285,9 +264,9 @@ def _optimizer(kind: str) -> Choice:
 
 def _compile(compile: bool) -> Choice:
     if compile:
-        why = f"{ASKED}; the first step takes seconds to a minute more"
-        return Choice("compile", "each block", why)
-    why = "engine.compile=true is faster after some seconds at the first step"
+        why = "the first step takes seconds to minutes more; what it made is kept for later starts"
+        return Choice("compile", "each block, a graph for each shape", why)
+    why = "engine.compile=true, or auto on a GPU, is faster after the first step"
     return Choice("compile", "off", why)
 
 

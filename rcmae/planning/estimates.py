@@ -206,7 +206,8 @@ def _variant(recipe: Recipe) -> str:
         objective = "rcmae"
     else:
         objective = "bootmae" if recipe.decoder == "bootmae" else "mae"
-    mode = "compiled" if recipe.engine.compile else "eager"
+    compiles = config.compiles(recipe, cuda=True, zero3=placement(recipe) == "zero3")
+    mode = "compiled" if compiles else "eager"
     return f"{objective}-lean-{recipe.engine.precision}-{mode}"
 
 

@@ -154,12 +154,27 @@ def check_kernels(recipe: Recipe) -> Iterator[Finding]:
         precision=config.precision_of(engine.precision, bf16.units),
         layer_norm=engine.layer_norm,
         optimizer=engine.optimizer,
-        compile=engine.compile,
+        compile=_compiles(recipe),
         checkpointing=engine.activation_checkpointing,
     ):
         yield Finding("kernels", "green", f"{row.part}: {row.used} ({row.why})")
     if _offloads(recipe):
         yield _compiler(recipe)
+
+
+def _compiles(recipe: Recipe) -> bool:
+    """Whether the recipe compiles blocks on this node."""
+    zero3 = recipe.engine.name == "deepspeed" and _stage(recipe) == 3
+    return config.compiles(recipe, cuda=dist.device().type == "cuda", zero3=zero3)
+
+
+def _stage(recipe: Recipe) -> int | None:
+    with contextlib.suppress(ImportError, Refused), contextlib.redirect_stdout(sys.stderr):
+        from rcmae.engines.deepspeed_config import read_config
+
+        stage: int | None = read_config(recipe.engine.config or "")["zero_optimization"]["stage"]
+        return stage
+    return None
 
 
 def _offloads(recipe: Recipe) -> bool:
@@ -268,9 +283,8 @@ def caches(recipe: Recipe | None) -> dict[str, Path]:
     folders = {"TMPDIR": temporary}
     if recipe is None or recipe.engine.name == "deepspeed":
         folders["TORCH_EXTENSIONS_DIR"] = home / ".cache" / "torch_extensions"
-    if recipe is not None and recipe.engine.compile:
-        folders["TORCHINDUCTOR_CACHE_DIR"] = temporary
-        folders["TRITON_CACHE_DIR"] = home / ".triton"
+    if recipe is not None and _compiles(recipe):
+        folders["TORCHINDUCTOR_CACHE_DIR"] = recipe.run_dir / "compiled"  # Triton's is in it
     return {
         variable: folder if variable == "TMPDIR" else Path(os.environ.get(variable, folder))
         for variable, folder in folders.items()

@@ -54,7 +54,7 @@ def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
         precision=recipe.engine.precision,
         layer_norm=recipe.engine.layer_norm,
         optimizer=recipe.engine.optimizer,
-        compile=recipe.engine.compile,
+        compile=recipe.engine.compile is True,  # judged
         checkpointing=recipe.engine.activation_checkpointing,
     )
     for part, used, why in (verdict.precision.row(), *rows):

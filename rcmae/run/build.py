@@ -24,6 +24,7 @@ from rcmae.data.views import Views
 from rcmae.engines.build import make_engine, waited_for
 from rcmae.engines.protocol import Engine
 from rcmae.errors import Refused
+from rcmae.models.tuning import compiling
 from rcmae.objectives import Objective
 from rcmae.process import waits
 from rcmae.run import ending, preempt, startup
@@ -241,6 +242,8 @@ def restored(verdict: Verdict, task: Task) -> Trained:
     teacher = task.teacher(student, objective)
     step_flops = task.cost(recipe).step_flops
     startup.mark("model")
+    if recipe.engine.compile:
+        compiling.keep_in(recipe.run_dir / "compiled")
     with waits.waiting(waited_for(verdict.engine_config), breaks=False, saved=True):
         engine = make_engine(
             recipe, verdict.sizes, student, teacher, verdict.engine_config, task.optimizing(recipe)

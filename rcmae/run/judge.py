@@ -107,7 +107,8 @@ def judge(sight: Sight, task: Task) -> Verdict:
     facts = sight.facts
     recipe = with_streams(facts, sight.world)
     precision, emulated = precision_of(recipe, sight)
-    recipe = config.with_values(recipe, {"engine.precision": precision.used})
+    chosen = {"engine.precision": precision.used, "engine.compile": compiles(recipe, sight)}
+    recipe = config.with_values(recipe, chosen)
     problems = Problems(facts.problems)
     problems += node_problems(sight)
     command = sight.views[0].command
@@ -276,6 +277,14 @@ def engine_problems(recipe: Recipe, sight: Sight) -> list[str]:
     """What the engine cannot do on these ranks."""
     problems = config.engine_problems(recipe, sight.world)
     return problems + config.rounding_problems(recipe)
+
+
+def compiles(recipe: Recipe, sight: Sight) -> bool:
+    """Whether the ranks compile their blocks: all or none."""
+    zero = sight.facts.engine_config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None  # else it is refused elsewhere
+    cuda = all(view.device != "cpu" for view in sight.views)
+    return config.compiles(recipe, cuda=cuda, zero3=stage == 3)
 
 
 def precision_of(recipe: Recipe, sight: Sight) -> tuple[Precision, list[str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from rcmae import dist
+from rcmae.models.tuning import compiling
 from rcmae.objectives import Objective
 from rcmae.run import startup
 from rcmae.run.loop.instruments import Instruments
@@ -37,9 +39,19 @@ class Recorder:
             startup.mark("first step")
             seconds = startup.seconds()
             self._instruments.log.event("first_step", step=progress.step + 1, startup_s=seconds)
+        self._tell_failures()
         meter = self._instruments.meter
         meter.step(progress.images_per_step)
         self._instruments.log.moved(progress.step + 1, meter.images_per_s())
+
+    def _tell_failures(self) -> None:
+        """Say once, on each rank that it happened to, that blocks could not be compiled."""
+        log = self._instruments.log
+        for told in compiling.drain_news():
+            if log.writes:
+                log.warn(told)
+            else:
+                print(f"rcmae: rank {dist.rank()}: {told}", file=sys.stderr, flush=True)
 
     def record(self, losses: Sequence[dict[str, Tensor]], **figures: float) -> None:
         """Write the step just done. Collective: every rank calls; waits for the device.
