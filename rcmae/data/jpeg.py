@@ -1,11 +1,11 @@
 """JPEG to pixels: the part asked for, at full, half, quarter or eighth size, by libjpeg-turbo.
 
-Where libjpeg-turbo 3 is found as a shared library (that of the `turbojpeg` wheel, or the system's)
-only the part is transformed and converted, and nothing below it is read; else simplejpeg, which
-brings its own, decodes the whole and the part is cut out. The pixels are the same, so a run may go
-from one machine to the other. The one difference: there, damage below the part goes unseen, but a
-missing end is seen everywhere. No maintained binding that we know of offers
-parts: hence ctypes, on eight functions of a stable interface.
+Where libjpeg-turbo 3 is found as a shared library (a release of the system or of conda, else that
+of the `turbojpeg` wheel, which is a pre-release) only the part is transformed and converted, and
+nothing below it is read; else simplejpeg, which brings its own, decodes the whole and the part is
+cut out. The pixels are the same, so a run may go from one machine to the other. The one difference:
+there, damage below the part goes unseen, but a missing end is seen everywhere. No maintained
+binding that we know of offers parts: hence ctypes, on eight functions of a stable interface.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import ctypes
 import ctypes.util
 import importlib.util
 import logging
+import os
 import re
 import threading
+from collections.abc import Iterator
 from functools import cache
-from glob import glob
-from itertools import chain
+from glob import escape, glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ _SUBSAMPLING = 4
 _WIDTH = 5
 # pixels; by chroma subsampling as numbered there: 444 422 420 grey 440 411 441
 _MCU_WIDTHS = (8, 16, 16, 8, 8, 32, 8)
+_VERSION = re.compile(rb"libjpeg-turbo version (\d+(?:\.\d+)+)")
 _log = logging.getLogger(__name__)
 
 
@@ -108,7 +110,7 @@ def is_whole(data: bytes) -> bool:
 
 def decodes_parts() -> bool:
     """Whether parts are decoded alone here; else the whole is, to the same pixels."""
-    return _library() is not None
+    return library() is not None
 
 
 def decode_box(data: bytes, box: Box, shrink: int = 1, channels: int = 3) -> NDArray[np.uint8]:
@@ -159,46 +161,105 @@ class _Region(ctypes.Structure):
     _fields_ = (("x", ctypes.c_int), ("y", ctypes.c_int), ("w", ctypes.c_int), ("h", ctypes.c_int))
 
 
+class Library(NamedTuple):
+    """A turbojpeg library that has the functions of version 3."""
+
+    loaded: ctypes.CDLL
+    path: str
+    version: tuple[int, ...]  # empty: it does not say
+    wheel: bool  # of the package `turbojpeg`
+
+    @property
+    def told(self) -> str:
+        """For people."""
+        version = ".".join(map(str, self.version)) or "of unknown version"
+        return f"libjpeg-turbo {version} ({self.path})"
+
+    @property
+    def released(self) -> bool:
+        """Whether it is a release: 2.1.9x were the pre-releases of 3.0."""
+        return self.version >= (3,)
+
+
 @cache
-def _library() -> ctypes.CDLL | None:
-    """libjpeg-turbo's turbojpeg library of version 3 or later, where there is one."""
+def library() -> Library | None:
+    """What decodes parts: the loader's or conda's libjpeg-turbo of version 3 or later, else that of
+    the wheel; None where there is neither.
+    """
+    for name in _installed():
+        found = _loaded(name, wheel=False)
+        if found is not None and found.released:
+            return found
+    wheels = (_loaded(path, wheel=True) for path in _wheels())
+    return next(filter(None, wheels), None)
+
+
+def _installed() -> Iterator[str]:
+    """The loader's own search, and the active environment of conda; no other place is believed."""
+    if name := ctypes.util.find_library("turbojpeg"):
+        yield name
+    if prefix := os.environ.get("CONDA_PREFIX"):
+        yield from sorted(glob(str(Path(escape(prefix)) / "lib" / "libturbojpeg.so*")))
+
+
+def _wheels() -> list[str]:
+    """Libraries that the package `turbojpeg` brings. It is not imported."""
     wheel = importlib.util.find_spec("turbojpeg")
-    beside = (
-        Path(wheel.origin).parent / "turbojpeg.libs" / "libturbojpeg*.so*"
-        if wheel and wheel.origin
-        else None
+    if wheel is None or not wheel.origin:
+        return []
+    beside = Path(wheel.origin).parent / "turbojpeg.libs"
+    return sorted(glob(str(Path(escape(str(beside))) / "libturbojpeg*.so*")))
+
+
+class _Symbol(ctypes.Structure):
+    """Of dladdr: where a function was loaded from."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
     )
-    for path in chain(
-        glob(str(beside)) if beside else (), filter(None, [ctypes.util.find_library("turbojpeg")])
-    ):
-        try:
-            library = ctypes.CDLL(path)
-            library.tj3Init.restype = ctypes.c_void_p
-            library.tj3Destroy.argtypes = [ctypes.c_void_p]
-            library.tj3Set.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-            library.tj3Get.argtypes = [ctypes.c_void_p, ctypes.c_int]
-            library.tj3DecompressHeader.argtypes = [
-                ctypes.c_void_p,
-                ctypes.c_char_p,
-                ctypes.c_size_t,
-            ]
-            library.tj3SetScalingFactor.argtypes = [ctypes.c_void_p, _Fraction]
-            library.tj3SetCroppingRegion.argtypes = [ctypes.c_void_p, _Region]
-            library.tj3Decompress8.argtypes = [
-                ctypes.c_void_p,
-                ctypes.c_char_p,
-                ctypes.c_size_t,
-                ctypes.c_void_p,
-                ctypes.c_int,
-                ctypes.c_int,
-            ]
-            library.tj3GetErrorStr.argtypes = [ctypes.c_void_p]
-            library.tj3GetErrorStr.restype = ctypes.c_char_p
-        except (OSError, AttributeError) as error:  # version 2 has no tj3 functions
-            _log.debug("%s: %s", path, error)
-        else:
-            return library
-    return None
+
+
+def _loaded(name: str, *, wheel: bool) -> Library | None:
+    """A library of a name or path; None where it cannot be loaded or is of version 2."""
+    try:
+        loaded = ctypes.CDLL(name)
+        _declare(loaded)
+        path = _path_of(loaded) or name
+        return Library(loaded, path, _version_in(path), wheel)
+    except (OSError, AttributeError) as error:  # version 2 has no tj3 functions
+        _log.debug("%s: %s", name, error)
+        return None
+
+
+def _path_of(loaded: ctypes.CDLL) -> str:
+    symbol = _Symbol()
+    found = ctypes.CDLL(None).dladdr(loaded.tj3Init, ctypes.byref(symbol))
+    return os.fsdecode(symbol.file) if found and symbol.file else ""
+
+
+def _version_in(path: str) -> tuple[int, ...]:
+    """The version that a library's messages name: no function gives it."""
+    said = _VERSION.search(Path(path).read_bytes())
+    return tuple(map(int, said[1].split(b"."))) if said else ()
+
+
+def _declare(loaded: ctypes.CDLL) -> None:
+    """Types of the functions that are called. Raises AttributeError."""
+    handle, number = ctypes.c_void_p, ctypes.c_int
+    data = (ctypes.c_char_p, ctypes.c_size_t)
+    loaded.tj3Init.restype = handle
+    loaded.tj3Destroy.argtypes = [handle]
+    loaded.tj3Set.argtypes = [handle, number, number]
+    loaded.tj3Get.argtypes = [handle, number]
+    loaded.tj3DecompressHeader.argtypes = [handle, *data]
+    loaded.tj3SetScalingFactor.argtypes = [handle, _Fraction]
+    loaded.tj3SetCroppingRegion.argtypes = [handle, _Region]
+    loaded.tj3Decompress8.argtypes = [handle, *data, ctypes.c_void_p, number, number]
+    loaded.tj3GetErrorStr.argtypes = [handle]
+    loaded.tj3GetErrorStr.restype = ctypes.c_char_p
 
 
 class _Decoder:
@@ -252,7 +313,7 @@ _decoders = threading.local()
 
 def _decode_part(data: bytes, box: Box, shrink: int, channels: int) -> NDArray[np.uint8]:
     if not hasattr(_decoders, "one"):
-        library = _library()
-        assert library is not None
-        _decoders.one = _Decoder(library)
+        found = library()
+        assert found is not None
+        _decoders.one = _Decoder(found.loaded)
     return _decoders.one.decode(data, box, shrink, channels)

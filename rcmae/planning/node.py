@@ -103,12 +103,29 @@ def check_software(found: dict[str, str]) -> Iterator[Finding]:
     elif not broken:
         shown = ("python", "torch", "torchvision", "timm", "deepspeed")
         yield Finding("packages", "green", ", ".join(f"{name} {found[name]}" for name in shown))
+    if "simplejpeg" not in broken:
+        yield _jpegs()
     apex = kernels.apex_status()
     if apex.usable:
         yield Finding("apex", "green", apex.found)
     elif "not NVIDIA" in apex.found:
         ways = "pip uninstall apex; build github.com/NVIDIA/apex, or do without"
         yield Finding("apex", "yellow", apex.found, ways)
+
+
+def _jpegs() -> Finding:
+    """Which library decodes JPEGs in the workers."""
+    from rcmae.data.jpeg import library  # here: it needs simplejpeg
+
+    newer = "libjpeg-turbo 3 or later of the system or of conda (libturbojpeg.so)"
+    found = library()
+    if found is None:
+        text = "simplejpeg decodes each JPEG whole, to the same pixels: slower by a fifth or more"
+        return Finding("jpegs", "yellow", text, f"install {newer}, or the wheel turbojpeg==0.0.2")
+    if found.released:
+        return Finding("jpegs", "green", f"parts of JPEGs are decoded by {found.told}")
+    text = f"parts of JPEGs are decoded by {found.told}, a pre-release of 3.0"
+    return Finding("jpegs", "yellow", text, f"where shards are not trusted, install {newer}")
 
 
 def _broken() -> Iterator[tuple[str, str]]:
