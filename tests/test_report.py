@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -251,6 +252,81 @@ def test_who_holds_all_up_and_what_is_judged_without_labels_have_their_places(
     assert "; median from 0.3" in both
     assert any(each.startswith("RankMe") and "to 12.5 at step 12" in each for each in said)
     assert any(each.startswith("held images, fixed masks: reconstruction") for each in said)
+
+
+def evaluated(run: Path, scalars: dict[str, Any], document: dict[str, Any]) -> None:
+    """A run whose last evaluation found this."""
+    event = {"event": "evaluate", "step": 12, "seconds": 1.0, "scalars": scalars}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps({**event, "time": time.time()}) + "\n")
+    (run / "evaluation").mkdir(exist_ok=True)
+    (run / "evaluation" / "step-00000012.json").write_text(json.dumps(document))
+
+
+def tables(path: Path) -> str:
+    """The words of a page's evaluation."""
+    words = re.sub(r"<[^>]*>", " ", path.read_text().split("<h3>Evaluation</h3>")[1])
+    return " ".join(html.unescape(words).split())
+
+
+def test_each_class_of_a_segmenter_is_in_a_table(judged: Folder, tmp_path: Path) -> None:
+    run = copied(judged.path, tmp_path / "run")
+    sky = {"class": 0, "name": "sky", "iou": 0.9, "accuracy": 0.95, "share": 0.25, "pixels": 9}
+    never = {"class": 1, "name": HTML, "iou": None, "accuracy": None, "share": 0.0}
+    taken = {"label": "sky", "taken_for": "tree", "pixels": 3, "share": 0.125}
+    row = {"miou": 90.0, "classes": [sky, never, "edited"], "confused": [taken]}
+    document = {"networks": {"student": row}, "untrained": ["tree"]}
+    evaluated(run, {"segmentation_student": {"miou": 90.0}}, document)
+    page.write([run], tmp_path / "r.html")
+    found = Page(tmp_path / "r.html")
+    assert found.wrong == []
+    text = tables(tmp_path / "r.html")
+    assert "segmentation, in %: mIoU 90" in text
+    assert "classes: student 2 class IoU in % accuracy in % share in %" in text
+    assert f"sky 90 95 25 {HTML} none none 0" in text
+    assert "sky tree 12.5" in text
+    assert "classes that training never showed 1 class tree" in text
+
+
+def test_a_detector_has_few_curves_and_all_figures_in_tables(
+    judged: Folder, tmp_path: Path
+) -> None:
+    run = copied(judged.path, tmp_path / "run")
+    numbers = {"AP": 0.19, "AP50": 0.4, "AP75": 0.1, "APs": 0.05, "APm": 0.3, "APl": -1.0}
+    numbers |= {"AR1": 0.2, "ARl": -1.0}
+    categories = [{"id": 1, "name": "coin", "AP": 0.25}, {"id": 2, "name": "person", "AP": -1.0}]
+    kinds = {kind: {**numbers, "categories": categories} for kind in ("bbox", "segm")}
+    scalars = {"box_student": numbers, "mask_student": numbers}
+    evaluated(run, scalars, {"networks": {"student": kinds}})
+    page.write([run], tmp_path / "r.html")
+    found = Page(tmp_path / "r.html")
+    assert found.wrong == []
+    said = [str(each["aria-label"]) for each in found.of("svg", role="img")]
+    mine = [each.split(":")[0] for each in said if each.startswith(("box", "mask"))]
+    assert mine == [
+        "box AP, in %",
+        "box AP by size, in %",
+        "mask AP, in %",
+        "mask AP by size, in %",
+    ]
+    (joined,) = [each for each in said if each.startswith("box AP, in %")]
+    assert "student, AP from 19 at step 12" in joined
+    assert "student, AP50 from 40 at step 12" in joined
+    assert not [each for each in said if "large from" in each]
+    text = tables(tmp_path / "r.html")
+    assert "in % AP AP50 AP75 APs APm APl AR1 ARl box, student 19 40 10 5 30 none 20 none" in text
+    assert "category box AP in % mask AP in % coin 25 25 person none none" in text
+
+
+def test_a_run_without_a_teacher_has_no_momentum(judged: Folder, tmp_path: Path) -> None:
+    run = copied(judged.path, tmp_path / "run")
+    assert "momentum of the teacher" in str(curves.groups(seen([run])))
+    rows = [
+        {key: value for key, value in row.items() if not key.startswith("teacher_")}
+        for row in judged.rows()
+    ]
+    write(run / "metrics.jsonl", rows)
+    assert "momentum of the teacher" not in str(curves.groups(seen([run])))
 
 
 def test_a_folder_without_a_run_is_refused(

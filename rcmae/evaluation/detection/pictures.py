@@ -69,7 +69,7 @@ def _cell(
     scale = SIDE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     image = Image.fromarray(mixed.round().astype(np.uint8)).resize(size)
-    cell = Image.new("RGB", (size[0], SIDE + LINE), WHITE)
+    cell = Image.new("RGB", (size[0], size[1] + LINE), WHITE)
     cell.paste(image, (0, LINE))
     pen = ImageDraw.Draw(cell)
     pen.text((0, 2), caption, fill=BLACK)

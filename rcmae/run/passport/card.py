@@ -15,16 +15,23 @@ from markupsafe import Markup
 from rcmae import __version__
 from rcmae.checkpoint import Manifest
 from rcmae.run.report.axes import duration, told
-from rcmae.run.report.page import METRICS, last_evaluation
+from rcmae.run.report.judged import last_evaluation
+from rcmae.run.report.page import METRICS
 from rcmae.run.report.reading import Seen, device_hours
 from rcmae.run.report.recipes import Change, changes
 from rcmae.weights.writing import TimmModel
 
-# what one may want to know -> words of an evaluation that was made of it
+# what one may want to know -> the first words of an evaluation's groups that tell it, and the tasks
+# that it tells it of; none: of all
 _UNTESTED = {
-    "k-NN or linear classification of frozen features": ("knn", "logistic", "scores"),
-    "classification after fine-tuning": ("scores",),
-    "dense prediction: segmentation, detection": ("segmentation", "detection", "box", "mask"),
+    "k-NN or linear classification of frozen features": (
+        ("knn", ()),
+        ("logistic", ()),
+        ("scores", ("probe",)),
+    ),
+    "classification after fine-tuning": (("scores", ("finetune",)),),
+    "semantic segmentation": (("segmentation", ()),),
+    "detection of objects": (("box", ()), ("detection", ())),
 }
 _NEVER = (
     "images of other kinds than the training's, of other sizes or other aspect ratios",
@@ -65,7 +72,7 @@ def card(about: About) -> str:
         model=model,
         facts=list(_facts(about)),
         training=list(_training(about)),
-        table=last_evaluation(about.run) if about.run is not None else None,
+        evaluation=last_evaluation(about.run) if about.run is not None else [],
         step=about.manifest.step,
         best=_best(about),
         base=base,
@@ -115,12 +122,11 @@ def devices(run: Seen) -> list[str]:
 def untested(about: About) -> list[str]:
     """What nobody tested of this model, as far as its run's folder tells."""
     judged = about.run.judged.values() if about.run is not None else ()
-    made = {figure.group for figures in judged for figure in figures}
+    made = {figure.group.split("_")[0] for figures in judged for figure in figures}
     task = str(_section(about.recipe, "task").get("name", "pretrain"))
     found = []
-    for what, words in _UNTESTED.items():
-        is_made = any(word in group.lower() for group in made for word in words)
-        if not is_made or (what.endswith("fine-tuning") and task != "finetune"):
+    for what, tests in _UNTESTED.items():
+        if not any(group in made and task in (tasks or (task,)) for group, tasks in tests):
             found.append(what)
     return [*found, *_NEVER]
 
@@ -191,7 +197,8 @@ def _best(about: About) -> list[Fact]:
             if metric != "step":
                 at = f"at step {told(float(row.get('step', 0)))}"
                 name = f"{network}, {METRICS.get(metric, metric)}"
-                found.append(Fact(name, f"{told(float(value))} {at}"))
+                unit = " %" if metric in METRICS else ""
+                found.append(Fact(name, f"{told(float(value))}{unit} {at}"))
     return found
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rcmae.run.records.shown import Figure
 from rcmae.run.report.axes import BOTTOM, Axis, across, told, upright
+from rcmae.run.report.judged import NETWORKS, PARTS, Place, has_curve, place_of, value_of
 from rcmae.run.report.reading import Curve, Seen
 
 PLACES = 240  # across a panel, that a long curve is drawn at
@@ -35,17 +35,19 @@ TITLES = {
     "memory_peak_gib": "peak memory, GiB",
     "model_tflops": "TFLOP/s of a device",
     "mfu": "share of the device's peak (MFU)",
+    "teacher_distance": "teacher's distance from the student, relative L2",
+    "teacher_moved": "share of the teacher's elements that an update moves",
     "teacher_update_s": "seconds of the teacher's update",
 }
 _LINEAR = (TITLES["lr"], TITLES["momentum"])  # schedules: their shape is what one looks at
-KINDS = {
-    "knn": "k-NN, top-1 in %",
-    "logistic": "logistic regression, top-1 in %",
-    "scores": "test set",
-    "segmentation": "segmentation, in %",
-    "rankme": "RankMe: effective rank of the features",
-    "lidar": "LiDAR: effective rank between images",
-    "held": "held images, fixed masks",
+_IN_PERCENT = "in %"  # of a title: not logarithmic either
+# of a detector's losses
+_TERMS = {
+    "rpn_cls": "proposals, object or not",
+    "rpn_loc": "proposals, boxes",
+    "cls": "classes",
+    "box_reg": "boxes",
+    "mask": "masks",
 }
 # of a name in metrics.jsonl with _slowest_s, _median_s and _slowest_rank
 _OF_RANKS = {
@@ -54,7 +56,6 @@ _OF_RANKS = {
     "arrival": "arrival at the first collective",
 }
 _ENDS = {"_slowest_s": "slowest rank", "_median_s": "median"}
-NETWORKS = ("student", "teacher", "random", "pixels")
 _OPTIMISATION = ("lr", "grad_norm", "weight_decay", "skipped")
 _SPEED = ("images_per_s", "step_s", "data_wait_s", "memory_peak_gib", "model_tflops", "mfu")
 _RANKS = ("rank", "slow", "late", "median", "arriv", "straggl")
@@ -153,7 +154,8 @@ def group_of(key: str) -> str:
 def title_of(key: str) -> str:
     """A key of metrics.jsonl, for people."""
     if key.startswith("loss_"):
-        return f"loss: {key.removeprefix('loss_').replace('_', ' ')}"
+        term = key.removeprefix("loss_")
+        return f"loss: {_TERMS.get(term, term.replace('_', ' '))}"
     return TITLES.get(key) or key.replace("_", " ").replace("/", ", ")
 
 
@@ -201,41 +203,36 @@ def _same(one: Sequence[Series], other: Sequence[Series]) -> bool:
 
 
 def _judged(runs: Sequence[Seen]) -> dict[str, list[Series]]:
-    """Title of a figure -> its curve of each network of each run."""
-    found: dict[str, dict[tuple[int, str], Curve]] = {}
+    """Title of a panel -> its curves of each network of each run."""
+    found: dict[str, dict[tuple[int, str, str], Curve]] = {}
     for number, run in enumerate(runs):
         chosen = _neighbours(run)
         for step, figures in run.judged.items():
-            for figure in figures:
-                title, network = place_of(figure)
-                if title.startswith("k-NN") and figure.name != chosen:
+            for figure in filter(has_curve, figures):
+                place = place_of(figure)
+                if place.title.startswith("k-NN (") and figure.name != chosen:
                     continue
-                if len(runs) > 1 and network in ("random", "pixels"):  # in each run's own table
+                if len(runs) > 1 and not _is_compared(place):
                     continue
-                curve = found.setdefault(title, {}).setdefault((number, network), _empty())
+                value = value_of(figure)
+                if math.isnan(value):  # there is none
+                    continue
+                key = (number, place.network, place.part)
+                curve = found.setdefault(place.title, {}).setdefault(key, _empty())
                 curve.steps.append(step)
-                curve.values.append(figure.value)
+                curve.values.append(value)
     return {
         title: [
-            Series(_label(runs, number, network), *_look(runs, number, network, curve))
-            for (number, network), curve in curves.items()
+            _series(runs, number, network, part, curve)
+            for (number, network, part), curve in curves.items()
         ]
         for title, curves in found.items()
     }
 
 
-def place_of(figure: Figure) -> tuple[str, str]:
-    """The title of the panel that a figure belongs to, and the network that it is of."""
-    kind, network, name = figure.group, "", figure.name
-    for each in NETWORKS:
-        if kind == each or kind.endswith(f"_{each}"):
-            kind, network = kind.removesuffix(each).rstrip("_"), each
-        elif name == each:
-            name, network = "", each
-    title = KINDS.get(kind, kind.replace("_", " "))
-    if kind == "knn" and name[:1] == "k":
-        return f"k-NN (k = {name[1:]}), top-1 in %", network
-    return ": ".join(part for part in (title, name.replace("_", " ")) if part), network
+def _is_compared(place: Place) -> bool:
+    """Whether a figure is drawn where several runs are: the rest is in each run's own tables."""
+    return place.network not in ("random", "pixels") and place.part in ("", "AP")
 
 
 def _neighbours(run: Seen) -> str:
@@ -249,17 +246,16 @@ def _neighbours(run: Seen) -> str:
     return ""
 
 
-def _label(runs: Sequence[Seen], number: int, network: str) -> str:
-    if len(runs) == 1:
-        return network
-    return f"{runs[number].name}, {network}" if network else runs[number].name
-
-
-def _look(runs: Sequence[Seen], number: int, network: str, curve: Curve) -> tuple[int, Curve, bool]:
-    """Colour, curve and dashes: one run's networks have a colour each, several runs theirs."""
+def _series(runs: Sequence[Seen], number: int, network: str, part: str, curve: Curve) -> Series:
+    """One run's networks, or parts of a figure, have a colour each; several runs theirs."""
     if len(runs) > 1:
-        return number, curve, network not in ("", "student")
-    return NETWORKS.index(network) if network in NETWORKS else 0, curve, False
+        label = ", ".join(name for name in (runs[number].name, network) if name)
+        return Series(label, number, curve, network not in ("", "student"))
+    if part:
+        label = ", ".join(name for name in (network, part) if name)
+        return Series(label, PARTS.index(part), curve, network not in ("", "student"))
+    colour = NETWORKS.index(network) if network in NETWORKS else 0
+    return Series(network, colour, curve)
 
 
 def _empty() -> Curve:
@@ -290,7 +286,7 @@ def panel(title: str, series: Sequence[Series], axis: Axis) -> Panel:
     """
     gathered = [_gathered(each.curve, axis, PLACES) for each in series]
     ends = np.concatenate([np.concatenate((each.low, each.high)) for each in gathered])
-    upwards = upright(ends.tolist(), may_be_log=title not in _LINEAR)
+    upwards = upright(ends.tolist(), may_be_log=title not in _LINEAR and _IN_PERCENT not in title)
     lines = [
         _line(each, places, axis, upwards) for each, places in zip(series, gathered, strict=True)
     ]

@@ -15,6 +15,11 @@ OF_A_NAME = 4  # the first, the last, and as many between
 _WIDEST = 1600  # pixels
 _PLAIN_BYTES = 300_000  # a PNG up to here stays as it is
 _ALL_BYTES = 8_000_000  # of a page
+# of a picture's name, what it shows where the picture itself does not say it
+_TOLD = {
+    "segments": "image, labels, prediction, and red where they differ",
+    "detections": "what is there, and what was found",
+}
 
 
 class Shown(NamedTuple):
@@ -32,6 +37,7 @@ class Strip(NamedTuple):
     name: str
     shown: list[Shown]  # the newest first
     total: int  # of all that there are
+    told: str = ""  # what it shows
 
 
 def strips(runs: Sequence[Seen]) -> list[list[Strip]]:
@@ -48,7 +54,8 @@ def strips(runs: Sequence[Seen]) -> list[list[Strip]]:
                 if one is not None and len(one.source) <= left:
                     left -= len(one.source)
                     shown.append(one)
-            mine.append(Strip(name.replace("-", " "), shown, len(same)))
+            about = _TOLD.get(name.split("-")[0], "")
+            mine.append(Strip(name.replace("-", " "), shown, len(same), about))
         found.append(mine)
     return found
 

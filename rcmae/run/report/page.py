@@ -19,18 +19,17 @@ from rcmae import __version__
 from rcmae.data.sources import redacted
 from rcmae.errors import counted
 from rcmae.files import write_aside
-from rcmae.run.records.shown import Figure
 from rcmae.run.records.status import KINDS, PRODUCTIVE
 from rcmae.run.report.axes import duration, told
-from rcmae.run.report.curves import groups, marks, place_of
+from rcmae.run.report.curves import groups, marks
 from rcmae.run.report.happened import bad_samples, clock, notices, timeline
 from rcmae.run.report.images import Strip, strips
+from rcmae.run.report.judged import Part, Table, history, last_evaluation
 from rcmae.run.report.reading import Seen, device_hours, seen
 from rcmae.run.report.recipes import as_yaml, between, changes
 
 FILE = "report.html"  # in the run's folder
 METRICS = {"knn": "k-NN", "miou": "mIoU", "box_ap": "box AP", "top1": "top-1"}
-_HISTORY = 12  # evaluations of the table of all
 
 
 class Written(NamedTuple):
@@ -49,19 +48,12 @@ class Tile(NamedTuple):
     more: str = ""
 
 
-class Part(NamedTuple):
+class Spent(NamedTuple):
     """A kind of time that a run took."""
 
     kind: str
     seconds: float
     share: float  # of all, 0 to 1
-
-
-class Table(NamedTuple):
-    """Texts in rows and columns."""
-
-    columns: list[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -72,10 +64,10 @@ class Chapter:
     number: int  # of its colour
     about: str  # what is trained, in a line
     tiles: list[Tile]
-    judged: Table
+    judged: list[Part]
     history: Table
     pictures: list[Strip]
-    spent: list[Part]
+    spent: list[Spent]
     jobs: Table
     base: str
     changes: Sequence[Any]
@@ -113,6 +105,7 @@ def page(runs: Sequence[Seen], now: float) -> str:
     return _template().render(
         title=", ".join(run.name for run in runs),
         chapters=chapters,
+        tiles=list(dict.fromkeys(tile.name for each in chapters for tile in each.tiles)),
         groups=groups(runs),
         marks=marks(runs),
         between=between(runs) if len(runs) > 1 else [],
@@ -147,7 +140,7 @@ def _chapter(run: Seen, number: int, pictures: list[Strip]) -> Chapter:
         about=_about(run.recipe),
         tiles=_tiles(run),
         judged=last_evaluation(run),
-        history=_history(run),
+        history=history(run),
         pictures=pictures,
         spent=_spent(run),
         jobs=_jobs(run),
@@ -189,14 +182,10 @@ def _tiles(run: Seen) -> list[Tile]:
     for network, row in sorted(run.best.items()):
         metric = next((name for name in row if name != "step"), None)
         if metric is not None:
+            named = METRICS.get(metric, metric.replace("_", " "))
+            unit = " %" if metric in METRICS else ""
             at = f"at step {told(row.get('step', 0))}"
-            tiles.append(
-                Tile(
-                    f"best {METRICS.get(metric, metric.replace('_', ' '))}, {network}",
-                    told(row[metric]),
-                    at,
-                )
-            )
+            tiles.append(Tile(f"best {named}, {network}", f"{told(row[metric])}{unit}", at))
     if status["images_per_s"] is not None:
         ranks = counted(int(status["ranks"]), "rank")
         tiles.append(Tile("images a second", told(round(status["images_per_s"], 1)), ranks))
@@ -208,40 +197,10 @@ def _tiles(run: Seen) -> list[Tile]:
     return tiles
 
 
-def last_evaluation(run: Seen) -> Table:
-    """The last evaluation: a row a figure, a column a network."""
-    if not run.judged:
-        return Table([], [])
-    step = max(run.judged)
-    cells: dict[str, dict[str, str]] = {}
-    for figure in run.judged[step]:
-        title, network = place_of(figure)
-        cells.setdefault(title, {})[network] = told(figure.value)
-    networks = list(dict.fromkeys(name for row in cells.values() for name in row))
-    rows = [[title, *(row.get(name, "") for name in networks)] for title, row in cells.items()]
-    return Table([f"at step {step:,}", *networks], rows)
-
-
-def _history(run: Seen) -> Table:
-    """The newest evaluations: a row a step, a column a figure."""
-    steps = sorted(run.judged)[-_HISTORY:]
-    columns: dict[str, dict[int, str]] = {}
-    for step in steps:
-        for figure in run.judged[step]:
-            columns.setdefault(_column(figure), {})[step] = told(figure.value)
-    rows = [[f"{step:,}", *(cells.get(step, "") for cells in columns.values())] for step in steps]
-    return Table(["step", *columns], rows[::-1])
-
-
-def _column(figure: Figure) -> str:
-    title, network = place_of(figure)
-    return f"{title}, {network}" if network else title
-
-
-def _spent(run: Seen) -> list[Part]:
+def _spent(run: Seen) -> list[Spent]:
     seconds: Mapping[str, float] = run.status["seconds"]
     wall = max(float(run.status["wall_s"]), 1e-9)
-    return [Part(kind, seconds[kind], min(1.0, seconds[kind] / wall)) for kind in KINDS]
+    return [Spent(kind, seconds[kind], min(1.0, seconds[kind] / wall)) for kind in KINDS]
 
 
 def _jobs(run: Seen) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ class Seen:
     status: Mapping[str, Any]
     curves: Mapping[str, Curve]  # key of metrics.jsonl -> its numbers
     judged: Mapping[int, Sequence[Figure]]  # step -> its evaluation
+    document: Mapping[str, Any]  # of the last evaluation: classes, categories, ...
     best: Mapping[str, Mapping[str, float]]  # network -> its best score, and `step`
     pictures: Sequence[Picture]  # oldest first
     events: Sequence[Mapping[str, Any]]  # oldest first, without secrets
@@ -81,6 +83,7 @@ def seen(folders: Sequence[Path], now: float | None = None, *, asks: bool = Fals
             status=status(folder, now, asks=asks),
             curves=curves_of(folder / "metrics.jsonl"),
             judged={step: figures(judged[step]) for step in sorted(judged)},
+            document=_document(folder, max(judged, default=0)),
             best=_best(events),
             pictures=_pictures(folder),
             events=events,
@@ -113,6 +116,8 @@ def curves_of(path: Path) -> dict[str, Curve]:
             curve = found.setdefault(key, Curve(array("d"), array("d")))
             curve.steps.append(step)
             curve.values.append(value)
+    if not any(key.startswith("teacher") for key in found):
+        found.pop("momentum", None)  # of no teacher
     return found
 
 
@@ -133,6 +138,18 @@ def _events(folder: Path) -> Iterator[dict[str, Any]]:
         is_ours = isinstance(event.get("event"), str)
         if is_ours and isinstance(event.get("time"), int | float):
             yield event
+
+
+def _document(folder: Path, step: int) -> Mapping[str, Any]:
+    """What the evaluation of a step wrote beside its figures; empty where there is nothing."""
+    for place in (folder, folder / FOLLOWED):
+        try:
+            found = json.loads((place / "evaluation" / f"step-{step:08d}.json").read_text())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(found, Mapping):
+            return without_secrets(dict(found))
+    return {}
 
 
 def _best(events: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, float]]:

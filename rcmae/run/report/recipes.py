@@ -74,8 +74,11 @@ def as_yaml(recipe: Mapping[str, Any]) -> str:
 
 def _changes(sides: Sequence[Mapping[str, Any]]) -> list[Change]:
     keys = dict.fromkeys(key for side in sides for key in side)
+    same_objective = len({side.get("objective.name") for side in sides}) == 1
     found = []
     for key in keys:
+        if same_objective and not all(key in side for side in sides):
+            continue  # an older recipe does not have it
         texts = tuple(_text(side[key]) if key in side else "not set" for side in sides)
         if len(set(texts)) > 1:
             found.append(Change(key, texts))
