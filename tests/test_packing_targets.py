@@ -85,6 +85,17 @@ def test_ade20k_gets_no_label_for_zero_and_its_names(tmp_path, capsys):
     assert "--split test is not there" in said
 
 
+def test_the_shards_of_a_split_have_its_name_beside_those_of_another(tmp_path, capsys):
+    folder, out = ade(tmp_path / "ADEChallengeData2016"), tmp_path / "out"
+    made(capsys, folder, out, "--split", "training")
+    report = made(capsys, folder, out, "--split", "validation")
+    assert report["samples"] == 1
+    names = [path.name for path in sorted(out.glob("*.tar"))]
+    assert names == ["train-000000.tar", "val-000000.tar"]
+    made(capsys, folder, tmp_path / "own", "--split", "validation", "--name", "mine")
+    assert [path.name for path in (tmp_path / "own").glob("*.tar")] == ["mine-000000.tar"]
+
+
 def test_an_ade_folder_without_annotations_is_one_message(tmp_path, capsys):
     folder = ade(tmp_path / "ade")
     (folder / "annotations/training/ADE_train_00000001.png").unlink()
@@ -176,6 +187,34 @@ def test_a_map_that_does_not_fit_is_left_out_and_named(tmp_path, capsys):
     assert "its map is RGB" in reasons["3.jpg"]
     said = made(capsys, "--images", images, tmp_path / "o", status=2)
     assert "--images A --maps B go together" in said
+
+
+def test_folders_that_do_not_fit_are_named_with_the_way_out(tmp_path, capsys):
+    images, maps, out = tmp_path / "images", tmp_path / "maps", tmp_path / "out"
+    photo(images / "a.jpg")
+    label_map(maps / "a_mask.png", 0, 1)
+    said = made(capsys, "--images", images, "--maps", maps, out, status=2)
+    assert f"wants {maps}/a.png, and there is {maps}/a_mask.png" in said
+    assert "columns path and map" in said
+    said = made(capsys, "--images", tmp_path / "imgs", "--maps", maps, out, status=2)
+    assert f"there is no {tmp_path / 'imgs'}" in said
+    said = made(capsys, images, maps, out, status=2)
+    assert "label maps: --images A --maps B" in said
+    said = made(capsys, "--coco", tmp_path / "x.json", images, out, status=2)
+    assert f"--coco {tmp_path / 'x.json'}: there is no such file" in said
+    assert not out.exists()
+
+
+def test_what_images_have_is_said_where_no_class_has_a_name(tmp_path, capsys):
+    images, maps = tmp_path / "images", tmp_path / "maps"
+    photo(images / "a.jpg")
+    label_map(maps / "a.png", 0, 1)
+    arguments = ["--images", images, "--maps", maps, tmp_path / "out", "--jobs", 1]
+    assert make([*map(str, arguments)]) == 0
+    told = capsys.readouterr().out
+    assert "1 image with maps, whose classes have no names (--classes gives them) in" in told
+    assert make([*map(str, [*coco(tmp_path / "c"), tmp_path / "o", "--jobs", 1])]) == 0
+    assert "1 image with annotations in 1 shard" in capsys.readouterr().out
 
 
 def coco(folder, **changes):

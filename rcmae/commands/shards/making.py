@@ -40,15 +40,16 @@ a validation set gets the training set's labels). ImageNet-1k in one command:
 Label maps and boxes. A map goes beside its image as KEY.seg.png (a class a pixel, 255 is no label),
 an annotation as KEY.json in COCO's words, with categories.json beside the shards:
 
-    rcmae shards make ADEChallengeData2016 OUT --split training
+    rcmae shards make ADEChallengeData2016 OUT --split training      and again: --split validation
     rcmae shards make CITYSCAPES OUT --split train        leftImg8bit and gtFine, the 19 classes
     rcmae shards make VOCdevkit/VOC2012 OUT --split train
     rcmae shards make --images A --maps B OUT --classes names.txt     paired by their names
     rcmae shards make pairs.csv OUT                       with the columns path and map
     rcmae shards make --coco instances_train2017.json train2017 OUT --name train
 
-ADE20K's 0 becomes "no label" and n becomes n - 1. COCO's images without objects are left out
-unless --keep-empty (for validation). --size makes maps smaller by the nearest pixel and scales
+Shards of a split have its name: train-*.tar for training, val-*.tar for validation. ADE20K's 0
+becomes "no label" and n becomes n - 1. COCO's images without objects are left out unless
+--keep-empty (for validation). --size makes maps smaller by the nearest pixel and scales
 annotations.
 
 Every image is decoded once; what cannot be is left out and listed, as are those whose shorter side
@@ -75,7 +76,7 @@ def _make_arguments() -> argparse.ArgumentParser:
         help="folder of the shards, their index.json and classes.txt; made if need be",
     )
     parser.add_argument(
-        "--name", default="train", help="what the shards' names begin with (default: %(default)s)"
+        "--name", help="what the shards' names begin with (default: the split's, or else train)"
     )
     parser.add_argument(
         "--samples", type=positive, default=1000, help="most in a shard (default: %(default)s)"
@@ -136,13 +137,14 @@ def make(arguments: Sequence[str] | None = None) -> int:
     """Make shards; the exit status."""
     asked = _make_arguments().parse_args(arguments)
     from rcmae.data.packing.found import Targets
+    from rcmae.data.packing.layouts import name_of_split
     from rcmae.data.packing.writer import PackingOptions, make_shards
     from rcmae.errors import Refused
 
     try:
         register_kinds(asked.kind)
         options = PackingOptions(
-            name=asked.name,
+            name=asked.name or name_of_split(asked.split),
             samples=asked.samples,
             size=asked.size,
             quality=asked.quality,
@@ -166,7 +168,7 @@ def make(arguments: Sequence[str] | None = None) -> int:
         rejected = [reject._asdict() for reject in report.rejected]
         say(json.dumps(report._asdict() | {"rejected": rejected}, indent=1))
     else:
-        print_report(report, asked.out)
+        print_report(report, asked.out, _unnamed(asked))
     return 0
 
 
@@ -193,13 +195,23 @@ def _lines(path: Path) -> list[str]:
         raise Refused(f"{path}: is not text in UTF-8 ({error})") from error
 
 
-def print_report(report: Report, out: Path) -> None:
+def _unnamed(asked: argparse.Namespace) -> str:
+    """What images are said to have, where no class has a name."""
+    if asked.coco is not None:
+        return "with annotations"
+    if asked.maps is not None:
+        return "with maps, whose classes have no names (--classes gives them)"
+    return "of no classes"
+
+
+def print_report(report: Report, out: Path, unnamed: str) -> None:
     """Print what was made, for people."""
     from rcmae.data.packing.found import some
 
-    classes = counted(len(report.classes), "class", "classes") if report.classes else "no classes"
+    named = f"of {counted(len(report.classes), 'class', 'classes')}"
+    classes = named if report.classes else unnamed
     say(
-        f"{out}: {counted(report.samples, 'image')} of {classes}"
+        f"{out}: {counted(report.samples, 'image')} {classes}"
         f" in {counted(len(report.shards), 'shard')}, {report.bytes / 1e6:,.1f} MB"
     )
     for note in report.notes:

@@ -91,6 +91,8 @@ def _tables(path: Path) -> tuple[list[_Row], list[_Row], list[_Row]]:
     """(images, annotations, categories) of a JSON. Raises Refused."""
     try:
         document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise Refused(f"--coco {path}: there is no such file") from error
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} cannot be read as JSON ({error})") from error
     wanted = {

@@ -88,9 +88,11 @@ def find_images(
     if kinds == {".tar"}:
         return _in_tars(inputs)
     if len(inputs) > 1:
+        folders = all(Path(one).is_dir() for one in inputs)
+        way = "; of images and their label maps: --images A --maps B" if folders else ""
         raise Refused(
             "several inputs are .tar or .parquet files, all of one kind; got "
-            f"{', '.join(inputs[:5])}"
+            f"{', '.join(inputs[:5])}{way}"
         )
     return _in_folder(Path(inputs[0]), how.has_classes)
 
@@ -101,7 +103,9 @@ def _with_targets(inputs: Sequence[str], spool: Path, targets: Targets) -> Found
         raise Refused("give --coco or --maps, not both")
     if len(inputs) != 1 or not Path(inputs[0]).is_dir():
         what = "--coco" if targets.coco is not None else "--maps"
-        raise Refused(f"{what} goes with one folder of images; got {', '.join(inputs[:5])}")
+        gone = [one for one in inputs if not Path(one).exists()]
+        why = f"; there is no {', '.join(gone[:5])}" if gone else ""
+        raise Refused(f"{what} goes with one folder of images; got {', '.join(inputs[:5])}{why}")
     folder = Path(inputs[0])
     if targets.maps is not None:
         return in_folders(folder, Path(targets.maps))

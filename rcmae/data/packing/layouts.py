@@ -103,6 +103,13 @@ def in_folders(images: Path, maps: Path) -> Found:
     if not pictures.images:
         raise Refused(f"{images} holds no image among {len(pictures.others)} files")
     pairs = {path: numbers.pop(_stem(path), None) for path in pictures.images}
+    if not any(pairs.values()) and numbers:
+        there = sorted(numbers.values())
+        raise Refused(
+            f"no image of {images} has a map of its name in {maps}: {images / pictures.images[0]} "
+            f"wants {maps / _stem(pictures.images[0])}.png, and there is {there[0]}; rename them, "
+            "or give pairs.csv with the columns path and map in the place of both folders"
+        )
     found = _paired(images, pairs, f"in {maps}")
     return found._replace(others=pictures.others, notes=[*found.notes, *_left(numbers)])
 
@@ -139,6 +146,11 @@ def _left(maps: Mapping[str, str]) -> list[str]:
 
 def _stem(path: str) -> str:
     return os.path.splitext(path)[0]
+
+
+def name_of_split(split: str | None) -> str:
+    """What the shards of a split are named, alike for all sets; of none: train."""
+    return {None: "train", "training": "train", "validation": "val"}.get(split) or str(split)
 
 
 def _split(asked: str | None, there: Sequence[str], what: str) -> str:
