@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rcmae import dist
-from rcmae.engines.flat import Cut, FlatGroups, Gather, Run, held, views
+from rcmae.engines.flat import (
+    Cut,
+    FlatGroups,
+    Gather,
+    Run,
+    arrive_by_forward,
+    held,
+    views,
+)
 from rcmae.engines.optim import prime, set_rates, step_of
 from rcmae.engines.protocol import Copies, EngineSettings, EngineState, StepStats
 from rcmae.engines.teacher import Teacher
@@ -87,7 +95,7 @@ class DDPEngine:
         if self._cut.parts == 1:
             return None
         gather = Gather(flats, self._cut)
-        network.register_forward_pre_hook(lambda *_: gather.wait())
+        arrive_by_forward(network, gather)
         return gather
 
     def _add_teacher(self, teacher: nn.Module) -> Teacher:

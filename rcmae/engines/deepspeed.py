@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rcmae import dist
-from rcmae.engines.flat import Cut, Gather
+from rcmae.engines.flat import Cut, Gather, arrive_by_forward
 from rcmae.engines.optim import moments, param_groups, prime, set_rates, step_of
 from rcmae.engines.protocol import (
     DTYPES,
@@ -419,8 +419,7 @@ def _whole_copies(
             theirs[name].data = flat[offset : offset + size].view(param.shape)
             offset += size
     gather = Gather(flats, Cut(dist.rank(), dist.world()))
-    # until then it overlaps with the next batch
-    teacher.register_forward_pre_hook(lambda *_: gather.wait())
+    arrive_by_forward(teacher, gather)
     return gather.shards, gather
 
 

@@ -20,6 +20,7 @@ from rcmae.engines.optim import moments, param_groups
 from rcmae.engines.protocol import DTYPES, EngineSettings, Piece
 from rcmae.engines.teacher import Teacher
 from rcmae.engines.updates import has_all
+from rcmae.objectives.terms import ARRIVES
 
 ALIGNED = 8  # elements that a shard is a multiple of: 16 bytes in bf16, as collectives like them
 
@@ -182,6 +183,12 @@ def held(
             tensors["teacher"] = averages[index]
         found[index] = tensors
     return found
+
+
+def arrive_by_forward(network: nn.Module, gather: Gather) -> None:
+    """A network computes when its weights are there; an objective lets it compute late."""
+    network.register_forward_pre_hook(lambda *_: gather.wait())
+    setattr(network, ARRIVES, True)
 
 
 class Gather:

@@ -37,7 +37,7 @@ class StepCost(NamedTuple):
     step_flops: float  # of forward and backward, and of what computes beside the student
     parts: tuple[Part, ...]  # what the forward keeps, in its order
     input_bytes: float  # of an image and its mask
-    beside_bytes: float = 0.0  # at the height of what computes without gradients before the student
+    beside_bytes: float = 0.0  # at the height of what computes without gradients beside the student
     waiting_bytes: float = 0.0  # what that leaves for the loss
     frozen_params: int = 0  # of a network beside, which nothing moves
 

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from rcmae.data.batch import Batch
 from rcmae.models.protocol import Outputs
 
+# set on a teacher whose weights may still be on their way when a step begins: the student computes
+# first, and they arrive behind it
+ARRIVES = "arrives"
+
 
 class Term(Protocol):
     """A part of a loss."""
@@ -88,16 +92,25 @@ class Sum:
     ) -> dict[str, Tensor]:
         """Each term's sum over this micro-batch."""
         targets: Outputs = {}
-        if self.needs_teacher:
-            assert teacher is not None
-            with torch.no_grad():  # before the student's activations take their memory
-                targets = teacher_forward(teacher, batch, self.teacher_outputs)
+        waits = getattr(teacher, ARRIVES, False)
+        if not waits:  # before the student's activations take their memory
+            targets = self._targets(teacher, batch)
         preds = student_forward(student, batch, self.student_outputs)
+        if waits:
+            targets = self._targets(teacher, batch)
         sums = {}
         for name, term in self.terms.items():
             target = targets[term.teacher_output] if term.teacher_output else None
             sums[name] = term.total(preds[term.student_output], target, batch, progress)
         return sums
+
+    def _targets(self, teacher: nn.Module | None, batch: Batch) -> Outputs:
+        """What the terms ask of the teacher."""
+        if not self.needs_teacher:
+            return {}
+        assert teacher is not None
+        with torch.no_grad():
+            return teacher_forward(teacher, batch, self.teacher_outputs)
 
     def plus(self, terms: Mapping[str, Term]) -> Sum:
         """This and more terms; one of the same name replaces."""

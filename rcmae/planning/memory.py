@@ -1,7 +1,7 @@
 """What a rank needs of its device's memory, by arithmetic alone: model states, activations, and
 what engines add.
 
-A step is walked through: the teacher's forward pass, the student's, its backward pass part by part
+A step is walked through: the forward passes of teacher and student, the backward pass part by part
 (activations go while gradients come), the update, the teacher's update. `footprint` gives the bytes
 of each of these moments, by what they are. Everything here follows from sizes and from how the
 engines work (torch 2.13, DeepSpeed 0.19); nothing is allocated. tests/test_plan.py holds it to live
@@ -55,8 +55,6 @@ def footprint(cost: StepCost, settings: MemorySettings) -> Footprint:
         settings: how it is trained.
     """
     step = _Step(cost, settings)
-    if cost.beside_bytes:
-        step.forward_beside()
     step.forward()
     step.backward()
     step.update()
@@ -89,35 +87,46 @@ class _Step:
             kind: size + more.get(kind, 0.0) for kind, size in self.resident.items()
         }
 
-    def forward_beside(self) -> None:
-        """Of a teacher or a frozen encoder: it keeps nothing; its parameters are gathered and its
-        widest layer is alive.
-        """
-        self.moment(
-            "teacher's forward" if self.cost.teacher else "encoder's forward",
-            gradients=self.carried,
-            communication=self.engine.gathered.teacher,
-            activations=self.batch + self.settings.per_device * self.cost.beside_bytes,
-        )
-
     def forward(self) -> None:
-        """Activations pile up."""
+        """Activations pile up. A teacher or a frozen encoder runs before the student; a teacher
+        whose weights arrive meanwhile runs before the loss.
+        """
+        last = self.settings.teacher_arrives and bool(self.cost.teacher)
+        if not last:
+            self._forward_beside(0.0)
         gathered = self.engine.gathered
         waiting = self.settings.per_device * self.cost.waiting_bytes
         saved = 0.0
         behind = 0  # parameters of the part before
         for part in self.parts:
+            is_loss = part.name == "loss"
+            if is_loss and last:
+                self._forward_beside(saved)
             saved += part.saved
-            passing = part.passing if part.name == "loss" else 0.0
+            passing = part.passing if is_loss else 0.0
+            waits = waiting if is_loss or not last else 0.0
             # its parameters are copied out of a buffer while the last part's buffer still lies
             # there
             self.moment(
                 f"forward, {part.name}",
                 gradients=self.carried,
                 communication=gathered.student + gathered.part * (2 * part.params + behind),
-                activations=self.batch + waiting + self.settings.per_device * (saved + passing),
+                activations=self.batch + waits + self.settings.per_device * (saved + passing),
             )
             behind = part.params
+
+    def _forward_beside(self, saved: float) -> None:
+        """Of a teacher or a frozen encoder: it keeps nothing; its parameters are gathered and its
+        widest layer is alive, beside the bytes an image that the student saved.
+        """
+        if not self.cost.beside_bytes:
+            return
+        self.moment(
+            "teacher's forward" if self.cost.teacher else "encoder's forward",
+            gradients=self.carried,
+            communication=self.engine.gathered.teacher,
+            activations=self.batch + self.settings.per_device * (saved + self.cost.beside_bytes),
+        )
 
     def backward(self) -> None:
         """Activations go while gradients come, part by part from the loss on."""

@@ -43,6 +43,13 @@ class MemorySettings:
         """Ranks that share what is sharded."""
         return self.shard_ranks or (1 if self.placement == "ddp" else self.world)
 
+    @property
+    def teacher_arrives(self) -> bool:
+        """Whether a whole teacher is gathered beside the student's forward pass."""
+        return self.placement in ("zero1", "zero2") or (
+            self.placement == "ddp" and self.sharing > 1
+        )
+
 
 def states(model: nn.Module, settings: MemorySettings) -> dict[str, int]:
     """Elements: `whole` of the model, `shard` of this rank, `group` the largest optimizer
