@@ -13,7 +13,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from rcmae.process import cores, launchers, meeting, waits
 from rcmae.process.launchers import Launched, launched
 
 _control: torch_dist.ProcessGroup | None = None
+_before_leaving: list[Callable[[], None]] = []
 USUAL_TIMEOUT_S = 1800.0
 _timeout = datetime.timedelta(seconds=USUAL_TIMEOUT_S)
 
@@ -282,6 +283,11 @@ def together(problem: str | None) -> None:
         raise Refused("\n".join(f"rank {index}: {text}" for index, text in enumerate(told) if text))
 
 
+def before_leaving(action: Callable[[], None]) -> None:
+    """What to do before the groups end: a thread that uses them has to be done."""
+    _before_leaving.append(action)
+
+
 def finish() -> None:
     """Leave the group. Collective: every rank calls, after its last collective.
 
@@ -291,6 +297,8 @@ def finish() -> None:
     global _control
     if not torch_dist.is_initialized():
         return
+    while _before_leaving:
+        _before_leaving.pop()()
     gc.collect()
     if world() > 1:
         barrier()

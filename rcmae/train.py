@@ -49,10 +49,12 @@ def fit(run: Run) -> str | None:
     engine, objective = run.parts.engine, run.parts.objective
     parts.evaluation.resume()
     for micros in parts.batches:
-        # an all-reduce: global counts, who asks to stop
+        # a sum over ranks, begun in the step before: global counts, who asks to stop
         agreed = parts.agreement.before_step(micros)
         if agreed.stop:
             return agreed.stop
+        lr = schedule.lr(progress.step)
+        momentum = schedule.momentum(progress.step, len(micros) - 1)
         logs = progress.is_due(run.recipe.log.every_steps)
         losses = []
         for index, batch in enumerate(micros):
@@ -62,12 +64,12 @@ def fit(run: Run) -> str | None:
                 sums = objective(engine.student, engine.teacher, batch, progress.fraction)
             shares = agreed.shares(sums)  # of each term's mean over the whole step
             loss = agreed.loss(objective.weights, shares)
+            if last:
+                parts.agreement.ask_ahead()  # reads the next step's samples, begins its sum
             engine.backward(loss, last=last)  # sums gradients: over micro-batches, then over ranks
             losses.append({term: share.detach() for term, share in shares.items()})
             if schedule.teacher_each_micro and not last:
                 engine.update_teacher(schedule.momentum(progress.step, index))
-        lr = schedule.lr(progress.step)
-        momentum = schedule.momentum(progress.step, len(micros) - 1)
         shows = progress.is_early  # on the console alone
         jumped = parts.guard.jumped(losses)  # an all-reduce, where guard.spike_factor asks for it
         # all ranks agree that the gradient is finite before any weight moves

@@ -39,7 +39,7 @@ ROWS = (
     {"files", "errors"},
 )
 HOMES = {"finetune": "train", "probe": "train", "follow": "train", "starting": "train"}
-HOMES |= {"detect": "train"}
+HOMES |= {"detect": "train", "exchange": "dist"}
 HOMES |= {"segment": "train"}
 HOMES |= {"cli": "commands", "__main__": "commands"}
 DEPTH = {package: depth for depth, row in enumerate(ROWS) for package in row}
@@ -56,7 +56,7 @@ OURS = (
     "check_parity",
     "drill",
 )
-OURS += ("check_cases", "quickstart_data")
+OURS += ("bench_agreement", "check_cases", "quickstart_data")
 MODULES = sorted((ROOT / "rcmae").rglob("*.py"))
 
 

@@ -197,7 +197,8 @@ def test_samples_that_do_not_come_keep_no_run_from_its_checkpoint(
     with once(lambda: bool(hangs), send(signal.SIGTERM)):
         assert start(tiny, folder.path, *evaluation) == STOPPED
     assert time.monotonic() - hangs[0] < 10.0
-    assert folder.committed() == [4]
+    # the samples of the sixth step do not come in the fifth, whose own did
+    assert folder.committed() == [4 if evaluates else 5]
     assert len(folder.events("evaluation_left")) == evaluates
     monkeypatch.undo()
     assert start(tiny, folder.path, *evaluation) == 0

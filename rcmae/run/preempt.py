@@ -1,5 +1,5 @@
-"""Requests to stop: a signal becomes a flag, the ranks agree on it at a step's boundary, the loop
-commits and leaves.
+"""Requests to stop: a signal becomes a flag, the ranks agree on it beside a step, the loop commits
+and leaves before the next.
 
 SIGUSR1 (a scheduler's warning), SIGTERM and SIGINT all ask the same thing, and so does a launcher
 that is gone. No signal breaks a step or a commit, only waits (`process.waits`). Install it first

@@ -1,4 +1,12 @@
-"""What all ranks decide together before each step, in one small all-reduce."""
+"""What all ranks decide together before each step, in one small sum that takes none of its time.
+
+It is asked in the middle of the step before, once the last forward pass is launched, and told
+before the step: the sum (`exchange`) goes on beside the backward pass and the update. So a request
+to stop ends the run after the step under way or, where it comes in that step's second half, after
+the next: within a step and a half. All ranks act on the same sum, before the same step: the step at
+which the run stops is one, and it is committed. An evaluation may take minutes: after one it is
+asked anew. A rank alone asks nobody, and looks when it acts.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rcmae import dist
+from rcmae import dist, exchange
 from rcmae.checkpoint.lease import Lease, LeaseLost
 from rcmae.config import Recipe
 from rcmae.data.batch import Batch
@@ -71,8 +79,17 @@ class Flags(NamedTuple):
     noted: float  # bad samples or lost workers
 
 
+class _Asked(NamedTuple):
+    """What this rank has said before a step."""
+
+    data_step: int  # in the stream
+    sums: exchange.Sum  # counts, then flags
+
+
 class Agreement:
-    """The decisions before a step. Collective: every rank calls `before_step`, once a step."""
+    """The decisions before a step. Collective: every rank calls `ask_ahead` and `before_step`, each
+    once a step.
+    """
 
     def __init__(
         self,
@@ -94,6 +111,20 @@ class Agreement:
         self._evaluation = evaluation
         self._lease = lease
         self._instruments = instruments
+        self._asked: _Asked | None = None  # before the next step
+
+    def ask_ahead(self) -> None:
+        """Read the next step's samples and begin to agree on it, while this one is computed.
+        Nothing is waited for but the samples. Collective.
+        """
+        step = self.progress.step + 1
+        if step == self.progress.total_steps or self._limit_is_reached(step):
+            return
+        micros = self._batches.ahead()
+        if dist.world() > 1:
+            self._look_at_the_clock(steps=2)  # the rest of this one, and the next
+            self._asked = self._ask(self.progress.data_step + 1, micros)
+        self._instruments.presence.at(self.progress.step, "computing the step")
 
     def before_step(self, micros: Sequence[Batch]) -> Agreed:
         """The step's global counts, and whether the run stops. Collective: every rank calls.
@@ -102,29 +133,53 @@ class Agreement:
             DataUnreadable: on every rank; at least one has no samples for this step.
             LeaseLost: on every rank; the run is another job's by now.
         """
-        self._look_at_the_clock()
-        mine = self._counts(micros)
-        self._instruments.presence.at(self.progress.step, "agreeing on the step")
-        flags = self._flags()
-        awaited = self._instruments.presence.awaited
-        waits_for = waits.waiting(awaited, breaks=False, answer=self._answer)
-        with waits_for, self._instruments.stopwatch.meeting():
-            totals = dist.sum_numbers([*mine.values(), *flags])
-        told = Flags(*totals[len(mine) :])
-        self._saving.asked = told.save > 0
+        told = self._flags_of(totals := self._totals(micros))
+        self._saving.asked = told.save > 0 and not self._saving.was_tried
         if told.lost:
             raise LeaseLost(dist.from_first(self._lease.why_lost if self._lease else None))
-        if told.saved == dist.world():
+        if told.saved == dist.world() and not self._saving.was_tried:
             self._saving.collect()
         if told.noted:
             self._note_reading()
         if told.trouble:
             self._raise_trouble()
-        counts = dict(zip(mine, totals, strict=False))
+        counts = dict(zip(self._objective.weights, totals, strict=False))
         stop = self._why_stop(asked=told.stop > 0)
         if stop is None:
             self._instruments.presence.at(self.progress.step, "computing the step")
         return Agreed(counts, stop)
+
+    def _ask(self, data_step: int, micros: Sequence[Batch]) -> _Asked:
+        counts = self._counts(micros).values()
+        return _Asked(data_step, exchange.begin([*counts, *self._flags()]))
+
+    def _totals(self, micros: Sequence[Batch]) -> list[float]:
+        """Counts and flags over all ranks. Collective."""
+        self._instruments.presence.at(self.progress.step, "agreeing on the step")
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            self._wait_for(asked)
+        if asked is None or self._is_outdated(asked):
+            self._look_at_the_clock(steps=1)
+            asked = self._ask(self.progress.data_step, micros)
+            self._wait_for(asked)
+        self._instruments.stopwatch.met(asked.sums.took_s)
+        return asked.sums.wait()
+
+    def _wait_for(self, asked: _Asked) -> None:
+        awaited = self._instruments.presence.awaited
+        with waits.waiting(awaited, breaks=False, answer=self._answer):
+            asked.sums.wait()
+
+    def _is_outdated(self, asked: _Asked) -> bool:
+        """Whether it was asked before other samples, or long ago. The same on every rank."""
+        options = self.recipe.evaluate
+        evaluated = self.progress.was_due(options.every_steps)
+        drawn = self.progress.was_due(options.picture_every_steps)
+        return asked.data_step != self.progress.data_step or evaluated or drawn
+
+    def _flags_of(self, totals: Sequence[float]) -> Flags:
+        return Flags(*totals[len(self._objective.weights) :])
 
     def _answer(self, reason: str) -> str:
         """To a request to stop, where peers have not come: a save needs them all."""
@@ -136,12 +191,12 @@ class Agreement:
             f"{self.progress.step}; waiting for {self._instruments.presence.awaited()}.{now}"
         )
 
-    def _look_at_the_clock(self) -> None:
-        """Ask for a stop where the time left allows no further step and its save. Rank 0's."""
+    def _look_at_the_clock(self, *, steps: int) -> None:
+        """Ask for a stop where the time left does not allow so many steps and a save. Rank 0's."""
         if dist.rank() != 0:
             return
-        step_s = self._batches.longest_step_s
-        if self.progress.is_due(self.recipe.evaluate.every_steps):
+        step_s = steps * self._batches.longest_step_s
+        if self.progress.is_due(self.recipe.evaluate.every_steps, ahead=steps - 1):
             step_s += self._evaluation.longest_s
         if self._instruments.stop.is_late(save_s=self._saving.save_s, step_s=step_s):
             self._instruments.stop.ask("the deadline is near")
@@ -172,6 +227,7 @@ class Agreement:
         """Write down what went wrong in reading and was made good."""
         log, step = self._instruments.log, self.progress.step
         ranks = dist.gather((self._batches.bad, self._batches.losses))
+        self._batches.bad, self._batches.losses = [], []
         for rank, (samples, losses) in enumerate(ranks):
             for bad in samples:
                 log.event("bad_sample", step=step, **bad._asdict())
@@ -193,7 +249,10 @@ class Agreement:
             by_rank = {rank: reason for rank, reason in reasons if reason}
             self._instruments.log.event("signal", step=progress.step, asked=by_rank)
             return f"asked by {' and '.join(sorted(set(by_rank.values())))}"
-        limit = self.recipe.run.stop_after_steps
-        if limit is not None and progress.step - progress.first_step >= limit:
-            return f"run.stop_after_steps={limit}"
+        if self._limit_is_reached(progress.step):
+            return f"run.stop_after_steps={self.recipe.run.stop_after_steps}"
         return None
+
+    def _limit_is_reached(self, step: int) -> bool:
+        limit = self.recipe.run.stop_after_steps
+        return limit is not None and step - self.progress.first_step >= limit

@@ -34,11 +34,19 @@ class Trouble(NamedTuple):
     may_pass: bool  # a new start can help: a store that is away, a lost disk, killed workers
 
 
+class _Read(NamedTuple):
+    """Micro-batches that were read."""
+
+    data_step: int  # in the stream
+    micros: list[Batch]
+
+
 class Batches:
     """What the loop iterates over: the micro-batches of each remaining step.
 
-    A rank that cannot read its samples yields none for the step and keeps why in `trouble`: the
-    ranks learn of it together, in `agreement`.
+    Those of the next step are read while one is computed (`ahead`). A rank that cannot read its
+    samples yields none for the step and keeps why in `trouble`: the ranks learn of it together, in
+    `agreement`.
     """
 
     def __init__(
@@ -52,8 +60,8 @@ class Batches:
     ) -> None:
         self.stream = stream
         self.trouble: Trouble | None = None  # why this rank has no samples
-        self.losses: list[str] = []  # workers that were killed and replaced in the step
-        self.bad: list[BadSample] = []  # samples of the step that were replaced
+        self.losses: list[str] = []  # workers that were killed and replaced, and not noted yet
+        self.bad: list[BadSample] = []  # samples of what was read last that were replaced
         self.longest_step_s = 0.0
         self._task = task
         self._progress = progress
@@ -62,24 +70,23 @@ class Batches:
         self._instruments = instruments
         self._began = math.inf
         self._is_looked_at = False  # the first batch of the job
+        self._steps: Iterator[Sequence[Batch]] = iter(())
+        self._read = _Read(-2, [])  # last
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each remaining step, from wherever the run stands."""
         progress = self._progress
-        expected = progress.data_step
-        steps = self.stream.steps(expected)
         while not progress.is_over:
-            if progress.data_step != expected:  # a rewind skipped some
-                expected = progress.data_step
-                steps = self.stream.steps(expected)
-            expected += 1
-            self._instruments.presence.at(progress.step, "reading samples")
             self._began = time.monotonic()
-            micros = self._read(steps)
-            self.bad = self.stream.drain_bad()
-            self.losses = self.stream.drain_losses()
+            if self._read.data_step != progress.data_step:  # the first, or a rewind skipped some
+                self._read_on(progress.data_step, progress.step)
             with self._working():
-                yield micros
+                yield self._read.micros
+
+    def ahead(self) -> list[Batch]:
+        """The micro-batches of the step after the one under way; waits for them."""
+        self._read_on(self._progress.data_step + 1, self._progress.step + 1)
+        return self._read.micros
 
     def ready(self, batch: Batch) -> Batch:
         """The batch on this rank's device, images normalised, as the task's objective wants it."""
@@ -103,8 +110,8 @@ class Batches:
         """Note how long the step took."""
         self.longest_step_s = max(self.longest_step_s, time.monotonic() - self._began)
 
-    def _waiting(self) -> contextlib.AbstractContextManager[None]:
-        step, workers = self._progress.step, self._recipe.data.workers
+    def _waiting(self, step: int) -> contextlib.AbstractContextManager[None]:
+        workers = self._recipe.data.workers
         return waits.waiting(
             f"the samples of step {step} (data.workers={workers})",
             check=self.stream.missing_workers,
@@ -126,10 +133,20 @@ class Batches:
         what = "the first step, for which torch.compile builds kernels" if first else ""
         return waits.waiting(what, breaks=False, answer=answer)
 
-    def _read(self, steps: Iterator[Sequence[Batch]]) -> list[Batch]:
+    def _read_on(self, data_step: int, step: int) -> None:
+        """Read a step of the stream, for a step of the training."""
+        self._instruments.presence.at(self._progress.step, "reading samples")
+        self.trouble = None
+        if data_step != self._read.data_step + 1:
+            self._steps = self.stream.steps(data_step)
+        self._read = _Read(data_step, self._micros(step))
+        self.bad = self.stream.drain_bad()
+        self.losses += self.stream.drain_losses()
+
+    def _micros(self, step: int) -> list[Batch]:
         try:
-            with self._instruments.meter.waiting(), self._waiting():
-                micros = self._task.pair(self._recipe, list(next(steps)))
+            with self._instruments.meter.waiting(), self._waiting(step):
+                micros = self._task.pair(self._recipe, list(next(self._steps)))
         except waits.StopAsked:  # all ranks hear it, in the agreement
             return []
         except (TooManyBadSamples, OSError, RuntimeError) as error:
@@ -137,6 +154,6 @@ class Batches:
             denied = isinstance(error, PermissionError | AccessDenied)
             self.trouble = Trouble(str(error), passes and not denied)
             return []
-        if self._progress.is_first_of_job:
+        if step == self._progress.first_step:
             startup.mark("first batch")
         return micros

@@ -68,9 +68,9 @@ class Progress:
         self.step = step
         self.data_step = data_step
 
-    def is_due(self, every_steps: int | None) -> bool:
-        """Whether the step under way is one of every so many, or the last."""
-        return self._matches(self.step + 1, every_steps)
+    def is_due(self, every_steps: int | None, ahead: int = 0) -> bool:
+        """Whether the step under way, or one so far ahead, is one of every so many, or the last."""
+        return self._matches(self.step + 1 + ahead, every_steps)
 
     def was_due(self, every_steps: int | None) -> bool:
         """Whether the step done last is one of every so many, or the last of the run."""

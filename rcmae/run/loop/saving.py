@@ -57,6 +57,7 @@ class Saving:
         self._about = about
         self._renew = renew
         self._is_called = False  # by a log whose lines wait
+        self._tried_step = -1  # at which a save was to be begun last
         self._instruments = instruments
         self._failures = 0
 
@@ -75,6 +76,13 @@ class Saving:
     def is_done(self) -> bool:
         """Whether a save was under way on this rank and has ended. Not collective."""
         return self._saver.is_done()
+
+    @property
+    def was_tried(self) -> bool:
+        """Whether a save was begun after the step done last, or could not be: what was asked for
+        before is settled. The same on every rank.
+        """
+        return self._tried_step == self._progress.step
 
     def is_under_way(self) -> bool:
         """Whether a save is being written on this rank. Not collective."""
@@ -105,6 +113,7 @@ class Saving:
         step = self._progress.step
         if self.saved_step == step:
             return True
+        self._tried_step = step
         self._instruments.presence.at(step, "waiting for the save before, or copying for the next")
         if not dist.from_first(
             not self.is_measured or self._instruments.stop.has_time(self.save_s)

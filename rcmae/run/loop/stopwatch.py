@@ -24,7 +24,9 @@ class Own(NamedTuple):
     data: float  # waited for its samples, or read them itself
     compute: float  # forward passes of student and teacher
     save: float  # copied for checkpoints, and wrote where a save was waited for
-    met: float  # waited for the others in the step's first collective: the late rank the least
+    # waited for the others in what gathers weights, and until all had come to the step's agreement:
+    # the late rank the least
+    met: float
 
 
 class Stopwatch:
@@ -49,17 +51,16 @@ class Stopwatch:
         self._steps = 0  # since the last read
         self._timed = 0  # of these, whose forward passes were
         self._is_fresh = False  # none of the step under way was yet
-        self._met = self._saved = self._computed = 0.0
+        self._met = self._saved = self._computed = self._waited = 0.0
         # began and ended, of forward passes and of what was waited for in them
         self._passes: list[tuple[Any, Any]] = []
         self._gathered: list[tuple[Any, Any]] = []
 
-    @contextlib.contextmanager
-    def meeting(self) -> Iterator[None]:
-        """Count the time in this block, once a step, as the wait in the first collective."""
-        began = time.perf_counter()
-        yield
-        self._met += time.perf_counter() - began
+    def met(self, seconds: float) -> None:
+        """Count, once a step, the time from this rank's coming to the step's agreement to when all
+        had come; it may have computed meanwhile.
+        """
+        self._met += seconds
         self._steps += 1
         self._is_fresh = True
 
@@ -111,7 +112,8 @@ class Stopwatch:
         """
         self._add_up()
         steps, timed = max(self._steps, 1), max(self._timed, 1)
-        own = Own(data_s, self._computed / timed, self._saved / steps, self._met / steps)
+        met = self._met / steps + self._waited / timed
+        own = Own(data_s, self._computed / timed, self._saved / steps, met)
         self._reset()
         return own
 
@@ -132,7 +134,9 @@ class Stopwatch:
             self._gathered.append((self._began, self._mark()))
 
     def _add_up(self) -> None:
-        self._computed += self._seconds(self._passes) - self._seconds(self._gathered)
+        gathered = self._seconds(self._gathered)
+        self._computed += self._seconds(self._passes) - gathered
+        self._waited += gathered
         self._passes, self._gathered = [], []
 
     def _seconds(self, spans: list[tuple[Any, Any]]) -> float:

@@ -3,8 +3,8 @@
 A rank is late if it takes longer than the median rank for its samples, its forward passes or its
 saves, by more than a twentieth of a step, in each part of the last hundred steps. A mean over all
 of them would name a rank for one hiccup, and each single step for nothing at all. Seconds for
-samples and saves count only as far as the rank comes late to the step's first collective: who
-leaves a step before the others waits longer for its samples and delays nobody.
+samples and saves count only as far as the rank comes late to where the ranks of a step first wait
+for each other: who leaves a step before the others waits longer for its samples and delays nobody.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Late(NamedTuple):
 
 
 def arrivals(met: Seconds) -> Seconds:
-    """Seconds that each rank comes to the step's first collective after the earliest.
+    """Seconds that each rank comes after the earliest to where a step's ranks wait for each other.
 
-    No clock of one host is compared with another's: all leave it together, so who waits least comes
+    No clock of one host is compared with another's: all go on together, so who waits least comes
     last.
 
     Args:
