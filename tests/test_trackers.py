@@ -67,6 +67,7 @@ class Remembering:
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Any]) -> None:
         self._call()
         self.tables.append(step)
+        self.shown = [list(columns), *map(list, rows)]
 
     def flush(self) -> None:
         self._call()
@@ -75,8 +76,8 @@ class Remembering:
         self._call()
         self.kept = dict(values)
 
-    def close(self, *, finished: bool) -> None:
-        self.finished = finished
+    def close(self, ended: protocol.How) -> None:
+        self.ended = ended
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_each_step_is_there_once_after_a_kill_at_any_call(judged: Folder, tmp_pa
     assert len(tracker.tokens) == 1
     assert {step for step, _ in tracker.images} == set(tracker.tables) == {6, 12}
     assert tracker.kept["step"] == 12
-    assert tracker.finished
+    assert tracker.ended == "finished"
 
 
 def test_steps_beyond_the_last_checkpoint_wait(judged: Folder, tmp_path: Path) -> None:
@@ -148,6 +149,53 @@ def test_an_evaluation_is_a_table_and_curves(judged: Folder) -> None:
     group, name, value = record.table[0]
     assert record.scalars[f"{group}/{name}"] == value
     assert [name for name, _ in record.images] == ["reconstruction"]
+
+
+def test_an_evaluation_is_shown_by_network(judged: Folder, tmp_path: Path) -> None:
+    tracker = Remembering()
+    pushed(copied(judged, tmp_path), tracker)
+    columns, *rows = tracker.shown
+    assert columns == ["metric", "student", "teacher", "random", "pixels"]
+    (knn,) = [row for row in rows if str(row[0]).startswith("k-NN (k = ")]
+    event = judged.events("evaluate")[-1]["knn"]
+    assert knn[1:] == [*(row for name in columns[1:] for row in event[name].values())]
+    (loss,) = [row for row in rows if row[0] == "held images, fixed masks: loss"]
+    assert loss[2:] == [None, None, None]
+
+
+def test_a_tracker_hears_how_the_run_stands(judged: Folder, tmp_path: Path) -> None:
+    run = copied(judged, tmp_path)
+    tracker = Remembering()
+    pushed(run, tracker)
+    assert (tracker.ended, tracker.kept["state"]) == ("finished", "finished")
+    events = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    assert '"stop"' in events.pop()
+    (run / "events.jsonl").write_text("".join(events))
+    lease = next((run / "leases").glob("*.json"))
+    holder = json.loads(lease.read_text())
+    for beat in (run / "leases").glob("*.beat"):
+        os.utime(beat)
+    pushed(run, tracker)
+    assert (tracker.ended, tracker.kept["state"]) == ("training", "training")
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
+    lease.write_text(json.dumps({**holder, "pid": int(gone.stdout)}))
+    pushed(run, tracker)
+    assert tracker.ended == "stopped"
+    assert tracker.kept["state"] == "not running: ended without an event"
+
+
+def test_no_momentum_is_shown_where_there_is_no_teacher(judged: Folder, tmp_path: Path) -> None:
+    run = copied(judged, tmp_path)
+    (record,) = records.records(run, 5, 6)
+    assert "train/momentum" in record.scalars
+    rows = [
+        {key: value for key, value in row.items() if not key.startswith("teacher")}
+        for row in judged.rows()
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (record,) = records.records(run, 5, 6)
+    assert "train/momentum" not in record.scalars
+    assert "train/loss" in record.scalars
 
 
 def test_no_secret_is_shown(judged: Folder, tmp_path: Path) -> None:
@@ -267,7 +315,7 @@ def test_what_was_pushed_offline_is_on_the_disk(
             assert tracker.last_step() == offline_wandb.last_step(path) == steps[-1]
         assert path.stat().st_size > 10 << 15
     finally:
-        tracker.close(finished=True)
+        tracker.close("finished")
 
 
 @pytest.fixture
@@ -335,5 +383,13 @@ def test_a_training_killed_again_and_again_is_there_step_by_step(
     assert subprocess.run(job, check=False, stdout=subprocess.DEVNULL).returncode == 0
     assert track.main([str(folder.path), "--to", name]) == 0  # whatever was cut off by the kills
     assert track.main([str(folder.path), "--to", name]) == 0
+    if name == "mlflow":
+        from mlflow import MlflowClient
+
+        client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+        experiment = client.get_experiment_by_name("rcmae")
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "FINISHED"
+        assert "| state | finished |" in run.data.tags["mlflow.note.content"]
     expected = [(row["step"], pytest.approx(row["loss"])) for row in folder.rows()]
     assert Series(name, folder.path, tmp_path).points() == expected

@@ -5,6 +5,8 @@
 A training does this by itself with log.trackers=[mlflow]. Use this command where compute nodes have
 no way out, from a login node, for a running or a finished run; run it again as often as you like.
 Servers and keys are those of the tracker's own variables (MLFLOW_TRACKING_URI, WANDB_API_KEY, ...).
+WANDB_MODE=offline writes folders under RUN/trackers/wandb, a start each; `wandb sync` sends them as
+one run. Tests read these back; the site itself is tried by no test.
 Exit status: 0 pushed; 1 the tracker failed; 2 there is no run, or the tracker is not installed.
 """
 

@@ -143,15 +143,35 @@ def history(run: Seen) -> Table:
 
 
 def _figures(step: int, figures: Sequence[Figure]) -> Table:
-    """What is of no network, as the loss of held images, stands with the student's."""
-    cells: dict[str, dict[str, str]] = {}
+    """A row a figure, a column a network."""
+    networks, found = by_network(figures)
+    rows = [
+        [str(title), *("" if each is None else _told(each) for each in row)]
+        for title, *row in found
+    ]
+    return Table([f"at step {step:,}", *networks], rows)
+
+
+def by_network(figures: Sequence[Figure]) -> tuple[list[str], list[list[Any]]]:
+    """The networks, and of each figure its title and a number of each network, None where there is
+    none. What is of no network, as the loss of held images, stands with the student's.
+    """
+    cells: dict[str, dict[str, float]] = {}
     for figure in figures:
         place = place_of(figure)
-        cells.setdefault(place.title, {})[place.network or "student"] = _told(value_of(figure))
+        title = f"{place.title}: {place.part}" if place.part else place.title
+        cells.setdefault(title, {})[place.network or "student"] = value_of(figure)
     found = {name for row in cells.values() for name in row}
     networks = [name for name in NETWORKS if name in found]
-    rows = [[title, *(row.get(name, "") for name in networks)] for title, row in cells.items()]
-    return Table([f"at step {step:,}", *networks], rows)
+    rows = [[title, *map(row.get, networks)] for title, row in cells.items()]
+    return networks, [list(map(_short, row)) for row in rows]
+
+
+def _short(value: Any) -> Any:
+    """A number in six digits, None where it is NaN."""
+    if not isinstance(value, float):
+        return value
+    return None if math.isnan(value) else float(f"{value:.6g}")
 
 
 def _coco(step: int, figures: Sequence[Figure]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rcmae.errors import Refused
 
@@ -20,6 +20,10 @@ class About(NamedTuple):
     project: str
     folder: Path  # where a tracker without a server may keep its files
     config: Mapping[str, Any]  # the resolved recipe, without secrets
+
+
+# how a run stands when a session with a tracker ends
+How = Literal["finished", "failed", "stopped", "training"]
 
 
 class Tracker(Protocol):
@@ -44,7 +48,7 @@ class Tracker(Protocol):
         """A PNG."""
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Any]) -> None:
-        """Rows of numbers and texts."""
+        """Rows: a text, then numbers, or None where there is none."""
 
     def flush(self) -> None:
         """Return when the tracker has all of it."""
@@ -52,8 +56,8 @@ class Tracker(Protocol):
     def summary(self, values: Mapping[str, Any]) -> None:
         """What the run is worth, in single values; those before are replaced."""
 
-    def close(self, *, finished: bool) -> None:
-        """End this session. A run that is not finished can be continued."""
+    def close(self, ended: How) -> None:
+        """End this session. Any run can be continued."""
 
 
 def tracker(name: str) -> Tracker:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from rcmae.errors import Refused
 from rcmae.files import write_aside
-from rcmae.run.records.shown import ended, recipe_of
+from rcmae.run.records.shown import recipe_of
+from rcmae.run.report.judged import by_network
 from rcmae.run.trackers import records
 from rcmae.run.trackers.protocol import About, Tracker
 
@@ -90,8 +91,8 @@ class Pusher:
             if path.exists():  # pruned since
                 self._tracker.image(record.step, f"pictures/{name}", path)
         if record.table:
-            columns = ("network", "metric", "value")
-            self._tracker.table(record.step, "evaluation", columns, record.table)
+            networks, rows = by_network(record.table)
+            self._tracker.table(record.step, "evaluation", ("metric", *networks), rows)
         self._tracker.scalars(record.step, record.time, record.scalars)
 
     def _note(self) -> None:
@@ -126,8 +127,7 @@ def opened(run: Path, name: str, tracker: Tracker, project: str | None = None) -
         try:
             yield pusher
         finally:
-            outcome = ended(run)
-            tracker.close(finished=outcome is not None and outcome.status == "finished")
+            tracker.close(records.how_it_stands(run))
 
 
 def _noted(run: Path, name: str, project: str | None) -> Pushed:

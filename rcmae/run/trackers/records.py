@@ -6,7 +6,7 @@ after it; or it is the committed one itself, and the job has ended there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from rcmae import checkpoint
 from rcmae.files import json_lines, json_lines_back
 from rcmae.run.records.shown import Figure, ended, evaluations, figures, pictures
 from rcmae.run.records.status import status
+from rcmae.run.trackers.protocol import How
 
 _LEFT_OUT = ("step", "time")  # of a row: no curves
 
@@ -49,10 +50,11 @@ def records(run: Path, after: int, upto: int) -> Iterator[Record]:
     for step in sorted({*rows, *judged, *drawn}):
         row = rows.get(step, {})
         event = judged.get(step, {})
+        left_out = _LEFT_OUT if _has_teacher(row) else (*_LEFT_OUT, "momentum")
         numbers = {
             f"train/{name}": float(value)
             for name, value in row.items()
-            if isinstance(value, int | float) and name not in _LEFT_OUT
+            if isinstance(value, int | float) and name not in left_out
         }
         table = figures(event)
         numbers |= {f"{group}/{name}": value for group, name, value in table}
@@ -60,16 +62,38 @@ def records(run: Path, after: int, upto: int) -> Iterator[Record]:
         yield Record(step, time_s, numbers, drawn.get(step, []), table)
 
 
+def _has_teacher(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith("teacher") for name in row)
+
+
 def summary_of(run: Path) -> dict[str, Any]:
     """Where the run stands, its goodput, and its best networks."""
     found = status(run, asks=False)
     kept = ("state", "step", "epoch", "goodput", "wall_s", "ranks", "undone_steps")
     values = {name: found[name] for name in kept if found.get(name) is not None}
-    values |= {f"seconds/{kind}": value for kind, value in found["seconds"].items()}
+    values |= {
+        f"seconds/{kind.replace(' ', '_')}": value for kind, value in found["seconds"].items()
+    }
     for event in json_lines(run / "events.jsonl"):
         if event.get("event") == "evaluate" and isinstance(event.get("best"), dict):
             values |= _flat({"best": event["best"]})
-    return values
+    return {name: _short(value) for name, value in values.items()}
+
+
+def _short(value: Any) -> Any:
+    """A number in six digits: it is there to be read."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def how_it_stands(run: Path) -> How:
+    """Whether the run trains, or how its last job ended."""
+    state = str(status(run, asks=False)["state"])
+    if state == "finished":
+        return "finished"
+    if state == "training":
+        return "training"
+    outcome = ended(run)
+    return "failed" if outcome is not None and outcome.status == "failed" else "stopped"
 
 
 def _rows(run: Path, after: int, upto: int) -> dict[int, dict[str, Any]]:

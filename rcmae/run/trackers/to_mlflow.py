@@ -1,8 +1,12 @@
-"""MLflow: a server (MLFLOW_TRACKING_URI), or a database beside the run's folder."""
+"""MLflow: a server (MLFLOW_TRACKING_URI), or a database beside the run's folder.
+
+Its pages are those of language models until one chooses "Model training" at the left.
+"""
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +17,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 
-from rcmae.run.trackers.protocol import About
+from rcmae.run.trackers.protocol import About, How
 
+_ENDED = {"finished": RunStatus.FINISHED, "failed": RunStatus.FAILED, "stopped": RunStatus.KILLED}
 _TOKEN = "rcmae.token"  # the tag by which a run is found again
 _METRICS = 900  # a request takes 1,000 at most, and all or none of them
 _PARAMS = 100
@@ -40,7 +45,7 @@ class MLflow:
             self._run = found[0].info.run_id
             self._client.update_run(self._run, RunStatus.to_string(RunStatus.RUNNING))
         else:
-            tags = {_TOKEN: about.token}
+            tags = {_TOKEN: about.token, "mlflow.source.name": "rcmae"}
             made = self._client.create_run(experiment, tags=tags, run_name=about.name)
             self._run = made.info.run_id
             self._describe(about.config)
@@ -71,9 +76,10 @@ class MLflow:
             self._client.log_image(self._run, picture, f"{name}/step-{step:08d}.png")
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Any]) -> None:
-        """Under artifacts, as MLflow reads tables."""
-        document = {"columns": list(columns), "data": [list(row) for row in rows]}
-        self._client.log_text(self._run, json.dumps(document), f"{name}/step-{step:08d}.json")
+        """Under artifacts, as CSV: its page shows that as a table."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        self._client.log_text(self._run, text.getvalue(), f"{name}/step-{step:08d}.csv")
 
     def flush(self) -> None:
         """Numbers of whole steps, all or none."""
@@ -82,14 +88,18 @@ class MLflow:
             self._metrics = []
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """As tags: a metric would be a curve."""
+        """As the run's description, and as tags: a metric would be a curve."""
         for name, value in values.items():
+            if name.startswith("seconds/"):
+                continue
             self._client.set_tag(self._run, f"rcmae.{name.replace('/', '.')}", str(value))
+        rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
+        self._client.set_tag(self._run, "mlflow.note.content", f"| | |\n|---|---|\n{rows}")
 
-    def close(self, *, finished: bool) -> None:
-        """A run that is not finished stays "running": somebody continues it."""
-        if finished:
-            self._client.set_terminated(self._run, RunStatus.to_string(RunStatus.FINISHED))
+    def close(self, ended: How) -> None:
+        """A run that trains on stays "running"; one that was stopped may be continued."""
+        if ended in _ENDED:
+            self._client.set_terminated(self._run, RunStatus.to_string(_ENDED[ended]))
 
     def _experiment(self, about: About, where: str) -> str:
         found = self._client.get_experiment_by_name(about.project)
@@ -97,7 +107,8 @@ class MLflow:
             return str(found.experiment_id)
         place = (about.folder / "artifacts").resolve().as_uri() if "sqlite:" in where else None
         try:
-            return str(self._client.create_experiment(about.project, artifact_location=place))
+            made = self._client.create_experiment(about.project, artifact_location=place)
+            return str(made)
         except MlflowException:  # another run made it meanwhile
             return str(self._client.get_experiment_by_name(about.project).experiment_id)
 

@@ -11,7 +11,7 @@ from typing import Any
 import trackio
 from trackio.sqlite_storage import SQLiteStorage
 
-from rcmae.run.trackers.protocol import About
+from rcmae.run.trackers.protocol import About, How
 
 
 class Trackio:
@@ -33,8 +33,10 @@ class Trackio:
         return -1 if last is None else int(last)
 
     def scalars(self, step: int, time_s: float, values: Mapping[str, float]) -> None:
-        """The row of a step, which is whole with them."""
-        self._run.log({**self._pending, **values, "time_s": time_s}, step=step)
+        """The row of a step, which is whole with them. Its time is when it is pushed: trackio takes
+        none, and would draw it as a curve.
+        """
+        self._run.log({**self._pending, **values}, step=step)
         self._pending = {}
 
     def image(self, step: int, name: str, path: Path) -> None:
@@ -52,9 +54,9 @@ class Trackio:
         self._begin()
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """trackio has none."""
+        """trackio has no place for it."""
 
-    def close(self, *, finished: bool) -> None:
+    def close(self, ended: How) -> None:
         """Wait until everything is written or sent."""
         self._end()
 

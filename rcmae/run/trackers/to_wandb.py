@@ -14,7 +14,7 @@ from typing import Any
 import wandb
 
 from rcmae.run.trackers.offline_wandb import last_step
-from rcmae.run.trackers.protocol import About
+from rcmae.run.trackers.protocol import About, How
 
 # Offline its process keeps rows in memory for so long; without the setting for 15 s.
 _FLUSH = {"x_transaction_log_flush_interval": 0.5}
@@ -46,6 +46,7 @@ class WeightsAndBiases:
                 **{name: value for name, value in _FLUSH.items() if name in known},
             ),
         )
+        self._run.define_metric("time", hidden=True)  # no curve, but an axis
         return self._run.url or f"{about.folder / 'wandb'} (offline: wandb sync its offline-run-*)"
 
     def last_step(self) -> int:
@@ -83,6 +84,6 @@ class WeightsAndBiases:
         """Beside the last values of curves."""
         self._run.summary.update({f"run/{name}": value for name, value in values.items()})
 
-    def close(self, *, finished: bool) -> None:
-        """Wait until everything is written or sent. Any run can be continued."""
-        self._run.finish(exit_code=0)
+    def close(self, ended: How) -> None:
+        """Wait until everything is written or sent."""
+        self._run.finish(exit_code=1 if ended == "failed" else 0)
