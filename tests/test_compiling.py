@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_compiler
 
 import reference
 from rcmae import config
@@ -125,13 +127,17 @@ def test_blocks_that_drop_paths_have_a_graph_each(graphs: list[str]) -> None:
     assert len(graphs) == 10
 
 
+@pytest.mark.parametrize("part", ["forward", "backward"])
 def test_a_compilation_that_fails_is_told_once_and_computes_eagerly(
-    monkeypatch: pytest.MonkeyPatch,
+    part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
         raise RuntimeError("no space left on the compiler's disk")
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    fine = make_boxed_compiler(lambda graph, inputs: graph.forward)
+    compilers = {"forward": (broken, fine), "backward": (fine, broken)}[part]
+    backend = aot_autograd(fw_compiler=compilers[0], bw_compiler=compilers[1])
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     training = Training()
     losses = [training.step(2) for _ in range(3)]
     (told,) = compiling.drain_news()

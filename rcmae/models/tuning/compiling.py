@@ -80,10 +80,13 @@ class Compiled:
 
     def _first(self, key: _Key, block: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
         from torch._dynamo.exc import TorchDynamoException  # a second: only where it compiles
+        from torch._functorch import config as lowering
 
         graph = torch.compile(_copied(self._forward, len(self._graphs)), dynamic=False)
         try:
-            out: Tensor = graph(block, *inputs)
+            # else the backward pass compiles in the first `backward`, where nothing can go back
+            with lowering.patch(force_non_lazy_backward_lowering=True):
+                out: Tensor = graph(block, *inputs)
         except TorchDynamoException as error:
             return self._give_up(_in_short(error), block, inputs)
         self._graphs[key] = graph
