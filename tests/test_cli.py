@@ -216,6 +216,16 @@ def test_keys_are_found_by_how_they_begin(capsys):
     assert "did you mean 'data.cache_gb'?" in capsys.readouterr().err
 
 
+def test_keys_may_be_read_by_who_leaves_early():
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "rcmae", "recipe", "--keys"]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=ROOT) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
 def test_the_schema_describes_every_section(capsys):
     assert cli.main(["recipe", "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)

@@ -25,7 +25,12 @@ import rcmae
 from rcmae import detect
 from rcmae.commands import export
 from rcmae.commands.again import replay
+from rcmae.commands.evaluation import visualize
 from rcmae.data.dense.objects import decoded, encoded
+from rcmae.evaluation.detection import pictures
+from rcmae.evaluation.detection.pictures import SIDE
+from rcmae.evaluation.visualisation import detections
+from rcmae.tasks import detect as detection
 from runs import Folder, die_at_step, distance, equal, keeping_handlers
 from tests.conftest import Ranks
 
@@ -189,6 +194,11 @@ def test_a_run_leaves_losses_numbers_detections_and_pictures(whole: Folder) -> N
     document = json.loads((whole.path / "evaluation" / "step-00000003.json").read_text())
     rows = document["networks"]["student"]["segm"]["categories"]
     assert [(row["id"], row["name"]) for row in rows] == [(2, "disc"), (7, "square")]
+    table = detection.categories_of(document["networks"])
+    assert [line.split()[0] for line in table[1:]] == ["disc", "square"]
+    assert [float(line.split()[2]) for line in table[1:]] == pytest.approx(
+        [100 * row["AP"] for row in rows], abs=0.01
+    )
     picture = np.asarray(
         Image.open(whole.path / "pictures" / "detections-00000003.png", formats=["PNG"])
     )
@@ -277,6 +287,26 @@ def test_where_memory_does_not_suffice_the_message_says_what_to_set(
     assert wanted in event["reason"]
 
 
+def test_photographs_are_drawn_with_what_is_found(whole: Folder, tmp_path: Path) -> None:
+    pixels = photograph(20, True)[0]
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    command = ["detect", str(whole.path), "--images", str(tmp_path / "photo.png")]
+    assert visualize.main([*command, "--out", str(tmp_path)]) == 0
+    drawn = np.asarray(Image.open(tmp_path / "detections.png", formats=["PNG"]))
+    assert drawn.shape[1] > 2 * SIDE * pixels.shape[1] / max(pixels.shape[:2])  # two, side by side
+    model = rcmae.load_detector(whole.path)
+    rows = detections._rows(model([pixels])[0])
+    assert rows
+    assert all(decoded(row["segmentation"]).shape == pixels.shape[:2] for row in rows)
+    assert {row["category_id"] for row in rows} <= {0, 1}
+
+
+def test_a_picture_says_when_no_detection_is_sure_enough() -> None:
+    found = [{"score": 0.07}, {"score": 0.21}]
+    assert pictures._nothing(found) == ": none over 0.5, best 0.21"
+    assert pictures._nothing([]) == ": nothing"
+
+
 def test_a_run_is_loaded_exported_and_found_again(
     recipe: Path, whole: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -286,6 +316,9 @@ def test_a_run_is_loaded_exported_and_found_again(
     command = [str(whole.path), "--format", "detectron2", "--what", "student", "--out", str(file)]
     assert export.main(command) == 0
     assert "rcmae.load_detector" in capsys.readouterr().out
+    folder = [str(whole.path), "--format", "folder", "--out", str(tmp_path / "folder")]
+    assert export.main(folder) == 2
+    assert "use --format detectron2, or rcmae.load_detector" in capsys.readouterr().err
     images = {}
     for number in range(20, 23):
         jpeg = io.BytesIO()

@@ -26,6 +26,7 @@ from rcmae.checkpoint import find_checkpoint
 from rcmae.commands import export as tool
 from rcmae.errors import Refused
 from rcmae.models.vit import MaskedAutoencoder
+from rcmae.tasks.registry import TASKS, task_named
 from rcmae.weights.layouts import LAYOUTS
 from rcmae.weights.reading import load_weights, read_network
 from rcmae.weights.writing import export, timm_arguments
@@ -241,6 +242,11 @@ def test_command_exports_a_real_run(uninterrupted: Folder, tmp_path):
     wanted = uninterrupted.state()
     for name, value in state.items():
         assert torch.equal(value, wanted.get(f"buffer/{name}", wanted.get(f"teacher/{name}"))), name
+
+
+def test_help_names_the_formats_of_every_task():
+    formats = [task_named(name).formats for name in TASKS]
+    assert set().union(*formats) == tool.OF_TASKS.keys()
 
 
 def test_user_hears_of_every_mistake_at_once(plain, tmp_path, capsys):

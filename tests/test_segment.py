@@ -18,6 +18,7 @@ import segmentation_reference
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from scenes import CLASSES, members, pack, png, scene, write_scenes
 
 import rcmae
@@ -233,6 +234,15 @@ def test_a_run_is_loaded_and_exported_with_the_same_logits(
     index = "backbone.blocks.1.attn.relative_position_index"
     assert torch.equal(state[index], segmentation_reference.index((4, 4)))
     assert len(state) == len(segmenter.model.state_dict()) + 4
+
+
+def test_a_layout_of_encoders_is_refused_with_the_formats_of_a_segmenter(
+    whole: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "e.safetensors"
+    assert export.main([str(whole.path), "--format", "timm", "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "a run of rcmae segment: --format mmseg or hf-upernet" in said
 
 
 def theirs(name: str) -> str:
@@ -457,8 +467,16 @@ def test_what_does_not_fit_is_one_message_before_anything_is_written(
 def test_weights_of_another_architecture_are_refused(
     recipe: Path, whole: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
     told = refused(recipe, tmp_path, capsys, f"segment.init={whole.path}", "model.embed_dim=24")
     assert "instead of" in told
+    sizes = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
+    encoder = VisionTransformer(16, 2, **sizes)
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    told = refused(recipe, tmp_path, capsys, f"segment.init={tmp_path}/encoder.safetensors")
+    wanted = "the network of these weights is model.name=vit_small_patch16 model.patch_size=2"
+    assert f"{wanted} model.embed_dim=48 model.depth=3" in told
 
 
 def test_shards_without_maps_are_refused_and_some_without_are_replaced(

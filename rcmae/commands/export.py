@@ -5,8 +5,8 @@
     rcmae export RUN --format folder --out model
         a folder that timm and transformers load without a network, with a model card
 
-A run of `rcmae finetune` or `rcmae probe` is written whole, encoder and head, in the formats of its
-task: timm, or hf (a folder). --encoder leaves the head out.
+A run of `rcmae finetune`, `probe`, `segment` or `detect` is written whole, encoder and head, in the
+formats of its task. --encoder leaves the head out.
 
 RUN stands for its newest valid checkpoint. Checksums are verified first; weights pass tensor by
 tensor, so a network of any size fits into memory. Exit status: 0 written; 2 these arguments do not
@@ -27,6 +27,15 @@ from rcmae.errors import Refused, did_you_mean
 from rcmae.weights.layouts import KIND, LAYOUTS
 
 FOLDER = "folder"  # the format of a model's passport
+OF_TASKS = {  # formats of a whole trained network, which its task has; said here without importing
+    "timm": "of rcmae finetune, probe: the classifier",
+    "hf": "of rcmae finetune, probe: the classifier, a folder for transformers",
+    "mmseg": "of rcmae segment: mmsegmentation 0.x's file",
+    "hf-upernet": "of rcmae segment: a folder for transformers",
+    "detectron2": "of rcmae detect: by the names of detectron2's model zoo",
+}
+
+WITHOUT_LAYOUT = ("detect", "segment")  # tasks whose encoders are no published layout's
 
 if TYPE_CHECKING:
     from rcmae.checkpoint import Manifest
@@ -91,23 +100,30 @@ def _exported(manifest: Manifest, options: argparse.Namespace) -> Exported:
     if options.format not in LAYOUTS:
         names = list(dict.fromkeys([*formats, *LAYOUTS, FOLDER]))
         raise Refused(f"--format {options.format}: {did_you_mean(options.format, names)}")
-    return export(
-        manifest,
-        options.out,
-        layout=options.format,
-        network=options.what,
-        overwrite=options.overwrite,
-    )
+    try:
+        return export(
+            manifest,
+            options.out,
+            layout=options.format,
+            network=options.what,
+            overwrite=options.overwrite,
+        )
+    except Refused as error:
+        if task not in WITHOUT_LAYOUT:
+            raise
+        way = " or ".join(task_named(task).formats)
+        raise Refused(f"{error}; a run of rcmae {task}: --format {way}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
     about = {name: layout.about for name, layout in LAYOUTS.items()}
     about[FOLDER] = "a folder for timm and transformers, with a model card, curves and recipe"
     layouts = "\n".join(f"  {name:<12} {text}" for name, text in about.items())
+    whole = "\n".join(f"  {name:<12} {text}" for name, text in OF_TASKS.items())
     parser = argparse.ArgumentParser(
         prog="rcmae export",
         description=__doc__,
-        epilog=f"formats:\n{layouts}",
+        epilog=f"formats:\n{layouts}\n\nformats of whole networks:\n{whole}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
@@ -116,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=KIND,
         help="default: the teacher, if there is one, which RC-MAE fine-tunes",
     )
-    parser.add_argument("--format", required=True, help="see below; a task may have more")
+    parser.add_argument(
+        "--format", required=True, help="see below; a task of your own may have more"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument(
         "--encoder", action="store_true", help="the encoder alone, without decoder and heads"

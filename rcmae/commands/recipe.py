@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe")
     parser.add_argument("--json", action="store_true", help="--keys as JSON")
     asked = parser.parse_intermixed_args(arguments)
+    try:
+        status = _printed(asked)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _printed(asked: argparse.Namespace) -> int:
+    """Print what is asked for; the exit status."""
     if asked.schema:
         from rcmae.config.keys import schema
 

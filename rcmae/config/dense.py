@@ -15,25 +15,25 @@ class SegmentOptions(Section):
     """What rcmae.segment trains; nothing else reads it. Evaluation is on evaluate.test_shards."""
 
     init: Place | None = None
-    """A run's or a checkpoint's folder, or a file of weights; None: weights of run.seed."""
+    """A run's or a checkpoint's folder, or a file of weights; null: weights of run.seed."""
     network: Literal["student", "teacher"] | None = None
-    """Whose weights; None: the teacher's where there is one."""
+    """Whose weights; null: the teacher's where there is one."""
     num_classes: Positive | None = None
-    """None: as many as class_names has, or classes.txt beside data.shards."""
+    """null: as many as class_names has, or classes.txt beside data.shards."""
     class_names: Place | None = None
-    """A text file, a name a line, for tables and pictures; None: classes.txt beside data.shards."""
+    """A text file, a name a line, for tables and pictures; null: classes.txt beside data.shards."""
     map_zero: Literal["class", "none"] = "class"
     """none: zero in a map means that there is no label, and n is class n - 1."""
     crop: Positive | tuple[Positive, Positive] | None = None
-    """Pixels of a training image and of an evaluation's window, one side or (height, width); None:
+    """Pixels of a training image and of an evaluation's window, one side or (height, width); null:
     model.image_size.
     """
     levels: list[int] | None = None
-    """Blocks, from 0, whose outputs make the pyramid: four. None: 3, 5, 7, 11 of 12, and alike."""
+    """Blocks, from 0, whose outputs make the pyramid: four. null: 3, 5, 7, 11 of 12, and alike."""
     head: Literal["uper", "linear"] = "uper"
     """uper: UPerNet on a pyramid. linear: one layer on the last block's normed tokens."""
     width: Positive | None = None
-    """Channels of UPerNet; None: the encoder's."""
+    """Channels of UPerNet; null: the encoder's."""
     aux_weight: Annotated[float, Field(ge=0)] = 0.4
     """Of the loss of the head beside UPerNet; 0: there is none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -79,7 +79,7 @@ class DetectOptions(Section):
     which RC-MAE's table of COCO was made with.
     """
     init: Place | None = None
-    """A run, a checkpoint, a file of an encoder, or a published detector (.pth, .pkl); None:
+    """A run, a checkpoint, a file of an encoder, or a published detector (.pth, .pkl); null:
     weights of run.seed.
     """
     network: Literal["student", "teacher"] | None = None

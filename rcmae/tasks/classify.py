@@ -25,6 +25,7 @@ from rcmae.models.build import classifier_sizes
 from rcmae.models.classifier import Classifier
 from rcmae.models.fitting import fit_weights
 from rcmae.tasks import start
+from rcmae.tasks.following import sizes_told
 from rcmae.tasks.protocol import Data, Ended, Evaluated, Evaluating, EvaluationSet, Judgement, Saved
 from rcmae.weights.reading import NetworkWeights
 from rcmae.weights.starting import function_problems, start_notes
@@ -203,7 +204,8 @@ def fit(recipe: Recipe, found: Found | None, num_classes: int) -> tuple[list[str
     try:
         fitted = fit_weights(model, source.weights, source.grid)
     except Refused as error:
-        return [f"{where} with model.name={recipe.model.name}: {error}"], []
+        way = sizes_told(source)
+        return [f"{where} with model.name={recipe.model.name}: {error}{way}"], []
     problems = [f"{where}: {problem}" for problem in function_problems(source, sizes)]
     return problems, start_notes(source, sizes, fitted.table().strip(), where)
 

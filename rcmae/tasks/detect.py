@@ -40,6 +40,7 @@ from rcmae.objectives import Objective
 from rcmae.objectives.detection import DetectionLoss
 from rcmae.tasks import start
 from rcmae.tasks.classify import same_source
+from rcmae.tasks.following import sizes_told
 from rcmae.tasks.protocol import (
     Data,
     Ended,
@@ -58,6 +59,7 @@ from rcmae.weights.reading import NetworkWeights
 from rcmae.weights.starting import function_problems, start_notes
 
 CATEGORIES = "categories.json"
+CATEGORIES_SHOWN = 30  # of a table for people
 KINDS = {"bbox": "box", "segm": "mask"}  # of COCO's evaluation -> for people
 
 
@@ -129,7 +131,9 @@ class Detection:
             try:
                 fitted = fit_detector(model, found.weights.weights, found.weights.grid)
             except Refused as error:
-                judgement.problems.append(f"{where} with model.name={recipe.model.name}: {error}")
+                name = f"model.name={recipe.model.name}"
+                way = sizes_told(found.weights)
+                judgement.problems.append(f"{where} with {name}: {error}{way}")
             else:
                 judge_function(recipe, found.weights, fitted, judgement)
         return judgement
@@ -227,8 +231,16 @@ class Detection:
         return None
 
     def hints(self, ended: Ended) -> list[tuple[str, str]]:
-        """Nothing beside the curves."""
-        return []
+        """The detector for detectron2, and in Python."""
+        if not ended.is_done:
+            return []
+        place = ended.run_dir
+        seen = f"rcmae visualize detect {place} --images PHOTOS --out pictures"
+        export = f"rcmae export {place} --format detectron2 --out {place.name}.pth"
+        return [
+            (f'in Python: rcmae.load_detector("{place}")', seen),
+            ("for detectron2", export),
+        ]
 
 
 def canvas_of(recipe: Recipe) -> Canvas:
@@ -381,7 +393,7 @@ def judged(context: Evaluating, networks: dict[str, nn.Module]) -> Evaluated:
     }
     return Evaluated(
         event={"detection": figures, "images": images},
-        table=table_of(figures),
+        table="\n".join([table_of(figures), *categories_of(documents)]),
         caption=f"of {images:,} test images, AP in %",
         says=f"step {{step}}, {images} images of the test set",
         scalars=scalars,
@@ -408,9 +420,27 @@ def table_of(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     lines = [" " * width + "".join(f"{name:>8}" for name in shown)]
     for network, kinds in figures.items():
         for kind, numbers in kinds.items():
-            cells = [
-                f"{100 * numbers[name]:8.2f}" if numbers[name] >= 0 else f"{'-':>8}"
-                for name in shown
-            ]
+            cells = [_cell(numbers[name]) for name in shown]
             lines.append(f"{network + ' ' + KINDS[kind]:<{width}}" + "".join(cells))
     return "\n".join(lines)
+
+
+def categories_of(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """AP of each category by the first network as text, a line each; of many, nothing: they are in
+    the document.
+    """
+    kinds = next(iter(documents.values()), None)
+    if kinds is None or len(kinds["bbox"]["categories"]) > CATEGORIES_SHOWN:
+        return []
+    boxes, masks = (kinds[kind]["categories"] for kind in KINDS)
+    width = max((len(each["name"]) for each in boxes), default=0)
+    lines = [f"{'':<{width}}  box AP mask AP"]
+    for box, mask in zip(boxes, masks, strict=True):
+        cells = [_cell(each["AP"]) for each in (box, mask)]
+        lines.append(f"{box['name']:<{width}}{''.join(cells)}")
+    return lines
+
+
+def _cell(share: float) -> str:
+    """In percent; a dash where there is no such object."""
+    return f"{100 * share:8.2f}" if share >= 0 else f"{'-':>8}"

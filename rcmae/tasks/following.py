@@ -86,6 +86,37 @@ def kept(recipe: Recipe, before: Recipe) -> dict[str, Any]:
     return values
 
 
+def sizes_told(source: NetworkWeights) -> str:
+    """The keys with which a recipe has the network of these weights, as the end of a message; of
+    those that are no encoder's nothing.
+    """
+    try:
+        sizes = encoder_values(source)
+    except Refused:
+        return ""
+    name = ARCHITECTURES[sizes["name"]]
+    known = {key: value for key, value in sizes.items() if value is not None}
+    differing = [key for key, value in known.items() if name.get(key, value) != value]
+    shown = " ".join(f"model.{key}={_shown(known[key])}" for key in ["name", *differing])
+    return f"; the network of these weights is {shown}"
+
+
+def encoder_values(source: NetworkWeights) -> dict[str, Any]:
+    """Keys of `model` as an encoder's weights have them; None where they do not tell.
+
+    Raises:
+        Refused: they are those of no encoder.
+    """
+    from rcmae.weights.encoder import HEADS, heads_of  # as in network_values
+
+    shapes = {name: tuple(value.shape) for name, value in published_names(source.weights).items()}
+    sizes = sizes_of(shapes)
+    found: dict[str, Any] = {"name": nearest(sizes), "patch_size": sizes["patch_size"]}
+    found |= {"embed_dim": sizes["embed_dim"], "depth": sizes["depth"]}
+    found["num_heads"] = heads_of(source) or HEADS.get(sizes["embed_dim"])
+    return found
+
+
 def network_values(recipe: Recipe, source: NetworkWeights) -> dict[str, Any]:
     """Keys of the network and its images that are open, as the weights have them.
 
@@ -93,7 +124,7 @@ def network_values(recipe: Recipe, source: NetworkWeights) -> dict[str, Any]:
         Refused: they are those of no encoder.
     """
     # it imports timm, which costs seconds: for who classifies
-    from rcmae.weights.encoder import HEADS, heads_of, statistics_of
+    from rcmae.weights.encoder import statistics_of
 
     weights = published_names(source.weights)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
@@ -108,9 +139,7 @@ def network_values(recipe: Recipe, source: NetworkWeights) -> dict[str, Any]:
         "in_channels": sizes["in_channels"],
     }
     if "name" not in given:
-        found |= {"name": nearest(sizes), "patch_size": patch}
-        found |= {"embed_dim": sizes["embed_dim"], "depth": sizes["depth"]}
-        found["num_heads"] = heads_of(source) or HEADS.get(sizes["embed_dim"])
+        found |= encoder_values(source)
     values = {f"model.{key}": found[key] for key in _open(found, given)}
     mean, std = statistics_of(source, sizes["in_channels"])
     statistics = {"mean": mean, "std": std}

@@ -191,7 +191,7 @@ class Pretraining:
             )
 
     def hints(self, ended: Ended) -> list[tuple[str, str]]:
-        """The encoder for timm, and a fine-tuning of it by the generic recipe."""
+        """The encoder for timm, a fine-tuning of it by the generic recipe, and other tasks."""
         if not ended.is_done:
             return []
         place = ended.run_dir
@@ -204,5 +204,9 @@ class Pretraining:
             (
                 "fine-tune it (or rcmae probe probe: a linear head)",
                 ended.start("rcmae.finetune", f"finetune classify.init={place} {shards}"),
+            ),
+            (
+                f"segment.init={place} and detect.init={place} start segmenters and detectors",
+                "rcmae segment --help",
             ),
         ]

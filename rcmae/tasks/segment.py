@@ -210,8 +210,16 @@ class Segmentation:
         return None
 
     def hints(self, ended: Ended) -> list[tuple[str, str]]:
-        """Nothing beside the curves."""
-        return []
+        """The segmenter for others, in Python, and its pictures of one's own photographs."""
+        if not ended.is_done:
+            return []
+        place = ended.run_dir
+        export = f"rcmae export {place} --format mmseg --out {place.name}.pth"
+        seen = f"rcmae visualize segment {place} --images PHOTOS --out pictures"
+        hints = [(f'in Python: rcmae.load_segmenter("{place}")', seen)]
+        if ended.recipe.segment.head == "uper":
+            hints.append(("for mmsegmentation (or --format hf-upernet: transformers)", export))
+        return hints
 
 
 def judged(

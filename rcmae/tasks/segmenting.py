@@ -18,6 +18,7 @@ from rcmae.models.segmentation.fitting import fit_encoder
 from rcmae.models.segmentation.segmenter import Segmenter
 from rcmae.tasks import start
 from rcmae.tasks.classify import same_source
+from rcmae.tasks.following import sizes_told
 from rcmae.tasks.protocol import Data, Judgement, Saved
 from rcmae.weights.reading import NetworkWeights
 from rcmae.weights.segmenters import read_start
@@ -156,7 +157,8 @@ def fit(recipe: Recipe, found: Found | None, num_classes: int) -> tuple[list[str
     try:
         fitted = fit_encoder(meta_segmenter(recipe, num_classes), source.weights, source.grid)
     except Refused as error:
-        return [f"{where} with model.name={recipe.model.name}: {error}"], []
+        way = sizes_told(source)
+        return [f"{where} with model.name={recipe.model.name}: {error}{way}"], []
     sizes = student_sizes(recipe.model)
     problems = [f"{where}: {problem}" for problem in function_problems(source, sizes)]
     return problems, start_notes(source, sizes, fitted.table().strip(), where)

@@ -70,6 +70,11 @@ class LoadedDetector(nn.Module):
         self._mean = tuple(mean)
         self._std = tuple(std)
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+        return len(self._mean)
+
     @torch.no_grad()
     def forward(self, images: Sequence[Picture]) -> list[Detections]:
         """Of each image, best first: boxes [D, 4] (x0, y0, x1, y1) and masks [D, h, w] bool at the
@@ -82,7 +87,7 @@ class LoadedDetector(nn.Module):
         Raises:
             Refused: an image is none of these.
         """
-        return [self._one(pixels_of(image, len(self._mean))) for image in images]
+        return [self._one(pixels_of(image, self.in_channels)) for image in images]
 
     def _one(self, pixels: NDArray[np.uint8]) -> Detections:
         size = (pixels.shape[0], pixels.shape[1])

@@ -10,6 +10,8 @@
         patch embedding, positions
     rcmae visualize segment RUN --images photos/
         what a segmenter sees: a class for each pixel
+    rcmae visualize detect RUN --images photos/
+        boxes, masks, classes and scores that a detector finds
     rcmae visualize page RUN
         RUN/pictures as one HTML file
 
@@ -30,7 +32,7 @@ from rcmae.errors import Refused
 if TYPE_CHECKING:
     from rcmae.evaluation.visualisation import Pictures
 
-KINDS = ("reconstruct", "attention", "features", "filters", "segment", "page")
+KINDS = ("reconstruct", "attention", "features", "filters", "segment", "detect", "page")
 NORMS = ("unbiased", "biased", "channel", "none")
 STATISTICS = ("visible", "true", "none")
 PLANES = ("tsne", "umap")
@@ -86,6 +88,10 @@ def _drawn(options: argparse.Namespace) -> Pictures:
         from rcmae.evaluation.visualisation.segments import segments
 
         return segments(options.source, images)
+    if options.kind == "detect":
+        from rcmae.evaluation.visualisation.detections import detections
+
+        return detections(options.source, images)
     if options.kind == "reconstruct":
         return visualisation.reconstruct(
             options.source,

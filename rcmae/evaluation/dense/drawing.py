@@ -20,6 +20,7 @@ HEIGHT = 240  # pixels of a picture
 GAP = 4
 _TURN = 0.61803398875  # golden: neighbouring classes have unlike hues
 _NO_LABEL = (60, 60, 60)
+_WRONG = (220, 40, 40)
 _LINE = 18
 
 
@@ -38,11 +39,12 @@ def segments_picture(
 ) -> NDArray[np.uint8]:
     """[H, W, 3] of some pictures, a row each: image, map, prediction, difference (red where they
     differ, dark where there is no label); of one without any label image, prediction, and both.
-    Under them the classes that occur, with their colours.
+    Under them what the colours mean, of the classes those that occur.
     """
     table = colours(num_classes)
     rows = []
     present: set[int] = set()
+    has_labels = False
 
     def coloured(values: Tensor) -> NDArray[np.uint8]:
         numbers = values.numpy()
@@ -63,8 +65,14 @@ def segments_picture(
             continue
         difference = _difference(image, labels, prediction)
         rows.append(_beside([image, coloured(labels), found, difference]))
-    present = {each for each in present if each < num_classes}
-    legend = _legend(sorted(present), table, names, max(row.shape[1] for row in rows))
+        has_labels = True
+    entries = []
+    for index in sorted(each for each in present if each < num_classes):
+        name = names[index] if index < len(names) else str(index)
+        entries.append((name, tuple(table[index].tolist())))
+    if has_labels:
+        entries += [("(no label)", _NO_LABEL), ("(at the right: wrong)", _WRONG)]
+    legend = _legend(entries, max(row.shape[1] for row in rows))
     return _below([*rows, legend])
 
 
@@ -78,7 +86,7 @@ def _difference(image: NDArray[np.uint8], labels: Tensor, prediction: Tensor) ->
     grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
     unlabelled = labels == none_of(labels)
     wrong = ((labels != prediction) & ~unlabelled).numpy()
-    grey[wrong] = (220, 40, 40)
+    grey[wrong] = _WRONG
     grey[unlabelled.numpy()] = _NO_LABEL
     return grey
 
@@ -99,15 +107,12 @@ def _below(rows: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.concatenate(parts, axis=0)
 
 
-def _legend(
-    classes: Sequence[int], table: NDArray[np.uint8], names: Sequence[str], width: int
-) -> NDArray[np.uint8]:
-    """The classes with their colours, in lines of this width."""
+def _legend(entries: Sequence[tuple[str, tuple[int, ...]]], width: int) -> NDArray[np.uint8]:
+    """Names with their colours, in lines of this width."""
     font = ImageFont.load_default(12)
-    texts = [names[index] if index < len(names) else str(index) for index in classes]
     places = []
     left = top = 0
-    for text in texts:
+    for text, _ in entries:
         length = int(font.getlength(text)) + 26
         if left and left + length > width:
             left, top = 0, top + _LINE
@@ -115,7 +120,7 @@ def _legend(
         left += length
     sheet = Image.new("RGB", (width, top + _LINE), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
-    for index, text, (left, top) in zip(classes, texts, places, strict=True):
-        pen.rectangle((left, top + 2, left + 14, top + 14), fill=tuple(table[index].tolist()))
+    for (text, colour), (left, top) in zip(entries, places, strict=True):
+        pen.rectangle((left, top + 2, left + 14, top + 14), fill=colour)
         pen.text((left + 18, top + 1), text, (0, 0, 0), font)
     return np.asarray(sheet)

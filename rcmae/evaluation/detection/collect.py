@@ -28,7 +28,7 @@ class Drawn(NamedTuple):
 
     number: int  # in its set
     pixels: NDArray[np.uint8]  # [h, w, C]
-    annotations: list[dict[str, Any]]
+    annotations: list[dict[str, Any]] | None  # None: not known
     detections: dict[str, list[dict[str, Any]]]  # by network
 
 

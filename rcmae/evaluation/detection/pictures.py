@@ -29,10 +29,12 @@ def detections_picture(drawn: Sequence[Drawn], names: Mapping[int, str]) -> NDAr
     """
     rows = []
     for each in drawn:
-        cells = [_cell("there", each.pixels, each.annotations, names)]
+        there = "image" if each.annotations is None else "there"
+        cells = [_cell(there, each.pixels, each.annotations or (), names)]
         for network, found in each.detections.items():
             shown = [one for one in found if one["score"] >= SHOWN]
-            cells.append(_cell(f"found ({network})", each.pixels, shown, names))
+            caption = f"found ({network}){_nothing(found) if not shown else ''}"
+            cells.append(_cell(caption, each.pixels, shown, names))
         rows.append(_beside(cells))
     width = max(row.width for row in rows)
     height = sum(row.height + GAP for row in rows)
@@ -42,6 +44,12 @@ def detections_picture(drawn: Sequence[Drawn], names: Mapping[int, str]) -> NDAr
         sheet.paste(row, (0, top))
         top += row.height + GAP
     return np.asarray(sheet)
+
+
+def _nothing(found: Sequence[Mapping[str, Any]]) -> str:
+    """Why no detection is drawn."""
+    highest = max((one["score"] for one in found), default=None)
+    return ": nothing" if highest is None else f": none over {SHOWN}, best {highest:.2f}"
 
 
 def _beside(cells: Sequence[Image.Image]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -31,15 +32,26 @@ def segments(source: Path, images: Images) -> dict[str, NDArray[np.uint8]]:
     """
     segmenter = load_segmenter(source)
     shown = []
-    for number, each in enumerate(islice(encoded(images.paths), images.limit)):
-        try:
-            rows = decode(each.data, segmenter.sight.in_channels)
-        except BadImage as error:
-            raise Refused(f"{each.name}: {error}") from error
+    for number, rows in enumerate(decoded(images, segmenter.sight.in_channels)):
         pixels = torch.from_numpy(rows).permute(2, 0, 1)
         classes = segmenter.predict(pixels)
         shown.append(Shown(number, pixels, torch.full_like(classes, none_of(classes)), classes))
-    if not shown:
-        raise Refused("--images: there is no image; give files, folders or shards")
     drawn = segments_picture(shown, segmenter.num_classes, segmenter.class_names)
     return {"segments": drawn}
+
+
+def decoded(images: Images, channels: int) -> Iterator[NDArray[np.uint8]]:
+    """[h, w, channels] of each picture, at its own size.
+
+    Raises:
+        Refused: there is no picture, or one does not decode.
+    """
+    number = 0
+    for each in islice(encoded(images.paths), images.limit):
+        number += 1
+        try:
+            yield decode(each.data, channels)
+        except BadImage as error:
+            raise Refused(f"{each.name}: {error}") from error
+    if not number:
+        raise Refused("--images: there is no image; give files, folders or shards")

@@ -64,7 +64,7 @@ def _write(manifest: Manifest, network: Which | None, path: Path) -> Wrote:
     if task == "detect":
         raise Refused(
             f"{manifest.path}: timm and transformers have no detector like this one; use --format "
-            "vitdet, or rcmae.load_detector"
+            "detectron2, or rcmae.load_detector"
         )
     if task == "segment":
         wrote = SEGMENTER_FORMATS["hf-upernet"].write(manifest, network, path)
