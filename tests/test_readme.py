@@ -38,7 +38,7 @@ NOT_RUN = {
     'export PATH="$PWD/.venv/bin:$PATH"': "there is none in this folder; PATH is set already",
     "rcmae shards make --coco instances_train.json": "no annotations of COCO's are here",
     "rcmae detect detect_rcmae_vit_b_16": "the same; tests/test_detect.py trains a detector",
-    "rcmae shards make ADEChallengeData2016 ade": "ADE20K is not here; tests/test_segment.py trains",
+    "rcmae shards make ADEChallengeData2016 ade": "ADE20K is not here; see below",
     "rcmae shards make --images photos --maps maps": "nor are maps; test_packing_targets.py packs",
     "rcmae segment segment_rcmae_vit_b_16": "the same; tests/test_segment.py trains a segmenter",
     "rcmae visualize segment runs/segment": "the same",
