@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from PIL import Image
 
 import rcmae
 from rcmae.commands import export
+from rcmae.run.passport.card import UNTESTED, About, untested
+from rcmae.run.records.shown import Figure
+from rcmae.run.report.reading import seen
 from runs import start
 from tests.checkpoints import network, state_of, write_checkpoint
 from tests.test_whole_classifiers import NAMES, SQUARE, finetuned, images
@@ -146,6 +150,7 @@ def test_a_classifier_leaves_with_its_head_and_names(tmp_path: Path, pool: str) 
 
 
 def test_further_class_tokens_are_timm_s_registers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
     sizes = {**SQUARE, "class_tokens": 3}
     write_checkpoint(tmp_path / "run", 10, state_of(network(1, **sizes)), model=sizes)
     out = written(tmp_path / "run", tmp_path / "model")
@@ -153,6 +158,32 @@ def test_further_class_tokens_are_timm_s_registers(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = rcmae.load_encoder(tmp_path / "run").forward_features(images())
         assert torch.allclose(model.forward_features(images()), wanted, atol=1e-6, rtol=1e-5)
+        found = transformers.AutoModel.from_pretrained(out).eval()(images()).last_hidden_state
+        assert torch.allclose(found, wanted, atol=1e-6, rtol=1e-5)
+    untested = (out / "README.md").read_text().split("## Not tested")[1]
+    for word in ("k-NN", "fine-tuning", "semantic segmentation", "detection", "robustness"):
+        assert word in untested
+
+
+@pytest.mark.parametrize(
+    ("task", "group", "tested"),
+    [
+        ("pretrain", "knn_student", "k-NN or linear classification of frozen features"),
+        ("probe", "scores_student", "k-NN or linear classification of frozen features"),
+        ("finetune", "scores_student", "classification after fine-tuning"),
+        ("segment", "segmentation_student", "semantic segmentation"),
+        ("detect", "box_student", "detection of objects"),
+    ],
+)
+def test_one_kind_of_evaluation_tells_nothing_of_others(
+    trained: Path, task: str, group: str, tested: str
+) -> None:
+    (run,) = seen([trained])
+    run = replace(run, judged={6: [Figure(group, "x", 1.0)]})
+    recipe = {"task": {"name": task}}
+    about = About(None, recipe, "student", run, None, 0, has_curves=False)  # type: ignore[arg-type]
+    kinds = {what for what in UNTESTED if what not in untested(about)}
+    assert kinds == {tested}
 
 
 def test_a_folder_is_replaced_whole_and_only_where_it_is_a_model_s(

@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from scenes import CLASSES, members, pack, png, scene, write_scenes
+from torch import Tensor
 
 import rcmae
 from rcmae import config, segment
@@ -166,7 +167,7 @@ def test_scores_are_equal_on_one_two_and_three_ranks_and_for_any_batch(
 
 
 def test_a_probe_trains_its_head_on_the_frozen_encoder_of_a_run(
-    recipe: Path, whole: Folder, tmp_path: Path
+    recipe: Path, whole: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its encoder is no part of the checkpoint; a resume reads it again."""
     pretrained = tmp_path / "pretrained"
@@ -186,6 +187,9 @@ def test_a_probe_trains_its_head_on_the_frozen_encoder_of_a_run(
     assert run(recipe, other.path, *probe, "run.stop_after_steps=3") == 75
     assert run(recipe, other.path, *probe) == 0
     assert equal(one.state(), other.state())
+    folder = [str(one.path), "--format", "folder", "--out", str(tmp_path / "model")]
+    assert export.main(folder) == 2
+    assert "rcmae.load_segmenter reads the run" in capsys.readouterr().err
     loaded = rcmae.load_segmenter(one.path)
     encoder = rcmae.load_encoder(pretrained)
     mine = loaded.model.backbone.blocks[2].mlp.fc1.weight
@@ -222,6 +226,7 @@ def test_a_run_is_loaded_and_exported_with_the_same_logits(
     with torch.no_grad():
         got = resized(model(images)[0], (16, 16))
         torch.testing.assert_close(got, theirs(images).logits, rtol=0, atol=1e-12)
+    leaves_with_a_card(whole.path, tmp_path / "model", images.float(), got.float())
     state = torch.load(tmp_path / "file.pth", weights_only=True)["state_dict"]
     other = Folder(tmp_path / "again")
     started = [f"segment.init={tmp_path}/file.pth", "schedule.steps=3", "schedule.lr=1e-12"]
@@ -243,6 +248,31 @@ def test_a_layout_of_encoders_is_refused_with_the_formats_of_a_segmenter(
     assert export.main([str(whole.path), "--format", "timm", "--out", str(out)]) == 2
     said = capsys.readouterr().err
     assert "a run of rcmae segment: --format mmseg or hf-upernet" in said
+
+
+def leaves_with_a_card(run: Path, out: Path, images: Tensor, wanted: Tensor) -> None:
+    """A folder that transformers opens, with what was and what was not tested."""
+    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+    assert export.main([str(run), "--format", "folder", "--out", str(out)]) == 0
+    model = AutoModelForSemanticSegmentation.from_pretrained(out).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits, wanted, rtol=0, atol=1e-4)
+    processor = AutoImageProcessor.from_pretrained(out)
+    grey = Image.new("RGB", (40, 30), (128, 128, 128))
+    pixels = processor(grey, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())["data"]
+    level = (128 / 255 - torch.tensor(recipe["mean"])) / torch.tensor(recipe["std"])
+    torch.testing.assert_close(pixels.mean((0, 2, 3)), level, rtol=1e-4, atol=1e-4)
+    card = (out / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "| class | IoU in % | accuracy in % | share in % |" in card
+    tested, untested = card.split("## Not tested")
+    assert "segmentation, in %: mIoU" in tested
+    assert "detection of objects" in untested
+    assert "whole images, resized to the window" in untested
+    assert "semantic segmentation" not in untested
 
 
 def theirs(name: str) -> str:

@@ -117,11 +117,11 @@ def write_hugging_face(
 
 
 def hugging_face_processor(
-    side: int, mean: Sequence[float], std: Sequence[float]
+    side: int, mean: Sequence[float], std: Sequence[float], kind: str = "ViTImageProcessor"
 ) -> dict[str, Any]:
     """The preprocessor_config.json, for `AutoImageProcessor`."""
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": kind,
         "do_resize": True,
         "size": {"height": side, "width": side},
         "resample": 3,  # bicubic

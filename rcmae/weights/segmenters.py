@@ -27,6 +27,7 @@ from rcmae.models.segmentation.build import new_segmenter
 from rcmae.models.segmentation.fitting import HEADS, INDEX, fit_encoder, split_bias
 from rcmae.models.segmentation.heads import AUXILIARY_WIDTH, POOL_SCALES
 from rcmae.models.segmentation.segmenter import Segmenter
+from rcmae.weights.conversion import hugging_face_processor
 from rcmae.weights.encoder import recipe_of
 from rcmae.weights.formats import PATH, WeightsFormat, Wrote
 from rcmae.weights.layouts import TORCH, Which
@@ -62,6 +63,7 @@ _EMBEDDING = {
     "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
 }
 
+_PROCESSOR = "SegformerImageProcessor"  # which makes maps of logits, too
 
 # mmsegmentation 1.x -> ours, by what a name begins with; outside, and inside of a block
 _MMSEG = {
@@ -216,6 +218,10 @@ def _write_hf_upernet(manifest: Manifest, network: Which | None, out: Path) -> W
     state = hugging_face_names(trained.model.state_dict())
     out.mkdir()
     write_aside(out / "config.json", json.dumps(_hugging_face_config(trained), indent=1))
+    if trained.model.backbone.sizes.in_channels == 3:
+        data, side = trained.recipe.data, trained.model.backbone.sizes.image_size[0]
+        processor = hugging_face_processor(side, data.mean, data.std, _PROCESSOR)
+        write_aside(out / "preprocessor_config.json", json.dumps(processor, indent=1))
     metadata = public_metadata(trained.source.metadata) | {"format": "pt"}
     save_file(state, out / "model.safetensors", metadata)
     use = f"transformers.UperNetForSemanticSegmentation.from_pretrained({PATH})"
@@ -225,11 +231,14 @@ def _write_hf_upernet(manifest: Manifest, network: Which | None, out: Path) -> W
 def _of_upernet(manifest: Manifest, network: Which | None) -> Trained:
     trained = read_segmenter(manifest.path, network)
     if trained.recipe.segment.head != "uper":
-        raise Refused(f"{manifest.path}: a linear head is in no other code; it has no such format")
+        raise Refused(
+            f"{manifest.path}: a linear head is in no other code, so there is no such format; "
+            "rcmae.load_segmenter reads the run"
+        )
     if trained.model.backbone.class_tokens > 1:
         raise Refused(
             f"{manifest.path}: its {trained.model.backbone.class_tokens} class tokens are in no "
-            "other code; it has no such format"
+            "other code, so there is no such format; rcmae.load_segmenter reads the run"
         )
     return trained
 

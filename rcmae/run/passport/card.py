@@ -23,7 +23,7 @@ from rcmae.weights.writing import TimmModel
 
 # what one may want to know -> the first words of an evaluation's groups that tell it, and the tasks
 # that it tells it of; none: of all
-_UNTESTED = {
+UNTESTED = {
     "k-NN or linear classification of frozen features": (
         ("knn", ()),
         ("logistic", ()),
@@ -53,6 +53,7 @@ class About:
     model: TimmModel | None  # None: it is none of timm's
     bytes: int  # of the weights
     has_curves: bool
+    has_processor: bool = False  # of a segmenter: preprocessor_config.json
 
 
 class Fact(NamedTuple):
@@ -79,6 +80,9 @@ def card(about: About) -> str:
         changes=differing,
         untested=untested(about),
         has_curves=about.has_curves,
+        has_processor=about.has_processor,
+        mean=_section(about.recipe, "data").get("mean"),
+        std=_section(about.recipe, "data").get("std"),
         has_page=about.run is not None,
         version=__version__,
     )
@@ -125,7 +129,9 @@ def untested(about: About) -> list[str]:
     made = {figure.group.split("_")[0] for figures in judged for figure in figures}
     task = str(_section(about.recipe, "task").get("name", "pretrain"))
     found = []
-    for what, tests in _UNTESTED.items():
+    if about.has_processor:
+        found.append("whole images, resized to the window as preprocessor_config.json does")
+    for what, tests in UNTESTED.items():
         if not any(group in made and task in (tasks or (task,)) for group, tasks in tests):
             found.append(what)
     return [*found, *_NEVER]

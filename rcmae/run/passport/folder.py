@@ -85,6 +85,7 @@ def _write(manifest: Manifest, network: Which | None, path: Path) -> Wrote:
         model=model,
         bytes=(path / WEIGHTS).stat().st_size,
         has_curves=has_curves,
+        has_processor=(path / "preprocessor_config.json").is_file(),
     )
     write_aside(path / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     write_aside(path / "training.json", json.dumps(document(about), indent=1) + "\n")
