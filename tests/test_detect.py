@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 import rcmae
 from rcmae import detect
 from rcmae.commands import export
-from rcmae.commands.again import replay
+from rcmae.commands.again import replay, reproduce
 from rcmae.commands.evaluation import visualize
 from rcmae.data.dense.objects import decoded, encoded
 from rcmae.evaluation.detection import pictures
@@ -181,6 +181,14 @@ def whole(recorded: tuple[Folder, Recorded]) -> Folder:
 
 def found_in(folder: Folder, name: str = "detections", step: int = STEPS) -> list[dict[str, Any]]:
     return json.loads((folder.path / "evaluation" / f"{name}-step-{step:08d}.json").read_text())
+
+
+def test_the_first_steps_come_again(whole: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    with keeping_handlers():
+        assert reproduce.main([str(whole.path), "--steps", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    losses = [row["now"] for row in found["numbers"] if row["name"] == "loss"]
+    assert losses == whole.losses()[:2]
 
 
 def test_a_run_leaves_losses_numbers_detections_and_pictures(whole: Folder) -> None:

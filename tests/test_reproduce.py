@@ -13,7 +13,7 @@ import pytest
 
 from rcmae.commands.again import reproduce
 from rcmae.run.again.reproduce import compared, too_far
-from runs import Folder, keeping_handlers
+from runs import Folder, keeping_handlers, start
 
 KEPT = Path(__file__).parent / "data" / "version_0.1.0"
 
@@ -54,6 +54,15 @@ def test_a_run_of_one_process_comes_again_to_the_last_bit(
     assert {number["difference"] for number in found["numbers"]} == {0.0}
     assert found["notes"] == []
     assert sorted(path.name for path in uninterrupted.path.iterdir()) == before
+
+
+def test_a_run_of_pixio_comes_again(tiny: Path, tmp_path: Path, told: Callable[..., Any]) -> None:
+    sizes = ["objective.mask_grid=2", "model.class_tokens=3", "model.position_table=learned"]
+    words = ["objective.name=pixio", "schedule.steps=2", "schedule.warmup_steps=1", *sizes]
+    assert start(tiny, tmp_path / "run", *words) == 0
+    status, found = told(tmp_path / "run", "--steps", 2)
+    assert (status, found["same"]) == (0, True)
+    assert {number["difference"] for number in found["numbers"]} == {0.0}
 
 
 def test_a_loss_that_is_another_is_named(

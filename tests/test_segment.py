@@ -26,7 +26,7 @@ import rcmae
 from rcmae import config, segment
 from rcmae.commands import export, plan
 from rcmae.commands import runs as runs_command
-from rcmae.commands.again import replay
+from rcmae.commands.again import replay, reproduce
 from rcmae.commands.evaluation import visualize
 from rcmae.data.dense.crops import Crops, Labels
 from rcmae.data.dense.maps import WIDE_NONE, read_map
@@ -198,6 +198,14 @@ def test_a_probe_trains_its_head_on_the_frozen_encoder_of_a_run(
     assert names == {f"decode_head.{each}" for each in ("bn.weight", "bn.bias")} | {
         f"decode_head.conv_seg.{each}" for each in ("weight", "bias")
     }
+
+
+def test_the_first_steps_come_again(whole: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    with keeping_handlers():
+        assert reproduce.main([str(whole.path), "--steps", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    losses = [row["now"] for row in found["numbers"] if row["name"] == "loss"]
+    assert losses == whole.losses()[:2]
 
 
 def test_a_run_is_loaded_and_exported_with_the_same_logits(
