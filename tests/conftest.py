@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn
 import torch
 from hypothesis import settings
 from PIL import Image
 
-from runs import Folder, start
+from runs import Folder, python_path, start
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +61,7 @@ class Ranks:
     def __init__(self, command: Sequence[str], world: int, log_dir: Path, **env: str) -> None:
         shared = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": python_path(),
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "MASTER_ADDR": "127.0.0.1",
@@ -129,6 +128,8 @@ def photo_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     The label of a tile is its quadrant of its photograph, 0 to 7. Every call writes the same bytes.
     """
+    import sklearn  # here alone: tests without photographs run where it is not
+
     folder = tmp_path_factory.mktemp("photo-shards")
     images = Path(sklearn.__file__).parent / "datasets" / "images"
     # [427, 640, 3]

@@ -26,6 +26,12 @@ from rcmae.run.loop import schedule
 ROOT = Path(__file__).parent.parent
 
 
+def python_path(*more: Path) -> str:
+    """PYTHONPATH of a child: this repository, these folders, and what this process was given."""
+    own = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(ROOT), *map(str, more), *([own] if own else [])])
+
+
 class Folder:
     """A run's folder, read as its files are now."""
 

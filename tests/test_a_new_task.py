@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Ranks
 
-from runs import Folder, equal, start
+from runs import Folder, equal, python_path, start
 
 NAME = "task.name=my_tasks:Rotation"
 PROGRAM = "tests/programs/started_apart.py"
@@ -38,7 +38,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A training by the command line, in the project's folder."""
     command = [sys.executable, "-m", "rcmae.train", *arguments]
-    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = {**os.environ, "PYTHONPATH": python_path()}
     return subprocess.run(command, cwd=project, env=paths, capture_output=True, text=True)
 
 

@@ -29,7 +29,7 @@ from rcmae.engines.local import LocalEngine
 from rcmae.engines.protocol import EngineSettings
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
-from runs import Folder, distance, equal, start
+from runs import Folder, distance, equal, python_path, start
 from tests.conftest import ROOT, Ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -684,7 +684,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_the_run_as_it_was_or_one_save_furth
         [sys.executable, str(PROGRAMS / "killed_saves.py"), str(recipe), str(tmp_path)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": python_path(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
     )
     assert ended.returncode == 0, ended.stderr
     found = json.loads(

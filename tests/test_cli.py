@@ -13,6 +13,7 @@ import yaml
 from rcmae import __version__, cli, config
 from rcmae.commands import recipe as recipe_command
 from rcmae.files import shipped
+from runs import python_path
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ROOT / "rcmae" / "commands"
@@ -25,7 +26,7 @@ def rcmae(*arguments: str, python: tuple[str, ...] = ()) -> subprocess.Completed
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path()},
     )
 
 
@@ -144,7 +145,7 @@ def test_ranks_of_a_launcher_that_ends_them_refuse_a_typo_without_torch(tmp_path
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **ranks},
+        env={**os.environ, "PYTHONPATH": python_path(), **ranks},
     )
     assert done.returncode == 2
     assert done.stderr.count("did you mean 'depth'?") == 1

@@ -17,7 +17,7 @@ from rcmae import cli
 from rcmae.commands import shards
 from rcmae.process import console
 from rcmae.process.console import Lasting
-from runs import Folder
+from runs import Folder, python_path
 from tests.conftest import ROOT
 
 
@@ -107,7 +107,7 @@ def test_a_process_outlives_its_reader_and_its_terminal(tmp_path: Path) -> None:
 def test_a_training_goes_on_without_its_reader(tiny: Path, tmp_path: Path) -> None:
     run = Folder(tmp_path / "run")
     command = [sys.executable, "-m", "rcmae.train", str(tiny), f"run.dir={run.path}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path()}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env=env) as child:
         assert child.stdout is not None
         child.stdout.readline()

@@ -28,7 +28,7 @@ from rcmae.run.loop.batches import Batches, Trouble
 from rcmae.run.presence import Presence
 from rcmae.tasks.protocol import Ended
 from rcmae.tasks.registry import task_named
-from runs import Folder, at_step, start
+from runs import Folder, at_step, python_path, start
 from tests.conftest import ROOT
 
 
@@ -269,7 +269,9 @@ late = Late()
 raise SystemExit(2)
 """
     )
-    done = subprocess.run([sys.executable, program], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, program], env={**os.environ, "PYTHONPATH": python_path()}
+    )
     assert done.returncode == 2
 
 

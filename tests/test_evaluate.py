@@ -43,6 +43,7 @@ from rcmae.evaluation.pictures import (
 from rcmae.models.patches import patchify
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
+from runs import python_path
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT.parent / "shared" / "golden" / "knn"
@@ -304,7 +305,7 @@ def test_rows_are_the_same_on_any_number_of_ranks():
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
+    env |= {"PYTHONPATH": python_path(Path(__file__).parent)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK],

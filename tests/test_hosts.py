@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cluster import LAB, PATH, equals, no_nodes
-from runs import Folder
+from runs import Folder, python_path
 from tests.conftest import ROOT
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -34,7 +34,7 @@ def on() -> Iterator[Start]:
     python = str(Path(sys.executable).parent)
     own = {
         "PATH": f"{python}:{PATH}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }

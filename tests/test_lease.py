@@ -20,7 +20,7 @@ import pytest
 from rcmae import checkpoint
 from rcmae.checkpoint import lease as lease_module
 from rcmae.checkpoint.lease import Fence, Lease, LeaseHeld, LeaseLost, exit_status, fence
-from runs import Folder, equal, start, wait_for
+from runs import Folder, equal, python_path, start, wait_for
 from tests.conftest import ROOT
 
 FOREIGN = {"host": "elsewhere", "boot": "another", "pid": 1, "token": "t", "job": "17"}
@@ -278,7 +278,7 @@ def test_a_folder_that_was_deleted_is_taken_again_unless_another_job_has_it(tmp_
 @contextlib.contextmanager
 def training(log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     """`python COMMAND...` in a process of its own, for as long as the block lasts."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=out

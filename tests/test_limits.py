@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
-from conftest import ROOT
 
 from rcmae import config
 from rcmae.config import Recipe
 from rcmae.data import loading
 from rcmae.errors import Refused
 from rcmae.run import jobs
+from runs import python_path
 
 
 def load(*overrides: str) -> Recipe:
@@ -156,7 +156,7 @@ def test_a_training_under_a_long_temporary_folder_is_refused_not_broken(
     place = tmp_path / "a-folder-of-this-job" / ("x" * 90)
     place.mkdir(parents=True)
     job = [sys.executable, "-m", "rcmae", "train", str(tiny), f"run.dir={tmp_path / 'run'}"]
-    env = {**os.environ, "TMPDIR": str(place), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "TMPDIR": str(place), "PYTHONPATH": python_path()}
     found = subprocess.run([*job, "data.workers=1"], env=env, capture_output=True, text=True)
     assert found.returncode == 2, found.stderr
     assert "export a shorter TMPDIR" in found.stderr

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runs import Folder
+from runs import Folder, python_path
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +62,12 @@ def test_one_rank_reads_exports_and_judges_while_the_other_waits(
     sets = [photo_shards.replace("{000000..000005}", f"00000{number}") for number in (0, 1)]
     ranks = []
     for rank in ("0", "1"):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        own = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": python_path(),
+        }
         ranks.append(
             subprocess.Popen(
                 [sys.executable, "-c", RANK, str(uninterrupted.path), str(tmp_path), *sets],

@@ -50,6 +50,8 @@ OURS = (
     "bench_host",
     "bench_memory",
     "bench_dense",
+    "gpu_cases",
+    "gpu_day",
     "bench_shuffle",
     "bench_step",
     "bench_stream",

@@ -17,7 +17,7 @@ import rcmae
 from rcmae import config
 from rcmae.errors import Refused
 from rcmae.objectives import OBJECTIVES
-from runs import Folder, start
+from runs import Folder, python_path, start
 from tests.conftest import ROOT
 
 NAME = "objective.name=my_objectives:Absolute"
@@ -49,7 +49,7 @@ def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train(project: Path, recipe: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess:
     """A training by the command line, in the project's folder."""
     command = [sys.executable, "-m", "rcmae.train", str(recipe), f"run.dir={run}", NAME, *overrides]
-    paths = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = os.environ | {"PYTHONPATH": python_path()}
     return subprocess.run(command, cwd=project, env=paths, capture_output=True, text=True)
 
 

@@ -18,7 +18,7 @@ import pytest
 from rcmae.process import waits
 from rcmae.run import presence as presence_module
 from rcmae.run.presence import Presence
-from runs import Folder, wait_for
+from runs import Folder, python_path, wait_for
 from tests.conftest import ROOT, Ranks, free_port
 
 FSDP2, ZERO2 = ["engine.name=fsdp2"], ["engine.name=deepspeed", "engine.config=zero2.json"]
@@ -238,7 +238,7 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on_by_themselves(
         "checkpoint.every_steps=3",
         *FSDP2,
     ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     with (
         (tmp_path / "log").open("w") as log,
         subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log) as launcher,

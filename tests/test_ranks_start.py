@@ -19,7 +19,7 @@ from rcmae.run.command import Command
 from rcmae.run.judge import AnotherTraining, judge
 from rcmae.run.look import Sight, look
 from rcmae.tasks.pretrain import Pretraining
-from runs import Folder
+from runs import Folder, python_path
 
 PROGRAM = "tests/programs/started_apart.py"
 TWO = ("engine.name=fsdp2", "schedule.steps=2", "schedule.warmup_steps=1")
@@ -81,7 +81,7 @@ def test_a_mistake_of_ours_ends_with_its_traceback_and_1(tiny: Path, tmp_path: P
     command = [str(tmp_path), "bug", str(tiny), f"run.dir={tmp_path / 'run'}"]
     done = subprocess.run(
         [sys.executable, ROOT / PROGRAM, json.dumps([command])],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1"}
+        env={**os.environ, "PYTHONPATH": python_path(), "RANK": "0", "WORLD_SIZE": "1"}
         | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
         capture_output=True,
         text=True,
@@ -102,7 +102,7 @@ def test_a_rank_that_reaches_nobody_says_so_on_its_own_stderr() -> None:
     env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        env={**os.environ, "PYTHONPATH": python_path(), **env},
         capture_output=True,
         text=True,
         timeout=120,

@@ -22,6 +22,7 @@ import sklearn
 from PIL import Image
 
 from cluster import Cluster, Job, missing
+from runs import python_path
 from tests.conftest import ROOT, free_port
 
 pytestmark = [pytest.mark.readme, pytest.mark.slow]
@@ -240,7 +241,7 @@ def environment(folder: Path, cluster: Cluster | None = None) -> dict[str, str]:
         base.pop(name, None)
     return base | {
         "PATH": f"{commands}:{Path(sys.executable).parent}:{base['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }

@@ -29,7 +29,7 @@ from rcmae.run.report import beside, curves, page
 from rcmae.run.report.axes import across, told, upright
 from rcmae.run.report.reading import Curve, seen
 from rcmae.run.report.recipes import changes
-from runs import Folder, start, wait_for
+from runs import Folder, python_path, start, wait_for
 
 KEPT = ROOT / "tests" / "data" / "version_0.1.0"
 VOID = ("meta", "link", "img", "br")
@@ -445,7 +445,7 @@ def test_a_training_that_is_killed_leaves_its_page(tiny: Path, tmp_path: Path) -
     folder = Folder(tmp_path / "run")
     job = [sys.executable, "-m", "rcmae", "train", str(tiny), f"run.dir={folder.path}"]
     job += ["schedule.steps=20000", "log.report=true"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path()}
     training = subprocess.Popen(job, env=env, stdout=subprocess.DEVNULL)
     try:
         wait_for(lambda: len(folder.rows()) > 30, lambda: training.poll() is None)
@@ -467,7 +467,7 @@ def test_a_page_needs_no_torch(judged: Folder, tmp_path: Path) -> None:
         f"write([Path({str(judged.path)!r})], Path({str(tmp_path / 'r.html')!r}))\n"
         "assert 'torch' not in sys.modules"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path()}
     subprocess.run([sys.executable, "-c", program], check=True, env=env)
 
 

@@ -18,7 +18,7 @@ from test_finetune import start as start_classifier
 from cluster import ROOT, TWO, Cluster, Job, equals, missing, rank_logs
 from rcmae import segment
 from rcmae.commands import slurm_templates
-from runs import Folder, keeping_handlers
+from runs import Folder, keeping_handlers, python_path
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_templates_that_were_copied_out_of_a_package_run_where_they_lie(
     """No checkout in sight: neither where the job is submitted nor in its environment."""
     assert slurm_templates.main([str(tmp_path / "my-jobs")]) == 0
     run = Folder(tmp_path / "run")
-    nowhere = {"RCMAE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}  # as if it were installed
+    nowhere = {"RCMAE_HOME": str(tmp_path), "PYTHONPATH": python_path()}  # as if it were installed
     short = ["schedule.steps=6", "schedule.warmup_steps=1", "run.stop_after_steps=3"]
     job = cluster.submit(
         tmp_path / "my-jobs" / "pretrain.sbatch",

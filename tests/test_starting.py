@@ -14,7 +14,7 @@ from PIL import Image
 
 import rcmae
 from rcmae.errors import Refused
-from runs import Folder
+from runs import Folder, python_path
 from tests.conftest import ROOT
 
 
@@ -100,7 +100,7 @@ def test_the_notebook_ends_with_a_picture_of_neighbours(tmp_path: Path) -> None:
     (photos / ".hidden").mkdir()
     (photos / ".hidden" / "0.png").write_bytes(whole)
     command = [sys.executable, str(ROOT / "tools" / "notebook.py"), str(photos), "3"]
-    paths = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    paths = os.environ | {"PYTHONPATH": python_path(), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "40 vectors of 96 numbers" in done.stdout

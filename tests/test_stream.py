@@ -33,7 +33,7 @@ from rcmae.data.plan import Plan
 from rcmae.data.stream import BadLimits, Limits, Readers, labelled_batches
 from rcmae.data.transforms import CentreTransform, TrainTransform, View
 from rcmae.data.views import TooManyBadSamples
-from runs import Folder, start
+from runs import Folder, python_path, start
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
@@ -618,7 +618,7 @@ def reader(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, "PYTHONPATH": python_path()},
         )
         started.append(process)
         workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]

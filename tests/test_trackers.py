@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import free_port
 
 from rcmae.commands import track
 from rcmae.config import LogOptions
 from rcmae.errors import Refused
 from rcmae.run.trackers import beside, offline_wandb, protocol, pushing, records
-from runs import Folder, start
+from runs import Folder, python_path, start
 
 
 def test_a_recipe_names_the_trackers_that_there_are() -> None:
@@ -362,7 +362,7 @@ def test_a_training_killed_again_and_again_is_there_step_by_step(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     monkeypatch.setattr(beside, "EVERY_S", 0.5)
     folder = Folder(tmp_path / "run")
     job = [sys.executable, "-m", "rcmae", "train", str(tiny), f"run.dir={folder.path}"]

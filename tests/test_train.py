@@ -23,7 +23,18 @@ from rcmae.checkpoint import read_manifest
 from rcmae.config import load
 from rcmae.run import preempt
 from rcmae.tasks.pretrain import Pretraining
-from runs import Folder, distance, equal, finite, keeping_handlers, once, send, start, wait_for
+from runs import (
+    Folder,
+    distance,
+    equal,
+    finite,
+    keeping_handlers,
+    once,
+    python_path,
+    send,
+    start,
+    wait_for,
+)
 from tests.conftest import ROOT, Ranks, free_port
 
 MANY = str(Path(__file__).parent / "programs" / "train_many.py")
@@ -608,7 +619,12 @@ def test_a_run_goes_on_over_launchers_engines_kills_and_a_signal_to_one_rank(
     oracle = Folder(tmp_path / "oracle")
     assert start(long, oracle.path) == 0
 
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": python_path(),
+    }
     bin_dir = Path(sys.executable).parent
     job = [
         str(long),
@@ -797,7 +813,7 @@ def test_what_it_says_to_run_next_runs(
     done = subprocess.run(
         [sys.executable, "-m", *command.split()],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path()},
     )
     assert done.returncode == 0
     assert (tmp_path / "run.safetensors").is_file()

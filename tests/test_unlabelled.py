@@ -32,7 +32,7 @@ from rcmae.objectives.mae import Reconstruction
 from rcmae.objectives.rcmae import Consistency
 from rcmae.objectives.terms import Sum
 from rcmae.tasks import judging, pretrain
-from runs import Folder, start
+from runs import Folder, python_path, start
 from tests.conftest import Ranks
 
 # ------------------------------------------------------------------------------------------ spectra
@@ -128,7 +128,7 @@ dist.finish()
 
 def test_a_held_set_is_judged_alike_on_any_number_of_ranks(ranks: Callable[..., Ranks]) -> None:
     here = Path(__file__).parent
-    two = ranks("-c", RANK, world=2, PYTHONPATH=f"{here.parent}:{here}")
+    two = ranks("-c", RANK, world=2, PYTHONPATH=python_path(here))
     said = two.succeed(120)
     alone = held_here()
     together = json.loads(said.splitlines()[-1])

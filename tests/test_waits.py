@@ -18,7 +18,7 @@ from conftest import ROOT, free_port
 from rcmae.data import cache
 from rcmae.process import waits
 from rcmae.run.preempt import StopRequest
-from runs import Folder, equal, hear_ctrl_c, once, send, start, wait_for
+from runs import Folder, equal, hear_ctrl_c, once, python_path, send, start, wait_for
 
 PROGRAM = ROOT / "tests/programs/waiting.py"
 STOPPED = 75
@@ -32,7 +32,7 @@ class Waiting:
         with self._log.open("w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, PROGRAM, how],
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+                env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **env},
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -209,7 +209,7 @@ def test_samples_that_do_not_come_keep_no_run_from_its_checkpoint(
 def test_a_signal_during_imports_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "rcmae.train", "quickstart", f"run.dir={tmp_path / 'run'}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
@@ -237,7 +237,7 @@ def test_a_warning_before_anybody_listens_is_noted(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, program],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
     )

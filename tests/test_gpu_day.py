@@ -1,0 +1,138 @@
+"""The first half hour on a GPU, with small sizes on the CPU: every case runs, and the same command
+goes on where it was stopped."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import gpu_day
+
+
+def test_every_case_runs_and_is_not_measured_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "day.json"
+    words = ["--tiny", "--for-s", "800", "--out", str(out)]
+    whole = gpu_day.cases_of
+
+    def with_a_broken_one(part: str, tiny: bool) -> list[dict[str, Any]]:
+        broken = {"name": "broken", "kind": "none such", "about_s": 1}
+        return [broken, *whole(part, tiny)] if part == "ceilings" else whole(part, tiny)
+
+    monkeypatch.setattr(gpu_day, "cases_of", with_a_broken_one)
+    assert gpu_day.main(words) == 1
+    report = json.loads(out.read_text())
+    assert "KeyError" in report["cases"]["broken"]["error"]
+    others = {name: row for name, row in report["cases"].items() if name != "broken"}
+    assert {name.split("/")[0] for name in others} == set(gpu_day.PARTS)
+    failed = {name: row["error"] for name, row in others.items() if "error" in row}
+    assert not failed
+    step = report["cases"]["steps/L/local/128/compiled/rcmae"]["result"]
+    assert sum(step["phases_s"].values()) == pytest.approx(step["step_s"]["median"], rel=0.4)
+    assert step["told"]["images_per_s"] > step["images_per_s"] > 0  # told of a real GPU
+    engines = {name for name in others if name.startswith("engines/")}
+    assert set(report["summary"]["engine_over_local"]) == engines
+    assert "failed: KeyError" in capsys.readouterr().out
+
+    def again(*_: object) -> None:
+        raise AssertionError("it was measured already")
+
+    monkeypatch.setattr(gpu_day, "cases_of", whole)
+    monkeypatch.setattr(gpu_day, "run_cases", again)
+    monkeypatch.setattr(gpu_day, "about", lambda tiny: report)
+    assert gpu_day.main(words) == 0
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What is known of this machine, without asking it."""
+    found = {"hardware": {"cpu": "a CPU"}, "versions": {"torch": "2.11"}, "commit": None}
+    monkeypatch.setattr(gpu_day, "about", lambda tiny: found)
+    return found
+
+
+def test_no_case_begins_that_may_end_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: dict[str, Any]
+) -> None:
+    seconds = [0.0]
+    limits = []
+
+    def took(cases: list[dict[str, Any]], tiny: bool, limit_s: float) -> list[dict[str, Any]]:
+        limits.append(limit_s)
+        seconds[0] += 100
+        return [{"name": case["name"], "result": {}, "seconds": 100} for case in cases]
+
+    monkeypatch.setattr(gpu_day, "run_cases", took)
+    monkeypatch.setattr(gpu_day.time, "monotonic", lambda: seconds[0])
+    out = tmp_path / "day.json"
+    calls = 0
+    while (status := gpu_day.main(["--out", str(out)])) == gpu_day.AGAIN:
+        calls += 1
+        assert seconds[0] <= 540 * calls
+    assert status == 0
+    assert calls > 5
+    assert max(limits) <= 530
+    every = [case["name"] for part in gpu_day.PARTS for case in gpu_day.cases_of(part, False)]
+    assert len(every) == len(set(every))
+    assert set(json.loads(out.read_text())["cases"]) == set(every)
+
+
+def test_numbers_of_another_machine_are_not_mixed_in(
+    tmp_path: Path, here: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "day.json"
+    out.write_text(json.dumps({**here, "tiny": False, "hardware": {"gpu": "another"}, "cases": {}}))
+    with pytest.raises(SystemExit) as left:
+        gpu_day.main(["--out", str(out)])
+    assert left.value.code == 2
+    assert "is of another hardware" in capsys.readouterr().err
+
+
+def test_what_the_parts_say_together() -> None:
+    def step(seconds: float, **phases: float) -> dict[str, Any]:
+        return {"result": {"step_s": {"median": seconds}, "phases_s": phases}}
+
+    found = gpu_day.summary(
+        {
+            "steps/L/local/128/compiled/rcmae": step(0.04, teacher=0.001),
+            "steps/L/local/128/compiled/mae": step(0.032),
+            "steps/L/local/128/eager/rcmae": step(0.06),
+            "engines/L/ddp/128/compiled": step(0.05),
+            "tests": {"error": "no pytest"},
+        }
+    )
+    whole = "steps/L/local/128/compiled/rcmae"
+    assert found["rcmae_over_mae"] == {whole: pytest.approx(1.25)}
+    assert found["teacher_share"] == {whole: pytest.approx(0.025)}
+    assert found["eager_over_compiled"] == {whole: pytest.approx(1.5)}
+    assert found["engine_over_local"] == {"engines/L/ddp/128/compiled": pytest.approx(1.25)}
+
+
+def wheel(folder: Path, name: str, content: str) -> None:
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}.py", content)
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+def test_what_is_missing_comes_from_a_folder_of_wheels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_day.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("PYTHONPATH", "/given")
+    with pytest.raises(SystemExit):
+        gpu_day.use_wheels(tmp_path)
+    assert "--make-wheels" in capsys.readouterr().err
+    wheel(tmp_path, "rcmae_missing_here", "ANSWER = 42\n")
+    wheel(tmp_path, "torch", "this one is here already")
+    gpu_day.use_wheels(tmp_path)
+    root, target, given = gpu_day.os.environ["PYTHONPATH"].split(":")
+    assert (root, given) == (str(gpu_day.ROOT), "/given")
+    assert (Path(target) / "rcmae_missing_here.py").read_text() == "ANSWER = 42\n"
+    assert not (Path(target) / "torch.py").exists()

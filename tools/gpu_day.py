@@ -1,0 +1,368 @@
+#!/usr/bin/env python3
+"""What the first half hour on a GPU must answer: how fast it is, how fast training is on it, and
+how far `rcmae plan` is off.
+
+    python tools/gpu_day.py [--out FILE] [--parts P ...] [--for-s N] [--tiny]
+    python tools/gpu_day.py --wheels FOLDER ...          where there is no network
+    python tools/gpu_day.py --make-wheels FOLDER         fills that folder, where there is one
+
+Parts: `ceilings` (products, copies), `attention` (each kernel, each shape), `steps` (ViT-S to H,
+RC-MAE and MAE, compiled and not), `engines` (DDP, FSDP2 and ZeRO-1 to 3 at one rank), `batches`,
+`memory` (told and measured), `shards` (end to end from a disk), `tests` (those marked gpu). Each
+case runs in a process of its own and is written to FILE when it is done, so the same command goes
+on where it was stopped; no case begins that might end later than N seconds from the start.
+
+torch, its CUDA and numpy are there already; whatever else is missing is installed from FOLDER, into
+a temporary folder. Exit status: 0 all is measured; 75 run it again for the rest; 1 cases failed; 2
+unusable input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "tools" / "results" / "gpu_day.json"
+AGAIN = 75
+LONGEST_S = 450.0  # of a case
+PARTS = ("ceilings", "attention", "steps", "engines", "batches", "memory", "shards", "tests")
+# images that fill a GPU of 80 GB: those of the recipes
+MODELS = {"L": ("l_16", 128), "H": ("h_14", 64), "B": ("b_16", 256), "S": ("s_16", 512)}
+# what a training and the tests import beside torch, timm and numpy
+WHEELS = (
+    *("deepspeed", "einops", "hjson", "msgpack", "ninja", "py-cpuinfo", "packaging", "psutil"),
+    *("tqdm", "fairscale", "webdataset", "braceexpand", "pydantic"),
+    *("annotated-types", "typing-inspection", "typing-extensions", "PyYAML", "rich"),
+    *("markdown-it-py", "mdurl", "pygments", "safetensors", "simplejpeg", "Pillow", "tifffile"),
+    *("fsspec", "aiohttp", "multidict", "yarl", "frozenlist", "propcache", "aiosignal"),
+    *("aiohappyeyeballs", "attrs", "idna", "torchmetrics", "lightning-utilities", "jinja2"),
+    *("markupsafe", "pytest", "pluggy", "iniconfig", "pytest-timeout", "hypothesis"),
+    *("sortedcontainers", "timm"),
+)
+BUILT = ("deepspeed", "fairscale")  # these have no wheel
+MOST_MB = 40
+
+
+# -------------------------------------------------------------------------------------------- cases
+
+
+def cases_of(part: str, tiny: bool) -> list[dict[str, Any]]:
+    """What a part measures, what matters most first."""
+    if part in ("ceilings", "tests"):
+        return [{"name": part, "kind": part, "about_s": 30}]
+    if part == "attention":
+        return [{"name": part, "kind": part, "images": 2 if tiny else 128, "about_s": 90}]
+    if part == "shards":
+        return [_step(part, model, "local", True, about_s=180) for model in _few("LB", tiny)]
+    if part == "memory":
+        engines = _few(("zero1", "zero2", "zero3", "fsdp2", "ddp"), tiny)
+        return [_step(part, "L", engine, False) for engine in engines]
+    if part == "engines":
+        found = []
+        for model in _few("LH", tiny):
+            for engine in ("ddp", "zero1", "zero2", "fsdp2", "zero3"):
+                found.append(_step(part, model, engine, engine != "zero3"))
+        return found
+    if part == "batches":
+        sizes = (("L", 64), ("L", 256), ("H", 32), ("H", 128))
+        return [_step(part, model, "local", True, images) for model, images in _few(sizes, tiny)]
+    found = []
+    for model in _few("LHBS", tiny):
+        for objective in ("rcmae", "mae"):
+            for compiles in (True, False):
+                case = _step(part, model, "local", compiles)
+                case |= {"objective": objective, "name": f"{case['name']}/{objective}"}
+                found.append(case)
+    return found
+
+
+def _few(values: Sequence[Any], tiny: bool) -> Sequence[Any]:
+    return values[:1] if tiny else values
+
+
+def _step(
+    part: str, model: str, engine: str, compiles: bool, images: int = 0, about_s: int = 60
+) -> dict[str, Any]:
+    name, usual = MODELS[model]
+    images = images or usual
+    mode = "compiled" if compiles else "eager"
+    return {
+        "name": f"{part}/{model}/{engine}/{images}/{mode}",
+        "kind": part if part in ("memory", "shards") else "step",
+        "recipe": f"rcmae_vit_{name}",
+        "engine": engine,
+        "images": images,
+        "compile": compiles,
+        "about_s": about_s,
+    }
+
+
+def run_cases(cases: Sequence[dict[str, Any]], tiny: bool, limit_s: float) -> list[dict[str, Any]]:
+    """A row for each case, all in one process. One that is cut off has an error."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    if tiny:
+        env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    told = json.dumps(cases)
+    command = [sys.executable, str(ROOT / "tools" / "gpu_cases.py"), told]
+    command += ["--tiny"] if tiny else []
+    why = f"not done within {limit_s:.0f} s"
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, env=env, stdout=said, stderr=errors)
+        try:
+            child.wait(timeout=limit_s)
+            errors.seek(0)
+            why = f"ended with status {child.returncode}: {errors.read()[-2000:]}"
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            child.kill()
+            child.wait()
+        said.seek(0)
+        lines = [line for line in said if line.startswith("CASE ")]
+    rows = [json.loads(line.removeprefix("CASE ")) for line in lines]
+    have = {row["name"] for row in rows}
+    missing = [case["name"] for case in cases if case["name"] not in have]
+    return rows + [{"name": name, "error": why, "seconds": 0.0} for name in missing]
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+def about(tiny: bool) -> dict[str, Any]:
+    """What is measured on what. In a process of its own: this one leaves the GPU alone."""
+    program = (
+        "import json, torch, platform; from rcmae.planning.hardware import commit, hardware; "
+        f"cuda = torch.cuda.is_available() and not {tiny}; "
+        "print(json.dumps({'commit': commit(), 'hardware': hardware(torch.device("
+        "'cuda' if cuda else 'cpu')), 'versions': {'python': platform.python_version(), "
+        "'torch': torch.__version__}}))"
+    )
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"gpu_day: rcmae does not import here:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def opened(out: Path, found: dict[str, Any], tiny: bool) -> dict[str, Any]:
+    """The report so far; a new one where there is none."""
+    fresh = {"tool": "gpu_day", **found, "tiny": tiny, "cases": {}}
+    if not out.exists():
+        return fresh
+    report: dict[str, Any] = json.loads(out.read_text())
+    for key in ("hardware", "versions", "tiny"):
+        if report.get(key) != fresh[key]:
+            print(
+                f"gpu_day: {out} is of another {key}: {report.get(key)}, here {fresh[key]}; "
+                "name another --out, or move it away",
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
+    return report
+
+
+def write(out: Path, report: dict[str, Any]) -> None:
+    """The report, whole or not at all."""
+    report["summary"] = summary(report["cases"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".aside")
+    aside.write_text(json.dumps(report, indent=1) + "\n")
+    aside.replace(out)
+
+
+def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the parts say together: RC-MAE over MAE, the average's share, what compiling brings, and
+    what an engine costs over `local`.
+    """
+    results = {name: row["result"] for name, row in cases.items() if "result" in row}
+    steps = {name: result for name, result in results.items() if "step_s" in result}
+    seconds = {name: result["step_s"]["median"] for name, result in steps.items()}
+    found: dict[str, Any] = {"rcmae_over_mae": {}, "teacher_share": {}, "eager_over_compiled": {}}
+    found["engine_over_local"] = {}
+    for name, result in steps.items():
+        if "teacher" in result["phases_s"]:
+            found["teacher_share"][name] = result["phases_s"]["teacher"] / seconds[name]
+        part, *middle = name.split("/")
+        pairs = (
+            ("rcmae_over_mae", name.removesuffix("/rcmae") + "/mae", False),
+            ("eager_over_compiled", name.replace("/compiled", "/eager"), True),
+        )
+        for key, other, is_slow in pairs:
+            if other != name and other in seconds:
+                ratio = seconds[other] / seconds[name]
+                found[key][name] = ratio if is_slow else 1 / ratio
+        local = f"steps/{'/'.join([middle[0], 'local', *middle[2:]])}/rcmae"
+        if part == "engines" and local in seconds:
+            found["engine_over_local"][name] = seconds[name] / seconds[local]
+    return found
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The cases as lines."""
+    machine = report["hardware"]
+    print(f"{machine.get('gpu') or machine['cpu']}, torch {report['versions']['torch']}")
+    for name, row in report["cases"].items():
+        result = row.get("result", {})
+        if "error" in row:
+            last = row["error"].strip().splitlines()[-1:] or ["no reason given"]
+            print(f"{name:<42} failed: {last[0][:100]}")
+        elif "step_s" in result:
+            mfu = f"{result['mfu']:6.1%}" if result["mfu"] is not None else "     -"
+            told = result["told"]["images_per_s"]
+            print(
+                f"{name:<42}{1e3 * result['step_s']['median']:9.1f} ms  kernels "
+                f"{1e3 * result['kernels_s']:8.1f}  host {1e3 * result['host_s']:7.1f}  "
+                f"{result['images_per_s']:8.0f} images/s (told {told:.0f})  MFU {mfu}"
+            )
+        elif "step_off" in result:
+            print(f"{name:<42} plan's memory: {result['ready_off']:+.1%} {result['step_off']:+.1%}")
+        elif "share_of_synthetic" in result:
+            share = result["share_of_synthetic"]
+            print(f"{name:<42}{result['images_per_s']:8.0f} images/s, {share:.1%} of noise's")
+        else:
+            print(f"{name:<42} {json.dumps(result)[:110]}")
+    for key, rows in report["summary"].items():
+        for name, value in rows.items():
+            print(f"{key:<20} {value:7.3f}  {name}")
+
+
+# ------------------------------------------------------------------------------------------- wheels
+
+
+def make_wheels(folder: Path, python: str) -> int:
+    """Fill a folder with what `--wheels` wants, for this Python on x86-64 Linux, of the versions
+    in requirements.txt where they are there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pins = {}
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if pin := re.match(r"([\w.-]+)==([\w.]+)", line):
+            pins[_plain(pin[1])] = pin[0]
+    asked = {name: pins.get(_plain(name), name) for name in WHEELS}
+    pip = [sys.executable, "-m", "pip"]
+    binary = ["--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
+    for system in ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"):
+        binary += ["--platform", system]
+    there = [spec for name, spec in asked.items() if name not in BUILT]
+    download = [*pip, "download", "-q", "-d", str(folder), *binary]
+    subprocess.run([*download, "--no-deps", *there], check=True)
+    # a release of it works with one of its core alone
+    subprocess.run([*download, asked["pydantic"]], check=True)
+    built = [asked[name] for name in BUILT]
+    env = {**os.environ, "DS_BUILD_OPS": "0"}
+    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), *built]
+    subprocess.run(build, check=True, env=env)
+    size = sum(path.stat().st_size for path in folder.glob("*.whl")) / 1e6
+    print(f"{folder}: {len(list(folder.glob('*.whl')))} wheels, {size:.1f} MB")
+    return 0 if size < MOST_MB else 1
+
+
+def use_wheels(folder: Path) -> None:
+    """Install what is missing here from the folder, and have it found by all processes that this
+    one starts.
+    """
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
+        print(f"gpu_day: no wheels in {folder}; see --make-wheels", file=sys.stderr)
+        raise SystemExit(2)
+    missing = [path for path in wheels if not _is_here(path.name.split("-")[0])]
+    if not missing:
+        return
+    told = "\n".join([sys.version, *(f"{path.name} {path.stat().st_size}" for path in missing)])
+    key = hashlib.sha256(told.encode()).hexdigest()[:12]
+    target = Path(tempfile.gettempdir()) / f"gpu_day-{os.getuid()}-{key}"
+    if not (target / "done").exists():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+        subprocess.run([*pip, "--upgrade", "--target", str(target), *map(str, missing)], check=True)
+        (target / "done").touch()
+    # behind what is there: PYTHONPATH comes before it, but has only what is not
+    path = filter(None, (str(ROOT), str(target), os.environ.get("PYTHONPATH")))
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
+
+
+def _is_here(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        prog="tools/gpu_day.py", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="JSON, resumed")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART")
+    parser.add_argument("--for-s", type=float, default=530, help="seconds of this call (530)")
+    parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU: does it run?")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="of what is missing here")
+    parser.add_argument("--make-wheels", type=Path, metavar="FOLDER", help="fill it, and end")
+    parser.add_argument("--python", default="3.12", help="that the wheels are for (3.12)")
+    asked = parser.parse_args(argv)
+    if asked.tiny and asked.out == OUT:
+        parser.error("--tiny measures nothing: give it an --out of its own")
+    return asked
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what is not measured yet, and report."""
+    began = time.monotonic()
+    asked = arguments(argv)
+    if asked.make_wheels:
+        return make_wheels(asked.make_wheels, asked.python)
+    if asked.wheels:
+        use_wheels(asked.wheels)
+    report = opened(asked.out, about(asked.tiny), asked.tiny)
+    rows = report["cases"]
+    cases = [case for part in asked.parts for case in cases_of(part, asked.tiny)]
+    if asked.tiny:
+        for case in cases:
+            case["images"] = 2
+    waiting = [case for case in cases if "result" not in rows.get(case["name"], {})]
+    waiting.sort(key=lambda case: case["name"] in rows)  # what failed once, last
+    groups = [waiting] if asked.tiny else [[case] for case in waiting]
+    for group in filter(None, groups):
+        left = asked.for_s - (time.monotonic() - began)
+        if left < min(case["about_s"] for case in group):
+            print(f"gpu_day: {len(waiting)} cases wait; run it again for the rest", flush=True)
+            print_report(report)
+            return AGAIN
+        print(f"gpu_day: {', '.join(case['name'] for case in group)}", file=sys.stderr, flush=True)
+        for row in run_cases(group, asked.tiny, left if asked.tiny else min(LONGEST_S, left)):
+            rows[row.pop("name")] = row
+        write(asked.out, report)
+    print_report(report)
+    return 1 if any("error" in rows[case["name"]] for case in cases) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
