@@ -285,3 +285,13 @@ def test_ranks_train_through_the_command_and_refuse_a_typo_together(tiny, ranks,
     typo = ranks(*words, "model.dpeth=2", world=2)
     assert typo.wait() == [2, 2]
     assert "did you mean 'depth'?" in typo.said()
+
+
+def test_all_commands_begin_what_went_wrong_alike() -> None:
+    """With `rcmae: `: a search of a job's log finds it, whichever command spoke."""
+    found = []
+    for path in sorted((ROOT / "rcmae").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and str(node.value).startswith("error: "):
+                found.append(f"{path}:{node.lineno}")
+    assert found == []

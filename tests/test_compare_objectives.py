@@ -64,14 +64,22 @@ def test_runs_are_trained_judged_and_taken_as_they_are(
     assert told["costs"]["bootmae"]["step_bytes"] > told["costs"]["supmae"]["step_bytes"], (
         "regressors and a teacher"
     )
-    said = capsys.readouterr().out
+    said, beside = capsys.readouterr()
+    first = f"run 1 of 2, {runs['supmae'].path}: "
+    assert [line.split(" after ")[0] for line in beside.splitlines() if first in line] == [
+        f"{first}training; its log: {runs['supmae'].path}.log",
+        f"{first}finished",
+    ]
+    assert "judging 2 runs" in beside
     assert f"| {told['rows'][0]['knn']:.1f} |" in said
     assert said == (tmp_path / "table.md").read_text()
     with Image.open(tmp_path / "curves.png", formats=["PNG"]) as picture:
         assert picture.width > 400
     before = {name: run.path.stat().st_mtime_ns for name, run in runs.items()}
     assert command.main([*given, "--no-training"]) == 0
+    capsys.readouterr()
     assert command.main(given) == 0
+    assert f"{first}finished before" in capsys.readouterr().err
     again = json.loads((tmp_path / "told.json").read_text())
     assert again["rows"] == told["rows"]
     assert [run.steps() for run in runs.values()] == [[1, 2, 3]] * 2

@@ -184,7 +184,7 @@ def test_a_command_line_shows_names_escaped(
 def test_a_line_end_in_a_key_begins_no_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = "bad\nerror: FORGED\t"
+    name = "bad\nrcmae: FORGED\t"
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for member, data in (("ok.pgm", b"P5 1 1 255 x"), (f"{name}.jpg", b"no picture")):
             info = tarfile.TarInfo(member)
@@ -192,11 +192,11 @@ def test_a_line_end_in_a_key_begins_no_line(
             tar.addfile(info, io.BytesIO(data))
     assert shards.check(["verify", str(tmp_path / "x.tar"), "--jobs", "1"]) == 1
     event = {"event": "bad_sample", "position": 1, "shard": "x", "key": name, "offset": 0}
-    event |= {"reason": "r\nerror: FORGED", "replaced_by": name}
+    event |= {"reason": "r\nrcmae: FORGED", "replaced_by": name}
     (tmp_path / "events.jsonl").write_text(
         json.dumps(event) + "\n" + json.dumps({"event": "bad_sample", "position": 2}) + "\n"
     )
     assert shards.check(["report", "--ledger", str(tmp_path / "events.jsonl")]) == 1
     said = capsys.readouterr().out.splitlines()
-    assert sum("bad\\nerror: FORGED\\t" in line for line in said) == 2
-    assert not [line for line in said if line.startswith("error: FORGED")]
+    assert sum("bad\\nrcmae: FORGED\\t" in line for line in said) == 2
+    assert not [line for line in said if line.startswith("rcmae: FORGED")]

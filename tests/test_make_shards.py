@@ -419,7 +419,7 @@ def test_the_commands_tell_what_they_made(images, tmp_path, capsys):
     assert "1 other file was not looked at: bee/notes.txt" in done.stdout
     assert done.stderr == ""
     assert command.make([str(images), str(out)]) == 2
-    assert "error: " in capsys.readouterr().err
+    assert "rcmae: " in capsys.readouterr().err
     assert command.make([str(images), str(out), "--overwrite", "--jobs", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 18
 

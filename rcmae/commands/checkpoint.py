@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(asked.run(asked, out))
     except (Refused, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rcmae: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
 
 

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = read_network(options.source, options.what)
         done = convert(source, options.to, options.out, num_heads=options.num_heads)
     except (Refused, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rcmae: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None, *, now: Callable[[], float] = t
         recipe = config.load(asked.recipe, asked.overrides) if asked.recipe else None
         found = examine(recipe, asked.gpus, now)
     except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rcmae: {error}", file=sys.stderr)
         return 2
     world = dist.world()
     worst = COLOURS[max(COLOURS.index(each.finding.colour) for each in found)]

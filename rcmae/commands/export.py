@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"skipped: {problem}", file=sys.stderr)
         done = _exported(manifest, options)
     except (Refused, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rcmae: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
     if options.json:
         document = done._asdict() | {"path": str(done.path), "checkpoint": str(manifest.path)}

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         report = planner.plan(recipe, site)
     except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rcmae: {error}", file=sys.stderr)
         return 2
     if asked.json:
         print(json.dumps(report, indent=1))

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _console().print(report(status(asked.run)))
     except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rcmae: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 0

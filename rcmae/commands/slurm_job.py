@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(asked.answer(asked))
     except (Refused, OSError) as error:
-        _tell(f"error: {error}")
+        _tell(f"rcmae: {error}")
         return 2
 
 

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(told, out / "teacher.png")
         write_aside(out / "teacher.json", json.dumps(told, indent=1) + "\n")
     except (Refused, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rcmae: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
     if options.json:
         print(json.dumps(told, indent=1))

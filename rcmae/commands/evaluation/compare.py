@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 
 if TYPE_CHECKING:
     from rcmae.config import Recipe
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.json is not None:
             write_aside(asked.json, json.dumps(told, indent=1) + "\n")
     except (Refused, TrainingFailed, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rcmae: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
     print(written["table.md"].read_text(), end="")
     print(f"\nwritten: {', '.join(map(str, written.values()))}", file=sys.stderr)
@@ -82,6 +82,11 @@ def _compared(asked: argparse.Namespace, command: str) -> tuple[dict[str, Any], 
         groups, recipes, judged = _of_folders(asked, out)
     else:
         groups, recipes, judged = _of_recipe(asked)
+    if groups:
+        _tell(f"judging {counted(sum(len(group.runs) for group in groups), 'run')}")
+    rows = list(judging.rows_of(groups, judged))
+    if asked.rounds:
+        _tell(f"timing {counted(asked.rounds, 'step')} of each of {', '.join(recipes)}")
     told = {
         "tool": "compare_objectives",
         "commit": commit(),
@@ -90,7 +95,7 @@ def _compared(asked: argparse.Namespace, command: str) -> tuple[dict[str, Any], 
         "hardware": hardware(torch.device("cpu")),
         "neighbours": judging.NEIGHBOURS,
         "strength": judging.STRENGTH,
-        "rows": list(judging.rows_of(groups, judged)),
+        "rows": rows,
         "costs": costs(recipes, asked.rounds) if asked.rounds else {},
     }
     return told, _write(told, groups, out)
@@ -116,7 +121,7 @@ def _of_recipe(asked: argparse.Namespace) -> Compared:
         classes=1 + int(ShardIndex.open(recipe.data.shards).labels.max()),
     )
     if not asked.no_training:
-        train_all(compared, lambda text: print(text, file=sys.stderr, flush=True))
+        train_all(compared, _tell)
     recipes = {}
     for name in asked.objectives:
         given = [*compared.overrides_of(name), "engine.name=local", "engine.config=null"]
@@ -151,6 +156,11 @@ def _write(told: dict[str, Any], groups: Sequence[Group], out: Path) -> dict[str
     write_aside(written["table.tex"], tables.latex(table) + "\n")
     curves.draw(groups, written["curves.png"])
     return written
+
+
+def _tell(text: str) -> None:
+    """A line of what goes on, beside the table."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _objective(name: str) -> str:

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rows = {name: _answers(model, options) for name, model in _models(options).items()}
     except (Refused, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rcmae: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
     print(json.dumps(rows, indent=1) if options.json else answers_table(rows))
     return 0

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _show(found)
     except (Refused, CheckpointError, OSError) as error:
         if dist.launched_first():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"rcmae: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
     dist.finish()
     return 0

@@ -81,7 +81,7 @@ def check(arguments: Sequence[str] | None = None) -> int:
         register_kinds(asked.kind)
         told = _checked(asked)
     except (Refused, OSError) as error:
-        say(f"error: {error}", error=True)
+        say(f"rcmae: {error}", error=True)
         return 2
     except KeyboardInterrupt:
         say("stopped", error=True)

@@ -75,7 +75,7 @@ def index(arguments: Sequence[str] | None = None) -> int:
             for folder, paths in folders
         ]
     except (Refused, OSError) as error:
-        say(f"error: {error}", error=True)
+        say(f"rcmae: {error}", error=True)
         return 2
     except KeyboardInterrupt:
         say("stopped; run the same command again to resume", error=True)

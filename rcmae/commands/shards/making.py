@@ -159,7 +159,7 @@ def make(arguments: Sequence[str] | None = None) -> int:
         )
         report = make_shards(_images(asked), asked.out, options, hold_out=asked.hold_out)
     except (Refused, OSError) as error:
-        say(f"error: {error}", error=True)
+        say(f"rcmae: {error}", error=True)
         return 2
     except KeyboardInterrupt:
         say("stopped; run the same command again to resume", error=True)

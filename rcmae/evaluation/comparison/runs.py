@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,21 +113,25 @@ def train_all(compared: Comparison, tell: Callable[[str], None] = lambda text: N
         Refused: a recipe is wrong.
         TrainingFailed: one failed.
     """
-    for seed in compared.seeds:
-        for name in compared.objectives:
-            run = compared.folder(name, seed)
-            if is_finished(run):
-                continue
-            log = run.with_name(f"{run.name}.log")
-            tell(f"training {run}; its log: {log}")
-            own = [f"run.seed={seed}", f"data.seed={seed}", f"run.dir={run}"]
-            words = [compared.recipe, *compared.overrides_of(name), *own]
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as out:
-                command = [sys.executable, "-m", "rcmae.train", *words]
-                done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT)
-            if done.returncode:
-                raise TrainingFailed(f"{run} ended with exit status {done.returncode}; see {log}")
+    wanted = [(seed, name) for seed in compared.seeds for name in compared.objectives]
+    for number, (seed, name) in enumerate(wanted, 1):
+        run = compared.folder(name, seed)
+        place = f"run {number} of {len(wanted)}, {run}"
+        if is_finished(run):
+            tell(f"{place}: finished before")
+            continue
+        log = run.with_name(f"{run.name}.log")
+        tell(f"{place}: training; its log: {log}")
+        own = [f"run.seed={seed}", f"data.seed={seed}", f"run.dir={run}"]
+        words = [compared.recipe, *compared.overrides_of(name), *own]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        with log.open("a") as out:
+            command = [sys.executable, "-m", "rcmae.train", *words]
+            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise TrainingFailed(f"{run} ended with exit status {done.returncode}; see {log}")
+        tell(f"{place}: finished after {time.monotonic() - began:.0f} s")
 
 
 def read_run(folder: Path) -> Run:
