@@ -4,7 +4,7 @@ from rcmae.data.stream import BadLimits, Readers, Share, Stream
 from rcmae.data.views import Views
 
 
-def flat_stream(*, index, plan, device_decoder=None, **options):
+def flat_stream(*, index, plan, on_device=None, **options):
     """A stream of an index in the order of a plan.
 
     Args:
@@ -18,4 +18,4 @@ def flat_stream(*, index, plan, device_decoder=None, **options):
     bad = BadLimits(options.pop("max_bad_fraction", 0.001), options.pop("max_bad_in_a_row", 100))
     parts = {"views": taken(Views), "share": taken(Share), "readers": taken(Readers), "bad": bad}
     assert not options, options
-    return Stream(index=index, plan=plan, device_decoder=device_decoder, **parts)
+    return Stream(index=index, plan=plan, on_device=on_device, **parts)

@@ -20,7 +20,8 @@ from streams import flat_stream
 from torch import Tensor
 
 from rcmae.data.batch import Batch
-from rcmae.data.device_decode import DeviceDecoder, OnDevice, nvjpeg
+from rcmae.data.cache import Reader
+from rcmae.data.device_decode import DeviceDecoder, DeviceResizer, OnDevice, nvjpeg, pack_boxes
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask
 from rcmae.data.plan import Plan
@@ -55,10 +56,9 @@ def read(
         transform=TrainTransform((16, 24), margin=math.inf),
         mask=RandomMask(24, 6),
         seed=5,
-        micro=4,
+        **{"micro": 4, **options},  # type: ignore[arg-type]
         max_bad_fraction=0.5,
-        device_decoder=decode and DeviceDecoder(decode, CPU),  # type: ignore[arg-type]
-        **options,  # type: ignore[arg-type]
+        on_device=DeviceDecoder(decode, CPU) if callable(decode) else decode,  # type: ignore[arg-type]
     )
     running = stream.steps(first_step)
     batches = [batch for _ in range(steps) for batch in next(running)]
@@ -210,6 +210,82 @@ def test_without_a_gpu_the_workers_decode_and_gpu_says_so(
         nvjpeg(CPU, 3)
     with pytest.raises(RuntimeError, match="in_channels=4"):
         nvjpeg(torch.device("cuda"), 4)
+
+
+RESIZER = DeviceResizer(CPU, (16, 24), 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_crops_resized_on_the_device_are_the_workers(
+    index: ShardIndex, workers: int, repeats: int
+) -> None:
+    expected, _ = read(index, None, repeats=repeats)
+    batches, bad = read(index, RESIZER, workers=workers, repeats=repeats)
+    assert bad == []
+    assert_same(batches, expected, levels=0.6)
+    assert any(1 in batch.crops[:, 4] for batch in batches)  # some are flipped
+    resumed, _ = read(index, RESIZER, repeats=repeats, first_step=3, steps=3)
+    assert_same(resumed, batches[-6:], levels=0)
+
+
+def test_a_resized_crop_does_not_depend_on_its_batch(index: ShardIndex) -> None:
+    """Nor, so, on how many ranks there are."""
+    halves, _ = read(index, RESIZER, micro=2)
+    wholes, _ = read(index, RESIZER)
+    for number, whole in enumerate(wholes):
+        joined = torch.cat([half.images for half in halves[2 * number : 2 * number + 2]])
+        assert torch.equal(joined, whole.images)
+
+
+def test_bad_samples_are_replaced_alike_where_the_device_resizes(damaged: ShardIndex) -> None:
+    expected, ledger = read(damaged, None, steps=10)
+    batches, bad = read(damaged, RESIZER, steps=10)
+    assert bad == ledger != []
+    assert_same(batches, expected, levels=0.6)
+
+
+def test_a_resized_crop_is_as_pil_has_it(photo_shards: str) -> None:
+    """Each over 50 dB, those that are flipped, too."""
+    size = (48, 56)
+    transform = TrainTransform(size, margin=math.inf)
+    resizer = DeviceResizer(CPU, size, 3)
+    index = ShardIndex.open(photo_shards)
+    for number in range(8):
+        sample = index[number]
+        data = Reader().read(sample.shard, sample.offset, sample.size)
+        (view,) = transform.parts(data, 0, [number])
+        images = resizer.images(torch.tensor([view.crop]), pack_boxes([view.image]))
+        top, left, rows, columns, flipped = view.crop
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            part = image.convert("RGB").crop((left, top, left + columns, top + rows))
+        theirs = np.asarray(part.resize(size[::-1], Image.Resampling.BICUBIC)).astype(float)
+        mine = images[0].permute(1, 2, 0).numpy()
+        error = ((theirs[:, ::-1] if flipped else theirs) - mine) ** 2
+        assert error.mean() < 255**2 / 10**5  # 50 dB
+
+
+def test_a_run_whose_crops_the_device_resizes_goes_on_as_it_began(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Folder(tmp_path / "run")
+    options = ("schedule.warmup_steps=0", "schedule.steps=2")
+    assert start(tiny, run.path, *options, "data.resize=device") == 0
+    assert "resized on the device" in capsys.readouterr().out
+    assert start(tiny, run.path, *options, "data.resize=workers") == 2
+    assert "data.resize" in capsys.readouterr().err
+    both = ("data.resize=device", "data.decode=auto")
+    assert start(tiny, tmp_path / "other", *options, *both) == 2
+    assert "leave data.resize out" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_the_gpu_resizes_as_the_cpu_does(index: ShardIndex) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    expected, _ = read(index, RESIZER)
+    batches, _ = read(index, DeviceResizer(device, (16, 24), 3))
+    on_cpu = [batch.to("cpu") for batch in batches]
+    assert_same(on_cpu, expected, levels=0.01)
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from sklearn.datasets import load_sample_images
 
 from rcmae.data import jpeg
 from rcmae.data.batch import Batch
+from rcmae.data.draws import random_box
 from rcmae.data.index import ShardIndex
 from rcmae.data.jpeg import Box, decode_box
 from rcmae.data.transforms import (
@@ -28,7 +29,6 @@ from rcmae.data.transforms import (
     TrainTransform,
     decode,
     plain_jpeg,
-    random_box,
     resize,
     shrunken,
 )

@@ -3,15 +3,17 @@
 webdataset.
 
     python tools/bench_stream.py SHARDS [--image-size N] [--longer-side N] [--samples N] \\
-        [--rounds N] [--workers N]
-                                 [--json FILE]
+        [--decode-margin X] [--rounds N] [--workers N] [--json FILE]
 
 The samples are copied to a temporary folder, as one tar and as an image folder, so that all sides
 read the same bytes from the page cache; with --longer-side they are resized to that many pixels and
 encoded anew (JPEG, quality 90). `torchvision` is ImageFolder with the published pipeline: PIL
 decode, RandomResizedCrop (0.2 to 1, bicubic), flip, to tensor, normalise. `webdataset` is its tar
-reader and PIL decode with the same transforms. The stream normalises on the device, which is not in
-its time.
+reader and PIL decode with the same transforms. `uint8 v2` is the fastest of torchvision's own: a
+DataLoader over the files, libjpeg-turbo to uint8 (torchvision.io where its compiled part loads,
+else simplejpeg, which decodes alike), transforms.v2 on uint8. It and the stream normalise on the
+device, which is not in their time. `workers, data.resize=device` is what the stream's workers do
+where the device resizes and flips; that part is not in its time.
 
 Rates of one core are images per CPU second of one process with one thread, the sides in turn, round
 after round: the median, and the ratio to torchvision as the median of the rounds' ratios with its
@@ -25,7 +27,6 @@ import importlib.metadata
 import io
 import json
 import math
-import platform
 import statistics
 import sys
 import tarfile
@@ -38,19 +39,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from rcmae.data import jpeg
 from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask, visible_count
-from rcmae.data.plan import Plan
+from rcmae.data.plan import Plan, Requests
 from rcmae.data.stream import Readers, Share, Stream
 from rcmae.data.transforms import FORMATS, TrainTransform, decode
-from rcmae.data.views import Views
+from rcmae.data.views import Asked, TrainReading, Views
 from rcmae.errors import Refused
+from rcmae.models.precision import INSTRUCTIONS, cpu_instructions
+from rcmae.planning.hardware import cpu_name
 from rcmae.process import cores
 from rcmae.process.extensions import guard_torchvision
 
@@ -59,12 +63,15 @@ import webdataset  # noqa: E402
 
 from torchvision import transforms  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
+from torchvision.io import ImageReadMode, decode_jpeg  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 BATCH = 32
 PACKAGES = ("torch", "torchvision", "pillow", "simplejpeg", "webdataset")
 QUALITY = 90
+SLOWER = "uint8 v2"
 
 
 def copy_samples(
@@ -147,26 +154,88 @@ def theirs_of(size: int) -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
+class Uint8(Dataset[torch.Tensor]):
+    """Files of a folder as uint8 crops: libjpeg-turbo and transforms.v2, nothing through PIL."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._paths = sorted(str(path) for path in folder.rglob("*.jpg"))
+        self.decoder, self._decode = uint8_decoder()
+        self._transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    size,
+                    scale=(0.2, 1.0),
+                    interpolation=v2.InterpolationMode.BICUBIC,
+                    antialias=True,
+                ),
+                v2.RandomHorizontalFlip(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        image: torch.Tensor = self._transform(self._decode(Path(self._paths[number]).read_bytes()))
+        return image
+
+
+def uint8_decoder() -> tuple[str, Callable[[bytes], torch.Tensor]]:
+    """What decodes to [3, H, W] uint8: torchvision.io, or simplejpeg where that does not load."""
+
+    def by_torchvision(data: bytes) -> torch.Tensor:
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        pixels: torch.Tensor = decode_jpeg(raw, ImageReadMode.RGB)
+        return pixels
+
+    def by_simplejpeg(data: bytes) -> torch.Tensor:
+        return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
+
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    try:
+        by_torchvision(file.getvalue())
+    except RuntimeError:
+        return "simplejpeg", by_simplejpeg
+    return "torchvision.io", by_torchvision
+
+
+def plan_and_views(index: ShardIndex, transform: TrainTransform) -> tuple[Plan, Views]:
+    """Steps of one batch, three quarters of the patches hidden."""
+    patches = (transform.image_size[0] // 16) ** 2
+    mask = RandomMask(patches, visible_count(patches, 0.75))
+    plan = Plan(index.counts, seed=0, images=BATCH, streams=8, window=4096)
+    return plan, Views(transform, mask, seed=0)
+
+
 def stream_of(index: ShardIndex, transform: TrainTransform, workers: int) -> Stream:
     """A stream of steps of one batch."""
-    patches = (transform.image_size[0] // 16) ** 2
-    plan = Plan(index.counts, seed=0, images=BATCH, streams=8, window=4096)
-    mask = RandomMask(patches, visible_count(patches, 0.75))
-    return Stream(
-        index=index,
-        plan=plan,
-        views=Views(transform, mask, seed=0),
-        share=Share(BATCH),
-        readers=Readers(workers),
-    )
+    plan, views = plan_and_views(index, transform)
+    return Stream(index=index, plan=plan, views=views, share=Share(BATCH), readers=Readers(workers))
+
+
+def boxes_of(index: ShardIndex, transform: TrainTransform) -> Callable[[Requests], None]:
+    """What a worker does of a batch where the device resizes."""
+    plan, views = plan_and_views(index, transform)
+    reading = TrainReading(index, plan, views, None, max_bad_in_a_row=100, leaves="boxes")
+
+    def read(requests: Requests) -> None:
+        found = reading[Asked(requests)]
+        if isinstance(found, Exception):
+            raise found
+
+    return read
 
 
 def one_core(
-    files: list[bytes], folder: Path, index: ShardIndex, size: int, rounds: int
+    files: list[bytes], folder: Path, index: ShardIndex, transform: TrainTransform, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Images per CPU second of each side, and its ratio to torchvision's."""
-    transform = TrainTransform((size, size))
+    """Images per CPU second of each side, its ratio to torchvision's, and that to uint8 v2's."""
+    size = transform.image_size[0]
     theirs = theirs_of(size)
+    faster = Uint8(folder / "images", size)
+    plan, _ = plan_and_views(index, transform)
+    boxes = boxes_of(index, transform)
     images = ImageFolder(str(folder / "images"), theirs, loader=opened)
     steps = len(files) // BATCH
     stream = stream_of(index, transform, 0)
@@ -187,10 +256,15 @@ def one_core(
     sides: dict[str, Callable[[int], None]] = {
         "torchvision": lambda turn: consume(iter(DataLoader(images, BATCH, shuffle=True))),
         "webdataset": lambda turn: consume(iter(tar)),
+        SLOWER: lambda turn: consume(iter(DataLoader(faster, BATCH, shuffle=True))),
         "PIL decode alone": lambda turn: consume(map(pil_decode, files)),
         "decode alone": lambda turn: consume(map(decode, files)),
         "decode and crop": lambda turn: consume(map(transform, files, repeat(turn), count())),
         "stream": lambda turn: consume(islice(stream.steps(turn * steps), steps)),
+        "workers, data.resize=device": lambda turn: consume(
+            boxes(plan.requests((turn * steps + step) * BATCH, (turn * steps + step + 1) * BATCH))
+            for step in range(steps)
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
@@ -203,8 +277,10 @@ def one_core(
     out = {}
     for name, mine in seconds.items():
         ratios = [base / own for base, own in zip(seconds["torchvision"], mine, strict=True)]
+        to_uint8 = [base / own for base, own in zip(seconds[SLOWER], mine, strict=True)]
         out[name] = {
             "images_per_cpu_s": len(files) / statistics.median(mine),
+            "ratio_to_uint8_v2": statistics.median(to_uint8),
             "ratio": statistics.median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
@@ -213,14 +289,15 @@ def one_core(
 
 
 def all_cores(
-    files: list[bytes], folder: Path, index: ShardIndex, size: int, workers: int
+    files: list[bytes], folder: Path, index: ShardIndex, transform: TrainTransform, workers: int
 ) -> dict[str, float]:
     """Wall-clock images/s with worker processes, after the first batch.
 
     And how long first batches take.
     """
     steps = len(files) // BATCH
-    stream = stream_of(index, TrainTransform((size, size)), workers)
+    size = transform.image_size[0]
+    stream = stream_of(index, transform, workers)
     start = time.perf_counter()
     running = stream.steps(0)
     next(running)
@@ -278,6 +355,9 @@ def arguments() -> argparse.Namespace:
         metavar="N",
         help="resize the photographs to this many pixels first",
     )
+    parser.add_argument(
+        "--decode-margin", type=float, default=2.5, metavar="X", help="data.decode_margin"
+    )
     parser.add_argument("--samples", type=int, default=200, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--workers", type=int, default=cores.usable(), metavar="N")
@@ -296,20 +376,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(temporary)
         files = copy_samples(source, args.samples, args.longer_side, folder)
         index = ShardIndex.open(str(folder / "set.tar"))
-        transform = TrainTransform((args.image_size, args.image_size))
+        transform = TrainTransform((args.image_size, args.image_size), margin=args.decode_margin)
+        library = jpeg.library()
         return {
             "images": len(files),
             "mean_bytes": statistics.fmean(map(len, files)),
             "image_size": args.image_size,
             "longer_side": args.longer_side,
-            "machine": platform.processor() or platform.machine(),
+            "decode_margin": args.decode_margin,
+            "machine": ", ".join(
+                [cpu_name(), *(INSTRUCTIONS[each] for each in sorted(cpu_instructions()))]
+            ),
             "cores": cores.usable(),
             "parts_of_jpegs": jpeg.decodes_parts(),
+            "libjpeg_turbo": ".".join(map(str, library.version)) if library else None,
+            "uint8_v2_decodes": uint8_decoder()[0],
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "likeness": likeness(files, transform),
-            "one_core": one_core(files, folder, index, args.image_size, args.rounds),
+            "one_core": one_core(files, folder, index, transform, args.rounds),
             "workers": args.workers,
-            "all_cores": all_cores(files, folder, index, args.image_size, args.workers),
+            "all_cores": all_cores(files, folder, index, transform, args.workers),
         }
 
 
@@ -319,11 +405,11 @@ def print_report(report: dict[str, Any]) -> None:
         f"{report['images']} photographs of {report['mean_bytes'] / 1000:.0f} kB to "
         f"{report['image_size']} px"
     )
-    print(f"{'one core':20}{'images/CPU s':>14}{'x torchvision':>15}   range")
+    print(f"{'one core':30}{'images/CPU s':>14}{'x torchvision':>15}   range{'x uint8 v2':>20}")
     for side, row in report["one_core"].items():
         print(
-            f"{side:20}{row['images_per_cpu_s']:14.0f}{row['ratio']:15.2f}"
-            f"   {row['ratio_min']:.2f} to {row['ratio_max']:.2f}"
+            f"{side:30}{row['images_per_cpu_s']:14.0f}{row['ratio']:15.2f}"
+            f"   {row['ratio_min']:.2f} to {row['ratio_max']:.2f}{row['ratio_to_uint8_v2']:13.2f}"
         )
     for key, value in report["all_cores"].items():
         print(f"{key:30}{value:14.2f}   ({report['workers']} workers)")

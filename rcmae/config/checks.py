@@ -122,6 +122,11 @@ def _data_problems(recipe: Recipe) -> list[str]:
                 f"data.{key}: needs 0 < low <= high{' <= 1' if top == 1 else ''}, got [{low}, "
                 f"{high}]"
             )
+    if data.resize == "device" and data.decode != "cpu":
+        problems.append(
+            f"data.resize=device: the device that decodes (data.decode={data.decode}) resizes, "
+            "too; leave data.resize out"
+        )
     return problems
 
 
@@ -201,6 +206,7 @@ def _classifying_problems(recipe: Recipe) -> list[str]:
             "evaluate.picture_every_steps is of a pretraining, which alone reconstructs; leave "
             "it out"
         )
+    problems += _whole_on_the_cpu(recipe)
     if recipe.data.decode != "cpu":
         problems.append(
             f"data.decode={recipe.data.decode} applies to pretraining only: here images are "
@@ -228,6 +234,16 @@ def _classifying_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
+def _whole_on_the_cpu(recipe: Recipe) -> list[str]:
+    """What asks for crops resized on the device where their pixels are needed before."""
+    if recipe.data.resize == "workers":
+        return []
+    return [
+        f"data.resize={recipe.data.resize} applies to pretraining only: here the workers go on "
+        "with the resized crops; leave it out"
+    ]
+
+
 def _segmenting_problems(recipe: Recipe) -> list[str]:
     """Problems of a recipe that segments."""
     problems = []
@@ -240,6 +256,7 @@ def _segmenting_problems(recipe: Recipe) -> list[str]:
             "evaluate.picture_every_steps is of a pretraining; a segmentation draws some pictures "
             "of the test set with each evaluation"
         )
+    problems += _whole_on_the_cpu(recipe)
     if recipe.data.decode != "cpu":
         problems.append(
             f"data.decode={recipe.data.decode} is of a pretraining: here images are cut with their "
@@ -288,6 +305,7 @@ def _detecting_problems(recipe: Recipe) -> list[str]:
             "evaluate.picture_every_steps is of a pretraining; a detection draws some images of "
             "the test set with each evaluation"
         )
+    problems += _whole_on_the_cpu(recipe)
     if recipe.data.decode != "cpu":
         problems.append(
             f"data.decode={recipe.data.decode} applies to pretraining only: here images are cut "

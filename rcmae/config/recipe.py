@@ -100,6 +100,7 @@ FROZEN = (
     "data.flip",
     "data.decode_margin",
     "data.decode",
+    "data.resize",
     "data.mean",
     "data.std",
 )

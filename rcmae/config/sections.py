@@ -227,6 +227,11 @@ class DataOptions(Section):
     """Who decodes JPEGs: the workers, or the GPU (nvJPEG, whose pixels differ in their last bits);
     auto: the GPU where it can. Where it cannot the workers do, with a warning under gpu.
     """
+    resize: Literal["workers", "device"] = "workers"
+    """Who resizes and flips the decoded crops: the workers, or the device that trains, which rounds
+    once instead of twice (56 dB to the workers'). A fifth less work for the workers; a crop then
+    travels at the size it was decoded to, up to twice decode_margin times the target's side.
+    """
     max_pixels: Positive = 100_000_000
     """Larger images are bad samples, refused before they take memory (up to 15 bytes a pixel)."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)

@@ -7,7 +7,9 @@ numpy keeps those across versions, Generator's methods not."""
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -78,3 +80,36 @@ def permutation(seed: int, purpose: Purpose, *where: int, count: int) -> NDArray
     return np.argsort(raw(seed, purpose, *where, count=count), kind="stable").astype(
         np.int64, copy=False
     )
+
+
+def random_box(
+    rows: int,
+    columns: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draws: Sequence[float],
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a box of random area and aspect: log-uniform in aspect, as
+    RandomResizedCrop's.
+
+    Args:
+        rows, columns: size of the image.
+        scale: range of the box's area over the image's.
+        ratio: range of width over height.
+        draws: four numbers in [0, 1) for each try; where no box fits, the largest centred one
+            within `ratio` is taken.
+    """
+    low = math.log(ratio[0])
+    high = math.log(ratio[1])
+    for at in range(0, len(draws), 4):
+        area = rows * columns * (scale[0] + (scale[1] - scale[0]) * draws[at])
+        aspect = math.exp(low + (high - low) * draws[at + 1])
+        width = round(math.sqrt(area * aspect))
+        height = round(math.sqrt(area / aspect))
+        if 0 < width <= columns and 0 < height <= rows:
+            top = int(draws[at + 2] * (rows - height + 1))
+            left = int(draws[at + 3] * (columns - width + 1))
+            return top, left, height, width
+    height = min(rows, max(1, round(columns / ratio[0])))
+    width = min(columns, max(1, round(rows * ratio[1])))
+    return (rows - height) // 2, (columns - width) // 2, height, width

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from rcmae.config import Recipe
 from rcmae.data.workers import ReadersContext, end_with_owner, fork_server
 from rcmae.errors import counted
 
@@ -33,6 +34,7 @@ LOSSES_IN_A_ROW = 3  # without a read in between; then there is no use in anothe
 LOSSES = 50  # of a job
 _SHARED = Path("/dev/shm")
 _BATCHES = 3  # of a worker at a time: two ready, one in the making
+_LARGEST_BOXES = 25.0  # times a view's pixels, where decode_margin is without bound
 _LONGEST_SOCKET = 107  # bytes of its path
 _SOCKET = "/pymp-xxxxxxxx/listener-xxxxxxxx"  # as multiprocessing makes it, in its folder
 _SEEN_WITHIN_S = 1.0  # a process that was killed shows it by then
@@ -148,6 +150,17 @@ def _fate(pid: int | None, exitcode: int | None) -> str:
     elif exitcode == 255:  # nobody is left to tell
         how = "was lost with its fork server"
     return f"data worker {pid} {how}"
+
+
+def batch_bytes(recipe: Recipe, world: int) -> int:
+    """Of a micro-batch on its way from a worker: uint8 views, or decoded boxes where a device
+    resizes them. These have up to (2 x data.decode_margin)^2 times a view's pixels, and a quarter
+    of that on the whole.
+    """
+    height, width = recipe.model.image_hw
+    images = recipe.batch.per_device or max(1, recipe.batch.images // max(world, 1))
+    boxes = recipe.data.decode_margin**2 if recipe.data.resize == "device" else 1.0
+    return int(images * recipe.model.in_channels * height * width * min(boxes, _LARGEST_BOXES))
 
 
 def workers_amiss(workers: int, ranks: int, batch_bytes: int) -> str | None:

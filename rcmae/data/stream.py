@@ -15,7 +15,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count, islice
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch.utils.data import Sampler
 
 from rcmae.data.batch import NO_LABEL, Batch
 from rcmae.data.cache import Cache
-from rcmae.data.device_decode import DeviceDecoder, OnDevice
+from rcmae.data.device_decode import DeviceDecoder, DeviceResizer, OnDevice
 from rcmae.data.index import ShardIndex
 from rcmae.data.loading import Workers, WorkersLost, loader
 from rcmae.data.plan import Plan, Requests
@@ -94,7 +93,7 @@ class Stream:
         share: Share,
         readers: Readers = Readers(),
         bad: BadLimits = BadLimits(),
-        device_decoder: DeviceDecoder | None = None,
+        on_device: DeviceDecoder | DeviceResizer | None = None,
     ) -> None:
         """Nothing is read and no worker started before the first step is asked for.
 
@@ -105,8 +104,8 @@ class Stream:
             share: what this rank reads.
             readers: who reads and decodes.
             bad: when unreadable samples stop the run.
-            device_decoder: decodes what it can of the JPEGs, with a TrainTransform; the batches'
-                images are then on its device.
+            on_device: with a TrainTransform, decodes what it can of the JPEGs, or resizes all
+                images; the batches' images are then on its device.
 
         Raises:
             Refused: micro-batches do not divide this rank's part of a step, or ranks the batch
@@ -117,19 +116,14 @@ class Stream:
         self._micros = per_rank // share.micro
         self._limits = Limits(bad, plan.samples_per_epoch // share.world)
         self._repeats = views.repeats
-        assert device_decoder is None or isinstance(views.transform, TrainTransform), (
-            "only a box can be cut on the device"
-        )
-        assert device_decoder is None or views.members is None, "the device reads images alone"
-        self._device_decoder = device_decoder
+        assert on_device is None or (
+            isinstance(views.transform, TrainTransform) and views.members is None
+        ), "the device cuts boxes of images alone"
+        self._on_device = on_device
         cache = readers.cache
+        leaves = on_device.leaves if on_device else "nothing"
         self._reading = TrainReading(
-            index,
-            plan,
-            views,
-            cache,
-            max_bad_in_a_row=bad.in_a_row,
-            leaves_jpegs=device_decoder is not None,
+            index, plan, views, cache, max_bad_in_a_row=bad.in_a_row, leaves=leaves
         )
         remote = any(is_remote(shard.path) for shard in index.shards)
         assert not remote or cache is not None, "remote shards need a cache"
@@ -173,13 +167,11 @@ class Stream:
 
         with contextlib.ExitStack() as stack:
             reads: Iterator[Read | Exception] = self._workers.reads(start_at)
-            decoder = self._device_decoder
-            if decoder is not None:
-                decoded = OnDevice(
-                    reads, partial(self._decoded, decoder), decoder.device, ahead=self._micros
-                )
-                stack.callback(decoded.close)
-                reads = decoded
+            on_device = self._on_device
+            if on_device is not None:
+                made = OnDevice(reads, self._made, on_device.device, ahead=self._micros)
+                stack.callback(made.close)
+                reads = made
             while True:
                 batches = []
                 for read in islice(reads, self._micros):
@@ -193,12 +185,23 @@ class Stream:
                     batches.append(read.batch)
                 yield batches
 
-    def _decoded(self, decoder: DeviceDecoder, read: Read | Exception) -> Read | Exception:
+    def _made(self, read: Read | Exception) -> Read | Exception:
+        """The read with what the workers left to the device."""
+        on_device = self._on_device
+        if isinstance(read, Exception) or on_device is None:
+            return read
+        if isinstance(on_device, DeviceDecoder):
+            return self._decoded(on_device, read)
+        assert read.boxes is not None
+        images = on_device.images(read.batch.crops, read.boxes)
+        return Read(replace(read.batch, images=images), read.bad)
+
+    def _decoded(self, decoder: DeviceDecoder, read: Read) -> Read:
         """The read with the images that the workers left.
 
         What the device refuses is read again as they would.
         """
-        if isinstance(read, Exception) or read.encoded is None:
+        if read.encoded is None:
             return read
         batch = read.batch
         bad = {each.position: each for each in read.bad}
@@ -223,7 +226,7 @@ class Stream:
     @property
     def decodes(self) -> str:
         """Who decodes JPEGs."""
-        return "the workers" if self._device_decoder is None else "the GPU"
+        return "the GPU" if isinstance(self._on_device, DeviceDecoder) else "the workers"
 
     def drain_bad(self) -> list[BadSample]:
         """The ledger's lines since the last call: samples of this rank that could not be read."""
@@ -245,9 +248,7 @@ class Stream:
         """The first `count` samples of the run, the same on every rank, read here and now: for
         pictures.
         """
-        read = self._reading[Asked(self._plan.requests(0, count))]
-        if self._device_decoder is not None:
-            read = self._decoded(self._device_decoder, read)
+        read = self._made(self._reading[Asked(self._plan.requests(0, count))])
         if isinstance(read, Exception):
             raise read
         return read.batch.to("cpu")

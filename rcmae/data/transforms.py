@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from rcmae.data.batch import Batch
-from rcmae.data.draws import Purpose, uniform
+from rcmae.data.draws import Purpose, random_box, uniform
 from rcmae.data.jpeg import Box, Header, decode_box, decode_cmyk, header, is_whole, scans
 from rcmae.errors import Refused
 
@@ -58,7 +58,7 @@ class BadImage(ValueError):
 class View(NamedTuple):
     """What a transform makes of an image."""
 
-    image: Tensor  # [C, H, W] uint8
+    image: Tensor  # [C, H, W] uint8; [C, height, width] of the box where a device resizes
     crop: Crop
 
 
@@ -124,13 +124,26 @@ class TrainTransform:
         Raises:
             BadImage: as the call.
         """
-        if len(positions) == 1:
-            return [self(data, seed, positions[0])]
-        pixels = decode(data, self.in_channels, max_pixels=self.max_pixels)
+        return [
+            self._view(pixels, box, seed, position, 0)
+            for position, (pixels, box) in zip(
+                positions, self._parts(data, seed, positions), strict=True
+            )
+        ]
+
+    def parts(self, data: bytes, seed: int, positions: Sequence[int]) -> list[View]:
+        """The boxes of the views at several positions, neither resized nor flipped: for a device
+        that does both.
+
+        Raises:
+            BadImage: as the call.
+        """
         views = []
-        for position in positions:
-            box = self._box(pixels.shape[0], pixels.shape[1], self._draws(seed, position, 0))
-            views.append(self._view(box.of(pixels), box, seed, position, 0))
+        for position, (pixels, box) in zip(
+            positions, self._parts(data, seed, positions), strict=True
+        ):
+            image = torch.from_numpy(pixels).permute(2, 0, 1)
+            views.append(View(image, (*box, self._flips(seed, position, 0))))
         return views
 
     def crops(self, data: bytes, seed: int, positions: Sequence[int]) -> list[Crop] | None:
@@ -168,6 +181,17 @@ class TrainTransform:
         flipped = self._flips(seed, position, draw)
         image = resize(pixels, self.image_size)
         return View(image.flip(-1) if flipped else image, (*box, flipped))
+
+    def _parts(
+        self, data: bytes, seed: int, positions: Sequence[int]
+    ) -> list[tuple[NDArray[np.uint8], Box]]:
+        """Pixels and place of the boxes at several positions."""
+        if len(positions) == 1:
+            return [self._part(data, self._draws(seed, positions[0], 0))]
+        pixels = decode(data, self.in_channels, max_pixels=self.max_pixels)
+        draws = [self._draws(seed, position, 0) for position in positions]
+        boxes = [self._box(pixels.shape[0], pixels.shape[1], each) for each in draws]
+        return [(box.of(pixels), box) for box in boxes]
 
     def _part(self, data: bytes, draws: Sequence[float]) -> tuple[NDArray[np.uint8], Box]:
         """The pixels of a random box, shrunken or not, and the box."""
@@ -429,39 +453,6 @@ def _pixels(image: Image.Image, channels: int) -> NDArray[np.uint8]:
         image = image.convert("RGBA")
     pixels = np.array(image.convert(_MODES[channels]))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-def random_box(
-    rows: int,
-    columns: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    draws: Sequence[float],
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a box of random area and aspect: log-uniform in aspect, as
-    RandomResizedCrop's.
-
-    Args:
-        rows, columns: size of the image.
-        scale: range of the box's area over the image's.
-        ratio: range of width over height.
-        draws: four numbers in [0, 1) for each try; where no box fits, the largest centred one
-            within `ratio` is taken.
-    """
-    low = math.log(ratio[0])
-    high = math.log(ratio[1])
-    for at in range(0, len(draws), 4):
-        area = rows * columns * (scale[0] + (scale[1] - scale[0]) * draws[at])
-        aspect = math.exp(low + (high - low) * draws[at + 1])
-        width = round(math.sqrt(area * aspect))
-        height = round(math.sqrt(area / aspect))
-        if 0 < width <= columns and 0 < height <= rows:
-            top = int(draws[at + 2] * (rows - height + 1))
-            left = int(draws[at + 3] * (columns - width + 1))
-            return top, left, height, width
-    height = min(rows, max(1, round(columns / ratio[0])))
-    width = min(columns, max(1, round(rows * ratio[1])))
-    return (rows - height) // 2, (columns - width) // 2, height, width
 
 
 def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:

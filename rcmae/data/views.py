@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from rcmae.config import Recipe
 from rcmae.data.batch import NO_LABEL, Batch
 from rcmae.data.cache import Cache, Reader
-from rcmae.data.device_decode import Encoded, pack
+from rcmae.data.device_decode import Boxes, Encoded, Leaves, pack, pack_boxes
 from rcmae.data.index import Sample, ShardIndex
 from rcmae.data.masking import Mask
 from rcmae.data.members.protocol import Members, empty
@@ -71,7 +71,7 @@ class Viewed(NamedTuple):
     """A sample as its positions' keys have it."""
 
     sample: Sample
-    views: list[View]  # empty images where the device decodes them
+    views: list[View]  # empty images where the device decodes them, boxes where it resizes
     encoded: bytes  # a JPEG that is left to the device; else none
     extra: list[Mapping[str, Tensor]]  # of each view, where a task reads other members
 
@@ -90,7 +90,8 @@ class Read(NamedTuple):
 
     batch: Batch
     bad: list[BadSample]
-    encoded: Encoded | None = None  # images left to the device
+    encoded: Encoded | None = None  # JPEGs left to the device
+    boxes: Boxes | None = None  # of all its images, which it resizes
 
 
 class _Copying:
@@ -139,13 +140,13 @@ class TrainReading(Dataset[Read | Exception]):
         cache: Cache | None,
         *,
         max_bad_in_a_row: int,
-        leaves_jpegs: bool,
+        leaves: Leaves,
     ) -> None:
         self._index = index
         self._plan = plan
         self._views = views
         self._max_bad_in_a_row = max_bad_in_a_row
-        self._leaves_jpegs = leaves_jpegs
+        self._leaves = leaves
         self._reader = Reader(cache)
         self._copying = _Copying(self._reader)
         # Saves looking again for bytes that are not there. Of what does not decode nothing is kept:
@@ -171,7 +172,7 @@ class TrainReading(Dataset[Read | Exception]):
             requests.positions.tolist(), requests.samples.tolist(), strict=True
         ):
             try:
-                viewed = self.viewed(position, number, bad, leaves_jpegs=self._leaves_jpegs)
+                viewed = self.viewed(position, number, bad, leaves=self._leaves)
             except TooManyBadSamples as error:
                 return error
             except OSError as error:
@@ -189,12 +190,16 @@ class TrainReading(Dataset[Read | Exception]):
             extra += viewed.extra
         repeats = self._views.repeats
         positions = (requests.positions[:, None] * repeats + np.arange(repeats)).reshape(-1)
+        boxes = None
+        if self._leaves == "boxes":
+            boxes = pack_boxes([view.image for _, view in rows])
+            rows = [(sample, view._replace(image=self._blank())) for sample, view in rows]
         batch = _batch(rows, positions, self._ids(positions), self._views.mask.num_visible)
         if self._views.teacher_masks:
             batch = replace(batch, teacher_ids=self._ids(positions, draw=1))
         if self._views.members is not None:
             batch = replace(batch, extra=self._views.members.collate(extra))
-        return Read(batch, bad, pack(left))
+        return Read(batch, bad, pack(left), boxes)
 
     def _ids(self, positions: NDArray[np.int64], draw: int = 0) -> Tensor:
         views = self._views
@@ -202,7 +207,7 @@ class TrainReading(Dataset[Read | Exception]):
         return torch.from_numpy(np.stack(ids))
 
     def viewed(
-        self, position: int, number: int, bad: list[BadSample], *, leaves_jpegs: bool = False
+        self, position: int, number: int, bad: list[BadSample], *, leaves: Leaves = "nothing"
     ) -> Viewed:
         """The sample of a number, or else the next that can be read, seen as its positions' keys
         have it.
@@ -211,7 +216,7 @@ class TrainReading(Dataset[Read | Exception]):
             position: in the plan.
             number: of the sample that stands there.
             bad: gets a line if another takes its place.
-            leaves_jpegs: to the device, where it may decode them.
+            leaves: what the device does.
 
         Raises:
             TooManyBadSamples: no sample can be read in its place.
@@ -223,7 +228,7 @@ class TrainReading(Dataset[Read | Exception]):
         beyond = int(self._index.counts[self._index.place(number)[0]]) + self._max_bad_in_a_row
         for tried in islice(self._candidates(position, number), beyond):
             try:
-                viewed = self._viewed(tried, positions, leaves_jpegs=leaves_jpegs)
+                viewed = self._viewed(tried, positions, leaves)
             except (BadImage, MemoryError) as error:
                 reason = reason or _why(error)
                 continue
@@ -238,7 +243,7 @@ class TrainReading(Dataset[Read | Exception]):
             "samples after it failed as well"
         )
 
-    def _viewed(self, number: int, positions: range, *, leaves_jpegs: bool) -> Viewed:
+    def _viewed(self, number: int, positions: range, leaves: Leaves) -> Viewed:
         """The sample of a number itself. Raises BadImage, MemoryError, OSError."""
 
         def attempt() -> Viewed:
@@ -248,7 +253,11 @@ class TrainReading(Dataset[Read | Exception]):
             data = self._read(number, sample)
             if self._views.members is not None:
                 return self._with_members(number, sample, data, positions)
-            crops = self._crops(data, positions) if leaves_jpegs else None
+            if leaves == "boxes":
+                assert isinstance(self._views.transform, TrainTransform)
+                boxes = self._views.transform.parts(data, self._views.seed, positions)
+                return Viewed(sample, boxes, b"", [])
+            crops = self._crops(data, positions) if leaves == "jpegs" else None
             if crops is None:
                 views = self._views.transform.views(data, self._views.seed, positions)
             else:
@@ -348,9 +357,13 @@ class LabelledReading(Dataset[Read]):
 def _batch(
     rows: list[tuple[Sample, View]], positions: NDArray[np.int64], ids: Tensor, num_visible: int
 ) -> Batch:
-    images = empty((len(rows), *rows[0][1].image.shape), torch.uint8)
-    for row, (_, view) in enumerate(rows):
-        images[row] = view.image
+    first = rows[0][1].image
+    if first.stride() == (0, 0, 0) and len({view.image.data_ptr() for _, view in rows}) == 1:
+        images = first.expand(len(rows), *first.shape)  # the device makes them all
+    else:
+        images = empty((len(rows), *first.shape), torch.uint8)
+        for row, (_, view) in enumerate(rows):
+            images[row] = view.image
     labels = [sample.label for sample, _ in rows]
     keys = tuple(sample.id for sample, _ in rows)
     crops = [view.crop for _, view in rows]

@@ -282,7 +282,10 @@ def decode_rate(recipe: Recipe, index: ShardIndex, *, seconds: float = 1.0) -> f
             sample = index[number]
             encoded = reader.read(sample.shard, sample.offset, sample.size)
             with contextlib.suppress(BadImage):
-                transform(encoded, data.seed, number)
+                if data.resize == "device":
+                    transform.parts(encoded, data.seed, [number])
+                else:
+                    transform(encoded, data.seed, number)
                 done += 1
             if time.thread_time() - begin > seconds:
                 break

@@ -27,7 +27,7 @@ from rcmae import __version__, config, dist
 from rcmae.config import Recipe
 from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
-from rcmae.data.loading import workers_amiss, workers_crowded
+from rcmae.data.loading import batch_bytes, workers_amiss, workers_crowded
 from rcmae.data.patterns import Patterns
 from rcmae.errors import Refused, counted
 from rcmae.files import flush_folder
@@ -342,9 +342,7 @@ def _cache(variable: str, folder: Path) -> Finding:
 
 
 def _workers(recipe: Recipe, local_world: int) -> Iterator[Finding]:
-    height, width = recipe.model.image_hw
-    images = recipe.batch.per_device or max(1, recipe.batch.images // max(dist.world(), 1))
-    each = images * recipe.model.in_channels * height * width  # a micro-batch travels as uint8
+    each = batch_bytes(recipe, dist.world())
     amiss = workers_amiss(recipe.data.workers, local_world, each)
     if amiss:
         told, _, ways = amiss.partition(": ")

@@ -62,6 +62,8 @@ def announce(run: Run, verdict: Verdict, trained: Trained) -> None:
     if recipe.data.decode != "cpu":
         decodes = run.parts.batches.stream.decodes
         log.say(f"  {'JPEG':<12} decoded by {decodes}  (data.decode={recipe.data.decode})")
+    if recipe.data.resize != "workers":
+        log.say(f"  {'crops':<12} resized on the device that trains  (data.resize=device)")
     if index.short:
         shown = ", ".join(index.short[:5]) + " ..." * (len(index.short) > 5)
         log.event("short_shards", shards=index.short)

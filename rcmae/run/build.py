@@ -17,7 +17,7 @@ from rcmae import checkpoint, dist
 from rcmae.checkpoint.lease import Lease, LeaseHeld
 from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import Cache
-from rcmae.data.device_decode import device_decoder
+from rcmae.data.device_decode import device_decoder, device_resizer
 from rcmae.data.stream import BadLimits, Readers, Share, Stream
 from rcmae.data.transforms import Normalise
 from rcmae.data.views import Views
@@ -380,8 +380,8 @@ def stream_of(verdict: Verdict, task: Task, cache: Cache | None) -> Stream:
     recipe, data = verdict.recipe, verdict.recipe.data
     assert verdict.data.train is not None
     members = task.members(recipe)
-    # the device decodes images alone
-    decoder = device_decoder(recipe) if members is None else None
+    # the device decodes and resizes images alone
+    on_device = (device_decoder(recipe) or device_resizer(recipe)) if members is None else None
     return Stream(
         index=verdict.data.train,
         plan=verdict.plan,
@@ -401,7 +401,7 @@ def stream_of(verdict: Verdict, task: Task, cache: Cache | None) -> Stream:
         ),
         readers=Readers(workers=data.workers, cache=cache),
         bad=BadLimits(fraction=data.max_bad_fraction, in_a_row=data.max_bad_in_a_row),
-        device_decoder=decoder,
+        on_device=on_device,
     )
 
 

@@ -23,7 +23,7 @@ from rcmae import checkpoint, config, dist
 from rcmae.config import Recipe
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
-from rcmae.data.loading import workers_amiss, workers_crowded
+from rcmae.data.loading import batch_bytes, workers_amiss, workers_crowded
 from rcmae.data.patterns import Patterns
 from rcmae.data.sets import class_lists
 from rcmae.data.sources import is_remote, redacted
@@ -410,10 +410,8 @@ def cache_of(recipe: Recipe, data: Data) -> Cache | None:
 
 def processes_amiss(recipe: Recipe) -> str | None:
     """Why this node cannot have the data workers of its ranks, if it cannot."""
-    height, width = recipe.model.image_hw
-    images = recipe.batch.per_device or max(1, recipe.batch.images // dist.world())
-    batch_bytes = images * recipe.model.in_channels * height * width  # uint8
-    return workers_amiss(recipe.data.workers, dist.ranks_of_node(), batch_bytes)
+    each = batch_bytes(recipe, dist.world())
+    return workers_amiss(recipe.data.workers, dist.ranks_of_node(), each)
 
 
 def cache_amiss(facts: Facts) -> str | None:

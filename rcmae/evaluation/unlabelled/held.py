@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from rcmae import dist
 from rcmae.data.batch import NO_LABEL, Batch
-from rcmae.data.draws import Purpose, uniform
+from rcmae.data.draws import Purpose, random_box, uniform
 from rcmae.data.masking import Mask
-from rcmae.data.transforms import random_box
 from rcmae.evaluation.features import Extractor, Features
 from rcmae.evaluation.unlabelled.spectra import effective_rank, lidar, singular_values
 from rcmae.objectives import Objective
