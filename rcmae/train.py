@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from rcmae.commands import training
 from rcmae.data.workers import refuse_unguarded, serve_readers
-from rcmae.process import console, waits
+from rcmae.process import console, garbage, waits
 from rcmae.process.leaving import leaving, tell_launcher
 from rcmae.run import preempt, startup
 from rcmae.run.command import Command
@@ -40,8 +40,9 @@ def fit(run: Run) -> str | None:
         None when the last step is done, else why the run stops before it.
 
     Raises:
-        NonFiniteLoss: on every rank, before the update, if any rank's loss or gradient is not
-            finite (or the loss jumped) and guard.action or its limits say stop.
+        NonFiniteLoss: on every rank, if any rank's loss or gradient is not finite (or the loss
+            jumped) and guard.action or its limits say stop; the step updated nothing, and no other
+            after it.
         DataUnreadable: on every rank, if any cannot read its samples.
         LeaseLost: on every rank; another job took over the run.
     """
@@ -51,7 +52,10 @@ def fit(run: Run) -> str | None:
     for micros in parts.batches:
         # a sum over ranks, begun in the step before: global counts, who asks to stop
         agreed = parts.agreement.before_step(micros)
-        if agreed.stop:
+        if agreed.stop or agreed.unreadable:
+            parts.recovery.settle()
+            if agreed.unreadable:
+                raise agreed.unreadable
             return agreed.stop
         lr = schedule.lr(progress.step)
         momentum = schedule.momentum(progress.step, len(micros) - 1)
@@ -70,22 +74,31 @@ def fit(run: Run) -> str | None:
             losses.append({term: share.detach() for term, share in shares.items()})
             if schedule.teacher_each_micro and not last:
                 engine.update_teacher(schedule.momentum(progress.step, index))
+        # this step is on the device; what it said of the last one is there, or is waited for
+        if not parts.recovery.settle():
+            continue  # the run was rewound
         shows = progress.is_early  # on the console alone
+        waits = parts.recovery.must_wait()  # at log steps, before evaluations and saves
         jumped = parts.guard.jumped(losses)  # an all-reduce, where guard.spike_factor asks for it
-        # all ranks agree that the gradient is finite before any weight moves
+        # all ranks agree that the gradient is finite before any weight moves: the device, or, where
+        # the engine cannot leave that to it, the host, which waits for it
         stats = engine.step(lr=lr, weight_decay=schedule.weight_decay, discard=jumped is not None)
-        if jumped is not None or not stats.finite:
+        if waits and (jumped is not None or not stats.finite):
             if not parts.recovery.skips(micros, losses, grad_norm=stats.grad_norm, jumped=jumped):
                 continue  # the run was rewound
             telemetry = {"skipped": 1.0}  # the update alone: whatever is due is done
         else:
             telemetry = engine.update_teacher(momentum, measure=logs)
         parts.advance()
-        rates = {"lr": lr, "momentum": momentum, "grad_norm": stats.grad_norm}
+        rates = {"lr": lr, "momentum": momentum}
+        if not waits:
+            parts.recovery.expect(micros, losses, stats)
         if logs:
-            parts.recorder.record(losses, **rates, **telemetry)  # an all-reduce
+            # an all-reduce
+            parts.recorder.record(losses, **rates, grad_norm=stats.grad_norm, **telemetry)
+            garbage.collect()
         elif shows:
-            parts.recorder.show(losses, **rates)  # an all-reduce
+            parts.recorder.show(losses, **rates, grad_norm=stats.grad_norm)  # an all-reduce
         else:
             parts.recorder.mention()  # a line each half minute, on rank 0
         parts.evaluation.when_due()
@@ -131,7 +144,8 @@ def train(
         if command.evaluate_only:
             outcome = ending.evaluated(run)
         else:
-            why_stop = fit(run)
+            with garbage.collected_each(run.recipe.log.every_steps):
+                why_stop = fit(run)
             run.parts.saving.finish()
             outcome = ending.outcome_of(run, why_stop)
             run.log.conclude(ending.summary(run, outcome))

@@ -30,6 +30,23 @@ def test_a_training_killed_in_each_kind_of_moment_comes_out_bit_for_bit(
     assert [check["bit_equal"] for check in found["trainings_finished_and_compared"]][-1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp x2", "ddp/2 x2"])
+def test_ranks_of_ddp_that_are_killed_come_out_as_if_nobody_had(
+    tiny: Path, tmp_path: Path, layout: str
+) -> None:
+    report = tmp_path / "kill.json"
+    short = ["schedule.steps=30", "batch.images=8", "checkpoint.every_steps=3"]
+    words = [f"--layout={layout}", "--times=2", "--seed=1", f"--json={report}"]
+    assert drill.main(["kill", str(tiny), *words, *short]) == 0
+    found = json.loads(report.read_text())
+    assert found["kills"] == sum(found["hits"].values()) == 2
+    assert found["resumes"] > 0
+    last = found["trainings_finished_and_compared"][-1]
+    assert last["close"]
+    assert last["steps_once"]
+
+
 def test_a_plan_of_kills_has_a_third_in_saves_each_phase_as_often() -> None:
     plan = drill.moments(100)
     assert len(plan) == 100

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from rcmae.commands.again import replay
+from runs import Folder, distance
 from tests.conftest import Ranks
 
+RARELY = "log.every_steps=20"
 PROGRAM = Path(__file__).parent / "programs" / "train_many.py"
 POISONED = 32 * 12 + 5  # a sample of the thirteenth step; checkpoints are of steps 10 and 20
 
@@ -24,6 +26,7 @@ def rows(run: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
 def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bad")
     zero2 = ["engine.name=deepspeed", "engine.config=zero2.json"]
+    ddp = ["engine.name=ddp", "engine.shard_ranks=2"]
 
     def job(name: str, *overrides: str) -> list[str]:
         return [
@@ -38,7 +41,12 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("skip", *zero2, "guard.action=skip"),
         job("rewind", *zero2, "guard.action=rewind"),
         job("rewind-fsdp2", "engine.name=fsdp2", "guard.action=rewind"),
-        job("rewind-ddp", "engine.name=ddp", "engine.shard_ranks=2", "guard.action=rewind"),
+        job("rewind-ddp", *ddp, "guard.action=rewind"),
+        # nobody waits for the thirteenth step: what it was is learnt in the fourteenth
+        job("late-ddp", *ddp, "guard.action=rewind", RARELY),
+        job("late-fsdp2", "engine.name=fsdp2", "guard.action=rewind", RARELY),
+        job("skip-ddp", *ddp, "guard.action=skip"),
+        job("late-skip-ddp", *ddp, "guard.action=skip", RARELY),
         job("too-often", *zero2, "guard.action=skip", "guard.max_skips=0"),
         [
             str(tiny),
@@ -53,7 +61,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     ]
     ranks = Ranks([sys.executable, str(PROGRAM), json.dumps(jobs)], 2, root)
-    assert "STATUS [1, 0, 0, 0, 0, 1, 0]" in ranks.succeed()
+    assert "STATUS [1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]" in ranks.succeed()
     (root / "said").write_text(ranks.said())
     return root
 
@@ -100,6 +108,35 @@ def test_rewind_passes_over_exactly_the_samples_since_the_checkpoint(runs: Path,
     assert manifest["images"] == 23 * 32
     assert [row["loss"] for row in steps[:10]] == [row["loss"] for row in rows(runs / "stop")[:10]]
     assert steps[10]["loss"] == pytest.approx(rows(runs / "rewind")[10]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("late", "waited"),
+    [
+        ("late-ddp", "rewind-ddp"),
+        ("late-fsdp2", "rewind-fsdp2"),
+        ("late-skip-ddp", "skip-ddp"),
+    ],
+)
+def test_what_is_learnt_a_step_late_comes_out_as_what_was_waited_for(
+    runs: Path, late: str, waited: str
+) -> None:
+    found, wanted = Folder(runs / late), Folder(runs / waited)
+    (event,), (other,) = found.events("not_finite"), wanted.events("not_finite")
+    for name in ("step", "data_step", "action", "samples"):
+        assert event[name] == other[name], name
+    assert event["step"] == 12
+    assert found.committed() == wanted.committed()
+    assert found.rows()[-1]["images_seen"] == wanted.rows()[-1]["images_seen"]
+    for kind in ("weight", "teacher", "exp_avg"):
+        assert distance(found.state(), wanted.state(), kind) < 1e-5, kind
+    manifests = []
+    for name in (late, waited):
+        path = runs / name / "checkpoints" / "step-00000020" / "manifest.json"
+        manifests.append(json.loads(path.read_text()))
+    for key in ("optimizer_step", "teacher_updates", "images"):
+        assert manifests[0][key] == manifests[1][key], key
 
 
 @pytest.mark.slow

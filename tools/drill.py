@@ -59,6 +59,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = {  # name -> ranks, overrides
     "local x1": (1, ["engine.name=local", "engine.config=null"]),
     "ddp x2": (2, ["engine.name=ddp", "engine.config=null"]),
+    "ddp/2 x2": (2, ["engine.name=ddp", "engine.config=null", "engine.shard_ranks=2"]),
     "ddp/2 x4": (4, ["engine.name=ddp", "engine.config=null", "engine.shard_ranks=2"]),
     "ds0 x2": (2, ["engine.name=deepspeed", "engine.config=zero0.json"]),
     "ds1 x2": (2, ["engine.name=deepspeed", "engine.config=zero1.json"]),

@@ -67,6 +67,15 @@ class Batch:
         """The same batch with what an objective reads on `device`; the rest stays on the CPU."""
         return self._each(Kind.MOVES, lambda value: value.to(device, non_blocking=non_blocking))
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of what is on a GPU until work that `stream` has by now is done."""
+
+        def recorded(value: Tensor) -> Tensor:
+            value.record_stream(stream)
+            return value
+
+        self._each(Kind.MOVES, recorded)
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, so that `to` can copy while the GPU computes."""
         return self._each(Kind.MOVES, lambda value: value.pin_memory())

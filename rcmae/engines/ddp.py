@@ -36,14 +36,17 @@ from rcmae.engines.protocol import Copies, EngineSettings, EngineState, StepStat
 from rcmae.engines.teacher import Teacher
 from rcmae.engines.updates import (
     clip,
+    decides,
     freeze,
     global_norm,
+    guarded_step,
+    is_bad,
     optimizer_for,
     restore_teacher,
     statistics,
+    take_back,
     update,
     updates_of,
-    verdict,
 )
 from rcmae.models.protocol import graph_changes
 
@@ -89,6 +92,8 @@ class DDPEngine:
         self.teacher = freeze(teacher)
         self._taught: list[int] = []  # groups that the teacher has
         self._ema = self._add_teacher(teacher) if teacher is not None else None
+        self.decides_on_device = decides(self._optimizer, self._ema)
+        self._bad: Tensor | None = None  # 1.0 where the last step's gradient is not finite
 
     def _gather(self, flats: list[Tensor], network: nn.Module) -> Gather | None:
         """What brings the shards of a network's weights together, before its next forward."""
@@ -118,6 +123,7 @@ class DDPEngine:
         assert last == self._wrapped.require_backward_grad_sync, "micro-batches are not as told"
         if last:
             self._sums.hand_over()
+        self._bad = None
         loss.backward()
         if not last:
             self._sums.take()
@@ -138,12 +144,13 @@ class DDPEngine:
         norm = global_norm(
             grads, sharded=self._sharded, device=self._settings.device, group=self._cut.group
         )
-        stats = verdict(norm)
-        if stats.finite and not discard:
+        stats = StepStats(norm)
+        self._bad = is_bad(norm) if self.decides_on_device else None
+        if not discard and (self.decides_on_device or stats.finite):
             clip(grads, norm, self._settings.clip_grad)
             set_rates(self._optimizer.param_groups, lr=lr, weight_decay=weight_decay)
             self._settle()
-            self._optimizer.step()
+            guarded_step(self._optimizer, self._bad)
             self._publish()
         self._sums.begin()
         return stats
@@ -177,7 +184,11 @@ class DDPEngine:
 
     def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:
         """Move the teacher."""
-        return update(self._ema, momentum, measure=measure, sharded=self._sharded)
+        return update(self._ema, momentum, measure=measure, sharded=self._sharded, bad=self._bad)
+
+    def take_back(self) -> None:
+        """The teacher was not moved."""
+        take_back(self._ema)
 
     def state(self) -> EngineState:
         """Live views: of each parameter what this rank keeps."""

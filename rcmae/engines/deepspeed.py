@@ -45,7 +45,6 @@ from rcmae.engines.updates import (
     statistics,
     update,
     updates_of,
-    verdict,
 )
 from rcmae.process import compiler
 
@@ -204,6 +203,8 @@ class _Sharded:
 class DeepSpeedEngine:
     """A student wrapped by DeepSpeed and its teacher, at any ZeRO stage."""
 
+    decides_on_device = False
+
     def __init__(
         self,
         student: nn.Module,
@@ -323,8 +324,8 @@ class DeepSpeedEngine:
         norm = global_norm(
             self._stage.grads(), sharded=self._stage.sharded, device=self._settings.device
         )
-        stats = verdict(norm)
-        if stats.finite and not discard:
+        stats = StepStats(norm)
+        if stats.finite and not discard:  # waits for the device, once a step
             set_rates(self._adam.param_groups, lr=lr, weight_decay=weight_decay)
             self.student.step()
         else:
@@ -350,6 +351,9 @@ class DeepSpeedEngine:
     def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:
         """Move the teacher's shards, as the stage cuts them."""
         return update(self._ema, momentum, measure=measure, sharded=self._stage.sharded)
+
+    def take_back(self) -> None:
+        """Nothing is: the host decided before anything was counted."""
 
     def state(self) -> EngineState:
         """Live views of this rank's part."""

@@ -30,14 +30,17 @@ from rcmae.engines.teacher import Teacher
 from rcmae.engines.updates import (
     cast_params,
     clip,
+    decides,
     freeze,
     global_norm,
+    guarded_step,
+    is_bad,
     optimizer_for,
     restore_teacher,
     statistics,
+    take_back,
     update,
     updates_of,
-    verdict,
 )
 from rcmae.models.protocol import blocks_of, other_units
 
@@ -93,12 +96,15 @@ class FSDP2Engine:
                 offset=dist.rank() % self._shards,
             )
             self._ema.start_from_student()
+        self.decides_on_device = decides(self._optimizer, self._ema)
+        self._bad: Tensor | None = None  # 1.0 where the last step's gradient is not finite
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient; only the last micro-batch reduces.
 
         FSDP2 averages: the share is scaled to make it a sum.
         """
+        self._bad = None
         self._root.set_requires_gradient_sync(last)
         (loss * dist.world()).backward()
 
@@ -108,17 +114,23 @@ class FSDP2Engine:
             _shard_of(param.grad) for param in self.student.parameters() if param.grad is not None
         ]
         norm = global_norm(grads, sharded=True, device=self._settings.device, group=self._group)
-        stats = verdict(norm)
-        if stats.finite and not discard:
+        stats = StepStats(norm)
+        self._bad = is_bad(norm) if self.decides_on_device else None
+        if not discard and (self.decides_on_device or stats.finite):
             clip(grads, norm, self._settings.clip_grad)
             set_rates(self._optimizer.param_groups, lr=lr, weight_decay=weight_decay)
-            self._optimizer.step()
+            guarded_step(self._optimizer, self._bad)
         self._optimizer.zero_grad(set_to_none=True)
         return stats
 
     def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:
         """Move the teacher's shards."""
-        return update(self._ema, momentum, measure=measure, sharded=True)
+        bad = self._bad
+        return update(self._ema, momentum, measure=measure, sharded=True, bad=bad)
+
+    def take_back(self) -> None:
+        """The teacher was not moved."""
+        take_back(self._ema)
 
     def state(self) -> EngineState:
         """Live views: this rank's rows of each parameter."""

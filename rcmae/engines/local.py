@@ -13,14 +13,17 @@ from rcmae.engines.protocol import Copies, EngineSettings, EngineState, StepStat
 from rcmae.engines.teacher import Teacher
 from rcmae.engines.updates import (
     clip,
+    decides,
     freeze,
     global_norm,
+    guarded_step,
+    is_bad,
     optimizer_for,
     restore_teacher,
     statistics,
+    take_back,
     update,
     updates_of,
-    verdict,
 )
 
 
@@ -58,9 +61,12 @@ class LocalEngine:
                 seed=settings.seed,
             )
             self._ema.start_from_student()
+        self.decides_on_device = decides(self._optimizer, self._ema)
+        self._bad: Tensor | None = None  # 1.0 where the last step's gradient is not finite
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this share of the loss."""
+        self._bad = None
         loss.backward()
         if self._settings.precision != "fp32":
             for master, grad in zip(self._flat.masters, self._grads, strict=True):
@@ -72,18 +78,24 @@ class LocalEngine:
         """Finite check, clip, update, round."""
         grads = [master.grad for master in self._flat.masters if master.grad is not None]
         norm = global_norm(grads, sharded=False, device=self._settings.device)
-        stats = verdict(norm)
-        if stats.finite and not discard:
+        stats = StepStats(norm)
+        self._bad = is_bad(norm) if self.decides_on_device else None
+        if not discard and (self.decides_on_device or stats.finite):
             clip(grads, norm, self._settings.clip_grad)
             set_rates(self._optimizer.param_groups, lr=lr, weight_decay=weight_decay)
-            self._optimizer.step()
+            guarded_step(self._optimizer, self._bad)
             self._flat.round()
         torch._foreach_zero_(grads)
         return stats
 
     def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:
         """Move the teacher."""
-        return update(self._ema, momentum, measure=measure, sharded=False)
+        bad = self._bad
+        return update(self._ema, momentum, measure=measure, sharded=False, bad=bad)
+
+    def take_back(self) -> None:
+        """The teacher was not moved."""
+        take_back(self._ema)
 
     def state(self) -> EngineState:
         """Live views: each parameter whole."""

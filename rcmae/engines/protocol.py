@@ -10,6 +10,7 @@ sharding, so a checkpoint of one engine opens in any other."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -25,11 +26,34 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Rule = Literal["adamw", "lars", "sgd"]
 
 
-class StepStats(NamedTuple):
-    """What `step` saw. `finite` is the same on all ranks; where it is False nothing was updated."""
+class StepStats:
+    """What `step` saw, on its way from the device: who asks waits for it, which costs nothing once
+    the device is a step further.
 
-    grad_norm: float  # global L2 norm before clipping
-    finite: bool
+    Args:
+        norm: global L2 norm before clipping, the same on all ranks.
+    """
+
+    def __init__(self, norm: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._norm = norm.detach()
+        if norm.is_cuda:
+            self._norm = torch.empty_like(norm, device="cpu", pin_memory=True)
+            self._norm.copy_(norm.detach(), non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def grad_norm(self) -> float:
+        """Global L2 norm before clipping."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._norm.numpy())
+
+    @property
+    def finite(self) -> bool:
+        """Whether it is; the same on all ranks. Where it is not nothing was updated."""
+        return math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,9 @@ class Engine(Protocol):
     student: nn.Module  # call it; wrapped, one forward
     # frozen, sharded like the student; it may lack whole optimizer groups of the student's
     teacher: nn.Module | None
+    # whether the device itself leaves out an update whose gradient is not finite, and the move of
+    # the teacher after it: then nobody has to wait for the verdict before the next step's backward
+    decides_on_device: bool
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the global loss.
@@ -108,13 +135,18 @@ class Engine(Protocol):
     def step(self, *, lr: float, weight_decay: float, discard: bool = False) -> StepStats:
         """Finite check agreed by all ranks before any group moves, clip, update.
 
-        `discard` drops the gradients.
+        `discard` drops the gradients. Where the device decides it does not wait.
         """
 
     def update_teacher(self, momentum: float, *, measure: bool = False) -> dict[str, float]:
         """Move the teacher's local shards.
 
         `measure` gives what it did (it waits for the device).
+        """
+
+    def take_back(self) -> None:
+        """Take back what the host counted of the last `step` and `update_teacher`, of which the
+        device left out both.
         """
 
     def state(self) -> EngineState:

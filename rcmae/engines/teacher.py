@@ -123,26 +123,38 @@ class Teacher:
         if self._publication is not None:
             self._publication.begin()
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether running buffers are taken over."""
+        return bool(self._statistics)
+
     @torch.no_grad()
-    def update(self, momentum: float) -> None:
+    def update(self, momentum: float, unless: Tensor | None = None) -> None:
         """teacher = momentum x teacher + (1 - momentum) x student (RC-MAE, section 3).
 
+        Where `unless` is 1.0 on the device, the teacher stays as it is; it is counted all the same.
         Collective: every rank calls.
         """
         self.settle()
         self.updates += 1
+        share: float | Tensor = 1.0 - momentum  # of the student
+        if unless is not None:
+            share = (1.0 - unless) * share
         if self.stochastic:
-            self._update_stochastic(momentum)
-        else:
-            torch._foreach_lerp_(self.accumulators, self.masters, 1.0 - momentum)
+            self._update_stochastic(share)
+        elif isinstance(share, float):
+            torch._foreach_lerp_(self.accumulators, self.masters, share)
+        else:  # torch has no kernel over several tensors for it; the same numbers
+            for average, master in zip(self.accumulators, self.masters, strict=True):
+                average.lerp_(master, share)
         self.round()
 
-    def _update_stochastic(self, momentum: float) -> None:
+    def _update_stochastic(self, share: float | Tensor) -> None:
         for index, (copy, master) in enumerate(zip(self.copies, self.masters, strict=True)):
             generator = torch.Generator(copy.device)
             key = np.random.SeedSequence([self._seed, self._offset, self.updates, index])
             generator.manual_seed(int(key.generate_state(1, np.uint64)[0]))
-            copy.copy_(round_stochastically(copy.float().lerp_(master, 1.0 - momentum), generator))
+            copy.copy_(round_stochastically(copy.float().lerp_(master, share), generator))
 
     @torch.no_grad()
     def measured_update(self, momentum: float) -> Telemetry:

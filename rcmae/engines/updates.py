@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from rcmae import dist
 from rcmae.engines.optim import LARS
-from rcmae.engines.protocol import EngineSettings, StepStats
+from rcmae.engines.protocol import EngineSettings
 from rcmae.engines.teacher import Teacher, Telemetry
 from rcmae.models.kernels import adamw
 from rcmae.models.protocol import running_buffers
@@ -99,9 +98,14 @@ def cast_params(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def update(
-    ema: Teacher | None, momentum: float, *, measure: bool, sharded: bool
+    ema: Teacher | None,
+    momentum: float,
+    *,
+    measure: bool,
+    sharded: bool,
+    bad: Tensor | None = None,
 ) -> dict[str, float]:
-    """One EMA update, measured or not; nothing where there is no teacher.
+    """One EMA update, measured or not; nothing where there is no teacher, or `bad` is 1.0.
 
     Collective: every rank calls.
     """
@@ -109,8 +113,14 @@ def update(
         return {}
     if measure:
         return read_telemetry(ema.measured_update(momentum), sharded=sharded)
-    ema.update(momentum)
+    ema.update(momentum, unless=bad)
     return {}
+
+
+def take_back(ema: Teacher | None) -> None:
+    """Count the last update of a teacher back, which the device left out."""
+    if ema is not None:
+        ema.updates -= 1
 
 
 def updates_of(ema: Teacher | None) -> int:
@@ -144,10 +154,21 @@ def clip(grads: Sequence[Tensor], norm: Tensor, limit: float | None) -> None:
         torch._foreach_mul_(list(grads), (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
-def verdict(norm: Tensor) -> StepStats:
-    """The norm as a number, and whether the update may run.
-
-    Waits for the device, once a step: the price of never updating on numbers gone bad.
+def decides(optimizer: torch.optim.Optimizer, ema: Teacher | None) -> bool:
+    """Whether the device can leave an update out by itself: torch's fused AdamW can. Running
+    statistics that a teacher takes over are left to the host.
     """
-    value = norm.item()
-    return StepStats(grad_norm=value, finite=math.isfinite(value))
+    is_fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    return bool(is_fused) and not (ema is not None and ema.has_statistics)
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, bad: Tensor | None) -> None:
+    """An update, which the device leaves out, its count included, where `bad` is 1.0."""
+    if bad is not None:
+        setattr(optimizer, "found_inf", bad)  # noqa: B010, torch's fused kernels look for it
+    optimizer.step()
+
+
+def is_bad(norm: Tensor) -> Tensor:
+    """1.0 where a norm is not finite, else 0.0, on its device: no wait."""
+    return norm.isfinite().logical_not().to(torch.float32)

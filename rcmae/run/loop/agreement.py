@@ -46,6 +46,7 @@ class Agreed(NamedTuple):
 
     counts: Mapping[str, float]  # of each term over the whole step: pixels, images, ...
     stop: str | None  # why the run stops before this step
+    unreadable: DataUnreadable | None = None  # why it has to
 
     def shares(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A micro-batch's part of each term's mean over the whole step.
@@ -130,7 +131,6 @@ class Agreement:
         """The step's global counts, and whether the run stops. Collective: every rank calls.
 
         Raises:
-            DataUnreadable: on every rank; at least one has no samples for this step.
             LeaseLost: on every rank; the run is another job's by now.
         """
         told = self._flags_of(totals := self._totals(micros))
@@ -141,9 +141,9 @@ class Agreement:
             self._saving.collect()
         if told.noted:
             self._note_reading()
-        if told.trouble:
-            self._raise_trouble()
         counts = dict(zip(self._objective.weights, totals, strict=False))
+        if told.trouble:
+            return Agreed(counts, None, self._unreadable())
         stop = self._why_stop(asked=told.stop > 0)
         if stop is None:
             self._instruments.presence.at(self.progress.step, "computing the step")
@@ -235,12 +235,14 @@ class Agreement:
                 log.event("worker_lost", step=step, rank=rank, reason=loss)
                 log.say(f"step {step}, rank {rank}: {loss}")
 
-    def _raise_trouble(self) -> None:
+    def _unreadable(self) -> DataUnreadable:
+        """Which ranks have no samples for this step, and why. Collective."""
         ranks = dist.gather(self._batches.trouble)
         troubles = {rank: trouble for rank, trouble in enumerate(ranks) if trouble is not None}
         lines = [f"rank {rank}: {trouble.told}" for rank, trouble in troubles.items()]
         may_pass = all(trouble.may_pass for trouble in troubles.values())
-        raise DataUnreadable(f"step {self.progress.step}: " + "\n".join(lines), may_pass=may_pass)
+        told = f"step {self.progress.step}: " + "\n".join(lines)
+        return DataUnreadable(told, may_pass=may_pass)
 
     def _why_stop(self, *, asked: bool) -> str | None:
         progress = self.progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,35 @@ class Trouble(NamedTuple):
 
     told: str
     may_pass: bool  # a new start can help: a store that is away, a lost disk, killed workers
+
+
+class Copies:
+    """Copies micro-batches to the device one ahead, beside what it computes.
+
+    Args:
+        device: with a stream of its own for them, where it is a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._under_way: tuple[Batch, Batch] | None = None  # as it was, and there
+
+    def begin(self, batch: Batch) -> None:
+        """Begin to copy the one that is taken next."""
+        with torch.cuda.stream(self._stream):  # nothing where there is none
+            self._under_way = (batch, batch.to(self._device))
+
+    def take(self, batch: Batch) -> Batch:
+        """The batch on the device, for work that is launched from now on."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is None or under_way[0] is not batch:
+            return batch.to(self._device)
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            under_way[1].record_stream(current)
+        return under_way[1]
 
 
 class _Read(NamedTuple):
@@ -70,6 +100,7 @@ class Batches:
         self._instruments = instruments
         self._began = math.inf
         self._is_looked_at = False  # the first batch of the job
+        self._copies = Copies(dist.device())
         self._steps: Iterator[Sequence[Batch]] = iter(())
         self._read = _Read(-2, [])  # last
 
@@ -86,11 +117,18 @@ class Batches:
     def ahead(self) -> list[Batch]:
         """The micro-batches of the step after the one under way; waits for them."""
         self._read_on(self._progress.data_step + 1, self._progress.step + 1)
+        for first in self._read.micros[:1]:
+            self._copies.begin(first)
         return self._read.micros
 
     def ready(self, batch: Batch) -> Batch:
         """The batch on this rank's device, images normalised, as the task's objective wants it."""
-        batch = self.normalise(batch.to(dist.device()))
+        on_device = self._copies.take(batch)
+        micros = iter(self._read.micros)
+        if any(each is batch for each in micros):
+            for following in itertools.islice(micros, 1):
+                self._copies.begin(following)
+        batch = self.normalise(on_device)
         if not self._is_looked_at:
             self._is_looked_at = True
             self._look_at(batch.images)

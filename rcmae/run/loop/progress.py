@@ -63,6 +63,11 @@ class Progress:
         self.step += 1
         self.data_step += 1
 
+    def go_back(self) -> None:
+        """Stand at the step done last again."""
+        self.step -= 1
+        self.data_step -= 1
+
     def rewind(self, step: int, data_step: int) -> None:
         """Go back to a checkpoint's step, and read on beyond the samples that led astray."""
         self.step = step

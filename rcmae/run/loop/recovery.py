@@ -1,20 +1,39 @@
-"""What is done about a step whose loss or gradient is not finite, or whose loss jumped."""
+"""What is done about a step whose loss or gradient is not finite, or whose loss jumped.
+
+Where the device itself leaves a bad update out, the host need not wait for what it said of a step
+before it launches the next one's passes. So a step that nothing is written of, judged or saved
+after is `expect`ed to be well, and asked about (`settle`) when the next one's gradients are on
+their way: before its update, before a stop, and before anything is committed. Weights, moments and
+teacher are then as the bad step found them, and so are the gradients that were just computed: with
+the weights that the step left. What was done about it is the same, and done to the same state, as
+if it had been waited for.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from rcmae import checkpoint
 from rcmae.config import Recipe
 from rcmae.data.batch import Batch
-from rcmae.engines.protocol import Engine
+from rcmae.engines.protocol import Engine, StepStats
 from rcmae.run.guard import Guard, NonFiniteLoss, bundle
 from rcmae.run.loop.instruments import Instruments
 from rcmae.run.loop.progress import Progress
 from rcmae.run.loop.saving import Saving
+
+
+class _Expected(NamedTuple):
+    """A step of which it is not known whether it was well."""
+
+    micros: list[Batch]  # without images
+    losses: Sequence[dict[str, Tensor]]
+    stats: StepStats
 
 
 class Recovery:
@@ -35,6 +54,52 @@ class Recovery:
         self._progress = progress
         self._saving = saving
         self._instruments = instruments
+        self._expected: _Expected | None = None
+
+    def must_wait(self) -> bool:
+        """Whether the device has to be waited for in the step under way, since the host decides, or
+        something is written of it, judged or saved after it. The same on every rank.
+        """
+        progress, recipe = self._progress, self._recipe
+        decided = self._engine.decides_on_device and recipe.guard.spike_factor is None
+        if not decided or recipe.teacher.update == "micro_step":
+            return True
+        step = progress.step + 1
+        every = (
+            recipe.log.every_steps,
+            recipe.evaluate.every_steps,
+            recipe.evaluate.picture_every_steps,
+        )
+        last = step == progress.total_steps
+        told = progress.is_early or any(progress.is_due(each) for each in every)
+        return last or told or self._saving.is_due_after(step)
+
+    def expect(
+        self,
+        micros: Sequence[Batch],
+        losses: Sequence[dict[str, Tensor]],
+        stats: StepStats,
+    ) -> None:
+        """Take the step done last, of this rank, for well until `settle`."""
+        kept = [replace(batch, images=batch.images.new_empty(0)) for batch in micros]
+        self._expected = _Expected(kept, losses, stats)
+
+    def settle(self) -> bool:
+        """Do what is to be done about the step done last, if it was not well after all; whether the
+        run goes on with the step under way, whose gradients may be there. Else it was rewound, and
+        these are dropped. Collective: every rank calls. Raises as `skips`.
+        """
+        expected, self._expected = self._expected, None
+        if expected is None or expected.stats.finite:
+            return True
+        self._engine.take_back()
+        self._progress.go_back()
+        micros, losses, stats = expected
+        if self.skips(micros, losses, grad_norm=stats.grad_norm, jumped=None):
+            self._progress.advance()
+            return True
+        self._engine.step(lr=0.0, weight_decay=0.0, discard=True)
+        return False
 
     def skips(
         self,

@@ -99,10 +99,14 @@ class Saving:
             return True
         return self._failures > 0 and time.monotonic() - self.saved_at >= AGAIN_S
 
+    def is_due_after(self, step: int) -> bool:
+        """Whether one is to be begun after this step. The same on every rank; not collective."""
+        every = self._options.every_steps
+        return self.asked or (every is not None and step % every == 0)
+
     def when_due(self) -> None:
         """Begin a save if this step is one for it. Raises as `collect`."""
-        every = self._options.every_steps
-        if self.asked or (every is not None and self._progress.step % every == 0):
+        if self.is_due_after(self._progress.step):
             self.begin()
 
     def begin(self) -> bool:
