@@ -27,6 +27,7 @@ from rcmae.commands import export
 from rcmae.commands.again import replay, reproduce
 from rcmae.commands.evaluation import visualize
 from rcmae.data.dense.objects import decoded, encoded
+from rcmae.errors import Refused
 from rcmae.evaluation.detection import pictures
 from rcmae.evaluation.detection.pictures import SIDE
 from rcmae.evaluation.visualisation import detections
@@ -327,6 +328,8 @@ def test_a_run_is_loaded_exported_and_found_again(
     folder = [str(whole.path), "--format", "folder", "--out", str(tmp_path / "folder")]
     assert export.main(folder) == 2
     assert "use --format detectron2, or rcmae.load_detector" in capsys.readouterr().err
+    with pytest.raises(Refused, match="give a list of images"):
+        model(Image.new("RGB", (32, 32)))
     images = {}
     for number in range(20, 23):
         jpeg = io.BytesIO()

@@ -361,6 +361,7 @@ def test_a_run_that_cannot_work_is_refused_with_the_way_out(
     assert status == 2
     assert report["verdict"] == "refused"
     assert text in "\n".join(report["problems"])
+    assert ("--gpus 1 plans" in "\n".join(report["advice"])) == (name == "local on many")
 
 
 def test_wrong_input_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -399,6 +399,12 @@ def test_more_than_255_classes_are_told_apart(recipe: Path, tmp_path: Path) -> N
     assert classes.dtype == torch.int16
 
 
+def test_shards_that_are_not_there_are_the_only_problem(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "num_classes" not in refused(recipe, tmp_path, capsys, "data.shards=nowhere/*.tar")
+
+
 def test_levels_are_the_features_of_timms_vit() -> None:
     """Without relative positions and layer scale it is the plain network."""
     from timm.models.vision_transformer import VisionTransformer

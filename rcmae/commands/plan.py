@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(markdown(recipe, asked.table, asked.gpus))
             return 0
         report = planner.plan(recipe, site)
+        if recipe.engine.name == "local" and site.world > 1:
+            report["advice"].append("--gpus 1 plans the one process of engine.name=local")
     except Refused as error:
         print(f"rcmae: {error}", file=sys.stderr)
         return 2
@@ -215,14 +217,14 @@ def _speed(rate: dict[str, Any]) -> str:
         how = "the least that launching kernels takes a host (stated): the network is small"
     return (
         f"{_amount(rate['forward_flops_per_image'])}FLOP an image forward, "
-        f"{_amount(rate['step_flops_per_image'])}FLOP a step; {rate['images_per_s']:,.0f} images/s "
-        f"({rate['images_per_s_per_gpu']:,.0f} a GPU) at {how}"
+        f"{_amount(rate['step_flops_per_image'])}FLOP of a step; "
+        f"{rate['images_per_s']:,.0f} images/s ({rate['images_per_s_per_gpu']:,.0f} a GPU) at {how}"
     )
 
 
 def _amount(number: float) -> str:
     """A count with its unit: 329 M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f}"

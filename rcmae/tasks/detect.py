@@ -117,6 +117,9 @@ class Detection:
         if found is None:
             return judgement
         judgement.values["detect.init"] = found.init
+        nothing_is_known = not found.categories and recipe.detect.category_ids is None
+        if data.train is None and nothing_is_known:  # the shards are a problem already
+            return judgement
         judge_categories(recipe, found, saved, judgement)
         try:
             sizes = detector_sizes(recipe.model, recipe.detect)

@@ -102,6 +102,8 @@ def judge_names(
                 judgement.problems.append(f"evaluate.test_shards: {told_of}")
     names = given or (beside[0].names if beside else ())
     num_classes = options.num_classes or len(names) or None
+    if num_classes is None and data.train is None:  # the shards are a problem already
+        return None
     if num_classes is None:
         judgement.problems.append(
             "segment.num_classes: give it, or segment.class_names, or put classes.txt, a name a "

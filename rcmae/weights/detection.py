@@ -87,6 +87,8 @@ class LoadedDetector(nn.Module):
         Raises:
             Refused: an image is none of these.
         """
+        if isinstance(images, Image.Image):
+            raise Refused("this is one image: give a list of images, [image]")
         return [self._one(pixels_of(image, self.in_channels)) for image in images]
 
     def _one(self, pixels: NDArray[np.uint8]) -> Detections:
