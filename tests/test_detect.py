@@ -20,6 +20,7 @@ from choices import Recorded, feeding, recording
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors.torch import save_file
 
 import rcmae
 from rcmae import detect
@@ -31,6 +32,8 @@ from rcmae.errors import Refused
 from rcmae.evaluation.detection import pictures
 from rcmae.evaluation.detection.pictures import SIDE
 from rcmae.evaluation.visualisation import detections
+from rcmae.models.classifier import Classifier
+from rcmae.models.sizes import NetworkSizes
 from rcmae.tasks import detect as detection
 from runs import Folder, die_at_step, distance, equal, keeping_handlers
 from tests.conftest import Ranks
@@ -497,6 +500,26 @@ def test_wrong_data_and_sizes_are_refused(
     assert "the stride of 32 does not divide the canvas's width of 80; use 64 or 96" in said
     said = refused(recipe, run, capsys, "detect.window=5")
     assert "detect.window=5 is larger than the canvas of 4x4 patches" in said
+
+
+def test_what_a_detector_starts_from_is_told(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = NetworkSizes((32, 32), 8, 3, 32, 4, 2)
+    encoder = Classifier(sizes, num_classes=0).state_dict()
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    said = refused(recipe, tmp_path / "run", capsys, f"detect.init={tmp_path}/encoder.safetensors")
+    assert "the network of these weights is model.name=" in said
+    save_file({"decode_head.x": torch.zeros(1), **encoder}, tmp_path / "segmenter.safetensors")
+    said = refused(
+        recipe, tmp_path / "run", capsys, f"detect.init={tmp_path}/segmenter.safetensors"
+    )
+    assert "these are weights of rcmae segment: give those of an encoder" in said
+    fine = Classifier(dataclasses.replace(sizes, depth=8), num_classes=0).state_dict()
+    save_file(fine, tmp_path / "fine.safetensors")
+    init = [f"detect.init={tmp_path}/fine.safetensors", "schedule.steps=1"]
+    assert start(recipe, tmp_path / "run", *init, "evaluate.every_steps=0") == 0
+    assert "its patches of 8 pixels are interpolated to 16" in capsys.readouterr().out
 
 
 def test_annotations_that_do_not_fit_are_named(

@@ -394,8 +394,11 @@ def test_published_detectors_are_read_and_code_is_not_run(tmp_path: Path) -> Non
     torch.save({"model": model.state_dict(), "iteration": 7}, tmp_path / "model.pth")
     same = read_start(tmp_path / "model.pth").weights
     assert all(torch.equal(same[name], torch.from_numpy(value)) for name, value in arrays.items())
-    with pytest.raises(Refused, match="another backbone"):
+    with pytest.raises(Refused, match=r"another backbone.*set detect\.backbone=vitdet"):
         fit_detector(detector(backbone="benchmark"), weights)
+    resnet = {"backbone.body.conv1.weight": torch.zeros(1), "roi_heads.x": torch.zeros(1)}
+    with pytest.raises(Refused, match=r"on no plain ViT.*backbone\.body\.conv1.*an encoder"):
+        fit_detector(detector(), resnet)
     file.write_bytes(pickle.dumps({"model": {"a": _Evil()}}))
     with pytest.raises(Refused, match=r"asks for builtins\.exec.*nothing was run"):
         read_start(file)

@@ -204,7 +204,7 @@ def fit(recipe: Recipe, found: Found | None, num_classes: int) -> tuple[list[str
     try:
         fitted = fit_weights(model, source.weights, source.grid)
     except Refused as error:
-        way = sizes_told(source)
+        way = sizes_told(source, recipe.task.name)
         return [f"{where} with model.name={recipe.model.name}: {error}{way}"], []
     problems = [f"{where}: {problem}" for problem in function_problems(source, sizes)]
     return problems, start_notes(source, sizes, fitted.table().strip(), where)

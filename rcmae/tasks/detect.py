@@ -55,6 +55,7 @@ from rcmae.tasks.protocol import (
 from rcmae.weights.detection import FORMATS as DETECTOR_FORMATS
 from rcmae.weights.detectors import read_start
 from rcmae.weights.formats import WeightsFormat
+from rcmae.weights.names import published_names
 from rcmae.weights.reading import NetworkWeights
 from rcmae.weights.starting import function_problems, start_notes
 
@@ -135,7 +136,7 @@ class Detection:
                 fitted = fit_detector(model, found.weights.weights, found.weights.grid)
             except Refused as error:
                 name = f"model.name={recipe.model.name}"
-                way = sizes_told(found.weights)
+                way = sizes_told(found.weights, self.name)
                 judgement.problems.append(f"{where} with {name}: {error}{way}")
             else:
                 judge_function(recipe, found.weights, fitted, judgement)
@@ -264,6 +265,12 @@ def judge_function(
     sizes = student_sizes(recipe.model)
     judgement.problems += [f"{where}: {told}" for told in function_problems(source, sizes)]
     judgement.notes += start_notes(source, sizes, fitted.table().strip(), where)
+    patches = published_names(source.weights).get("patch_embed.proj.weight")
+    if patches is not None and patches.shape[-1] != sizes.patch_size:
+        judgement.notes.append(
+            f"{where}: its patches of {patches.shape[-1]} pixels are interpolated to "
+            f"{sizes.patch_size}"
+        )
 
 
 # -------------------------------------------------------------------------------------- categories

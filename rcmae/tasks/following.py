@@ -86,10 +86,13 @@ def kept(recipe: Recipe, before: Recipe) -> dict[str, Any]:
     return values
 
 
-def sizes_told(source: NetworkWeights) -> str:
+def sizes_told(source: NetworkWeights, task: str) -> str:
     """The keys with which a recipe has the network of these weights, as the end of a message; of
-    those that are no encoder's nothing.
+    those that are no encoder's what they are, where that is known.
     """
+    for other, begin in (("detect", "roi_heads."), ("segment", "decode_head.")):
+        if other != task and any(name.startswith(begin) for name in source.weights):
+            return f"; these are weights of rcmae {other}: give those of an encoder"
     try:
         sizes = encoder_values(source)
     except Refused:

@@ -159,7 +159,7 @@ def fit(recipe: Recipe, found: Found | None, num_classes: int) -> tuple[list[str
     try:
         fitted = fit_encoder(meta_segmenter(recipe, num_classes), source.weights, source.grid)
     except Refused as error:
-        way = sizes_told(source)
+        way = sizes_told(source, recipe.task.name)
         return [f"{where} with model.name={recipe.model.name}: {error}{way}"], []
     sizes = student_sizes(recipe.model)
     problems = [f"{where}: {problem}" for problem in function_problems(source, sizes)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -29,6 +29,7 @@ USUAL_CLASSES = 80  # for a plan made before the categories are seen
 PATCH = 16  # whose strides the pyramid has
 COARSEST = 32  # pixels of the coarsest level that regions are read from
 HEADS = ("proposal_generator.", "roi_heads.")
+OWN = {"vitdet": "backbone.net.", "benchmark": "backbone.bottom_up."}  # of a backbone's ViT
 OF_CLASSES = ("box_predictor.", "mask_head.predictor.")  # parameters whose shape has the classes
 
 
@@ -150,12 +151,8 @@ def fit_detector(
         found, resampled = dict(weights), None
         for name in [name for name in found if name.endswith("relative_position_index")]:
             del found[name]  # known from the grid
-        own = "backbone.net." if model.sizes.kind == "vitdet" else "backbone.bottom_up."
-        if not any(name.startswith(own) for name in found):
-            raise Refused(
-                f"is a detector of another backbone than detect.backbone={model.sizes.kind}; set "
-                "the other, or start from an encoder"
-            )
+        if not any(name.startswith(OWN[model.sizes.kind]) for name in found):
+            raise Refused(_of_another(found, model.sizes.kind))
         for name in _of_other_classes(found, wanted):
             del found[name]
     else:
@@ -210,6 +207,22 @@ def _encoder(
         found[f"{prefix}pos_embed"] = positions_for(table, old, new)
         resampled = None if old == new else (old, new)
     return found, resampled
+
+
+def _of_another(found: Iterable[str], kind: str) -> str:
+    """What a detector is whose backbone is not of this kind, with the way out."""
+    named = [name for name in found if name.startswith("backbone.")]
+    for other, begin in OWN.items():
+        if other != kind and any(name.startswith(f"{begin}blocks.") for name in named):
+            return (
+                f"is a detector of another backbone than detect.backbone={kind}; set "
+                f"detect.backbone={other}, or start from an encoder"
+            )
+    such = f", its backbone has {named[0]}" if named else ""
+    return (
+        f"is a detector on no plain ViT{such}; start from an encoder, or from a detector of rcmae "
+        "or ViTDet's"
+    )
 
 
 def _square(rows: int) -> tuple[int, int]:
