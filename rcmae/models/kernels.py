@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from rcmae.errors import Refused
 from rcmae.models.precision import bf16_of
 from rcmae.models.protocol import blocks_of
+from rcmae.models.tuning import attention as tuning
 
 Source = Literal["torch", "apex"]
 Checkpointing = Literal["none", "torch", "fairscale", "fairscale_offload"]
@@ -171,8 +172,9 @@ def attention(
     `bias`: [heads, M, N], added before the softmax.
     """
     if fused:
-        mask = None if bias is None else bias[None]
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if bias is not None:
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        return tuning.attended(q, k, v)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return (weights if bias is None else weights + bias).softmax(dim=-1) @ v
 
@@ -244,6 +246,8 @@ def _attention(device: torch.device, precision: str) -> Choice:
     if not attention_is_fused(device, precision):
         why = "the fused kernel's backward pass is slow here"
         return Choice("attention", "matrix products and softmax", why)
+    if measured := tuning.told():
+        return Choice("attention", measured, "each the fastest in a measurement here; it is kept")
     used = f"scaled_dot_product_attention: {_sdpa_backends(device)}"
     return Choice("attention", used, "torch picks by shape and type")
 

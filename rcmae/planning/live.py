@@ -12,9 +12,11 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,9 +26,12 @@ from rcmae.config import Recipe
 from rcmae.data.batch import Batch
 from rcmae.data.masking import random_ids, visible_count
 from rcmae.engines.build import make_engine
+from rcmae.engines.protocol import DTYPES
 from rcmae.models.build import new_student, new_teacher
+from rcmae.models.tuning import attention
+from rcmae.models.tuning.attention import Shape
 from rcmae.models.vit import Encoder
-from rcmae.objectives import make_objective
+from rcmae.objectives import Objective, make_objective
 
 MASK_RATIO = 0.75  # of made-up batches
 
@@ -48,6 +53,34 @@ def made_up_batch(model: Encoder, size: int, device: torch.device) -> Batch:
         positions=torch.arange(size),
         crops=torch.zeros(size, 5, dtype=torch.int64),
     )
+
+
+def attention_shapes(
+    objective: Objective, student: nn.Module, teacher: nn.Module | None, precision: str
+) -> set[Shape]:
+    """The shapes of attention in a training step, found by one on the meta device, where nothing is
+    computed. None for a network or objective that made-up batches do not do for.
+    """
+    if not isinstance(student, Encoder):
+        return set()
+    meta = torch.device("meta")
+    batch = made_up_batch(student, 1, torch.device("cpu"))
+    batch = replace(batch, labels=torch.zeros(1, dtype=torch.int64)).to(meta)
+    theirs = None if teacher is None else _on_meta(teacher, precision)
+    with attention.noting() as found, torch.no_grad():
+        try:
+            objective(cast(Any, _on_meta(student, precision)), cast(Any, theirs), batch, 0.0)
+        except (RuntimeError, LookupError, TypeError, ValueError):
+            return set()  # it looks at numbers, which are not there
+    return found
+
+
+def _on_meta(model: nn.Module, precision: str) -> Callable[..., Any]:
+    """The model's forward without its weights, in the type that it will compute in."""
+    dtype = DTYPES[precision]
+    state = {name: param.to("meta", dtype) for name, param in model.named_parameters()}
+    state |= {name: table.to("meta") for name, table in model.named_buffers()}
+    return lambda *args, **named: torch.func.functional_call(model, state, args, named)
 
 
 class LiveBytes(TorchDispatchMode):

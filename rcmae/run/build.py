@@ -6,12 +6,16 @@ and nothing is written before it is held.
 
 from __future__ import annotations
 
+import functools
 import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from rcmae import checkpoint, dist
 from rcmae.checkpoint.lease import Lease, LeaseHeld
@@ -24,8 +28,9 @@ from rcmae.data.views import Views
 from rcmae.engines.build import make_engine, waited_for
 from rcmae.engines.protocol import Engine
 from rcmae.errors import Refused
-from rcmae.models.tuning import compiling
+from rcmae.models.tuning import attention, compiling
 from rcmae.objectives import Objective
+from rcmae.planning.live import attention_shapes
 from rcmae.process import waits
 from rcmae.run import ending, preempt, startup
 from rcmae.run.announcing import announce
@@ -211,6 +216,23 @@ def assemble(
     return run
 
 
+def choose_attention(
+    recipe: Recipe,
+    sizes: Resolved,
+    objective: Objective,
+    student: nn.Module,
+    teacher: nn.Module | None,
+) -> None:
+    """Choose kernels for the attention of a training step. Collective: every rank calls."""
+    device = dist.device()
+    shapes: set[attention.Shape] = set()
+    if dist.rank() == 0:
+        shapes = attention_shapes(objective, student, teacher, recipe.engine.precision)
+    timer = functools.partial(attention.milliseconds, batch=sizes.per_device, device=device)
+    name = torch.cuda.get_device_name(device)
+    attention.choose(shapes, timer, compiling.folder() / attention.FILE, name)
+
+
 class Trained(NamedTuple):
     """What is trained, at the checkpoint that the run resumes from."""
 
@@ -242,8 +264,11 @@ def restored(verdict: Verdict, task: Task) -> Trained:
     teacher = task.teacher(student, objective)
     step_flops = task.cost(recipe).step_flops
     startup.mark("model")
-    if recipe.engine.compile:
+    if recipe.engine.compile or dist.device().type == "cuda":
         compiling.keep_in(recipe.run_dir / "compiled")
+    if dist.device().type == "cuda":
+        with waits.waiting("the measurement of attention", breaks=False, saved=True):
+            choose_attention(recipe, verdict.sizes, objective, student, teacher)
     with waits.waiting(waited_for(verdict.engine_config), breaks=False, saved=True):
         engine = make_engine(
             recipe, verdict.sizes, student, teacher, verdict.engine_config, task.optimizing(recipe)

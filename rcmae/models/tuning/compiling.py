@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,6 +148,11 @@ def keep_in(folder: Path) -> None:
     """
     if os.environ.get(CACHE) in (None, _Process.folder):
         os.environ[CACHE] = _Process.folder = str(folder.absolute())
+
+
+def folder() -> Path:
+    """Where what is compiled and measured is kept."""
+    return Path(os.environ.get(CACHE) or tempfile.gettempdir())
 
 
 def _told(value: Any) -> Any:
