@@ -658,9 +658,9 @@ print(json.dumps(told))
 
 
 def test_a_rank_of_a_thousand_plans_its_epoch_of_a_billion_samples_within_a_second(tmp_path):
-    """100,000 shards of 12,800 samples. Seconds of a core: index.json (20 MB; the table of 40 GB is
-    mapped, not read) is loaded in 0.33; an epoch of one rank of 1,024 is planned in 0.44; from
-    nothing to the offsets of a step in its middle takes 0.02. All together peak at 272 MB, most of
+    """100,000 shards of 12,800 samples. Seconds of a core: index.json (35 MB; the table of 78 GB is
+    mapped, not read) is loaded in 0.92; an epoch of one rank of 1,024 is planned in 0.46; from
+    nothing to the offsets of a step in its middle takes 0.02. All together peak at 341 MB, most of
     it while the JSON is parsed."""
     done = subprocess.run(
         [sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, cwd=ROOT

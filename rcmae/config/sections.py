@@ -229,8 +229,9 @@ class DataOptions(Section):
     """
     resize: Literal["workers", "device"] = "workers"
     """Who resizes and flips the decoded crops: the workers, or the device that trains, which rounds
-    once instead of twice (56 dB to the workers'). A fifth less work for the workers; a crop then
-    travels at the size it was decoded to, up to twice decode_margin times the target's side.
+    once instead of twice (56 dB to the workers'). Of photographs of about 500 pixels the workers
+    then make a quarter more; of large ones they make fewer, since a crop travels at the size it was
+    decoded to, up to twice decode_margin times the target's side.
     """
     max_pixels: Positive = 100_000_000
     """Larger images are bad samples, refused before they take memory (up to 15 bytes a pixel)."""

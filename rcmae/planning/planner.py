@@ -263,8 +263,8 @@ def data_advice(recipe: Recipe, site: Site, report: dict[str, Any]) -> list[str]
             f"decoding wants {counted(data['cores_needed'], 'core')} of a node, it has "
             f"{site.cores}: "
             f"{slower:.1f} x the hours; store smaller photographs, take more nodes with fewer GPUs "
-            "each, lower data.decode_margin, or let the GPUs resize (data.resize=device) or decode "
-            "(data.decode=gpu)"
+            "each, lower data.decode_margin, or let the GPUs resize (data.resize=device, of "
+            "photographs of about 500 px) or decode (data.decode=gpu)"
         )
     free = config.with_values(recipe, {"data.canonical_streams": None})
     fewer = config.streams_for(free, site.world, data["samples_per_epoch"] // recipe.data.repeats)
