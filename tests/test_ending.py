@@ -69,15 +69,15 @@ OFTEN = "checkpoint.every_steps=4"
 def test_samples_that_cannot_be_read_lose_no_save_under_way(
     tiny: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = Batches._read
+    read = Batches._micros
 
-    def troubled(self: Batches, steps: Any) -> Any:
-        if self._progress.step == 5:
+    def troubled(self: Batches, step: int) -> Any:
+        if step == 5:
             self.trouble = Trouble("the disk is gone", may_pass=False)
             return []
-        return read(self, steps)
+        return read(self, step)
 
-    monkeypatch.setattr(Batches, "_read", troubled)
+    monkeypatch.setattr(Batches, "_micros", troubled)
     assert start(tiny, folder.path, OFTEN) == 1
     assert 4 in folder.committed()
     assert folder.leftovers() == []
