@@ -15,6 +15,7 @@ from typing import Any, get_args
 import pytest
 from conftest import free_port
 
+from rcmae.checkpoint.manifest import sealed
 from rcmae.commands import track
 from rcmae.config import LogOptions
 from rcmae.errors import Refused
@@ -141,6 +142,26 @@ def test_steps_beyond_the_last_checkpoint_wait(judged: Folder, tmp_path: Path) -
     # step 8 is committed, and an evaluation of it may come
     assert [step for step, _ in tracker.rows] == [*range(1, 8)]
     assert pushed(run, tracker) == 0
+
+
+def test_an_evaluation_that_was_left_comes_with_its_step(judged: Folder, tmp_path: Path) -> None:
+    """The checkpoint of a job that was stopped in its last evaluation stays as it was committed."""
+    run = copied(judged, tmp_path)
+    manifest = run / "checkpoints" / "step-00000012" / "manifest.json"
+    document = json.loads(manifest.read_text())
+    document["meta"]["evaluated"] = False
+    del document["sha256"]
+    manifest.write_text(sealed(document))
+    outcome = run / "outcome.json"
+    finished = outcome.read_text()
+    outcome.write_text(finished.replace('"finished"', '"stopped"'))
+    tracker = Remembering()
+    pushed(run, tracker)
+    assert tracker.rows[-1][0] == 11
+    outcome.write_text(finished)
+    assert pushed(run, tracker) == 1
+    assert tracker.rows[-1][0] == 12
+    assert set(tracker.tables) == {6, 12}
 
 
 def test_an_evaluation_is_a_table_and_curves(judged: Folder) -> None:

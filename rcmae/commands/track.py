@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rcmae.run.trackers.protocol import tracker
     from rcmae.run.trackers.pushing import opened
 
+    print(f"{asked.run}: connecting to {asked.to}", file=sys.stderr, flush=True)
     try:
         with opened(asked.run, asked.to, tracker(asked.to), asked.project) as pusher:
             print(f"{asked.run} in {asked.to}: {pusher.pushed.seen_at}", flush=True)

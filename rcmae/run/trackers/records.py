@@ -35,11 +35,11 @@ def settled_step(run: Path) -> int:
     if newest is None:
         return -1
     outcome = ended(run)
-    is_over = outcome is not None and outcome.step == newest.step
-    owes_evaluation = not newest.meta.get("evaluated", True)
-    if is_over and not owes_evaluation:
-        return newest.step
-    return newest.step - 1
+    if outcome is None or outcome.step != newest.step:
+        return newest.step - 1
+    # a job that finished has made what its checkpoint was committed without
+    owes_evaluation = not newest.meta.get("evaluated", True) and outcome.status != "finished"
+    return newest.step - owes_evaluation
 
 
 def records(run: Path, after: int, upto: int) -> Iterator[Record]:

@@ -24,6 +24,8 @@ _TOKEN = "rcmae.token"  # the tag by which a run is found again
 _METRICS = 900  # a request takes 1,000 at most, and all or none of them
 _PARAMS = 100
 _LONGEST = 500  # characters of a parameter that every store takes
+# MLflow's own would try for minutes, in silence; what is not pushed now is pushed later
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
 class MLflow:
@@ -35,6 +37,8 @@ class MLflow:
         if not where:
             about.folder.mkdir(parents=True, exist_ok=True)
             where = f"sqlite:///{about.folder.resolve()}/mlflow.db"
+        for variable, value in _PATIENCE.items():
+            os.environ.setdefault(variable, value)
         mlflow.set_tracking_uri(where)
         self._client = MlflowClient(where)
         self._metrics: list[Metric] = []
@@ -105,7 +109,7 @@ class MLflow:
         found = self._client.get_experiment_by_name(about.project)
         if found is not None:
             return str(found.experiment_id)
-        place = (about.folder / "artifacts").resolve().as_uri() if "sqlite:" in where else None
+        place = _artifacts_of(where)
         try:
             made = self._client.create_experiment(about.project, artifact_location=place)
             return str(made)
@@ -121,3 +125,11 @@ class MLflow:
         ]
         for start in range(0, len(flat), _PARAMS):
             self._client.log_batch(self._run, params=flat[start : start + _PARAMS])
+
+
+def _artifacts_of(where: str) -> str | None:
+    """Where pictures and tables of a database lie: beside its file. None: the server knows."""
+    if not where.startswith("sqlite:"):
+        return None
+    database = Path(where.removeprefix("sqlite:///").partition("?")[0])
+    return (database.parent / "artifacts").resolve().as_uri()
