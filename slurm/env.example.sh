@@ -16,8 +16,8 @@
 # ---- caches. What compilers write is read at every start: a disk of the node's is faster, one that all nodes see is
 # written once. Never a home folder with a quota: a full one fails a rank in the middle of the night.
 # export TORCH_EXTENSIONS_DIR=/shared/cache/torch_extensions   # DeepSpeed's C++ (offload); built once, a minute
-# export TORCHINDUCTOR_CACHE_DIR=/tmp/$USER/inductor           # engine.compile: by default the run's folder, which a requeue on
-#                                                              # another node finds; a node's own disk has no slow locks
+# export TORCHINDUCTOR_CACHE_DIR=/tmp/$USER/inductor           # engine.compile: a node's own disk has no slow locks; by
+#                                                              # default the run's folder, which another node finds
 # export TMPDIR=/tmp                                           # data workers put their sockets here: a short path
 
 # ---- NCCL finds GPUs and networks by itself; set these where it chooses wrongly (NCCL_DEBUG=INFO tells what it chose)
