@@ -20,14 +20,14 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+import bench_host
 
 NUMBERS = 10  # of an agreement: counts and flags
 KINDS = ("ring", "beside")
@@ -89,41 +89,10 @@ def run_rank(told: str) -> NoReturn:
 
 
 def run_ranks(world: int, *, timeout_s: float, **how: float) -> dict[str, list[list[list[float]]]]:
-    """By kind, what each rank's agreements took.
-
-    Raises:
-        RuntimeError: a rank failed, with what it said.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).resolve().parents[1]
-    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    shared = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    command = [sys.executable, str(Path(__file__).resolve()), "--rank-of", json.dumps(how)]
-    ranks = []
-    for rank in range(world):
-        env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    said = []
-    try:
-        for process in ranks:
-            said.append(process.communicate(timeout=timeout_s)[0].decode(errors="replace"))
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{world} ranks: not done within {timeout_s:.0f} s") from error
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    lines = [line for line in said[0].splitlines() if line.startswith("ROWS ")]
-    if any(process.returncode for process in ranks) or not lines:
-        statuses = [process.returncode for process in ranks]
-        raise RuntimeError(f"{world} ranks: one failed, {statuses}\n" + "\n".join(said))
-    found: dict[str, list[list[list[float]]]] = json.loads(lines[0].removeprefix("ROWS "))
+    """By kind, what each rank's agreements took. Raises as `bench_host.rows_of_ranks`."""
+    what = f"{world} ranks"
+    found: dict[str, list[list[list[float]]]]
+    found = bench_host.rows_of_ranks(__file__, json.dumps(how), world, what, timeout_s)
     return found
 
 

@@ -185,11 +185,18 @@ def run_rank(told: str) -> int:
 # ------------------------------------------------------------------------------------------- report
 
 
-def run_case(case: Case, *, steps: int, warmup: int, timeout_s: float) -> list[dict[str, float]]:
-    """Rows of the rank that took most, by the median of a step.
+def rows_of_ranks(script: str, told: str, world: int, what: str, timeout_s: float) -> Any:
+    """What rank 0 of so many processes of a script printed as `ROWS JSON`.
+
+    Args:
+        script: started on each with `--rank-of` and `told`.
+        told: JSON of what it is to measure.
+        world: ranks, on this machine, without a GPU.
+        what: names it in errors.
+        timeout_s: after which they are killed.
 
     Raises:
-        RuntimeError: a rank failed, with what it said.
+        RuntimeError: a rank failed, with what all said, or they were not done in time.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -198,11 +205,10 @@ def run_case(case: Case, *, steps: int, warmup: int, timeout_s: float) -> list[d
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     shared = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-    shared |= {"WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE": str(case.ranks)}
-    told = json.dumps({"case": asdict(case), "how": {"steps": steps, "warmup": warmup}})
-    command = [sys.executable, str(Path(__file__).resolve()), "--rank-of", told]
+    shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    command = [sys.executable, str(Path(script).resolve()), "--rank-of", told]
     ranks = []
-    for rank in range(case.ranks):
+    for rank in range(world):
         env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(
             subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -212,15 +218,23 @@ def run_case(case: Case, *, steps: int, warmup: int, timeout_s: float) -> list[d
         for process in ranks:
             said.append(process.communicate(timeout=timeout_s)[0].decode(errors="replace"))
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{case}: not done within {timeout_s:.0f} s") from error
+        raise RuntimeError(f"{what}: not done within {timeout_s:.0f} s") from error
     finally:
         for process in ranks:
             process.kill()
             process.wait()
     lines = [line for line in said[0].splitlines() if line.startswith("ROWS ")]
     if any(process.returncode for process in ranks) or not lines:
-        raise RuntimeError(f"{case}: a rank failed\n" + "\n".join(said))
-    found: list[list[dict[str, float]]] = json.loads(lines[0].removeprefix("ROWS "))
+        statuses = [process.returncode for process in ranks]
+        raise RuntimeError(f"{what}: a rank failed, {statuses}\n" + "\n".join(said))
+    return json.loads(lines[0].removeprefix("ROWS "))
+
+
+def run_case(case: Case, *, steps: int, warmup: int, timeout_s: float) -> list[dict[str, float]]:
+    """Rows of the rank that took most, by the median of a step. Raises as `rows_of_ranks`."""
+    told = json.dumps({"case": asdict(case), "how": {"steps": steps, "warmup": warmup}})
+    found: list[list[dict[str, float]]]
+    found = rows_of_ranks(__file__, told, case.ranks, str(case), timeout_s)
     return max(found, key=lambda rows: statistics.median(sum(row.values()) for row in rows))
 
 
