@@ -117,8 +117,8 @@ class Usage(NamedTuple):
 def test_a_node_that_cannot_have_workers_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6))
     monkeypatch.setattr(tempfile, "gettempdir", lambda: "/tmp")
-    assert loading.workers_amiss(2, 1, 10**5) is None
-    told = loading.workers_amiss(2, 2, 10**5)
+    assert loading.workers_amiss(2, 1, 6 * 10**5) is None
+    told = loading.workers_amiss(2, 2, 6 * 10**5)
     assert told is not None
     assert re.search(r"/dev/shm has 1 MB .* data.workers=2 need 1.2: .*--shm-size", told)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: "/" + "x" * 75)
@@ -126,6 +126,16 @@ def test_a_node_that_cannot_have_workers_says_why(monkeypatch: pytest.MonkeyPatc
     assert told is not None
     assert "export a shorter TMPDIR" in told
     assert loading.workers_amiss(0, 1, 0) is None
+
+
+def test_what_a_rank_has_in_shared_memory_is_counted() -> None:
+    sizes = ["model.image_size=32", "batch.images=64", "batch.per_device=4", "data.workers=3"]
+    recipe = load(*sizes)
+    batch = 4 * 3 * 32 * 32
+    assert loading.shared_bytes(recipe, 2, pins=True) == 3 * 3 * batch
+    # without a GPU the 8 micro-batches of this step and the 8 of the next stay there
+    assert loading.shared_bytes(recipe, 2, pins=False) == (3 * 3 + 2 * 8) * batch
+    assert loading.shared_bytes(load(*sizes, "data.workers=0"), 2, pins=False) == 0
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,28 @@ def test_more_ranks_never_need_more_memory(middling: Path, where: str) -> None:
         footprint(each, MemorySettings(where, world=8, per_device=4)) for each in (without, cost)
     )
     assert alone.peak < with_teacher.peak
+
+
+def test_images_that_wait_on_the_device_are_counted(middling: Path) -> None:
+    """One micro-batch is copied ahead; where the device makes them, some steps' are there."""
+    device = "data.resize=device"
+    told = {}
+    for name, words in {
+        "copied": [],
+        "made": [device],
+        "made, two": [device, "batch.per_device=8"],
+    }.items():
+        recipe = planner.load(str(middling), words)
+        per_device = recipe.batch.per_device or 16
+        settings = estimates.settings_of(recipe, "fsdp2", 2, per_device)
+        told[name] = settings.ahead
+        cost = estimates.cost_of(recipe)
+        assert cost.ahead_bytes == 64 * 64 * 3 + 8 * 64
+        without = footprint(cost, replace(settings, ahead=0))
+        more = settings.ahead * per_device * cost.ahead_bytes
+        for when, parts in footprint(cost, settings).moments.items():
+            assert sum(parts.values()) - sum(without.moments[when].values()) == pytest.approx(more)
+    assert told == {"copied": 1, "made": 4, "made, two": 7}
 
 
 def test_offload_moves_states_to_the_host(middling: Path) -> None:

@@ -246,7 +246,7 @@ def _decoding(data: dict[str, Any]) -> str:
     return (
         f"{needed} of a node{there}, {counted(data['workers_needed'], 'worker')} a rank "
         f"(data.workers={data['workers']}), at {data['decode_per_core']:.0f} images/s a core "
-        f"({data['decode_from']})"
+        f"({data['decode_from']}); {data['shared_bytes_per_node'] / 1e9:.2f} GB of /dev/shm"
     )
 
 

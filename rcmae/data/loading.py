@@ -163,13 +163,32 @@ def batch_bytes(recipe: Recipe, world: int) -> int:
     return int(images * recipe.model.in_channels * height * width * min(boxes, _LARGEST_BOXES))
 
 
-def workers_amiss(workers: int, ranks: int, batch_bytes: int) -> str | None:
+def shared_bytes(recipe: Recipe, world: int, *, pins: bool) -> int:
+    """Of shared memory that a rank's micro-batches take: those of its workers, and those of the
+    step under way and of the next, which it has read.
+
+    `pins`: the rank copies what it has read into page-locked memory, as for a GPU.
+    """
+    if not recipe.data.workers:
+        return 0
+    of_rank = max(1, recipe.batch.images // max(world, 1))
+    micros = max(1, of_rank // (recipe.batch.per_device or of_rank))
+    read = 0 if pins else 2 * micros
+    return (recipe.data.workers * _BATCHES + read) * batch_bytes(recipe, world)
+
+
+def pins_memory() -> bool:
+    """Whether a rank of this node copies batches into page-locked memory."""
+    return torch.cuda.is_available()
+
+
+def workers_amiss(workers: int, ranks: int, shared: int) -> str | None:
     """Why this node cannot have the workers of its ranks, with the way out; None if it can.
 
     Args:
         workers: of each rank.
         ranks: of this node.
-        batch_bytes: of a micro-batch, which travels in shared memory.
+        shared: bytes of shared memory of a rank.
     """
     if not workers:
         return None
@@ -183,7 +202,7 @@ def workers_amiss(workers: int, ranks: int, batch_bytes: int) -> str | None:
             f"sockets allow {_LONGEST_SOCKET - len(_SOCKET)}: export a shorter TMPDIR, such as "
             "/tmp, or set data.workers=0"
         )
-    needed = ranks * workers * _BATCHES * batch_bytes
+    needed = ranks * shared
     free = shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else needed
     if free < needed:
         return (
@@ -238,7 +257,7 @@ def loader(
         sampler=order,
         batch_size=None,  # an item of the order is a whole batch
         collate_fn=_as_is,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pins_memory(),
         # it draws a seed for workers that we do not use: not from the run's generator
         generator=torch.Generator(),
         **processes,

@@ -79,8 +79,8 @@ class BadLimits:
 class Stream:
     """This rank's micro-batches of every optimizer step, prefetched by worker processes.
 
-    At any time there are at most the micro-batches of a step and prefetch more for each worker, in
-    shared memory (150 kB an image at 224 px); a worker has besides one encoded image and its
+    At any time there are at most the micro-batches of two steps and prefetch more for each worker,
+    in shared memory (150 kB an image at 224 px); a worker has besides one encoded image and its
     pixels, the rank the order of two blocks of each canonical stream (8 bytes a sample).
     """
 

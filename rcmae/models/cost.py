@@ -40,6 +40,9 @@ class StepCost(NamedTuple):
     beside_bytes: float = 0.0  # at the height of what computes without gradients beside the student
     waiting_bytes: float = 0.0  # what that leaves for the loss
     frozen_params: int = 0  # of a network beside, which nothing moves
+    ahead_bytes: float = (
+        0.0  # of an image and its mask that is on the device before its turn: uint8
+    )
 
 
 def pretraining_cost(
@@ -87,6 +90,7 @@ def pretraining_cost(
         step_flops=step,
         parts=tuple(parts),
         input_bytes=FP32 * pixels + 8 * student.num_patches,
+        ahead_bytes=pixels + 8 * student.num_patches,
         beside_bytes=beside,
         waiting_bytes=waiting,
     )
@@ -104,13 +108,15 @@ def classifier_cost(
         computing: how blocks are computed.
     """
     forward = classifier_flops(sizes)
+    pixels = sizes.in_channels * math.prod(sizes.image_size)
     return StepCost(
         student=student,
         teacher=("encoder", "head") if averaged else (),
         forward_flops=forward,
         step_flops=3 * forward,
         parts=tuple(classifier_activations(student, sizes, computing=computing)),
-        input_bytes=FP32 * sizes.in_channels * math.prod(sizes.image_size),
+        input_bytes=FP32 * pixels,
+        ahead_bytes=pixels,
     )
 
 
@@ -138,6 +144,7 @@ def probe_cost(head: nn.Module, sizes: NetworkSizes, *, depth: int, precision: s
         step_flops=forward,  # the head is nothing beside it
         parts=(Part("head", params, 2 * features, features),),
         input_bytes=FP32 * pixels,
+        ahead_bytes=pixels,
         beside_bytes=beside,
         waiting_bytes=features,
         frozen_params=12 * depth * sizes.embed_dim**2 + sizes.patch_pixels * sizes.embed_dim,

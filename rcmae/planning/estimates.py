@@ -25,6 +25,7 @@ from rcmae import config
 from rcmae.config import Recipe, Resolved
 from rcmae.data.cache import Reader, open_bytes
 from rcmae.data.index import INDEX, ShardIndex
+from rcmae.data.loading import shared_bytes
 from rcmae.data.patterns import flat, shards_named
 from rcmae.data.sources import is_remote
 from rcmae.data.sources.braces import expanded
@@ -63,6 +64,9 @@ def settings_of(recipe: Recipe, where: str, world: int, per_device: int) -> Memo
     """What `footprint` wants to know of a recipe in a place that may not be its own."""
     deepspeed: Mapping[str, Any] = {}
     own = where == placement(recipe)
+    accumulation = recipe.batch.images // world // per_device
+    # then a thread makes them: of this step, the next, the one after, and one in the making
+    made_there = recipe.data.resize == "device" or recipe.data.decode != "cpu"
     if where.startswith("zero"):
         deepspeed = read_config((recipe.engine.config or "") if own else where)
     return MemorySettings(
@@ -70,7 +74,8 @@ def settings_of(recipe: Recipe, where: str, world: int, per_device: int) -> Memo
         precision=config.precision_of(recipe.engine.precision, TODAY),
         world=world,
         per_device=per_device,
-        accumulation=recipe.batch.images // world // per_device,
+        accumulation=accumulation,
+        ahead=3 * accumulation + 1 if made_there else 1,  # else a copy one ahead
         accumulate=recipe.teacher.accumulate,
         deepspeed=deepspeed,
         shard_ranks=recipe.engine.shard_ranks if own else None,
@@ -309,6 +314,7 @@ def data_needs(
         "cores": site.cores,
         "workers_needed": math.ceil(rate / site.gpus / per_core),
         "workers": recipe.data.workers,
+        "shared_bytes_per_node": site.gpus * shared_bytes(recipe, sizes.world, pins=True),
         "streams": sizes.canonical_streams,
         "streams_per_rank": sizes.canonical_streams // sizes.world,
         "samples_per_stream": sizes.samples_per_epoch / sizes.canonical_streams,

@@ -83,6 +83,12 @@ def _on_meta(model: nn.Module, precision: str) -> Callable[..., Any]:
     return lambda *args, **named: torch.func.functional_call(model, state, args, named)
 
 
+def _as_copied(batch: Batch) -> Batch:
+    """Another such batch as it comes from the stream: uint8."""
+    images = batch.images.to(torch.uint8)
+    return replace(batch, images=images, ids_shuffle=batch.ids_shuffle.clone())
+
+
 class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that operations gave and that are alive, looked at after each
     operation.
@@ -192,6 +198,7 @@ def measure(recipe: Recipe) -> dict[str, int]:
             live.reset()
             for micro in range(sizes.accumulation):
                 batch = made_up_batch(plain, sizes.per_device, dist.device())
+                ahead = _as_copied(batch)  # the next one's, in a training
                 sums = objective(engine.student, engine.teacher, batch, 0.0)
                 engine.backward(
                     torch.stack(list(sums.values())).sum() / 1000,
@@ -200,6 +207,7 @@ def measure(recipe: Recipe) -> dict[str, int]:
                 del sums, batch
             engine.step(lr=1e-4, weight_decay=0.05)
             engine.update_teacher(0.99)
+            del ahead
         peak = live.peak
         del engine, plain
         gc.collect()

@@ -2,8 +2,9 @@
 what engines add.
 
 A step is walked through: the forward passes of teacher and student, the backward pass part by part
-(activations go while gradients come), the update, the teacher's update. `footprint` gives the bytes
-of each of these moments, by what they are. Everything here follows from sizes and from how the
+(activations go while gradients come), the update, the teacher's update; the images of the next
+micro-batch are there meanwhile. `footprint` gives the bytes of each of these moments, by what they
+are. Everything here follows from sizes and from how the
 engines work (torch 2.13, DeepSpeed 0.19); nothing is allocated. tests/test_plan.py holds it to live
 tensors of real ranks.
 
@@ -75,7 +76,8 @@ class _Step:
         self.resident = {**self.engine.resident, "activations": 0.0}
         self.resident["weights"] += tables * (2 if cost.teacher else 1)
         self.resident["weights"] += cost.frozen_params * bytes_of(settings.precision)
-        self.batch = settings.per_device * cost.input_bytes
+        self.ahead = settings.ahead * settings.per_device * cost.ahead_bytes
+        self.batch = settings.per_device * cost.input_bytes + self.ahead
         gradients = self.engine.gradients
         several = settings.accumulation > 1
         self.carried = gradients.carried if several else 0.0
@@ -200,5 +202,6 @@ class _Step:
             communication=self.engine.reducing,
             activations=self.batch,
         )
-        self.moment("update", gradients=self.engine.updating)
-        self.moment("teacher's update", teacher=self.engine.publishing)
+        ahead = self.ahead
+        self.moment("update", gradients=self.engine.updating, activations=ahead)
+        self.moment("teacher's update", teacher=self.engine.publishing, activations=ahead)

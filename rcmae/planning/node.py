@@ -27,7 +27,7 @@ from rcmae import __version__, config, dist
 from rcmae.config import Recipe
 from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
-from rcmae.data.loading import batch_bytes, workers_amiss, workers_crowded
+from rcmae.data.loading import pins_memory, shared_bytes, workers_amiss, workers_crowded
 from rcmae.data.patterns import Patterns
 from rcmae.errors import Refused, counted
 from rcmae.files import flush_folder
@@ -342,7 +342,7 @@ def _cache(variable: str, folder: Path) -> Finding:
 
 
 def _workers(recipe: Recipe, local_world: int) -> Iterator[Finding]:
-    each = batch_bytes(recipe, dist.world())
+    each = shared_bytes(recipe, dist.world(), pins=pins_memory())
     amiss = workers_amiss(recipe.data.workers, local_world, each)
     if amiss:
         told, _, ways = amiss.partition(": ")

@@ -34,6 +34,7 @@ class MemorySettings:
     world: int = 1
     per_device: int = 1  # images of a micro-batch
     accumulation: int = 1  # micro-batches of a step
+    ahead: int = 1  # micro-batches of images that are on the device before their turn
     accumulate: str = "fp32_shard"  # the teacher's, as in `teacher.Teacher`
     deepspeed: Mapping[str, Any] = field(default_factory=dict)  # its JSON
     shard_ranks: int | None = None  # as in the recipe

@@ -23,7 +23,7 @@ from rcmae import checkpoint, config, dist
 from rcmae.config import Recipe
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
-from rcmae.data.loading import batch_bytes, workers_amiss, workers_crowded
+from rcmae.data.loading import pins_memory, shared_bytes, workers_amiss, workers_crowded
 from rcmae.data.patterns import Patterns
 from rcmae.data.sets import class_lists
 from rcmae.data.sources import is_remote, redacted
@@ -410,7 +410,7 @@ def cache_of(recipe: Recipe, data: Data) -> Cache | None:
 
 def processes_amiss(recipe: Recipe) -> str | None:
     """Why this node cannot have the data workers of its ranks, if it cannot."""
-    each = batch_bytes(recipe, dist.world())
+    each = shared_bytes(recipe, dist.world(), pins=pins_memory())
     return workers_amiss(recipe.data.workers, dist.ranks_of_node(), each)
 
 

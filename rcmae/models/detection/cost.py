@@ -37,6 +37,7 @@ def detection_cost(
         step_flops=3 * forward,
         parts=tuple(_parts(student, bytes_of(precision), checkpointing)),
         input_bytes=FP32 * pixels + masks,
+        ahead_bytes=pixels + masks,
     )
 
 

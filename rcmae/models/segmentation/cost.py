@@ -40,6 +40,7 @@ def segmenter_cost(
         step_flops=3 * flops,
         parts=(*encoder, norm, *heads),
         input_bytes=(FP32 * sizes.in_channels + 1) * pixels,
+        ahead_bytes=(sizes.in_channels + 1) * pixels,
     )
 
 
