@@ -17,8 +17,11 @@ from rcmae.data.members import kinds as registry
 from rcmae.data.members.annotations import Annotations, code_of, mask_of, objects_of, scaled
 from rcmae.data.members.kinds import register
 from rcmae.data.members.maps import Maps, decode_map, encode_map, nearest
+from rcmae.data.packing.members import beside_of
 from rcmae.data.tars import KIND_OF_SUFFIX
 from rcmae.data.transforms import BadImage
+from rcmae.errors import Refused
+from rcmae.tasks.detect import categories_beside
 
 
 def png(pixels, mode=None):
@@ -134,11 +137,59 @@ def objects(*changes, **document):
             objects({"segmentation": {"size": [12, 20], "counts": "~~~"}}),
             "no run-length code",
         ),
+        (
+            objects({"segmentation": {"size": [12, 20], "counts": "\xe9" * 16}}),
+            "no run-length code",
+        ),
+        (
+            objects({"segmentation": {"size": [12.0, 20.0], "counts": [240]}}),
+            r"its mask is of \[12.0, 20.0\]",
+        ),
+        (objects({"bbox": [10**400, 3, 4, 5]}), "wanted are x, y, width, height"),
+        (objects({"area": 10**400}), "its area is 1000"),
+        (objects(*[{}] * 10_001), "10,001 objects, more than 10,000"),
+        (
+            objects({"segmentation": [[0, 0, 19, 11] * 20_000]}),
+            "polygons of its annotation are 760,000 pixels long",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_annotation_is_said(data, said):
     with pytest.raises(BadImage, match=said):
         Annotations().verify(data, (12, 20), {3: "cat"})
+
+
+def test_run_length_codes_that_take_minutes_are_refused():
+    code = {"segmentation": {"size": [4000, 3000], "counts": [12_000_000]}}
+    data = objects(*[code | {"bbox": [0, 0, 1, 1]}] * 900, height=4000, width=3000)
+    with pytest.raises(BadImage, match="900 run-length codes of 3000 x 4000 pixels"):
+        objects_of(data, (4000, 3000))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "5",
+        '{"7": "cat"}',
+        '[{"id": 7}]',
+        '[{"id": 7.5, "name": "cat"}]',
+        '[{"id": 1e400, "name": "cat"}]',
+        '[{"id": 7, "name": "cat"}, {"id": 7, "name": "dog"}]',
+    ],
+)
+def test_categories_that_are_none_are_refused(text, tmp_path):
+    (tmp_path / "categories.json").write_text(text)
+    with pytest.raises(Refused, match=r"categories\.json"):
+        beside_of(str(tmp_path))
+    with pytest.raises(Refused, match=r"categories\.json has no categories"):
+        categories_beside("data.shards", f"{tmp_path}/x-0.tar")
+
+
+def test_lists_beside_shards_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "categories.json").write_bytes(b'\xef\xbb\xbf[{"id": 7, "name": "cat"}]')
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfsky\r\nroad\r\n")
+    assert beside_of(str(tmp_path)) == {"annotation": {7: "cat"}, "map": ("sky", "road")}
 
 
 def test_boxes_without_area_and_crowds_are_counted_and_other_json_is_let_be():

@@ -40,6 +40,8 @@ def test_lists_are_alike_as_far_as_both_go():
     assert moved(one, listed("b", "a cat", "a dog")) is None
     assert moved(one, listed("b", "dog", "cat")).startswith("'dog' is label 1 in a, and 0 in b")
     assert lines_of("cat\r\ndog \n\n") == ("cat", "dog")
+    assert lines_of("\ufeffcat\n\ndog\u2028s") == ("cat", "", "dog\u2028s")
+    assert lines_of("\n") == ()
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from rcmae.errors import Refused
 from rcmae.files import patiently
 
 CLASSES = "classes.txt"
+_LINE_END = re.compile("\r\n|\r|\n")  # names may hold what else Unicode takes for one
 _log = logging.getLogger(__name__)
 
 
@@ -41,8 +43,19 @@ class Labelled(NamedTuple):
 
 
 def lines_of(text: str) -> tuple[str, ...]:
-    """The names in a file of classes; empty lines at its end are none."""
-    return tuple(line.strip() for line in text.rstrip().splitlines())
+    """The names in a file of classes; empty lines at its end and a byte order mark are none."""
+    text = text.removeprefix("\ufeff").rstrip()
+    return tuple(line.strip() for line in _LINE_END.split(text)) if text else ()
+
+
+def names_in(path: str | Path) -> tuple[str, ...]:
+    """The names in a file of classes. Raises Refused: it cannot be read, or is no text in UTF-8."""
+    try:
+        return lines_of(patiently(Path(path).read_bytes).decode())
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path} is not text in UTF-8: {error}") from error
 
 
 def class_lists(index: ShardIndex, patience: Patience = USUAL) -> tuple[ClassList, ...]:

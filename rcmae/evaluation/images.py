@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from rcmae.data.sets import CLASSES, lines_of
+from rcmae.data.sets import CLASSES, names_in
 from rcmae.data.sources import pread
 from rcmae.data.tars import BrokenTar, Contents, Place, image_suffix, label_in
 from rcmae.data.transforms import BadImage, CentreTransform, Normalise
@@ -80,7 +80,7 @@ def _in_turn(each: Sequence[Iterator[Encoded]]) -> Iterator[Encoded]:
 def _in_shard(path: Path) -> Iterator[Encoded]:
     """The images of a WebDataset shard with their classes. Raises Refused."""
     listed = path.with_name(CLASSES)
-    names = lines_of(listed.read_text()) if listed.is_file() else ()
+    names = names_in(listed) if listed.is_file() else ()
     try:
         with path.open("rb") as file:
             for key, members in Contents(file.fileno()).surveyed():

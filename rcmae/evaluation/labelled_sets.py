@@ -21,6 +21,7 @@ from rcmae.data.sets import (
     class_problems,
     labelled,
     moved,
+    names_in,
     unlike,
 )
 from rcmae.errors import Refused
@@ -124,10 +125,9 @@ def classes_of(given: Any, folder: Path, names: Sequence[str]) -> list[int]:
     """
     if isinstance(given, str):
         try:
-            lines = (folder / given).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            given = [name for name in names_in(folder / given) if name]
+        except Refused as error:
             raise Refused(f"classes={given}: {error}") from error
-        given = [line.strip() for line in lines if line.strip()]
     if not isinstance(given, list):
         raise Refused(f"classes={given!r}; give a list or a file")
     places = {name: number for number, name in enumerate(names)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -298,9 +297,9 @@ def categories_beside(key: str, shards: Patterns) -> list[tuple[int, str]]:
             content = Path(where).read_bytes() if Path(where).is_file() else None
         if content is None:
             return []
-        return list(Annotations().read_beside(content.decode()).items())
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise Refused(f"{key}: {where} has no categories: {error!r}") from error
+        return list(Annotations().read_beside(content.decode("utf-8-sig")).items())
+    except (OSError, ValueError) as error:
+        raise Refused(f"{key}: {sources.redacted(where)} has no categories: {error}") from error
 
 
 def judge_categories(

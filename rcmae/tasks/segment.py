@@ -49,6 +49,7 @@ from rcmae.models.segmentation.cost import dense_probe_cost, segmenter_cost
 from rcmae.models.segmentation.segmenter import DenseProbe
 from rcmae.objectives import Objective
 from rcmae.objectives.segmentation import SegmentationLoss, maps_of
+from rcmae.tasks.classify import names_given
 from rcmae.tasks.protocol import (
     Data,
     Ended,
@@ -67,7 +68,6 @@ from rcmae.tasks.segmenting import (
     judge_segmentation,
     labels_of,
     look_at_classes,
-    names_in,
     start_weights,
 )
 from rcmae.weights.formats import WeightsFormat
@@ -317,6 +317,6 @@ def documents(
 def class_names(recipe: Recipe) -> tuple[str, ...]:
     """Names for tables; a file that is gone meanwhile costs the names, and not the evaluation."""
     try:
-        return names_in(recipe.segment.class_names)
+        return names_given("segment.class_names", recipe.segment.class_names)
     except Refused:
         return ()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rcmae.config import Recipe
 from rcmae.data.dense.crops import Augment, Crops, Labels
 from rcmae.data.dense.maps import MAX_CLASSES
-from rcmae.data.sets import ClassList, lines_of, unlike
+from rcmae.data.sets import ClassList, unlike
 from rcmae.errors import Refused
 from rcmae.models.build import student_sizes
 from rcmae.models.fitting import Fit
@@ -17,7 +17,7 @@ from rcmae.models.segmentation.build import levels_of, meta_segmenter
 from rcmae.models.segmentation.fitting import fit_encoder
 from rcmae.models.segmentation.segmenter import Segmenter
 from rcmae.tasks import start
-from rcmae.tasks.classify import same_source
+from rcmae.tasks.classify import names_given, same_source
 from rcmae.tasks.following import sizes_told
 from rcmae.tasks.protocol import Data, Judgement, Saved
 from rcmae.weights.reading import NetworkWeights
@@ -54,17 +54,7 @@ def look_at_classes(recipe: Recipe, saved: Saved | None) -> Found:
         weights = start.look_at(
             "segment.init", init, options.network, first="teacher", read=read_start
         )
-    return Found(init, weights, names_in(options.class_names))
-
-
-def names_in(path: str | None) -> tuple[str, ...]:
-    """A name a line. Raises Refused."""
-    if path is None:
-        return ()
-    try:
-        return lines_of(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"segment.class_names={path}: {error}") from error
+    return Found(init, weights, names_given("segment.class_names", options.class_names))
 
 
 def judge_segmentation(recipe: Recipe, found: Found | None, data: Data) -> Judgement:

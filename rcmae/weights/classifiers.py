@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rcmae.checkpoint import CheckpointError, Manifest, find_checkpoint
-from rcmae.data.sets import lines_of
+from rcmae.data.sets import names_in
 from rcmae.errors import Refused
 from rcmae.files import write_aside
 from rcmae.models.build import student_sizes
@@ -136,8 +136,8 @@ def _class_names(found: NetworkWeights, count: int) -> tuple[str, ...]:
         return names if len(names) == count else ()
     where = json.loads(found.metadata.get("recipe", "{}")).get("classify", {}).get("class_names")
     try:
-        names = lines_of(Path(where).read_text()) if where else ()
-    except (OSError, UnicodeDecodeError):
+        names = names_in(where) if where else ()
+    except Refused:
         return ()
     return names if len(names) == count else ()
 

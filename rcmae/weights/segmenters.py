@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rcmae.checkpoint import CheckpointError, Manifest, find_checkpoint
 from rcmae.config import Recipe
-from rcmae.data.sets import lines_of
+from rcmae.data.sets import names_in
 from rcmae.errors import Refused
 from rcmae.files import write_aside
 from rcmae.models.kernels import LAYER_NORM_EPS
@@ -136,8 +136,8 @@ def _names_of(recipe: Recipe) -> tuple[str, ...]:
     """Names of the classes, where the file of the recipe is there and has as many."""
     where = recipe.segment.class_names
     try:
-        names = lines_of(Path(where).read_text()) if where else ()
-    except (OSError, UnicodeDecodeError):
+        names = names_in(where) if where else ()
+    except Refused:
         return ()
     return names if len(names) == recipe.segment.num_classes else ()
 

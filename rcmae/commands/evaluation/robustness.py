@@ -89,18 +89,14 @@ def _class_names(options: argparse.Namespace, model: Classifier) -> ClassList | 
     """Names of the classes, from --class-names or the file that the run's recipe names.
 
     Raises:
-        Refused: it is not text.
-        OSError: it cannot be read.
+        Refused: it cannot be read, or is not text.
     """
-    from rcmae.data.sets import ClassList, lines_of
+    from rcmae.data.sets import ClassList, names_in
 
     path = options.class_names or model.pretrained_cfg.get("class_names")
     if not path or not (options.class_names or Path(path).is_file()):
         return None
-    try:
-        return ClassList(str(path), lines_of(Path(path).read_text()))
-    except UnicodeDecodeError as error:
-        raise Refused(f"{path} is not text: {error}") from error
+    return ClassList(str(path), names_in(path))
 
 
 def _corruptions(options: argparse.Namespace, first: str) -> Corruptions:

@@ -139,6 +139,7 @@ def make(arguments: Sequence[str] | None = None) -> int:
     from rcmae.data.packing.found import Targets
     from rcmae.data.packing.layouts import name_of_split
     from rcmae.data.packing.writer import PackingOptions, make_shards
+    from rcmae.data.sets import names_in
     from rcmae.errors import Refused
 
     try:
@@ -149,7 +150,7 @@ def make(arguments: Sequence[str] | None = None) -> int:
             size=asked.size,
             quality=asked.quality,
             min_size=asked.min_size,
-            classes=None if asked.classes is None else _lines(asked.classes),
+            classes=None if asked.classes is None else list(names_in(asked.classes)),
             label=asked.label,
             unlabelled=asked.unlabelled,
             jobs=asked.jobs,
@@ -184,15 +185,6 @@ def _images(asked: argparse.Namespace) -> list[str]:
     if asked.keep_empty and asked.coco is None:
         raise Refused("--keep-empty belongs to --coco")
     return images
-
-
-def _lines(path: Path) -> list[str]:
-    from rcmae.errors import Refused
-
-    try:
-        return path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise Refused(f"{path}: is not text in UTF-8 ({error})") from error
 
 
 def _unnamed(asked: argparse.Namespace) -> str:

@@ -17,6 +17,8 @@ from pycocotools import mask as coco_mask
 from rcmae.data.dense.jitter import Jitter, Size
 from rcmae.data.members.annotations import has_area, polygons_of
 
+_Box = tuple[int, int, int, int]  # (x0, y0, x1, y1)
+
 
 class Objects(NamedTuple):
     """The objects that a canvas shows."""
@@ -45,24 +47,31 @@ def objects_on(
         mask = _mask(annotation, jitter)
         if mask is not None:
             numbers.append(number)
-            found.append(mask)
+            found.append(_packed(mask, jitter))
     height, width = jitter.canvas
     masks = np.zeros((len(found), height, -(-width // 8)), np.uint8)
     boxes = np.zeros((len(found), 4), np.float32)
-    for row, mask in enumerate(found):
-        boxes[row] = _box(mask)
-        _, top, _, bottom = boxes[row].astype(int).tolist()
-        part = np.ascontiguousarray(mask[top:bottom])
-        x0, _, x1, _ = jitter.extent
-        if jitter.style == "benchmark" and jitter.flipped:
-            boxes[row, [0, 2]] = width - boxes[row, [2, 0]]
-            line = np.zeros((bottom - top, width), np.uint8)
-            line[:, x0:x1] = part[:, ::-1]
-            part = line
-        packed = np.packbits(part, axis=1)
-        masks[row, top:bottom, : packed.shape[1]] = packed
+    for row, (box, bits) in enumerate(found):
+        boxes[row] = box
+        masks[row, box[1] : box[3], : bits.shape[1]] = bits
     kinds = [classes[annotations[number]["category_id"]] for number in numbers]
     return Objects(boxes, np.array(kinds, np.int64), masks, np.array(numbers, np.int64))
+
+
+def _packed(mask: NDArray[np.uint8], jitter: Jitter) -> tuple[_Box, NDArray[np.uint8]]:
+    """(box on the canvas, the bits of its rows) of a mask of the cut: at once, for the masks of all
+    objects as bytes would fill the memory.
+    """
+    left, top, right, bottom = _box(mask)
+    part = np.ascontiguousarray(mask[top:bottom])
+    if jitter.style == "benchmark" and jitter.flipped:
+        width = jitter.canvas[1]
+        left, right = width - right, width - left
+        x0, _, x1, _ = jitter.extent
+        line = np.zeros((bottom - top, width), np.uint8)
+        line[:, x0:x1] = part[:, ::-1]
+        part = line
+    return (left, top, right, bottom), np.packbits(part, axis=1)
 
 
 def _mask(annotation: Mapping[str, Any], jitter: Jitter) -> NDArray[np.uint8] | None:
@@ -129,7 +138,7 @@ def _nearest(start: int, length: int, new: int, old: int) -> NDArray[np.int64]:
     return np.minimum(places.astype(np.int64), old - 1)
 
 
-def _box(mask: NDArray[np.uint8]) -> tuple[int, int, int, int]:
+def _box(mask: NDArray[np.uint8]) -> _Box:
     """(x0, y0, x1, y1) around the ones of a mask that has some."""
     rows = np.flatnonzero(mask.any(axis=1))
     columns = np.flatnonzero(mask.any(axis=0))

@@ -8,7 +8,7 @@ A JSON without `annotations` is somebody else's (captions, say) and no concern o
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -27,6 +27,10 @@ _LISTED = 20  # objects that a report names
 _FAR = 2  # sides of the image: who draws a polygon needs memory for where it leads
 _POINTS = 6  # numbers of a polygon that encloses anything
 _MOST = 64 * 2**20  # bytes of an annotation
+# What drawing an image's objects may cost: a few bytes can ask for more than a memory holds.
+_OBJECTS = 10_000
+_OUTLINE = 3_000  # longer sides of the image, all polygons together
+_MASK_PIXELS = 10**10  # of all run-length codes
 
 
 def document_of(data: bytes) -> Any:
@@ -71,11 +75,15 @@ def objects_of(
     objects = document["annotations"]
     if not isinstance(objects, list) or not all(isinstance(each, dict) for each in objects):
         raise BadImage("its annotation's `annotations` are no list of objects")
+    if len(objects) > _OBJECTS:
+        raise BadImage(f"its annotation has {len(objects):,} objects, more than {_OBJECTS:,}")
     problems = []
     for each in objects:
         problems += [
-            f"object {each.get('id')}: {told}" for told in _problems(each, size, categories)
+            f"object {each.get('id')!s:.40}: {told}" for told in _problems(each, size, categories)
         ]
+    if not problems:
+        problems = list(_costs(objects, size))
     if problems:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise BadImage("; ".join(problems[:_NAMED]) + more)
@@ -125,6 +133,30 @@ def _problems(
     yield from _shape_problems(each.get("segmentation"), size)
 
 
+def _costs(objects: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Iterator[str]:
+    """What of sound objects would take too much to draw."""
+    shapes = [each.get("segmentation") for each in objects]
+    coded = sum(isinstance(shape, dict) for shape in shapes)
+    if coded * size[0] * size[1] > _MASK_PIXELS:
+        yield (
+            f"its annotation has {coded:,} run-length codes of {size[1]} x {size[0]} pixels, "
+            f"together more than {_MASK_PIXELS:,}"
+        )
+    polygons = (polygon for shape in shapes if isinstance(shape, list) for polygon in shape)
+    outline = sum(map(_outline, polygons))
+    if outline > _OUTLINE * max(size):
+        yield (
+            f"the polygons of its annotation are {outline:,.0f} pixels long, more than "
+            f"{_OUTLINE:,} times the longer side of the image of {size[1]} x {size[0]}"
+        )
+
+
+def _outline(polygon: Sequence[float]) -> float:
+    """Pixels along a closed polygon [x, y, x, y ...], the longer way of each side."""
+    points = np.asarray(polygon, np.float64).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1, initial=0).sum())
+
+
 def _shape_problems(shape: Any, size: tuple[int, int]) -> Iterator[str]:
     if shape is None:
         return  # a box alone
@@ -149,8 +181,9 @@ def _numbers(values: Any, count: int | None) -> bool:
     """Whether this is a list of so many finite numbers; None: of any."""
     if not isinstance(values, list) or (count is not None and len(values) != count):
         return False
+    largest = sys.float_info.max  # an int may be larger than any float
     return all(
-        isinstance(each, int | float) and not isinstance(each, bool) and math.isfinite(each)
+        isinstance(each, int | float) and not isinstance(each, bool) and abs(each) <= largest
         for each in values
     )
 
@@ -168,7 +201,8 @@ def runs_of(code: Mapping[str, Any], size: tuple[int, int]) -> list[int]:
         BadImage: it is of another size, or its runs do not add up to it.
     """
     height, width = size
-    if code.get("size") != [height, width]:
+    stated = code.get("size")
+    if stated != [height, width] or not all(type(side) is int for side in stated):
         raise BadImage(f"its mask is of {code.get('size')!r:.40}, its image of {[height, width]}")
     counts = code.get("counts")
     runs: list[int] = []
@@ -186,7 +220,9 @@ def runs_of(code: Mapping[str, Any], size: tuple[int, int]) -> list[int]:
 def _decompressed(text: str) -> list[int]:
     runs: list[int] = []
     value = shift = 0
-    for character in text.encode("ascii", "replace"):
+    if not text.isascii():
+        raise BadImage("its mask's counts are no run-length code")
+    for character in text.encode():
         bits = character - 48
         if not 0 <= bits < 64 or shift > 30:
             raise BadImage("its mask's counts are no run-length code")
@@ -245,8 +281,23 @@ class Annotations:
     beside = "categories.json"
 
     def read_beside(self, text: str) -> Mapping[int, str]:
-        """Id -> name of each category."""
-        return {int(each["id"]): str(each["name"]) for each in json.loads(text)}
+        """Id -> name of each category. Raises ValueError."""
+        try:
+            rows = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        wanted = "a list of {id: a whole number, name: a text}"
+        if not isinstance(rows, list) or not all(isinstance(each, dict) for each in rows):
+            raise ValueError(f"wanted is {wanted}")
+        found: dict[int, str] = {}
+        for each in rows:
+            number, name = each.get("id"), each.get("name")
+            if type(number) is not int or not isinstance(name, str):
+                raise ValueError(f"wanted is {wanted}, got {each!r:.80}")
+            if number in found:
+                raise ValueError(f"id {number} is there twice")
+            found[number] = name
+        return found
 
     def verify(self, data: bytes, size: tuple[int, int] | None, beside: Beside) -> Facts:
         """Objects and images of each category. Raises BadImage."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rcmae.data.members.kinds import Beside, Facts
+from rcmae.data.sets import lines_of
 from rcmae.data.transforms import MAX_PIXELS, BadImage
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -130,7 +131,7 @@ class Maps:
 
     def read_beside(self, text: str) -> Sequence[str]:
         """The names of the classes."""
-        return [line.strip() for line in text.rstrip().splitlines()]
+        return lines_of(text)
 
     def verify(self, data: bytes, size: tuple[int, int] | None, beside: Beside) -> Facts:
         """Pixels and images of each class. Raises BadImage."""

@@ -90,9 +90,9 @@ def beside_of(folder: str) -> dict[str, Any]:
             continue
         try:
             if content is not None:
-                found[kind.name] = kind.read_beside(content.decode())
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refused(f"{sources.redacted(where)}: cannot be used ({error!r})") from error
+                found[kind.name] = kind.read_beside(content.decode("utf-8-sig"))
+        except ValueError as error:
+            raise Refused(f"{sources.redacted(where)}: cannot be used ({error})") from error
     return found
 
 
