@@ -34,6 +34,11 @@ def test_every_case_runs_and_is_not_measured_twice(
     assert sum(step["phases_s"].values()) == pytest.approx(step["step_s"]["median"], rel=0.4)
     assert step["told"]["images_per_s"] > 0  # of a real GPU and the whole network: not comparable
     assert step["images_per_s"] > 0
+    assert step["told"]["from"] == "stated"  # no measured one: it would be this very file
+    of = {key: step["of"][key] for key in ("model", "placement")}
+    assert of == {"model": "vit_large_patch16", "placement": "local"}
+    assert step["of"]["variant"].startswith("rcmae-lean-")
+    assert step["of"]["step_flops"] * step["images_per_s"] == pytest.approx(step["flops_per_s"])
     engines = {name for name in others if name.startswith("engines/")}
     assert set(report["summary"]["engine_over_local"]) == engines
     assert "failed: KeyError" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """What plan says of memory is what ranks take; what it says of a run is what the run finds."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from rcmae import config
 from rcmae.commands import plan as command
+from rcmae.config import Recipe
 from rcmae.data.masking import visible_count
 from rcmae.files import shipped
 from rcmae.models import kernels
@@ -476,10 +478,21 @@ def test_shards_of_an_evaluation_that_are_missing_are_seen(
     assert status == 0, "the training's shards cannot be seen from here either"
 
 
-def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:
-    recipe = config.load("rcmae_vit_l_16", ["data.shards=x.tar", "engine.compile=false"])
-    assert estimates.measured_utilisation(recipe, "h200", tmp_path) is None
+def whole(*words: str) -> Recipe:
+    """A recipe as `plan` asks what was measured of it."""
+    return config.with_precision(config.load("rcmae_vit_l_16", ["data.shards=x.tar", *words]), True)
+
+
+def utilisation(recipe: Recipe, gpu: str = "h200", file: Path | None = None) -> Any:
+    return estimates.measured_utilisation(recipe, estimates.cost_of(recipe), gpu, file)
+
+
+def test_a_measured_utilisation_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimates, "RESULTS", tmp_path)
+    recipe = whole("engine.compile=false")
+    assert utilisation(recipe) is None
     peak = peak_flops("NVIDIA H200", "bf16")
+    assert peak
     for name, gpu, share in (
         ("a", "NVIDIA H200", 0.3),
         ("b", "NVIDIA H200", 0.4),
@@ -497,18 +510,64 @@ def test_a_measured_utilisation_is_taken(tmp_path: Path) -> None:
                 }
             )
         )
-    assert estimates.measured_utilisation(recipe, "h200", tmp_path) == (
-        pytest.approx(0.4),
-        "b.json",
-    )
-    recipe = config.load("rcmae_vit_l_16", ["data.shards=x.tar"])  # compiles: a GPU is asked about
-    assert estimates.measured_utilisation(recipe, "h200", tmp_path) == (
-        pytest.approx(0.5),
-        "b.json",
-    )
+    assert utilisation(recipe) == (pytest.approx(0.4), "b.json")
+    assert utilisation(whole()) == (pytest.approx(0.5), "b.json")  # compiles: a GPU is asked about
     (tmp_path / "d.json").write_text("{")
     with pytest.raises(ValueError, match="is not a result"):
-        estimates.measured_utilisation(recipe, "h200", tmp_path)
+        utilisation(recipe)
+
+
+def gpu_day_of(recipe: Recipe, shares: dict[str, float], device: str = "NVIDIA H200") -> str:
+    """What tools/gpu_day.py writes of a recipe's step by some engines."""
+    of = {"model": recipe.model.name, "variant": estimates.variant_of(recipe)}
+    of["step_flops"] = estimates.cost_of(recipe).step_flops
+    cases: dict[str, Any] = {"steps/B": {"error": "out of memory"}, "tests": {"result": {}}}
+    for name, share in shares.items():
+        rate = share * peak_flops(device, "bf16")  # type: ignore[operator]
+        result = {"of": {**of, "placement": name}, "flops_per_s": rate}
+        cases[name] = {"result": result}
+    return json.dumps({"tool": "gpu_day", "hardware": {"gpu": device}, "cases": cases})
+
+
+def test_what_a_day_on_a_gpu_measured_makes_hours_measured_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "day.json"
+    file.write_text(gpu_day_of(whole(), {"local": 0.5, "zero2": 0.44, "fsdp2": 0.9}))
+    assert utilisation(whole(), file=file) == (pytest.approx(0.44), "day.json")  # its own engine
+    ddp = whole("engine.name=ddp", "engine.config=null")
+    assert utilisation(ddp, file=file) == (pytest.approx(0.5), "day.json")
+    words = ["rcmae_vit_l_16", "--nodes", "4", "--gpu", "h200"]
+    _, computed = run(capsys, *words)
+    _, report = run(capsys, *words, "--measured", str(file))
+    assert computed["speed"]["hours_from"] == "computed"
+    assert report["speed"]["hours_from"] == "measured"
+    told = report["speed"]["hours"] / computed["speed"]["hours"]
+    assert told == pytest.approx(computed["speed"]["utilisation"] / 0.44)
+    assert command.main([*words, "--measured", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "at 44% of 989 TFLOP/s (measured, day.json)" in said
+    assert "time       measured: " in said
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--gpu", "h100-80g"], "has no step of vit_large_patch16"),
+        (["model.image_size=192"], "has no step of vit_large_patch16"),  # another length
+        (["objective.name=mae"], r"\(mae-lean-bf16-compiled\)"),
+        (["--measured", str(estimates.RESULTS / "stream_imagenet_224.json")], "is not a result"),
+    ],
+)
+def test_a_named_file_without_this_step_is_refused(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "day.json"
+    file.write_text(gpu_day_of(whole(), {"local": 0.5}))
+    given = ["rcmae_vit_l_16", "--gpu", "h200", "--measured", str(file), *words]
+    status, report = run(capsys, *given)
+    assert status == 2
+    assert re.search(told, report["problems"][0])
 
 
 @pytest.mark.parametrize("recipe", ["rcmae_vit_l_16", "rcmae_vit_h_14"])

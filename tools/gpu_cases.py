@@ -42,10 +42,10 @@ from rcmae.models.precision import bf16_of
 from rcmae.models.tuning import attention
 from rcmae.objectives import make_objective
 from rcmae.planning import planner
-from rcmae.planning.estimates import cost_of, speed
+from rcmae.planning.estimates import cost_of, placement, speed, variant_of
 from rcmae.planning.hardware import GPUS, peak_flops
 from rcmae.planning.live import made_up_batch, measure
-from rcmae.planning.site import Site
+from rcmae.planning.site import UTILISATION, Site
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -199,13 +199,21 @@ def against_plan(recipe: Recipe, seconds: float) -> dict[str, Any]:
     images = recipe.batch.images
     cost = cost_of(recipe)
     sizes = config.resolve(recipe, world=1, samples_per_epoch=images)
-    told = speed(recipe, cost, sizes, Site(nodes=1, gpus=1, gpu=gpu_key()))
+    # what it computes without this very file
+    site = Site(nodes=1, gpus=1, gpu=gpu_key(), utilisation=UTILISATION)
+    told = speed(recipe, cost, sizes, site)
     peak = peak_flops(GPUS[gpu_key()].device_name, recipe.engine.precision)
     rate = images / seconds
     return {
         "images_per_s": rate,
         "flops_per_s": rate * cost.step_flops,
         "mfu": rate * cost.step_flops / peak if peak else None,
+        "of": {  # what `rcmae plan` finds it by
+            "model": recipe.model.name,
+            "variant": variant_of(recipe),
+            "placement": placement(recipe),
+            "step_flops": cost.step_flops,
+        },
         "told": {
             "gpu": gpu_key(),
             "utilisation": told["utilisation"],

@@ -7,9 +7,9 @@ suggest changes. Nothing is trained.
 
 Memory is that of one GPU for every ZeRO stage and FSDP2 (it agrees with live tensors of CPU ranks),
 with a margin for the driver, NCCL and fragmentation. Hours follow from the model's FLOPs and a
-utilisation: measured by tools/bench_step.py where this package has a result for that GPU, else
-assumed. Exit status: 0 it can run; 2 it cannot, or the input is
-wrong.
+utilisation: measured, where a result of tools/gpu_day.py or tools/bench_step.py has this network on
+that GPU (one of the package, or --measured FILE), else assumed, and then the hours are computed.
+Exit status: 0 it can run; 2 it cannot, or the input is wrong.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         utilisation=asked.utilisation,
         decode_per_core=asked.decode_per_core,
         write_gbps=asked.write_gbps,
+        measured=asked.measured,
     )
     from rich.console import Console
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = planner.load(asked.recipe, asked.overrides)
         if asked.table:
-            print(markdown(recipe, asked.table, asked.gpus))
+            print(markdown(recipe, asked.table, asked.gpus, asked.measured))
             return 0
         report = planner.plan(recipe, site)
         if recipe.engine.name == "local" and site.world > 1:
@@ -96,6 +97,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--utilisation", type=float, help=f"share of peak FLOP/s ({UTILISATION}, or as measured)"
+    )
+    parser.add_argument(
+        "--measured",
+        metavar="FILE",
+        help="steps measured by tools/gpu_day.py (those of the package)",
     )
     parser.add_argument(
         "--decode-per-core",
@@ -196,7 +202,8 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
         f"{sizes['accumulation']} x {sizes['per_device']}; {sizes['total_steps']} steps, "
         f"{sizes['steps_per_epoch']} an epoch",
         "speed": _speed(rate),
-        "time": f"{_duration(rate['step_s'])} a step, {_duration(rate['hours'] * 3600)}, "
+        "time": f"{rate['hours_from']}: {_duration(rate['step_s'])} a step, "
+        f"{_duration(rate['hours'] * 3600)}, "
         f"{rate['hours'] * report['site']['world']:,.{0 if rate['hours'] > 1 else 2}f} GPU hours",
         "decoding": _decoding(report["data"]),
         "shards": _shards(report),
@@ -209,10 +216,7 @@ def _lines(report: dict[str, Any]) -> dict[str, str]:
 
 def _speed(rate: dict[str, Any]) -> str:
     """How fast, and why."""
-    how = (
-        f"{rate['utilisation']:.0%} of {rate['peak_flops'] / 1e12:.0f} TFLOP/s "
-        f"({rate['utilisation_from']})"
-    )
+    how = f"{rate['utilisation']:.0%} of {rate['peak_flops'] / 1e12:.0f} TFLOP/s ({_source(rate)})"
     if rate["launching"]:
         how = "the least that launching kernels takes a host (stated): the network is small"
     return (
@@ -220,6 +224,12 @@ def _speed(rate: dict[str, Any]) -> str:
         f"{_amount(rate['step_flops_per_image'])}FLOP of a step; "
         f"{rate['images_per_s']:,.0f} images/s ({rate['images_per_s_per_gpu']:,.0f} a GPU) at {how}"
     )
+
+
+def _source(rate: dict[str, Any]) -> str:
+    """Where a utilisation is from."""
+    source = rate["utilisation_from"]
+    return f"measured, {source}" if rate["hours_from"] == "measured" else source
 
 
 def _amount(number: float) -> str:
@@ -281,14 +291,14 @@ TITLES = (
 )
 
 
-def markdown(recipe: Recipe, kinds: Sequence[str], gpus: int) -> str:
+def markdown(recipe: Recipe, kinds: Sequence[str], gpus: int, measured: str | None = None) -> str:
     """A table of the recipe on each kind of GPU and each of TABLE_NODES."""
     from rcmae.planning.planner import plan
 
     rows = [list(TITLES), ["---"] * len(TITLES)]
     for kind in kinds:
         for nodes in TABLE_NODES:
-            report = plan(recipe, Site(nodes=nodes, gpus=gpus, gpu=kind))
+            report = plan(recipe, Site(nodes=nodes, gpus=gpus, gpu=kind, measured=measured))
             rows.append(_markdown_row(report))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -1,8 +1,8 @@
 """What a recipe will take on a site: memory of a GPU under each engine, FLOPs and hours, cores for
 decoding, bytes and seconds of a checkpoint.
 
-Stated numbers give way to measured ones where there are any: a utilisation by tools/bench_step.py,
-the decoding of these very shards, a checkpoint that this run has written.
+Stated numbers give way to measured ones where there are any: a utilisation by tools/gpu_day.py or
+tools/bench_step.py, the decoding of these very shards, a checkpoint that this run has written.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,7 @@ with contextlib.redirect_stdout(sys.stderr):  # it says there which accelerator 
     from rcmae.engines.deepspeed_config import read_config
 
 RESULTS = shipped("results")
+MEASURING = ("bench_step", "gpu_day")  # tools whose results have speeds of steps
 CHECKPOINTING = "engine.activation_checkpointing"
 TODAY = True  # engine.precision=auto where no GPU is named: those of today have units for bf16
 RESERVED = 2.0 * GIB  # CUDA's context, workspaces of libraries, NCCL's channels
@@ -145,13 +146,16 @@ def speed(recipe: Recipe, cost: StepCost, sizes: Resolved, site: Site) -> dict[s
         raise Refused(
             f"{gpu.device_name} has no {recipe.engine.precision}; use engine.precision=fp32"
         )
-    measured = measured_utilisation(recipe, site.gpu) if site.utilisation is None else None
+    measured = None
+    if site.utilisation is None:
+        named = Path(site.measured) if site.measured else None
+        measured = measured_utilisation(recipe, cost, site.gpu, named)
     share, source = measured or (site.utilisation or UTILISATION, "stated")
     forward = cost.forward_flops
     recomputes = recipe.engine.activation_checkpointing != "none"
     step = cost.step_flops + (forward if recomputes else 0.0)
     seconds = sizes.images_per_step * step / (share * peak * site.world)
-    least = SHORTEST_S * sizes.accumulation
+    least = 0.0 if measured else SHORTEST_S * sizes.accumulation
     per_gpu = sizes.images_per_rank / max(seconds, least)
     return {
         "forward_flops_per_image": forward,
@@ -165,48 +169,98 @@ def speed(recipe: Recipe, cost: StepCost, sizes: Resolved, site: Site) -> dict[s
         "launching": seconds < least,  # the GPU waits for its host
         "steps": sizes.total_steps,
         "hours": max(seconds, least) * sizes.total_steps / 3600,
+        "hours_from": "measured" if measured else "computed",
     }
 
 
-def measured_utilisation(
-    recipe: Recipe, gpu: str, results: Path = RESULTS
-) -> tuple[float, str] | None:
-    """Share of the dense peak that tools/bench_step.py measured with this model on this kind of
-    GPU, and in which file.
+class Rate(NamedTuple):
+    """A step's speed as somebody measured it."""
 
-    The path, precision and compilation are the recipe's; of several results the best.
+    flops_per_s: float
+    placement: str  # of its engine
+    file: str
+
+
+def measured_utilisation(
+    recipe: Recipe, cost: StepCost, gpu: str, results: Path | None = None
+) -> tuple[float, str] | None:
+    """Share of the dense peak that was measured with this network on this kind of GPU, and in
+    which file; None where nobody has.
+
+    Objective, precision and compilation are the recipe's, and so is the engine where a result has
+    it, else it is one process; of several results the best.
+
+    Args:
+        recipe: in a precision that the GPU has.
+        cost: of its step.
+        gpu: a key of `GPUS`.
+        results: a file of tools/gpu_day.py or tools/bench_step.py; None: those of the package.
 
     Raises:
-        Refused: a file among the results is none.
+        Refused: a file among the results is none, or the one that was named does not have it.
     """
     if recipe.task.name != "pretrain":
-        return None  # it measures steps of pretraining
-    recipe = config.with_precision(recipe, GPUS[gpu].bf16)
-    wanted = GPUS[gpu].device_name
-    variant = _variant(recipe)
+        return None  # steps of pretraining are measured
+    device = GPUS[gpu].device_name
+    rates = []
+    for path in sorted(RESULTS.glob("*.json")) if results is None else [results]:
+        rates += _rates(recipe, cost, device, path, named=results is not None)
+    own = [rate for rate in rates if rate.placement == placement(recipe)]
+    best = max(own or rates, default=None)
+    if best is None:
+        if results is None:
+            return None
+        raise Refused(
+            f"--measured: {results} has no step of {recipe.model.name} ({variant_of(recipe)}) on "
+            f"{device} by {placement(recipe)} or local; leave it out to compute with a stated "
+            "utilisation"
+        )
+    peak = peak_flops(device, recipe.engine.precision, tf32=recipe.engine.tf32)
+    assert peak is not None, "the GPU does not compute in this precision"
+    return best.flops_per_s / peak, best.file
+
+
+def _rates(recipe: Recipe, cost: StepCost, device: str, path: Path, *, named: bool) -> list[Rate]:
+    """Those of a recipe's step on a device in one file; of another tool's none, unless it was
+    named.
+    """
+    wanted = (recipe.model.name, variant_of(recipe))
     found = []
-    for path in sorted(results.glob("*.json")):
-        try:
-            report = json.loads(path.read_text())
-            if report.get("tool") != "bench_step":
-                continue
-            if report["settings"]["model"] != recipe.model.name:
-                continue
-            device = report["hardware"].get("gpu", "")
-            rows = [row for row in report["variants"] if row["variant"] == variant]
-            rates = [row["model_flops_per_s"] for row in rows]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise Refused(
-                f"{path} is not a result of tools/bench_step.py ({error}); move it away"
-            ) from error
-        peak = peak_flops(device, recipe.engine.precision)
-        if device == wanted and peak:
-            found += [(rate / peak, path.name) for rate in rates]
-    return max(found, default=None)
+    try:
+        report = json.loads(path.read_text())
+        if report.get("tool") not in MEASURING:
+            if named:
+                raise ValueError(f"it is of {report.get('tool')}")
+            return []
+        rows = list(_rows(report)) if report["hardware"].get("gpu") == device else []
+        for of, rate in rows:
+            flops = of.get("step_flops", cost.step_flops)
+            same = math.isclose(flops, cost.step_flops, rel_tol=1e-6)
+            if same and (of["model"], of["variant"]) == wanted:
+                found.append(Rate(rate, of["placement"], path.name))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        way = "name one of these" if named else "move it away"
+        raise Refused(
+            f"{path} is not a result of tools/gpu_day.py or tools/bench_step.py ({error}); {way}"
+        ) from error
+    return [rate for rate in found if rate.placement in ("local", placement(recipe))]
 
 
-def _variant(recipe: Recipe) -> str:
-    """What tools/bench_step.py calls this recipe's step."""
+def _rows(report: dict[str, Any]) -> Iterator[tuple[dict[str, Any], float]]:
+    """What each step of a report was, and its FLOP/s."""
+    if report["tool"] == "bench_step":
+        for row in report["variants"]:
+            of = {"model": report["settings"]["model"], "placement": "local"}
+            yield of | {"variant": row["variant"]}, row["model_flops_per_s"]
+        return
+    for case in report["cases"].values():
+        result = case.get("result", {})
+        if "of" in result:
+            yield result["of"], result["flops_per_s"]
+
+
+def variant_of(recipe: Recipe) -> str:
+    """What the tools that measure call this recipe's step."""
     if "decoder" in recipe.objective.teacher_parts:
         objective = "rcmae"
     else:

@@ -25,6 +25,7 @@ class Site(NamedTuple):
     utilisation: float | None = None  # None: measured, else UTILISATION
     decode_per_core: float | None = None  # images/s; None: tried, else DECODE_PER_CORE
     write_gbps: float = WRITE_GBPS
+    measured: str | None = None  # a file of measured steps; None: those of the package
 
     @property
     def world(self) -> int:
