@@ -169,6 +169,7 @@ def test_sets_that_cannot_be_judged_are_refused_before_anything_is_written(
             "evaluate.dense.num_classes: give it",
         ),
         ({"k": 0}, "evaluate.dense.k"),
+        ({"k": 5000}, "evaluate.dense.train_shards have 384 patches; use fewer"),
     ]
     for changed, said in cases:
         folder = tmp_path / "run"

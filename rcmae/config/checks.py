@@ -13,9 +13,10 @@ from rcmae.errors import did_you_mean
 
 def contradictions(recipe: Recipe) -> list[str]:
     """Problems between keys that need neither the ranks nor the data to be seen."""
-    problems = _schedule_problems(recipe.schedule)
+    problems = _schedule_problems(recipe.schedule) + _rate_problems(recipe.schedule)
     problems += _allow_problems(recipe)
     problems += _data_problems(recipe)
+    problems += _dense_problems(recipe)
     if recipe.task.name in CLASSIFYING:
         problems += _classifying_problems(recipe)
     elif recipe.task.name == "segment":
@@ -82,6 +83,17 @@ def _schedule_problems(schedule: ScheduleOptions) -> list[str]:
     if schedule.warmup_epochs is not None and schedule.warmup_steps is not None:
         problems.append("schedule: give warmup_epochs or warmup_steps, got both")
     return problems
+
+
+def _rate_problems(schedule: ScheduleOptions) -> list[str]:
+    """A learning rate that would rise to its end."""
+    given = {"schedule.lr": schedule.lr, "schedule.base_lr": schedule.base_lr}
+    return [
+        f"schedule.min_lr={schedule.min_lr:g} is above {key}={peak:g}: the learning rate would "
+        "rise to its end; give less"
+        for key, peak in given.items()
+        if peak is not None and schedule.min_lr > peak
+    ]
 
 
 def _allow_problems(recipe: Recipe) -> list[str]:
@@ -322,6 +334,17 @@ def _detecting_problems(recipe: Recipe) -> list[str]:
     if detect.average and recipe.teacher.update != "step":
         problems.append("detect.average moves at each step: leave teacher.update=step")
     return problems
+
+
+def _dense_problems(recipe: Recipe) -> list[str]:
+    """Neighbours of patches that can never be found."""
+    dense = recipe.evaluate.dense
+    if dense.k <= dense.bank:
+        return []
+    return [
+        f"evaluate.dense.k={dense.k} neighbours of evaluate.dense.bank={dense.bank} patches; use "
+        "fewer"
+    ]
 
 
 def knn_lacks_sets(recipe: Recipe) -> bool:

@@ -12,6 +12,16 @@ _LARGEST_SEED = 2**64 - 1
 _LARGEST = 2**53  # a count; every language and file reads it as it is
 _LARGEST_FLOAT = 1e15
 _LARGEST_TIME = 1e8  # three years of seconds: clocks and sockets take no more
+_SHORTEST_TIMEOUT = 0.1  # seconds: the machine itself is late by more
+# Of networks and pictures: no machine builds larger ones, and sizes in bytes must fit 64 bits.
+_LARGEST_SIZE = 2**20
+_MOST_BLOCKS = 10_000
+_BLOCKS = ("model.depth", "model.decoder_depth")
+_SIZES = (
+    *("segment.crop", "segment.width", "segment.num_classes", "evaluate.picture_images"),
+    *("detect.window", "detect.pretrain_size", "detect.channels", "detect.box_width"),
+    *("detect.num_classes", "classify.num_classes"),
+)
 _LAST_POSITION = 2**62  # of a sample, over all epochs
 # of a number that says "never" by being infinite
 _ENDLESS = ("data.decode_margin",)
@@ -90,6 +100,12 @@ def _problem(key: str, value: int | float) -> str | None:
         return "must be less than 2^64" if value > _LARGEST_SEED else None
     elif abs(value) > _LARGEST:
         return "must be at most 2^53"
+    elif key in _BLOCKS and value > _MOST_BLOCKS:
+        return f"must be at most {_MOST_BLOCKS:,}"
+    elif (key in _SIZES or key.startswith("model.")) and value > _LARGEST_SIZE:
+        return "must be at most 2^20"
+    if key.endswith("timeout_s") and value < _SHORTEST_TIMEOUT:
+        return f"must be at least {_SHORTEST_TIMEOUT} seconds"
     if key.endswith("_s") and value > _LARGEST_TIME:
         return "must be at most 10^8 seconds"
     if key in ("data.cache_gb", "schedule.epochs", "checkpoint.every_minutes") and value > 1e9:

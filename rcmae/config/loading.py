@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def recipe_path(name: str, task: str | None = None) -> Path:
     Raises:
         Refused: there is no such file, with the names that are near.
     """
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     for candidate in (given, RECIPES / f"{name}.yaml"):
         if candidate.is_file():
             return candidate

@@ -390,7 +390,7 @@ def is_ours(folder: str | Path) -> bool:
     try:
         with patiently(lambda: open(os.path.join(folder, INDEX), "rb")) as file:
             return FORMAT.encode() in patiently(lambda: os.pread(file.fileno(), 100, 0))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

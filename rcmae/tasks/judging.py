@@ -85,6 +85,13 @@ def judge_dense(recipe: Recipe, data: Data) -> Judgement:
         judgement.problems.append(
             f"evaluate.dense.num_classes={num_classes}: at most {MAX_CLASSES}"
         )
+    rows, columns = student_sizes(recipe.model).grid
+    patches = len(train.samples) * rows * columns
+    if recipe.evaluate.dense.k > patches:
+        judgement.problems.append(
+            f"evaluate.dense.k={recipe.evaluate.dense.k} neighbours, and evaluate.dense."
+            f"train_shards have {patches:,} patches; use fewer"
+        )
     if num_classes:
         judgement.values["evaluate.dense.num_classes"] = num_classes
     return judgement

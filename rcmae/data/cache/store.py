@@ -68,7 +68,7 @@ class Cache:
         place = folder or os.path.join(
             os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir(), f"rcmae-shards-{os.getuid()}"
         )
-        path = Path(place).expanduser()
+        path = Path(os.path.expanduser(place))
         try:
             path.mkdir(mode=0o700 if folder is None else 0o777, parents=True, exist_ok=True)
             if folder is None and path.stat().st_uid != os.getuid():

@@ -52,7 +52,7 @@ def pack_once(images: str, cache: str | None, *, side: int, world: int = 1) -> P
     Raises:
         Refused: there are no images, they cannot be packed, or there are too many to wait for.
     """
-    folder = Path(images).expanduser()
+    folder = Path(os.path.expanduser(images))
     size = round(side * MARGIN)
     if not folder.is_dir():
         raise Refused(f"{images} is not a folder; for a list or Parquet: rcmae shards make")
@@ -60,7 +60,9 @@ def pack_once(images: str, cache: str | None, *, side: int, world: int = 1) -> P
         found = walked(folder)
     except OSError as error:
         raise Refused(f"{images}: {error.strerror}") from error
-    place = place_of(folder, found, size, Path(cache).expanduser() if cache else user_cache())
+    place = place_of(
+        folder, found, size, Path(os.path.expanduser(cache)) if cache else user_cache()
+    )
     pattern = f"{place}/{NAME}-*.tar"
     if place.is_dir():
         _touch(place)
