@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 
 import numpy as np
 import pytest
@@ -78,22 +77,3 @@ def test_triples_stand_for_runs_in_files_that_follow_each_other() -> None:
     assert layout.triples() == [0, 2, 4, 2, 1, 3, 5, 2, 3]
     assert list(layout.within(3, 9)) == [(0, 0, 4), (1, 4, 8), (2, 8, 11)]
     assert list(layout.within(4, 4)) == []
-
-
-def test_a_thousand_ranks_make_a_manifest_in_a_moment() -> None:
-    world, tensors = 1024, 200
-    shapes = {f"blocks.{n}.weight": (1000 + n, 7) for n in range(tensors)}
-    made = []
-    for rank in range(world):
-        runs = []
-        for name, shape in shapes.items():
-            low, high = cut(math.prod(shape), rank, world, "shares")
-            runs += [(f"{kind}/{name}", low, high - low, KINDS[kind]) for kind in KINDS]
-        made.append(written(runs))
-    begin = time.process_time()
-    document = described(assembled(shapes, made))
-    text = json.dumps(document)
-    read = understood({"format": 2, **json.loads(text)}, [f"{rank:05d}" for rank in range(world)])
-    assert sum(len(stored.layout) for stored in read.values()) == 3 * tensors * world
-    assert len(text) < 5e6
-    assert time.process_time() - begin < 5  # 18 s with an object a run
