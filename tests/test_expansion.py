@@ -2,6 +2,7 @@
 
 import random
 import time
+from pathlib import Path
 
 import pytest
 from braceexpand import braceexpand
@@ -12,6 +13,9 @@ from rcmae.data.patterns import expand
 from rcmae.data.sources import braces
 from rcmae.data.sources.braces import expanded
 from rcmae.errors import Refused
+from rcmae.evaluation.comparison.runs import read_run
+from rcmae.run.again import reproduce
+from rcmae.run.records import shown
 
 MANY = (
     "x-{000000000..999999999}.tar",
@@ -86,3 +90,25 @@ def test_aliases_as_people_use_them_are_read():
     tree = tree_of("a: &a {x: [1, 2]}\nb: {<<: *a, y: 3}\nc: [*a, *a]")
     assert tree["b"] == {"x": [1, 2], "y": 3}
     assert tree["c"] == [{"x": [1, 2]}] * 2
+
+
+NO_RECIPES = [bomb(), "[" * 20_000 + "]" * 20_000, "a: &a [*a]", "- 1", "5", "{"]
+
+
+def reproduced(folder):
+    found = reproduce.Original(folder, {"step": 0}, {}, None)
+    return reproduce.recipe_of(found, 1, folder, [], allow_pipe=False)
+
+
+@pytest.mark.parametrize("text", NO_RECIPES)
+@pytest.mark.parametrize("read", [shown.recipe_of, read_run, reproduced])
+def test_a_recipe_in_a_folder_that_is_none_is_refused(tmp_path, read, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(Refused):
+        read(tmp_path)
+
+
+def test_yaml_is_read_in_one_place():
+    package = Path(config.__file__).parents[1]
+    callers = [path for path in package.rglob("*.py") if "yaml.safe_load" in path.read_text()]
+    assert [path.name for path in callers] == ["trees.py"], "others have no limit"

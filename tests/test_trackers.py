@@ -239,6 +239,10 @@ def test_a_folder_without_a_run_and_a_newer_note_are_refused(
     note.write_text(note.read_text().replace('"format": 1', '"format": 9'))
     with pytest.raises(Refused, match="format 9"):
         pushed(run, Remembering())
+    for text in ("5", "[" * 100_000, '{"format": 1}', '{"format": 1, "token": "x", "other": 2}'):
+        note.write_text(text)
+        with pytest.raises(Refused, match=r"mlflow\.json .*delete it to begin the run anew"):
+            pushed(run, Remembering())
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_the_start(

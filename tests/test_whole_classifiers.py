@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rcmae
 from rcmae.commands import export as command
+from rcmae.errors import Refused
 from rcmae.models.classifier import Classifier, probe_head
 from rcmae.models.sizes import NetworkSizes
 from rcmae.weights.reading import read_network
@@ -150,6 +152,17 @@ def test_what_does_not_go_together_is_refused_and_leaves_what_was_there(tmp_path
     assert "a folder of something else" in said
     assert (there / "notes.txt").read_text() == "mine"
     assert not list(tmp_path.glob(".there*"))
+
+
+@pytest.mark.parametrize("names", ["", "5", "null", "[1]", "[" * 100_000])
+def test_names_in_a_file_that_are_none_are_refused(tmp_path, capsys, names):
+    finetuned(tmp_path, "mean")
+    out, _ = written(tmp_path, "timm", capsys)
+    with safe_open(out, framework="pt") as opened:
+        told = opened.metadata() | {"class_names": names}
+    save_file(load_file(out), out, told)
+    with pytest.raises(Refused, match=r"out\.safetensors.*its class_names are no list of texts"):
+        rcmae.load_classifier(out)
 
 
 def test_a_file_has_the_names_and_no_place_of_data(tmp_path, capsys):

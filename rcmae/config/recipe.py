@@ -128,6 +128,8 @@ def stored(tree: Mapping[str, Any], *, imports: bool = True) -> Recipe:
 
 def with_task(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """A dumped recipe with its task: before there was that section, the objective told it."""
+    if not isinstance(tree, Mapping):
+        return tree  # refused by its type
     if "task" in tree or not isinstance(tree.get("objective"), Mapping):
         return tree
     name = own_objective(tree["objective"].get("name"))

@@ -28,7 +28,7 @@ def read_config(name: str) -> dict[str, Any]:
         raise Refused(f"engine.config: no file {name!r}, and the shipped ones are {shipped}")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"engine.config: {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise Refused(f"engine.config: {path} is not a JSON object")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
+from rcmae.config.trees import tree_of
 from rcmae.data.batch import Batch
 from rcmae.data.index import ShardIndex
 from rcmae.data.sets import (
@@ -164,9 +164,11 @@ def classes_of(given: Any, folder: Path, names: Sequence[str]) -> list[int]:
 def document_of(path: Path) -> dict[str, Any]:
     """A JSON or YAML file of names and what they stand for. Raises Refused, OSError."""
     try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = tree_of(path.read_text())
+    except UnicodeDecodeError as error:
         raise Refused(f"{path} is neither JSON nor YAML: {error}") from error
+    except Refused as error:
+        raise Refused(f"{path} {error}") from error
     if not isinstance(found, dict):
         raise Refused(
             f"{path} should hold names and what they stand for, got {type(found).__name__}"

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
 from rcmae import checkpoint, config, dist
 from rcmae.config import Recipe
+from rcmae.config.trees import tree_of
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.loading import pins_memory, shared_bytes, workers_amiss, workers_crowded
@@ -310,8 +310,8 @@ def written_recipe(recipe: Recipe) -> Mapping[str, Any] | None:
     if recipe.checkpoint.resume == "never" or not path.is_file():
         return None
     try:
-        tree = yaml.safe_load(patiently(path.read_text))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        tree = tree_of(patiently(path.read_text))
+    except (Refused, UnicodeDecodeError, OSError):
         return None  # nothing was trained by it
     return tree if isinstance(tree, dict) else None
 

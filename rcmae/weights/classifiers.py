@@ -132,7 +132,12 @@ def _folded(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 def _class_names(found: NetworkWeights, count: int) -> tuple[str, ...]:
     """The names of the classes: the file's own, or those of the recipe's file where it is there."""
     if "class_names" in found.metadata:
-        names = tuple(json.loads(found.metadata["class_names"]))
+        try:
+            names = tuple(json.loads(found.metadata["class_names"]))
+        except (ValueError, TypeError, RecursionError):
+            names = (None,)
+        if not all(isinstance(each, str) for each in names):
+            raise Refused(f"{found.about}: its class_names are no list of texts; write it anew")
         return names if len(names) == count else ()
     where = json.loads(found.metadata.get("recipe", "{}")).get("classify", {}).get("class_names")
     try:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydantic
-import yaml
 
 from rcmae import config
 from rcmae.config import Recipe
+from rcmae.config.trees import tree_of
 from rcmae.errors import Refused
 from rcmae.models.build import student_sizes
 
@@ -138,8 +138,8 @@ def read_run(folder: Path) -> Run:
     """A finished run. Raises Refused where the folder holds none."""
     file = folder / "recipe.yaml"
     try:
-        recipe = config.stored(yaml.safe_load(file.read_text()))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, pydantic.ValidationError) as error:
+        recipe = config.stored(tree_of(file.read_text()))
+    except (OSError, Refused, UnicodeDecodeError, pydantic.ValidationError) as error:
         raise Refused(f"{folder} is not a run's folder: {error}") from error
     if not is_finished(folder):
         raise Refused(f"{folder} is not finished; resume it with the command that started it")

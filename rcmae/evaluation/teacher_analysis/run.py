@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pydantic
 import torch
-import yaml
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from rcmae import checkpoint, config
 from rcmae.checkpoint import Manifest
 from rcmae.config import Recipe
+from rcmae.config.trees import tree_of
 from rcmae.data.batch import Batch
 from rcmae.data.cache import node_cache
 from rcmae.data.index import ShardIndex
@@ -150,8 +150,8 @@ def open_run(
 def _recipe_of(folder: Path, images: int, shards: str | None, allow_pipe: bool) -> Recipe:
     """The run's recipe, for micro-batches of so many images. Raises Refused."""
     try:
-        recipe = config.stored(yaml.safe_load((folder / "recipe.yaml").read_text()))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, pydantic.ValidationError) as error:
+        recipe = config.stored(tree_of((folder / "recipe.yaml").read_text()))
+    except (OSError, Refused, UnicodeDecodeError, pydantic.ValidationError) as error:
         raise Refused(f"{folder} is not a run's folder: {error}") from error
     if not (allow_pipe or shards):
         config.without_pipes(recipe.data.model_dump(), str(folder / "recipe.yaml"))

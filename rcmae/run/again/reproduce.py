@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from rcmae import checkpoint, config
 from rcmae.config import Recipe
+from rcmae.config.trees import tree_of
 from rcmae.errors import Refused, counted
 from rcmae.files import json_lines
 from rcmae.process import cores
@@ -110,10 +109,10 @@ def recipe_of(
     """
     path = found.folder / "recipe.yaml"
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = tree_of(path.read_text())
         resume = tree["checkpoint"]["resume"]
         workers = int(tree["data"]["workers"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"{path} is no recipe of a run: {error!r}") from error
     if not allow_pipe:
         config.without_pipes(tree, str(path), [item.partition("=")[0] for item in given])

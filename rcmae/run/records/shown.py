@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from rcmae.config.trees import tree_of
 from rcmae.data.sources import without_secrets
 from rcmae.errors import Refused
 from rcmae.files import json_lines
@@ -47,9 +46,9 @@ def recipe_of(run: Path) -> dict[str, Any]:
         Refused: there is no run in this folder.
     """
     try:
-        tree = yaml.safe_load((run / "recipe.yaml").read_text())
+        tree = tree_of((run / "recipe.yaml").read_text())
         return dict(without_secrets(tree))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise Refused(f"{run}: no run is there ({error})") from error
 
 

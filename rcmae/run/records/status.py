@@ -20,8 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from rcmae.config.trees import tree_of
 from rcmae.errors import Refused
 from rcmae.files import json_lines, json_lines_back
 from rcmae.process.alive import died_here
@@ -478,6 +477,6 @@ def has_stopped(folder: Path) -> bool:
 def lease_timeout(folder: Path) -> float:
     """Seconds after which a silent job is taken to be gone, of this run's recipe."""
     try:
-        return float(yaml.safe_load((folder / "recipe.yaml").read_text())["run"]["lease_timeout_s"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return float(tree_of((folder / "recipe.yaml").read_text())["run"]["lease_timeout_s"])
+    except (OSError, ValueError, KeyError, TypeError):
         return 60.0

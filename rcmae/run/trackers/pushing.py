@@ -139,13 +139,20 @@ def _noted(run: Path, name: str, project: str | None) -> Pushed:
         pushed = Pushed(token=uuid.uuid4().hex, project=project or "rcmae")
         write_aside(path, json.dumps(asdict(pushed), indent=1) + "\n")
         return pushed
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(
             f"{path} cannot be read ({error}); delete it to begin the run anew in {name}"
         ) from error
+    if not isinstance(document, dict):
+        raise Refused(f"{path} is no JSON object; delete it to begin the run anew in {name}")
     if document.get("format") != _FORMAT:
         raise Refused(f"{path} is of another rcmae (format {document.get('format')}); update rcmae")
-    return Pushed(**document)
+    try:
+        return Pushed(**document)
+    except TypeError as error:
+        raise Refused(
+            f"{path} was changed ({error}); delete it to begin the run anew in {name}"
+        ) from error
 
 
 def _path(run: Path, name: str) -> Path:
