@@ -89,6 +89,22 @@ def write_aside(
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+@contextmanager
+def leaving_nothing(scratch: Path, error: type[Exception]) -> Iterator[None]:
+    """Where the block raises this error, neither its scratch file stays nor what folders were made
+    for it; folders that have something else in them do.
+    """
+    made = [folder for folder in scratch.parents if not folder.exists()]  # the deepest first
+    try:
+        yield
+    except error:
+        with suppress(OSError):
+            scratch.unlink()
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
 def flush_folder(path: Path) -> None:
     """Make the names in a folder survive a power loss. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)

@@ -239,6 +239,38 @@ def coco(folder, **changes):
     return ["--coco", folder / "x.json", folder / "photos"]
 
 
+@pytest.mark.parametrize("box", [["a", 1, 2, 3], [None] * 4, [1, 2, 3], [1, 2, float("nan"), 3]])
+def test_a_box_that_is_none_is_refused_and_nothing_is_left(tmp_path, capsys, box):
+    annotations = [{"id": 11, "image_id": 1, "category_id": 1, "bbox": box}]
+    arguments = coco(tmp_path, annotations=annotations)
+    out = tmp_path / "new" / "out"
+    said = made(capsys, *arguments, out, status=2)
+    assert "bbox is not four numbers: {'id': 11" in said
+    assert not out.parent.exists()
+
+
+def test_a_refusal_leaves_no_spool_and_what_was_there(tmp_path, capsys):
+    arguments = coco(tmp_path, annotations=[])
+    said = made(capsys, *arguments, tmp_path / "new" / "out", status=2)
+    assert "no image has an object" in said
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("mine")
+    made(capsys, *arguments, tmp_path / "mine", status=2)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize("name", ["../x", "*", "a/b", "x{0,1}", ".hidden"])
+def test_a_name_that_is_a_path_or_a_pattern_is_refused(tmp_path, capsys, name):
+    photo(tmp_path / "photos" / "a.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "other-000000.tar").write_bytes(b"mine")
+    said = made(capsys, "--name", name, "--overwrite", tmp_path / "photos", out, status=2)
+    assert "what shards' names begin with" in said
+    assert (out / "other-000000.tar").read_bytes() == b"mine"
+
+
 def test_coco_becomes_an_annotation_beside_each_image_with_an_object(tmp_path, capsys):
     arguments = coco(tmp_path)
     report = made(capsys, *arguments, tmp_path / "out")

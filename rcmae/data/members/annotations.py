@@ -96,6 +96,11 @@ def _size_stated(stated: tuple[Any, Any]) -> tuple[int, int]:
     return stated
 
 
+def is_box(box: Any) -> bool:
+    """Whether this is a box: x, y, width and height, finite numbers."""
+    return _numbers(box, 4)
+
+
 def has_area(each: Mapping[str, Any]) -> bool:
     """Whether the box of an object has an area: without one it is left out."""
     return bool(each["bbox"][2] > 0 and each["bbox"][3] > 0)
@@ -111,7 +116,7 @@ def _problems(
 ) -> Iterator[str]:
     height, width = size
     box = each.get("bbox")
-    if not _numbers(box, 4):
+    if not is_box(box):
         yield f"its box is {box!r:.60}, wanted are x, y, width, height"
     else:
         assert box is not None

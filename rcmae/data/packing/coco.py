@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rcmae.data.members.annotations import compact, has_area
+from rcmae.data.members.annotations import compact, has_area, is_box
 from rcmae.data.packing.folders import walked
 from rcmae.data.packing.found import Found, Named, Other, some
 from rcmae.errors import Refused, counted
@@ -111,6 +111,8 @@ def _tables(path: Path) -> tuple[list[_Row], list[_Row], list[_Row]]:
                     raise Refused(
                         f"{path}: {name}: {key} is missing or no {kind.__name__}: {row!r:.200}"
                     )
+            if name == "annotations" and not is_box(row["bbox"]):
+                raise Refused(f"{path}: bbox is not four numbers: {row!r:.200}")
         tables.append(rows)
     images, annotations, categories = tables
     for name, rows, key in (

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,9 +38,10 @@ from rcmae.data.tars import IMAGE_SUFFIXES, suffix_of
 from rcmae.data.transforms import FORMATS, NPY, TIFF, BadImage, channels_of, decode, resize
 from rcmae.data.workers import fork_server, mapped
 from rcmae.errors import Refused, counted
-from rcmae.files import aside, json_lines, write_aside
+from rcmae.files import aside, json_lines, leaving_nothing, write_aside
 
 HELD_OUT = "val"  # what the names of shards of held-out images begin with
+_NAME = re.compile(r"\w[\w.-]*")  # no way out of a folder, and no pattern of names
 _NAMED = 5  # of many files that a report is about
 
 
@@ -122,7 +124,23 @@ def make_shards(
     """
     inputs = [str(images)] if isinstance(images, str | Path) else [str(one) for one in images]
     out = Path(out)
+    if not _NAME.fullmatch(options.name):
+        raise Refused(
+            f"name={options.name!r}: what shards' names begin with is letters, digits, dots, "
+            "dashes and underscores, such as train"
+        )
     spool = out / f".{options.name}.spool"
+    with leaving_nothing(spool, Refused):
+        return _made(inputs, out, spool, options, hold_out)
+
+
+def _made(
+    inputs: Sequence[str],
+    out: Path,
+    spool: Path,
+    options: PackingOptions,
+    hold_out: float | None,
+) -> Report:
     how = Labelling(options.label, options.unlabelled, options.classes is not None)
     found = find_images(inputs, spool, how, options.targets)
     sources, labels = ordered(found.images, options.classes, " ".join(inputs))
