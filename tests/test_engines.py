@@ -404,6 +404,27 @@ def test_the_local_engine_is_plain_adamw() -> None:
     assert engine.state().optimizer_step == 5
 
 
+def test_gradients_in_bf16_are_those_of_this_step_summed_in_fp32() -> None:
+    """Micro-batches add up in fp32; a parameter that a step does not use has no gradient there."""
+    model, _ = quadratic()
+    engine = LocalEngine(model, None, EngineSettings(precision="bf16", accumulation=2))
+    layer = model.norm
+    for step in range(3):
+        sums = {name: torch.zeros(param.shape) for name, param in layer.named_parameters()}
+        for micro in range(2):
+            x = torch.full((4, 3), 1.0 + step + 0.37 * micro, dtype=torch.bfloat16)
+            bias = None if step == 1 else layer.bias
+            loss = torch.nn.functional.linear(x, layer.weight, bias).square().mean()
+            used = {"weight": layer.weight} | ({} if bias is None else {"bias": bias})
+            grads = torch.autograd.grad(loss, list(used.values()), retain_graph=True)
+            for name, grad in zip(used, grads, strict=True):
+                sums[name] += grad  # fp32 + bf16
+            engine.backward(loss, last=micro == 1)
+        norm = torch.cat([each.flatten() for each in sums.values()]).norm()
+        stats = engine.step(lr=1e-2, weight_decay=0.1)
+        assert float(stats.grad_norm) == pytest.approx(float(norm), rel=1e-6), step
+
+
 def test_an_average_takes_running_statistics_as_they_are_and_after_a_load_too() -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:

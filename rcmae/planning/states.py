@@ -247,9 +247,13 @@ def engine_bytes(model: nn.Module, teacher: Sequence[str], settings: MemorySetti
 
 
 def _local(size: _States) -> EngineBytes:
+    # in fp32 autograd adds to the sums; in bf16 its own tensors live until a backward pass is over
+    bf16 = size.width < FP32
+    grown = float(size.width * size.whole) if bf16 else 0.0
     return EngineBytes(
-        size.resident(size.master, size.master, 8 * size.whole),
-        buckets=Buckets(bytes=size.width * max(size.sizes)),
+        size.resident(size.master, 4.0 * size.whole, 8 * size.whole),
+        gradients=Gradients(grown=grown, regrown=grown),
+        buckets=Buckets(bytes=0.0 if bf16 else size.width * max(size.sizes)),
         publishing=size.publishing,
     )
 
