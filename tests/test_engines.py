@@ -350,6 +350,23 @@ def test_shards_may_lie_on_a_few_ranks_and_copies_on_the_others(
             assert relative(tensors(tmp_path / name, kind), wanted) < 1e-5, (name, kind)
 
 
+def test_fsdp2_gathers_a_small_students_weights_once_and_computes_the_same(
+    ranks: Callable[..., Ranks],
+) -> None:
+    said = ranks(str(PROGRAMS / "fsdp2_gathers.py"), world=2).succeed()
+    line = next(line for line in said.splitlines() if line.startswith("RESULT "))
+    for ways in json.loads(line.removeprefix("RESULT ")):
+        kept, again = ways["kept"], ways["gathered again"]
+        assert kept["digest"] == again["digest"]
+        assert kept["gathers"] == [0] * 6
+        assert min(again["gathers"]) >= 5  # each block's, in each backward pass
+        # without a backward pass nothing stays: it would be old after an update
+        assert kept["whole"] == {"trained": True, "evaluated": False}
+        assert again["whole"] == {"trained": False, "evaluated": False}
+        # of three and two blocks all but the last gather the next early, where all are computed
+        assert kept["ahead"] == again["ahead"] == {"trained": 4, "evaluated": 0}
+
+
 def keys_of(run: Path, kind: str) -> list[str]:
     manifest = checkpoint.read_manifest(max((run / "checkpoints").glob("step-*")))
     return sorted(key for key in manifest.tensors if key.startswith(f"{kind}/"))

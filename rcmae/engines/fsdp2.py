@@ -5,10 +5,16 @@ gradients in fp32. The teacher is a second sharded module of the compute type; i
 local tensors, sharded alike, so an update is one `lerp` a rank and no communication. Shards may lie
 on a few neighbouring ranks (of a node), and copies of them on the others (HSDP): gathers then stay
 among neighbours, and the reduced gradients are summed over the copies.
+
+A student whose gathered weights are small (`keeps_gathered`) is gathered once a micro-batch, by its
+forward pass, and a larger one again by its backward pass. The gather of the next block begins
+before the one that computes, in both passes of the student. Not in the teacher's, nor in an
+evaluation: these may leave blocks out, which would keep what was gathered for them when it is old.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import torch
@@ -25,6 +31,7 @@ from rcmae.engines.protocol import (
     EngineState,
     Piece,
     StepStats,
+    keeps_gathered,
 )
 from rcmae.engines.teacher import Teacher
 from rcmae.engines.updates import (
@@ -76,7 +83,9 @@ class FSDP2Engine:
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         self.student = student.to(settings.device)
+        count = sum(param.numel() for param in student.parameters())
         self._root = _shard(student, mesh, policy)
+        _look_ahead(student, self._root, keeps=keeps_gathered(count, settings.precision))
         groups = param_groups(student, settings.weight_decay, settings.layer_decay)
         self._optimizer = optimizer_for(groups, settings, sharded=True, group=self._group)
         prime(self._optimizer, student.parameters(), 0)
@@ -180,6 +189,28 @@ def _shard(
     # the root keeps its parameters gathered after a forward by default: a teacher, which never runs
     # backward, would then compute with old weights for good
     return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def _look_ahead(student: nn.Module, root: FSDPModule, *, keeps: bool) -> None:
+    """Before each forward pass: gather the next block early, and keep blocks gathered, where a
+    backward pass follows.
+    """
+    blocks = blocks_of(student)
+    was: list[bool] = []  # of the pass before
+
+    def prepare(*_: object) -> None:
+        trains = torch.is_grad_enabled()
+        if was == [trains]:
+            return
+        was[:] = [trains]
+        for block, following in itertools.pairwise(blocks):
+            assert isinstance(block, FSDPModule)
+            assert isinstance(following, FSDPModule)
+            block.set_modules_to_forward_prefetch([following] if trains else [])
+        if keeps:
+            root.set_reshard_after_forward(not trains)
+
+    student.register_forward_pre_hook(prepare, prepend=True)
 
 
 def _shard_of(tensor: Tensor | None) -> Tensor:

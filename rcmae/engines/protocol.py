@@ -94,6 +94,14 @@ class Optimizing(NamedTuple):
     layer_decay: float | None = None  # learning rate of a layer over that of the one above it
 
 
+KEPT_BYTES = 2 * 2**30  # of FSDP2's weights that stay gathered from a forward to its backward pass
+
+
+def keeps_gathered(elements: int, precision: str) -> bool:
+    """Whether under FSDP2 a student of so many weights stays gathered between its passes."""
+    return elements * DTYPES[precision].itemsize <= KEPT_BYTES
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """Values an engine is made with."""

@@ -99,7 +99,7 @@ class _Step:
         gathered = self.engine.gathered
         waiting = self.settings.per_device * self.cost.waiting_bytes
         saved = 0.0
-        behind = 0  # parameters of the part before
+        behind = before = 0  # parameters of the part before, of all before
         for part in self.parts:
             is_loss = part.name == "loss"
             if is_loss and last:
@@ -112,10 +112,13 @@ class _Step:
             self.moment(
                 f"forward, {part.name}",
                 gradients=self.carried,
-                communication=gathered.student + gathered.part * (2 * part.params + behind),
+                communication=gathered.student
+                + gathered.kept * before
+                + gathered.part * (2 * part.params + behind),
                 activations=self.batch + waits + self.settings.per_device * (saved + passing),
             )
             behind = part.params
+            before += part.params
 
     def _forward_beside(self, saved: float) -> None:
         """Of a teacher or a frozen encoder: it keeps nothing; its parameters are gathered and its
@@ -171,7 +174,7 @@ class _Step:
             communication=engine.gathered.student
             + buckets
             + engine.buckets.flushed * flushed
-            + engine.gathered.part * (part.params + self._params_of(index - 1))
+            + self._gathered_until(index)
             + engine.gradients.part * part.params
             + engine.gradients.leaving * self._params_of(index + 1),
             activations=self.batch + self.settings.per_device * (saved + part.passing),
@@ -185,10 +188,20 @@ class _Step:
         self.moment(
             f"reduction, {part.name}",
             gradients=self.carried + self.grown * before / self.params,
-            communication=engine.gathered.part * self._params_of(index - 1)
+            communication=self._gathered_until(index)
+            - engine.gathered.part * part.params
             + (whole + engine.gradients.leaving) * part.params,
             activations=self.batch + self.settings.per_device * saved,
         )
+
+    def _gathered_until(self, index: int) -> float:
+        """Bytes of weights that are gathered while a backward pass is in a part: its own, and those
+        of the next that it comes to, or of all, where they stay gathered.
+        """
+        gathered = self.engine.gathered
+        if gathered.kept:
+            return gathered.kept * sum(part.params for part in self.parts[: index + 1])
+        return gathered.part * (self.parts[index].params + self._params_of(index - 1))
 
     def _params_of(self, index: int) -> int:
         """Parameters of a part; 0 beyond the ends."""

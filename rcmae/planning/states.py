@@ -16,6 +16,7 @@ from torch import nn
 
 from rcmae.engines.ddp import BUCKET_MB
 from rcmae.engines.optim import param_groups
+from rcmae.engines.protocol import keeps_gathered
 from rcmae.engines.teacher import TeacherBytes, teacher_bytes
 from rcmae.models.activations import FP32, bytes_of
 
@@ -126,6 +127,7 @@ class Gathered:
     teacher: float = 0.0  # whole, in its forward pass
     # for each parameter of the part that computes, and of the next, whose shards arrive
     part: float = 0.0
+    kept: float = 0.0  # for each parameter of a part, from its forward to its backward pass
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ def engine_bytes(model: nn.Module, teacher: Sequence[str], settings: MemorySetti
     if settings.placement == "zero0":
         return _zero0(size)
     if settings.placement == "fsdp2":
-        return _fsdp2(size)
+        return _fsdp2(size, settings)
     zero = _Zero(settings, size.width)
     if settings.placement == "zero3":
         return _zero3(size, zero)
@@ -292,13 +294,16 @@ def _zero0(size: _States) -> EngineBytes:
     )
 
 
-def _fsdp2(size: _States) -> EngineBytes:
+def _fsdp2(size: _States, settings: MemorySettings) -> EngineBytes:
     # A block's shards arrive in one buffer, from which they are copied out; its gradients leave as
     # the fp32 input of a reduce-scatter, which lies there until the next one's. In all
     # micro-batches but the last, without a reduce-scatter, they stay whole.
     return EngineBytes(
         size.resident(4 * size.shard, 0.0, 8 * size.shard),
-        gathered=Gathered(part=size.width),
+        gathered=Gathered(
+            part=size.width,
+            kept=size.width if keeps_gathered(sum(size.sizes), settings.precision) else 0.0,
+        ),
         gradients=Gradients(
             part=size.width, leaving=4, grown=4 * size.shard, carried=4 * size.whole
         ),
