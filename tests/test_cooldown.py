@@ -43,7 +43,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_a_cooldown_is_the_run_that_had_been_planned_so(
-    trunk: Path, tiny: Path, tmp_path: Path
+    trunk: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = hashes(trunk)
     given = [f"{trunk}@8", "--steps", "3", "--shape", "1-sqrt", "--dir", str(tmp_path / "new")]
@@ -58,6 +58,14 @@ def test_a_cooldown_is_the_run_that_had_been_planned_so(
     assert new.losses() == planned.losses()[8:]
     rates = [row["lr"] for row in new.rows()]
     assert rates == [row["lr"] for row in planned.rows()][8:]
+    others = [[f"{trunk}@8", "--steps", "4"], [f"{trunk}@12", "--steps", "3"], given[:3]]
+    ended = hashes(new.path)
+    for other in others:  # of another length, another step, another curve
+        assert main([*other, "--dir", str(new.path)]) == 2
+        assert "a 1-sqrt cooldown of 3 steps from" in capsys.readouterr().err
+    assert main([f"{trunk}@8", "--steps", "3", "--dir", str(planned.path)]) == 2
+    assert "has another run" in capsys.readouterr().err
+    assert hashes(new.path) == ended
     assert rates == pytest.approx([1e-3, 1e-3 * (1 - (1 / 3) ** 0.5), 1e-3 * (1 - (2 / 3) ** 0.5)])
 
 

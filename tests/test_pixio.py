@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rcmae import config
 from rcmae.data.masking import GridMask
 from rcmae.models.build import new_teacher
 from rcmae.models.classifier import Classifier
@@ -24,8 +25,10 @@ from rcmae.models.segmentation.segmenter import Heads, Segmenter
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import Encoder, MaskedAutoencoder, StochasticDepth
 from rcmae.objectives import new
+from rcmae.tasks.following import follow, sizes_told
 from rcmae.weights.conversion import convert
 from rcmae.weights.encoder import load_encoder
+from rcmae.weights.names import family_names, from_timm
 from rcmae.weights.reading import read_network
 from rcmae.weights.starting import start_of
 
@@ -214,6 +217,28 @@ def test_transformers_and_timm_compute_the_same(tmp_path: Path) -> None:
     model.load_state_dict(load_file(tmp_path / "timm.safetensors"))
     made = model.double().eval().forward_features(images)
     torch.testing.assert_close(made, tokens, atol=1e-13, rtol=0)
+    again = load_encoder(tmp_path / "timm.safetensors", num_heads=3).double()
+    torch.testing.assert_close(again.forward_features(images)[:, -16:], tokens[:, -16:])
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_what_timm_reads_is_read_back(registers: int) -> None:
+    model = Encoder(dataclasses.replace(SIZES, registers=registers), positions="learned")
+    for index, param in enumerate(model.parameters()):
+        torch.nn.init.normal_(param, generator=torch.Generator().manual_seed(index))
+    state = model.state_dict()
+    back = from_timm(family_names(state, "timm"), SIZES.class_tokens, SIZES.num_patches)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_a_recipe_follows_class_tokens_and_a_message_names_them(tmp_path: Path) -> None:
+    path = published(tmp_path, dataclasses.replace(SIZES, image_size=(16, 16), registers=0))
+    given = [f"classify.init={path}", "data.shards=x.tar", "evaluate.test_shards=y.tar"]
+    recipe = config.load("finetune", given, task="finetune")
+    found = follow(recipe, before=None, samples=None, world=1).recipe
+    assert found.model.class_tokens == SIZES.class_tokens
+    assert "model.class_tokens=3" in sizes_told(read_network(path), "segment")
 
 
 def test_a_segmenter_computes_the_features_of_a_published_encoder_at_other_sizes(

@@ -67,6 +67,7 @@ def command_line(source: str, steps: int, shape: str | None, folder: Path | None
     if place.resolve() == Path(run).resolve():
         raise Refused(f"--dir {place} is the trunk's own folder; give another")
     options = recipe.schedule
+    refuse_another(place, manifest, steps, shape or options.cooldown_shape)
     changed: dict[str, Any] = {
         "schedule.steps": manifest.step + steps,
         "schedule.epochs": None,
@@ -82,6 +83,37 @@ def command_line(source: str, steps: int, shape: str | None, folder: Path | None
     }
     words = [f"{key}={'null' if value is None else value}" for key, value in changed.items()]
     return [str(Path(run) / "recipe.yaml"), *words]
+
+
+def refuse_another(place: Path, manifest: Manifest, steps: int, shape: str) -> None:
+    """Refuse a folder with a run that is not this cooldown: it would be trained further instead.
+
+    Raises:
+        Refused: there is such a run, with what it is.
+    """
+    import pydantic
+    import yaml
+
+    from rcmae.config import stored
+
+    file = place / "recipe.yaml"
+    if not file.is_file():
+        return
+    try:
+        there = stored(yaml.safe_load(file.read_text()), imports=False)
+    except (OSError, ValueError, TypeError, yaml.YAMLError, pydantic.ValidationError) as error:
+        raise Refused(f"{file} cannot be read; give another --dir: {error}") from error
+    begun = Path(str(there.checkpoint.resume))
+    length, curve = there.schedule.cooldown_steps, there.schedule.cooldown_shape
+    same = begun.parts[-3:] == manifest.path.resolve().parts[-3:]  # of a trunk that moved, too
+    if same and (length, curve) == (steps, shape) and there.schedule.steps == manifest.step + steps:
+        return
+    is_cooldown = begun.parent.name == "checkpoints" and length is not None
+    what = f"a {curve} cooldown of {length} steps from {begun}" if is_cooldown else "another run"
+    raise Refused(
+        f"{place} has {what}, not this {shape} one of {steps} steps from {manifest.path}; give "
+        "another --dir"
+    )
 
 
 def kept(run: Path, step: int) -> Manifest:

@@ -26,6 +26,7 @@ SECTIONS = ("model", "data", "batch", "evaluate")  # with keys that follow
 STEPS_PER_EPOCH = {"finetune": 8, "probe": 4}  # at least, where the set allows it
 LARGEST_BATCH = {"finetune": 1024, "probe": 16384}  # images; of the published settings
 EVALUATIONS = 10  # of a training
+PREFIX = {"class_tokens": 1, "registers": 0}  # tokens before the patches, as most networks have
 
 
 class Followed(NamedTuple):
@@ -99,7 +100,7 @@ def sizes_told(source: NetworkWeights, task: str) -> str:
         return ""
     name = ARCHITECTURES[sizes["name"]]
     known = {key: value for key, value in sizes.items() if value is not None}
-    differing = [key for key, value in known.items() if name.get(key, value) != value]
+    differing = [key for key in known if key != "name" and name.get(key) != known[key]]
     shown = " ".join(f"model.{key}={_shown(known[key])}" for key in ["name", *differing])
     return f"; the network of these weights is {shown}"
 
@@ -117,6 +118,8 @@ def encoder_values(source: NetworkWeights) -> dict[str, Any]:
     found: dict[str, Any] = {"name": nearest(sizes), "patch_size": sizes["patch_size"]}
     found |= {"embed_dim": sizes["embed_dim"], "depth": sizes["depth"]}
     found["num_heads"] = heads_of(source) or HEADS.get(sizes["embed_dim"])
+    for key, usual in PREFIX.items():
+        found[key] = sizes[key] if sizes[key] > usual else None
     return found
 
 

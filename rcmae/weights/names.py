@@ -9,6 +9,7 @@ a head for classes beside them."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -178,6 +179,40 @@ def _to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = [first, torch.zeros_like(registers), table[:, token.shape[1] :]]
         renamed["pos_embed"] = torch.cat(parts, dim=1)
     return renamed
+
+
+def from_timm(
+    state: Mapping[str, Tensor], class_tokens: int, patches: int | None
+) -> dict[str, Tensor]:
+    """Undo `_to_timm`: weights whose table of positions has rows for registers, too.
+
+    Args:
+        state: by MAE's names, of any family.
+        class_tokens: how many there are, of timm's class token and its registers.
+        patches: of the table; None: not told, so that they make a square.
+    """
+    try:
+        token, registers, table = (state[name] for name in ("cls_token", "reg_token", "pos_embed"))
+        first, prefix = token.shape[1], token.shape[1] + registers.shape[1]
+        rows = table.shape[1]
+    except (KeyError, IndexError):
+        return dict(state)
+    with_rows = rows - prefix == patches
+    if patches is None:
+        with_rows = _is_square(rows - prefix) and not _is_square(rows - first)
+    if not with_rows or not first <= class_tokens <= prefix:
+        return dict(state)
+    tokens = torch.cat([token, registers], dim=1)
+    found = {**state, "cls_token": tokens[:, :class_tokens]}
+    found["pos_embed"] = torch.cat([table[:, :class_tokens], table[:, prefix:]], dim=1)
+    del found["reg_token"]
+    if class_tokens < prefix:  # ours have no position of their own
+        found["reg_token"] = tokens[:, class_tokens:] + table[:, class_tokens:prefix]
+    return found
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
 
 
 def _from_hugging_face(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from rcmae.errors import Refused
 from rcmae.files import json_lines
 from rcmae.weights.beside import SETTINGS, Beside, beside
 from rcmae.weights.layouts import KIND, Which
-from rcmae.weights.names import published_names
+from rcmae.weights.names import from_timm, published_names
 from rcmae.weights.shapes import shape_problems, sizes_of
 from rcmae.weights.wrapping import unwrapped
 
@@ -129,6 +129,8 @@ def _of_file(path: Path, network: Which | None, first: Which) -> NetworkWeights:
     recipe = _recipe_of(path, contents.about)
     sizes, grid = _architecture(recipe, weights)
     told = _beside(path, weights, contents.about) if recipe is None else Beside()
+    known = grid or _grid_by_size(told, weights)
+    weights = from_timm(weights, sizes.get("class_tokens", 1), known and known[0] * known[1])
     notes = list(contents.notes)
     if len(there) > 1 and network is None and contents.keys.keys() != set(contents.keys.values()):
         others = " and ".join(
@@ -161,13 +163,21 @@ def _beside(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any])
 
 def _grid_beside(told: Beside, weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """Rows and columns of patches by the image's size beside the weights, where that fits."""
-    table = weights.get("pos_embed")
-    if told.image_size is None or table is None:
+    table, grid = weights.get("pos_embed"), _grid_by_size(told, weights)
+    if grid is None or table is None or table.ndim != 3:
         return None
-    patch = weights["patch_embed.proj.weight"].shape[2]
-    rows, columns = (side // patch for side in told.image_size)
-    fits = table.ndim == 3 and table.shape[1] - ("cls_token" in weights) == rows * columns
-    return (rows, columns) if fits else None
+    token = weights.get("cls_token")
+    prefix = token.shape[1] if token is not None and token.ndim == 3 else 0
+    return grid if table.shape[1] - prefix == grid[0] * grid[1] else None
+
+
+def _grid_by_size(told: Beside, weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of patches of an image of the size beside the weights."""
+    first = weights.get("patch_embed.proj.weight")
+    if told.image_size is None or first is None:
+        return None
+    rows, columns = (side // first.shape[2] for side in told.image_size)
+    return rows, columns
 
 
 def refuse_not_finite(about: str, weights: Mapping[str, Tensor]) -> None:
