@@ -59,6 +59,10 @@ def aside(path: Path, *, durable: bool = True, private: bool = False) -> Iterato
     Raises:
         OSError: it cannot be written; `path` is as it was.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as device:  # /dev/null, a pipe: written to, and never replaced
+            yield device
+        return
     scratch = path.with_name(f".{path.name}.{os.getpid()}.aside")
     try:
         with open(scratch, "wb", opener=_for_owner if private else None) as file:
@@ -137,7 +141,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     try:
         file = path.open("rb")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     with file:
         for line in file:
@@ -162,7 +166,7 @@ def _lines_back(path: Path) -> Iterator[bytes]:
     """The whole lines of a file, without their ends, the last one first."""
     try:
         file = path.open("rb")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     with file:
         at = file.seek(0, os.SEEK_END)

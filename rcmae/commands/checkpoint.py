@@ -22,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcmae.commands.numbers import from_zero
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     differs.add_argument(
         "--tolerance",
-        type=float,
+        type=from_zero,
         default=0.0,
         help="relative L2 up to which a tensor is equal (default: exactly)",
     )

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rcmae.commands.numbers import above_zero, from_zero
+
 
 class Asked(NamedTuple):
     """A command line that follows a run."""
@@ -47,11 +49,13 @@ def parse(arguments: Sequence[str] | None, prog: str) -> Asked:
     )
     parser.add_argument(
         "--patience-s",
-        type=float,
+        type=from_zero,
         default=900.0,
         help="give up after the run is silent for this many seconds (900)",
     )
-    parser.add_argument("--poll-s", type=float, default=5.0, help="seconds between updates (5)")
+    parser.add_argument(
+        "--poll-s", type=above_zero, default=5.0, help="seconds between updates (5)"
+    )
     parser.add_argument(
         "--allow-pipe",
         action="store_true",

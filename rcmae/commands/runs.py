@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcmae.commands.numbers import above_zero
 from rcmae.errors import counted
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="repeat every few seconds, from the start of the run to its end",
     )
-    verb.add_argument("--every-s", type=float, default=5.0, help="seconds between updates (5)")
+    verb.add_argument("--every-s", type=above_zero, default=5.0, help="seconds between updates (5)")
     verb.add_argument(
         "--json", action="store_true", help="print one JSON document, with --watch one a line"
     )

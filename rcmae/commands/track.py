@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rcmae.commands.numbers import above_zero
 from rcmae.run.trackers.protocol import NAMES
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--follow",
         nargs="?",
-        type=float,
+        type=above_zero,
         const=30.0,
         metavar="SECONDS",
         help="look again every so many seconds (default 30), until Ctrl-C",

@@ -276,7 +276,10 @@ def model_of(
     """A model of the weights' own sizes with them in it, and what matched. Raises Refused."""
     # a run of BootMAE's or MAE-priv's network has a bias for queries and for values
     weights = published_names(source.weights)
-    sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
+    try:
+        sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
+    except Refused as error:
+        raise Refused(f"{source.about}: {error}") from error
     patch = sizes["patch_size"]
     width = sizes["embed_dim"]
     side = round(sizes["num_patches"] ** 0.5)

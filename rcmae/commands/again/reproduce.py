@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rcmae.commands.numbers import from_zero
+
 if TYPE_CHECKING:
     from rcmae.run.again.reproduce import Number, Reproduced
 
@@ -105,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_positive, default=20, help="how many (default 20)")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=from_zero,
         help="largest relative difference of losses and gradient; default: 1e-4 in fp32, 0.02 in "
         "bf16",
     )

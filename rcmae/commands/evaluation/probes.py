@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcmae.commands.numbers import above_zero
 from rcmae.errors import Refused
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pool", choices=("mean", "cls"), default="mean")
     parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200])
     parser.add_argument("--draws", type=int, default=5, help="draws of few labels (5)")
-    parser.add_argument("--strength", type=float, default=0.01, help="inverse of the L2 penalty")
+    parser.add_argument(
+        "--strength", type=above_zero, default=0.01, help="inverse of the L2 penalty"
+    )
     parser.add_argument(
         "--random",
         type=int,

@@ -1,0 +1,21 @@
+"""Numbers on a command line: not NaN, not endless."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def from_zero(text: str) -> float:
+    """A finite number from 0 on."""
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    if not (value := from_zero(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
