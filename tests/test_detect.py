@@ -498,6 +498,8 @@ def test_wrong_data_and_sizes_are_refused(
     assert "evaluate.picture_every_steps is of a pretraining" in said
     said = refused(recipe, run, capsys, "model.image_size=[64, 80]")
     assert "the stride of 32 does not divide the canvas's width of 80; use 64 or 96" in said
+    said = refused(recipe, run, capsys, "model.image_size=100")
+    assert "patch_size=16 does not divide the image height 100; use 96 or 128" in said
     said = refused(recipe, run, capsys, "detect.window=5")
     assert "detect.window=5 is larger than the canvas of 4x4 patches" in said
 

@@ -74,6 +74,7 @@ def test_blocks_are_seen_or_hidden_as_one() -> None:
     ("grid", "block", "visible", "said"),
     [
         ((14, 14), 4, 2, "mask_grid=2 or 7.*12x12 or 16x16 patches"),
+        ((8, 8), 16, 1, "mask_grid=4, or a grid of 32x32 patches"),
         ((6, 6), 3, 0, "0 visible blocks of 4"),
         ((4, 4), 4, 1, "1 visible blocks of 1"),
     ],

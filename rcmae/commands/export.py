@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if "timm." in done.use and extensions.guard_torchvision():
         print(
-            f"  timm does not import by itself here, as torchvision does not fit this torch: begin "
-            f"with `{extensions.FIRST}`, or: {extensions.remedy()}"
+            "  timm does not import by itself here, as torchvision does not fit this torch: "
+            f"{extensions.remedy()}"
         )
     return 0
 

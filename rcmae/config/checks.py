@@ -283,15 +283,19 @@ def _segmenting_problems(recipe: Recipe) -> list[str]:
     if not 0 < low <= high <= 10:
         problems.append(f"segment.scale: wants 0 < low <= high <= 10, got [{low}, {high}]")
     if linear and segment.width is not None:
-        problems.append("segment.width is of head=uper; a linear head has the encoder's")
+        problems.append("segment.width is of head=uper; set segment.width=null")
     if linear and segment.levels is not None:
-        problems.append("segment.levels is of head=uper; a linear head sees the last block")
+        problems.append(
+            "segment.levels is of head=uper; a linear head sees the last block: set "
+            "segment.levels=null"
+        )
     if segment.frozen and not linear:
         problems.append("segment.frozen is a probe: set segment.head=linear, or train the encoder")
     trains = {"drop_path": 0.0, "average": False, "layer_decay": 1.0}
     moved = [key for key, off in trains.items() if getattr(segment, key) != off]
     if segment.frozen and moved:
-        problems.append(f"segment.{' and '.join(moved)}: a probe's encoder is frozen; leave it out")
+        off = " ".join(f"segment.{key}={str(trains[key]).lower()}" for key in moved)
+        problems.append(f"segment.frozen trains the head alone: set {off}")
     if segment.average and recipe.teacher.update != "step":
         problems.append("segment.average moves at each step: leave teacher.update=step")
     if not recipe.model.cls_token:

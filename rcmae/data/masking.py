@@ -159,6 +159,7 @@ class GridMask:
         if rows % side or columns % side:
             both = math.gcd(rows, columns)
             divisors = [each for each in range(1, both + 1) if both % each == 0]
+            divisors = [each for each in divisors if each**2 < rows * columns]  # two blocks or more
             below = [divisor for divisor in divisors if divisor < side][-1:]
             above = [divisor for divisor in divisors if divisor > side][:1]
             sides = " or ".join(map(str, below + above))

@@ -18,12 +18,15 @@ from rcmae.models.vit import Heads, MaskedAutoencoder, StochasticDepth
 Network = MaskedAutoencoder | BootstrappedAutoencoder  # what pretrains
 
 
-def student_sizes(model: ModelOptions, *, heads_divide: bool = True) -> NetworkSizes:
+def student_sizes(
+    model: ModelOptions, *, heads_divide: bool = True, stride: int = 1
+) -> NetworkSizes:
     """The sizes of the student: the architecture's, with the recipe's over them.
 
     Args:
         model: the recipe's section.
         heads_divide: whether the decoder's heads must divide its width; BootMAE's need not.
+        stride: pixels that the task's sides are multiples of, for what a message suggests.
 
     Raises:
         Refused: unknown architecture, or sizes that do not fit together, all named.
@@ -40,7 +43,7 @@ def student_sizes(model: ModelOptions, *, heads_divide: bool = True) -> NetworkS
         registers=model.registers,
         **{key: getattr(model, key) or value for key, value in named.items()},
     )
-    problems = size_problems(sizes, heads_divide=heads_divide)
+    problems = size_problems(sizes, heads_divide=heads_divide, stride=stride)
     if problems:
         raise Refused("\n".join(f"model: {problem}" for problem in problems))
     return sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 _DECODER = {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16}
@@ -99,11 +100,12 @@ class NetworkSizes:
         return self.patch_size**2 * self.in_channels
 
 
-def size_problems(sizes: NetworkSizes, *, heads_divide: bool = True) -> list[str]:
+def size_problems(sizes: NetworkSizes, *, heads_divide: bool = True, stride: int = 1) -> list[str]:
     """What stands against these sizes of an encoder with a decoder, one line a problem, with the
     way out.
 
     `heads_divide`: whether the decoder's heads must divide its width (BootMAE's need not).
+    `stride`: pixels that sides must also be multiples of; sizes that are suggested are.
     """
     counts = {
         "image height": sizes.image_size[0],
@@ -123,7 +125,7 @@ def size_problems(sizes: NetworkSizes, *, heads_divide: bool = True) -> list[str
             small.append(f"{name}={getattr(sizes, name)} must be at least 0")
     if small:
         return small
-    problems = _grid_problems(sizes)
+    problems = _grid_problems(sizes, stride)
     problems += _width_problems("embed_dim", sizes.embed_dim, "num_heads", sizes.num_heads)
     heads = sizes.decoder_heads if heads_divide else 1
     problems += _width_problems("decoder_dim", sizes.decoder_dim, "decoder_heads", heads)
@@ -132,13 +134,14 @@ def size_problems(sizes: NetworkSizes, *, heads_divide: bool = True) -> list[str
     return problems
 
 
-def _grid_problems(sizes: NetworkSizes) -> list[str]:
+def _grid_problems(sizes: NetworkSizes, stride: int) -> list[str]:
     """What keeps images from being split into patches."""
     problems = []
     patch = sizes.patch_size
+    unit = math.lcm(patch, stride)
     for name, side in zip(("height", "width"), sizes.image_size, strict=True):
         if side % patch:
-            near = [side // patch * patch, -(-side // patch) * patch]
+            near = [side // unit * unit, -(-side // unit) * unit]
             use = " or ".join(str(size) for size in near if size)
             problems.append(
                 f"patch_size={patch} does not divide the image {name} {side}; use {use}"

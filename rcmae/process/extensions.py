@@ -46,7 +46,7 @@ def remedy() -> str:
     version = importlib.metadata.version("torchvision").partition("+")[0]
     return (
         f"pip install --force-reinstall --no-deps torchvision=={version}+{build}, from where that "
-        f"torch came; or `{FIRST}` before timm"
+        f"torch came; or `{FIRST}` before timm or transformers"
     )
 
 

@@ -31,7 +31,7 @@ from rcmae.evaluation.detection.precision import Judged, judge
 from rcmae.evaluation.features import evaluating
 from rcmae.models.build import student_sizes
 from rcmae.models.cost import StepCost
-from rcmae.models.detection.build import detector_sizes, fit_detector, new_detector
+from rcmae.models.detection.build import COARSEST, detector_sizes, fit_detector, new_detector
 from rcmae.models.detection.cost import detection_cost
 from rcmae.models.detection.detector import Detector
 from rcmae.models.fitting import Fit
@@ -152,7 +152,7 @@ class Detection:
 
     def mask(self, recipe: Recipe) -> Mask:
         """The network sees every patch. Raises Refused for sizes that do not fit together."""
-        student_sizes(recipe.model)
+        student_sizes(recipe.model, stride=COARSEST)
         return NoMask()
 
     def transform(self, recipe: Recipe) -> Transform:

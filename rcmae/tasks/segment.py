@@ -115,7 +115,10 @@ class Segmentation:
 
     def mask(self, recipe: Recipe) -> Mask:
         """The network sees every patch. Raises Refused for sizes that do not fit together."""
-        student_sizes(recipe.model)
+        try:
+            student_sizes(recipe.model)
+        except Refused as error:
+            raise Refused(f"{error} (model.image_size is segment.crop)") from error
         return NoMask()
 
     def transform(self, recipe: Recipe) -> Transform:

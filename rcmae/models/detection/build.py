@@ -39,7 +39,7 @@ def detector_sizes(model: ModelOptions, detect: DetectOptions) -> DetectorSizes:
     Raises:
         Refused: they do not fit together; all problems, with the way out.
     """
-    whole = student_sizes(model)
+    whole = student_sizes(model, stride=COARSEST)
     vit = replace(whole, decoder_dim=0, decoder_depth=0, decoder_heads=0)
     window = detect.window or (14 if detect.backbone == "vitdet" else 16)
     problems = size_problems(vit, detect, window)

@@ -407,7 +407,7 @@ class MetricsLog:
         if row.get("loss") is not None:
             parts.append(f"loss {row['loss']:.4f}")
         if row.get("images_per_s") is not None:
-            parts.append(f"{row['images_per_s']:.0f} img/s")
+            parts.append(f"{_rate(row['images_per_s'])} img/s")
         parts += self._left(row)
         rest = {name: value for name, value in row.items() if name != "images_per_s"}
         return "  ".join([*parts, *_figures(rest)])
@@ -434,7 +434,7 @@ class MetricsLog:
 # of a logged step, those that the progress line shows
 _FIGURES = (
     ("lr", "lr {:.2e}"),
-    ("images_per_s", "{:.0f} img/s"),
+    ("images_per_s", "{} img/s"),
     ("data_wait_s", "wait {:.3f} s"),
     ("memory_peak_gib", "{:.1f} GiB"),
     ("mfu", "MFU {:.1%}"),
@@ -442,7 +442,15 @@ _FIGURES = (
 
 
 def _figures(row: Mapping[str, Any]) -> list[str]:
-    return [form.format(row[name]) for name, form in _FIGURES if row.get(name) is not None]
+    shown = {**row}
+    if row.get("images_per_s") is not None:
+        shown["images_per_s"] = _rate(row["images_per_s"])
+    return [form.format(shown[name]) for name, form in _FIGURES if shown.get(name) is not None]
+
+
+def _rate(value: float) -> str:
+    """Images a second; below one with two digits, so that a slow step does not show none."""
+    return f"{value:.2f}" if value < 1 else f"{value:.0f}"
 
 
 def _terms(row: Mapping[str, Any]) -> str:
