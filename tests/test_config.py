@@ -628,6 +628,7 @@ def test_the_papers_run_is_what_the_recipes_say(size):
             ["objective.name=bootmae", "model.cls_token=false"],
             "model.cls_token: bootmae's network has its own",
         ),
+        (["model.class_tokens=0"], "model.class_tokens=0: set model.cls_token=false for none"),
         (
             ["objective.name=bootmae", "objective.terms={class: 1}"],
             "bootmae's network has no class head",

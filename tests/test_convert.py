@@ -257,7 +257,10 @@ def test_a_pretraining_starts_from_a_file(
     )
     assert run.losses()[0] < uninterrupted.losses()[0] - 0.05
     assert start(tiny, tmp_path / "other", f"checkpoint.init={out}", "model.depth=2") == 2
-    assert "has unknown blocks.2." in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has unknown blocks.2." in said
+    assert "; the network of these weights is model.name=" in said
+    assert "model.depth=3" in said
 
 
 def test_onnx_without_its_packages_is_a_clear_message(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rcmae import config
-from rcmae.commands.cooldown import main
+from rcmae.commands.cooldown import main, refuse_contradictions
 from rcmae.config import ties_to_the_end
 from rcmae.engines.schedules import Shape
 from runs import Folder, distance, equal, start
@@ -109,7 +109,8 @@ def test_a_cooldown_falls_to_its_end_by_either_curve() -> None:
     [
         ("@8", "0", "at least one step"),
         ("", "3", "give RUN@STEP"),
-        ("@7", "3", "Kept: 4, 8, 12, 16"),
+        ("@7", "3", "it was pruned, or never saved. Kept: 4, 8, 12, 16"),
+        ("@17", "3", "the trunk is at step 16 of 16. Kept: 4, 8, 12, 16"),
         ("@16", "3", "the trunk's own cooldown, which began at step 12"),
     ],
 )
@@ -118,6 +119,18 @@ def test_what_no_cooldown_can_start_from_is_refused(
 ) -> None:
     assert main([f"{trunk}{at}", "--steps", steps]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_schedule_that_contradicts_the_commands_options_is_refused(
+    trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["schedule.cooldown_steps=5", "schedule.cooldown_shape=1-sqrt", "schedule.min_lr=0"]
+    assert main([f"{trunk}@8", "--steps", "3", "--dir", str(tmp_path / "new"), *given]) == 2
+    said = capsys.readouterr().err
+    assert "schedule.cooldown_steps=5: --steps of rcmae cooldown says it" in said
+    assert "schedule.cooldown_shape=1-sqrt: --shape" in said
+    assert "min_lr" not in said
+    refuse_contradictions(["schedule.cooldown_steps=3"], ["schedule.cooldown_steps=3"])
 
 
 def test_a_training_that_depends_on_its_end_is_no_trunk(

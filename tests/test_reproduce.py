@@ -111,6 +111,12 @@ def test_what_was_not_logged_cannot_be_compared(
     status, found = told(run, "--steps", 3)
     assert status == 2
     assert "give more --steps" in found["said"]
+    later = edited(
+        uninterrupted.path, tmp_path / "later", lambda row: row.update(step=row["step"] + 2)
+    )
+    status, found = told(later, "--steps", 3)
+    assert status == 1
+    assert any("1 step of the first 3 compared" in note for note in found["notes"])
     status, found = told(tmp_path, "--steps", 3)
     assert status == 2
     assert "is not a run" in found["said"]

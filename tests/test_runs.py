@@ -135,6 +135,17 @@ def test_every_second_is_of_one_kind(told_run: Path) -> None:
     )
 
 
+def test_an_evaluation_that_a_stop_left_is_evaluation(told_run: Path) -> None:
+    left = {"event": "evaluation_left", "time": 1126, "step": 40}
+    before = (told_run / "events.jsonl").read_text()
+    for row, seconds in ((left | {"seconds": 4.0}, 4.0), (left, 0.0)):  # older runs did not time it
+        lines = [json.loads(line) for line in before.splitlines()]
+        lines[3] = row
+        (told_run / "events.jsonl").unlink()
+        write(told_run / "events.jsonl", *lines)
+        assert status(told_run, now=2000.0)["jobs"][1]["seconds"]["evaluation"] == seconds
+
+
 def test_where_a_run_stands(told_run: Path) -> None:
     told = status(told_run, now=2000.0)
     assert (told["state"], told["step"], told["hours_to_go"]) == ("finished", 100, 0.0)

@@ -454,7 +454,9 @@ def test_the_plan_knows_what_the_heads_keep(recipe: Path) -> None:
     assert 0.8 * sum(kept.values()) < stated < 1.5 * sum(kept.values())
 
 
-def test_a_step_without_any_label_has_no_loss_and_no_nan(recipe: Path, tmp_path: Path) -> None:
+def test_a_step_without_any_label_has_no_loss_and_no_nan(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     blank = {
         name: png(np.full_like(scene(int(name[:4]))[1], 255)) if "seg" in name else data
         for name, data in members(range(8)).items()
@@ -464,6 +466,8 @@ def test_a_step_without_any_label_has_no_loss_and_no_nan(recipe: Path, tmp_path:
     options = [f"data.shards={tmp_path}/blank.tar", "segment.num_classes=5"]
     assert run(recipe, folder.path, *options, "evaluate.every_steps=0", "schedule.steps=3") == 0
     assert folder.losses() == [0.0] * 3
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("warning: the loss of step 1 is exactly 0") == 1
     labelled = [*options, "evaluate.every_steps=0", "schedule.steps=3"]
     other = Folder(tmp_path / "labelled")
     assert run(recipe, other.path, *labelled, "segment.mean_over=labelled") == 0

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked, settings = _parser().parse_known_args(arguments)
     try:
         given = command_line(asked.source, asked.steps, asked.shape, asked.dir)
+        refuse_contradictions(given, settings)
     except Refused as error:
         if os.environ.get("RANK", "0") == "0":  # every rank sees the same
             print(f"rcmae: {error}", file=sys.stderr)
@@ -85,6 +86,29 @@ def command_line(source: str, steps: int, shape: str | None, folder: Path | None
     return [str(Path(run) / "recipe.yaml"), *words]
 
 
+def refuse_contradictions(given: Sequence[str], settings: Sequence[str]) -> None:
+    """Refuse keys of the schedule that the command's own options set to something else.
+
+    Args:
+        given: of `command_line`.
+        settings: key=value that the user adds.
+
+    Raises:
+        Refused: some contradict, all of them with the option that says it.
+    """
+    options = dict.fromkeys(("steps", "epochs", "cooldown", "cooldown_steps"), "--steps")
+    options["cooldown_shape"] = "--shape"
+    ours = {word.partition("=")[0]: word.partition("=")[2] for word in given}
+    problems = []
+    for word in settings:
+        key, _, value = word.partition("=")
+        option = options.get(key.removeprefix("schedule.")) if key.startswith("schedule.") else None
+        if option is not None and ours.get(key) != value:
+            problems.append(f"{word}: {option} of rcmae cooldown says it; leave {key} out")
+    if problems:
+        raise Refused("\n".join(problems))
+
+
 def refuse_another(place: Path, manifest: Manifest, steps: int, shape: str) -> None:
     """Refuse a folder with a run that is not this cooldown: it would be trained further instead.
 
@@ -129,16 +153,32 @@ def kept(run: Path, step: int) -> Manifest:
         raise Refused(f"{run} is no run's folder: it has no recipe.yaml")
     folder = root / checkpoint.step_name(step)
     if not folder.is_dir():
-        there = [checkpoint.step_of(path) for path in checkpoint.step_folders(root)]
+        steps = map(checkpoint.step_of, checkpoint.step_folders(root))
+        there = [number for number in steps if number is not None]
         listed = ", ".join(map(str, there)) or "none"
+        reached, total = _reached(run, there)
+        why = "it was pruned, or never saved"
+        if step > reached:
+            why = f"the trunk is at step {reached}" + (f" of {total}" if total else "")
         raise Refused(
-            f"{run} has no checkpoint of step {step}: it was pruned, or never saved. Kept: "
-            f"{listed}; checkpoint.keep_every keeps one of every so many steps"
+            f"{run} has no checkpoint of step {step}: {why}. Kept: {listed}; "
+            "checkpoint.keep_every keeps one of every so many steps"
         )
     try:
         return checkpoint.open_verified(folder)
     except checkpoint.CheckpointError as error:
         raise Refused(f"{folder}: {error}") from error
+
+
+def _reached(run: Path, saved: Sequence[int]) -> tuple[int, int | None]:
+    """The step that a run is at and its last; of a folder without records its newest checkpoint."""
+    from rcmae.run.records.status import status
+
+    try:
+        told = status(run, asks=False)
+    except Refused:
+        return max(saved, default=0), None
+    return max(told["step"], *saved, 0), told["total_steps"]
 
 
 def recipe_of(manifest: Manifest) -> Recipe:

@@ -275,6 +275,8 @@ def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None
                     f"of {{shards: PATTERN, "
                     f"weight: above 0}}, got {tree['data']['shards']!r}"
                 )
+            elif key == "model.class_tokens" and item["input"] == 0:
+                lines[key] = "model.class_tokens=0: set model.cls_token=false for none"
             elif key in lines:
                 lines[key] += f", or {item['msg'].lower()}"
             else:

@@ -28,6 +28,7 @@ from rcmae.objectives.masks import make_mask
 from rcmae.plugins import is_plugin
 from rcmae.tasks import judging, start
 from rcmae.tasks.checking import try_objective
+from rcmae.tasks.following import sizes_told
 from rcmae.tasks.protocol import (
     Data,
     Ended,
@@ -90,7 +91,8 @@ class Pretraining:
                 network = new_network(recipe)
                 begun = start_of(network, found, options.init_decoder)
         except Refused as error:
-            judgement.problems.append(f"{where} with model.name={recipe.model.name}: {error}")
+            way = sizes_told(found, recipe.task.name)
+            judgement.problems.append(f"{where} with model.name={recipe.model.name}: {error}{way}")
             return judgement
         own = options.init_decoder == "file"
         problems = function_problems(found, network.sizes, decoder=own)

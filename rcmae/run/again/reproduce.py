@@ -178,6 +178,12 @@ def reproduce(
     if lost:
         differs.append(f"{counted(len(lost), 'step')} did not come here, the first: {min(lost)}")
     told, notes = _surroundings(run, found, fingerprint)
+    asked = run.recipe.run.stop_after_steps or 0
+    if len(found.rows) < asked:
+        notes.append(
+            f"{counted(len(found.rows), 'step')} of the first {asked} compared: the run logged no "
+            "others of them (log.every_steps)"
+        )
     return Reproduced(numbers, allowed, [*differs, *told], notes)
 
 

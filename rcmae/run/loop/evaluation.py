@@ -79,7 +79,8 @@ class Evaluation:
             found = self._task.evaluate(dataclasses.replace(context, pause=self._pause))
         except Interrupted:
             self._progress.owes_evaluation = True
-            self._instruments.log.event("evaluation_left", step=step)
+            seconds = time.monotonic() - began
+            self._instruments.log.event("evaluation_left", step=step, seconds=seconds)
             self._instruments.log.say(
                 f"asked to stop: the evaluation of step {step} is left to the job that resumes"
             )

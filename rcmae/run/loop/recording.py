@@ -31,6 +31,7 @@ class Recorder:
         self._progress = progress
         self._instruments = instruments
         self._stragglers = stragglers
+        self._told_zero = False
 
     def step_done(self) -> None:
         """Count the current step; report the first of this job."""
@@ -67,6 +68,13 @@ class Recorder:
             self._progress.step, steps=steps, step_s=speed["step_s"], data_s=speed["data_wait_s"]
         )
         self._instruments.log.step({**row, **speed, **ranks})
+        if row["loss"] == 0 and not self._told_zero:
+            self._told_zero = True
+            self._instruments.log.warn(
+                f"the loss of step {self._progress.step} is exactly 0: nothing is learnt from such "
+                "a step. A segmentation has it where no pixel has a label; look at its maps. Said "
+                "once"
+            )
 
     def show(self, losses: Sequence[dict[str, Tensor]], **figures: float) -> None:
         """Print the step just done, which metrics.jsonl does not get. Arguments of `record`.

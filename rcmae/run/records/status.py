@@ -436,10 +436,16 @@ def split(start: Row, rows: Sequence[Row], events: Sequence[Row]) -> dict[str, f
         spent["data wait"] += steps * wait
         spent["start-up"] += steps * slow
     saves = [event["stall_s"] for event in events if event["event"] == "checkpoint"]
-    evaluations = [event["seconds"] for event in events if event["event"] == "evaluate"]
+    evaluations = [event["seconds"] for event in events if _is_evaluation(event)]
     spent["checkpoint"] = sum(saves)
     spent["evaluation"] = sum(evaluations)
     return spent
+
+
+def _is_evaluation(event: Row) -> bool:
+    """Whether an event says how long networks were judged, to the end or not."""
+    left = event["event"] == "evaluation_left" and _has_numbers(event, ("seconds",))
+    return left or event["event"] == "evaluate"
 
 
 def last_beat(folder: Path, generation: int | None) -> float | None:
