@@ -26,6 +26,8 @@ from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import Encoder, MaskedAutoencoder, StochasticDepth
 from rcmae.objectives import new
 from rcmae.tasks.following import follow, sizes_told
+from rcmae.tasks.protocol import Ended
+from rcmae.tasks.segment import Segmentation
 from rcmae.weights.conversion import convert
 from rcmae.weights.encoder import load_encoder
 from rcmae.weights.names import family_names, from_timm
@@ -239,7 +241,25 @@ def test_a_recipe_follows_class_tokens_and_a_message_names_them(tmp_path: Path) 
     recipe = config.load("finetune", given, task="finetune")
     found = follow(recipe, before=None, samples=None, world=1).recipe
     assert found.model.class_tokens == SIZES.class_tokens
-    assert "model.class_tokens=3" in sizes_told(read_network(path), "segment")
+    source = read_network(path)
+    told = sizes_told(source, "segment")
+    assert told.endswith("model.class_tokens=3 segment.relative_positions=false")
+    assert sizes_told(source, "classify").endswith("model.class_tokens=3")
+    detector = sizes_told(source, "detect")
+    assert "model.embed_dim=24" in detector
+    assert "patch_size" not in detector
+    assert "class_tokens" not in detector
+
+
+def test_a_segmenter_is_offered_the_exports_that_it_has() -> None:
+    offered = []
+    for tokens in (1, 4):
+        keys = [f"model.class_tokens={tokens}", "segment.relative_positions=false"]
+        recipe = config.load("segment_camvid_demo", keys, task="segment")
+        ended = Ended(recipe, Path("runs/x"), is_done=True, launcher="rcmae")
+        commands = [command for _, command in Segmentation().hints(ended)]
+        offered.append(any(command.startswith("rcmae export") for command in commands))
+    assert offered == [True, False]
 
 
 def test_a_segmenter_computes_the_features_of_a_published_encoder_at_other_sizes(

@@ -26,6 +26,8 @@ SECTIONS = ("model", "data", "batch", "evaluate")  # with keys that follow
 STEPS_PER_EPOCH = {"finetune": 8, "probe": 4}  # at least, where the set allows it
 LARGEST_BATCH = {"finetune": 1024, "probe": 16384}  # images; of the published settings
 EVALUATIONS = 10  # of a training
+# keys that a task's network has its own of: weights of others are fitted to them
+FITTED = {"detect": ("patch_size", "class_tokens", "registers")}
 PREFIX = {"class_tokens": 1, "registers": 0}  # tokens before the patches, as most networks have
 
 
@@ -99,9 +101,12 @@ def sizes_told(source: NetworkWeights, task: str) -> str:
     except Refused:
         return ""
     name = ARCHITECTURES[sizes["name"]]
-    known = {key: value for key, value in sizes.items() if value is not None}
+    left = FITTED.get(task, ())
+    known = {key: value for key, value in sizes.items() if value is not None and key not in left}
     differing = [key for key in known if key != "name" and name.get(key) != known[key]]
     shown = " ".join(f"model.{key}={_shown(known[key])}" for key in ["name", *differing])
+    if task == "segment" and known.get("class_tokens"):  # these biases know one class token alone
+        shown += " segment.relative_positions=false"
     return f"; the network of these weights is {shown}"
 
 

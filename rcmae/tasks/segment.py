@@ -220,7 +220,8 @@ class Segmentation:
         export = f"rcmae export {place} --format mmseg --out {place.name}.pth"
         seen = f"rcmae visualize segment {place} --images PHOTOS --out pictures"
         hints = [(f'in Python: rcmae.load_segmenter("{place}")', seen)]
-        if ended.recipe.segment.head == "uper":
+        one_token = ended.recipe.model.class_tokens == 1  # no other code has more
+        if ended.recipe.segment.head == "uper" and one_token:
             hints.append(("for mmsegmentation (or --format hf-upernet: transformers)", export))
         return hints
 

@@ -127,7 +127,10 @@ def load_detector(source: str | Path, *, network: Which | None = None) -> Loaded
     found = read_start(Path(source), network)
     recipe = json.loads(found.metadata["recipe"]) if "recipe" in found.metadata else None
     if recipe is not None and recipe.get("task", {}).get("name") != "detect":
-        raise Refused(f"{found.about} is no detector: it is of a run of another task")
+        raise Refused(
+            f"{found.about} is no detector: it is of a run of another task; give a run of rcmae "
+            "detect, or a checkpoint"
+        )
     names: Sequence[str] = ()
     ids: Sequence[int] = ()
     if recipe is None:
