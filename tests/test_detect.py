@@ -327,7 +327,7 @@ def test_a_run_is_loaded_exported_and_found_again(
     file = tmp_path / "detector.pth"
     command = [str(whole.path), "--format", "detectron2", "--what", "student", "--out", str(file)]
     assert export.main(command) == 0
-    assert "rcmae.load_detector" in capsys.readouterr().out
+    assert f"rcmae.load_detector({str(file)!r});" in capsys.readouterr().out
     folder = [str(whole.path), "--format", "folder", "--out", str(tmp_path / "folder")]
     assert export.main(folder) == 2
     assert "use --format detectron2, or rcmae.load_detector" in capsys.readouterr().err

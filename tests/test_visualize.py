@@ -180,6 +180,9 @@ def test_mistakes_are_answered(
 ) -> None:
     assert command.main(["attention", str(file), "--out", str(tmp_path)]) == 2
     assert "needs --images" in capsys.readouterr().err
+    gone = str(tmp_path / "gone.jpg")
+    assert command.main(["attention", str(file), "--images", gone]) == 2
+    assert f"--images {gone}: no such file or folder" in capsys.readouterr().err
     assert command.main(["page", str(tmp_path)]) == 2
     assert "has no pictures" in capsys.readouterr().err
     assert command.main(["filters", str(file)]) == 2

@@ -35,6 +35,7 @@ def finetuned(folder, pool, names=True):
     """A run of a fine-tuned classifier, and the classifier."""
     model = drawn(Classifier(NetworkSizes(**SIZES), num_classes=5, pool=pool))
     state = {f"weight/{name}": param.detach() for name, param in model.named_parameters()}
+    folder.mkdir(exist_ok=True)
     listed = folder / "classes.txt"
     listed.write_text("\n".join(NAMES) + "\n")
     classify = {"pool": pool, "num_classes": 5, "class_names": str(listed) if names else None}
@@ -133,6 +134,10 @@ def test_the_encoder_alone_is_still_written(tmp_path, capsys):
     out, use = written(tmp_path, "timm", capsys, "--encoder")
     assert "num_classes=0" in use
     assert "head.weight" not in read_network(out).weights
+    finetuned(tmp_path / "mean", "mean")  # has no last norm: its norm is of the mean
+    mean = [str(tmp_path / "mean"), "--format", "timm", "--encoder", "--out", str(tmp_path / "x")]
+    assert command.main(mean) == 2
+    assert "without --encoder the whole network is written" in capsys.readouterr().err
 
 
 def test_what_does_not_go_together_is_refused_and_leaves_what_was_there(tmp_path, capsys):

@@ -109,6 +109,8 @@ def _exported(manifest: Manifest, options: argparse.Namespace) -> Exported:
             overwrite=options.overwrite,
         )
     except Refused as error:
+        if options.encoder and options.format in task_named(task).formats:
+            raise Refused(f"{error}; without --encoder the whole network is written") from error
         if task not in WITHOUT_LAYOUT:
             raise
         way = " or ".join(task_named(task).formats)

@@ -223,7 +223,7 @@ def _write_detectron2(manifest: Manifest, network: Which | None, out: Path) -> W
     found = read_network(manifest.path, network)
     weights: Mapping[str, Tensor] = found.weights
     torch.save({"model": dict(weights), "__author__": "rcmae", "matching_heuristics": False}, out)
-    use = f"rcmae.load_detector({PATH!r}); detectron2: DetectionCheckpointer(model).load({PATH!r})"
+    use = f"rcmae.load_detector({PATH}); detectron2: DetectionCheckpointer(model).load({PATH})"
     return Wrote(found.metadata["network"], len(weights), use)
 
 

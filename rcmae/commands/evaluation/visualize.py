@@ -67,6 +67,11 @@ def _write_pictures(options: argparse.Namespace) -> list[Path]:
 
     if options.images is None and options.kind != "filters":
         raise Refused(f"{options.kind} needs --images: files, folders or shards")
+    lacking = [str(path) for path in options.images or [] if not path.exists()]
+    if lacking:
+        raise Refused(
+            f"--images {', '.join(lacking)}: no such file or folder; give files, folders or shards"
+        )
     if options.source.is_file() and options.out is None:
         raise Refused("give --out: a file of weights has no folder for pictures")
     folder = options.out or options.source / "pictures"

@@ -166,7 +166,10 @@ def fill_bank(
     empty = torch.zeros(0, 0)
     place = gather_rows(torch.cat(places) if places else torch.zeros(0, dtype=torch.int64))
     if not len(place):
-        raise Refused("evaluate.dense.train_shards: no patch of it has a label")
+        raise Refused(
+            "evaluate.dense.train_shards: no patch of it has a label; give shards whose maps have "
+            "numbers of the test set's classes"
+        )
     order = torch.argsort(place)  # the order, and so every tie, is that of one process
     gathered = {
         name: gather_rows(torch.cat(parts) if parts else empty)[order]
