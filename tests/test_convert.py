@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import transformers
 from safetensors import safe_open
 from test_classifier import batch_of
 
@@ -62,6 +64,12 @@ def file(model: MaskedAutoencoder, tmp_path: Path) -> Path:
     return path
 
 
+def by_its_line(said: str) -> Any:
+    """What the line that the command prints last gives."""
+    names = {"rcmae": rcmae, "timm": timm, "safetensors": safetensors, "transformers": transformers}
+    return eval(said.splitlines()[-1].strip(), names)
+
+
 TARGETS = [
     ("mae", "w.pth", True),
     ("bootmae", "w.pth", False),
@@ -75,10 +83,21 @@ TARGETS = [
 
 @pytest.mark.parametrize(("target", "name", "whole"), TARGETS)
 def test_there_and_back_is_equal_to_the_last_bit(
-    target: str, name: str, whole: bool, file: Path, model: MaskedAutoencoder, tmp_path: Path
+    target: str,
+    name: str,
+    whole: bool,
+    file: Path,
+    model: MaskedAutoencoder,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     out = tmp_path / name
     assert tool.main([str(file), "--to", target, "--out", str(out), "--num-heads", "4"]) == 0
+    loaded = by_its_line(capsys.readouterr().out)
+    if target == "timm":
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        ours = rcmae.load_encoder(file, num_heads=4).forward_features(images)
+        torch.testing.assert_close(loaded.eval().forward_features(images), ours)
     mode = (out / "model.safetensors" if out.is_dir() else out).stat().st_mode
     # others may read it where the umask lets them
     assert mode & 0o777 == (file.stat().st_mode & 0o777)

@@ -21,8 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import rcmae
 from rcmae import checkpoint
 from rcmae.checkpoint import find_checkpoint
+from rcmae.commands import convert as convert_tool
 from rcmae.commands import export as tool
 from rcmae.errors import Refused
 from rcmae.models.vit import MaskedAutoencoder
@@ -307,6 +309,46 @@ def test_another_network_has_no_place_in_the_layouts(networks, tmp_path):
         ValueError, match=r"lacks blocks\.1\.norm1\.bias; student has unknown neck\.weight"
     ):
         export(manifest, tmp_path / "w.safetensors", layout="safetensors")
+
+
+def test_several_class_tokens_are_told_of_and_the_line_loads_them(tmp_path, capsys):
+    sizes = {"class_tokens": 3, "image_size": [32, 32]}
+    student = network(1, **sizes)
+    write_checkpoint(tmp_path, 10, state_of(student), model={**MODEL, **sizes})
+    out = tmp_path / "w.pth"
+    assert command(tmp_path, "--format", "mae", "--out", out) == 0
+    said = capsys.readouterr()
+    assert "one class token" in said.err
+    model = eval(said.out.splitlines()[-1].strip(), {"rcmae": rcmae})
+    assert torch.equal(model.cls_token, student.cls_token)
+    folder = str(tmp_path / "folder")
+    assert command(tmp_path, "--format", "hf", "--out", folder) == 2
+    said = capsys.readouterr().err
+    assert f"`rcmae convert {tmp_path} --to pixio --out FOLDER`" in said
+    assert "this is a run of rcmae pretrain" in said
+    assert convert_tool.main([str(tmp_path), "--to", "pixio", "--out", folder]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].strip()
+    assert line == f"transformers.PixioModel.from_pretrained({folder!r})"
+    assert command(tmp_path, "--format", "mmseg", "--out", out) == 2
+    assert "of rcmae segment" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["mae", "mae-full", "rcmae"])
+def test_the_line_of_a_torch_layout_loads_it(run, layout, tmp_path, capsys):
+    out = tmp_path / "w.pth"
+    square = {"image_size": [32, 32]}
+    student, teacher = network(1, **square), network(2, **square)
+    write_checkpoint(tmp_path, 10, state_of(student, teacher), model={**MODEL, **square})
+    assert command(tmp_path, "--format", layout, "--out", out) == 0
+    said = capsys.readouterr()
+    model = eval(said.out.splitlines()[-1].strip(), {"rcmae": rcmae})
+    assert torch.equal(model.pos_embed, teacher.pos_embed)
+    assert model.blocks[0].attn.num_heads == MODEL["num_heads"]
+    assert not said.err
+    # of images that are not square
+    assert command(run, "--format", layout, "--out", out, "--overwrite") == 0
+    line = capsys.readouterr().out.splitlines()[-1].strip()
+    assert eval(line, {"torch": torch}).keys() & {"model", "teacher"}
 
 
 def test_report_says_what_was_written_and_how_to_read_it(run, tmp_path, capsys):

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "taken": done.taken,
             "left out": done.left_out,
             "out": str(done.out),
+            "use": done.use,
         }
         print(json.dumps(document, indent=1))
         return 0
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = sorted({name.split(".")[0] for name in done.left_out})
     if kinds:
         print(f"  {len(done.left_out)} left out: {', '.join(kinds)}")
+    print(f"  {done.use}")
     return 0
 
 

@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{done.path}: {' and '.join(done.networks)} of step {done.step:,} ({manifest.path}), "
         f"{done.tensors} tensors, {done.bytes / 1e6:,.1f} MB\n  {done.use}"
     )
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
     if "timm." in done.use and extensions.guard_torchvision():
         print(
             "  timm does not import by itself here, as torchvision does not fit this torch: "
@@ -98,6 +100,8 @@ def _exported(manifest: Manifest, options: argparse.Namespace) -> Exported:
             overwrite=options.overwrite,
         )
     if options.format not in LAYOUTS:
+        if options.format in OF_TASKS:
+            raise Refused(_not_this_task(manifest, options, task, list(formats)))
         names = list(dict.fromkeys([*formats, *LAYOUTS, FOLDER]))
         raise Refused(f"--format {options.format}: {did_you_mean(options.format, names)}")
     try:
@@ -115,6 +119,23 @@ def _exported(manifest: Manifest, options: argparse.Namespace) -> Exported:
             raise
         way = " or ".join(task_named(task).formats)
         raise Refused(f"{error}; a run of rcmae {task}: --format {way}") from error
+
+
+def _not_this_task(
+    manifest: Manifest, options: argparse.Namespace, task: str, formats: Sequence[str]
+) -> str:
+    """Why a format of other tasks is refused, and which way there is for a run of this one."""
+    ways = [f"--format {name}" for name in [*(formats or LAYOUTS), FOLDER]]
+    if task in ("detect", "segment") or not options.format.startswith("hf"):
+        way = " or ".join(ways)
+    else:
+        model = manifest.meta["recipe"].get("model", {})
+        family = "pixio" if model.get("class_tokens", 1) > 1 else "huggingface"
+        convert = f"`rcmae convert {options.source} --to {family} --out FOLDER` for transformers"
+        ways = [*([] if model.get("registers") else [convert]), f"--format {FOLDER} for timm"]
+        way = f"its encoder: {' or '.join(ways)}"
+    about = OF_TASKS[options.format]
+    return f"--format {options.format} is {about}; this is a run of rcmae {task}: {way}"
 
 
 def _parser() -> argparse.ArgumentParser:

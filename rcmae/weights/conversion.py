@@ -17,11 +17,12 @@ from rcmae.errors import Refused
 from rcmae.files import aside, write_aside
 from rcmae.models.kernels import LAYER_NORM_EPS
 from rcmae.models.sizes import ARCHITECTURES
-from rcmae.weights.encoder import chosen_heads, model_of, statistics_of, to_onnx
+from rcmae.weights.encoder import HEADS, chosen_heads, heads_of, model_of, statistics_of, to_onnx
 from rcmae.weights.layouts import FAMILIES, TORCH
 from rcmae.weights.names import family_names, of_autoencoder, published_names
 from rcmae.weights.reading import NetworkWeights, public_metadata
 from rcmae.weights.shapes import in_encoder, shape_problems, sizes_of
+from rcmae.weights.writing import TimmModel, arguments_of, load_line, timm_cfg
 
 
 class Converted(NamedTuple):
@@ -31,6 +32,7 @@ class Converted(NamedTuple):
     taken: list[str]  # names of the weights in it
     left_out: list[str]
     out: Path
+    use: str  # a line of Python that reads it
 
 
 def convert(
@@ -67,7 +69,63 @@ def convert(
     else:
         _write_file(source, taken, target, out)
     left_out = sorted(name for name in weights if name not in taken)
-    return Converted(source.about, sorted(taken), left_out, out)
+    use = _use(source, taken, target, out, num_heads)
+    return Converted(source.about, sorted(taken), left_out, out, use)
+
+
+def _use(
+    source: NetworkWeights,
+    taken: Mapping[str, Tensor],
+    target: str,
+    out: Path,
+    num_heads: int | None,
+) -> str:
+    """A line of Python that reads what was written."""
+    if target == "onnx":
+        return f"onnxruntime.InferenceSession({str(out)!r})"
+    if target == "safetensors":
+        return f"safetensors.torch.load_file({str(out)!r})"
+    if target in ("huggingface", "pixio"):
+        (name,) = json.loads((out / "config.json").read_text())["architectures"]
+        return f"transformers.{name}.from_pretrained({str(out)!r})"
+    sizes = sizes_of({name: tuple(value.shape) for name, value in taken.items()})
+    heads = num_heads or heads_of(source) or HEADS.get(sizes["embed_dim"])
+    if target == "timm" and heads is not None:
+        arguments = ", ".join(arguments_of(_timm_model(source, sizes, heads)))
+        return f"timm.create_model({arguments}, checkpoint_path={str(out)!r})"
+    return load_line(out, sizes["embed_dim"], heads, _pixels(source, sizes))
+
+
+def _pixels(source: NetworkWeights, sizes: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the images of weights of these sizes."""
+    side, patch = round(sizes["num_patches"] ** 0.5), sizes["patch_size"]
+    rows, columns = source.grid or (side, side)
+    return rows * patch, columns * patch
+
+
+def _timm_model(source: NetworkWeights, sizes: Mapping[str, Any], heads: int) -> TimmModel:
+    """The timm model of weights of these sizes; further class tokens are registers of it."""
+    height, width = _pixels(source, sizes)
+    told = {key: sizes[key] for key in ("patch_size", "embed_dim", "depth")} | {"num_heads": heads}
+    name = "vit_base_patch16"
+    for each, known in ARCHITECTURES.items():
+        if all(known[key] == told[key] for key in told):
+            name = each
+    arguments: dict[str, Any] = {
+        key: value for key, value in told.items() if ARCHITECTURES[name][key] != value
+    }
+    channels = sizes["in_channels"]
+    given = {"img_size": height if height == width else (height, width), "in_chans": channels}
+    ratio = sizes["mlp_ratio"]
+    if ratio % 1:
+        ratio += 0.5 / sizes["embed_dim"]  # timm rounds the width of an MLP down
+    given |= {"mlp_ratio": ratio, "class_token": sizes["class_tokens"] > 0}
+    given["reg_tokens"] = max(sizes["class_tokens"] - 1, 0) + sizes["registers"]
+    usual = {"img_size": 224, "in_chans": 3, "mlp_ratio": 4, "class_token": True, "reg_tokens": 0}
+    arguments |= {key: value for key, value in given.items() if value != usual[key]}
+    arguments |= {"global_pool": "avg", "fc_norm": False}
+    mean, std = statistics_of(source, channels)
+    return TimmModel(f"{name}_224", 0, arguments, timm_cfg((channels, height, width), mean, std))
 
 
 def _write_file(

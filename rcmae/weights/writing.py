@@ -15,7 +15,7 @@ import json
 import math
 import secrets
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -28,7 +28,8 @@ from rcmae.checkpoint import Manifest, whole_tensors
 from rcmae.data.transforms import CENTRE_SHARE
 from rcmae.errors import Refused
 from rcmae.files import aside
-from rcmae.weights.encoder import statistics
+from rcmae.models.sizes import ARCHITECTURES
+from rcmae.weights.encoder import HEADS, statistics
 from rcmae.weights.layouts import KIND, LAYOUTS, Which
 from rcmae.weights.names import of_autoencoder
 from rcmae.weights.reading import metadata_of
@@ -45,6 +46,7 @@ class Exported(NamedTuple):
     tensors: int
     bytes: int
     use: str  # a line of Python that reads it
+    notes: tuple[str, ...] = ()  # what its reader should know
 
 
 def export(
@@ -100,6 +102,7 @@ def export(
         tensors=len(contents),
         bytes=out.stat().st_size,
         use=_use(manifest, layout, out),
+        notes=_notes(manifest, layout, networks[0]),
     )
 
 
@@ -326,7 +329,36 @@ def _use(manifest: Manifest, layout: str, out: Path) -> str:
         return f"timm.create_model({arguments}, checkpoint_path={str(out)!r})"
     if layout == "safetensors":
         return f"safetensors.torch.load_file({str(out)!r})"
-    return f"rcmae.weights.reading.load_weights(Path({str(out)!r}))"
+    options = manifest.meta["recipe"]["model"]
+    named = ARCHITECTURES.get(str(options.get("name")), {})
+    width, heads = (options.get(key) or named.get(key) for key in ("embed_dim", "num_heads"))
+    line = load_line(out, width, heads, options.get("image_size"))
+    # its args are a class, which torch loads where it is told that the file is one's own
+    return line.replace("weights_only=True", "weights_only=False") if layout == "rcmae" else line
+
+
+def load_line(out: Path, width: int | None, heads: int | None, size: Any) -> str:
+    """The line of Python that loads an encoder's file, with what it would guess otherwise.
+
+    `size`: of images, one side or height and width; files that do not tell the grid of images that
+    are not square are no encoder's to `rcmae.load_encoder`, and torch reads them.
+    """
+    if isinstance(size, list | tuple) and size[0] != size[1]:
+        if out.suffix == ".safetensors":
+            return f"safetensors.torch.load_file({str(out)!r})"
+        return f"torch.load({str(out)!r}, weights_only=True)"
+    told = f", num_heads={heads}" if heads is not None and HEADS.get(width or 0) != heads else ""
+    return f"rcmae.load_encoder({str(out)!r}{told})"
+
+
+def _notes(manifest: Manifest, layout: str, network: str) -> tuple[str, ...]:
+    """What a reader of MAE's layouts should know: published programs have one class token."""
+    if layout not in ("mae", "mae-full", "rcmae") or not _more_tokens(_shapes(manifest, network)):
+        return ()
+    return (
+        "MAE's own programs have one class token and no registers, and refuse this file; "
+        "rcmae.load_encoder reads it, and --format folder is for timm",
+    )
 
 
 class TimmModel(NamedTuple):
@@ -362,18 +394,29 @@ def timm_model(manifest: Manifest, head: Mapping[str, Any] | None = None) -> Tim
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = model["in_channels"]
     mean, std = statistics(recipe["data"].get("mean"), recipe["data"].get("std"), channels)
-    cfg = {
-        "input_size": (channels, height, width),
+    cfg = timm_cfg((channels, height, width), mean, std)
+    return TimmModel(f"{model['name']}_224", head["num_classes"], arguments, cfg)
+
+
+def timm_cfg(
+    size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """timm's pretrained_cfg: what images [C, H, W] of this size are made by."""
+    return {
+        "input_size": size,
         "mean": mean,
         "std": std,
         "interpolation": "bicubic",
         "crop_pct": CENTRE_SHARE,
     }
-    return TimmModel(f"{model['name']}_224", head["num_classes"], arguments, cfg)
 
 
 def timm_arguments(manifest: Manifest, head: Mapping[str, Any] | None = None) -> list[str]:
     """Of timm's create_model, as Python has them; arguments of `timm_model`."""
-    model = timm_model(manifest, head)
+    return arguments_of(timm_model(manifest, head))
+
+
+def arguments_of(model: TimmModel) -> list[str]:
+    """Of timm's create_model, as Python has them."""
     named = {"num_classes": model.num_classes, **model.arguments, "pretrained_cfg": model.cfg}
     return [repr(model.architecture), *(f"{key}={value!r}" for key, value in named.items())]
