@@ -116,16 +116,16 @@ def refuse_another(place: Path, manifest: Manifest, steps: int, shape: str) -> N
         Refused: there is such a run, with what it is.
     """
     import pydantic
-    import yaml
 
     from rcmae.config import stored
+    from rcmae.config.trees import tree_of
 
     file = place / "recipe.yaml"
     if not file.is_file():
         return
     try:
-        there = stored(yaml.safe_load(file.read_text()), imports=False)
-    except (OSError, ValueError, TypeError, yaml.YAMLError, pydantic.ValidationError) as error:
+        there = stored(tree_of(file.read_text()), imports=False)
+    except (OSError, ValueError, TypeError, pydantic.ValidationError) as error:
         raise Refused(f"{file} cannot be read; give another --dir: {error}") from error
     begun = Path(str(there.checkpoint.resume))
     length, curve = there.schedule.cooldown_steps, there.schedule.cooldown_shape
