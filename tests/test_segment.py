@@ -466,6 +466,7 @@ def test_a_step_without_any_label_has_no_loss_and_no_nan(
     options = [f"data.shards={tmp_path}/blank.tar", "segment.num_classes=5"]
     assert run(recipe, folder.path, *options, "evaluate.every_steps=0", "schedule.steps=3") == 0
     assert folder.losses() == [0.0] * 3
+    assert [row["zero_losses"] for row in folder.rows()] == [1, 2, 3]
     said = capsys.readouterr()
     assert (said.out + said.err).count("warning: the loss of step 1 is exactly 0") == 1
     labelled = [*options, "evaluate.every_steps=0", "schedule.steps=3"]

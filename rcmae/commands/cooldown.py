@@ -96,15 +96,14 @@ def refuse_contradictions(given: Sequence[str], settings: Sequence[str]) -> None
     Raises:
         Refused: some contradict, all of them with the option that says it.
     """
-    options = dict.fromkeys(("steps", "epochs", "cooldown", "cooldown_steps"), "--steps")
-    options["cooldown_shape"] = "--shape"
+    options = {f"schedule.{key}": "--steps" for key in CHANGED}
+    options["schedule.cooldown_shape"] = "--shape"
     ours = {word.partition("=")[0]: word.partition("=")[2] for word in given}
     problems = []
     for word in settings:
         key, _, value = word.partition("=")
-        option = options.get(key.removeprefix("schedule.")) if key.startswith("schedule.") else None
-        if option is not None and ours.get(key) != value:
-            problems.append(f"{word}: {option} of rcmae cooldown says it; leave {key} out")
+        if key in options and ours.get(key) != value:
+            problems.append(f"{word}: {options[key]} of rcmae cooldown says it; leave {key} out")
     if problems:
         raise Refused("\n".join(problems))
 

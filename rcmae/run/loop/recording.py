@@ -31,7 +31,7 @@ class Recorder:
         self._progress = progress
         self._instruments = instruments
         self._stragglers = stragglers
-        self._told_zero = False
+        self._zero_losses = 0
 
     def step_done(self) -> None:
         """Count the current step; report the first of this job."""
@@ -67,13 +67,15 @@ class Recorder:
         ranks = self._stragglers.compare(
             self._progress.step, steps=steps, step_s=speed["step_s"], data_s=speed["data_wait_s"]
         )
+        if row["loss"] == 0:
+            self._zero_losses += 1
+            row["zero_losses"] = self._zero_losses  # logged steps of this job
         self._instruments.log.step({**row, **speed, **ranks})
-        if row["loss"] == 0 and not self._told_zero:
-            self._told_zero = True
+        if self._zero_losses == 1 and row["loss"] == 0:
             self._instruments.log.warn(
                 f"the loss of step {self._progress.step} is exactly 0: nothing is learnt from such "
-                "a step. A segmentation has it where no pixel has a label; look at its maps. Said "
-                "once"
+                "a step. In a segmentation none of its pixels has a label: look at the maps. Said "
+                "once; metrics.jsonl counts these among the logged steps as zero_losses"
             )
 
     def show(self, losses: Sequence[dict[str, Tensor]], **figures: float) -> None:
