@@ -127,8 +127,8 @@ def test_a_schedule_that_contradicts_the_commands_options_is_refused(
     given = ["schedule.cooldown_steps=5", "schedule.cooldown_shape=1-sqrt", "schedule.min_lr=0"]
     assert main([f"{trunk}@8", "--steps", "3", "--dir", str(tmp_path / "new"), *given]) == 2
     said = capsys.readouterr().err
-    assert "schedule.cooldown_steps=5: --steps of rcmae cooldown says it" in said
-    assert "schedule.cooldown_shape=1-sqrt: --shape" in said
+    assert "schedule.cooldown_steps=5: rcmae cooldown sets it by --steps" in said
+    assert "schedule.cooldown_shape=1-sqrt: rcmae cooldown sets it by --shape" in said
     assert "min_lr" not in said
     refuse_contradictions(["schedule.cooldown_steps=3"], ["schedule.cooldown_steps=3"])
 

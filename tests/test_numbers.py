@@ -18,9 +18,9 @@ from rcmae.files import json_lines, json_lines_back, write_aside
 def test_numbers_are_finite_and_in_order() -> None:
     assert (from_zero("0"), above_zero("1e-3")) == (0.0, 0.001)
     for text in ("nan", "inf", "-1", "-1e-9"):
-        with pytest.raises(argparse.ArgumentTypeError, match="no number from 0 on"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a finite number, 0 or more"):
             from_zero(text)
-    with pytest.raises(argparse.ArgumentTypeError, match="is not above 0"):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be above 0"):
         above_zero("0")
 
 
@@ -45,11 +45,13 @@ def test_a_wait_or_a_tolerance_that_is_none_is_refused(command, words, capsys) -
 def test_a_pipe_or_a_device_is_written_to_and_never_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writing = threading.Thread(target=write_aside, args=(pipe, "text"), daemon=True)
-    writing.start()
-    assert pipe.read_text() == "text"
-    writing.join()
+    read: list[str] = []
+    reading = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reading.start()
+    write_aside(pipe, "text")
     assert pipe.is_fifo()
+    reading.join(timeout=10)
+    assert read == ["text"]
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 

@@ -103,7 +103,7 @@ def refuse_contradictions(given: Sequence[str], settings: Sequence[str]) -> None
     for word in settings:
         key, _, value = word.partition("=")
         if key in options and ours.get(key) != value:
-            problems.append(f"{word}: {options[key]} of rcmae cooldown says it; leave {key} out")
+            problems.append(f"{word}: rcmae cooldown sets it by {options[key]}; leave {key} out")
     if problems:
         raise Refused("\n".join(problems))
 

@@ -7,15 +7,15 @@ import math
 
 
 def from_zero(text: str) -> float:
-    """A finite number from 0 on."""
+    """A finite number, 0 or more."""
     value = float(text)
     if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number, 0 or more")
     return value
 
 
 def above_zero(text: str) -> float:
     """A finite number above 0."""
     if not (value := from_zero(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
     return value
