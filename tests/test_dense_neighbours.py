@@ -170,6 +170,11 @@ def test_sets_that_cannot_be_judged_are_refused_before_anything_is_written(
         ),
         ({"k": 0}, "evaluate.dense.k"),
         ({"k": 5000}, "evaluate.dense.train_shards have 384 patches; use fewer"),
+        (
+            {"num_classes": 2},
+            "evaluate.dense.test_shards: each of the 7 maps looked at has numbers beyond 1, the "
+            "last that evaluate.dense.num_classes=2 allows; they run to 3",
+        ),
     ]
     for changed, said in cases:
         folder = tmp_path / "run"

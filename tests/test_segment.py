@@ -553,6 +553,28 @@ def test_shards_without_maps_are_refused_and_some_without_are_replaced(
     assert set(reasons) == {"0003", "0005", "0007", "0009"}
 
 
+def test_maps_of_other_classes_are_refused_before_anything_is_written(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_one = {}
+    for name, data in members(range(6)).items():
+        values = scene(int(name[:4]))[1]
+        from_one[name] = png(values + (values != 255).astype(np.uint8)) if "seg" in name else data
+    pack(tmp_path / "one.tar", from_one)
+    options = [f"data.shards={tmp_path}/one.tar", "segment.num_classes=4"]
+    told = refused(recipe, tmp_path, capsys, *options, "evaluate.every_steps=0")
+    assert "data.shards: each of the 6 maps looked at has numbers beyond 3" in told
+    assert "if zero is no label, set segment.map_zero=none" in told
+    tested = [f"data.shards={tmp_path}/one.tar", f"evaluate.test_shards={tmp_path}/one.tar"]
+    options = ["segment.num_classes=4", "segment.map_zero=none", "schedule.steps=3"]
+    assert run(recipe, tmp_path / "zero", *tested, *options, "evaluate.every_steps=0") == 0
+    pack(tmp_path / "zero.tar", members(range(6)))
+    good = [f"data.shards={tmp_path}/zero.tar", f"evaluate.test_shards={tmp_path}/one.tar"]
+    told = refused(recipe, tmp_path, capsys, *good, "segment.num_classes=4")
+    assert "data.shards" not in told
+    assert "evaluate.test_shards: each of the 6 maps looked at has numbers beyond 3" in told
+
+
 def test_maps_whose_zero_is_no_label_say_so(recipe: Path, tmp_path: Path) -> None:
     found = {}
     for name, data in members(range(4)).items():

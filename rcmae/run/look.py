@@ -12,7 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from rcmae.config.trees import tree_of
 from rcmae.data.cache import Cache, node_cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.loading import pins_memory, shared_bytes, workers_amiss, workers_crowded
+from rcmae.data.members.beyond import highest_numbers
 from rcmae.data.patterns import Patterns
 from rcmae.data.sets import class_lists
 from rcmae.data.sources import is_remote, redacted
@@ -183,13 +184,13 @@ def facts_of(recipe: Recipe, task: Task, *, verified: bool = False) -> Facts:
     followed = attempt(with_followed, recipe, saved, written, train)
     recipe, notes = followed or (recipe, ())
     notes = (*taken, *notes)
-    sets = [
-        attempt(open_index, recipe, each.shards, each.needs, key=each.key)
-        for each in task.evaluation_sets(recipe)
-    ]
+    asked = task.evaluation_sets(recipe)
+    sets = [attempt(open_index, recipe, each.shards, each.needs, key=each.key) for each in asked]
     # all of them or none: a set stands for the place that it has in the task's list
     readable = tuple(each for each in sets if each is not None)
     data = with_classes(recipe, train, readable if len(readable) == len(sets) else ())
+    mapped = ("map" in needs, *("map" in each.needs for each in asked))
+    data = with_numbers(data, mapped)
     problems += [told for told in map(trackers.missing, recipe.log.trackers) if told]
     config = attempt(engine_config, recipe)
     found = attempt(task.look, recipe, saved)
@@ -253,6 +254,19 @@ def with_classes(recipe: Recipe, train: ShardIndex | None, sets: tuple[ShardInde
     patience = patience_of(recipe)
     beside = () if train is None else class_lists(train, patience)
     return Data(train, sets, beside, tuple(class_lists(each, patience) for each in sets))
+
+
+def with_numbers(data: Data, mapped: Sequence[bool]) -> Data:
+    """Samples with the largest numbers of a few of their maps.
+
+    Args:
+        data: the samples.
+        mapped: whether maps are read, of the training's and then of each set.
+    """
+    found = []
+    for index, is_read in zip((data.train, *data.sets), mapped, strict=False):
+        found.append(highest_numbers(index) if is_read and index is not None else ())
+    return replace(data, numbers=found[0], set_numbers=tuple(found[1:]))
 
 
 def saved_of(recipe: Recipe, verified: bool = False) -> Saved | None:

@@ -14,6 +14,7 @@ from rcmae.config import Recipe
 from rcmae.data.dense.crops import Labels
 from rcmae.data.dense.maps import MAX_CLASSES
 from rcmae.data.masking import Mask
+from rcmae.data.members.beyond import Numbering, beyond
 from rcmae.data.sets import Labelled, class_lists, met
 from rcmae.errors import Refused
 from rcmae.evaluation.dense.neighbours import (
@@ -94,6 +95,11 @@ def judge_dense(recipe: Recipe, data: Data) -> Judgement:
         )
     if num_classes:
         judgement.values["evaluate.dense.num_classes"] = num_classes
+        numbering = Numbering(
+            num_classes, recipe.evaluate.dense.map_zero == "none", "evaluate.dense"
+        )
+        for key in (DENSE_TRAIN, DENSE_TEST) if data.set_numbers else ():
+            judgement.problems += beyond(key, data.set_numbers[place[key]], numbering)
     return judgement
 
 

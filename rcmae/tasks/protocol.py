@@ -24,6 +24,7 @@ from rcmae.data.batch import Batch
 from rcmae.data.cache import Cache
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import Mask
+from rcmae.data.members.beyond import Highest
 from rcmae.data.members.protocol import Members
 from rcmae.data.members.whole import Whole, num_turns, whole_samples
 from rcmae.data.patterns import Patterns
@@ -68,6 +69,9 @@ class Data:
     # files of classes beside the shards of `train`, and of each of the `sets`
     classes: tuple[ClassList, ...] = ()
     set_classes: tuple[tuple[ClassList, ...], ...] = ()
+    # the largest numbers of a few maps of `train`, and of each of the `sets`, where maps are read
+    numbers: tuple[Highest, ...] = ()
+    set_numbers: tuple[tuple[Highest, ...], ...] = ()
 
 
 @dataclass

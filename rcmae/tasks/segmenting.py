@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rcmae.config import Recipe
 from rcmae.data.dense.crops import Augment, Crops, Labels
 from rcmae.data.dense.maps import MAX_CLASSES
+from rcmae.data.members.beyond import Numbering, beyond
 from rcmae.data.sets import ClassList, unlike
 from rcmae.errors import Refused
 from rcmae.models.build import student_sizes
@@ -67,6 +68,10 @@ def judge_segmentation(recipe: Recipe, found: Found | None, data: Data) -> Judge
     if num_classes is None or judgement.problems:
         return judgement
     judgement.values["segment.num_classes"] = num_classes
+    numbering = Numbering(num_classes, recipe.segment.map_zero == "none", "segment")
+    judgement.problems += beyond("data.shards", data.numbers, numbering)
+    for numbers in data.set_numbers:
+        judgement.problems += beyond("evaluate.test_shards", numbers, numbering)
     problems, notes = fit(recipe, found, num_classes)
     judgement.problems += problems
     judgement.notes += notes
