@@ -146,6 +146,29 @@ def test_an_evaluation_that_a_stop_left_is_evaluation(told_run: Path) -> None:
         assert status(told_run, now=2000.0)["jobs"][1]["seconds"]["evaluation"] == seconds
 
 
+def test_an_evaluation_that_was_killed_is_evaluation(told_run: Path) -> None:
+    """Of the second job nothing but its steps and the beginning of an evaluation is left."""
+    lines = [json.loads(line) for line in (told_run / "events.jsonl").read_text().splitlines()]
+    begun = {"event": "evaluation_begun", "time": 1121, "step": 40}
+    assert lines[3]["event"] == "evaluate"
+    assert lines[4]["event"] == "stop"
+    (told_run / "leases").mkdir()
+    beat = told_run / "leases" / "00000002.beat"  # the last sign of the process
+    beat.touch()
+    os.utime(beat, (1150, 1150))
+    (told_run / "events.jsonl").unlink()
+    write(told_run / "events.jsonl", *lines[:3], begun, *lines[5:])
+    told = status(told_run, now=2000.0)
+    second = told["jobs"][1]
+    assert second["how"] == "ended without an event"
+    assert second["seconds"]["evaluation"] == 1150 - 1121
+    assert second["seconds"]["other"] < 1.5
+    assert begun not in told["last_events"]
+    (told_run / "events.jsonl").unlink()
+    write(told_run / "events.jsonl", *lines[:3], begun, *lines[3:])
+    assert status(told_run, now=2000.0)["jobs"][1]["seconds"]["evaluation"] == 5, "it ended"
+
+
 def test_where_a_run_stands(told_run: Path) -> None:
     told = status(told_run, now=2000.0)
     assert (told["state"], told["step"], told["hours_to_go"]) == ("finished", 100, 0.0)

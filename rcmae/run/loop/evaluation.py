@@ -74,6 +74,7 @@ class Evaluation:
         """
         began = time.monotonic()
         step = self._progress.step
+        self._instruments.log.event("evaluation_begun", step=step)  # its process may be killed
         self._instruments.log.say(f"step {step}: evaluating")
         try:
             found = self._task.evaluate(dataclasses.replace(context, pause=self._pause))

@@ -286,7 +286,7 @@ class MetricsLog:
         self.say(text)
 
     def event(self, kind: str, **details: Any) -> None:
-        """Append to events.jsonl: start, resume, checkpoint, signal, bad_sample, evaluate, stop."""
+        """Append to events.jsonl: start, checkpoint, signal, bad_sample, evaluate, stop, ..."""
         if self.writes:
             self._write(
                 self._events, {"event": kind, "time": time.time(), **without_secrets(details)}

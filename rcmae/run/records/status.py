@@ -119,6 +119,7 @@ def status(folder: Path, now: float | None = None, *, asks: bool = True) -> dict
     pace = seconds_per_step(rows, starts)
     left = (total - step) * pace if pace is not None else None
     row = rows[-1] if rows else {}
+    shown = [event for event in events if event["event"] != "evaluation_begun"]
     return {
         "run": str(folder),
         "state": told,
@@ -139,7 +140,7 @@ def status(folder: Path, now: float | None = None, *, asks: bool = True) -> dict
         "jobs": [asdict(job) for job in starts],
         "starts_without_training": starts_without_training(folder, events, queue, now),
         "late_ranks": late_ranks(events),
-        "last_events": events[-EVENTS_SHOWN:],
+        "last_events": shown[-EVENTS_SHOWN:],
         "time": now,
     }
 
@@ -349,6 +350,7 @@ def job_of(folder: Path, start: _Start, *, began: float, now: float) -> Job:
     )
     job.seconds |= split(start.event, start.rows, start.events)
     job.seconds["start-up"] += start.event["time"] - began
+    job.seconds["evaluation"] += unended_evaluation(start.events, ended)
     _count_what_was_lost(job, start)
     _count_the_rest(job, start, told)
     job.seconds["other"] = max(0.0, ended - began - sum(job.seconds.values()))
@@ -436,9 +438,8 @@ def split(start: Row, rows: Sequence[Row], events: Sequence[Row]) -> dict[str, f
         spent["data wait"] += steps * wait
         spent["start-up"] += steps * slow
     saves = [event["stall_s"] for event in events if event["event"] == "checkpoint"]
-    evaluations = [event["seconds"] for event in events if _is_evaluation(event)]
     spent["checkpoint"] = sum(saves)
-    spent["evaluation"] = sum(evaluations)
+    spent["evaluation"] = sum(event["seconds"] for event in events if _is_evaluation(event))
     return spent
 
 
@@ -446,6 +447,14 @@ def _is_evaluation(event: Row) -> bool:
     """Whether an event says how long networks were judged, to the end or not."""
     left = event["event"] == "evaluation_left" and _has_numbers(event, ("seconds",))
     return left or event["event"] == "evaluate"
+
+
+def unended_evaluation(events: Sequence[Row], ended: float) -> float:
+    """Seconds of an evaluation that is under way, or that the job was killed in."""
+    told = [event for event in events if event["event"].startswith("evaluat")]
+    if not told or told[-1]["event"] != "evaluation_begun":
+        return 0.0
+    return max(0.0, ended - float(told[-1]["time"]))
 
 
 def last_beat(folder: Path, generation: int | None) -> float | None:

@@ -16,7 +16,11 @@ SHOWN = 300  # lines of a timeline, the newest
 SAMPLES = 100  # of bad ones
 _LONGEST = 400  # characters of a line
 _SAYS = ("told", "reason", "jumped", "action")  # keys of an event that are words for people
-_ORDINARY = ("start", "resume", "first_step", "checkpoint", "evaluate", "signal", "stop", "note")
+_BEGUN = "evaluation_begun"  # its end has a line of its own
+_ORDINARY = (
+    *("start", "resume", "first_step", "checkpoint", _BEGUN, "evaluate"),
+    *("signal", "stop", "note"),
+)
 _OFTEN = ("checkpoint", "evaluate", "bad_sample")  # told together where they follow each other
 _NAMES = {"evaluate": "evaluation", "bad_sample": "bad sample"}
 _TOLD_APART = ("bad_sample", "late_rank", "late_rank_over")
@@ -84,7 +88,7 @@ def timeline(run: Seen) -> tuple[list[Happened], int]:
     """The events, the newest first, and how many lines are left out: many of the same kind one
     after the other are one line.
     """
-    rows = list(_rows(run.events))
+    rows = list(_rows([event for event in run.events if event["event"] != _BEGUN]))
     return rows[::-1][:SHOWN], max(0, len(rows) - SHOWN)
 
 
