@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from rcmae.data import jpeg
-from rcmae.data.jpeg import Box, decode_box
+from rcmae.data.jpeg import Box, decode_box, decoding, turbo
 from rcmae.planning.node import check_software, versions
 
 PHOTOGRAPH = load_sample_images().images[0]
@@ -22,7 +22,7 @@ PHOTOGRAPH = load_sample_images().images[0]
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     """A library is looked for once; no test sees what another found, nor this machine's."""
-    monkeypatch.setattr(jpeg, "_decoders", threading.local())
+    monkeypatch.setattr(decoding, "_decoders", threading.local())
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
     monkeypatch.delenv("CONDA_PREFIX", raising=False)
     jpeg.library.cache_clear()
@@ -32,7 +32,7 @@ def _fresh(monkeypatch):
 
 def release(folder: Path, version: bytes = b"3.0.92") -> str:
     """The wheel's library as one of another version, where conda has such."""
-    data = Path(jpeg._wheels()[0]).read_bytes()
+    data = Path(turbo.wheels()[0]).read_bytes()
     assert data.count(b"libjpeg-turbo version 2.1.92") == 1
     (folder / "lib").mkdir(parents=True)
     path = folder / "lib" / "libturbojpeg.so.0"
@@ -62,7 +62,7 @@ def told() -> tuple[str, str]:
 def without(monkeypatch) -> list[np.ndarray]:
     """The parts where no library decodes them alone."""
     with monkeypatch.context() as hidden:
-        hidden.setattr(jpeg, "_wheels", list)
+        hidden.setattr(turbo, "wheels", list)
         jpeg.library.cache_clear()
         assert not jpeg.decodes_parts()
         colour, text = told()
@@ -76,7 +76,7 @@ def without(monkeypatch) -> list[np.ndarray]:
 @pytest.mark.parametrize("found_by", ["the loader", "conda", "the wheel"])
 def test_every_library_gives_the_pixels_that_none_gives(tmp_path, monkeypatch, found_by):
     whole = without(monkeypatch)
-    path = jpeg._wheels()[0]
+    path = turbo.wheels()[0]
     if found_by == "the loader":
         path = release(tmp_path)
         monkeypatch.setattr("ctypes.util.find_library", lambda name: path)

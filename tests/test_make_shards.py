@@ -25,6 +25,7 @@ from rcmae.commands import shards as command
 from rcmae.commands.shards import making
 from rcmae.data.index import ShardIndex
 from rcmae.data.packing import writer
+from rcmae.data.packing.encoding import Encoding
 from rcmae.data.transforms import decode
 from runs import hear_ctrl_c
 
@@ -32,6 +33,8 @@ TOOLS = Path(__file__).parent.parent / "tools"
 
 
 def make_shards(images, out, **options):
+    stored = {name: options.pop(name) for name in Encoding._fields if name in options}
+    options["images"] = Encoding(**stored)
     return writer.make_shards(images, out, writer.PackingOptions(**options))
 
 

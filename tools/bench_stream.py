@@ -3,17 +3,19 @@
 webdataset.
 
     python tools/bench_stream.py SHARDS [--image-size N] [--longer-side N] [--samples N] \\
-        [--decode-margin X] [--rounds N] [--workers N] [--json FILE]
+        [--restart-markers] [--decode-margin X] [--rounds N] [--workers N] [--json FILE]
 
 The samples are copied to a temporary folder, as one tar and as an image folder, so that all sides
 read the same bytes from the page cache; with --longer-side they are resized to that many pixels and
-encoded anew (JPEG, quality 90). `torchvision` is ImageFolder with the published pipeline: PIL
-decode, RandomResizedCrop (0.2 to 1, bicubic), flip, to tensor, normalise. `webdataset` is its tar
-reader and PIL decode with the same transforms. `uint8 v2` is the fastest of torchvision's own: a
-DataLoader over the files, libjpeg-turbo to uint8 (torchvision.io where its compiled part loads,
-else simplejpeg, which decodes alike), transforms.v2 on uint8. It and the stream normalise on the
-device, which is not in their time. `workers, data.resize=device` is what the stream's workers do
-where the device resizes and flips; that part is not in its time.
+encoded anew (JPEG, quality 90). With --restart-markers the stream reads them with restart markers
+added, as `rcmae shards make --restart-markers` does: other bytes, the same pixels. `torchvision` is
+ImageFolder with the published pipeline: PIL decode, RandomResizedCrop (0.2 to 1, bicubic), flip, to
+tensor, normalise. `webdataset` is its tar reader and PIL decode with the same transforms. `uint8
+v2` is the fastest of torchvision's own: a DataLoader over the files, libjpeg-turbo to uint8
+(torchvision.io where its compiled part loads, else simplejpeg, which decodes alike), transforms.v2
+on uint8. It and the stream normalise on the device, which is not in their time. `workers,
+data.resize=device` is what the stream's workers do where the device resizes and flips; that part is
+not in its time.
 
 Rates of one core are images per CPU second of one process with one thread, the sides in turn, round
 after round: the median, and the ratio to torchvision as the median of the rounds' ratios with its
@@ -33,7 +35,7 @@ import tarfile
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -90,24 +92,29 @@ def copy_samples(
         )
     files: list[bytes] = []
     reader = Reader()
-    with tarfile.open(folder / "set.tar", "w") as tar:
-        for number in np.linspace(0, len(index) - 1, count).round().astype(int).tolist():
-            sample = index[number]
-            data = reader.read(sample.shard, sample.offset, sample.size)
-            if longer_side is not None:
-                image = Image.fromarray(decode(data))
-                factor = longer_side / max(image.size)
-                file = io.BytesIO()
-                size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-                image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=QUALITY)
-                data = file.getvalue()
-            name = f"{len(files):06d}.jpg"
-            (folder / "images" / "one" / name).write_bytes(data)
-            member = tarfile.TarInfo(name)
+    for number in np.linspace(0, len(index) - 1, count).round().astype(int).tolist():
+        sample = index[number]
+        data = reader.read(sample.shard, sample.offset, sample.size)
+        if longer_side is not None:
+            image = Image.fromarray(decode(data))
+            factor = longer_side / max(image.size)
+            file = io.BytesIO()
+            size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+            image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=QUALITY)
+            data = file.getvalue()
+        (folder / "images" / "one" / f"{len(files):06d}.jpg").write_bytes(data)
+        files.append(data)
+    write_tar(folder / "set.tar", files)
+    return files
+
+
+def write_tar(path: Path, files: Sequence[bytes]) -> None:
+    """A shard of these images."""
+    with tarfile.open(path, "w") as tar:
+        for number, data in enumerate(files):
+            member = tarfile.TarInfo(f"{number:06d}.jpg")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-            files.append(data)
-    return files
 
 
 def likeness(files: list[bytes], transform: TrainTransform) -> dict[str, float]:
@@ -358,6 +365,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--decode-margin", type=float, default=2.5, metavar="X", help="data.decode_margin"
     )
+    parser.add_argument(
+        "--restart-markers",
+        action="store_true",
+        help="the stream's JPEGs have them (needs libjpeg-turbo 3.1 to add them)",
+    )
     parser.add_argument("--samples", type=int, default=200, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--workers", type=int, default=cores.usable(), metavar="N")
@@ -375,7 +387,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = copy_samples(source, args.samples, args.longer_side, folder)
-        index = ShardIndex.open(str(folder / "set.tar"))
+        own = folder / "set.tar"
+        if args.restart_markers:
+            files = [jpeg.with_restarts(data) for data in files]
+            own = folder / "own.tar"
+            write_tar(own, files)
+        index = ShardIndex.open(str(own))
         transform = TrainTransform((args.image_size, args.image_size), margin=args.decode_margin)
         library = jpeg.library()
         return {
@@ -383,6 +400,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "mean_bytes": statistics.fmean(map(len, files)),
             "image_size": args.image_size,
             "longer_side": args.longer_side,
+            "restart_markers": args.restart_markers,
             "decode_margin": args.decode_margin,
             "machine": ", ".join(
                 [cpu_name(), *(INSTRUCTIONS[each] for each in sorted(cpu_instructions()))]

@@ -56,7 +56,9 @@ Every image is decoded once; what cannot be is left out and listed, as are those
 has fewer pixels than --min-size. The order is that of a hash of the name, so each shard mixes the
 classes. The same images and options give the same bytes. --size makes images whose shorter side has
 more pixels than that smaller, as JPEG; all others go in as they are. Images of any number of
-channels are taken, as .npy or TIFF (which stay .npy or TIFF when made smaller). A job that was
+channels are taken, as .npy or TIFF (which stay .npy or TIFF when made smaller). --restart-markers
+adds restart markers to JPEGs: the pixels stay as they are, and a random crop is decoded without
+most of what lies beside it, with any decoder. A job that was
 killed or stopped resumes when the same command is started again.
 
 --hold-out 0.1 puts a tenth of the images, drawn by their names, into shards named val beside those
@@ -92,6 +94,11 @@ def _make_arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--min-size", type=positive, default=1, help="leave out images with fewer pixels a side"
+    )
+    parser.add_argument(
+        "--restart-markers",
+        action="store_true",
+        help="add them to JPEGs, without loss (libjpeg-turbo 3.1): crops then decode faster",
     )
     parser.add_argument(
         "--classes", type=Path, help="file with a class on each line, in the order of the labels"
@@ -136,6 +143,7 @@ def _share(text: str) -> float:
 def make(arguments: Sequence[str] | None = None) -> int:
     """Make shards; the exit status."""
     asked = _make_arguments().parse_args(arguments)
+    from rcmae.data.packing.encoding import Encoding
     from rcmae.data.packing.found import Targets
     from rcmae.data.packing.layouts import name_of_split
     from rcmae.data.packing.writer import PackingOptions, make_shards
@@ -147,9 +155,7 @@ def make(arguments: Sequence[str] | None = None) -> int:
         options = PackingOptions(
             name=asked.name or name_of_split(asked.split),
             samples=asked.samples,
-            size=asked.size,
-            quality=asked.quality,
-            min_size=asked.min_size,
+            images=Encoding(asked.size, asked.quality, asked.min_size, asked.restart_markers),
             classes=None if asked.classes is None else list(names_in(asked.classes)),
             label=asked.label,
             unlabelled=asked.unlabelled,

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from rcmae.data.packing.encoding import Encoding
 from rcmae.data.packing.folders import Walked, heic_hint, walked
 from rcmae.data.packing.writer import PackingOptions, make_shards
 from rcmae.errors import Refused, counted
@@ -73,7 +74,7 @@ def pack_once(images: str, cache: str | None, *, side: int, world: int = 1) -> P
             f"it; pack them first: {command(images, size)}"
         )
     before = _packed_before(place)
-    options = PackingOptions(name=NAME, size=size, jobs=jobs_for(len(found.images)))
+    options = PackingOptions(name=NAME, images=Encoding(size), jobs=jobs_for(len(found.images)))
     with alone(place):
         if not place.is_dir():
             part = place.with_name(f"{place.name}.part")

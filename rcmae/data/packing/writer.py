@@ -18,24 +18,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import simplejpeg
-import tifffile
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from rcmae.data.jpeg import check_adds_restarts
 from rcmae.data.members.kinds import MemberKind, kinds, register
 from rcmae.data.members.maps import decode_map, encode_map, no_label
-from rcmae.data.packing.folders import ALIASES
+from rcmae.data.packing.encoding import AS_THEY_ARE, Encoding, Packed, encoded
 from rcmae.data.packing.found import NO_TARGETS, Found, Labelling, Other, Source, Targets
 from rcmae.data.packing.indexing import refresh
 from rcmae.data.packing.inputs import find_images, held_out, ordered
 from rcmae.data.packing.layouts import RECODED
 from rcmae.data.packing.members import registered
-from rcmae.data.tars import IMAGE_SUFFIXES, suffix_of
-from rcmae.data.transforms import FORMATS, NPY, TIFF, BadImage, channels_of, decode, resize
+from rcmae.data.tars import suffix_of
+from rcmae.data.transforms import BadImage
 from rcmae.data.workers import fork_server, mapped
 from rcmae.errors import Refused, counted
 from rcmae.files import aside, json_lines, leaving_nothing, write_aside
@@ -51,9 +49,7 @@ class PackingOptions:
 
     name: str = "train"  # what the shards' names begin with
     samples: int = 1000  # at most so many in a shard; all have equally many, to one
-    size: int | None = None  # make images smaller whose shorter side has more pixels than this
-    quality: int = 90  # of the JPEG that these become
-    min_size: int = 1  # leave out images whose shorter side has fewer pixels
+    images: Encoding = AS_THEY_ARE
     # names in the order of the labels; None: the class folders' in alphabetical order
     classes: Sequence[str] | None = None
     label: str | None = None  # column of labels of a list or Parquet file; "none": it has none
@@ -120,7 +116,7 @@ def make_shards(
     Raises:
         Refused: the folder holds no images, or images beside class folders, or folders of no
             known class; OUT has shards of this name or other classes; all images of a shard are
-            unreadable.
+            unreadable; restart markers are asked for and nothing here adds them.
     """
     inputs = [str(images)] if isinstance(images, str | Path) else [str(one) for one in images]
     out = Path(out)
@@ -129,6 +125,8 @@ def make_shards(
             f"name={options.name!r}: what shards' names begin with is letters, digits, dots, "
             "dashes and underscores, such as train"
         )
+    if options.images.restart_markers:
+        check_adds_restarts()
     spool = out / f".{options.name}.spool"
     with leaving_nothing(spool, Refused):
         return _made(inputs, out, spool, options, hold_out)
@@ -233,9 +231,10 @@ def _told(
         "images": _digest(sources),
         "classes": _digest(labels),
         "samples": options.samples,
-        "size": options.size,
-        "quality": options.quality,
-        "min-size": options.min_size,
+        "size": options.images.size,
+        "quality": options.images.quality,
+        "min-size": options.images.min_size,
+        **({"restart-markers": True} if options.images.restart_markers else {}),
     }
 
 
@@ -263,13 +262,7 @@ def _write_all(
     """Path -> what was written, of all shards, those of a job before too."""
     done = dict(before)
     missing = [task for task in tasks if task.path not in done]
-    write = partial(
-        write_shard,
-        size=options.size,
-        quality=options.quality,
-        min_size=options.min_size,
-        added=registered(),
-    )
+    write = partial(write_shard, images=options.images, added=registered())
     shown = track(
         _each(write, missing, options.jobs),
         "writing shards",
@@ -336,9 +329,9 @@ class Job:
                 self.done[line["path"]] = Written(line["path"], line["samples"], rejected)
         elif before is not None:
             self.unlike = ", ".join(
-                _unlike(key, before.get(key), value)
-                for key, value in what.items()
-                if before.get(key) != value
+                _unlike(key, before.get(key), what.get(key))
+                for key in before | what
+                if before.get(key) != what.get(key)
             )
 
     def begin(self, done: Iterable[Written]) -> None:
@@ -359,8 +352,10 @@ class Job:
 def _unlike(key: str, before: Any, now: Any) -> str:
     if key in ("images", "classes"):
         return f"with other {key}"
+    shown = {None: f"no --{key}", True: f"--{key}"}
     return " instead of ".join(
-        f"--{key}={value}" if value is not None else f"no --{key}" for value in (before, now)
+        shown[value] if value is None or value is True else f"--{key}={value}"
+        for value in (before, now)
     )
 
 
@@ -369,9 +364,7 @@ def _unlike(key: str, before: Any, now: Any) -> str:
 
 def write_shard(
     task: Task,
-    size: int | None = None,
-    quality: int = 90,
-    min_size: int = 1,
+    images: Encoding = AS_THEY_ARE,
     added: Sequence[MemberKind] = (),
 ) -> Written:
     """Write a tar of the images that can be decoded. It is there complete or not at all.
@@ -387,7 +380,7 @@ def write_shard(
     ):
         for source in task.sources:
             try:
-                image = encoded(source, size, quality, min_size)
+                image = encoded(source, images)
                 others = [
                     (f"{suffix_of(other.kind)}", member_of(other, image)) for other in source.others
                 ]
@@ -415,15 +408,6 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-class Packed(NamedTuple):
-    """An image as it goes into a tar."""
-
-    suffix: str
-    data: bytes
-    old: tuple[int, int]  # height and width as it was found
-    new: tuple[int, int]
-
-
 def member_of(other: Other, image: Packed) -> bytes:
     """A map or an annotation as it goes into a tar beside its image. Raises BadImage, OSError."""
     data = other.read()
@@ -448,46 +432,3 @@ def _refuse_beyond(numbers: NDArray[np.unsignedinteger[Any]], classes: int) -> N
     if classes and beyond:
         shown = ", ".join(map(str, beyond[:_NAMED]))
         raise BadImage(f"its map has numbers beyond the {classes} classes: {shown}")
-
-
-def encoded(source: Source, size: int | None, quality: int, min_size: int) -> Packed:
-    """An image: its own bytes, or a smaller JPEG. Raises BadImage, OSError."""
-    data = source.read()
-    pixels = decode(data, channels_of(data))
-    rows, columns, channels = pixels.shape
-    if min(rows, columns) < min_size:
-        raise BadImage(f"its shorter side has {min(rows, columns)} pixels, --min-size={min_size}")
-    old = (rows, columns)
-    if size is None or min(rows, columns) <= size:
-        if source.size >= 0:
-            return Packed(kind_of(data), data, old, old)
-        own = Path(source.path).suffix[1:].lower()
-        return Packed(ALIASES.get(own, own), data, old, old)
-    factor = size / min(rows, columns)
-    new = (round(rows * factor), round(columns * factor))
-    smaller = resize(pixels, new).permute(1, 2, 0).contiguous().numpy()
-    if data.startswith(NPY):
-        file = io.BytesIO()
-        np.save(file, smaller)
-        return Packed("npy", file.getvalue(), old, new)
-    if channels != 3:
-        file = io.BytesIO()
-        tifffile.imwrite(
-            file,
-            smaller,
-            photometric="rgb" if channels == 4 else "minisblack",
-            planarconfig="contig",
-        )
-        return Packed("tif", file.getvalue(), old, new)
-    return Packed("jpg", simplejpeg.encode_jpeg(smaller, quality, "RGB", "420"), old, new)
-
-
-def kind_of(data: bytes) -> str:
-    """The suffix of an encoded image."""
-    if data.startswith(NPY):
-        return "npy"
-    if data[:4] in TIFF:
-        return "tif"  # Pillow does not know all of them
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        name = (image.format or "jpeg").lower()
-    return {"jpeg": "jpg", "mpo": "jpg"}.get(name, name if name in IMAGE_SUFFIXES else "png")

@@ -1,0 +1,254 @@
+"""Restart markers: a part of a JPEG cut out before it is decoded has the pixels of the whole."""
+
+import io
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from rcmae.commands.shards import making
+from rcmae.data import jpeg
+from rcmae.data.jpeg import Box, decode_box, restarts
+from rcmae.data.packing.encoding import Encoding, encoded
+from rcmae.data.packing.found import Source
+from rcmae.data.transforms import TrainTransform
+
+PHOTOGRAPH = load_sample_images().images[0]
+HEIGHT, WIDTH = 203, 301  # no multiples of a block
+ADDS = (
+    jpeg.library() is not None and jpeg.library().version >= (3, 1),
+    "needs libjpeg-turbo 3.1",
+)
+
+
+def photograph(size=(HEIGHT, WIDTH), mode="RGB", **options):
+    """A JPEG of a photograph."""
+    file = io.BytesIO()
+    image = Image.fromarray(PHOTOGRAPH[: size[0], : size[1]]).convert(mode)
+    image.save(file, "JPEG", **{"quality": 90} | options)
+    return file.getvalue()
+
+
+def boxes(count, size=(HEIGHT, WIDTH), multiple=1, seed=0):
+    """Boxes of a size up to the image's, the corners among them."""
+    rng = np.random.default_rng(seed)
+    height, width = (side // multiple for side in size)
+    for number in range(count):
+        rows, columns = rng.integers(1, height + 1), rng.integers(1, width + 1)
+        top, left = rng.integers(0, height - rows + 1), rng.integers(0, width - columns + 1)
+        if number % 4 == 0:
+            top, left = 0, width - columns
+        elif number % 4 == 1:
+            top = height - rows
+        yield Box(*(int(each) * multiple for each in (top, left, rows, columns)))
+
+
+def whole(data, channels=3):
+    return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("interval", [1, 2, "rows", "two rows"])
+def test_a_part_has_the_pixels_of_the_whole(subsampling, interval):
+    columns = -(-WIDTH // (8 if subsampling == "4:4:4" else 16))
+    interval = {"rows": columns, "two rows": 2 * columns}.get(interval, interval)
+    if interval == 2 and columns % 2:
+        interval = columns
+    data = photograph(subsampling=subsampling, restart_marker_blocks=interval)
+    plain = photograph(subsampling=subsampling)
+    assert (whole(data) == whole(plain)).all()
+    cut = 0
+    for box in boxes(24):
+        np.testing.assert_array_equal(decode_box(data, box), box.of(whole(plain)))
+        found = restarts.cut_out(data, box)
+        if found is not None:
+            cut += 1
+            assert len(found[0]) < len(data)
+            np.testing.assert_array_equal(found[1].of(whole(found[0])), box.of(whole(plain)))
+    assert cut > 6
+    for shrink in (2, 4, 8):
+        for box in boxes(8, multiple=shrink):
+            np.testing.assert_array_equal(
+                decode_box(data, box, shrink), decode_box(plain, box, shrink)
+            )
+
+
+def test_a_part_of_a_grey_image_has_the_pixels_of_the_whole():
+    data = photograph(mode="L", restart_marker_blocks=2)
+    for box in boxes(12):
+        for channels in (1, 3):
+            expected = box.of(whole(photograph(mode="L"), channels))
+            np.testing.assert_array_equal(decode_box(data, box, channels=channels), expected)
+    assert restarts.cut_out(data, Box(60, 100, 20, 20)) is not None
+
+
+def test_a_crop_reads_the_segments_that_it_needs_and_no_more():
+    data = photograph(subsampling="4:2:0", restart_marker_blocks=1)
+    part, box = restarts.cut_out(data, Box(64, 64, 32, 48))
+    assert box == Box(16, 16, 32, 48)
+    assert jpeg.header(part)[:2] == (64, 80)  # 2 x 3 blocks of 16, and one more on each side
+    full = photograph(restart_marker_blocks=1, subsampling="4:4:4")
+    assert jpeg.header(restarts.cut_out(full, Box(64, 64, 32, 48))[0])[:2] == (32, 48)
+
+
+def test_a_training_view_is_the_same_with_and_without():
+    transform = TrainTransform((32, 32))
+    marked = photograph((240, 320), restart_marker_blocks=2)
+    plain = photograph((240, 320))
+    for position in range(20):
+        mine, theirs = (transform(data, 0, position) for data in (marked, plain))
+        assert mine.crop == theirs.crop
+        assert (mine.image == theirs.image).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True, "restart_marker_blocks": 2},
+        {"restart_marker_blocks": 5},  # 19 blocks a row
+        {"restart_marker_blocks": 28},  # a row and a half
+    ],
+)
+def test_other_files_are_decoded_as_before(options):
+    data = photograph(**{"subsampling": "4:2:0"} | options)
+    for box in boxes(6):
+        assert restarts.cut_out(data, box) is None
+        np.testing.assert_array_equal(decode_box(data, box), box.of(whole(data)))
+
+
+def markers(data):
+    scan = restarts.layout(data).scan
+    return [at for at in range(scan, len(data) - 2) if data[at] == 0xFF and data[at + 1]]
+
+
+def test_markers_that_are_not_as_the_header_says_are_not_believed():
+    data = photograph(subsampling="4:2:0", restart_marker_blocks=1)
+    box = Box(64, 64, 32, 48)
+    assert restarts.cut_out(data, box) is not None
+    second = markers(data)[1]
+    bad = {
+        "one is gone": data[:second] + data[second + 2 :],
+        "one is there twice": data[:second] + data[second : second + 2] + data[second:],
+        "one has another's number": data[: second + 1] + b"\xd5" + data[second + 2 :],
+        "another image follows": data + data,
+        "the end is missing": data[:-2],
+        "bytes follow": data + b"\0\0",
+        "no scan": data[: restarts.layout(data).scan],
+        "nothing": b"",
+    }
+    for what, torn in bad.items():
+        assert restarts.cut_out(torn, box) is None, what
+
+
+def test_a_frame_of_no_size_or_of_torn_factors_has_no_layout():
+    data = photograph(restart_marker_blocks=1)
+    at = restarts.layout(data).frame
+    assert restarts.layout(data[:at] + b"\0\0" + data[at + 2 :]) is None
+    assert restarts.layout(data[: at + 6] + b"\0" + data[at + 7 :]) is None
+    for length in range(0, restarts.layout(data).scan - 1, 7):
+        assert restarts.layout(data[:length]) is None
+
+
+def test_damage_is_a_value_error_or_pixels_of_the_right_size():
+    data = photograph((96, 128), subsampling="4:2:0", restart_marker_blocks=2)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        torn = bytearray(data)
+        for at in rng.integers(2, len(data) - 2, size=rng.integers(1, 4)):
+            torn[at] = rng.integers(256)
+        box = Box(16, 32, 40, 50)
+        try:
+            pixels = decode_box(bytes(torn), box)
+        except ValueError:
+            continue
+        assert pixels.shape[2] == 3
+        assert pixels.shape[0] <= 40
+        assert pixels.shape[1] <= 50
+
+
+def test_damage_beside_a_part_goes_unseen_on_every_machine(monkeypatch):
+    data = photograph(subsampling="4:4:4", restart_marker_blocks=2)
+    first, second = markers(data)[:2]
+    torn = data[: first + 2] + bytes([0x55] * (second - first - 2)) + data[second:]
+    with pytest.raises(ValueError, match="Corrupt"):
+        whole(torn)
+    box = Box(100, 100, 50, 50)
+    for decodes in (True, False):
+        monkeypatch.setattr(
+            "rcmae.data.jpeg.decoding.decodes_parts", lambda decodes=decodes: decodes
+        )
+        np.testing.assert_array_equal(decode_box(torn, box), box.of(whole(data)))
+
+
+@pytest.mark.parametrize(
+    ("size", "unit", "expected"),
+    [
+        ((375, 500), (8, 8), 3),  # 63 blocks a row
+        ((375, 500), (16, 16), 2),  # 32
+        ((1200, 1600), (16, 16), 2),
+        ((500, 296), (16, 16), 19),  # 19: of a row, or each
+        ((16, 16), (16, 16), 1),
+    ],
+)
+def test_the_interval_divides_a_row(size, unit, expected):
+    found = jpeg.restart_interval(size, unit, size[0] * size[1] // 2)
+    assert -(-size[1] // unit[1]) % found == 0
+    assert found == expected
+
+
+def test_images_made_smaller_get_markers(tmp_path):
+    (tmp_path / "one.jpg").write_bytes(photograph((400, 600)))
+    source = Source(str(tmp_path / "one.jpg"), "one", None)
+    image = encoded(source, Encoding(size=200, restart_markers=True))
+    found = restarts.layout(image.data)
+    assert (found.height, found.width, found.interval) == (200, 300, 19)
+    assert restarts.cut_out(image.data, Box(100, 100, 50, 50)) is not None
+    plain = encoded(source, Encoding(size=200))
+    assert restarts.layout(plain.data).interval == 0
+    assert abs(whole(plain.data).astype(int) - whole(image.data)).mean() < 2
+
+
+def test_without_a_library_that_adds_markers_it_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "one.jpg").write_bytes(photograph())
+    asked = [str(tmp_path / "images"), str(tmp_path / "out"), "--restart-markers"]
+    monkeypatch.setattr(restarts, "library", lambda: None)
+    assert making.make(asked) == 2
+    assert "added by libjpeg-turbo 3.1 or later" in capsys.readouterr().err
+    monkeypatch.undo()
+    if not ADDS[0] and jpeg.library() is not None:
+        assert making.make(asked) == 2
+        assert "adds no restart markers; 3.1 and later do" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not ADDS[0], reason=ADDS[1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": "4:2:0"},
+        {"subsampling": "4:4:4"},
+        {"progressive": True},
+        {"restart_marker_blocks": 5},
+        {"mode": "L"},
+    ],
+)
+def test_markers_are_added_without_loss(options):
+    data = photograph(**options)
+    made = jpeg.with_restarts(data)
+    assert (whole(made) == whole(data)).all()
+    assert restarts.cut_out(made, Box(100, 100, 50, 50)) is not None
+    assert jpeg.with_restarts(made) is made
+    with pytest.raises(ValueError, match=r"[a-z]"):
+        jpeg.with_restarts(data[: len(data) // 2])
+
+
+@pytest.mark.skipif(not ADDS[0], reason=ADDS[1])
+def test_shards_with_markers_have_the_same_pixels(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "one.jpg").write_bytes(photograph())
+    assert making.make([str(tmp_path / "images"), str(tmp_path / "out"), "--restart-markers"]) == 0
+    assert b"\xff\xdd\x00\x04" in (tmp_path / "out" / "train-000000.tar").read_bytes()
