@@ -58,7 +58,7 @@ OURS = (
     "check_parity",
     "drill",
 )
-OURS += ("bench_agreement", "bench_start", "check_cases", "quickstart_data")
+OURS += ("bench_agreement", "bench_start", "check_cases", "quickstart_data", "stream_peers")
 MODULES = sorted((ROOT / "rcmae").rglob("*.py"))
 
 

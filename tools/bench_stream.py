@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""How many photographs a second become training views: this package's stream beside torchvision and
-webdataset.
+"""How many photographs a second become training views: this package's stream beside torchvision,
+webdataset and, where they are installed, litdata, mosaicml-streaming and OpenCV.
 
     python tools/bench_stream.py SHARDS [--image-size N] [--longer-side N] [--samples N] \\
         [--restart-markers] [--decode-margin X] [--rounds N] [--workers N] [--json FILE]
@@ -13,9 +13,10 @@ ImageFolder with the published pipeline: PIL decode, RandomResizedCrop (0.2 to 1
 tensor, normalise. `webdataset` is its tar reader and PIL decode with the same transforms. `uint8
 v2` is the fastest of torchvision's own: a DataLoader over the files, libjpeg-turbo to uint8
 (torchvision.io where its compiled part loads, else simplejpeg, which decodes alike), transforms.v2
-on uint8. It and the stream normalise on the device, which is not in their time. `workers,
-data.resize=device` is what the stream's workers do where the device resizes and flips; that part is
-not in its time.
+on uint8. It, the packages that are tried where they are installed (`tools/stream_peers.py`; the
+report names those left out) and the stream normalise on the device, which is not in their time.
+`workers, data.resize=device` is what the stream's workers do where the device resizes and flips;
+that part is not in its time.
 
 Rates of one core are images per CPU second of one process with one thread, the sides in turn, round
 after round: the median, and the ratio to torchvision as the median of the rounds' ratios with its
@@ -35,16 +36,17 @@ import tarfile
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
+import stream_peers
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from rcmae.data import jpeg
 from rcmae.data.cache import Reader
@@ -65,8 +67,6 @@ import webdataset  # noqa: E402
 
 from torchvision import transforms  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
-from torchvision.io import ImageReadMode, decode_jpeg  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -161,52 +161,6 @@ def theirs_of(size: int) -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
-class Uint8(Dataset[torch.Tensor]):
-    """Files of a folder as uint8 crops: libjpeg-turbo and transforms.v2, nothing through PIL."""
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self._paths = sorted(str(path) for path in folder.rglob("*.jpg"))
-        self.decoder, self._decode = uint8_decoder()
-        self._transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    size,
-                    scale=(0.2, 1.0),
-                    interpolation=v2.InterpolationMode.BICUBIC,
-                    antialias=True,
-                ),
-                v2.RandomHorizontalFlip(),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        image: torch.Tensor = self._transform(self._decode(Path(self._paths[number]).read_bytes()))
-        return image
-
-
-def uint8_decoder() -> tuple[str, Callable[[bytes], torch.Tensor]]:
-    """What decodes to [3, H, W] uint8: torchvision.io, or simplejpeg where that does not load."""
-
-    def by_torchvision(data: bytes) -> torch.Tensor:
-        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        pixels: torch.Tensor = decode_jpeg(raw, ImageReadMode.RGB)
-        return pixels
-
-    def by_simplejpeg(data: bytes) -> torch.Tensor:
-        return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
-
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(file, "JPEG")
-    try:
-        by_torchvision(file.getvalue())
-    except RuntimeError:
-        return "simplejpeg", by_simplejpeg
-    return "torchvision.io", by_torchvision
-
-
 def plan_and_views(index: ShardIndex, transform: TrainTransform) -> tuple[Plan, Views]:
     """Steps of one batch, three quarters of the patches hidden."""
     patches = (transform.image_size[0] // 16) ** 2
@@ -236,11 +190,18 @@ def boxes_of(index: ShardIndex, transform: TrainTransform) -> Callable[[Requests
 
 def one_core(
     files: list[bytes], folder: Path, index: ShardIndex, transform: TrainTransform, rounds: int
-) -> dict[str, dict[str, Any]]:
-    """Images per CPU second of each side, its ratio to torchvision's, and that to uint8 v2's."""
+) -> tuple[dict[str, dict[str, Any]], stream_peers.Peers]:
+    """Images per CPU second of each side, its ratio to torchvision's, and that to uint8 v2's.
+
+    And what others there were.
+    """
     size = transform.image_size[0]
     theirs = theirs_of(size)
-    faster = Uint8(folder / "images", size)
+    photographs = stream_peers.Photographs(
+        sorted((folder / "images").rglob("*.jpg")), folder, size, BATCH
+    )
+    faster = stream_peers.uint8_side(photographs)
+    peers = stream_peers.peers(photographs)
     plan, _ = plan_and_views(index, transform)
     boxes = boxes_of(index, transform)
     images = ImageFolder(str(folder / "images"), theirs, loader=opened)
@@ -257,13 +218,18 @@ def one_core(
         for _ in items:
             pass
 
+    def epoch_of(batches: Iterable[torch.Tensor], turn: int) -> None:
+        whole = sum(map(len, batches))
+        assert whole == len(files), f"{whole} of {len(files)} photographs"
+
     def pil_decode(data: bytes) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB"))
 
     sides: dict[str, Callable[[int], None]] = {
         "torchvision": lambda turn: consume(iter(DataLoader(images, BATCH, shuffle=True))),
         "webdataset": lambda turn: consume(iter(tar)),
-        SLOWER: lambda turn: consume(iter(DataLoader(faster, BATCH, shuffle=True))),
+        SLOWER: lambda turn: consume(iter(faster)),
+        **{name: partial(epoch_of, batches) for name, batches in peers.sides.items()},
         "PIL decode alone": lambda turn: consume(map(pil_decode, files)),
         "decode alone": lambda turn: consume(map(decode, files)),
         "decode and crop": lambda turn: consume(map(transform, files, repeat(turn), count())),
@@ -292,7 +258,7 @@ def one_core(
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
         }
-    return out
+    return out, peers
 
 
 def all_cores(
@@ -395,6 +361,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         index = ShardIndex.open(str(own))
         transform = TrainTransform((args.image_size, args.image_size), margin=args.decode_margin)
         library = jpeg.library()
+        rates, peers = one_core(files, folder, index, transform, args.rounds)
         return {
             "images": len(files),
             "mean_bytes": statistics.fmean(map(len, files)),
@@ -408,10 +375,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "cores": cores.usable(),
             "parts_of_jpegs": jpeg.decodes_parts(),
             "libjpeg_turbo": ".".join(map(str, library.version)) if library else None,
-            "uint8_v2_decodes": uint8_decoder()[0],
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "uint8_v2_decodes": stream_peers.uint8_decoder()[0],
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+            | peers.versions,
+            "left_out": peers.left_out,
+            "notes": {side: note for side, note in stream_peers.NOTES.items() if side in rates},
             "likeness": likeness(files, transform),
-            "one_core": one_core(files, folder, index, transform, args.rounds),
+            "one_core": rates,
             "workers": args.workers,
             "all_cores": all_cores(files, folder, index, transform, args.workers),
         }
@@ -421,7 +391,7 @@ def print_report(report: dict[str, Any]) -> None:
     """The figures for people."""
     print(
         f"{report['images']} photographs of {report['mean_bytes'] / 1000:.0f} kB to "
-        f"{report['image_size']} px"
+        f"{report['image_size']} px; a uint8 pipeline decodes by {report['uint8_v2_decodes']}"
     )
     print(f"{'one core':30}{'images/CPU s':>14}{'x torchvision':>15}   range{'x uint8 v2':>20}")
     for side, row in report["one_core"].items():
@@ -429,6 +399,10 @@ def print_report(report: dict[str, Any]) -> None:
             f"{side:30}{row['images_per_cpu_s']:14.0f}{row['ratio']:15.2f}"
             f"   {row['ratio_min']:.2f} to {row['ratio_max']:.2f}{row['ratio_to_uint8_v2']:13.2f}"
         )
+    for side, note in report["notes"].items():
+        print(f"{side}: {note}")
+    for package, why in report["left_out"].items():
+        print(f"left out: {package}: {why}")
     for key, value in report["all_cores"].items():
         print(f"{key:30}{value:14.2f}   ({report['workers']} workers)")
     like = report["likeness"]
