@@ -26,7 +26,8 @@ from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.objectives import new
 from rcmae.weights.classifiers import load_classifier
-from rcmae.weights.encoder import to_onnx
+from rcmae.weights.conversion import convert
+from rcmae.weights.encoder import WeightsWarning, to_onnx
 from rcmae.weights.names import family_names
 from rcmae.weights.reading import read_network
 from rcmae.weights.shapes import in_encoder
@@ -70,6 +71,7 @@ def by_its_line(said: str) -> Any:
     return eval(said.splitlines()[-1].strip(), names)
 
 
+HEADS = ("--num-heads", "4", "--decoder-heads", "16")
 TARGETS = [
     ("mae", "w.pth", True),
     ("bootmae", "w.pth", False),
@@ -92,7 +94,8 @@ def test_there_and_back_is_equal_to_the_last_bit(
     capsys: Any,
 ) -> None:
     out = tmp_path / name
-    assert tool.main([str(file), "--to", target, "--out", str(out), "--num-heads", "4"]) == 0
+    words = [str(file), "--to", target, "--out", str(out), *HEADS]
+    assert tool.main(words) == 0
     loaded = by_its_line(capsys.readouterr().out)
     if target == "timm":
         images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -105,6 +108,54 @@ def test_there_and_back_is_equal_to_the_last_bit(
     wanted = {k: v for k, v in model.state_dict().items() if whole or in_encoder(k)}
     assert back.keys() == wanted.keys()
     assert all(torch.equal(back[k], wanted[k]) for k in wanted)
+
+
+def test_a_guess_of_the_decoders_heads_is_told(file: Path, tmp_path: Path) -> None:
+    source = read_network(file)
+    with pytest.warns(WeightsWarning, match="decoder_heads=16 is guessed.*give --decoder-heads"):
+        convert(source, "huggingface", tmp_path / "guessed", num_heads=4)
+    convert(source, "huggingface", tmp_path / "asked", num_heads=4, decoder_heads=2)
+    told = json.loads((tmp_path / "asked" / "config.json").read_text())
+    assert (told["num_attention_heads"], told["decoder_num_attention_heads"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "args", "target", "heads", "told"),
+    [
+        ({"class_tokens": 0}, {}, "huggingface", 4, "has a class token, these weights none: --to"),
+        ({"image_size": (16, 32)}, {}, "huggingface", 4, "8 positions are no square"),
+        ({"image_size": (16, 32)}, {}, "pixio", 4, "8 positions are no square"),
+        ({"image_size": (16, 32)}, {}, "timm", 4, "8 positions are no square"),
+        ({"mlp_ratio": 2.5}, {}, "pixio", 4, "Pixio has a whole mlp_ratio, these weights 2.5"),
+        ({}, {}, "huggingface", 0, "num_heads=0, as requested, does not divide"),
+        ({}, {}, "timm", -4, "num_heads=-4, as requested, does not divide"),
+        ({}, {}, "timm", 5, "num_heads=5, as requested, does not divide"),
+        ({}, {"decoder_heads": 3}, "huggingface", 4, "decoder_heads=3 does not divide"),
+        (
+            {},
+            {"mask_ratio": torch.tensor(0.5), "norm_pix_loss": "False"},
+            "huggingface",
+            4,
+            "mask_ratio=.* is not a number.*; norm_pix_loss='False' is not true or false",
+        ),
+        ({}, {"mask_ratio": 75}, "huggingface", 4, "mask_ratio=75 is not a number from 0"),
+    ],
+)
+def test_what_a_target_cannot_hold_is_refused_and_nothing_written(
+    sizes: dict[str, Any],
+    args: dict[str, Any],
+    target: str,
+    heads: int,
+    told: str,
+    tmp_path: Path,
+) -> None:
+    state = MaskedAutoencoder(NetworkSizes(**SIZES | sizes)).state_dict()
+    path = tmp_path / "w.pth"
+    torch.save({"model": state, "args": {"decoder_heads": 16} | args}, path)
+    out = tmp_path / ("out.safetensors" if target == "timm" else "out")
+    with pytest.raises(Refused, match=told):
+        convert(read_network(path), target, out, num_heads=heads)
+    assert not out.exists()
 
 
 def test_supmaes_head_and_a_finetuned_one_are_left_out(
@@ -147,12 +198,7 @@ def test_names_of_the_families_are_the_published_ones(model: MaskedAutoencoder) 
 def test_hugging_face_computes_the_same_loss(
     file: Path, model: MaskedAutoencoder, tmp_path: Path
 ) -> None:
-    assert (
-        tool.main(
-            [str(file), "--to", "huggingface", "--out", str(tmp_path / "hf"), "--num-heads", "4"]
-        )
-        == 0
-    )
+    assert tool.main([str(file), "--to", "huggingface", "--out", str(tmp_path / "hf"), *HEADS]) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import ViTMAEForPreTraining

@@ -143,6 +143,8 @@ def test_a_configuration_beside_weights_is_used(
     [
         ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, 0.5, 0.25),
         ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "do_normalize": False}, 0.0, 1.0),
+        ({"do_normalize": False}, 0.0, 1.0),
+        ({"image_mean": 0.5, "image_std": 0.25}, 0.5, 0.25),
         ({"image_mean": [1.0] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 127.5}, 0.5, 0.25),
         ({"image_mean": [51.0] * 3, "image_std": [25.5] * 3, "do_rescale": False}, 0.2, 0.1),
     ],
@@ -162,6 +164,16 @@ def test_a_preprocessor_beside_weights_is_used(
         ({"layer_norm_eps": "small"}, "layer_norm_eps"),
         ({"model_type": "dinov2"}, "model_type"),
         ({"num_attention_heads": "twelve"}, "num_attention_heads='twelve' must be a whole number"),
+        ({"hidden_act": ["gelu"]}, "hidden_act"),
+        ({"model_type": ["vit"]}, "model_type"),
+        ({"layer_norm_eps": True}, "layer_norm_eps"),
+        *(({"image_size": size}, "image_size") for size in ("32", 0, -32, 32.0, True, [32] * 3)),
+        ({"num_hidden_layers": 12}, "num_hidden_layers=12, the weights have 2"),
+        (
+            {"patch_size": 8, "num_channels": 1},
+            "patch_size=8.*; num_channels=1, the weights have 3",
+        ),
+        ({"qkv_bias": False}, "qkv_bias"),
     ],
 )
 def test_what_is_configured_and_unknown_is_refused(
@@ -169,6 +181,49 @@ def test_what_is_configured_and_unknown_is_refused(
 ) -> None:
     with pytest.raises(Refused, match=key):
         rcmae.load_encoder(hugging_face(tmp_path / "hf", **config))
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"image_std": [0, 0, 0]}, "image_std"),
+        ({"image_std": [-0.5] * 3}, "image_std"),
+        ({"image_std": None}, "image_std is missing"),
+        ({"image_mean": [float("nan")] * 3}, "image_mean"),
+        ({"image_mean": [10**400] * 3}, "image_mean"),
+        ({"image_mean": [True] * 3}, "image_mean"),
+        ({"image_mean": [], "image_std": []}, "image_mean"),
+        ({"image_mean": [0.5] * 4, "image_std": [0.5] * 4}, "mean of 4 channels, the weights 3"),
+        *(({"rescale_factor": factor}, "rescale_factor") for factor in ("1/255", 0, None)),
+    ],
+)
+def test_a_preprocessor_that_would_ruin_images_is_refused(
+    changed: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3} | changed
+    with pytest.raises(Refused, match=key):
+        rcmae.load_encoder(hugging_face(tmp_path / "hf", processor))
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"model_args": [1]}, "model_args"),
+        ({"pretrained_cfg": "augreg"}, "pretrained_cfg"),
+        ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.0] * 3}}, "std"),
+    ],
+)
+def test_what_timm_writes_beside_weights_is_checked(
+    changed: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    save_file(vit().state_dict(), tmp_path / "model.safetensors")
+    tree = {"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": None}}
+    text = json.dumps(tree).encode("utf-8-sig")  # as some editors save it
+    (tmp_path / "config.json").write_bytes(text)
+    assert rcmae.load_encoder(tmp_path).blocks[0].attn.num_heads == 3
+    (tmp_path / "config.json").write_text(json.dumps(tree | changed))
+    with pytest.raises(Refused, match=key):
+        rcmae.load_encoder(tmp_path)
 
 
 def test_a_training_has_the_function_that_is_told_or_is_refused(tmp_path: Path) -> None:

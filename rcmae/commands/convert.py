@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         source = read_network(options.source, options.what)
-        done = convert(source, options.to, options.out, num_heads=options.num_heads)
+        heads = {"num_heads": options.num_heads, "decoder_heads": options.decoder_heads}
+        done = convert(source, options.to, options.out, **heads)
     except (Refused, CheckpointError, OSError) as error:
         print(f"rcmae: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
@@ -70,5 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-heads", type=int, help="number of heads, for an unusual architecture"
     )
+    parser.add_argument("--decoder-heads", type=int, help="of its decoder, for --to huggingface")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,9 @@ _TIMM_SHAPES = {  # of timm's model_args: what shapes tell, or what moves no fea
 }
 SETTINGS = ("args", "hyper_parameters", "hparams", "config")  # keys of a file for its settings
 _LARGEST_EPS = 1e-5  # of norms: below, no output shows which it is
+_LARGEST_SIDE = 2**16  # of an image, in pixels
+# what transformers' configuration says of shapes -> what `sizes_of` calls it
+_SHAPES = {"patch_size": "patch_size", "num_channels": "in_channels", "num_hidden_layers": "depth"}
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,13 @@ class Beside:
     files: tuple[str, ...] = ()  # that were read
 
 
-def beside(path: Path, width: int, about: Mapping[str, Any]) -> Beside:
+def beside(path: Path, sizes: Mapping[str, Any], about: Mapping[str, Any]) -> Beside:
     """What is said of the weights in a file.
 
     Args:
         path: the file.
-        width: of its tokens: a config.json of another width is another network's.
+        sizes: what shapes tell, of `sizes_of`, with embed_dim and in_channels at least: a
+            config.json of another width is another network's.
         about: the file's own account of itself, perhaps with `args`.
 
     Raises:
@@ -69,14 +74,21 @@ def beside(path: Path, width: int, about: Mapping[str, Any]) -> Beside:
     if config.is_file():
         tree = _tree(config)
         theirs = tree.get("hidden_size", tree.get("embed_dim"))
-        if "hidden_size" in tree and theirs == width:
+        if "hidden_size" in tree and theirs == sizes["embed_dim"]:
             found = _of_hugging_face(config, tree, found)
+            _refuse_others(config, tree, sizes)
         elif "architecture" in tree:
             found = _of_timm(config, tree, found)
     processor = path.parent / "preprocessor_config.json"
     if processor.is_file() and (config.is_file() or path.stem in ("model", "pytorch_model")):
         mean, std = _statistics(processor, _tree(processor))
         found = replace(found, mean=mean, std=std, files=(*found.files, processor.name))
+    for key, numbers in (("mean", found.mean), ("std", found.std)):
+        if numbers is not None and len(numbers) not in (1, sizes["in_channels"]):
+            raise Refused(
+                f"{path.parent}: its configuration has a {key} of {len(numbers)} channels, the "
+                f"weights {sizes['in_channels']}; give one number, or one a channel"
+            )
     return found
 
 
@@ -107,7 +119,7 @@ def apply_to(model: nn.Module, told: Beside) -> None:
 
 def _tree(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is not JSON: {error}") from error
     if not isinstance(tree, dict):
@@ -151,30 +163,59 @@ def _of_name(name: str) -> dict[str, Any]:
 def _of_hugging_face(path: Path, tree: Mapping[str, Any], found: Beside) -> Beside:
     """What transformers' configuration says. Raises Refused."""
     kind = tree.get("model_type", "vit_mae")
-    if kind not in _TYPES:
-        raise Refused(f"{path}: model_type={kind!r} computes another function; known: {_TYPES}")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        known = ", ".join(sorted(_TYPES))
+        raise Refused(f"{path}: model_type={kind!r} computes another function; known: {known}")
     activation = tree.get("hidden_act", "gelu")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise Refused(
             f"{path}: hidden_act={activation!r} is not known here; known: {', '.join(_ACTIVATIONS)}"
         )
     eps = tree.get("layer_norm_eps", 1e-12)  # transformers' own
-    if not isinstance(eps, int | float) or not 0 < eps < 1:
+    if type(eps) not in (int, float) or not 0 < eps < 1:
         raise Refused(f"{path}: layer_norm_eps={eps!r} is not a small number above 0")
     names = {"num_attention_heads": "num_heads", "decoder_num_attention_heads": "decoder_heads"}
     heads = {ours: _whole(path, theirs, tree) for theirs, ours in names.items() if theirs in tree}
-    size = tree.get("image_size")
-    sides = (size, size) if isinstance(size, int) else tuple(size or ())
     pretraining = {key: tree[key] for key in ("mask_ratio", "norm_pix_loss") if key in tree}
     return replace(
         found,
         sizes=found.sizes | heads,
         activation=activation,
         eps=float(eps),
-        image_size=sides if len(sides) == 2 else None,
+        image_size=_sides(path, tree.get("image_size")),
         pretraining=found.pretraining | pretraining,
         files=(*found.files, path.name),
     )
+
+
+def _sides(path: Path, size: Any) -> tuple[int, int] | None:
+    """Height and width of images, as their processors write them, too. Raises Refused."""
+    if size is None:
+        return None
+    if isinstance(size, Mapping):
+        size = [size.get("height"), size.get("width")]
+    sides = list(size) if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or not all(
+        type(each) is int and 0 < each <= _LARGEST_SIDE for each in sides
+    ):
+        raise Refused(f"{path}: image_size={size!r:.80} must be one side or two, in whole pixels")
+    return sides[0], sides[1]
+
+
+def _refuse_others(path: Path, tree: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """Raise Refused where a configuration of the same width is another network's all the same."""
+    problems = [
+        f"{key}={tree[key]!r:.80}, the weights have {sizes[ours]}"
+        for key, ours in _SHAPES.items()
+        if key in tree and ours in sizes and tree[key] not in (sizes[ours], [sizes[ours]] * 2)
+    ]
+    if tree.get("qkv_bias") is False and sizes.get("qkv_bias"):
+        problems.append("qkv_bias=False, the weights have biases of queries, keys and values")
+    if problems:
+        raise Refused(
+            f"{path}: {'; '.join(problems)}: it is the configuration of another network; put the "
+            "right one beside the weights, or none"
+        )
 
 
 def _whole(path: Path, key: str, tree: Mapping[str, Any]) -> int:
@@ -188,16 +229,18 @@ def _whole(path: Path, key: str, tree: Mapping[str, Any]) -> int:
 def _of_timm(path: Path, tree: Mapping[str, Any], found: Beside) -> Beside:
     """What timm's configuration on a hub says. Raises Refused."""
     name = str(tree["architecture"])
-    args = tree.get("model_args") or {}
+    args, cfg = (tree.get(key) or {} for key in ("model_args", "pretrained_cfg"))
+    for key, value in (("model_args", args), ("pretrained_cfg", cfg)):
+        if not isinstance(value, Mapping):
+            raise Refused(f"{path}: {key}={value!r:.80} must be an object, or left out")
     strange = sorted(args.keys() - _TIMM_SHAPES)
     if strange or "quickgelu" in name:
         told = f"architecture={name!r}" if not strange else f"model_args.{strange[0]}"
         raise Refused(f"{path}: {told} may compute another function than is known here")
     sizes = _of_name(name)
-    if "num_heads" in args:
+    if args.get("num_heads") is not None:
         sizes["num_heads"] = _whole(path, "num_heads", args)
-    cfg = tree.get("pretrained_cfg") or {}
-    mean, std = (_numbers(path, key, cfg.get(key)) for key in ("mean", "std"))
+    mean, std = _pair(path, cfg, "mean", "std")
     return replace(
         found, sizes=found.sizes | sizes, mean=mean, std=std, files=(*found.files, path.name)
     )
@@ -207,23 +250,44 @@ def _statistics(
     path: Path, tree: Mapping[str, Any]
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Mean and deviation of pixels from 0 to 1 that a preprocessor means. Raises Refused."""
-    mean = _numbers(path, "image_mean", tree.get("image_mean"))
-    std = _numbers(path, "image_std", tree.get("image_std"))
-    if tree.get("do_normalize") is False and mean:
-        mean, std = (0.0,) * len(mean), (1.0,) * len(mean)
+    mean, std = _pair(path, tree, "image_mean", "image_std")
+    if tree.get("do_normalize") is False:
+        mean, std = (0.0,) * len(mean or (0,)), (1.0,) * len(mean or (0,))
     if mean is None or std is None:
-        return mean, std
+        return None, None
     # pixels of 0 to 255 are multiplied by it first
-    factor = 255 * tree.get("rescale_factor", 1 / 255) if tree.get("do_rescale", True) else 255
+    factor = 255.0
+    if tree.get("do_rescale", True):
+        given = tree.get("rescale_factor", 1 / 255)
+        if type(given) not in (int, float) or not 0 < given < 1e9:
+            raise Refused(f"{path}: rescale_factor={given!r:.80} must be above 0, such as 1/255")
+        factor *= given
     if abs(factor - 1) < 1e-6:
         return mean, std
     return tuple(each / factor for each in mean), tuple(each / factor for each in std)
 
 
+def _pair(
+    path: Path, tree: Mapping[str, Any], mean_key: str, std_key: str
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and deviation, both or none. Raises Refused."""
+    mean, std = (_numbers(path, key, tree.get(key)) for key in (mean_key, std_key))
+    if (mean is None) != (std is None):
+        lacking = std_key if std is None else mean_key
+        raise Refused(f"{path}: {lacking} is missing beside the other; give both")
+    if std is not None and min(std) <= 0:
+        raise Refused(f"{path}: {std_key}={list(std)} must be above 0")
+    return mean, std
+
+
 def _numbers(path: Path, key: str, value: Any) -> tuple[float, ...] | None:
+    """A list of numbers, or one of them; None where there is none. Raises Refused."""
     if value is None:
         return None
     numbers = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, int | float) for each in numbers):
-        raise Refused(f"{path}: {key}={value!r} must be numbers")
+    # an integer of thousands of digits is no float
+    if not numbers or not all(
+        type(each) in (int, float) and abs(each) < 1e9 and math.isfinite(each) for each in numbers
+    ):
+        raise Refused(f"{path}: {key}={value!r:.80} must be numbers")
     return tuple(float(each) for each in numbers)

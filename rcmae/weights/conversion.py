@@ -4,6 +4,7 @@ does."""
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,16 @@ from rcmae.errors import Refused
 from rcmae.files import aside, write_aside
 from rcmae.models.kernels import LAYER_NORM_EPS
 from rcmae.models.sizes import ARCHITECTURES
-from rcmae.weights.encoder import HEADS, chosen_heads, heads_of, model_of, statistics_of, to_onnx
+from rcmae.weights.encoder import (
+    DECODER_HEADS,
+    HEADS,
+    WeightsWarning,
+    chosen_heads,
+    heads_of,
+    model_of,
+    statistics_of,
+    to_onnx,
+)
 from rcmae.weights.layouts import FAMILIES, TORCH
 from rcmae.weights.names import family_names, of_autoencoder, published_names
 from rcmae.weights.reading import NetworkWeights, public_metadata
@@ -36,7 +46,12 @@ class Converted(NamedTuple):
 
 
 def convert(
-    source: NetworkWeights, target: str, out: Path, *, num_heads: int | None = None
+    source: NetworkWeights,
+    target: str,
+    out: Path,
+    *,
+    num_heads: int | None = None,
+    decoder_heads: int | None = None,
 ) -> Converted:
     """Write the source's weights as a file of a target.
 
@@ -45,6 +60,7 @@ def convert(
         target: one of TARGETS.
         out: a file, of Hugging Face a folder, that is not there yet.
         num_heads: number of heads, for an unusual architecture.
+        decoder_heads: of its decoder, alike.
 
     Raises:
         Refused: the weights are not an encoder or network of this family, or the file cannot be one
@@ -57,6 +73,7 @@ def convert(
     weights = published_names(source.weights)
     taken = {name: weights[name] for name in of_autoencoder(weights) if whole or in_encoder(name)}
     problems = shape_problems({name: tuple(value.shape) for name, value in taken.items()})
+    problems = problems or _size_problems(source, taken, target, num_heads)
     if problems:
         raise Refused(f"{source.about}: {'; '.join(problems)}")
 
@@ -65,12 +82,42 @@ def convert(
         model, _ = model_of(encoder, image_size=None, num_heads=num_heads, head=False)
         to_onnx(model, out)
     elif target in ("huggingface", "pixio"):
-        write_hugging_face(source, taken, out, num_heads, family=target)
+        heads = Heads(num_heads, decoder_heads)
+        write_hugging_face(source, taken, out, heads, family=target)
     else:
         _write_file(source, taken, target, out)
     left_out = sorted(name for name in weights if name not in taken)
     use = _use(source, taken, target, out, num_heads)
     return Converted(source.about, sorted(taken), left_out, out, use)
+
+
+class Heads(NamedTuple):
+    """Numbers of heads as requested; None: those beside the weights."""
+
+    encoder: int | None = None
+    decoder: int | None = None
+
+
+def _size_problems(
+    source: NetworkWeights, taken: Mapping[str, Tensor], target: str, num_heads: int | None
+) -> list[str]:
+    """What of sizes that are sound stands against a target: one line a problem."""
+    sizes = sizes_of({name: tuple(value.shape) for name, value in taken.items()})
+    problems = []
+    if num_heads is not None and (num_heads < 1 or sizes["embed_dim"] % num_heads):
+        problems.append(
+            f"num_heads={num_heads}, as requested, does not divide its width of "
+            f"{sizes['embed_dim']}"
+        )
+    count = sizes["num_patches"]
+    wants_grid = target in ("huggingface", "pixio", "timm") and source.grid is None
+    if wants_grid and round(count**0.5) ** 2 != count:
+        problems.append(
+            f"its {count} positions are no square of patches, and nothing says how many rows: "
+            "give a run, or a file that `rcmae export` wrote, or put a config.json with "
+            "image_size: [height, width] beside it"
+        )
+    return problems
 
 
 def _use(
@@ -151,7 +198,7 @@ def write_hugging_face(
     source: NetworkWeights,
     taken: Mapping[str, Tensor],
     out: Path,
-    num_heads: int | None,
+    heads: Heads,
     *,
     family: str = "huggingface",
 ) -> None:
@@ -161,7 +208,7 @@ def write_hugging_face(
     Raises Refused, OSError.
     """
     configs = {"huggingface": _hugging_face_config, "pixio": pixio_config}
-    config = configs[family](source, taken, num_heads)
+    config = configs[family](source, taken, heads)
     mean, std = statistics_of(source, config["num_channels"])
     weights = family_names(taken, family)
     if config["architectures"] == ["ViTMAEModel"]:
@@ -192,7 +239,7 @@ def hugging_face_processor(
 
 
 def _hugging_face_config(
-    source: NetworkWeights, taken: Mapping[str, Tensor], num_heads: int | None
+    source: NetworkWeights, taken: Mapping[str, Tensor], heads: Heads
 ) -> dict[str, Any]:
     """The config.json of the weights. Raises Refused."""
     sizes = sizes_of({name: tuple(value.shape) for name, value in taken.items()})
@@ -202,22 +249,21 @@ def _hugging_face_config(
         raise Refused(
             f"Hugging Face's ViTMAE has square images, these weights a grid of {rows}x{columns}"
         )
+    if not sizes["class_tokens"]:
+        raise Refused("Hugging Face's ViTMAE has a class token, these weights none: --to timm")
     if sizes["class_tokens"] > 1 or sizes["registers"]:
         raise Refused("Hugging Face's ViTMAE has one class token and no registers: give --to pixio")
     width = sizes["embed_dim"]
-    heads = chosen_heads(source, width, num_heads)
-    objective = json.loads(source.metadata.get("recipe", "{}")).get("objective", {})
-    pretraining = {"mask_ratio": 0.75, "norm_pix_loss": True} | source.beside.pretraining
-    pretraining |= {key: objective[key] for key in pretraining if key in objective}
-    named = ARCHITECTURES.get(str(source.sizes.get("name")), {})
-    decoder_heads = source.sizes.get("decoder_heads") or named.get("decoder_heads") or 16
-    decoder_width = sizes.get("decoder_dim", 512)
+    decoder_width, decoder_heads = 512, 16  # transformers' own, where there is no decoder
+    if "decoder_dim" in sizes:
+        decoder_width = sizes["decoder_dim"]
+        decoder_heads = _decoder_heads(source, decoder_width, heads.decoder)
     return {
         "model_type": "vit_mae",
         "hidden_size": width,
         "num_hidden_layers": sizes["depth"],
         "architectures": ["ViTMAEForPreTraining" if "decoder_dim" in sizes else "ViTMAEModel"],
-        "num_attention_heads": heads,
+        "num_attention_heads": chosen_heads(source, width, heads.encoder),
         "intermediate_size": round(width * sizes["mlp_ratio"]),
         "hidden_act": source.beside.activation or "gelu",
         "image_size": rows * sizes["patch_size"],
@@ -229,12 +275,53 @@ def _hugging_face_config(
         "decoder_num_hidden_layers": sizes.get("decoder_depth", 8),
         "decoder_num_attention_heads": decoder_heads,
         "decoder_intermediate_size": round(decoder_width * sizes["mlp_ratio"]),
-        **pretraining,
+        **_pretraining(source),
     }
 
 
+def _decoder_heads(source: NetworkWeights, width: int, asked: int | None) -> int:
+    """The decoder's number of heads: as requested, as beside the weights, else as published for
+    its width. Raises Refused.
+    """
+    named = ARCHITECTURES.get(str(source.sizes.get("name")), {})
+    told = source.sizes.get("decoder_heads") or named.get("decoder_heads")
+    heads = asked if asked is not None else told or DECODER_HEADS.get(width, 16)
+    if heads < 1 or width % heads:
+        raise Refused(
+            f"{source.about}: decoder_heads={heads} does not divide the decoder's width of "
+            f"{width}: give --decoder-heads, or --to timm, which has no decoder"
+        )
+    if asked is None and told is None:
+        warnings.warn(
+            f"{source.about}: nothing says how many heads its decoder has; decoder_heads={heads} "
+            "is guessed, and another number is another network: give --decoder-heads",
+            WeightsWarning,
+            stacklevel=2,
+        )
+    return int(heads)
+
+
+def _pretraining(source: NetworkWeights) -> dict[str, Any]:
+    """mask_ratio and norm_pix_loss, as the recipe or what lies beside the weights says.
+
+    Raises Refused.
+    """
+    told = source.beside.pretraining
+    told = told | json.loads(source.metadata.get("recipe", "{}")).get("objective", {})
+    defaults = {"mask_ratio": 0.75, "norm_pix_loss": True}
+    ratio, norm = (defaults[key] if told.get(key) is None else told[key] for key in defaults)
+    problems = []
+    if type(ratio) not in (int, float) or not 0 <= ratio < 1:
+        problems.append(f"mask_ratio={ratio!r:.80} is not a number from 0 to below 1")
+    if type(norm) is not bool:
+        problems.append(f"norm_pix_loss={norm!r:.80} is not true or false")
+    if problems:
+        raise Refused(f"{source.about}: {'; '.join(problems)}; correct it where it is said")
+    return {"mask_ratio": float(ratio), "norm_pix_loss": norm}
+
+
 def pixio_config(
-    source: NetworkWeights, taken: Mapping[str, Tensor], num_heads: int | None
+    source: NetworkWeights, taken: Mapping[str, Tensor], heads: Heads
 ) -> dict[str, Any]:
     """The config.json of transformers' PixioModel. Raises Refused."""
     sizes = sizes_of({name: tuple(value.shape) for name, value in taken.items()})
@@ -247,6 +334,10 @@ def pixio_config(
         problems.append("Pixio has class tokens, these weights none: give --to huggingface or timm")
     if sizes["registers"]:
         problems.append(f"Pixio has no registers, these weights {sizes['registers']}: --to timm")
+    if sizes["mlp_ratio"] % 1:
+        problems.append(
+            f"Pixio has a whole mlp_ratio, these weights {sizes['mlp_ratio']:g}: --to timm"
+        )
     if problems:
         raise Refused("; ".join(problems))
     return {
@@ -254,7 +345,7 @@ def pixio_config(
         "architectures": ["PixioModel"],
         "hidden_size": sizes["embed_dim"],
         "num_hidden_layers": sizes["depth"],
-        "num_attention_heads": chosen_heads(source, sizes["embed_dim"], num_heads),
+        "num_attention_heads": chosen_heads(source, sizes["embed_dim"], heads.encoder),
         "n_cls_tokens": sizes["class_tokens"],
         "mlp_ratio": round(sizes["mlp_ratio"]),
         "hidden_act": source.beside.activation or "gelu",

@@ -369,7 +369,7 @@ def chosen_heads(source: NetworkWeights, width: int, asked: int | None) -> int:
     Raises:
         Refused: their width does not determine it.
     """
-    heads = asked or heads_of(source)
+    heads = heads_of(source) if asked is None else asked
     guessed = HEADS.get(width)
     if heads is None and guessed is not None:
         warnings.warn(
@@ -379,8 +379,8 @@ def chosen_heads(source: NetworkWeights, width: int, asked: int | None) -> int:
             stacklevel=4,
         )
         return guessed
-    if heads is not None and width % heads:
-        by = "as requested" if asked else "by what lies beside the weights"
+    if heads is not None and (heads < 1 or width % heads):
+        by = "as requested" if asked is not None else "by what lies beside the weights"
         raise Refused(
             f"{source.about}: num_heads={heads}, {by}, does not divide its width of {width}; give "
             "num_heads"

@@ -30,7 +30,7 @@ from rcmae.files import json_lines
 from rcmae.weights.beside import SETTINGS, Beside, beside
 from rcmae.weights.layouts import KIND, Which
 from rcmae.weights.names import from_timm, published_names
-from rcmae.weights.shapes import shape_problems, sizes_of
+from rcmae.weights.shapes import depth_of, shape_problems, sizes_of
 from rcmae.weights.wrapping import unwrapped
 
 # whole numbers in published files that no network here reads: batches that a norm has counted, and
@@ -156,7 +156,10 @@ def _beside(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any])
     first = weights.get("patch_embed.proj.weight")
     if first is None or first.ndim != 4:
         return Beside()
-    told = beside(path, first.shape[0], about)
+    sizes = {"embed_dim": first.shape[0], "in_channels": first.shape[1]}
+    sizes |= {"patch_size": first.shape[2], "depth": depth_of(weights, "blocks")}
+    sizes["qkv_bias"] = any(name.endswith("attn.qkv.bias") for name in weights)
+    told = beside(path, sizes, about)
     width = told.sizes.pop("embed_dim", first.shape[0])  # of the architecture that is named
     return told if width == first.shape[0] else replace(told, sizes={})
 

@@ -47,7 +47,7 @@ def _sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         "patch_size": patch,
         "in_channels": channels,
         "embed_dim": width,
-        "depth": _depth(shapes, "blocks"),
+        "depth": depth_of(shapes, "blocks"),
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
         "num_patches": num_patches,
         "class_tokens": class_tokens,
@@ -59,13 +59,13 @@ def _sizes_of(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     decoder = any(name.startswith(("decoder_", "mask_token")) for name in shapes)
     if decoder and not regressors:
         sizes["decoder_dim"] = shapes["decoder_embed.weight"][0]
-        sizes["decoder_depth"] = _depth(shapes, "decoder_blocks")
+        sizes["decoder_depth"] = depth_of(shapes, "decoder_blocks")
         if shapes.get("decoder_pos_embed", (1, 0))[1] == num_patches:
             sizes["decoder_cls"] = False
     return sizes
 
 
-def _depth(names: Iterable[str], blocks: str) -> int:
+def depth_of(names: Iterable[str], blocks: str) -> int:
     """How many different numbers the names of these blocks have."""
     numbered = re.compile(rf"{blocks}\.(\d+)\.")
     return len({match[1] for name in names if (match := numbered.match(name))})

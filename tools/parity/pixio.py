@@ -22,7 +22,7 @@ from rcmae.models.fitting import fit_weights
 from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import Encoder, MaskedAutoencoder
 from rcmae.objectives import new
-from rcmae.weights.conversion import pixio_config
+from rcmae.weights.conversion import Heads, pixio_config
 from rcmae.weights.encoder import DECODER_HEADS, HEADS
 from rcmae.weights.names import family_names, published_names
 from rcmae.weights.reading import NetworkWeights
@@ -434,7 +434,7 @@ def _check_other_names(fixture: Fixture) -> None:
         stated = fixture.value("hf_config")
         heads = {"num_heads": fixture.config["num_heads"]}
         source = NetworkWeights(dict(weights), None, heads, "the folder", {})
-        ours = pixio_config(source, weights, None)
+        ours = pixio_config(source, weights, Heads())
         for key, got in ours.items():
             fixture.true("transformers' settings", key, got == stated[key], f"{got!r} is ours")
     if fixture.has("hf_names"):
