@@ -84,6 +84,14 @@ def test_a_part_of_a_grey_image_has_the_pixels_of_the_whole():
     assert restarts.cut_out(data, Box(60, 100, 20, 20)) is not None
 
 
+def test_of_a_single_colour_the_factors_say_nothing():
+    data = bytearray(photograph(mode="L", restart_marker_blocks=2))
+    data[restarts.layout(bytes(data)).frame + 6] = 0x22
+    box = Box(60, 100, 20, 20)
+    part, inside = restarts.cut_out(bytes(data), box)
+    assert (inside.of(whole(part, 1)) == box.of(whole(bytes(data), 1))).all()
+
+
 def test_a_crop_reads_the_segments_that_it_needs_and_no_more():
     data = photograph(subsampling="4:2:0", restart_marker_blocks=1)
     part, box = restarts.cut_out(data, Box(64, 64, 32, 48))

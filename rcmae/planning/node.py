@@ -121,7 +121,11 @@ def _jpegs() -> Finding:
     found = library()
     if found is None:
         text = "simplejpeg decodes each JPEG whole, to the same pixels: slower by a fifth or more"
-        return Finding("jpegs", "yellow", text, f"install {newer}, or the wheel turbojpeg==0.0.2")
+        way = (
+            f"install {newer}, or the wheel turbojpeg==0.0.2; or, where shards are made: rcmae "
+            "shards make --restart-markers"
+        )
+        return Finding("jpegs", "yellow", text, way)
     if found.released:
         return Finding("jpegs", "green", f"parts of JPEGs are decoded by {found.told}")
     text = f"parts of JPEGs are decoded by {found.told}, a pre-release of 3.0"

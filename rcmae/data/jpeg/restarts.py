@@ -22,7 +22,6 @@ from rcmae.data.jpeg.turbo import Transform, library
 from rcmae.errors import Refused
 
 _HUFFMAN_FRAMES = (0xC0, 0xC1)  # baseline and extended, sequential
-_OTHER_FRAMES = (0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _RESTART_INTERVAL = 0xDD
 _RESTARTS = np.arange(0xD0, 0xD8, dtype=np.uint8)  # in this order, over and over
 _BLOCK = 8  # pixels
@@ -88,7 +87,7 @@ def layout(data: bytes) -> Layout | None:
             continue
         length = int.from_bytes(data[at + 2 : at + 4], "big")
         segment = data[at + 4 : at + 2 + length]
-        if len(segment) != length - 2 or kind in _OTHER_FRAMES:
+        if len(segment) != length - 2:
             return None
         if kind in _HUFFMAN_FRAMES:
             if frame is not None or len(segment) < 6 or len(segment) != 6 + 3 * segment[5]:
@@ -98,7 +97,7 @@ def layout(data: bytes) -> Layout | None:
             interval = int.from_bytes(segment, "big")
         elif kind == SCAN:
             if frame is None or not segment or segment[0] != frame[1][5]:
-                return None
+                return None  # another kind of frame, or not all colours in this scan
             return _laid_out(frame[0], frame[1], at + 2 + length, interval)
         at += 2 + length
     return None
@@ -185,11 +184,11 @@ def _marks(data: bytes, scan: int, count: int) -> NDArray[np.int64] | None:
     marked = codes[:-1] == 0xFF
     marked &= codes[1:] != 0  # 0: the byte before is of a code
     marks = np.flatnonzero(marked)
+    if len(marks) != count or marks[-1] != len(codes) - len(END):
+        return None
     expected = np.resize(_RESTARTS, count)
     expected[-1] = END[1]
-    if len(marks) != count or (codes[marks + 1] != expected).any():
-        return None
-    return marks + scan if marks[-1] == len(codes) - len(END) else None
+    return marks + scan if (codes[marks + 1] == expected).all() else None
 
 
 def _joined(
