@@ -135,7 +135,7 @@ def _join(where: Launched, address: str, timeout_s: float) -> int:
     torch_dist.init_process_group(
         backend, store=store, rank=where.rank, world_size=where.world, timeout=_timeout
     )
-    _control = torch_dist.new_group(backend="gloo", timeout=_timeout)
+    _control = _gloo_group()
     if link is not None:
         waits.connect(link, meeting.asks_each_s(where.world))
     return port
@@ -265,9 +265,14 @@ def own_group() -> torch_dist.ProcessGroup | None:
 
     Collective: every rank calls.
     """
-    if world() == 1:
-        return None
-    return torch_dist.new_group(backend="gloo", timeout=_timeout)
+    return _gloo_group() if world() > 1 else None
+
+
+def _gloo_group() -> torch_dist.ProcessGroup:
+    """Of all ranks. Collective: every rank calls."""
+    group = torch_dist.new_group(backend="gloo", timeout=_timeout)
+    assert isinstance(group, torch_dist.ProcessGroup)  # a number where a rank is not in it
+    return group
 
 
 def together(problem: str | None) -> None:

@@ -250,7 +250,11 @@ def moving_average(student: nn.Module, teacher: nn.Module) -> Callable[[float], 
     copies = [param.data for param in teacher.parameters()]
     if masters[0].dtype == torch.float32:
         return Teacher(masters, copies).update
-    return lambda momentum: torch._foreach_lerp_(copies, masters, 1.0 - momentum)
+
+    def update(momentum: float) -> None:
+        torch._foreach_lerp_(copies, masters, 1.0 - momentum)
+
+    return update
 
 
 def l2(model: nn.Module) -> Tensor:
