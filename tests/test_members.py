@@ -13,10 +13,10 @@ from PIL import Image
 
 from rcmae.commands.shards import check, index, make
 from rcmae.data.index import ShardIndex
-from rcmae.data.members import kinds as registry
+from rcmae.data.members import registry
 from rcmae.data.members.annotations import Annotations, code_of, mask_of, objects_of, scaled
-from rcmae.data.members.kinds import register
 from rcmae.data.members.maps import Maps, decode_map, encode_map, nearest
+from rcmae.data.members.registry import register
 from rcmae.data.packing.members import beside_of
 from rcmae.data.tars import KIND_OF_SUFFIX
 from rcmae.data.transforms import BadImage

@@ -19,13 +19,13 @@ from rcmae.checkpoint.manifest import sealed
 from rcmae.commands import track
 from rcmae.config import LogOptions
 from rcmae.errors import Refused
-from rcmae.run.trackers import beside, offline_wandb, protocol, pushing, records
+from rcmae.run.trackers import beside, offline_wandb, protocol, pushing, records, registry
 from runs import Folder, python_path, start
 
 
 def test_a_recipe_names_the_trackers_that_there_are() -> None:
     (one, _) = get_args(LogOptions.model_fields["trackers"].annotation)
-    assert get_args(one) == protocol.NAMES
+    assert get_args(one) == registry.NAMES
 
 
 class Killed(BaseException):
@@ -248,7 +248,7 @@ def test_a_folder_without_a_run_and_a_newer_note_are_refused(
 def test_a_tracker_that_is_not_installed_is_refused_before_the_start(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(protocol.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     assert start(tiny, tmp_path / "run", "log.trackers=[mlflow]") == 2
     assert "pip install 'rcmae[mlflow]'" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -323,10 +323,10 @@ def test_what_was_pushed_offline_is_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before it is noted as pushed: its process may be killed in the next moment."""
-    if problem := protocol.missing("wandb"):
+    if problem := registry.missing("wandb"):
         pytest.skip(problem)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    tracker = protocol.tracker("wandb")
+    tracker = registry.tracker("wandb")
     tracker.open(protocol.About("token", "name", "project", tmp_path, {}))
     try:
         steps = []
@@ -372,7 +372,7 @@ def mlflow_server(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.trackers
 @pytest.mark.slow
-@pytest.mark.parametrize("name", protocol.NAMES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_a_training_killed_again_and_again_is_there_step_by_step(
     name: str,
     tiny: Path,
@@ -380,7 +380,7 @@ def test_a_training_killed_again_and_again_is_there_step_by_step(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    if problem := protocol.missing(name):
+    if problem := registry.missing(name):
         pytest.skip(problem)  # not imported before its variables are set: trackio reads them then
     if name == "mlflow":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue("mlflow_server"))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rcmae.commands.numbers import above_zero
-from rcmae.run.trackers.protocol import NAMES
+from rcmae.run.trackers.registry import NAMES
 
 if TYPE_CHECKING:
     from rcmae.run.trackers.pushing import Pusher
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
 
     from rcmae.errors import Refused
-    from rcmae.run.trackers.protocol import tracker
     from rcmae.run.trackers.pushing import opened
+    from rcmae.run.trackers.registry import tracker
 
     print(f"{asked.run}: connecting to {asked.to}", file=sys.stderr, flush=True)
     try:

@@ -36,7 +36,7 @@ from rcmae.process import cores, waits
 from rcmae.run import startup
 from rcmae.run.command import Command
 from rcmae.run.folder import versions
-from rcmae.run.trackers import protocol as trackers
+from rcmae.run.trackers import registry as trackers
 from rcmae.tasks.following import Followed, follow
 from rcmae.tasks.protocol import Data, Saved, Task
 

@@ -35,7 +35,7 @@ def add_kinds(parser: argparse.ArgumentParser) -> None:
 def register_kinds(names: Sequence[str]) -> None:
     """Make the kinds of members known that a user names. Raises Refused."""
     if names:
-        from rcmae.data.members.kinds import register
+        from rcmae.data.members.registry import register
         from rcmae.plugins import find
 
         for name in names:

@@ -1,18 +1,10 @@
-"""What is done with members of each kind, in one table: how they are recognised, verified and
-packed. A task from outside adds its own with `register`.
-
-    kind        suffix     beside the shards
-    map         .seg.png   classes.txt
-    annotation  .json      categories.json
-"""
+"""What a kind of members is asked for: how they are recognised, verified and packed."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
-
-from rcmae.data.tars import add_kind
 
 # what `read_beside` gave; None: there is no such file
 Beside = Any
@@ -59,24 +51,6 @@ class MemberKind(Protocol):
 
     def report(self, facts: Facts, beside: Beside) -> list[str]:
         """What a set holds, a line each, for people."""
-
-
-_KINDS: dict[str, MemberKind] = {}  # that were registered, by their names
-
-
-def register(kind: MemberKind) -> None:
-    """Add a kind of members: from then on an index says where they lie."""
-    add_kind(kind.name, kind.suffix)
-    _KINDS[kind.name] = kind
-
-
-def kinds() -> dict[str, MemberKind]:
-    """Name -> kind, of this package and of those that were registered."""
-    from rcmae.data.members.annotations import Annotations
-    from rcmae.data.members.maps import Maps
-
-    ours: list[MemberKind] = [Maps(), Annotations()]
-    return {kind.name: kind for kind in ours} | _KINDS
 
 
 def added(facts: Facts, more: Facts) -> Facts:

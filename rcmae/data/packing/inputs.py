@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from rcmae.data import sources
 from rcmae.data.index import ShardIndex
-from rcmae.data.members.kinds import kinds
+from rcmae.data.members.registry import kinds
 from rcmae.data.packing.coco import in_coco
 from rcmae.data.packing.folders import (
     ALIASES,

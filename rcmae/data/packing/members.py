@@ -12,8 +12,9 @@ import torch
 from rcmae.data import sources
 from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
-from rcmae.data.members.kinds import Facts, MemberKind, added, kinds, register
+from rcmae.data.members.kinds import Facts, MemberKind, added
 from rcmae.data.members.reading import member_bytes
+from rcmae.data.members.registry import kinds, register
 from rcmae.data.sources import USUAL
 from rcmae.data.tars import Shard
 from rcmae.data.transforms import BadImage

@@ -22,7 +22,8 @@ import torch
 
 from rcmae.data import sources
 from rcmae.data.index import ShardIndex
-from rcmae.data.members.kinds import Facts, MemberKind, kinds, register
+from rcmae.data.members.kinds import Facts, MemberKind
+from rcmae.data.members.registry import kinds, register
 from rcmae.data.packing.indexing import refresh
 from rcmae.data.packing.members import (
     Held,

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.progress import track
 
 from rcmae.data.jpeg import check_adds_restarts
-from rcmae.data.members.kinds import MemberKind, kinds, register
+from rcmae.data.members.kinds import MemberKind
 from rcmae.data.members.maps import decode_map, encode_map, no_label
+from rcmae.data.members.registry import kinds, register
 from rcmae.data.packing.encoding import AS_THEY_ARE, Encoding, Packed, encoded
 from rcmae.data.packing.found import NO_TARGETS, Found, Labelling, Other, Source, Targets
 from rcmae.data.packing.indexing import refresh

@@ -1,7 +1,7 @@
 """Kinds of members: which suffix each has, and its number in index tables.
 
-What is done with the members of a kind is in rcmae/data/members/kinds.py, where a task from outside
-adds one."""
+What is done with the members of a kind is in rcmae/data/members/registry.py, where a task from
+outside adds one."""
 
 from __future__ import annotations
 

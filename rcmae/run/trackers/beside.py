@@ -39,7 +39,7 @@ class Trackers:
     """The trackers of a run, on the one rank that writes.
 
     Args:
-        names: of `protocol.NAMES`, or REPORT; none on other ranks.
+        names: of `registry.NAMES`, or REPORT; none on other ranks.
         run_dir: the run's folder.
         say: prints a line; called by threads.
     """
