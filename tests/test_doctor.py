@@ -18,6 +18,7 @@ import torch
 from rcmae import config
 from rcmae.commands import doctor
 from rcmae.planning import cluster, node
+from rcmae.process import extensions
 from tests.conftest import ROOT, Ranks, free_port
 
 PROGRAM = Path(__file__).parent / "programs" / "doctor_apart.py"
@@ -155,6 +156,7 @@ def test_packages_that_do_not_belong_together(
     status, findings = examined()
     assert status == 1
     assert "torchvision 0.20.0 belongs to torch 2.5.0, this is torch 2." in of(findings, "red")
+    assert "install the torchvision that belongs to torch 2." in extensions.remedy()
 
 
 def test_a_package_that_does_not_import(

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import os
-import re
 import resource
 import secrets
 import shutil
@@ -82,7 +81,7 @@ def check_software(found: dict[str, str]) -> Iterator[Finding]:
     for name, why in broken.items():
         text = f"{name} cannot be imported ({why})"
         yield Finding("packages", "red", text, "pip install -r requirements.txt")
-    wanted = torch_of("torchvision")
+    wanted = extensions.torch_of("torchvision")
     if wanted and wanted != torch.__version__.split("+")[0]:
         yield Finding(
             "torchvision",
@@ -140,19 +139,6 @@ def _broken() -> Iterator[tuple[str, str]]:
                 importlib.import_module(name)
         except Exception as error:  # whatever a broken package raises
             yield name, f"{type(error).__name__}: {error}"
-
-
-def torch_of(package: str) -> str | None:
-    """The version of torch that a package was built for, by its metadata.
-
-    None where it says none.
-    """
-    try:
-        lines = importlib.metadata.requires(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    pins = [re.match(r"torch\s*\(?==\s*([\w.]+)", line) for line in lines]
-    return next((pin.group(1) for pin in pins if pin), None)
 
 
 def check_kernels(recipe: Recipe) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 from pathlib import Path
 
 import torch
@@ -40,14 +41,34 @@ def guard_torchvision() -> bool:
 
 def remedy() -> str:
     """How to get a torchvision that fits the torch that is here, and what does without it."""
-    build = torch.__version__.partition("+")[2]  # cpu, cu130
-    if not build:
-        build = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
-    version = importlib.metadata.version("torchvision").partition("+")[0]
-    return (
-        f"pip install --force-reinstall --no-deps torchvision=={version}+{build}, from where that "
-        f"torch came; or `{FIRST}` before timm or transformers"
-    )
+    release, _, build = torch.__version__.partition("+")  # build: cpu, cu130
+    wanted = torch_of("torchvision")
+    if wanted and wanted != release:
+        pair = (
+            f"install the torchvision that belongs to torch {release}; this one belongs to {wanted}"
+        )
+    else:
+        if not build:
+            build = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
+        version = importlib.metadata.version("torchvision").partition("+")[0]
+        pair = (
+            f"pip install --force-reinstall --no-deps torchvision=={version}+{build}, from where "
+            "that torch came"
+        )
+    return f"{pair}; or `{FIRST}` before timm or transformers"
+
+
+def torch_of(package: str) -> str | None:
+    """The version of torch that a package was built for, by its metadata.
+
+    None where it says none.
+    """
+    try:
+        lines = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    pins = [re.match(r"torch\s*\(?==\s*([\w.]+)", line) for line in lines]
+    return next((pin.group(1) for pin in pins if pin), None)
 
 
 guard_torchvision()
