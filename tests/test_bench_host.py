@@ -23,13 +23,24 @@ def test_ranks_have_figures_and_what_is_of_one_process_is_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     few = ["--models", "vit_tiny_patch16", "--steps", "2", "--warmup", "2", "--rounds", "1"]
-    engines = ["--engines", "local", "ddp", "--ranks", "2"]
+    engines = ["--engines", "local", "ddp", "--ranks", "2", "--profile", "30"]
     assert bench_host.main([*few, *engines, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [(row["engine"], row["ranks"]) for row in report["cases"]] == [("ddp", 2)]
     for row in report["cases"]:
         assert sum(row["phases_ms"].values()) == pytest.approx(row["step_ms"]["median"], rel=0.3)
         assert all(milliseconds > 0 for milliseconds in row["phases_ms"].values())
+        profile = row["profile"]
+        assert len(profile) == 30
+        own = [each["own_ms"] for each in profile]
+        assert own == sorted(own, reverse=True)
+        functions = [each["function"] for each in profile]
+        assert any("run_backward" in each for each in functions), functions
+        assert sum(own) < 100 * row["step_ms"]["median"], "of a step"
+    bench_host.print_report(report)
+    said = capsys.readouterr().out
+    assert "ddp bf16, 2 ranks: processor-ms of a step under cProfile, rank 0" in said
+    assert functions[0] in said
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 """What an engine costs the host: processor time of a training step of a network of real depth whose
 kernels cost almost nothing.
 
-    python tools/bench_host.py [--models M ...] [--engines E ...] [--ranks N ...] [--json [FILE]]
+    python tools/bench_host.py [--models M ...] [--engines E ...] [--ranks N ...] [--profile [ROWS]]
+        [--json [FILE]]
 
 A GPU is fed by its host: a step cannot be faster than what Python, autograd, hooks and launches
 take, however fast the device. Here the network has all its blocks and parameters, but a width of 16
@@ -14,7 +15,8 @@ kernel on a CPU is not in it, and gloo's work is in it where NCCL would leave it
 Each case runs in processes of its own, one thread each, in turns, round after round. Milliseconds
 are those that a rank's process computed (`time.process_time`), so that waiting does not count, and
 work of others on the machine little; they are medians over the steps of all rounds, of the rank
-that took most.
+that took most. `--profile` runs each case once more under cProfile and lists the functions of rank
+0 with the most time of their own; a step takes longer there, as each call costs more.
 
 Exit status: 0 done; 2 unusable input.
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import cProfile
 import itertools
 import json
 import os
@@ -32,7 +35,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,7 @@ WIDTH = 16
 GRID = 4  # patches across
 PATCH = 4  # pixels across
 BATCH = 2
+PROFILED = 20  # functions that a profile lists
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,17 @@ def make_engine(case: Case) -> Any:
     return DeepSpeedEngine(student, teacher, settings, config=config)
 
 
-def measure(case: Case, *, steps: int, warmup: int) -> list[dict[str, float]]:
-    """Processor-ms of each phase of each step on this rank. Collective: every rank calls."""
+def measure(
+    case: Case, *, steps: int, warmup: int, warm: Callable[[], object] = lambda: None
+) -> list[dict[str, float]]:
+    """Processor-ms of each phase of each step on this rank. Collective: every rank calls.
+
+    Args:
+        case: what is measured.
+        steps: that are counted.
+        warmup: before them.
+        warm: called between both.
+    """
     import torch
 
     from rcmae import dist
@@ -141,6 +155,8 @@ def measure(case: Case, *, steps: int, warmup: int) -> list[dict[str, float]]:
     counts = objective.counts(batch)
     rows = []
     for step in range(-warmup, steps):
+        if step == 0:
+            warm()
         marks = [time.process_time()]
         sums = objective(engine.student, engine.teacher, batch, 0.0)
         shares = [
@@ -162,6 +178,29 @@ def measure(case: Case, *, steps: int, warmup: int) -> list[dict[str, float]]:
     return rows
 
 
+def profiled(case: Case, *, steps: int, warmup: int) -> list[dict[str, Any]]:
+    """Where the processor time of the counted steps goes, a function a row, on this rank: that with
+    the most time of its own first; of a step. Collective: every rank calls.
+    """
+    profile = cProfile.Profile(time.process_time)
+    measure(case, steps=steps, warmup=warmup, warm=profile.enable)
+    profile.disable()
+    rows = []
+    for entry in profile.getstats():
+        code = entry.code
+        where = code if isinstance(code, str) else place_of(code)
+        times = {"own_ms": entry.inlinetime, "whole_ms": entry.totaltime}
+        per_step = {key: 1e3 * seconds / steps for key, seconds in times.items()}
+        rows.append({"function": where, "calls": entry.callcount / steps, **per_step})
+    return sorted(rows, key=lambda row: -row["own_ms"])
+
+
+def place_of(code: types.CodeType) -> str:
+    """A Python function, as "torch/optim/optimizer.py:490 wrapper"."""
+    file = "/".join(Path(code.co_filename).parts[-3:])
+    return f"{file}:{code.co_firstlineno} {code.co_qualname}"
+
+
 def run_rank(told: str) -> int:
     """A rank of a case; rank 0 prints all ranks' rows."""
     import gc
@@ -174,7 +213,8 @@ def run_rank(told: str) -> int:
     torch.set_num_threads(1)
     dist.start(required=True, timeout_s=120)
     gc.disable()  # when it runs is chance
-    rows = dist.gather(measure(Case(**asked["case"]), **asked["how"]))
+    look = profiled if asked["profile"] else measure
+    rows = dist.gather(look(Case(**asked["case"]), **asked["how"]))
     gc.enable()
     if dist.rank() == 0:
         print("ROWS " + json.dumps(rows), flush=True)
@@ -232,10 +272,22 @@ def rows_of_ranks(script: str, told: str, world: int, what: str, timeout_s: floa
 
 def run_case(case: Case, *, steps: int, warmup: int, timeout_s: float) -> list[dict[str, float]]:
     """Rows of the rank that took most, by the median of a step. Raises as `rows_of_ranks`."""
-    told = json.dumps({"case": asdict(case), "how": {"steps": steps, "warmup": warmup}})
+    how = {"steps": steps, "warmup": warmup}
+    told = json.dumps({"case": asdict(case), "how": how, "profile": False})
     found: list[list[dict[str, float]]]
     found = rows_of_ranks(__file__, told, case.ranks, str(case), timeout_s)
     return max(found, key=lambda rows: statistics.median(sum(row.values()) for row in rows))
+
+
+def profile_case(
+    case: Case, most: int, *, steps: int, warmup: int, timeout_s: float
+) -> list[dict[str, Any]]:
+    """Rank 0's functions that took most of a step by themselves. Raises as `rows_of_ranks`."""
+    how = {"steps": steps, "warmup": warmup}
+    told = json.dumps({"case": asdict(case), "how": how, "profile": True})
+    found: list[list[dict[str, Any]]]
+    found = rows_of_ranks(__file__, told, case.ranks, f"profile of {case}", timeout_s)
+    return found[0][:most]
 
 
 def describe(case: Case, rows: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -263,6 +315,19 @@ def print_report(report: dict[str, Any]) -> None:
         spread = f"{step['q1']:.1f}..{step['q3']:.1f}"
         phases = "  ".join(f"{row['phases_ms'][name]:8.1f}" for name in PHASES)
         print(f"{case!s:<52}{step['median']:8.1f}  {spread:<16}{phases}")
+    for row in report["cases"]:
+        if "profile" in row:
+            case = Case(**{key: row[key] for key in Case.__dataclass_fields__})
+            print_profile(str(case), row["profile"])
+
+
+def print_profile(what: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The functions that took most, as a table."""
+    print(f"\n{what}: processor-ms of a step under cProfile, rank 0\n")
+    print(f"{'own':>8}  {'whole':>8}  {'calls':>8}  function")
+    for row in rows:
+        numbers = f"{row['own_ms']:8.2f}  {row['whole_ms']:8.2f}  {row['calls']:8,.0f}"
+        print(f"{numbers}  {row['function']}")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -285,6 +350,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=5, help="steps before them (5)")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each case (3)")
     parser.add_argument("--timeout-s", type=float, default=300, help="of a case and round (300)")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        type=int,
+        const=PROFILED,
+        default=0,
+        metavar="ROWS",
+        help=f"list this many functions of each case that take most by themselves ({PROFILED})",
+    )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="to FILE, or printed")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
@@ -316,6 +390,12 @@ def cases_of(asked: argparse.Namespace) -> list[Case]:
     return cases
 
 
+def keep(report: dict[str, Any], file: str | None) -> None:
+    """Write the report, where a file is asked for."""
+    if file not in (None, "-"):
+        Path(file).write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
     asked = arguments(argv)
@@ -344,8 +424,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             found += run_case(case, **how)
         cases = [describe(case, found) for case, found in rows.items()]
         report |= {"rounds": number + 1, "cases": cases}
-        if asked.json not in (None, "-"):  # whatever stops the next round
-            Path(asked.json).write_text(json.dumps(report, indent=1) + "\n")
+        keep(report, asked.json)  # whatever stops the next round
+    for case, row in zip(rows, report["cases"] if asked.profile else (), strict=False):
+        print(f"profile: {case}", file=sys.stderr, flush=True)
+        row["profile"] = profile_case(case, asked.profile, **how)
+        keep(report, asked.json)
     if asked.json == "-":
         print(json.dumps(report, indent=1))
     else:
