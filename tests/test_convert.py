@@ -178,6 +178,21 @@ def test_supmaes_head_and_a_finetuned_one_are_left_out(
     assert "2 left out: cls_head, head" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("target", ["timm", "mae"])
+def test_a_classifier_of_mean_pooling_is_told_its_way(
+    model: MaskedAutoencoder, tmp_path: Path, capsys: Any, target: str
+) -> None:
+    state = {name: value for name, value in model.state_dict().items() if in_encoder(name)}
+    pooled = {f"fc_norm.{each}": state.pop(f"norm.{each}") for each in ("weight", "bias")}
+    torch.save({"model": state | pooled | {"head.weight": torch.zeros(3, 48)}}, tmp_path / "w.pth")
+    out = tmp_path / "o.pth"
+    assert tool.main([str(tmp_path / "w.pth"), "--to", target, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "normalises it (fc_norm) and has no norm after its last block" in said
+    assert "`rcmae export RUN --format timm` (or hf)" in said
+    assert not out.exists()
+
+
 def test_names_of_the_families_are_the_published_ones(model: MaskedAutoencoder) -> None:
     names = family_names(model.state_dict(), "huggingface")
     assert {

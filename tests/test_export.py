@@ -27,8 +27,10 @@ from rcmae.checkpoint import find_checkpoint
 from rcmae.commands import convert as convert_tool
 from rcmae.commands import export as tool
 from rcmae.errors import Refused
+from rcmae.models.sizes import NetworkSizes
 from rcmae.models.vit import MaskedAutoencoder
 from rcmae.tasks.registry import TASKS, task_named
+from rcmae.weights.encoder import load_autoencoder
 from rcmae.weights.layouts import LAYOUTS
 from rcmae.weights.reading import load_weights, read_network
 from rcmae.weights.writing import export, timm_arguments
@@ -345,10 +347,39 @@ def test_the_line_of_a_torch_layout_loads_it(run, layout, tmp_path, capsys):
     assert torch.equal(model.pos_embed, teacher.pos_embed)
     assert model.blocks[0].attn.num_heads == MODEL["num_heads"]
     assert not said.err
-    # of images that are not square
+    height, width = MODEL["image_size"]  # not square
     assert command(run, "--format", layout, "--out", out, "--overwrite") == 0
     line = capsys.readouterr().out.splitlines()[-1].strip()
-    assert eval(line, {"torch": torch}).keys() & {"model", "teacher"}
+    assert f"image_size=({height}, {width})" in line
+    read = eval(line, {"rcmae": rcmae})
+    assert read.image_size == (height, width)
+    assert torch.equal(read.pos_embed, rcmae.load_encoder(run).pos_embed)
+
+
+def test_a_table_of_sines_tells_the_grid_of_images_that_are_not_square(tmp_path):
+    out = tmp_path / "w.pth"
+    for size in ((24, 40), (16, 64)):  # of the second as many patches as a square has
+        sizes = {**MODEL, "image_size": size}
+        del sizes["name"]
+        model = MaskedAutoencoder(NetworkSizes(**sizes))
+        torch.save({"model": model.state_dict()}, out)
+        whole, _ = load_autoencoder(out, num_heads=MODEL["num_heads"], decoder_heads=1)
+        assert whole.sizes.image_size == size
+        read = rcmae.load_encoder(out, num_heads=MODEL["num_heads"])
+        assert read.image_size == size
+        assert torch.equal(read.pos_embed, model.pos_embed)
+
+
+def test_a_learned_table_that_is_no_squares_wants_the_size_of_its_images(run, tmp_path):
+    out = tmp_path / "w.pth"
+    state = dict(rcmae.load_encoder(run).state_dict())
+    state["pos_embed"] = torch.randn_like(state["pos_embed"])
+    torch.save({"model": state}, out)
+    height, width = MODEL["image_size"]
+    with pytest.raises(Refused, match=r"no square.*give image_size=\(height, width\)"):
+        rcmae.load_encoder(out, num_heads=MODEL["num_heads"])
+    found = rcmae.load_encoder(out, num_heads=MODEL["num_heads"], image_size=(height, width))
+    assert torch.equal(found.pos_embed, state["pos_embed"])
 
 
 def test_report_says_what_was_written_and_how_to_read_it(run, tmp_path, capsys):

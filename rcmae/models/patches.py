@@ -75,3 +75,23 @@ def is_sincos(table: Tensor, grid: tuple[int, int]) -> bool:
         return False
     kinds = [sincos_positions(dim, grid, prefix=prefix, order=each) for each in get_args(Positions)]
     return any(bool((table[0].double() - kind).abs().max() < 1e-4) for kind in kinds)
+
+
+def sincos_grid(table: Tensor, prefix: int) -> tuple[int, int] | None:
+    """Rows and columns of the patches of a table [1, prefix + L, dim] of sines; None where it is
+    none, or of another network.
+    """
+    patches = table.shape[1] - prefix
+    if patches < 1 or table.shape[2] < 4:
+        return None
+    sides = [side for side in range(1, patches + 1) if patches % side == 0]
+    sides.sort(key=lambda rows: abs(rows * rows - patches))  # a square first
+    number = torch.arange(patches)
+    first = table[0, prefix:, 0].double()  # the sine of the column, or of the row
+    for rows in sides:
+        columns = patches // rows
+        axes = (number % columns, number // columns)
+        alike = any(bool((first - axis.double().sin()).abs().max() < 1e-4) for axis in axes)
+        if alike and is_sincos(table, (rows, columns)):
+            return rows, columns
+    return None

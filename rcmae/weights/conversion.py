@@ -71,6 +71,12 @@ def convert(
         raise Refused(f"{out} already exists; give another name")
     whole = FAMILIES[target].decoder if target in FAMILIES else target == "safetensors"
     weights = published_names(source.weights)
+    if "fc_norm.weight" in weights and "norm.weight" not in weights:
+        raise Refused(
+            f"{source.about}: a classifier that pools the mean of the patches normalises it "
+            "(fc_norm) and has no norm after its last block, as these files have; write all of it: "
+            "`rcmae export RUN --format timm` (or hf), or convert the weights that it began from"
+        )
     taken = {name: weights[name] for name in of_autoencoder(weights) if whole or in_encoder(name)}
     problems = shape_problems({name: tuple(value.shape) for name, value in taken.items()})
     problems = problems or _size_problems(source, taken, target, num_heads)

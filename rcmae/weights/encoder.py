@@ -153,7 +153,8 @@ def load_encoder(
         source: a run's or a checkpoint's folder, or a file of weights of any family.
         network: whose weights; None: the teacher's where there is one.
         image_size: in pixels, one side or (height, width), a multiple of the patch; None: as it was
-            trained with. The position table is interpolated.
+            trained with. The position table is interpolated. Files with a learned table, that is
+            not of a square, and nothing beside it need the one they were trained with.
         num_heads: the number of heads, for an architecture whose file does not tell it.
         pool: what calling the model gives: "mean" of the normalised patch tokens, or "cls".
 
@@ -240,8 +241,8 @@ def _of_shapes(
     """The network that the shapes describe, with the weights. Raises Refused."""
     weights = {name: found.weights[name] for name in of_autoencoder(found.weights)}
     sizes = sizes_of({name: tuple(value.shape) for name, value in weights.items()})
-    side = round(sizes.pop("num_patches") ** 0.5)  # only a recipe tells of another shape
-    pixels = side * sizes["patch_size"]
+    grid = grid_of(found, sizes.pop("num_patches"))
+    size = (grid[0] * sizes["patch_size"], grid[1] * sizes["patch_size"])
     heads = chosen_heads(found, sizes["embed_dim"], num_heads)
     told = decoder_heads or found.sizes.get("decoder_heads")
     heads_of_decoder = told or DECODER_HEADS.get(sizes["decoder_dim"])
@@ -256,9 +257,9 @@ def _of_shapes(
         )
     decoder_cls = sizes.pop("decoder_cls", True)
     network = NetworkSizes(
-        image_size=(pixels, pixels), num_heads=heads, decoder_heads=heads_of_decoder, **sizes
+        image_size=size, num_heads=heads, decoder_heads=heads_of_decoder, **sizes
     )
-    learned = not is_sincos(weights["pos_embed"], (side, side))
+    learned = not is_sincos(weights["pos_embed"], grid)
     positions: PositionTable = "learned" if learned else "column_first"
     model = MaskedAutoencoder(network, decoder_cls=decoder_cls, positions=positions)
     model.load_state_dict(whole_network(model, weights))
@@ -282,12 +283,12 @@ def model_of(
         raise Refused(f"{source.about}: {error}") from error
     patch = sizes["patch_size"]
     width = sizes["embed_dim"]
-    side = round(sizes["num_patches"] ** 0.5)
-    grid = source.grid or (side, side)
-
-    heads = chosen_heads(source, width, num_heads)
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
+    asked = image_size and (image_size[0] // patch, image_size[1] // patch)
+    grid = grid_of(source, sizes["num_patches"], asked)
+
+    heads = chosen_heads(source, width, num_heads)
     size = image_size or (grid[0] * patch, grid[1] * patch)
     if size[0] % patch or size[1] % patch:
         raise Refused(
@@ -318,6 +319,29 @@ def model_of(
     apply_to(model, source.beside)
     dressed(model, source, size)
     return model.eval(), fit
+
+
+def grid_of(
+    source: NetworkWeights, patches: int, asked: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Rows and columns of the patches of weights: as something tells, else of a square, else as
+    asked for.
+
+    Raises:
+        Refused: they are none of these.
+    """
+    side = round(patches**0.5)
+    if source.grid is not None:
+        return source.grid
+    if side * side == patches:
+        return side, side
+    if asked is None or asked[0] * asked[1] != patches:
+        raise Refused(
+            f"{source.about}: its positions are of {patches} patches, which are no square, and "
+            "nothing tells rows and columns; give image_size=(height, width), the one it was "
+            "trained with"
+        )
+    return asked
 
 
 def dressed(model: Encoder, source: NetworkWeights, size: tuple[int, int]) -> None:

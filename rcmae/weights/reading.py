@@ -27,6 +27,7 @@ from rcmae.config import DetectOptions
 from rcmae.data.sources import redacted, without_secrets
 from rcmae.errors import Refused
 from rcmae.files import json_lines
+from rcmae.models.patches import sincos_grid
 from rcmae.weights.beside import SETTINGS, Beside, beside
 from rcmae.weights.layouts import KIND, Which
 from rcmae.weights.names import from_timm, published_names
@@ -140,7 +141,7 @@ def _of_file(path: Path, network: Which | None, first: Which) -> NetworkWeights:
     about = [contents.layout, f"{len(weights)} tensors", *(f"by {each}" for each in told.files)]
     return NetworkWeights(
         weights=weights,
-        grid=grid or _grid_beside(told, weights),
+        grid=grid or _grid_beside(told, weights) or _grid_by_table(weights),
         sizes=told.sizes | sizes,
         about=f"{name} of {path} ({', '.join(about)})",
         metadata={
@@ -169,9 +170,21 @@ def _grid_beside(told: Beside, weights: Mapping[str, Tensor]) -> tuple[int, int]
     table, grid = weights.get("pos_embed"), _grid_by_size(told, weights)
     if grid is None or table is None or table.ndim != 3:
         return None
+    return grid if table.shape[1] - _prefix(weights) == grid[0] * grid[1] else None
+
+
+def _grid_by_table(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of patches by a position table of sines, which shows them."""
+    table = weights.get("pos_embed")
+    if table is None or table.ndim != 3 or len(table) != 1:
+        return None
+    return sincos_grid(table, _prefix(weights))
+
+
+def _prefix(weights: Mapping[str, Tensor]) -> int:
+    """Rows of a position table before the patches'."""
     token = weights.get("cls_token")
-    prefix = token.shape[1] if token is not None and token.ndim == 3 else 0
-    return grid if table.shape[1] - prefix == grid[0] * grid[1] else None
+    return token.shape[1] if token is not None and token.ndim == 3 else 0
 
 
 def _grid_by_size(told: Beside, weights: Mapping[str, Tensor]) -> tuple[int, int] | None:

@@ -332,22 +332,17 @@ def _use(manifest: Manifest, layout: str, out: Path) -> str:
     options = manifest.meta["recipe"]["model"]
     named = ARCHITECTURES.get(str(options.get("name")), {})
     width, heads = (options.get(key) or named.get(key) for key in ("embed_dim", "num_heads"))
-    line = load_line(out, width, heads, options.get("image_size"))
-    # its args are a class, which torch loads where it is told that the file is one's own
-    return line.replace("weights_only=True", "weights_only=False") if layout == "rcmae" else line
+    return load_line(out, width, heads, options.get("image_size"))
 
 
 def load_line(out: Path, width: int | None, heads: int | None, size: Any) -> str:
     """The line of Python that loads an encoder's file, with what it would guess otherwise.
 
-    `size`: of images, one side or height and width; files that do not tell the grid of images that
-    are not square are no encoder's to `rcmae.load_encoder`, and torch reads them.
+    `size`: of images, one side or height and width.
     """
-    if isinstance(size, list | tuple) and size[0] != size[1]:
-        if out.suffix == ".safetensors":
-            return f"safetensors.torch.load_file({str(out)!r})"
-        return f"torch.load({str(out)!r}, weights_only=True)"
     told = f", num_heads={heads}" if heads is not None and HEADS.get(width or 0) != heads else ""
+    if isinstance(size, list | tuple) and size[0] != size[1]:
+        told += f", image_size=({size[0]}, {size[1]})"
     return f"rcmae.load_encoder({str(out)!r}{told})"
 
 
