@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from pycocotools import mask as coco_mask
 from rcmae.data.dense.annotated import Canvas, Jittered
 from rcmae.data.dense.jitter import Style, fitted, jitter_of, on_canvas, seen, seen_pixels
 from rcmae.data.dense.objects import decoded, encoded, objects_on
-from rcmae.data.transforms import BadImage
+from rcmae.data.transforms import BadImage, decode
 from rcmae.models.detection.losses import unpack
 
 H, W = 60, 80
@@ -147,3 +148,14 @@ def test_an_annotation_that_does_not_fit_is_a_bad_sample(
     image, annotation = sample_of([{**rectangle(20, 15, 60, 45), "id": 1, **change}])
     with pytest.raises(BadImage, match=told):
         members.views(image, {"annotation": annotation}, 0, [0])
+
+
+def test_the_limit_of_pixels_is_that_of_the_recipe() -> None:
+    image, annotation = sample_of([])
+    small = Jittered(Canvas((64, 64), max_pixels=H * W - 1), categories=(5,))
+    with pytest.raises(BadImage, match=f"more than data.max_pixels={H * W - 1}"):
+        small.views(image, {"annotation": annotation}, 0, [0])
+    with pytest.MonkeyPatch.context() as patch:  # a limit above the default counts, too
+        patch.setattr("rcmae.data.dense.jitter.decode", partial(decode, max_pixels=H * W - 1))
+        enough = Jittered(Canvas((64, 64), max_pixels=H * W), categories=(5,))
+        assert len(enough.views(image, {"annotation": annotation}, 0, [0])) == 1

@@ -18,6 +18,7 @@ from rcmae.data.sets import (
     lines_of,
     met,
     moved,
+    names_in,
     refuse_meeting,
     shared,
     unlike,
@@ -42,6 +43,30 @@ def test_lists_are_alike_as_far_as_both_go():
     assert lines_of("cat\r\ndog \n\n") == ("cat", "dog")
     assert lines_of("\ufeffcat\n\ndog\u2028s") == ("cat", "", "dog\u2028s")
     assert lines_of("\n") == ()
+
+
+def test_an_endless_file_is_no_list_of_names(tmp_path):
+    with pytest.raises(Refused, match=r"/dev/zero has more than 16,777,216 bytes: no list of cl"):
+        names_in("/dev/zero")
+    with pytest.raises(Refused, match="cannot be read: Is a directory"):
+        names_in(tmp_path)
+
+
+def test_names_beside_shards_that_are_no_text_are_told_of(halves, tmp_path, caplog):
+    shutil.copy(next(halves[0].glob("*.tar")), tmp_path)
+    where = tmp_path / "classes.txt"
+    where.write_bytes("Käse\n".encode("latin1"))
+    index = ShardIndex.open(f"{tmp_path}/*.tar")
+    assert [class_lists(index), class_lists(index)] == [(), ()]
+    (told,) = [each.getMessage() for each in caplog.records]  # once
+    assert told.startswith(f"{where} is not text in UTF-8: ")
+    assert "iconv -f LATIN1 -t UTF-8 classes.txt > FILE" in told
+    where.write_text("Käse\n")
+    assert [each.names for each in class_lists(index)] == [("Käse",)]
+    caplog.clear()
+    where.write_bytes(bytes(2**24 + 1))
+    assert class_lists(index) == ()
+    assert "more than 16,777,216 bytes" in caplog.text
 
 
 @pytest.fixture(scope="module")

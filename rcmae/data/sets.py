@@ -7,11 +7,11 @@ Sets without that file are taken at their word.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from rcmae.errors import Refused
 from rcmae.files import patiently
 
 CLASSES = "classes.txt"
+LARGEST = 2**24  # bytes of such a file: a million names
 _LINE_END = re.compile("\r\n|\r|\n")  # names may hold what else Unicode takes for one
 _log = logging.getLogger(__name__)
 
@@ -49,29 +50,62 @@ def lines_of(text: str) -> tuple[str, ...]:
 
 
 def names_in(path: str | Path) -> tuple[str, ...]:
-    """The names in a file of classes. Raises Refused: it cannot be read, or is no text in UTF-8."""
+    """The names in a file of classes. Raises Refused: it cannot be read, or is no list of names."""
     try:
-        return lines_of(patiently(Path(path).read_bytes).decode())
+        return lines_of(patiently(lambda: _bytes_of(Path(path))).decode())
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise Refused(f"{path} is not text in UTF-8: {error}") from error
+        raise Refused(_no_text(path, error)) from error
+
+
+def _bytes_of(path: Path) -> bytes:
+    """What a file of classes holds. Raises OSError; Refused: it is too large for one."""
+    with path.open("rb") as file:  # a pipe, too
+        content = file.read(LARGEST + 1)  # /dev/zero has no end
+    if len(content) > LARGEST:
+        raise Refused(
+            f"{path} has more than {LARGEST:,} bytes: no list of class names; give a text file "
+            "with a name a line"
+        )
+    return content
+
+
+def _no_text(where: str | Path, error: UnicodeDecodeError) -> str:
+    return (
+        f"{where} is not text in UTF-8: {error}; write it anew: iconv -f LATIN1 -t UTF-8 "
+        f"{Path(where).name} > FILE, where it is Latin-1"
+    )
 
 
 def class_lists(index: ShardIndex, patience: Patience = USUAL) -> tuple[ClassList, ...]:
-    """The files of classes beside the shards of a set. What cannot be read is passed over."""
+    """The files of classes beside the shards of a set. What cannot be read is passed over; what is
+    no list of names is told of.
+    """
     folders = dict.fromkeys(sources.folder_of(shard.path) for shard in index.shards)
     found = []
     for folder in filter(None, folders):
         where = f"{folder}/{CLASSES}"
-        with contextlib.suppress(OSError, ValueError):  # ValueError: no text
+        try:
             if "://" in folder:
                 content = sources.small_file(where, patience)
             else:
-                content = patiently(Path(where).read_bytes)
+                content = patiently(partial(_bytes_of, Path(where)))
             if content is not None:
                 found.append(ClassList(where, lines_of(content.decode())))
+        except OSError:
+            continue
+        except UnicodeDecodeError as error:
+            _warn(f"{_no_text(sources.redacted(where), error)}. Its names are left out")
+        except Refused as error:
+            _warn(f"{error}. Its names are left out")
     return tuple(found)
+
+
+@cache
+def _warn(told: str) -> None:
+    """Log a warning, once in a process."""
+    _log.warning("%s", told)
 
 
 def labelled(key: str, index: ShardIndex, patience: Patience = USUAL) -> Labelled:

@@ -96,7 +96,8 @@ class Jittered:
 
     def _seen(self, image: bytes, annotations: Sequence[Any], jitter: Jitter) -> Seen:
         classes = {category: number for number, category in enumerate(self.categories)}
-        pixels = seen(image, jitter, self.canvas.channels, self.margin)
+        channels, most = self.canvas.channels, self.canvas.max_pixels
+        pixels = seen(image, jitter, channels, self.margin, max_pixels=most)
         objects = objects_on(annotations, jitter, classes)
         extra = {
             "boxes": torch.from_numpy(objects.boxes),

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from rcmae.data.jpeg import Box, decode_box
-from rcmae.data.transforms import BadImage, decode, plain_jpeg
+from rcmae.data.transforms import MAX_PIXELS, BadImage, decode, plain_jpeg
 
 Size = tuple[int, int]  # (height, width) in pixels
 Style = Literal["vitdet", "benchmark"]
@@ -85,7 +85,9 @@ def seen_pixels(pixels: NDArray[np.uint8], jitter: Jitter) -> NDArray[np.uint8]:
     return _resized(pixels, Box(0, 0, *jitter.source), 1, jitter)
 
 
-def seen(data: bytes, jitter: Jitter, channels: int, margin: float) -> NDArray[np.uint8]:
+def seen(
+    data: bytes, jitter: Jitter, channels: int, margin: float, *, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
     """`seen_pixels` of an encoded image: of a JPEG only the part is decoded, at a half, a quarter
     or an eighth where the cut needs no more.
 
@@ -94,19 +96,20 @@ def seen(data: bytes, jitter: Jitter, channels: int, margin: float) -> NDArray[n
         jitter: of its size.
         channels: 1 or 3.
         margin: a JPEG is shrunk as long as it keeps this many times the pixels of the cut.
+        max_pixels: a larger image is refused before it takes memory.
 
     Raises:
         BadImage: the bytes cannot be decoded.
     """
-    head = plain_jpeg(data) if channels in (1, 3) else None
+    head = plain_jpeg(data, max_pixels) if channels in (1, 3) else None
     if head is None or (head.height, head.width) != jitter.source:
-        return seen_pixels(decode(data, channels), jitter)
+        return seen_pixels(decode(data, channels, max_pixels=max_pixels), jitter)
     shrink = _shrink(jitter, margin)
     box = _source_box(jitter, shrink)
     try:
         pixels = decode_box(data, box, shrink, channels)
     except ValueError:
-        return seen_pixels(decode(data, channels), jitter)  # if Pillow can
+        return seen_pixels(decode(data, channels, max_pixels=max_pixels), jitter)  # if Pillow can
     return _resized(pixels, box, shrink, jitter)
 
 

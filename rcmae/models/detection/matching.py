@@ -6,6 +6,7 @@ not to a place in a list: a region that another process leaves out changes no ot
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from rcmae.models.detection.boxes import overlaps
 FOREGROUND = 1
 BACKGROUND = 0
 IGNORED = -1
+PAIRS = 2**24  # of a box and an object that are compared at once: some 40 bytes each
 
 
 class Match(NamedTuple):
@@ -33,13 +35,12 @@ def match_anchors(anchors: Tensor, objects: Tensor, iou: tuple[float, float]) ->
     kind = torch.zeros(len(anchors), dtype=torch.int8, device=anchors.device)
     if not len(objects):
         return Match(kind, torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device))
-    shared = overlaps(objects, anchors)  # [M, N]
-    best, object = shared.max(dim=0)
+    tables = _tables(anchors, objects)
+    best, object = _best(tables)
     low, high = iou
     kind[(best >= low) & (best < high)] = IGNORED
     kind[best >= high] = FOREGROUND
-    nearest = shared == shared.max(dim=1, keepdim=True).values
-    kind[nearest.any(dim=0)] = FOREGROUND
+    kind[_nearest(tables)] = FOREGROUND
     return Match(kind, object)
 
 
@@ -48,9 +49,32 @@ def match_regions(regions: Tensor, objects: Tensor, iou: float) -> Match:
     kind = torch.zeros(len(regions), dtype=torch.int8, device=regions.device)
     if not len(objects):
         return Match(kind, torch.zeros(len(regions), dtype=torch.int64, device=regions.device))
-    best, object = overlaps(objects, regions).max(dim=0)
+    best, object = _best(_tables(regions, objects))
     kind[best >= iou] = FOREGROUND
     return Match(kind, object)
+
+
+def _tables(boxes: Tensor, objects: Tensor) -> Callable[[], Iterable[Tensor]]:
+    """Overlaps [M, n] of the objects with the boxes, part by part; computed again each time where
+    there are several parts, so that an image of thousands of objects does not fill the memory.
+    """
+    parts = boxes.split(max(1, PAIRS // len(objects)))
+    if len(parts) == 1:
+        whole = [overlaps(objects, boxes)]
+        return lambda: whole
+    return lambda: (overlaps(objects, part) for part in parts)
+
+
+def _best(tables: Callable[[], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of each box the largest overlap [N], and with which object [N]."""
+    found = [table.max(dim=0) for table in tables()]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
+def _nearest(tables: Callable[[], Iterable[Tensor]]) -> Tensor:
+    """[N] whether no other box overlaps one of the objects more."""
+    highest = torch.stack([table.amax(dim=1) for table in tables()]).amax(dim=0)
+    return torch.cat([(table == highest[:, None]).any(dim=0) for table in tables()])
 
 
 def sample(kind: Tensor, draws: Tensor, count: int, positive: float) -> tuple[Tensor, Tensor]:
