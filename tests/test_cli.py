@@ -270,6 +270,9 @@ def test_templates_are_copied_and_never_over_others(tmp_path, capsys):
     assert not (folder / "rank.sh").exists(), "all or nothing"
     assert cli.main(["slurm-templates", str(folder), "--overwrite"]) == 0
     assert (folder / "job.sh").read_text() == (ROOT / "slurm" / "job.sh").read_text()
+    capsys.readouterr()
+    assert cli.main(["slurm-templates", str(folder / "job.sh")]) == 2
+    assert capsys.readouterr().err == f"rcmae: {folder / 'job.sh'} is a file; give a folder\n"
 
 
 def test_folders_that_come_with_the_package_are_found():

@@ -297,6 +297,14 @@ def test_where_memory_does_not_suffice_the_message_says_what_to_set(
     assert wanted in capfd.readouterr().err
     (event,) = folder.events("stop")
     assert wanted in event["reason"]
+    with (
+        patch("rcmae.tasks.detect.new_detector", side_effect=full),
+        pytest.raises(AssertionError, match="the run ended its process"),
+    ):
+        start(recipe, tmp_path / "other")
+    said = capfd.readouterr().err
+    assert "out of memory while the network was built, with model.name=" in said
+    assert "on 1 rank; what helps: engine.name=fsdp2 on several ranks" in said
 
 
 def test_photographs_are_drawn_with_what_is_found(whole: Folder, tmp_path: Path) -> None:
@@ -328,6 +336,16 @@ def test_a_run_is_loaded_exported_and_found_again(
     command = [str(whole.path), "--format", "detectron2", "--what", "student", "--out", str(file)]
     assert export.main(command) == 0
     assert f"rcmae.load_detector({str(file)!r});" in capsys.readouterr().out
+    document = torch.load(file, weights_only=True)
+    assert document["metadata"] == {
+        "thing_classes": ["square", "disc"],
+        "thing_dataset_id_to_contiguous_id": {7: 0, 2: 1},
+    }
+    read = rcmae.load_detector(file)
+    assert (read.class_names, read.category_ids) == (("square", "disc"), (7, 2))
+    for unsound in (None, {"thing_classes": [1, 2]}, {"thing_classes": ["one"]}):
+        torch.save({**document, "metadata": unsound}, tmp_path / "other.pth")
+        assert rcmae.load_detector(tmp_path / "other.pth").class_names == ("0", "1")
     folder = [str(whole.path), "--format", "folder", "--out", str(tmp_path / "folder")]
     assert export.main(folder) == 2
     assert "use --format detectron2, or rcmae.load_detector" in capsys.readouterr().err

@@ -18,13 +18,14 @@ from rcmae.config import DetectOptions, ModelOptions
 from rcmae.errors import Refused
 from rcmae.models.batchnorm import GlobalBatchNorm
 from rcmae.models.classifier import Classifier
-from rcmae.models.detection import boxes, losses, regions
+from rcmae.models.detection import boxes, losses, matching, regions
 from rcmae.models.detection.benchmark import BiasedAttention, RelativeBias
+from rcmae.models.detection.boxes import overlaps
 from rcmae.models.detection.build import detector_sizes, fit_detector
 from rcmae.models.detection.cost import detection_cost
 from rcmae.models.detection.detector import Detector, Sampling
 from rcmae.models.detection.losses import Targets
-from rcmae.models.detection.matching import match_anchors, sample
+from rcmae.models.detection.matching import match_anchors, match_regions, sample
 from rcmae.models.detection.windows import WideAttention
 from rcmae.models.sizes import NetworkSizes
 from rcmae.weights.detectors import read_start
@@ -180,6 +181,31 @@ def test_an_object_has_its_nearest_anchor_whatever_that_reaches() -> None:
     assert match.kind.tolist() == [1, 0, 1, -1]
     assert match.object.tolist() == [0, 0, 1, 0]
     assert match_anchors(anchors, objects[:0], (0.3, 0.7)).kind.tolist() == [0, 0, 0, 0]
+
+
+def test_many_objects_are_matched_in_parts_with_the_same_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draws = torch.Generator().manual_seed(0)
+    corners = (64 * torch.rand(160, 2, generator=draws)).round()  # ties, too
+    boxes = torch.cat([corners, corners + 4 + (20 * torch.rand(160, 2, generator=draws))], dim=1)
+    boxes[100:120] = boxes[:20]
+    objects, anchors = boxes[120:], boxes[:120]
+    wanted = match_anchors(anchors, objects, (0.3, 0.5)), match_regions(anchors, objects, 0.5)
+    assert set(wanted[0].kind.tolist()) == {-1, 0, 1}
+    compared: list[int] = []
+
+    def counted(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        compared.append(len(one) * len(other))
+        return overlaps(one, other)
+
+    monkeypatch.setattr(matching, "overlaps", counted)
+    monkeypatch.setattr(matching, "PAIRS", 300)
+    found = match_anchors(anchors, objects, (0.3, 0.5)), match_regions(anchors, objects, 0.5)
+    assert max(compared) <= 300
+    for one, other in zip(wanted, found, strict=True):
+        assert torch.equal(one.kind, other.kind)
+        assert torch.equal(one.object, other.object)
 
 
 def test_sampling_counts_and_what_another_leaves_out_changes_no_luck() -> None:
@@ -359,11 +385,18 @@ def test_an_encoder_is_fitted_by_name() -> None:
         assert fit.resampled == (((2, 2), (3, 3)) if backbone == "vitdet" else None)
         assert {"cls_token"} <= set(fit.unused)
     for encoder, told in (
-        (encoder_of(64, 4), r"instead of .*: set model\.name"),
+        (
+            encoder_of(64, 4),
+            r"instead of .*: set model\.name \(or embed_dim, depth, num_heads\) to those of",
+        ),
         (encoder_of(32, 3), r"lacks backbone\.net\.blocks\.3"),
     ):
         with pytest.raises(Refused, match=told):
             fit_detector(detector(), encoder)
+    canvas = ModelOptions(name="vit_tiny_patch16", **{**MODEL, "image_size": 128})
+    larger = Detector(detector_sizes(canvas, DetectOptions(**DETECT)))
+    with pytest.raises(Refused, match=r"set .*, model\.image_size and detect\.window to those of"):
+        fit_detector(detector(), larger.state_dict())
 
 
 def test_patches_of_another_side_are_resized() -> None:

@@ -260,6 +260,11 @@ def test_a_segmenter_is_offered_the_exports_that_it_has() -> None:
         commands = [command for _, command in Segmentation().hints(ended)]
         offered.append(any(command.startswith("rcmae export") for command in commands))
     assert offered == [True, False]
+    for crop, transformers in (("[32,32]", True), ("[32,64]", False)):  # takes square images alone
+        recipe = config.load("segment_camvid_demo", [f"segment.crop={crop}"], task="segment")
+        ended = Ended(recipe, Path("runs/x"), is_done=True, launcher="rcmae")
+        labels = [label for label, _ in Segmentation().hints(ended) if "mmseg" in label]
+        assert ["hf-upernet" in label for label in labels] == [transformers]
 
 
 def test_a_segmenter_computes_the_features_of_a_published_encoder_at_other_sizes(

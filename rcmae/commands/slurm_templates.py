@@ -3,7 +3,7 @@
     rcmae slurm-templates DIR [--overwrite]
 
 DIR/README.md says what each is for, and what happens when. Exit status: 0 copied; 2 a file is there
-already, and nothing was copied; 1 the folder cannot be written.
+already, or DIR is one, and nothing was copied; 1 the folder cannot be written.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     from rcmae.files import shipped
 
+    if asked.folder.exists() and not asked.folder.is_dir():
+        print(f"rcmae: {asked.folder} is a file; give a folder", file=sys.stderr)
+        return 2
     templates = [path for path in sorted(shipped("slurm").iterdir()) if _is_template(path)]
     there = [path.name for path in templates if (asked.folder / path.name).exists()]
     if there and not asked.overwrite:

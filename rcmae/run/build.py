@@ -132,6 +132,9 @@ def build(verdict: Verdict, task: Task, stop: preempt.StopRequest) -> Run:
             presence.leave()
         else:
             error.add_note(presence.explain(error).message)
+            if ending.is_out_of_memory(error):
+                advice = ending.memory_advice_to_build(recipe, verdict.sizes)
+                error.add_note(f"rcmae: {advice}")
         if lease is not None:
             lease.release()
         raise

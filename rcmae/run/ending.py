@@ -199,6 +199,17 @@ def memory_advice(recipe: Recipe, sizes: Resolved) -> str:
     )
 
 
+def memory_advice_to_build(recipe: Recipe, sizes: Resolved) -> str:
+    """What to set where weights and moments do not fit, before any image is there."""
+    share = "engine.name=fsdp2 on several ranks, which share weights and moments, or "
+    return (
+        f"out of memory while the network was built, with model.name={recipe.model.name} and "
+        f"engine.name={recipe.engine.name} on {counted(sizes.world, 'rank')}; what helps: "
+        f"{'' if recipe.engine.name == 'fsdp2' else share}a smaller network (model.name, "
+        "model.depth, model.embed_dim); rcmae plan RECIPE says what fits before a start"
+    )
+
+
 def say(text: str) -> None:
     """One text for all ranks, on standard output."""
     if dist.launched_first():

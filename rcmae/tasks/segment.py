@@ -222,7 +222,9 @@ class Segmentation:
         hints = [(f'in Python: rcmae.load_segmenter("{place}")', seen)]
         one_token = ended.recipe.model.class_tokens == 1  # no other code has more
         if ended.recipe.segment.head == "uper" and one_token:
-            hints.append(("for mmsegmentation (or --format hf-upernet: transformers)", export))
+            height, width = ended.recipe.model.image_hw
+            also = " (or --format hf-upernet: transformers)" if height == width else ""
+            hints.append((f"for mmsegmentation{also}", export))
         return hints
 
 

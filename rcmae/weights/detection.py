@@ -36,7 +36,7 @@ from rcmae.models.detection.sizes import (
     windowed_blocks,
 )
 from rcmae.models.sizes import NetworkSizes
-from rcmae.weights.detectors import read_start
+from rcmae.weights.detectors import NUMBERS, THINGS, read_start
 from rcmae.weights.encoder import statistics
 from rcmae.weights.formats import PATH, WeightsFormat, Wrote
 from rcmae.weights.layouts import TORCH, Which
@@ -136,6 +136,9 @@ def load_detector(source: str | Path, *, network: Which | None = None) -> Loaded
     if recipe is None:
         sizes = sizes_of(found)
         mean, std = statistics(None, None, 3)
+        names, ids = (json.loads(found.metadata.get(key, "[]")) for key in (THINGS, NUMBERS))
+        if len(names) != sizes.regions.num_classes:
+            names, ids = (), ()
     else:
         kept = stored(recipe, imports=False)
         sizes = detector_sizes(kept.model, kept.detect)
@@ -222,7 +225,12 @@ def pixels_of(image: Any, channels: int) -> NDArray[np.uint8]:
 def _write_detectron2(manifest: Manifest, network: Which | None, out: Path) -> Wrote:
     found = read_network(manifest.path, network)
     weights: Mapping[str, Tensor] = found.weights
-    torch.save({"model": dict(weights), "__author__": "rcmae", "matching_heuristics": False}, out)
+    document = {"model": dict(weights), "__author__": "rcmae", "matching_heuristics": False}
+    detect = manifest.meta["recipe"]["detect"]
+    if detect.get("category_names") and detect.get("category_ids"):
+        numbers = {each: place for place, each in enumerate(detect["category_ids"])}
+        document["metadata"] = {THINGS: detect["category_names"], NUMBERS: numbers}
+    torch.save(document, out)
     use = f"rcmae.load_detector({PATH}); detectron2: DetectionCheckpointer(model).load({PATH})"
     return Wrote(found.metadata["network"], len(weights), use)
 

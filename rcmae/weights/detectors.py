@@ -7,6 +7,7 @@ it is read by a reader that builds arrays, plain containers and nothing else.
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -23,6 +24,9 @@ from rcmae.weights.layouts import Which
 from rcmae.weights.names import published_names
 from rcmae.weights.reading import NetworkWeights, opened, read_network
 
+# of a file's `metadata`, as detectron2's MetadataCatalog calls them
+THINGS = "thing_classes"
+NUMBERS = "thing_dataset_id_to_contiguous_id"  # COCO's id -> the class
 # what a pickle of arrays asks for; numpy called its core otherwise before 2.0
 _ARRAYS = {
     (f"numpy.{core}.multiarray", name): ("numpy._core.multiarray", name)
@@ -56,12 +60,28 @@ def read_start(
         document = opened(path)
         inner = document.get("model") if isinstance(document, Mapping) else None
         if isinstance(inner, Mapping) and any(str(name).startswith(HEADS) for name in inner):
-            return _named(path, inner)
+            named = _named(path, inner)
+            return named._replace(metadata=_classes(document.get("metadata")))
     found = read_network(path, network, first=first)
     if any(name.startswith(HEADS) for name in found.weights):
         return found
     # of a run's own network, which may name biases of queries and values
     return found._replace(weights=published_names(found.weights))
+
+
+def _classes(told: Any) -> dict[str, str]:
+    """Names and COCO's ids of the classes by a file's `metadata`, as JSON; nothing where it names
+    none.
+    """
+    names = told.get(THINGS) if isinstance(told, Mapping) else None
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        return {}
+    places = told.get(NUMBERS)
+    ids = list(places) if isinstance(places, Mapping) else []
+    is_sound = all(type(each) is int for each in ids)
+    if not is_sound or [places[each] for each in ids] != list(range(len(names))):
+        ids = []
+    return {THINGS: json.dumps(names), NUMBERS: json.dumps(ids)}
 
 
 def _named(path: Path, state: Mapping[str, Any]) -> NetworkWeights:

@@ -265,11 +265,19 @@ def _problems(
             f"{name} {list(found[name].shape)} instead of {list(wanted[name].shape)}"
             for name in differing
         ]
-        problems.append(
-            f"has {_some(told)}: set model.name (or embed_dim, depth, num_heads) and "
-            "model.image_size to those of the weights"
-        )
+        keys = ["model.name (or embed_dim, depth, num_heads)"]
+        if any("rel_pos" in each or "relative_position" in each for each in _longer(found, wanted)):
+            keys.append("model.image_size and detect.window")
+        if any(each.endswith("pos_embed") for each in _longer(found, wanted)):
+            keys.append("detect.pretrain_size")
+        problems.append(f"has {_some(told)}: set {', '.join(keys)} to those of the weights")
     return problems
+
+
+def _longer(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Names of tables of positions that have another number of rows: those of another canvas."""
+    tables = [name for name in found if name in wanted and "pos" in name]
+    return [name for name in tables if found[name].shape[:-1] != wanted[name].shape[:-1]]
 
 
 def _some(names: list[str]) -> str:
