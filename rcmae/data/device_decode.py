@@ -37,6 +37,11 @@ Item = TypeVar("Item")
 _log = logging.getLogger(__name__)
 
 
+# pixels of a box to one of the image, along a side; beyond it the host resizes: a block of torch's
+# CUDA kernel keeps what it reads in 48 KiB, which are full at 46
+MOST_SHRUNK = 40
+
+
 class Encoded(NamedTuple):
     """Images of a batch that the device is to decode. All tensors are on the CPU."""
 
@@ -63,6 +68,13 @@ def pack_boxes(boxes: Sequence[Tensor]) -> Boxes:
         pixels[start:end].view(height, width, channels).copy_(box.permute(1, 2, 0))
         start = end
     return Boxes(pixels, torch.tensor([box.shape[1:] for box in boxes]))
+
+
+def resized(box: Tensor, size: tuple[int, int]) -> Tensor:
+    """A box [1, C, h, w] in another size, [C, *size] float32: bicubic, antialiased, not rounded."""
+    shrinks = max(box.shape[2] / size[0], box.shape[3] / size[1])
+    place = box.to("cpu") if shrinks > MOST_SHRUNK else box
+    return interpolate(place.float(), size, mode="bicubic", antialias=True)[0].to(box.device)
 
 
 class DeviceResizer:
@@ -94,7 +106,7 @@ class DeviceResizer:
         for row, (height, width) in enumerate(boxes.sizes.tolist()):
             end = start + height * width * self._channels
             box = pixels[start:end].view(1, height, width, self._channels).permute(0, 3, 1, 2)
-            images[row] = interpolate(box.float(), self._size, mode="bicubic", antialias=True)[0]
+            images[row] = resized(box, self._size)
             start = end
         rounded = images.round_().clamp_(0, 255).to(torch.uint8)
         flipped = (crops[:, 4] == 1).to(self.device, non_blocking=True)
@@ -175,12 +187,9 @@ class DeviceDecoder:
                 bad.append(row)
                 continue
             top, left, height, width, flipped = crops[row].tolist()
-            box = pixels[None, :, top : top + height, left : left + width].float()
-            view = (
-                interpolate(box, images.shape[2:], mode="bicubic", antialias=True)[0]
-                .round_()
-                .clamp_(0, 255)
-            )
+            box = pixels[None, :, top : top + height, left : left + width]
+            size = (images.shape[2], images.shape[3])
+            view = resized(box, size).round_().clamp_(0, 255)
             out[row] = (view.flip(-1) if flipped else view).to(torch.uint8)
         return out, bad
 

@@ -118,7 +118,8 @@ class _OfMaps(torch.autograd.Function):
         ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = maps.to(weight.dtype)
-        places = x.new_tensor([x.numel() // x.shape[1]], dtype=torch.float64)
+        # filled on the device: a copy from the host would wait for it
+        places = x.new_full((1,), x.numel() // x.shape[1], dtype=torch.float64)
         totals = dist.all_sum(torch.cat([x.sum(dim=(0, 2, 3)).double(), places]))
         count = totals[-1]
         some = count.clamp(min=1)

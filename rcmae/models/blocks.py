@@ -215,3 +215,12 @@ def drop_path_draws(seed: int, positions: Sequence[int], rates: Sequence[float])
         uniform(seed, Purpose.DROP_PATH, position, count=2 * len(rates)) for position in positions
     ]
     return torch.stack([torch.from_numpy(row).view(-1, 2) >= drop for row in draws])
+
+
+def sent(draws: Tensor, device: torch.device) -> Tensor:
+    """What the host drew, where it is used. A GPU is not waited for: it copies from page-locked
+    memory, behind what it is doing.
+    """
+    if device.type != "cuda":
+        return draws.to(device)
+    return draws.pin_memory().to(device, non_blocking=True)

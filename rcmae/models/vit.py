@@ -38,6 +38,7 @@ from rcmae.models.blocks import (
     drop_path_draws,
     drop_path_rates,
     put_drop_path,
+    sent,
 )
 from rcmae.models.flops import block_flops, flops_per_image
 from rcmae.models.patches import Positions, patch_grid, patches_at, sincos_positions
@@ -140,7 +141,7 @@ class Encoder(nn.Module):
         if self._draws is None or not self.training:
             return None
         draws = drop_path_draws(self._drop_path_seed, positions.tolist(), self.drop_path_rates)
-        return draws.to(self.pos_embed.device)
+        return sent(draws, self.pos_embed.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
         """Casts and moves of the module (`.to`, `.bfloat16`), except that position tables never

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rcmae.data.batch import Batch
-from rcmae.models.blocks import drop_path_draws
+from rcmae.models.blocks import drop_path_draws, sent
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ class ClassifierLoss:
         rates = _classifier_of(student).drop_path_rates
         keep = None
         if any(rates):
-            keep = drop_path_draws(self.seed, batch.positions.tolist(), rates).to(
-                batch.images.device
-            )
+            draws = drop_path_draws(self.seed, batch.positions.tolist(), rates)
+            keep = sent(draws, batch.images.device)
         return {"classification": cross_entropy(student(batch.images, keep), batch, self.smoothing)}
 
 

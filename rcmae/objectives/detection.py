@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rcmae.data.batch import Batch
 from rcmae.data.draws import Purpose, raw
-from rcmae.models.blocks import drop_path_draws
+from rcmae.models.blocks import drop_path_draws, sent
 from rcmae.models.detection.detector import Detector, Sampling
 from rcmae.models.detection.losses import LOSSES, Targets
 
@@ -58,11 +58,11 @@ class DetectionLoss:
         positions = batch.positions.tolist()
         anchors = detector.num_anchors((batch.images.shape[2], batch.images.shape[3]))
         rates = detector.drop_path_rates
-        keep = drop_path_draws(self.seed, positions, rates).to(device) if any(rates) else None
+        keep = sent(drop_path_draws(self.seed, positions, rates), device) if any(rates) else None
         regions = anchors + Detector.most_objects
         return Sampling(
-            self._numbers(Purpose.ANCHORS, positions, anchors).to(device),
-            self._numbers(Purpose.REGIONS, positions, regions).to(device),
+            sent(self._numbers(Purpose.ANCHORS, positions, anchors), device),
+            sent(self._numbers(Purpose.REGIONS, positions, regions), device),
             keep,
         )
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from rcmae.data.batch import Batch
 from rcmae.data.dense.crops import MAPS
 from rcmae.data.dense.maps import none_of
+from rcmae.models.blocks import sent
 from rcmae.models.segmentation.heads import resized
 from rcmae.models.segmentation.segmenter import DenseProbe, Keep, Segmenter, drawn
 from rcmae.objectives.terms import widen
@@ -102,4 +103,4 @@ def _inside(wrapper: nn.Module) -> nn.Module:
 def _on(keep: Keep, batch: Batch) -> Keep:
     """The draws, where the images are."""
     device = batch.images.device
-    return Keep(*(None if each is None else each.to(device) for each in keep))
+    return Keep(*(None if each is None else sent(each, device) for each in keep))
