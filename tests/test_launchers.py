@@ -168,6 +168,33 @@ def test_where_rank_0_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launchers.host(launchers.launched()) == "first"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node[01-04,07]", "node01"),
+        ("n[3,1],m1", "n3"),
+        ("host-a,host-b", "host-a"),
+        ("rack[1-2]node[001-3]", "rack1node001"),
+        ("node[1-2]-ib0.example.org", "node1-ib0.example.org"),
+        ("gpu-a[0001-0100:2]", "gpu-a0001"),
+        *((odd, None) for odd in ("", "node[1-4", "n[]", "node]", "-h", "$(id)", "[a")),
+    ],
+)
+def test_the_first_host_of_a_node_list_in_any_notation(
+    nodes: str, first: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without scontrol, which a container lacks, and which waits for minutes for its slurm.conf."""
+    assert launchers.first_host(nodes) == first
+    step = "SLURM_PROCID=1 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2"
+    found = under(monkeypatch, f"{step} SLURM_STEP_NODELIST={nodes}")
+    if first is not None:
+        assert launchers.host(found) == first
+    else:
+        with pytest.raises(Refused, match=r"SLURM_STEP_NODELIST=.* export MASTER_ADDR"):
+            launchers.host(found)
+
+
 def test_cores_are_those_of_the_mask_and_of_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
     monkeypatch.setattr(cores, "_quota", lambda: float("inf"))

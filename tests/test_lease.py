@@ -20,6 +20,7 @@ import pytest
 from rcmae import checkpoint
 from rcmae.checkpoint import lease as lease_module
 from rcmae.checkpoint.lease import Fence, Lease, LeaseHeld, LeaseLost, exit_status, fence
+from rcmae.process.alive import boot
 from runs import Folder, equal, python_path, start, wait_for
 from tests.conftest import ROOT
 
@@ -233,6 +234,43 @@ def test_a_lease_that_stays_unreadable_refuses_a_start_and_fails_a_reader(
         take(tmp_path)
     with pytest.raises(OSError, match="cannot be read"):
         fence(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("00000009", {}),
+        ("00000001", {"generation": 9}),
+        ("00000001", {"from_step": -1}),
+        ("00000001", {"pid": "4711"}),
+        ("00000001", {"pid": 10**30}),
+        ("00000001", {"restart": None}),
+        ("00000001", {"host": ["a"]}),
+        ("00000001", {"token": None}),
+    ],
+)
+def test_a_lease_that_no_job_wrote_is_refused_by_its_name(
+    file: str, changed: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken, and lost at once to itself, or ended a start with a traceback."""
+    monkeypatch.setattr("rcmae.checkpoint.lease._READ_AGAIN_S", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    here = {"host": socket.gethostname(), "boot": boot(), "pid": 1, "job": "7", "restart": 0}
+    holder = {"generation": 1, "from_step": 0, "token": "t", **here} | changed
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases" / f"{file}.json").write_text(json.dumps(holder))
+    with pytest.raises(LeaseHeld, match=rf"{file}\.json cannot be read .* delete it"):
+        take(tmp_path, timeout_s=0.3)
+
+
+def test_a_beat_of_any_bytes_stands_still(tmp_path: Path) -> None:
+    holder = {"generation": 1, "from_step": 0, "token": "t", "host": "h", "boot": "b", "pid": 1}
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases" / "00000001.json").write_text(json.dumps({**holder, "job": ""}))
+    (tmp_path / "leases" / "00000001.beat").write_bytes(b"\xff\xfe\x00")
+    taken = take(tmp_path, timeout_s=0.2)
+    assert taken.generation == 2
+    taken.release()
 
 
 def test_a_holder_whose_beating_thread_is_stuck_stops_or_beats_by_itself(

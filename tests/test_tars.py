@@ -384,13 +384,23 @@ def test_a_copy_never_loses_what_is_not_understood_without_being_asked(tmp_path,
     assert len(ShardIndex.load(out)) == 2
 
 
-def test_compressed_tars_are_refused_by_name(tmp_path):
+def test_compressed_tars_are_refused_by_name(tmp_path, capsys):
     whole = write(tmp_path / "x.tar", labelled(3)).read_bytes()
 
     (tmp_path / "x.tar").write_bytes(gzip.compress(whole))
     assert "x.tar: is compressed" in scan(str(tmp_path / "x.tar")).problem
+    assert check(["verify", str(tmp_path / "x.tar"), "--jobs", "1"]) == 1
+    assert "x.tar: it is compressed" in capsys.readouterr().out
     (tmp_path / "x.tar").write_bytes(whole + gzip.compress(whole))
     assert set(notes_of(tmp_path / "x.tar")) == {"junk"}
+
+
+@pytest.mark.parametrize("command", ["verify", "repair"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, capsys, command):
+    os.mkfifo(tmp_path / "train-000000.tar")
+    words = [command, str(tmp_path / "train-*.tar"), "--jobs", "1"]
+    assert check([*words, *(["--out", str(tmp_path / "out")] if command == "repair" else [])]) == 2
+    assert "train-000000.tar: is a pipe, socket or device" in capsys.readouterr().err
 
 
 def test_a_training_warns_of_what_it_does_not_use(tmp_path):

@@ -365,8 +365,14 @@ def _holders(folder: Path) -> list[Holder]:
 def _holder(path: Path) -> Holder:
     """Who took a generation. Raises OSError, ValueError, TypeError or RecursionError."""
     holder = Holder(**json.loads(path.read_text()))
-    if type(holder.generation) is not int or type(holder.from_step) is not int:
-        raise TypeError("it names no generation and step")
+    least = {"generation": 1, "from_step": 0, "pid": 1, "restart": 0}
+    for key, value in asdict(holder).items():
+        if type(value) is not (int if key in least else str):
+            raise TypeError(f"its {key} is {value!r:.80}")
+        if isinstance(value, int) and not least[key] <= value < 2**31:
+            raise ValueError(f"its {key} is {value!r:.80}")
+    if holder.generation != int(path.stem):
+        raise ValueError(f"it is of generation {holder.generation}")
     return holder
 
 
@@ -398,6 +404,6 @@ def _link(folder: Path, holder: Holder) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return ""

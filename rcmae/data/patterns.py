@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import islice
+from stat import S_ISREG
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -156,7 +157,10 @@ def _not_a_shard(path: str, *, even_empty: bool) -> str | None:
     try:
         if os.path.isdir(path):
             return f"{path}: {_instead_of(path)}"
-        if os.stat(path).st_size == 0 and not even_empty:
+        about = os.stat(path)
+        if not S_ISREG(about.st_mode):  # opening a pipe waits for who writes it
+            return f"{path}: is a pipe, socket or device; images are read by offset from files"
+        if about.st_size == 0 and not even_empty:
             return f"{path}: is empty"
     except OSError as error:
         return f"{path}: {error.strerror}"

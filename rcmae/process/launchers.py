@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -79,6 +79,9 @@ _BY_MPI = ("mpirun", "mpiexec", "mpirun_rsh")  # they have no number for a start
 _MOST = 2**31 - 1  # of what a variable counts
 _PORTS = 8  # that are tried, one after the other
 _FIRST_PORT = 10000  # below the range that Linux gives to outgoing connections
+_FIRST_NODE = re.compile(r"(?:[^\[\],\s]|\[[^\[\]]*\])+")
+_RANGES = re.compile(r"\[([^\[\]]+)\]")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHELLS = {"bash", "sh", "dash", "zsh", "fish", "ksh", "tcsh", "csh", "tmux: server", "screen"}
 _INITS = {"systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "s6-svscan"}
 _LAUNCHERS = (
@@ -290,17 +293,25 @@ def host(found: Launched) -> str:
             f"{found.says} says that {found.who} started ranks on several hosts, but nothing says "
             "where rank 0 runs: set MASTER_ADDR and MASTER_PORT for all of them (mpirun -x)"
         )
-    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
-    try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
-        return listed.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+    name = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in env else "SLURM_JOB_NODELIST"
+    first = first_host(env.get(name, ""))
+    if first is None:
         raise Refused(
-            f"cannot tell the first host of SLURM_STEP_NODELIST={nodes!r} ({error}); export "
-            "MASTER_ADDR in the job, or unset SLURM_STEP_NUM_TASKS if it is left over from another"
-        ) from error
+            f"cannot tell the first host of {name}={env.get(name, '')!r:.200}; export MASTER_ADDR "
+            "in the job, or unset SLURM_STEP_NUM_TASKS if it is left over from another"
+        )
+    return first
+
+
+def first_host(nodes: str) -> str | None:
+    """The first host of a list in SLURM's notation, such as rack[1-2]n[003-9,12]-ib,login1; None
+    where it is none. Without scontrol, which containers lack.
+    """
+    first = _FIRST_NODE.match(nodes.strip())
+    if first is None or nodes.count("[") != nodes.count("]"):
+        return None
+    host = _RANGES.sub(lambda ranges: re.split("[-,]", ranges[1])[0], first.group())
+    return host if _HOST.fullmatch(host) else None
 
 
 # ------------------------------------------------------------------------------------- the launcher

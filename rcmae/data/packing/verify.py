@@ -39,6 +39,7 @@ from rcmae.data.packing.writer import add
 from rcmae.data.patterns import expand
 from rcmae.data.tars import (
     FIRST_DOT,
+    HEADER,
     LOST,
     NO_LABEL,
     BrokenTar,
@@ -48,6 +49,7 @@ from rcmae.data.tars import (
     Shard,
     image_suffix,
     label_in,
+    not_a_tar,
     together,
 )
 from rcmae.data.transforms import BadImage, channels_of, decode
@@ -135,7 +137,9 @@ def samples_of(
         if key is None:
             reject(Rejected("", -1, "the tar holds no files"))
     except (BrokenTar, OSError) as error:
-        reject(Rejected("", -1, f"the tar breaks off: {error}"))
+        why = not_a_tar(os.pread(file.fileno(), HEADER, 0))
+        said = f"it {why}" if why is not None else f"the tar breaks off: {error}"
+        reject(Rejected("", -1, said))
 
 
 def _sample(

@@ -4,7 +4,7 @@
 `shard` is the part of an index table that describes a tar, `scanning` makes it. Images are then
 read by offset, without a tar library."""
 
-from rcmae.data.tars.headers import BrokenTar
+from rcmae.data.tars.headers import BrokenTar, not_a_tar
 from rcmae.data.tars.kinds import KIND_OF_SUFFIX, KINDS, add_kind, suffix_of
 from rcmae.data.tars.samples import (
     FIRST_DOT,
@@ -63,6 +63,7 @@ __all__ = [
     "image_suffix",
     "is_no_tar",
     "label_in",
+    "not_a_tar",
     "scan",
     "scan_all",
     "shard_of",
