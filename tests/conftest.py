@@ -18,7 +18,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from runs import Folder, python_path, start
+from runs import Folder, collect_seldom, python_path, start
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,6 +33,7 @@ LONGEST = (
 
 settings.register_profile("here", deadline=None)  # a machine that is busy is no failure
 settings.load_profile("here")
+collect_seldom()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rcmae import checkpoint, train
+from rcmae.process import garbage
 from rcmae.run import preempt
 from rcmae.run.loop import schedule
 
@@ -97,6 +99,33 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor], kind: str) -> flo
         torch.cat([state[key].flatten() for key in keys]).double() for state in (one, other)
     )
     return float((got - wanted).norm() / wanted.norm())
+
+
+class SeldomThawed:
+    """Python's collector for a process with many trainings, in the place of `garbage.gc`.
+
+    Each training looks through all objects once, libraries too: a fifth of a second with all that
+    tests import, half of a tiny training. Here what was frozen stays so for ten trainings.
+    """
+
+    trainings = 10
+
+    def __init__(self) -> None:
+        self.left = self.trainings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(gc, name)
+
+    def unfreeze(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            gc.unfreeze()
+            self.left = self.trainings
+
+
+def collect_seldom() -> None:
+    """Let this process's trainings do so."""
+    garbage.gc = SeldomThawed()  # type: ignore[assignment]
 
 
 def start(recipe: Path | str, folder: Path, *overrides: str) -> int:

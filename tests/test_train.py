@@ -697,40 +697,39 @@ def test_a_run_goes_on_over_launchers_engines_kills_and_a_signal_to_one_rank(
 
 @pytest.mark.slow
 def test_any_engine_goes_on_from_any_others_checkpoint(
-    tiny: Path, tmp_path: Path, uninterrupted: Folder, ranks: Callable[..., Ranks]
+    tiny: Path, tmp_path: Path, ranks: Callable[..., Ranks]
 ) -> None:
     engines = {"zero1": ZERO1, "zero3": ZERO3, "fsdp2": FSDP2, "ddp": DDP}
-    saved = {name: tmp_path / name / "checkpoints" / "step-00000010" for name in engines}
-    saved["local"] = uninterrupted.checkpoints / "step-00000010"
-    jobs = [
-        [str(tiny), f"run.dir={tmp_path / name}", "run.stop_after_steps=10", *engine]
-        for name, engine in engines.items()
-    ]
+    small = ["model.depth=2", "model.decoder_depth=1", "batch.images=16"]
+    small += ["schedule.steps=14", "checkpoint.every_steps=8"]
+    whole = Folder(tmp_path / "whole")
+    assert start(tiny, whole.path, *small) == 0
+    saved = {name: tmp_path / name / "checkpoints" / "step-00000008" for name in engines}
+    saved["local"] = whole.checkpoints / "step-00000008"
+
+    def job(name: str, *overrides: str) -> list[str]:
+        return [str(tiny), f"run.dir={tmp_path / name}", *small, *overrides]
+
+    jobs = [job(name, "run.stop_after_steps=8", *engine) for name, engine in engines.items()]
     jobs += [
-        [
-            str(tiny),
-            f"run.dir={tmp_path / f'{saver}-{loader}'}",
-            f"checkpoint.resume={path}",
-            *engine,
-        ]
+        job(f"{saver}-{loader}", f"checkpoint.resume={path}", *engine)
         for loader, engine in engines.items()
         for saver, path in saved.items()
     ]
     said = ranks(MANY, json.dumps(jobs), world=2).succeed()
     assert f"STATUS {[75] * 4 + [0] * 20}" in said
     for saver in engines:
-        assert start(tiny, tmp_path / f"{saver}-local", f"checkpoint.resume={saved[saver]}") == 0
+        resume = f"checkpoint.resume={saved[saver]}"
+        assert start(tiny, tmp_path / f"{saver}-local", *small, resume) == 0
 
-    oracle, state = (
-        dict(zip(uninterrupted.steps(), uninterrupted.losses(), strict=True)),
-        uninterrupted.state(),
-    )
+    oracle = dict(zip(whole.steps(), whole.losses(), strict=True))
+    state = whole.state()
     pairs = [f"{saver}-{loader}" for saver in saved for loader in (*engines, "local")]
     pairs.remove("local-local")
     assert len(pairs) == 24
     for pair in pairs:
         went_on = Folder(tmp_path / pair)
-        assert went_on.steps() == list(range(11, 21)), pair
+        assert went_on.steps() == list(range(9, 15)), pair
         assert went_on.losses() == pytest.approx(
             [oracle[step] for step in went_on.steps()], rel=1e-5
         ), pair

@@ -1,7 +1,7 @@
 """Run on two ranks: train recipes one after the other in one process group, each with a rank that
 sleeps.
 
-Arguments: a JSON list of [cause, recipe, override, ...]; cause: where rank 1 sleeps 200 ms, "data",
+Arguments: a JSON list of [cause, recipe, override, ...]; cause: where rank 1 sleeps, "data",
 "compute", "save", or "" for nowhere. Prints `STATUS <list>` on rank 0: the exit status of each.
 """
 
@@ -22,17 +22,17 @@ from rcmae.models.vit import MaskedAutoencoder
 from rcmae.run import preempt
 from rcmae.tasks.registry import task_of
 
-SLEEPS = {
-    "data": (TrainReading, "__getitem__"),
-    "compute": (MaskedAutoencoder, "encode"),  # inside of what FSDP2 gathers
-    "save": (Saver, "_snapshot"),
+SLEEPS = {  # and seconds: of each step, or of the fifth step that is saved
+    "data": (TrainReading, "__getitem__", 0.08),
+    "compute": (MaskedAutoencoder, "encode", 0.08),  # inside of what FSDP2 gathers
+    "save": (Saver, "_snapshot", 0.3),
 }
 
 
-def sleepy(call: Callable[..., Any]) -> Callable[..., Any]:
+def sleepy(call: Callable[..., Any], seconds: float) -> Callable[..., Any]:
     def slept(*args: Any, **named: Any) -> Any:
         if torch.is_grad_enabled() or call.__name__ != "encode":  # the student alone
-            time.sleep(0.2)
+            time.sleep(seconds)
         return call(*args, **named)
 
     return slept
@@ -44,10 +44,10 @@ if __name__ == "__main__":
     statuses = []
     for cause, name, *overrides in json.loads(sys.argv[1]):
         recipe = config.load(name, overrides)
-        where, method = SLEEPS.get(cause, (Saver, "_snapshot"))
+        where, method, seconds = SLEEPS.get(cause, (Saver, "_snapshot", 0.0))
         call = getattr(where, method)
-        sleeps = bool(cause) and dist.rank() == 1
-        with patch.object(where, method, sleepy(call) if sleeps else call):
+        sleeps = seconds > 0 and dist.rank() == 1
+        with patch.object(where, method, sleepy(call, seconds) if sleeps else call):
             statuses.append(train.train(recipe, preempt.StopRequest(), task_of(recipe)))
     if dist.rank() == 0:
         print("STATUS", json.dumps(statuses))

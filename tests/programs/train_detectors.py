@@ -18,6 +18,7 @@ from choices import Recorded, feeding
 from rcmae import config, dist, train
 from rcmae.run import preempt
 from rcmae.tasks.registry import task_of
+from tests.runs import collect_seldom
 
 
 def trained(jobs: list[list[str]]) -> list[int]:
@@ -30,6 +31,7 @@ def trained(jobs: list[list[str]]) -> list[int]:
 
 
 if __name__ == "__main__":
+    collect_seldom()
     torch.set_num_threads(1)
     dist.start(required=True, timeout_s=120)
     recorded = Recorded.of(Path(sys.argv[1]))

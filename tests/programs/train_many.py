@@ -12,8 +12,10 @@ import torch
 from rcmae import config, dist, train
 from rcmae.run import preempt
 from rcmae.tasks.registry import task_of
+from tests.runs import collect_seldom
 
 if __name__ == "__main__":
+    collect_seldom()
     torch.set_num_threads(1)
     dist.start(required=True, timeout_s=120)
     statuses = []
