@@ -145,6 +145,20 @@ def test_student_and_teacher_are_judged_beside_what_does_not_train(
         assert two.events("evaluate")[0]["dense"]["networks"][name] == found[name]
 
 
+def test_names_of_classes_come_from_the_file_that_is_given(
+    tiny: Path, scenes: Path, tmp_path: Path
+) -> None:
+    for name in ("train.tar", "val.tar"):
+        shutil.copy(scenes / name, tmp_path)
+    (tmp_path / "names.txt").write_text("\n".join(each.upper() for each in CLASSES))
+    sets = {"train_shards": tmp_path / "train.tar", "test_shards": tmp_path / "val.tar"}
+    folder = tmp_path / "run"
+    assert start(tiny, folder, *dense(scenes, **sets, class_names=tmp_path / "names.txt")) == 0
+    document = json.loads((folder / "evaluation/step-00000004.json").read_text())
+    rows = document["dense"]["student"]["classes"]
+    assert [row["name"] for row in rows] == [each.upper() for each in CLASSES]
+
+
 def test_sets_that_cannot_be_judged_are_refused_before_anything_is_written(
     tiny: Path, scenes: Path, photo_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +182,8 @@ def test_sets_that_cannot_be_judged_are_refused_before_anything_is_written(
             {"train_shards": bare / "train.tar", "test_shards": bare / "val.tar"},
             "evaluate.dense.num_classes: give it",
         ),
+        ({"class_names": other / "classes.txt"}, f"evaluate.dense.class_names={other}/classes"),
+        ({"class_names": tmp_path / "none.txt"}, "evaluate.dense.class_names: "),
         ({"k": 0}, "evaluate.dense.k"),
         ({"k": 5000}, "evaluate.dense.train_shards have 384 patches; use fewer"),
         (

@@ -15,7 +15,7 @@ from rcmae.data.dense.crops import Labels
 from rcmae.data.dense.maps import MAX_CLASSES
 from rcmae.data.masking import Mask
 from rcmae.data.members.beyond import Numbering, beyond
-from rcmae.data.sets import Labelled, class_lists, met
+from rcmae.data.sets import ClassList, Labelled, class_lists, met, unlike
 from rcmae.errors import Refused
 from rcmae.evaluation.dense.neighbours import (
     Look,
@@ -61,8 +61,14 @@ def places(recipe: Recipe) -> dict[str, int]:
     return {each.key: number for number, each in enumerate(sets_of(recipe))}
 
 
-def judge_dense(recipe: Recipe, data: Data) -> Judgement:
-    """What stands against the sets of the dense k-NN, and their classes."""
+def judge_dense(recipe: Recipe, data: Data, names: tuple[str, ...] = ()) -> Judgement:
+    """What stands against the sets of the dense k-NN, and their classes.
+
+    Args:
+        recipe: as it is asked for.
+        data: its samples.
+        names: in evaluate.dense.class_names.
+    """
     judgement = Judgement()
     place = places(recipe)
     if DENSE_TRAIN not in place or not data.sets:
@@ -76,10 +82,20 @@ def judge_dense(recipe: Recipe, data: Data) -> Judgement:
     judgement.warnings += meeting.warnings
     given = recipe.evaluate.dense.num_classes
     lists = [each.names for each in (*train.classes[:1], *test.classes[:1])]
+    if names:
+        mine = ClassList(f"evaluate.dense.class_names={recipe.evaluate.dense.class_names}", names)
+        told = [unlike(mine, each) for each in train.classes[:1]]
+        judgement.problems += [each for each in told if each]
+        lists = [names]
+        if given is not None and given != len(names):
+            judgement.problems.append(
+                f"evaluate.dense.num_classes={given}, but {len(names)} classes are named; leave it "
+                "out"
+            )
     if given is None and not lists:
         judgement.problems.append(
-            "evaluate.dense.num_classes: give it, or put classes.txt, a name a line, beside "
-            "evaluate.dense.train_shards"
+            "evaluate.dense.num_classes: give it, or evaluate.dense.class_names, or put "
+            "classes.txt, a name a line, beside evaluate.dense.train_shards"
         )
     num_classes = given or max([0, *map(len, lists)])
     if num_classes > MAX_CLASSES:
@@ -271,6 +287,9 @@ def dense(context: Evaluating) -> dict[str, Tensor]:
 
 def dense_names(context: Evaluating) -> tuple[str, ...]:
     """Names of the classes of the dense k-NN, where a file has some. Not collective."""
+    if context.found is not None and context.found.dense_names:
+        names: tuple[str, ...] = context.found.dense_names
+        return names
     index = context.sets[places(context.recipe)[DENSE_TRAIN]]
     try:
         found = class_lists(index)

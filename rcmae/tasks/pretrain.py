@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from rcmae.objectives.masks import make_mask
 from rcmae.plugins import is_plugin
 from rcmae.tasks import judging, start
 from rcmae.tasks.checking import try_objective
+from rcmae.tasks.classify import names_given
 from rcmae.tasks.following import sizes_told
 from rcmae.tasks.protocol import (
     Data,
@@ -44,6 +46,13 @@ from rcmae.weights.reading import NetworkWeights
 from rcmae.weights.starting import function_problems, start_notes, start_of
 
 
+class Found(NamedTuple):
+    """What rank 0 read for a pretraining."""
+
+    weights: NetworkWeights | None  # the shapes of those to start from
+    dense_names: tuple[str, ...]  # of evaluate.dense.class_names
+
+
 class Pretraining:
     """The task of `rcmae train`."""
 
@@ -55,17 +64,19 @@ class Pretraining:
     metrics: Mapping[str, str] = MappingProxyType({"knn": "k-NN", "miou": "dense k-NN"})
     formats: Mapping[str, WeightsFormat] = MappingProxyType({})
 
-    def look(self, recipe: Recipe, saved: Saved | None) -> NetworkWeights | None:
-        """The shapes of weights to start from."""
+    def look(self, recipe: Recipe, saved: Saved | None) -> Found:
+        """The shapes of weights to start from, and names of classes."""
+        dense = recipe.evaluate.dense
+        names = names_given("evaluate.dense.class_names", dense.class_names)
         init = recipe.checkpoint.init
         if init is None or saved is not None:
-            return None
-        return start.look_at("checkpoint.init", init, None, first="student")
+            return Found(None, names)
+        return Found(start.look_at("checkpoint.init", init, None, first="student"), names)
 
     def judge(
         self,
         recipe: Recipe,
-        found: NetworkWeights | None,
+        found: Found | None,
         data: Data,
         saved: Saved | None,
         world: int,
@@ -73,7 +84,8 @@ class Pretraining:
         """Weights to start from that do not fit the network; what keeps a training of constant rate
         from being a trunk, as a note.
         """
-        judgement = judging.judge_dense(recipe, data)
+        names = found.dense_names if found is not None else ()
+        judgement = judging.judge_dense(recipe, data, names)
         if saved is None and is_plugin(recipe.objective.name):
             tried = try_objective(recipe)
             judgement.problems += tried.problems
@@ -82,22 +94,22 @@ class Pretraining:
             judgement.notes += [
                 f"no trunk for rcmae cooldown: {why}" for why in ties_to_the_end(recipe)
             ]
-        if found is None:
+        if found is None or found.weights is None:
             return judgement
-        options = recipe.checkpoint
+        options, weights = recipe.checkpoint, found.weights
         where = f"checkpoint.init={options.init}"
         try:
             with torch.device("meta"):
                 network = new_network(recipe)
-                begun = start_of(network, found, options.init_decoder)
+                begun = start_of(network, weights, options.init_decoder)
         except Refused as error:
-            way = sizes_told(found, recipe.task.name)
+            way = sizes_told(weights, recipe.task.name)
             judgement.problems.append(f"{where} with model.name={recipe.model.name}: {error}{way}")
             return judgement
         own = options.init_decoder == "file"
-        problems = function_problems(found, network.sizes, decoder=own)
+        problems = function_problems(weights, network.sizes, decoder=own)
         judgement.problems += [f"{where}: {problem}" for problem in problems]
-        judgement.notes += start_notes(found, network.sizes, begun.table(), where)
+        judgement.notes += start_notes(weights, network.sizes, begun.table(), where)
         return judgement
 
     def evaluation_sets(self, recipe: Recipe) -> Sequence[EvaluationSet]:
@@ -120,9 +132,7 @@ class Pretraining:
         """Nothing but image and label."""
         return None
 
-    def network(
-        self, recipe: Recipe, found: NetworkWeights | None, saved: Saved | None
-    ) -> nn.Module:
+    def network(self, recipe: Recipe, found: Found | None, saved: Saved | None) -> nn.Module:
         """The student: weights of run.seed, or those of checkpoint.init. Collective."""
         student = new_student(recipe)
         init = recipe.checkpoint.init
