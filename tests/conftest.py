@@ -122,6 +122,21 @@ def ranks(tmp_path: Path) -> Callable[..., Ranks]:
     return start
 
 
+def two_photographs() -> list[np.ndarray]:
+    """scikit-learn's, [427, 640, 3]; where it is not installed, two of noise, which do for all that
+    is not held against numbers of the photographs.
+    """
+    try:
+        import sklearn  # here alone: tests without photographs need it not
+    except ModuleNotFoundError:
+        draw = np.random.default_rng(0)
+        small = [Image.fromarray(draw.integers(0, 255, (43, 64, 3), np.uint8)) for _ in range(2)]
+        return [np.asarray(image.resize((640, 427))) for image in small]
+    images = Path(sklearn.__file__).parent / "datasets" / "images"
+    names = ("china.jpg", "flower.jpg")
+    return [np.asarray(Image.open(images / name, formats=["JPEG"])) for name in names]
+
+
 @pytest.fixture(scope="session")
 def photo_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A pattern of six shards of 40 tiles each, 44 to 95 pixels a side, cut from scikit-learn's two
@@ -129,15 +144,8 @@ def photo_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     The label of a tile is its quadrant of its photograph, 0 to 7. Every call writes the same bytes.
     """
-    import sklearn  # here alone: tests without photographs run where it is not
-
     folder = tmp_path_factory.mktemp("photo-shards")
-    images = Path(sklearn.__file__).parent / "datasets" / "images"
-    # [427, 640, 3]
-    photographs = [
-        np.asarray(Image.open(images / name, formats=["JPEG"]))
-        for name in ("china.jpg", "flower.jpg")
-    ]
+    photographs = two_photographs()
     draw = np.random.default_rng(0)
     for shard in range(6):
         with tarfile.open(folder / f"photo-{shard:06d}.tar", "w") as tar:

@@ -12,6 +12,8 @@ import torch
 
 from runs import Folder, start
 
+pytest.importorskip("sklearn", reason="the numbers are of its photographs")
+
 PIXIO = [
     "objective.mask_grid=2",
     "model.class_tokens=3",

@@ -2,12 +2,17 @@
 goes on where it was stopped."""
 
 import json
+import socket
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import gpu_cases
 import pytest
+import torch
 
+from rcmae.process.alive import boot, died_here
 from tools import gpu_day
 
 
@@ -84,6 +89,81 @@ def test_no_case_begins_that_may_end_too_late(
     every = [case["name"] for part in gpu_day.PARTS for case in gpu_day.cases_of(part, False)]
     assert len(every) == len(set(every))
     assert set(json.loads(out.read_text())["cases"]) == set(every)
+
+
+def test_the_first_cases_of_all_parts_come_first() -> None:
+    names = [case["name"] for case in gpu_day.in_order(gpu_day.PARTS, False)]
+    assert [name.split("/")[0] for name in names[: len(gpu_day.PARTS)]] == list(gpu_day.PARTS)
+    assert len(names) == len(set(names)) > 30
+
+
+ENDLESS = """
+import json, subprocess, sys, time
+case = json.loads(sys.argv[1])[0]
+beside = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("CASE " + json.dumps({"name": case["name"], "result": {"beside": beside.pid}}), flush=True)
+print("CASE {", end="", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_case_leaves_behind_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "gpu_cases.py").write_text(ENDLESS)
+    monkeypatch.setattr(gpu_day, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_day, "LEAVES_S", 0.1)
+    done, missing = {"name": "done"}, {"name": "missing"}
+    begin = time.monotonic()
+    (row,) = gpu_day.run_cases([done], False, 60.0)
+    assert time.monotonic() - begin < 30  # it says all that it has to, and does not end
+    assert died_here(socket.gethostname(), boot(), row["result"]["beside"])
+    rows = gpu_day.run_cases([done, missing], False, 1.0)
+    assert [row["name"] for row in rows] == ["done", "missing"]
+    assert rows[1]["error"].startswith("over 1 s")
+
+
+def test_a_batch_that_does_not_fit_is_an_answer_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand more")
+
+    def broken(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
+        raise KeyError("something")
+
+    kinds = {"full": full, "broken": broken, "well": lambda case, tiny: {"a": 1}}
+    monkeypatch.setattr(gpu_cases, "KINDS", kinds)
+    for name in ("start", "finish"):
+        monkeypatch.setattr(gpu_cases.dist, name, lambda **_: None)
+    cases = [{"name": kind, "kind": kind, "images": 7} for kind in kinds]
+    assert gpu_cases.main([json.dumps(cases)]) == 0
+    rows = [json.loads(line.removeprefix("CASE ")) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0]["result"]["out_of_memory"].endswith("Tried to allocate 9 GiB")
+    assert rows[0]["result"]["images"] == 7
+    assert "something" in rows[1]["error"]
+    assert rows[2]["result"] == {"a": 1}
+    report = {"cases": {row.pop("name"): row for row in rows}, "summary": {}}
+    gpu_day.print_report({**report, "hardware": {"cpu": "x"}, "versions": {"torch": "2"}})
+    said = capsys.readouterr().out
+    assert "out of memory: CUDA out of memory" in said
+    assert "failed: KeyError" in said
+
+
+def test_a_steps_time_is_kept_where_the_rest_is_not_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failures: dict[str, str] = {}
+    with gpu_cases.noting(failures, "kernels"):
+        raise RuntimeError("torch's profiler saw no kernels")
+    result = {"step_s": {"median": 0.1}, "images_per_s": 10.0, "kernels_s": None, "host_s": 0.02}
+    result |= {"news": ["torch.compile: no"], "not_measured": failures}
+    report: dict[str, Any] = {"cases": {"steps/L": {"result": result}}, "summary": {}}
+    gpu_day.print_report({**report, "hardware": {"cpu": "x"}, "versions": {"torch": "2"}})
+    said = capsys.readouterr().out
+    assert "no kernels: RuntimeError: torch's profiler saw no kernels" in said
+    assert "torch.compile: no" in said
 
 
 def test_numbers_of_another_machine_are_not_mixed_in(

@@ -39,13 +39,14 @@ from rcmae.data.packing.writer import PackingOptions, make_shards
 from rcmae.engines.build import make_engine
 from rcmae.models.build import new_student, new_teacher
 from rcmae.models.precision import bf16_of
-from rcmae.models.tuning import attention
+from rcmae.models.tuning import attention, compiling
 from rcmae.objectives import make_objective
 from rcmae.planning import planner
 from rcmae.planning.estimates import cost_of, placement, speed, variant_of
 from rcmae.planning.hardware import GPUS, peak_flops
 from rcmae.planning.live import made_up_batch, measure
 from rcmae.planning.site import UTILISATION, Site
+from rcmae.run.build import choose_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -72,7 +73,7 @@ SHAPES = (
     *((tokens, tokens, 16, 80) for tokens in (65, 257)),
 )
 PHOTOGRAPHS = (375, 500)  # pixels
-# a training beside this process is no rank of it
+PROGRAM_S = 400  # of a program beside this process
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -103,6 +104,8 @@ class Step:
         student = new_student(recipe)
         self._has_teacher = bool(self._objective.teacher_outputs)
         teacher = new_teacher(student, self._objective.teacher_outputs)
+        if dist.device().type == "cuda":  # as a training
+            choose_attention(recipe, sizes, self._objective, student, teacher)
         self._batch = made_up_batch(student, recipe.batch.images, dist.device())
         self._counts = self._objective.counts(self._batch)
         self._engine = make_engine(recipe, sizes, student, teacher, engine_config)
@@ -153,24 +156,46 @@ def measure_step(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
     first_s = time.perf_counter() - began  # with what is compiled
     rows = rounds_of(step, count, warmup)
     peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
-    kernels_s = kernel_seconds(step, 1 if tiny else 3)
-    if case["images"] != FEW:
-        del step
-        gc.collect()
-        step = Step(recipe_of(case, tiny, FEW))
-    host = rounds_of(step, count, warmup)
+    not_measured: dict[str, str] = {}  # and why: a step's time is worth having without the rest
+    kernels_s = None
+    with noting(not_measured, "kernels"):
+        kernels_s = kernel_seconds(step, 1 if tiny else 3)
+    host_s = None
+    with noting(not_measured, "host"):
+        if case["images"] != FEW:
+            del step
+            gc.collect()
+            step = Step(recipe_of(case, tiny, FEW))
+        host = rounds_of(step, count, warmup)
+        host_s = statistics.median(row["step"] for row in host)
     seconds = statistics.median(row["step"] for row in rows)
+    told: dict[str, Any] = {}
+    with noting(not_measured, "plan"):
+        told = against_plan(recipe, seconds)
     return {
         "step_s": bench_step.spread([row["step"] for row in rows]),
         "phases_s": {
             name: statistics.median(row[name] for row in rows) for name in PHASES if name in rows[0]
         },
+        "images_per_s": recipe.batch.images / seconds,
         "kernels_s": kernels_s,
-        "host_s": statistics.median(row["step"] for row in host),
+        "host_s": host_s,
         "first_step_s": first_s,
         "peak_bytes": peak_bytes,
-        **against_plan(recipe, seconds),
+        "attention": attention.told(),
+        "news": compiling.drain_news(),  # blocks that were not compiled after all
+        "not_measured": not_measured,
+        **told,
     }
+
+
+@contextlib.contextmanager
+def noting(failures: dict[str, str], what: str) -> Iterator[None]:
+    """Note what ends with an exception inside, and go on."""
+    try:
+        yield
+    except Exception:
+        failures[what] = traceback.format_exc()[-1500:]
 
 
 def kernel_seconds(step: Step, count: int) -> float:
@@ -184,7 +209,10 @@ def kernel_seconds(step: Step, count: int) -> float:
             step(bench_step.NoWatch())
         bench_step.Stopwatch(dist.device()).read()  # waits
     which = "self_device_time_total" if cuda else "self_cpu_time_total"
-    return float(sum(getattr(row, which) for row in found.key_averages())) / 1e6 / count
+    seconds = float(sum(getattr(row, which) for row in found.key_averages())) / 1e6 / count
+    if not seconds:  # where CUPTI may not be used
+        raise RuntimeError("torch's profiler saw no kernels")
+    return seconds
 
 
 def gpu_key() -> str:
@@ -195,7 +223,7 @@ def gpu_key() -> str:
 
 
 def against_plan(recipe: Recipe, seconds: float) -> dict[str, Any]:
-    """Images/s, utilisation and the recipe's hours, beside what `rcmae plan` computes."""
+    """Utilisation and the recipe's hours, beside what `rcmae plan` computes."""
     images = recipe.batch.images
     cost = cost_of(recipe)
     sizes = config.resolve(recipe, world=1, samples_per_epoch=images)
@@ -205,7 +233,6 @@ def against_plan(recipe: Recipe, seconds: float) -> dict[str, Any]:
     peak = peak_flops(GPUS[gpu_key()].device_name, recipe.engine.precision)
     rate = images / seconds
     return {
-        "images_per_s": rate,
         "flops_per_s": rate * cost.step_flops,
         "mfu": rate * cost.step_flops / peak if peak else None,
         "of": {  # what `rcmae plan` finds it by
@@ -343,10 +370,9 @@ def measure_shards(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
         words += [f"engine.compile={compiles}", *ENGINES[case["engine"]]]
         words += TINY if tiny else []
         command = [sys.executable, "-m", "rcmae.train", case["recipe"], *words]
-        env = {key: value for key, value in os.environ.items() if key not in OF_RANKS}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
-        if done.returncode:
-            raise RuntimeError(f"the training ended with {done.returncode}\n{done.stderr[-2000:]}")
+        status, _, errors = alone(command)
+        if status:
+            raise RuntimeError(f"the training ended with {status}\n{errors[-2000:]}")
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines][-max(1, steps // 4) :]
     step = Step(recipe_of(case, tiny))
@@ -370,16 +396,39 @@ def measure_tests(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
             marked.append(str(path))
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     command += ["--collect-only"] if tiny else []
-    done = subprocess.run(
-        [*command, *marked], cwd=ROOT, capture_output=True, text=True, timeout=400
+    status, output, errors = alone([*command, *marked])
+    told = output.strip().splitlines()
+    if status:
+        raise RuntimeError("\n".join(told[-40:]) + errors[-1000:])
+    skipped = [line for line in told if line.startswith("SKIPPED")]
+    return {"files": [Path(path).name for path in marked], "told": told[-1], "skipped": skipped}
+
+
+def alone(command: Sequence[str]) -> tuple[int, str, str]:
+    """A program beside this process, which is no rank of it: its status and what it said."""
+    env = {key: value for key, value in os.environ.items() if key not in OF_RANKS}
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    told = done.stdout.strip().splitlines()
-    if done.returncode:
-        raise RuntimeError("\n".join(told[-40:]) + done.stderr[-1000:])
-    return {"files": [Path(path).name for path in marked], "told": told[-1]}
+    try:
+        output, errors = child.communicate(timeout=PROGRAM_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        output, errors = child.communicate()
+        raise RuntimeError(f"over {PROGRAM_S} s\n{output[-1500:]}\n{errors[-1000:]}") from None
+    return child.returncode, output, errors
 
 
 # ------------------------------------------------------------------------------------------ process
+
+
+def out_of_memory(case: dict[str, Any], error: Exception) -> dict[str, Any]:
+    """That a case does not fit, and how far it came."""
+    return {
+        "out_of_memory": str(error).strip().splitlines()[0],
+        "images": case.get("images"),
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
 
 
 KINDS: dict[str, Callable[[dict[str, Any], bool], dict[str, Any]]] = {
@@ -408,6 +457,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         row: dict[str, Any] = {"name": case["name"]}
         try:
             row["result"] = KINDS[case["kind"]](case, asked.tiny)
+        except torch.OutOfMemoryError as error:  # an answer, not a failure
+            row["result"] = out_of_memory(case, error)
         except Exception:  # whatever a case ends with, the others are measured
             row["error"] = traceback.format_exc()[-3000:]
         gc.collect()

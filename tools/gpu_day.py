@@ -10,7 +10,9 @@ Parts: `ceilings` (products, copies), `attention` (each kernel, each shape), `st
 RC-MAE and MAE, compiled and not), `engines` (DDP, FSDP2 and ZeRO-1 to 3 at one rank), `batches`,
 `memory` (told and measured), `shards` (end to end from a disk), `tests` (those marked gpu). Each
 case runs in a process of its own and is written to FILE when it is done, so the same command goes
-on where it was stopped; no case begins that might end later than N seconds from the start.
+on where it was stopped; no case begins that might end later than N seconds from the start. The
+first cases of all parts come before the second ones. A batch that the memory does not hold is an
+answer; a case that fails says why and is tried again last, in the next call.
 
 torch, its CUDA and numpy are there already; whatever else is missing is installed from FOLDER, into
 a temporary folder. Exit status: 0 all is measured; 75 run it again for the rest; 1 cases failed; 2
@@ -20,11 +22,14 @@ unusable input.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -32,12 +37,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "tools" / "results" / "gpu_day.json"
 AGAIN = 75
 LONGEST_S = 450.0  # of a case
+COMPILED_S, EAGER_S = 150, 60  # that a case may take where nothing is compiled yet
+MOST_SAID = 2**26  # bytes that a process says
+OWN_GROUP: dict[str, Any] = {"start_new_session": True}
+LEAVES_S = 20.0  # that a process may take to end when its cases are done
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # of what one case compiles, for all others
 PARTS = ("ceilings", "attention", "steps", "engines", "batches", "memory", "shards", "tests")
 # images that fill a GPU of 80 GB: those of the recipes
 MODELS = {"L": ("l_16", 128), "H": ("h_14", 64), "B": ("b_16", 256), "S": ("s_16", 512)}
@@ -62,7 +72,7 @@ MOST_MB = 40
 def cases_of(part: str, tiny: bool) -> list[dict[str, Any]]:
     """What a part measures, what matters most first."""
     if part in ("ceilings", "tests"):
-        return [{"name": part, "kind": part, "about_s": 30}]
+        return [{"name": part, "kind": part, "about_s": 30 if part == "ceilings" else COMPILED_S}]
     if part == "attention":
         return [{"name": part, "kind": part, "images": 2 if tiny else 128, "about_s": 90}]
     if part == "shards":
@@ -94,7 +104,7 @@ def _few(values: Sequence[Any], tiny: bool) -> Sequence[Any]:
 
 
 def _step(
-    part: str, model: str, engine: str, compiles: bool, images: int = 0, about_s: int = 60
+    part: str, model: str, engine: str, compiles: bool, images: int = 0, about_s: int = 0
 ) -> dict[str, Any]:
     name, usual = MODELS[model]
     images = images or usual
@@ -106,8 +116,14 @@ def _step(
         "engine": engine,
         "images": images,
         "compile": compiles,
-        "about_s": about_s,
+        "about_s": about_s or (COMPILED_S if compiles else EAGER_S),
     }
+
+
+def in_order(parts: Sequence[str], tiny: bool) -> list[dict[str, Any]]:
+    """The cases of these parts: the first of each, then the second ones, and so on."""
+    rounds = itertools.zip_longest(*(cases_of(part, tiny) for part in parts))
+    return [case for each in rounds for case in each if case is not None]
 
 
 def run_cases(cases: Sequence[dict[str, Any]], tiny: bool, limit_s: float) -> list[dict[str, Any]]:
@@ -118,29 +134,46 @@ def run_cases(cases: Sequence[dict[str, Any]], tiny: bool, limit_s: float) -> li
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    env.setdefault(CACHE, str(Path(tempfile.gettempdir()) / f"gpu_day-compiled-{os.getuid()}"))
     if tiny:
         env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     told = json.dumps(cases)
     command = [sys.executable, str(ROOT / "tools" / "gpu_cases.py"), told]
     command += ["--tiny"] if tiny else []
-    why = f"not done within {limit_s:.0f} s"
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, env=env, stdout=said, stderr=errors)
+        child = subprocess.Popen(command, env=env, stdout=said, stderr=errors, **OWN_GROUP)
         try:
-            child.wait(timeout=limit_s)
-            errors.seek(0)
-            why = f"ended with status {child.returncode}: {errors.read()[-2000:]}"
-        except subprocess.TimeoutExpired:
-            pass
+            ended = _wait_for(child, said, len(cases), limit_s)
         finally:
-            child.kill()
+            # with what it started: a training or the tests would go on, on the GPU
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-        said.seek(0)
-        lines = [line for line in said if line.startswith("CASE ")]
-    rows = [json.loads(line.removeprefix("CASE ")) for line in lines]
+        errors.seek(0)
+        why = f"ended with status {child.returncode}" if ended else f"over {limit_s:.0f} s"
+        why = f"{why}: {errors.read()[-2000:]}"
+        rows = _rows(said)
     have = {row["name"] for row in rows}
     missing = [case["name"] for case in cases if case["name"] not in have]
     return rows + [{"name": name, "error": why, "seconds": 0.0} for name in missing]
+
+
+def _wait_for(child: subprocess.Popen[bytes], said: IO[str], count: int, limit_s: float) -> bool:
+    """Return when a process has said its rows, or is over: whether it is."""
+    end = time.monotonic() + limit_s
+    while child.poll() is None and time.monotonic() < end:
+        if len(_rows(said)) == count:  # what is left is to leave, in which libraries may hang
+            end = min(end, time.monotonic() + LEAVES_S)
+        time.sleep(0.2)
+    return child.poll() is not None
+
+
+def _rows(said: IO[str]) -> list[dict[str, Any]]:
+    """The rows that a process has written whole. Its own place in the file does not move."""
+    text = os.pread(said.fileno(), MOST_SAID, 0).decode(errors="replace")
+    lines = [line for line in text.splitlines(keepends=True) if line.startswith("CASE ")]
+    whole = [line.removeprefix("CASE ") for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in whole]
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -149,11 +182,12 @@ def run_cases(cases: Sequence[dict[str, Any]], tiny: bool, limit_s: float) -> li
 def about(tiny: bool) -> dict[str, Any]:
     """What is measured on what. In a process of its own: this one leaves the GPU alone."""
     program = (
-        "import json, torch, platform; from rcmae.planning.hardware import commit, hardware; "
+        "import json, torch; from rcmae.planning.gpus import read_gpus; gpus = read_gpus(); "
+        "from rcmae.planning.hardware import commit, hardware; from rcmae.planning import node; "
         f"cuda = torch.cuda.is_available() and not {tiny}; "
-        "print(json.dumps({'commit': commit(), 'hardware': hardware(torch.device("
-        "'cuda' if cuda else 'cpu')), 'versions': {'python': platform.python_version(), "
-        "'torch': torch.__version__}}))"
+        "place = torch.device('cuda' if cuda else 'cpu'); print(json.dumps({'commit': commit(), "
+        "'hardware': hardware(place), 'versions': node.versions() | {'cudnn': "
+        "torch.backends.cudnn.version() if cuda else None}, 'driver': gpus}))"
     )
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": path}
@@ -217,6 +251,23 @@ def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _print_step(name: str, result: dict[str, Any]) -> None:
+    kernels, host = (
+        "      -" if result[key] is None else f"{1e3 * result[key]:7.1f}"
+        for key in ("kernels_s", "host_s")
+    )
+    told = f" (told {result['told']['images_per_s']:.0f})" if "told" in result else ""
+    mfu = "     -" if result.get("mfu") is None else f"{result['mfu']:6.1%}"
+    print(
+        f"{name:<42}{1e3 * result['step_s']['median']:9.1f} ms  kernels {kernels}  host {host}  "
+        f"{result['images_per_s']:8.0f} images/s{told}  MFU {mfu}"
+    )
+    for what, why in result["not_measured"].items():
+        print(f"    no {what}: {why.strip().splitlines()[-1][:90]}")
+    for news in result["news"]:
+        print(f"    {news[:110]}")
+
+
 def print_report(report: dict[str, Any]) -> None:
     """The cases as lines."""
     machine = report["hardware"]
@@ -227,13 +278,9 @@ def print_report(report: dict[str, Any]) -> None:
             last = row["error"].strip().splitlines()[-1:] or ["no reason given"]
             print(f"{name:<42} failed: {last[0][:100]}")
         elif "step_s" in result:
-            mfu = f"{result['mfu']:6.1%}" if result["mfu"] is not None else "     -"
-            told = result["told"]["images_per_s"]
-            print(
-                f"{name:<42}{1e3 * result['step_s']['median']:9.1f} ms  kernels "
-                f"{1e3 * result['kernels_s']:8.1f}  host {1e3 * result['host_s']:7.1f}  "
-                f"{result['images_per_s']:8.0f} images/s (told {told:.0f})  MFU {mfu}"
-            )
+            _print_step(name, result)
+        elif "out_of_memory" in result:
+            print(f"{name:<42} out of memory: {result['out_of_memory'][:100]}")
         elif "step_off" in result:
             print(f"{name:<42} plan's memory: {result['ready_off']:+.1%} {result['step_off']:+.1%}")
         elif "share_of_synthetic" in result:
@@ -343,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_wheels(asked.wheels)
     report = opened(asked.out, about(asked.tiny), asked.tiny)
     rows = report["cases"]
-    cases = [case for part in asked.parts for case in cases_of(part, asked.tiny)]
+    cases = in_order(asked.parts, asked.tiny)
     if asked.tiny:
         for case in cases:
             case["images"] = 2

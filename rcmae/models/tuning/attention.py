@@ -15,6 +15,7 @@ import contextlib
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -101,11 +102,12 @@ def milliseconds(
     None: the kernel cannot compute this shape here. Waits for the device.
     """
     dtype = getattr(torch, shape.dtype)
-    generator = torch.Generator().manual_seed(0)
+    # where they are needed: a host takes a second for each hundred million numbers
+    generator = torch.Generator(device).manual_seed(0)
 
     def drawn(tokens: int) -> Tensor:
         size = (batch, tokens, shape.heads, shape.head_dim)  # as the blocks' product lies
-        values = torch.randn(size, generator=generator).to(device, dtype)
+        values = torch.randn(size, generator=generator, device=device).to(dtype)
         return values.transpose(1, 2).requires_grad_()
 
     q, k, v = drawn(shape.queries), drawn(shape.keys), drawn(shape.keys)
@@ -115,7 +117,8 @@ def milliseconds(
         torch.autograd.grad(scaled_dot_product_attention(q, k, v), (q, k, v), back)
 
     only = contextlib.nullcontext() if backend == OWN else sdpa_kernel(BACKENDS[backend])
-    with only:
+    with only, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says at length why each kernel cannot
         try:
             once()
         except RuntimeError:  # no kernel, or no memory for the matrix
