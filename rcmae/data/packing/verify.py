@@ -138,8 +138,7 @@ def samples_of(
             reject(Rejected("", -1, "the tar holds no files"))
     except (BrokenTar, OSError) as error:
         why = not_a_tar(os.pread(file.fileno(), HEADER, 0))
-        said = f"it {why}" if why is not None else f"the tar breaks off: {error}"
-        reject(Rejected("", -1, said))
+        reject(Rejected("", -1, f"it {why}" if why else f"the tar breaks off: {error}"))
 
 
 def _sample(
