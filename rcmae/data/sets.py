@@ -59,6 +59,14 @@ def names_in(path: str | Path) -> tuple[str, ...]:
         raise Refused(_no_text(path, error)) from error
 
 
+def names_given(key: str, path: str | None) -> tuple[str, ...]:
+    """The names of classes in a file, a name a line, that this key names. Raises Refused."""
+    try:
+        return names_in(path) if path is not None else ()
+    except Refused as error:
+        raise Refused(f"{key}: {error}") from error
+
+
 def _bytes_of(path: Path) -> bytes:
     """What a file of classes holds. Raises OSError; Refused: it is too large for one."""
     with path.open("rb") as file:  # a pipe, too

@@ -14,7 +14,7 @@ from rcmae import dist
 from rcmae.config import Recipe
 from rcmae.data.augment import Mixing
 from rcmae.data.index import ShardIndex
-from rcmae.data.sets import ClassList, Labelled, class_problems, met, moved, names_in
+from rcmae.data.sets import ClassList, Labelled, class_problems, met, moved, names_given
 from rcmae.data.stream import refuse_unlabelled
 from rcmae.errors import Refused
 from rcmae.evaluation.confusion import confusion_picture
@@ -61,14 +61,6 @@ def look_at_classes(recipe: Recipe, saved: Saved | None, *, always: bool) -> Fou
     if init is not None and (always or saved is None):
         weights = start.look_at("classify.init", init, options.network, first="teacher")
     return Found(init, weights, names_given("classify.class_names", options.class_names))
-
-
-def names_given(key: str, path: str | None) -> tuple[str, ...]:
-    """The names of classes in a file, a name a line, that this key names. Raises Refused."""
-    try:
-        return names_in(path) if path is not None else ()
-    except Refused as error:
-        raise Refused(f"{key}: {error}") from error
 
 
 def same_source(asked: str, chosen: str | None) -> bool:

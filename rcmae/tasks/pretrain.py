@@ -16,6 +16,7 @@ from rcmae.config import Recipe, Resolved, Section, ties_to_the_end
 from rcmae.data.batch import Batch
 from rcmae.data.masking import Mask
 from rcmae.data.members.protocol import Members
+from rcmae.data.sets import names_given
 from rcmae.data.transforms import Transform
 from rcmae.data.views import train_transform
 from rcmae.errors import Refused
@@ -29,7 +30,6 @@ from rcmae.objectives.masks import make_mask
 from rcmae.plugins import is_plugin
 from rcmae.tasks import judging, start
 from rcmae.tasks.checking import try_objective
-from rcmae.tasks.classify import names_given
 from rcmae.tasks.following import sizes_told
 from rcmae.tasks.protocol import (
     Data,

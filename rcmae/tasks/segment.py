@@ -21,6 +21,7 @@ from rcmae.data.dense.crops import EXTENTS, without_padding
 from rcmae.data.dense.maps import none_of
 from rcmae.data.masking import Mask, NoMask
 from rcmae.data.members.protocol import Members
+from rcmae.data.sets import names_given
 from rcmae.data.transforms import Transform
 from rcmae.data.views import train_transform
 from rcmae.engines.protocol import DTYPES
@@ -49,7 +50,6 @@ from rcmae.models.segmentation.cost import dense_probe_cost, segmenter_cost
 from rcmae.models.segmentation.segmenter import DenseProbe
 from rcmae.objectives import Objective
 from rcmae.objectives.segmentation import SegmentationLoss, maps_of
-from rcmae.tasks.classify import names_given
 from rcmae.tasks.protocol import (
     Data,
     Ended,

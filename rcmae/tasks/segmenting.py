@@ -10,7 +10,7 @@ from rcmae.config import Recipe
 from rcmae.data.dense.crops import Augment, Crops, Labels
 from rcmae.data.dense.maps import MAX_CLASSES
 from rcmae.data.members.beyond import Numbering, beyond
-from rcmae.data.sets import ClassList, unlike
+from rcmae.data.sets import ClassList, names_given, unlike
 from rcmae.errors import Refused
 from rcmae.models.build import student_sizes
 from rcmae.models.fitting import Fit
@@ -18,7 +18,7 @@ from rcmae.models.segmentation.build import levels_of, meta_segmenter
 from rcmae.models.segmentation.fitting import fit_encoder
 from rcmae.models.segmentation.segmenter import Segmenter
 from rcmae.tasks import start
-from rcmae.tasks.classify import names_given, same_source
+from rcmae.tasks.classify import same_source
 from rcmae.tasks.following import sizes_told
 from rcmae.tasks.protocol import Data, Judgement, Saved
 from rcmae.weights.reading import NetworkWeights
