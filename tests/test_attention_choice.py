@@ -88,6 +88,7 @@ def test_what_was_measured_is_kept_for_this_gpu_and_torch(
     [
         "",
         "{torn",
+        "[" * 100_000,
         "[1, 2]",
         '{"%s": 3}',
         '{"%s": {"backend": "os.system", "ms": {}}}',

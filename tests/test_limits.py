@@ -17,7 +17,9 @@ import pytest
 from rcmae import config
 from rcmae.config import Recipe
 from rcmae.data import loading
+from rcmae.data.packing import once
 from rcmae.errors import Refused
+from rcmae.planning import node
 from rcmae.run import jobs
 from runs import python_path
 
@@ -111,6 +113,35 @@ def test_a_path_may_begin_with_the_home(key: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", "/the/home")
     section, name = key.split(".")
     assert getattr(getattr(load(f"{key}=~/x"), section), name) == "/the/home/x"
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("~/x", r"run\.dir: no home folder is known of this user; set HOME, .* got '~/x'"),
+        ("~nobody-at-all/x", r"run\.dir: no home folder is known"),
+        ("$SCRATCH/x", r"run\.dir: variables of a shell stay as they are here; give the path"),
+        ("${SCRATCH}/x", r"run\.dir: variables of a shell"),
+    ],
+)
+def test_no_folder_is_made_of_a_name_that_a_shell_would_replace(
+    path: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has no home."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(Refused, match=told):
+        load(f"run.dir={path}")
+    assert load(f"run.dir=./{path}").run.dir == f"./{path}"
+
+
+def test_caches_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert node.caches(None)["TORCH_EXTENSIONS_DIR"].parts[-1] == "torch_extensions"
+    with pytest.raises(Refused, match=r"set HOME or XDG_CACHE_HOME, or give data\.cache_dir"):
+        once.user_cache()
 
 
 def test_deepspeeds_file_may_begin_with_the_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,7 +280,8 @@ def _parse(tree: Mapping[str, Any], catalogue: Catalogue) -> tuple[Recipe | None
             elif key in lines:
                 lines[key] += f", or {item['msg'].lower()}"
             else:
-                told = f"{item['msg'][0].lower()}{item['msg'][1:]}"
+                told = item["msg"].removeprefix("Value error, ")
+                told = f"{told[0].lower()}{told[1:]}"
                 lines[key] = f"{key}: {told}, got {item['input']!r}"
         return None, lines
 

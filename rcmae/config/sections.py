@@ -6,16 +6,37 @@ A field belongs to one owner; components are built from values, never from the r
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from rcmae.errors import Refused
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # a path: ~ is the user's home
-Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+
+
+def _at_home(path: str) -> str:
+    """A path with the home folder in the place of ~. Raises Refused where there is none."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise Refused(
+            "no home folder is known of this user; set HOME, or give the whole path "
+            f"(./{path} for a folder of this name)"
+        )
+    if re.match(r"[$]([A-Za-z_]|{)", expanded):
+        raise Refused(
+            f"variables of a shell stay as they are here; give the path (./{path} for a folder of "
+            "this name)"
+        )
+    return expanded
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]
 Positive = Annotated[int, Strict(), Field(ge=1)]  # strict: not true, nor "8"
 Natural = Annotated[int, Strict(), Field(ge=0)]
 

@@ -285,11 +285,10 @@ def _exercise(folder: Path) -> float:
 
 def caches(recipe: Recipe | None) -> dict[str, Path]:
     """Folders that libraries fill during a run, by the variable that moves each."""
-    home = Path.home()
     temporary = Path(tempfile.gettempdir())
     folders = {"TMPDIR": temporary}
     if recipe is None or recipe.engine.name == "deepspeed":
-        folders["TORCH_EXTENSIONS_DIR"] = home / ".cache" / "torch_extensions"
+        folders["TORCH_EXTENSIONS_DIR"] = Path(os.path.expanduser("~/.cache/torch_extensions"))
     if recipe is not None and _compiles(recipe):
         folders["TORCHINDUCTOR_CACHE_DIR"] = recipe.run_dir / "compiled"  # Triton's is in it
     return {

@@ -134,8 +134,13 @@ def command(images: str, size: int = 256) -> str:
 
 
 def user_cache() -> Path:
-    """The user's folder of packed images."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """The user's folder of packed images. Raises Refused: no home folder is known."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise Refused(
+            "data.images are packed in the user's cache, and no home folder is known of this user: "
+            "set HOME or XDG_CACHE_HOME, or give data.cache_dir"
+        )
     return Path(home) / "rcmae" / "images"
 
 

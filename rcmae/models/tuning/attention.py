@@ -212,7 +212,7 @@ def _read(file: Path) -> dict[str, Timed]:
     """What a file holds, as far as it is a choice."""
     try:
         tree = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     found = {}
     for key, value in tree.items() if isinstance(tree, dict) else ():
