@@ -36,9 +36,18 @@ settings.load_profile("here")
 collect_seldom()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of the CPU on any machine: their numbers are, and ranks share no GPU. `-m gpu` runs
+    those of a GPU.
+    """
+    if torch.version.cuda is not None and config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+        pytest.skip("no GPU, or not asked for: pytest -m gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -268,6 +268,8 @@ def _grouped(lists: list[list[Any]], with_indices: bool = False) -> dict[Any, An
 CUDA: dict[str, Any] = {
     "is_available": lambda: True,
     "is_initialized": lambda: True,
+    "_lazy_init": lambda: None,  # of a torch that was built for GPUs
+    "is_current_stream_capturing": lambda: False,
     "device_count": lambda: 1,
     "current_device": lambda: 0,
     "set_device": lambda device: None,

@@ -43,3 +43,8 @@ export OMP_NUM_THREADS=1  # tests start ranks of their own; more threads than co
 unset PYTHONDONTWRITEBYTECODE  # hundreds of processes import the same modules: compiled once
 # by file: what a module sets up is set up once; the longest first, as tests/conftest.py orders them
 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "${tests[@]}" "$@"
+
+if command -v nvidia-smi > /dev/null; then
+    say "pytest on the GPU"  # the tests above are of the CPU
+    python -m pytest -m gpu
+fi

@@ -13,7 +13,7 @@ from rcmae.config import Recipe, Resolved
 from rcmae.engines.local import LocalEngine
 from rcmae.engines.protocol import Engine, EngineSettings, Optimizing
 from rcmae.models import kernels
-from rcmae.models.tuning import compiling
+from rcmae.models.tuning import attention, compiling
 
 ADAMW = Optimizing()  # one learning rate for all layers
 
@@ -58,8 +58,10 @@ def make_engine(
     optimizing: Optimizing = ADAMW,
 ) -> Engine:
     """The engine of a recipe, around the student and the teacher. Collective: every rank calls."""
-    if recipe.engine.tf32 and dist.device().type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if dist.device().type == "cuda":
+        attention.leave_out_cudnn()
+        if recipe.engine.tf32:
+            torch.set_float32_matmul_precision("high")
     for model in filter(None, (student, teacher)):
         kernels.choose_attention(model, dist.device(), recipe.engine.precision)
     if config.compiles(recipe, cuda=dist.device().type == "cuda", zero3=_is_zero3(engine_config)):

@@ -66,11 +66,13 @@ def judged(
     loading: Loading,
     change: Corruption | None = None,
 ) -> Scores:
-    """How good the model is on a set, whole or corrupted. Collective: every rank calls.
+    """How good the model is on a set, whole or corrupted, computed where its weights are.
+    Collective: every rank calls.
 
     Raises:
         Refused: labels do not fit the classes.
     """
+    device = next(model.parameters()).device
     batches = labelled_batches(
         index,
         CentreTransform(pixels_of(model), model.in_chans),
@@ -84,12 +86,12 @@ def judged(
         assert of.classes is not None
         batches = relabelled(batches, of.classes)
     config = model.pretrained_cfg
-    normalise = Normalise(config["mean"], config["std"], dist.device())
+    normalise = Normalise(config["mean"], config["std"], device)
     return classify(
         model,
         batches,
         num_classes=model.num_classes,
-        device=dist.device(),
+        device=device,
         normalise=normalise.images,
         among=of.classes,
     )

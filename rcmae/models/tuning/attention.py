@@ -6,6 +6,10 @@ times each of them, forward and backward, for the shapes that a training step ha
 all ranks take its choice. A kernel takes the place of torch's own only where it is faster by more
 than MARGIN. What was measured is kept in a file, so that each start of a run computes alike.
 
+cuDNN's is timed and not chosen: on Hopper its backward pass gives gradients that are no numbers
+where all scores of a query are far below 0 and the keys do not fill its last tile (cuDNN up to 9.26
+at least; pytorch #196678, cudnn-frontend #160 and #1072), and torch prefers it from 2.11 on.
+
 Not on a CPU, which has one kernel (`kernels.choose_attention` has what there is to choose).
 """
 
@@ -35,6 +39,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "plain": SDPBackend.MATH,
 }
+LEFT_OUT = "cudnn"
 MARGIN = 0.03  # of torch's own time: what a change must bring
 FILE = "attention.json"
 
@@ -141,13 +146,19 @@ def _timed(once: Callable[[], None], device: torch.device, each: int) -> float:
     return float(first.elapsed_time(last)) / each
 
 
+def leave_out_cudnn() -> None:
+    """Torch does not take it by itself from here on."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def fastest(shape: Shape, timer: Timer) -> Timed:
     """The kernel for a shape, and what all of them took."""
     timed = {name: timer(shape, name) for name in (OWN, *BACKENDS)}
     ms = {name: value for name, value in timed.items() if value is not None}
-    if not ms:
-        return Timed(OWN, {})
-    best = min(ms, key=lambda name: ms[name])
+    those = [name for name in ms if name != LEFT_OUT]
+    if not those:
+        return Timed(OWN, ms)
+    best = min(those, key=lambda name: ms[name])
     own = ms.get(OWN)
     return Timed(OWN if own is not None and ms[best] >= (1 - MARGIN) * own else best, ms)
 
@@ -176,6 +187,7 @@ def choose(shapes: Iterable[Shape], timer: Timer, file: Path, gpu: str) -> dict[
         file: JSON; one that cannot be read or written is done without.
         gpu: its name. Another one's measurements do not count, nor another torch's.
     """
+    leave_out_cudnn()  # else it may be what is timed as torch's own
     found: dict[Shape, Timed] = {}
     if dist.rank() == 0:
         kept = _read(file)
@@ -216,7 +228,7 @@ def _read(file: Path) -> dict[str, Timed]:
         return {}
     found = {}
     for key, value in tree.items() if isinstance(tree, dict) else ():
-        known = isinstance(value, dict) and value.get("backend") in (OWN, *BACKENDS)
+        known = isinstance(value, dict) and value.get("backend") in {OWN, *BACKENDS} - {LEFT_OUT}
         ms = value.get("ms") if known else None
         if isinstance(ms, dict) and all(isinstance(each, int | float) for each in ms.values()):
             found[key] = Timed(value["backend"], ms)
