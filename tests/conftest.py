@@ -26,9 +26,11 @@ ROOT = Path(__file__).parent.parent
 # end together.
 LONGEST = (
     "stragglers",  # mostly asleep
-    *("engines", "slurm", "checkpoint", "train", "presence", "plan", "finetune", "lease", "drill"),
-    *("replay", "wheel", "compare_objectives", "a_new_task", "cli", "waits", "versions"),
-    *("slurm_job", "follow", "hosts", "preempt", "doctor", "ranks_start", "bench_step", "plugins"),
+    *("slurm", "engines", "train", "detect", "plan", "checkpoint", "presence"),
+    *("stream", "segment", "drill", "sources", "follow", "finetune", "starting"),
+    *("waits", "ending", "compare_objectives", "preempt", "replay", "gpu_day", "lease", "hosts"),
+    *("compiling", "wheel", "cli", "a_new_task", "expansion", "slurm_job", "doctor", "versions"),
+    *("export", "ranks_start", "cooldown", "report", "bench_step", "plugins"),
 )
 
 settings.register_profile("here", deadline=None)  # a machine that is busy is no failure

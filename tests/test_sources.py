@@ -353,6 +353,23 @@ def test_who_waits_for_a_server_is_told_why_once(caplog):
     ]
 
 
+def test_a_server_that_redirects_in_a_circle_is_told_at_once():
+    class TooManyRedirects(Exception):
+        """aiohttp's says nothing."""
+
+        status = 0
+
+    asked = []
+
+    def circle():
+        asked.append(1)
+        raise FileNotFoundError("x.tar") from TooManyRedirects()
+
+    with pytest.raises(SourceGone, match=r"x\.tar\?\.\.\.: its server redirects in a circle"):
+        sources.asking.persist("https://h/x.tar?sig=hush", Patience(attempts=5), circle)
+    assert len(asked) == 1
+
+
 def test_an_index_beside_remote_shards_saves_reading_them_and_tells_when_they_changed(
     folder, server, tmp_path
 ):

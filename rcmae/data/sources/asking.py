@@ -128,6 +128,10 @@ def persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
             status = _status(error)
             if _is_missing(error, status):
                 raise FileNotFoundError(f"{redacted(path)}: there is no such file") from None
+            if (
+                type(cause or error).__name__ == "TooManyRedirects"
+            ):  # aiohttp's, without a word or a status
+                raise SourceGone(f"{redacted(path)}: its server redirects in a circle") from None
             if status == _PRECONDITION_FAILED:
                 raise SourceGone(f"{redacted(path)}: {CHANGED}") from None
             hopeless = status is not None and 400 <= status < 500 and status not in (408, 425, 429)
