@@ -42,6 +42,16 @@ WITH_A_NUMBER = {
 }
 
 
+class _Backward(threading.local):
+    """The backward pass of this thread."""
+
+    on_gpu = False
+
+
+_backward = _Backward()
+BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+
+
 class DevicesMix(RuntimeError):
     """What a GPU would have refused."""
 
@@ -114,7 +124,7 @@ def _dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation, in host memory; what comes of it is where it would be."""
     asked = kwargs.get("device")
     where = None if asked is None else torch.device(asked).type
-    if where == "cpu" and torch._C._current_autograd_node() is not None:
+    if where == "cpu" and _backward.on_gpu and torch._C._current_autograd_node() is not None:
         where = "cuda"  # a backward pass makes what it needs beside what it has
     if where == "cuda":
         kwargs = {**kwargs, "device": HOST}
@@ -185,6 +195,9 @@ class _Calls(TorchFunctionMode):
         generator = kwargs.get("generator")
         if generator is not None and is_there != (getattr(generator, "at", "cpu") == "cuda"):
             raise DevicesMix(f"{func.__name__}: the generator is of another device")
+        if func in BACKWARDS:
+            losses = tree_leaves(first if args else list(kwargs.values())[:1])
+            _backward.on_gpu = any(isinstance(each, OnGPU) for each in losses)
         if is_there and func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor):
             return self._listed(func, args, kwargs)
         return func(*args, **kwargs)
