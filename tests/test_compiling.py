@@ -187,9 +187,15 @@ def test_a_second_start_finds_what_the_first_compiled(
 def test_a_folder_that_the_environment_names_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(compiling.CACHE, "/node/inductor")
-    compiling.keep_in(tmp_path)
-    assert compiling.os.environ[compiling.CACHE] == "/node/inductor"
+    monkeypatch.setenv(compiling.CACHE, str(tmp_path / "node"))
+    compiling.keep_in(tmp_path / "run")
+    assert compiling.os.environ[compiling.CACHE] == str(tmp_path / "node")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(compiling.CACHE, str(tmp_path / "file"))
+    compiling.keep_in(tmp_path / "run")
+    assert compiling.os.environ[compiling.CACHE] == str(tmp_path / "run")
+    (told,) = compiling.drain_news()
+    assert f"{tmp_path / 'file'} cannot be used (File exists)" in told
     monkeypatch.delenv(compiling.CACHE)
     for run in ("a", "b"):  # two runs in one process: each its own
         compiling.keep_in(tmp_path / run)

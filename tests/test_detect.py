@@ -475,7 +475,7 @@ def test_any_number_of_ranks_writes_the_same_detections(
 ) -> None:
     """Seven images on three ranks are judged as seven, from the weights of another run."""
     init = [f"detect.init={whole.path}", "detect.network=student", "batch.images=6"]
-    for world in (1, 2, 3):
+    for world in (1, 3):
         folder = Folder(tmp_path / f"{world}")
         command = [sys.executable, "-m", "rcmae.detect", str(recipe), f"run.dir={folder.path}"]
         only = ["--evaluate-only", "data.canonical_streams=6", "detect.average=false"]

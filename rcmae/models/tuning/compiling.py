@@ -144,10 +144,19 @@ def drain_news() -> list[str]:
 
 def keep_in(folder: Path) -> None:
     """Keep what is compiled in this folder, where the next start finds it, unless the environment
-    names another. Triton's kernels go there, too.
+    names another that is one. Triton's kernels go there, too.
     """
-    if os.environ.get(CACHE) in (None, _Process.folder):
-        os.environ[CACHE] = _Process.folder = str(folder.absolute())
+    named = os.environ.get(CACHE)
+    if named not in (None, _Process.folder):
+        try:
+            os.makedirs(named, exist_ok=True)  # torch does, while it is imported
+            return
+        except OSError as error:
+            _Process.news.append(
+                f"{CACHE}={named} cannot be used ({error.strerror}): what is compiled is kept in "
+                f"{folder}; unset it, or name a folder"
+            )
+    os.environ[CACHE] = _Process.folder = str(folder.absolute())
 
 
 def folder() -> Path:
