@@ -42,6 +42,10 @@ WITH_A_NUMBER = {
 }
 
 
+# tensors that were copied to the GPU from memory that is not page-locked: the host waits for it
+waited_for: list[str] = []
+
+
 class _Backward(threading.local):
     """The backward pass of this thread."""
 
@@ -128,6 +132,8 @@ def _dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         where = "cuda"  # a backward pass makes what it needs beside what it has
     if where == "cuda":
         kwargs = {**kwargs, "device": HOST}
+        if func.overloadpacket is aten._to_copy and not hasattr(args[0], "is_pinned_here"):
+            waited_for.append(f"{list(args[0].shape)} {args[0].dtype}")
     kwargs = {name: each for name, each in kwargs.items() if name != "pin_memory"}
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [tensor for tensor in tensors if isinstance(tensor, OnGPU)]
@@ -265,6 +271,11 @@ class _Stream:
         return made
 
 
+def _pinned(values: Tensor, *_: Any) -> Tensor:
+    values.is_pinned_here = True  # type: ignore[attr-defined]
+    return values
+
+
 def _grouped(lists: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
     """The tensors of an optimizer as torch groups them, by the devices that they say."""
     found: dict[Any, Any] = {}
@@ -318,7 +329,7 @@ def pretended() -> Iterator[torch.device]:
     changed += [
         (torch, "Generator", _Generator),
         (torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped)),
-        (Tensor, "pin_memory", lambda self, *_: self),
+        (Tensor, "pin_memory", _pinned),
         (threading.Thread, "run", ran),
         (torch_dist, "init_process_group", joined),
     ]

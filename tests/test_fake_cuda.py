@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretend_cuda import GPU, DevicesMix, pretended
+from pretend_cuda import GPU, DevicesMix, pretended, waited_for
 from test_detection import detector, targets_of
 from test_golden_losses import GOLDEN, OBJECTIVES
 from torch import Tensor, nn
@@ -326,6 +326,24 @@ def test_statistics_of_a_batch_norm() -> None:
         return [maps.grad, norm.running_mean, norm.running_var, rows]
 
     on_both(outputs)
+
+
+def test_what_is_drawn_for_a_step_is_sent_without_a_wait(gpu: torch.device) -> None:
+    """From page-locked memory; so is a count that a batch norm makes."""
+    classifier = Classifier(SIZES, num_classes=3, drop_path=0.5).to(gpu)
+    segmenter = Segmenter(
+        SIZES, Form((0, 1, 2, 3), True, True, "all", 0.3), Heads(5, width=8, dropout=0.2)
+    )
+    segmenter = segmenter.to(gpu).train()
+    maps = torch.zeros(4, 32, 32, dtype=torch.uint8)
+    ready = Normalise((0.5,) * 3, (0.2,) * 3, gpu)(batch_of(extra={MAPS: maps}).to(gpu))
+    waited_for.clear()
+    ClassifierLoss()(classifier, None, ready, 0.0)
+    SegmentationLoss()(segmenter, None, ready, 0.0)
+    GlobalBatchNorm(3).to(gpu)(ready.images)
+    assert [each for each in waited_for if "bool" in each or "float64" in each] == []
+    torch.zeros(3, dtype=torch.bool).to(gpu)
+    assert waited_for[-1] == "[3] torch.bool"
 
 
 # -------------------------------------------------------------------------------------- evaluations
