@@ -271,6 +271,11 @@ class _Stream:
         return made
 
 
+def _capture_checks() -> list[str]:
+    """An optimizer's look at the stream, by its names: torch built for GPUs would ask its CUDA."""
+    return [name for name in dir(torch.optim.Optimizer) if name.endswith("capture_health_check")]
+
+
 def _pinned(values: Tensor, *_: Any) -> Tensor:
     values.is_pinned_here = True  # type: ignore[attr-defined]
     return values
@@ -330,6 +335,7 @@ def pretended() -> Iterator[torch.device]:
         (torch, "Generator", _Generator),
         (torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped)),
         (Tensor, "pin_memory", _pinned),
+        *((torch.optim.Optimizer, name, lambda self: None) for name in _capture_checks()),
         (threading.Thread, "run", ran),
         (torch_dist, "init_process_group", joined),
     ]
