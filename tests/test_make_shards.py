@@ -288,6 +288,16 @@ def test_tars_are_merged_laid_out_anew_and_filtered_by_size(images, tmp_path):
     assert report.samples == 36
     both = contents_of(tmp_path / "one") + contents_of(tmp_path / "two")
     assert sorted(contents_of(tmp_path / "all")) == sorted(both)
+    assert report.classes == ["ant", "bee", "cat dog"]
+    assert (tmp_path / "all" / "classes.txt").read_text() == "ant\nbee\ncat dog\n"
+    (tmp_path / "one" / "classes.txt").write_text("bee\nant\ncat dog\n")
+    report = make_shards(patterns, tmp_path / "unlike")
+    assert report.classes == []
+    assert report.notes[0].startswith("labels up to 2, without names: the tars are of other")
+    (tmp_path / "one" / "classes.txt").unlink()
+    (tmp_path / "two" / "classes.txt").unlink()
+    report = make_shards(patterns, tmp_path / "nameless")
+    assert "the tars have no classes.txt beside them" in report.notes[0]
     with pytest.raises(ValueError, match="several inputs are"):
         make_shards([images, f"{tmp_path}/one/*.tar"], tmp_path / "none")
 

@@ -85,9 +85,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="key=value",
         help="recipe keys, as for rcmae train",
     )
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1, help="(1)")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs per node (8)")
-    parser.add_argument("--gpu", default="h100-80g", choices=GPUS)
+    parser.add_argument(
+        "--gpu",
+        default="h100-80g",
+        choices=GPUS,
+        help="kind (h100-80g); CPUs are not planned for: rcmae train RECIPE --check",
+    )
     parser.add_argument("--cores", type=int, help="cores per node that decode")
     parser.add_argument(
         "--samples",

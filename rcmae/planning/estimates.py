@@ -212,8 +212,8 @@ def measured_utilisation(
             return None
         raise Refused(
             f"--measured: {results} has no step of {recipe.model.name} ({variant_of(recipe)}) on "
-            f"{device} by {placement(recipe)} or local; leave it out to compute with a stated "
-            "utilisation"
+            f"{device} by {placement(recipe)} or local; it has {_contents(results)}; leave it out "
+            "to compute with a stated utilisation"
         )
     peak = peak_flops(device, recipe.engine.precision, tf32=recipe.engine.tf32)
     assert peak is not None, "the GPU does not compute in this precision"
@@ -244,6 +244,15 @@ def _rates(recipe: Recipe, cost: StepCost, device: str, path: Path, *, named: bo
             f"{path} is not a result of tools/gpu_day.py or tools/bench_step.py ({error}); {way}"
         ) from error
     return [rate for rate in found if rate.placement in ("local", placement(recipe))]
+
+
+def _contents(path: Path) -> str:
+    """What a result that was read has, for people."""
+    report = json.loads(path.read_text())
+    steps = {f"{of['model']} ({of['variant']}) by {of['placement']}" for of, _ in _rows(report)}
+    gpu = report["hardware"].get("gpu")
+    where = f"on {gpu}" if gpu else "on a CPU"
+    return f"{', '.join(sorted(steps)) or 'no step'}, {where}"
 
 
 def _rows(report: dict[str, Any]) -> Iterator[tuple[dict[str, Any], float]]:

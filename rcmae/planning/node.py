@@ -116,7 +116,7 @@ def _jpegs() -> Finding:
     """Which library decodes JPEGs in the workers."""
     from rcmae.data.jpeg import library  # here: it needs simplejpeg
 
-    newer = "libjpeg-turbo 3 or later of the system or of conda (libturbojpeg.so)"
+    newer = "libjpeg-turbo 3.1 or later of the system or of conda (libturbojpeg.so)"
     found = library()
     if found is None:
         text = "simplejpeg decodes each JPEG whole, to the same pixels: slower by a fifth or more"

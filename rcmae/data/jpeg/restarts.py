@@ -258,7 +258,7 @@ def with_restarts(data: bytes) -> bytes:
         found = library()
         raise Refused(
             f"{found.told if found else 'libjpeg-turbo'} adds no restart markers; 3.1 and later do "
-            "(conda install libjpeg-turbo, or a newer system)"
+            "(a newer system, or conda install libjpeg-turbo: $CONDA_PREFIX/lib is looked in)"
         )
     return made
 
@@ -274,7 +274,8 @@ def _transformed(data: bytes, interval: int) -> bytes:
     if found is None:
         raise Refused(
             "restart markers are added by libjpeg-turbo 3.1 or later (libturbojpeg.so), and there "
-            "is none here: conda install libjpeg-turbo, or a system that has it"
+            "is none here: a system that has it, or conda install libjpeg-turbo ($CONDA_PREFIX/lib "
+            "is looked in)"
         )
     turbo = found.loaded
     handle = turbo.tj3Init(_INIT_TRANSFORM)

@@ -48,6 +48,7 @@ from rcmae.data.packing.labels import (
 from rcmae.data.packing.layouts import in_folders, layout_of
 from rcmae.data.packing.members import files_beside
 from rcmae.data.patterns import expand
+from rcmae.data.sets import class_lists
 from rcmae.data.tars import IMAGE_SUFFIXES, NO_LABEL
 from rcmae.errors import Refused, counted
 from rcmae.files import aside
@@ -86,7 +87,7 @@ def find_images(
     if how.column is not None:
         raise Refused("--label names a column of a .csv, .tsv or .parquet file")
     if kinds == {".tar"}:
-        return _in_tars(inputs)
+        return _in_tars(inputs, how)
     if len(inputs) > 1:
         folders = all(Path(one).is_dir() for one in inputs)
         way = "; of images and their label maps: --images A --maps B" if folders else ""
@@ -255,7 +256,7 @@ def _rows_of(path: Path) -> tuple[list[dict[str, str]], list[int], list[str]]:
     return rows, lines, columns
 
 
-def _in_tars(patterns: Sequence[str]) -> Found:
+def _in_tars(patterns: Sequence[str], how: Labelling) -> Found:
     wanted = list(kinds())
     index = ShardIndex.open(expand(patterns), jobs=min(8, cores.usable()), needs=wanted)
     index.tell_unused()
@@ -272,7 +273,22 @@ def _in_tars(patterns: Sequence[str]) -> Found:
         met |= {other.kind for other in others}
         found.append(Named(sample.id, label, sample.path, sample.offset, sample.size, others))
     folders = {sources.folder_of(shard.path) for shard in index.shards}
-    return Found(found, files=files_beside(folders, met))
+    files = files_beside(folders, met)
+    labels = [image.label for image in found if isinstance(image.label, int)]
+    if not labels or how.has_classes or "map" in met:  # of maps: files_beside has them
+        return Found(found, files=files)
+    names, notes = _names_beside(index, max(labels))
+    return Found(found, notes=notes, classes=names, files=files)
+
+
+def _names_beside(index: ShardIndex, most: int) -> tuple[Sequence[str] | None, list[str]]:
+    """Names of the classes beside tars, and what is to be told. `most`: the largest label."""
+    lists = {each.names for each in class_lists(index)}
+    names = lists.pop() if len(lists) == 1 else ()
+    if len(names) > most:
+        return names, []
+    why = "are of other classes" if lists or names else "have no classes.txt beside them"
+    return None, [f"labels up to {most}, without names: the tars {why}; --classes FILE gives them"]
 
 
 def _in_parquet(paths: Sequence[str], spool: Path, how: Labelling) -> Found:
