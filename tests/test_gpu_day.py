@@ -2,7 +2,12 @@
 goes on where it was stopped."""
 
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -54,7 +59,9 @@ def test_every_case_runs_and_is_not_measured_twice(
     monkeypatch.setattr(gpu_day, "cases_of", whole)
     monkeypatch.setattr(gpu_day, "run_cases", again)
     monkeypatch.setattr(gpu_day, "about", lambda tiny: report)
+    capsys.readouterr()
     assert gpu_day.main(words) == 0
+    assert "every case runs" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.fixture
@@ -66,7 +73,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_no_case_begins_that_may_end_too_late(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: dict[str, Any]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    here: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     seconds = [0.0]
     limits = []
@@ -83,7 +93,11 @@ def test_no_case_begins_that_may_end_too_late(
     while (status := gpu_day.main(["--out", str(out)])) == gpu_day.AGAIN:
         calls += 1
         assert seconds[0] <= 540 * calls
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert re.search(r"\d+ cases? waits?; run it again for the rest", last)
     assert status == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"gpu_day: all is measured; now: rcmae plan RECIPE --measured {out}"
     assert calls > 5
     assert max(limits) <= 530
     every = [case["name"] for part in gpu_day.PARTS for case in gpu_day.cases_of(part, False)]
@@ -122,6 +136,94 @@ def test_what_a_case_leaves_behind_ends_with_it(
     rows = gpu_day.run_cases([done, missing], False, 1.0)
     assert [row["name"] for row in rows] == ["done", "missing"]
     assert rows[1]["error"].startswith("over 1 s")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_case_with_what_it_started(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    beside = tmp_path / "beside"
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "gpu_cases.py").write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(beside) + '.aside'!r}).write_text(str(child.pid))\n"
+        f"pathlib.Path({str(beside) + '.aside'!r}).replace({str(beside)!r})\n"
+        "time.sleep(600)\n"
+    )
+    found = {"hardware": {"cpu": "a CPU"}, "versions": {"torch": "2.11"}, "commit": None}
+    program = (
+        "import pathlib, sys; from tools import gpu_day; "
+        f"gpu_day.ROOT = pathlib.Path({str(tmp_path)!r}); gpu_day.about = lambda tiny: {found!r}; "
+        f"sys.exit(gpu_day.main(['--out', {str(tmp_path / 'day.json')!r}]))"
+    )
+    command = [sys.executable, "-c", program]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    day = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not beside.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    day.send_signal(number)
+    assert day.communicate(timeout=60)[1].splitlines()[1:] == [
+        "gpu_day: stopped; run it again for the rest"
+    ]
+    assert day.returncode == 128 + number
+    assert died_here(socket.gethostname(), boot(), int(beside.read_text()))
+
+
+def test_a_call_too_short_for_any_case_says_what_is_needed(
+    tmp_path: Path, here: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "day.json"
+    with pytest.raises(SystemExit) as left:
+        gpu_day.main(["--out", str(out), "--for-s", "20", "--parts", "ceilings"])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "ceilings may take 30 s" in said
+    assert "give at least --for-s 40" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_without_a_gpu_it_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        gpu_day.main(["--out", str(tmp_path / "day.json")])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert (
+        said == f"gpu_day: no GPU is seen (torch {torch.__version__}); --tiny tries it on the CPU\n"
+    )
+
+
+def test_ceilings_attention_and_tests_are_lines_to_read(capsys: pytest.CaptureFixture[str]) -> None:
+    ceilings = {
+        "products_flops_per_s": {"bf16 4096": 5e14, "bf16 8192": 6.5e14, "fp32 4096": 4e13},
+        "told_peak_flops_per_s": {"bf16": 9.89e14, "fp32": None},
+        "copy_bytes_per_s": 2.4e12,
+        "upload_bytes_per_s": 5e10,
+    }
+    shapes = {
+        "197 tokens": {"backend": "flash", "ms": {"flash": 0.5}, "flops_per_s": {"flash": 3e14}},
+        "50 tokens": {"backend": "own", "ms": {}, "flops_per_s": {}},
+    }
+    results = {
+        "ceilings": ceilings,
+        "attention": {"images": 128, "shapes": shapes},
+        "tests": {"told": "3 passed, 1 skipped in 9.1s", "skipped": []},
+        "tiny": {"told": "5/310 tests collected (305 deselected) in 2.0s", "skipped": []},
+    }
+    cases = {name: {"result": result} for name, result in results.items()}
+    report = {"cases": cases, "summary": {}, "hardware": {"cpu": "x"}, "versions": {"torch": "2"}}
+    gpu_day.print_report(report)
+    said = capsys.readouterr().out
+    assert "bf16 650 of 989 stated TFLOP/s, fp32 40 TFLOP/s, copies 2,400 GB/s" in said
+    assert "flash 0.5 ms, 300 TFLOP/s" in said
+    assert "own\n" in said
+    assert "3 passed, 1 skipped" in said
+    assert "5 collected, not run (--tiny)" in said
+    assert "{" not in said
 
 
 def test_a_batch_that_does_not_fit_is_an_answer_and_the_others_are_measured(

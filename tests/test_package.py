@@ -52,6 +52,7 @@ OURS = (
     "bench_dense",
     "gpu_cases",
     "gpu_day",
+    "gpu_rows",
     "bench_shuffle",
     "bench_step",
     "bench_stream",

@@ -265,6 +265,7 @@ def measure_memory(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
 def measure_ceilings(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
     """Large products, copies within the device and to it from pinned memory."""
     device = dist.device()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     watch = bench_step.Stopwatch(device)
     found: dict[str, Any] = {"products_flops_per_s": {}, "told_peak_flops_per_s": {}}
     for precision in ("bf16", "fp32"):
@@ -273,9 +274,7 @@ def measure_ceilings(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
                 bench_step.matrix_product_rate, precision, device, side, watch
             )
             found["products_flops_per_s"][f"{precision} {side}"] = max(product() for _ in range(5))
-        found["told_peak_flops_per_s"][precision] = peak_flops(
-            GPUS[gpu_key()].device_name, precision
-        )
+        found["told_peak_flops_per_s"][precision] = peak_flops(name, precision)
     size = 2**20 if tiny else 2**31
     found["copy_bytes_per_s"] = 2 * copy_rate(size, device, device)  # read and written
     found["upload_bytes_per_s"] = copy_rate(size // 8, torch.device("cpu"), device)
@@ -404,7 +403,8 @@ def measure_tests(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
     status, output, errors = alone([*command, *marked])
     told = output.strip().splitlines()
     if status:
-        raise RuntimeError("\n".join(told[-40:]) + errors[-1000:])
+        # how many failed comes last, where a report looks
+        raise RuntimeError("\n".join([errors[-1000:], *told[-40:]]))
     skipped = [line for line in told if line.startswith("SKIPPED")]
     return {"files": [Path(path).name for path in marked], "told": told[-1], "skipped": skipped}
 

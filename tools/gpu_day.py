@@ -16,7 +16,7 @@ answer; a case that fails says why and is tried again last, in the next call.
 
 torch, its CUDA and numpy are there already; whatever else is missing is installed from FOLDER, into
 a temporary folder. Exit status: 0 all is measured; 75 run it again for the rest; 1 cases failed; 2
-unusable input.
+unusable input; 128 and the signal's number where SIGTERM or SIGINT stopped it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -35,9 +36,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
+
+from gpu_rows import print_report
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "tools" / "results" / "gpu_day.json"
@@ -182,9 +185,11 @@ def _rows(said: IO[str]) -> list[dict[str, Any]]:
 def about(tiny: bool) -> dict[str, Any]:
     """What is measured on what. In a process of its own: this one leaves the GPU alone."""
     program = (
-        "import json, torch; from rcmae.planning.gpus import read_gpus; gpus = read_gpus(); "
+        "import json, sys, torch; cuda = torch.cuda.is_available(); "
+        f"cuda or {tiny} or (print(json.dumps({{'no_gpu': torch.__version__}})), sys.exit()); "
+        "from rcmae.planning.gpus import read_gpus; gpus = read_gpus(); "
         "from rcmae.planning.hardware import commit, hardware; from rcmae.planning import node; "
-        f"cuda = torch.cuda.is_available() and not {tiny}; "
+        f"cuda = cuda and not {tiny}; "
         "place = torch.device('cuda' if cuda else 'cpu'); print(json.dumps({'commit': commit(), "
         "'hardware': hardware(place), 'versions': node.versions() | {'cudnn': "
         "torch.backends.cudnn.version() if cuda else None}, 'driver': gpus}))"
@@ -195,7 +200,14 @@ def about(tiny: bool) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"gpu_day: rcmae does not import here:\n{done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "no_gpu" in found:
+        _refuse(f"no GPU is seen (torch {found['no_gpu']}); --tiny tries it on the CPU")
     return found
+
+
+def _refuse(why: str) -> NoReturn:
+    print(f"gpu_day: {why}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def opened(out: Path, found: dict[str, Any], tiny: bool) -> dict[str, Any]:
@@ -206,12 +218,10 @@ def opened(out: Path, found: dict[str, Any], tiny: bool) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(out.read_text())
     for key in ("hardware", "versions", "tiny"):
         if report.get(key) != fresh[key]:
-            print(
-                f"gpu_day: {out} is of another {key}: {report.get(key)}, here {fresh[key]}; "
-                "name another --out, or move it away",
-                file=sys.stderr,
+            _refuse(
+                f"{out} is of another {key}: {report.get(key)}, here {fresh[key]}; "
+                "name another --out, or move it away"
             )
-            raise SystemExit(2)
     return report
 
 
@@ -251,48 +261,6 @@ def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _print_step(name: str, result: dict[str, Any]) -> None:
-    kernels, host = (
-        "      -" if result[key] is None else f"{1e3 * result[key]:7.1f}"
-        for key in ("kernels_s", "host_s")
-    )
-    told = f" (told {result['told']['images_per_s']:.0f})" if "told" in result else ""
-    mfu = "     -" if result.get("mfu") is None else f"{result['mfu']:6.1%}"
-    print(
-        f"{name:<42}{1e3 * result['step_s']['median']:9.1f} ms  kernels {kernels}  host {host}  "
-        f"{result['images_per_s']:8.0f} images/s{told}  MFU {mfu}"
-    )
-    for what, why in result["not_measured"].items():
-        print(f"    no {what}: {why.strip().splitlines()[-1][:90]}")
-    for news in result["news"]:
-        print(f"    {news[:110]}")
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """The cases as lines."""
-    machine = report["hardware"]
-    print(f"{machine.get('gpu') or machine['cpu']}, torch {report['versions']['torch']}")
-    for name, row in report["cases"].items():
-        result = row.get("result", {})
-        if "error" in row:
-            last = row["error"].strip().splitlines()[-1:] or ["no reason given"]
-            print(f"{name:<42} failed: {last[0][:100]}")
-        elif "step_s" in result:
-            _print_step(name, result)
-        elif "out_of_memory" in result:
-            print(f"{name:<42} out of memory: {result['out_of_memory'][:100]}")
-        elif "step_off" in result:
-            print(f"{name:<42} plan's memory: {result['ready_off']:+.1%} {result['step_off']:+.1%}")
-        elif "share_of_synthetic" in result:
-            share = result["share_of_synthetic"]
-            print(f"{name:<42}{result['images_per_s']:8.0f} images/s, {share:.1%} of noise's")
-        else:
-            print(f"{name:<42} {json.dumps(result)[:110]}")
-    for key, rows in report["summary"].items():
-        for name, value in rows.items():
-            print(f"{key:<20} {value:7.3f}  {name}")
-
-
 # ------------------------------------------------------------------------------------------- wheels
 
 
@@ -330,8 +298,7 @@ def use_wheels(folder: Path) -> None:
     """
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
-        print(f"gpu_day: no wheels in {folder}; see --make-wheels", file=sys.stderr)
-        raise SystemExit(2)
+        _refuse(f"no wheels in {folder}; see --make-wheels")
     missing = [path for path in wheels if not _is_here(path.name.split("-")[0])]
     if not missing:
         return
@@ -368,7 +335,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="tools/gpu_day.py", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="JSON, resumed")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=list(PARTS),
+        choices=PARTS,
+        metavar="PART",
+        help=f"of {', '.join(PARTS)}; by default all",
+    )
     parser.add_argument("--for-s", type=float, default=530, help="seconds of this call (530)")
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU: does it run?")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="of what is missing here")
@@ -380,10 +354,42 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return asked
 
 
+class _Stopped(BaseException):
+    """A signal asks this process to end; no `except Exception` holds it up."""
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT raise `_Stopped`, once: what ends then ends undisturbed."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # `timeout` sends its signal twice
+        raise _Stopped(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is not measured yet, and report."""
-    began = time.monotonic()
     asked = arguments(argv)
+    try:
+        with _stoppable():
+            return _measure(asked)
+    except _Stopped as stopped:
+        print("gpu_day: stopped; run it again for the rest", file=sys.stderr, flush=True)
+        return 128 + int(stopped.args[0])
+
+
+def _measure(asked: argparse.Namespace) -> int:
+    began = time.monotonic()
     if asked.make_wheels:
         return make_wheels(asked.make_wheels, asked.python)
     if asked.wheels:
@@ -396,19 +402,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             case["images"] = 2
     waiting = [case for case in cases if "result" not in rows.get(case["name"], {})]
     waiting.sort(key=lambda case: case["name"] in rows)  # what failed once, last
-    groups = [waiting] if asked.tiny else [[case] for case in waiting]
-    for group in filter(None, groups):
-        left = asked.for_s - (time.monotonic() - began)
-        if left < min(case["about_s"] for case in group):
-            print(f"gpu_day: {len(waiting)} cases wait; run it again for the rest", flush=True)
+    groups = [waiting] if asked.tiny and waiting else [[case] for case in waiting]
+    for number, group in enumerate(groups):
+        gone = time.monotonic() - began
+        left = asked.for_s - gone
+        takes = min(case["about_s"] for case in group)
+        if left < takes:
+            if number == 0:  # the same call would never get further
+                needs = 10 * math.ceil((gone + takes + 5) / 10)
+                _refuse(
+                    f"--for-s {asked.for_s:g} is too short: {group[0]['name']} may take {takes} s "
+                    f"and the start took {gone:.0f} s; give at least --for-s {needs}"
+                )
             print_report(report)
+            print(f"gpu_day: {_count(len(groups) - number, 'waits')}; run it again for the rest")
             return AGAIN
         print(f"gpu_day: {', '.join(case['name'] for case in group)}", file=sys.stderr, flush=True)
         for row in run_cases(group, asked.tiny, left if asked.tiny else min(LONGEST_S, left)):
             rows[row.pop("name")] = row
         write(asked.out, report)
     print_report(report)
-    return 1 if any("error" in rows[case["name"]] for case in cases) else 0
+    if failed := sum("error" in rows[case["name"]] for case in cases):
+        print(f"gpu_day: {_count(failed, 'failed')}; run it again to try once more")
+        return 1
+    if asked.tiny:
+        print("gpu_day: every case runs; without --tiny, on a GPU, they are measured")
+    else:
+        parts = "" if set(asked.parts) == set(PARTS) else f" of {', '.join(asked.parts)}"
+        print(f"gpu_day: all{parts} is measured; now: rcmae plan RECIPE --measured {asked.out}")
+    return 0
+
+
+def _count(number: int, does: str) -> str:
+    """ "1 case waits", "2 cases wait"; "2 cases failed"."""
+    return f"1 case {does}" if number == 1 else f"{number} cases {does.removesuffix('s')}"
 
 
 if __name__ == "__main__":
