@@ -47,6 +47,7 @@ def test_ranks_have_figures_and_what_is_of_one_process_is_left_out(
     ("given", "says"),
     [
         (["--models", "vit_huge"], "no model 'vit_huge'"),
+        (["--engines", "local", "nope"], "no engine 'nope'; there are local, ddp"),
         (["--ranks", "0"], "--ranks=0 must be at least 1"),
         (["--steps", "1"], "has no spread"),
     ],

@@ -335,7 +335,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tools/bench_host.py", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
+    from rcmae.models.sizes import ARCHITECTURES
+
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=list(MODELS),
+        metavar="NAME",
+        help=f"of {', '.join(ARCHITECTURES)}; by default {' '.join(MODELS)}",
+    )
     parser.add_argument(
         "--engines",
         nargs="+",
@@ -371,12 +379,24 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--steps=1 has no spread; give more")
     if min(asked.ranks) < 1:
         parser.error(f"--ranks={min(asked.ranks)} must be at least 1")
-    from rcmae.models.sizes import ARCHITECTURES
-
     for name in asked.models:
         if name not in ARCHITECTURES:
             parser.error(f"no model {name!r}; there are {', '.join(ARCHITECTURES)}")
+    for name in asked.engines:
+        _check_engine(parser, name)
     return asked
+
+
+def _check_engine(parser: argparse.ArgumentParser, name: str) -> None:
+    if name in ENGINES:
+        return
+    from rcmae.engines.deepspeed_config import read_config
+    from rcmae.errors import Refused
+
+    try:
+        read_config(name)
+    except Refused as error:
+        parser.error(f"no engine {name!r}; there are {', '.join(ENGINES)}; {error}")
 
 
 def cases_of(asked: argparse.Namespace) -> list[Case]:

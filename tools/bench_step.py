@@ -567,8 +567,11 @@ def print_report(report: dict[str, Any]) -> None:
     """The figures as tables."""
     settings = report["settings"]
     machine = report["hardware"]
+    network = settings["model"]
+    if settings["quick"]:
+        network = f"two blocks of width {settings['embed_dim']} (--quick)"
     print(
-        f"{settings['model']}, {settings['image_size']} px, batch {settings['batch']}, "
+        f"{network}, {settings['image_size']} px, batch {settings['batch']}, "
         f"medians of {settings['steps']} "
         f"rounds; {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, "
         f"torch {report['versions']['torch']}"
@@ -632,7 +635,7 @@ def _print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="vit_base_patch16", choices=ARCHITECTURES)
     parser.add_argument("--image-size", type=int, default=224, help="pixels, both sides (224)")
     parser.add_argument("--batch", type=int, default=32, help="images of a step (32)")

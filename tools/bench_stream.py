@@ -393,6 +393,10 @@ def print_report(report: dict[str, Any]) -> None:
         f"{report['images']} photographs of {report['mean_bytes'] / 1000:.0f} kB to "
         f"{report['image_size']} px; a uint8 pipeline decodes by {report['uint8_v2_decodes']}"
     )
+    if report["restart_markers"]:
+        version = report["libjpeg_turbo"]
+        library = "no libjpeg-turbo 3" if version is None else f"libjpeg-turbo {version or '3'}"
+        print(f"the stream's JPEGs have restart markers (--restart-markers); {library}")
     print(f"{'one core':30}{'images/CPU s':>14}{'x torchvision':>15}   range{'x uint8 v2':>20}")
     for side, row in report["one_core"].items():
         print(
