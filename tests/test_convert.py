@@ -5,6 +5,7 @@ with them.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -123,9 +124,14 @@ def test_a_guess_of_the_decoders_heads_is_told(file: Path, tmp_path: Path) -> No
     ("sizes", "args", "target", "heads", "told"),
     [
         ({"class_tokens": 0}, {}, "huggingface", 4, "has a class token, these weights none: --to"),
-        ({"image_size": (16, 32)}, {}, "huggingface", 4, "8 positions are no square"),
-        ({"image_size": (16, 32)}, {}, "pixio", 4, "8 positions are no square"),
-        ({"image_size": (16, 32)}, {}, "timm", 4, "8 positions are no square"),
+        (
+            {"image_size": (16, 32)},
+            {},
+            "huggingface",
+            4,
+            "square images, these weights a grid of 2x4",
+        ),
+        ({"image_size": (16, 32)}, {}, "pixio", 4, "square images, these weights a grid of 2x4"),
         ({"mlp_ratio": 2.5}, {}, "pixio", 4, "Pixio has a whole mlp_ratio, these weights 2.5"),
         ({}, {}, "huggingface", 0, "num_heads=0, as requested, does not divide"),
         ({}, {}, "timm", -4, "num_heads=-4, as requested, does not divide"),
@@ -156,6 +162,24 @@ def test_what_a_target_cannot_hold_is_refused_and_nothing_written(
     with pytest.raises(Refused, match=told):
         convert(read_network(path), target, out, num_heads=heads)
     assert not out.exists()
+
+
+def test_a_learned_table_of_no_square_does_not_say_its_rows(tmp_path: Path) -> None:
+    state = MaskedAutoencoder(NetworkSizes(**SIZES | {"image_size": (16, 32)})).state_dict()
+    assert convert_to_timm(state, tmp_path).is_file()  # the table of sines does
+    shutil.rmtree(tmp_path)
+    state["pos_embed"] = state["pos_embed"] + torch.linspace(0, 1, state["pos_embed"].numel()).view(
+        state["pos_embed"].shape
+    )
+    with pytest.raises(Refused, match="8 positions are no square of patches"):
+        convert_to_timm(state, tmp_path)
+
+
+def convert_to_timm(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    torch.save({"model": state, "args": {}}, folder / "w.pth")
+    convert(read_network(folder / "w.pth"), "timm", folder / "out.safetensors", num_heads=4)
+    return folder / "out.safetensors"
 
 
 def test_supmaes_head_and_a_finetuned_one_are_left_out(

@@ -174,7 +174,9 @@ def mosaicml_peer(photographs: Photographs) -> Peer:
             out=shards, columns={"image": column}, size_limit=SHARD.lower()
         ) as writer:
             for path in photographs.files:
-                with Image.open(path) as image:  # of which `jpeg` keeps the file's bytes
+                with Image.open(
+                    path, formats=["JPEG"]
+                ) as image:  # of which `jpeg` keeps the file's bytes
                     writer.write({"image": path.read_bytes() if column == "bytes" else image})
         views = Views(local=shards, shuffle=True, batch_size=photographs.batch)
         sides[name] = DataLoader(views, photographs.batch)
