@@ -26,7 +26,7 @@ _RESTART_INTERVAL = 0xDD
 _RESTARTS = np.arange(0xD0, 0xD8, dtype=np.uint8)  # in this order, over and over
 _BLOCK = 8  # pixels
 _WORTH = 0.9  # a part of more of the image is not cut out: finding it costs as much
-_BOX = 0.72  # of a side, what the published random crop takes in the mean
+_BOX = 0.72  # of a side, about what the published random crop takes
 _MARKER_BYTES = 3.5  # a marker, the bits up to it, and a first coefficient that has no other before
 _SMALLEST = 24  # pixels between two markers, at least
 # of turbojpeg.h
