@@ -177,6 +177,18 @@ def test_damage_is_a_value_error_or_pixels_of_the_right_size():
         assert pixels.shape[1] <= 50
 
 
+def test_a_damaged_file_does_not_spoil_the_next_ones():
+    good = photograph((96, 128))
+    box = Box(16, 32, 40, 50)
+    expected = box.of(whole(good))
+    tables = good.index(b"\xff\xc4") + 5
+    for at in range(tables, tables + 16):
+        torn = good[:at] + b"\xff" + good[at + 1 :]
+        with pytest.raises(ValueError, match=r"[a-z]"):
+            decode_box(torn, box)
+        np.testing.assert_array_equal(decode_box(good, box), expected)
+
+
 def test_damage_beside_a_part_goes_unseen_on_every_machine(monkeypatch):
     data = photograph(subsampling="4:4:4", restart_marker_blocks=2)
     first, second = markers(data)[:2]

@@ -135,4 +135,8 @@ def _decode_part(data: bytes, box: Box, shrink: int, channels: int) -> NDArray[n
         found = library()
         assert found is not None
         _decoders.one = _Decoder(found.loaded)
-    return _decoders.one.decode(data, box, shrink, channels)
+    try:
+        return _decoders.one.decode(data, box, shrink, channels)
+    except Refused:
+        del _decoders.one  # of a damaged file it keeps tables, which the next would be refused for
+        raise
