@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -262,8 +261,7 @@ def test_a_sleeping_rank_is_named_with_its_cause(
         rows = [row for row in folder.rows() if row["step"] >= late["step"]]
         key = {"data": "data_wait", "compute": "compute", "save": "arrival"}[cause]
         assert {row[f"{key}_slowest_rank"] for row in rows} == {1}
-        beyond = [row[f"{key}_slowest_s"] - row[f"{key}_median_s"] for row in rows]
-        assert statistics.median(beyond) > 0.02  # one row may have another's pause, too
+        assert all(row[f"{key}_slowest_s"] > row[f"{key}_median_s"] + 0.02 for row in rows)
         (told,) = status(folder.path)["late_ranks"]
         assert told == late
         assert runs.main(["status", str(folder.path)]) == 0

@@ -23,9 +23,9 @@ from rcmae.run import preempt
 from rcmae.tasks.registry import task_of
 
 SLEEPS = {  # and seconds: of each step, or of the fifth step that is saved
-    "data": (TrainReading, "__getitem__", 0.08),
-    "compute": (MaskedAutoencoder, "encode", 0.08),  # inside of what FSDP2 gathers
-    "save": (Saver, "_snapshot", 0.3),
+    "data": (TrainReading, "__getitem__", 0.2),
+    "compute": (MaskedAutoencoder, "encode", 0.2),  # inside of what FSDP2 gathers
+    "save": (Saver, "_snapshot", 0.5),
 }
 
 

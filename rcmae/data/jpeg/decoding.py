@@ -51,11 +51,12 @@ def decode_box(data: bytes, box: Box, shrink: int = 1, channels: int = 3) -> NDA
         ValueError: the bytes are damaged or cut short.
     """
     assert not any(number % shrink for number in box), (box, shrink)
-    cut = cut_out(data, box) if is_whole(data) else None
+    complete = is_whole(data)
+    cut = cut_out(data, box) if complete else None
     if cut is not None:
         data, box = cut
     small = Box(*(number // shrink for number in box))
-    if cut is None and decodes_parts() and is_whole(data):
+    if complete and cut is None and decodes_parts():
         return _decode_part(data, small, shrink, channels)
     return small.of(_decode_whole(data, shrink, channels))
 

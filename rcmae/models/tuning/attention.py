@@ -6,9 +6,9 @@ times each of them, forward and backward, for the shapes that a training step ha
 all ranks take its choice. A kernel takes the place of torch's own only where it is faster by more
 than MARGIN. What was measured is kept in a file, so that each start of a run computes alike.
 
-cuDNN's is timed and not chosen: on Hopper its backward pass gives gradients that are no numbers
-where all scores of a query are far below 0 and the keys do not fill its last tile (cuDNN up to 9.26
-at least; pytorch #196678, cudnn-frontend #160 and #1072), and torch prefers it from 2.11 on.
+cuDNN's is timed and not chosen: on Hopper its backward pass gives NaN gradients where all scores of
+a query are far below 0 and the keys do not fill its last tile (cuDNN up to 9.26 at least; pytorch
+#196678, cudnn-frontend #160 and #1072), and torch prefers it from 2.11 on.
 
 Not on a CPU, which has one kernel (`kernels.choose_attention` has what there is to choose).
 """
