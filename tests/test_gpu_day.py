@@ -3,6 +3,7 @@ goes on where it was stopped."""
 
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,8 @@ def test_every_case_runs_and_is_not_measured_twice(
     assert not failed
     step = report["cases"]["steps/L/local/128/compiled/rcmae"]["result"]
     assert sum(step["phases_s"].values()) == pytest.approx(step["step_s"]["median"], rel=0.4)
-    assert step["told"]["images_per_s"] > 0  # of a real GPU and the whole network: not comparable
+    assert step["told"] is step["hours_over_told"] is step["mfu"] is None  # of a GPU alone
     assert step["images_per_s"] > 0
-    assert step["told"]["from"] == "stated"  # no measured one: it would be this very file
     of = {key: step["of"][key] for key in ("model", "placement")}
     assert of == {"model": "vit_large_patch16", "placement": "local"}
     assert step["of"]["variant"].startswith("rcmae-lean-")
@@ -64,6 +65,27 @@ def test_every_case_runs_and_is_not_measured_twice(
     assert "every case runs" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_what_the_plan_says_is_of_this_gpu_or_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"recipe": "rcmae_vit_l_16", "images": 128, "engine": "local", "compile": True}
+    recipe = gpu_cases.recipe_of(case, tiny=False)
+
+    def on(device_name: str) -> dict[str, Any]:
+        monkeypatch.setattr(gpu_cases, "device_name", lambda: device_name)
+        return gpu_cases.against_plan(recipe, seconds=0.1)
+
+    known = on("NVIDIA A100-SXM4-80GB")
+    assert known["told"]["gpu"] == "a100-80g"
+    assert known["told"]["from"] == "stated"  # no measured one: it would be this very file
+    assert known["hours_over_told"] == pytest.approx(known["told"]["images_per_s"] / 1280)
+    only_its_peak = on("NVIDIA A100-PCIE-40GB")
+    assert only_its_peak["mfu"] == known["mfu"] > 0
+    unknown = on("NVIDIA Something 1000")
+    assert unknown["flops_per_s"] == known["flops_per_s"]
+    assert unknown["mfu"] is None
+    for row in (only_its_peak, unknown):
+        assert row["told"] is row["hours_over_told"] is None
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What is known of this machine, without asking it."""
@@ -81,10 +103,16 @@ def test_no_case_begins_that_may_end_too_late(
     seconds = [0.0]
     limits = []
 
-    def took(cases: list[dict[str, Any]], tiny: bool, limit_s: float) -> list[dict[str, Any]]:
+    def took(
+        cases: list[dict[str, Any]],
+        tiny: bool,
+        limit_s: float,
+        keep: Callable[[dict[str, Any]], None],
+    ) -> None:
         limits.append(limit_s)
         seconds[0] += 100
-        return [{"name": case["name"], "result": {}, "seconds": 100} for case in cases]
+        for case in cases:
+            keep({"name": case["name"], "result": {}, "seconds": 100})
 
     monkeypatch.setattr(gpu_day, "run_cases", took)
     monkeypatch.setattr(gpu_day.time, "monotonic", lambda: seconds[0])
@@ -138,46 +166,92 @@ def test_what_a_case_leaves_behind_ends_with_it(
     monkeypatch.setattr(gpu_day, "LEAVES_S", 0.1)
     done, missing = {"name": "done"}, {"name": "missing"}
     begin = time.monotonic()
-    (row,) = gpu_day.run_cases([done], False, 60.0)
+    rows: list[dict[str, Any]] = []
+    gpu_day.run_cases([done], False, 60.0, rows.append)
     assert time.monotonic() - begin < 30  # it says all that it has to, and does not end
+    (row,) = rows
     assert_ends(row["result"]["beside"])
-    rows = gpu_day.run_cases([done, missing], False, 4.0)
+    rows.clear()
+    gpu_day.run_cases([done, missing], False, 4.0, rows.append)
     assert [row["name"] for row in rows] == ["done", "missing"]
     assert rows[1]["error"].startswith("over 4 s")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_case_with_what_it_started(
-    number: signal.Signals, tmp_path: Path
-) -> None:
-    beside = tmp_path / "beside"
+FIRST_OF_TWO = """
+import json, pathlib, subprocess, sys, time
+case = json.loads(sys.argv[1])[0]
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+row = {"name": case["name"], "result": {"beside": child.pid}}
+print("CASE " + json.dumps(row), flush=True)
+time.sleep(600)
+"""
+DAY = """
+import pathlib, sys
+from tools import gpu_day
+root, out = map(pathlib.Path, sys.argv[1:3])
+gpu_day.ROOT = root
+found = {"hardware": {"cpu": "a CPU"}, "versions": {"torch": "2.11"}, "commit": None}
+gpu_day.about = lambda tiny: found
+sys.exit(gpu_day.main(["--tiny", "--parts", "ceilings", "tests", "--out", str(out)]))
+"""
+
+
+@pytest.fixture
+def day(tmp_path: Path) -> list[str]:
+    """A day of two cases in one process, of which the second does not end."""
     (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "gpu_cases.py").write_text(
-        "import pathlib, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"pathlib.Path({str(beside) + '.aside'!r}).write_text(str(child.pid))\n"
-        f"pathlib.Path({str(beside) + '.aside'!r}).replace({str(beside)!r})\n"
-        "time.sleep(600)\n"
-    )
-    found = {"hardware": {"cpu": "a CPU"}, "versions": {"torch": "2.11"}, "commit": None}
-    program = (
-        "import pathlib, sys; from tools import gpu_day; "
-        f"gpu_day.ROOT = pathlib.Path({str(tmp_path)!r}); gpu_day.about = lambda tiny: {found!r}; "
-        f"sys.exit(gpu_day.main(['--out', {str(tmp_path / 'day.json')!r}]))"
-    )
-    command = [sys.executable, "-c", program]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    day = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "tools" / "gpu_cases.py").write_text(FIRST_OF_TWO)
+    return [sys.executable, "-c", DAY, str(tmp_path), str(tmp_path / "day.json")]
+
+
+def first_row(out: Path) -> dict[str, Any]:
+    """That of the first case, as soon as it is kept."""
     end = time.monotonic() + 60
-    while not beside.exists():
+    while not out.exists():
         assert time.monotonic() < end
         time.sleep(0.05)
-    day.send_signal(number)
-    assert day.communicate(timeout=60)[1].splitlines()[1:] == [
+    cases = json.loads(out.read_text())["cases"]
+    assert list(cases) == ["ceilings"]
+    result: dict[str, Any] = cases["ceilings"]["result"]
+    return result
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_case_with_what_it_started_and_what_is_done_is_kept(
+    number: signal.Signals, tmp_path: Path, day: list[str]
+) -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(day, env=env, stderr=subprocess.PIPE, text=True)
+    row = first_row(tmp_path / "day.json")
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1].splitlines()[1:] == [
         "gpu_day: stopped; run it again for the rest"
     ]
-    assert day.returncode == 128 + number
-    assert_ends(int(beside.read_text()))
+    assert process.returncode == 128 + number
+    assert_ends(row["beside"])
+    assert first_row(tmp_path / "day.json") == row
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed_ends_the_case_unless_nohup_holds_it(
+    ignored: bool, tmp_path: Path, day: list[str]
+) -> None:
+    terminal, inside = pty.openpty()
+    command = ["setsid", "--ctty", *(["nohup"] if ignored else []), *day]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdin=inside, stdout=inside, stderr=inside
+    )
+    os.close(inside)
+    row = first_row(tmp_path / "day.json")
+    os.close(terminal)
+    if ignored:
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.terminate()
+    number = signal.SIGTERM if ignored else signal.SIGHUP
+    assert process.wait(timeout=60) == 128 + number
+    assert_ends(row["beside"])
 
 
 def test_a_call_too_short_for_any_case_says_what_is_needed(

@@ -38,6 +38,7 @@ from rcmae.config import Recipe
 from rcmae.data.packing.writer import PackingOptions, make_shards
 from rcmae.engines.build import make_engine
 from rcmae.models.build import new_student, new_teacher
+from rcmae.models.cost import StepCost
 from rcmae.models.precision import bf16_of
 from rcmae.models.tuning import attention, compiling
 from rcmae.objectives import make_objective
@@ -216,23 +217,23 @@ def kernel_seconds(step: Step, count: int) -> float:
     return seconds
 
 
-def gpu_key() -> str:
-    """This GPU among those that `rcmae plan` knows; an H100 stands for any other device."""
-    name = torch.cuda.get_device_name() if dist.device().type == "cuda" else ""
-    known = [key for key, gpu in GPUS.items() if gpu.device_name == name]
-    return known[0] if known else "h100-80g"
+def device_name() -> str:
+    """As torch tells it; empty on a CPU."""
+    return torch.cuda.get_device_name() if dist.device().type == "cuda" else ""
 
 
 def against_plan(recipe: Recipe, seconds: float) -> dict[str, Any]:
-    """Utilisation and the recipe's hours, beside what `rcmae plan` computes."""
+    """Utilisation and the recipe's hours, beside what `rcmae plan` computes.
+
+    `mfu` is None where the device's peak is not known; `told` and `hours_over_told` are where it is
+    none of those that `rcmae plan` knows.
+    """
     images = recipe.batch.images
     cost = cost_of(recipe)
-    sizes = config.resolve(recipe, world=1, samples_per_epoch=images)
-    # what it computes without this very file
-    site = Site(nodes=1, gpus=1, gpu=gpu_key(), utilisation=UTILISATION)
-    told = speed(recipe, cost, sizes, site)
-    peak = peak_flops(GPUS[gpu_key()].device_name, recipe.engine.precision)
     rate = images / seconds
+    precision, tf32 = recipe.engine.precision, recipe.engine.tf32
+    peak = peak_flops(device_name(), precision, tf32=tf32)
+    told = told_by_plan(recipe, cost)
     return {
         "flops_per_s": rate * cost.step_flops,
         "mfu": rate * cost.step_flops / peak if peak else None,
@@ -242,14 +243,25 @@ def against_plan(recipe: Recipe, seconds: float) -> dict[str, Any]:
             "placement": placement(recipe),
             "step_flops": cost.step_flops,
         },
-        "told": {
-            "gpu": gpu_key(),
-            "utilisation": told["utilisation"],
-            "from": told["utilisation_from"],
-            "images_per_s": told["images_per_s_per_gpu"],
-            "step_s": told["step_s"],
-        },
-        "hours_over_told": told["images_per_s_per_gpu"] / rate,
+        "told": told,
+        "hours_over_told": told["images_per_s"] / rate if told else None,
+    }
+
+
+def told_by_plan(recipe: Recipe, cost: StepCost) -> dict[str, Any] | None:
+    """What `rcmae plan` computes for this GPU; None where it does not know it."""
+    gpu = next((key for key, gpu in GPUS.items() if gpu.device_name == device_name()), None)
+    if gpu is None:
+        return None
+    sizes = config.resolve(recipe, world=1, samples_per_epoch=recipe.batch.images)
+    # what it computes without this very file
+    told = speed(recipe, cost, sizes, Site(nodes=1, gpus=1, gpu=gpu, utilisation=UTILISATION))
+    return {
+        "gpu": gpu,
+        "utilisation": told["utilisation"],
+        "from": told["utilisation_from"],
+        "images_per_s": told["images_per_s_per_gpu"],
+        "step_s": told["step_s"],
     }
 
 
@@ -265,7 +277,6 @@ def measure_memory(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
 def measure_ceilings(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
     """Large products, copies within the device and to it from pinned memory."""
     device = dist.device()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     watch = bench_step.Stopwatch(device)
     found: dict[str, Any] = {"products_flops_per_s": {}, "told_peak_flops_per_s": {}}
     for precision in ("bf16", "fp32"):
@@ -274,7 +285,7 @@ def measure_ceilings(case: dict[str, Any], tiny: bool) -> dict[str, Any]:
                 bench_step.matrix_product_rate, precision, device, side, watch
             )
             found["products_flops_per_s"][f"{precision} {side}"] = max(product() for _ in range(5))
-        found["told_peak_flops_per_s"][precision] = peak_flops(name, precision)
+        found["told_peak_flops_per_s"][precision] = peak_flops(device_name(), precision)
     size = 2**20 if tiny else 2**31
     found["copy_bytes_per_s"] = 2 * copy_rate(size, device, device)  # read and written
     found["upload_bytes_per_s"] = copy_rate(size // 8, torch.device("cpu"), device)

@@ -9,14 +9,15 @@ how far `rcmae plan` is off.
 Parts: `ceilings` (products, copies), `attention` (each kernel, each shape), `steps` (ViT-S to H,
 RC-MAE and MAE, compiled and not), `engines` (DDP, FSDP2 and ZeRO-1 to 3 at one rank), `batches`,
 `memory` (told and measured), `shards` (end to end from a disk), `tests` (those marked gpu). Each
-case runs in a process of its own and is written to FILE when it is done, so the same command goes
-on where it was stopped; no case begins that might end later than N seconds from the start. The
-first cases of all parts come before the second ones. A batch that the memory does not hold is an
-answer; a case that fails says why and is tried again last, in the next call.
+case runs in a process of its own (with --tiny all in one) and is written to FILE when it is done,
+so the same command goes on where it was stopped; no case begins that might end later than N seconds
+from the start. The first cases of all parts come before the second ones. A batch that the memory
+does not hold is an answer; a case that fails says why and is tried again last, in the next call.
 
 torch, its CUDA and numpy are there already; whatever else is missing is installed from FOLDER, into
 a temporary folder. Exit status: 0 all is measured; 75 run it again for the rest; 1 cases failed; 2
-unusable input; 128 and the signal's number where SIGTERM or SIGINT stopped it.
+unusable input; 128 and the signal's number where SIGTERM, SIGINT or a closed terminal
+stopped it (`nohup` keeps it from that).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -129,8 +130,15 @@ def in_order(parts: Sequence[str], tiny: bool) -> list[dict[str, Any]]:
     return [case for each in rounds for case in each if case is not None]
 
 
-def run_cases(cases: Sequence[dict[str, Any]], tiny: bool, limit_s: float) -> list[dict[str, Any]]:
-    """A row for each case, all in one process. One that is cut off has an error."""
+def run_cases(
+    cases: Sequence[dict[str, Any]],
+    tiny: bool,
+    limit_s: float,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run cases, all in one process. `keep` gets the row of each as soon as it is done; that of one
+    that is cut off has an error.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -143,29 +151,39 @@ def run_cases(cases: Sequence[dict[str, Any]], tiny: bool, limit_s: float) -> li
     told = json.dumps(cases)
     command = [sys.executable, str(ROOT / "tools" / "gpu_cases.py"), told]
     command += ["--tiny"] if tiny else []
+    kept: set[str] = set()
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+
+        def keep_new() -> bool:
+            """Whether all have their rows."""
+            for row in _rows(said):
+                if row["name"] not in kept:
+                    kept.add(row["name"])
+                    keep(row)
+            return len(kept) == len(cases)
+
         child = subprocess.Popen(command, env=env, stdout=said, stderr=errors, **OWN_GROUP)
         try:
-            ended = _wait_for(child, said, len(cases), limit_s)
+            ended = _wait_for(child, keep_new, limit_s)
         finally:
             # with what it started: a training or the tests would go on, on the GPU
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+        keep_new()
         errors.seek(0)
         why = f"ended with status {child.returncode}" if ended else f"over {limit_s:.0f} s"
         why = f"{why}: {errors.read()[-2000:]}"
-        rows = _rows(said)
-    have = {row["name"] for row in rows}
-    missing = [case["name"] for case in cases if case["name"] not in have]
-    return rows + [{"name": name, "error": why, "seconds": 0.0} for name in missing]
+    for case in cases:
+        if case["name"] not in kept:
+            keep({"name": case["name"], "error": why, "seconds": 0.0})
 
 
-def _wait_for(child: subprocess.Popen[bytes], said: IO[str], count: int, limit_s: float) -> bool:
+def _wait_for(child: subprocess.Popen[bytes], all_said: Callable[[], bool], limit_s: float) -> bool:
     """Return when a process has said its rows, or is over: whether it is."""
     end = time.monotonic() + limit_s
     while child.poll() is None and time.monotonic() < end:
-        if len(_rows(said)) == count:  # what is left is to leave, in which libraries may hang
+        if all_said():  # what is left is to leave, in which libraries may hang
             end = min(end, time.monotonic() + LEAVES_S)
         time.sleep(0.2)
     return child.poll() is not None
@@ -360,7 +378,9 @@ class _Stopped(BaseException):
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT raise `_Stopped`, once: what ends then ends undisturbed."""
+    """Inside, SIGTERM, SIGINT and a terminal that is closed (SIGHUP) raise `_Stopped`, once: what
+    ends then ends undisturbed.
+    """
 
     def stop(number: int, _: object) -> NoReturn:
         for each in before:
@@ -368,6 +388,8 @@ def _stoppable() -> Iterator[None]:
         raise _Stopped(number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under `nohup`
+        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
     for number in before:
         signal.signal(number, stop)
     try:
@@ -384,7 +406,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _stoppable():
             return _measure(asked)
     except _Stopped as stopped:
-        print("gpu_day: stopped; run it again for the rest", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("gpu_day: stopped; run it again for the rest", file=sys.stderr, flush=True)
         return 128 + int(stopped.args[0])
 
 
@@ -403,6 +426,11 @@ def _measure(asked: argparse.Namespace) -> int:
     waiting = [case for case in cases if "result" not in rows.get(case["name"], {})]
     waiting.sort(key=lambda case: case["name"] in rows)  # what failed once, last
     groups = [waiting] if asked.tiny and waiting else [[case] for case in waiting]
+
+    def keep(row: dict[str, Any]) -> None:
+        rows[row.pop("name")] = row
+        write(asked.out, report)
+
     for number, group in enumerate(groups):
         gone = time.monotonic() - began
         left = asked.for_s - gone
@@ -418,9 +446,7 @@ def _measure(asked: argparse.Namespace) -> int:
             print(f"gpu_day: {_count(len(groups) - number, 'waits')}; run it again for the rest")
             return AGAIN
         print(f"gpu_day: {', '.join(case['name'] for case in group)}", file=sys.stderr, flush=True)
-        for row in run_cases(group, asked.tiny, left if asked.tiny else min(LONGEST_S, left)):
-            rows[row.pop("name")] = row
-        write(asked.out, report)
+        run_cases(group, asked.tiny, left if asked.tiny else min(LONGEST_S, left), keep)
     print_report(report)
     if failed := sum("error" in rows[case["name"]] for case in cases):
         print(f"gpu_day: {_count(failed, 'failed')}; run it again to try once more")

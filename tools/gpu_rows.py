@@ -40,7 +40,7 @@ def _print_step(name: str, result: dict[str, Any]) -> None:
         "      -" if result[key] is None else f"{1e3 * result[key]:7.1f}"
         for key in ("kernels_s", "host_s")
     )
-    told = f" (told {result['told']['images_per_s']:.0f})" if "told" in result else ""
+    told = f" (told {result['told']['images_per_s']:.0f})" if result.get("told") else ""
     mfu = "     -" if result.get("mfu") is None else f"{result['mfu']:6.1%}"
     print(
         f"{name:<42}{1e3 * result['step_s']['median']:9.1f} ms  kernels {kernels}  host {host}  "
