@@ -30,6 +30,7 @@ _LONGEST_PAUSE_S = 30.0
 _SILENT_ATTEMPTS = 3  # a hiccup is nobody's news; then who waits is told why, once
 _AT_ONCE = 16  # requests for sizes under way together
 _PRECONDITION_FAILED = 412  # HTTP
+_MAY_PASS = (408, 425, 429)  # HTTP: too slow, too early, too many requests
 CHANGED = "changed while it was copied; start again, and index it again if it has changed for good"
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -123,24 +124,10 @@ def persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
         except Exception as error:  # clients raise what they like
             if isinstance(error, OSError) and error.errno in FULL:
                 raise  # of our own disk
-            cause = error.__cause__ if isinstance(error, FileNotFoundError | TimeoutError) else None
-            text = redacted(str(cause or error)) or type(cause or error).__name__
-            status = _status(error)
-            if _is_missing(error, status):
-                raise FileNotFoundError(f"{redacted(path)}: there is no such file") from None
-            if (
-                type(cause or error).__name__ == "TooManyRedirects"
-            ):  # aiohttp's, without a word or a status
-                raise SourceGone(f"{redacted(path)}: its server redirects in a circle") from None
-            if status == _PRECONDITION_FAILED:
-                raise SourceGone(f"{redacted(path)}: {CHANGED}") from None
-            hopeless = status is not None and 400 <= status < 500 and status not in (408, 425, 429)
-            if (
-                hopeless
-                or isinstance(error, PermissionError)
-                or "Credential" in type(error).__name__
-            ):
-                raise AccessDenied(f"{redacted(path)}: is refused ({text})") from None
+            hopeless = _hopeless(path, error)
+            if hopeless is not None:
+                raise hopeless from None
+            text = _said(error)
             if attempt == patience.attempts:
                 raise SourceGone(
                     f"{redacted(path)}: unreachable after {attempt} attempts in "
@@ -155,10 +142,37 @@ def persist(path: str, patience: Patience, ask: Callable[[], _T]) -> _T:
                     patience.attempts,
                 )
             pause = min(patience.pause_s * 2 ** (attempt - 1), _LONGEST_PAUSE_S)
-            time.sleep(
-                max(pause * random.uniform(0.5, 1.0), min(_asked_pause(error), _LONGEST_PAUSE_S))
-            )
+            asked_pause = min(_asked_pause(error), _LONGEST_PAUSE_S)
+            time.sleep(max(pause * random.uniform(0.5, 1.0), asked_pause))
     raise AssertionError("at least one attempt is made")
+
+
+def _hopeless(path: str, error: Exception) -> OSError | None:
+    """What to raise where asking again changes nothing; None where it may."""
+    status = _status(error)
+    if _is_missing(error, status):
+        return FileNotFoundError(f"{redacted(path)}: there is no such file")
+    if type(_cause(error)).__name__ == "TooManyRedirects":  # aiohttp's: no word and no status
+        return SourceGone(f"{redacted(path)}: its server redirects in a circle")
+    if status == _PRECONDITION_FAILED:
+        return SourceGone(f"{redacted(path)}: {CHANGED}")
+    is_refused = status is not None and 400 <= status < 500 and status not in _MAY_PASS
+    has_no_right = isinstance(error, PermissionError) or "Credential" in type(error).__name__
+    if is_refused or has_no_right:
+        return AccessDenied(f"{redacted(path)}: is refused ({_said(error)})")
+    return None
+
+
+def _cause(error: Exception) -> BaseException:
+    """What went wrong, by itself: fsspec wraps it in what says less."""
+    wraps = isinstance(error, FileNotFoundError | TimeoutError)
+    return (error.__cause__ if wraps else None) or error
+
+
+def _said(error: Exception) -> str:
+    """What it says, else what it is called."""
+    cause = _cause(error)
+    return redacted(str(cause)) or type(cause).__name__
 
 
 def _status(error: BaseException | None) -> int | None:
