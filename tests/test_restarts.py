@@ -1,6 +1,7 @@
 """Restart markers: a part of a JPEG cut out before it is decoded has the pixels of the whole."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import simplejpeg
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from rcmae.commands.shards import making
+from rcmae.commands.shards import checking, making
 from rcmae.data import jpeg
 from rcmae.data.jpeg import Box, decode_box, restarts
+from rcmae.data.packing import writer
 from rcmae.data.packing.encoding import Encoding, encoded
 from rcmae.data.packing.found import Source
 from rcmae.data.transforms import TrainTransform
@@ -272,3 +274,31 @@ def test_shards_with_markers_have_the_same_pixels(tmp_path):
     (tmp_path / "images" / "one.jpg").write_bytes(photograph())
     assert making.make([str(tmp_path / "images"), str(tmp_path / "out"), "--restart-markers"]) == 0
     assert b"\xff\xdd\x00\x04" in (tmp_path / "out" / "train-000000.tar").read_bytes()
+
+
+def test_it_is_counted_which_images_got_markers_and_why_others_did_not(
+    tmp_path, monkeypatch, capsys
+):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    (images / "large.jpg").write_bytes(photograph((400, 600)))
+    for number in range(2):
+        (images / f"marked{number}.jpg").write_bytes(photograph(restart_marker_blocks=1))
+    (images / "padded.jpg").write_bytes(photograph()[:-2] + bytes(10) + b"\xff\xd9")
+    Image.fromarray(PHOTOGRAPH[:50, :50]).save(images / "small.png")
+    # what becomes smaller gets them from Pillow
+    monkeypatch.setattr(writer, "check_adds_restarts", lambda: None)
+    asked = [str(images), str(out), "--size", "300", "--restart-markers", "--samples", "2"]
+    assert making.make(asked) == 0
+    said = capsys.readouterr().out
+    assert (
+        "restart markers: added to 1 image; in 2 before; left as they were: 1 (no JPEG), "
+        "1 (damaged)\n"
+    ) in said
+    assert making.make([*asked, "--overwrite", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["restarts"]
+    assert told == {"added": 1, "there before": 2, "no JPEG": 1, "damaged": 1}
+    checking.check(["verify", str(out / "train-*.tar"), "--jobs", "1"])
+    assert "  3 of 4 images have restart markers\n" in capsys.readouterr().out
+    assert making.make([*asked[:4], "--overwrite"]) == 0
+    assert "restart markers" not in capsys.readouterr().out

@@ -35,10 +35,10 @@ CHECK = """Look at every byte of a shard set: what is in it, what is wrong, and 
 `verify` reads each tar to its end, compares it with the index beside it (samples, and SHA-256 where
 that has it), decodes each image and map strictly, compares maps (.seg.png) and annotations (.json,
 COCO's) with their image, classes.txt and categories.json, looks for keys that are there twice, and
-counts classes and sizes (--picture draws the sizes). It names any flaw that a decoder warns of,
-also where training would read the image with a smear in it. What it cannot see is damage that
-leaves a valid image: other colours in a JPEG, other pixels in a file without a checksum (.npy,
-.bmp, .tif).
+counts classes, sizes and restart markers (--picture draws the sizes). It names any flaw that a
+decoder warns of, also where training would read the image with a smear in it. What it cannot see is
+damage that leaves a valid image: other colours in a JPEG, other pixels in a file without a checksum
+(.npy, .bmp, .tif).
 `repair` writes what can be read into FOLDER under the same names, with an index: images without a
 flaw, the first of each key, and of a tar that is cut short what comes before the cut. A shard of
 which a copy would lose what is not understood (files without a suffix, links that lead nowhere,
@@ -102,6 +102,7 @@ def check(arguments: Sequence[str] | None = None) -> int:
 
 def _checked(asked: argparse.Namespace) -> dict[str, Any]:
     from rcmae.data.packing import verify
+    from rcmae.data.packing.ledger import ledger
     from rcmae.errors import Refused
 
     if (asked.command == "repair") != (asked.out is not None):
@@ -111,7 +112,7 @@ def _checked(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.ledger is not None and asked.command != "report":
         raise Refused("--ledger belongs to report")
     if asked.ledger is not None:
-        return {"bad_samples": verify.ledger(asked.ledger)}
+        return {"bad_samples": ledger(asked.ledger)}
     if asked.command == "report":
         return verify.described(asked.patterns, asked.jobs)
     if asked.command == "repair":
@@ -150,6 +151,8 @@ def print_verdict(found: dict[str, Any], what: str) -> None:
     for number, count in found.get("channels", {}).items():
         if number != "3":
             say(f"  {count:,} images have {number} channels")
+    if marked := found.get("restart_markers"):
+        say(f"  {marked:,} of {found['samples']:,} images have restart markers")
     for members in found.get("members", {}).values():
         for line in members["lines"]:
             say(f"  {line}")

@@ -214,6 +214,8 @@ def print_report(report: Report, out: Path, unnamed: str) -> None:
     )
     for note in report.notes:
         say(f"  {note}")
+    if report.restarts:
+        say(f"  restart markers: {_restarts(report.restarts)}")
     if report.kept:
         were = "was" if report.kept == 1 else "were"
         say(f"  {counted(report.kept, 'shard')} {were} there from an unfinished job")
@@ -225,3 +227,16 @@ def print_report(report: Report, out: Path, unnamed: str) -> None:
         )
     for reject in report.rejected:
         say(f"  left out: {in_line(reject.path)} ({in_line(reject.reason)})")
+
+
+def _restarts(found: dict[str, int]) -> str:
+    """How many images got restart markers, and of the others why not."""
+    from rcmae.data.packing.encoding import ADDED, HAD
+
+    parts = [f"added to {counted(found.get(ADDED, 0), 'image')}"]
+    if HAD in found:
+        parts.append(f"in {found[HAD]:,} before")
+    reasons = [f"{count:,} ({why})" for why, count in found.items() if why not in (ADDED, HAD)]
+    if reasons:
+        parts.append(f"left as they were: {', '.join(reasons)}")
+    return "; ".join(parts)

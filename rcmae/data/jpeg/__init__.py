@@ -2,7 +2,12 @@
 
 from rcmae.data.jpeg.decoding import decode_box, decode_cmyk, decodes_parts
 from rcmae.data.jpeg.markers import Box, Header, header, is_whole, scans
-from rcmae.data.jpeg.restarts import check_adds_restarts, restart_interval, with_restarts
+from rcmae.data.jpeg.restarts import (
+    check_adds_restarts,
+    has_restarts,
+    restart_interval,
+    with_restarts,
+)
 from rcmae.data.jpeg.turbo import library
 
 __all__ = [
@@ -12,6 +17,7 @@ __all__ = [
     "decode_box",
     "decode_cmyk",
     "decodes_parts",
+    "has_restarts",
     "header",
     "is_whole",
     "library",

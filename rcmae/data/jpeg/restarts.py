@@ -232,6 +232,15 @@ def restart_interval(size: tuple[int, int], unit: tuple[int, int], length: int) 
     return min(wide or divisors[-1:], key=cost)
 
 
+def has_restarts(data: bytes) -> bool:
+    """Whether a file has restart markers by which parts of its rows can be cut out."""
+    plain = layout(data)
+    if plain is None or not 0 < plain.interval <= plain.columns:
+        return False
+    whole = _segments(plain, Box(0, 0, plain.height, plain.width))
+    return whole is not None and _marks(data, plain.scan, whole.rows * whole.columns) is not None
+
+
 def with_restarts(data: bytes) -> bytes:
     """The file with restart markers, its coefficients and thus its pixels as they were; itself,
     where it has usable ones. A progressive one becomes sequential.
@@ -240,11 +249,9 @@ def with_restarts(data: bytes) -> bytes:
         Refused: no libjpeg-turbo 3.1 is here.
         ValueError: the bytes are damaged.
     """
+    if has_restarts(data):
+        return data
     plain = layout(data)
-    if plain is not None and 0 < plain.interval <= plain.columns:
-        whole = _segments(plain, Box(0, 0, plain.height, plain.width))
-        if whole is not None and _marks(data, plain.scan, whole.rows * whole.columns) is not None:
-            return data
     if plain is None or plain.interval:
         data = _transformed(data, 0)
         plain = layout(data)

@@ -12,7 +12,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from rcmae.data.jpeg import restart_interval, with_restarts
+from rcmae.data.jpeg import has_restarts, restart_interval, with_restarts
 from rcmae.data.packing.folders import ALIASES
 from rcmae.data.packing.found import Source
 from rcmae.data.tars import IMAGE_SUFFIXES
@@ -29,6 +29,9 @@ class Encoding(NamedTuple):
 
 
 AS_THEY_ARE = Encoding()
+# what became of an image that was to get restart markers
+ADDED, HAD = "added", "there before"
+NO_JPEG, DAMAGED, OTHERWISE = "no JPEG", "damaged", "the pixels would change"
 
 
 class Packed(NamedTuple):
@@ -38,6 +41,7 @@ class Packed(NamedTuple):
     data: bytes
     old: tuple[int, int]  # height and width as it was found
     new: tuple[int, int]
+    restarts: str = ""  # what became of its restart markers; empty: none are asked for
 
 
 def encoded(source: Source, how: Encoding) -> Packed:
@@ -52,19 +56,21 @@ def encoded(source: Source, how: Encoding) -> Packed:
         )
     old = (rows, columns)
     if size is None or min(rows, columns) <= size:
+        restarts = ""
         if how.restart_markers:
-            data = _with_restarts(data, pixels)
+            data, restarts = _with_restarts(data, pixels)
         if source.size >= 0:
-            return Packed(kind_of(data), data, old, old)
+            return Packed(kind_of(data), data, old, old, restarts)
         own = Path(source.path).suffix[1:].lower()
-        return Packed(ALIASES.get(own, own), data, old, old)
+        return Packed(ALIASES.get(own, own), data, old, old, restarts)
     factor = size / min(rows, columns)
     new = (round(rows * factor), round(columns * factor))
     smaller = resize(pixels, new).permute(1, 2, 0).contiguous().numpy()
+    no_jpeg = NO_JPEG if how.restart_markers else ""
     if data.startswith(NPY):
         file = io.BytesIO()
         np.save(file, smaller)
-        return Packed("npy", file.getvalue(), old, new)
+        return Packed("npy", file.getvalue(), old, new, no_jpeg)
     if channels != 3:
         file = io.BytesIO()
         tifffile.imwrite(
@@ -73,22 +79,24 @@ def encoded(source: Source, how: Encoding) -> Packed:
             photometric="rgb" if channels == 4 else "minisblack",
             planarconfig="contig",
         )
-        return Packed("tif", file.getvalue(), old, new)
+        return Packed("tif", file.getvalue(), old, new, no_jpeg)
     if how.restart_markers:
-        return Packed("jpg", _jpeg_with_restarts(smaller, how.quality), old, new)
+        return Packed("jpg", _jpeg_with_restarts(smaller, how.quality), old, new, ADDED)
     return Packed("jpg", simplejpeg.encode_jpeg(smaller, how.quality, "RGB", "420"), old, new)
 
 
-def _with_restarts(data: bytes, pixels: NDArray[np.uint8]) -> bytes:
-    """A JPEG with restart markers and the same pixels; itself where that cannot be."""
+def _with_restarts(data: bytes, pixels: NDArray[np.uint8]) -> tuple[bytes, str]:
+    """A JPEG with restart markers and the same pixels, else itself; and which, or why not."""
     if not data.startswith(b"\xff\xd8"):
-        return data
+        return data, NO_JPEG
+    if has_restarts(data):
+        return data, HAD
     try:
         made = with_restarts(data)
         same = np.array_equal(decode(made, pixels.shape[2]), pixels)
     except ValueError:  # damaged, if readable
-        return data
-    return made if same else data
+        return data, DAMAGED
+    return (made, ADDED) if same else (data, OTHERWISE)
 
 
 def _jpeg_with_restarts(pixels: NDArray[np.uint8], quality: int) -> bytes:

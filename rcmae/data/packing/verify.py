@@ -22,6 +22,7 @@ import torch
 
 from rcmae.data import sources
 from rcmae.data.index import ShardIndex
+from rcmae.data.jpeg import has_restarts
 from rcmae.data.members.kinds import Facts, MemberKind
 from rcmae.data.members.registry import kinds, register
 from rcmae.data.packing.indexing import refresh
@@ -55,7 +56,7 @@ from rcmae.data.tars import (
 from rcmae.data.transforms import BadImage, channels_of, decode
 from rcmae.data.workers import fork_server, mapped
 from rcmae.errors import Refused
-from rcmae.files import aside, json_lines, write_aside
+from rcmae.files import aside, write_aside
 
 # what of a tar makes it a damaged one; a sample without an image is named by itself, and a file
 # without a suffix does no harm
@@ -91,6 +92,7 @@ class Checked(NamedTuple):
     classes: dict[int, int]  # label -> samples
     sides: dict[int, int]  # shorter side in pixels -> samples
     channels: dict[int, int]  # of an image -> samples
+    restarts: int  # samples whose image has restart markers
     good: list[Good]
     held: dict[str, Held]  # kind -> what the members of the good ones hold
     notes: tuple[Note, ...] = ()  # what of the tar is not used, and what is peculiar about it
@@ -107,6 +109,7 @@ class Sample(NamedTuple):
     channels: int
     offset: int  # of its image
     facts: dict[str, Facts]  # kind -> what a map or an annotation holds
+    has_restarts: bool  # restart markers, by which a crop is cut out before it is decoded
 
 
 # ------------------------------------------------------------------------------------------ a shard
@@ -164,7 +167,16 @@ def _sample(
     if label is None and "cls" in content:
         reject(Rejected(key, at, f"its .cls holds {content['cls'][:20]!r}, no number of a class"))
     label = NO_LABEL if label is None else label
-    return Sample(key, content, label, min(pixels.shape[:2]), pixels.shape[2], at, facts)
+    return Sample(
+        key,
+        content,
+        label,
+        min(pixels.shape[:2]),
+        pixels.shape[2],
+        at,
+        facts,
+        has_restarts(content[suffix]),
+    )
 
 
 def _content(file: BinaryIO, name: str, place: Place) -> bytes:
@@ -247,6 +259,7 @@ def check(
         classes=dict(Counter(sample.label for sample in good)),
         sides=dict(sides),
         channels=dict(channels),
+        restarts=sum(sample.has_restarts for sample in good),
         good=[Good(sample.key, sample.offset, sample.label) for sample in good],
         held=held,
         notes=tuple(contents.notes),
@@ -383,6 +396,7 @@ def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any
     classes: Counter[int] = Counter()
     sides: Counter[int] = Counter()
     channels: Counter[int] = Counter()
+    restarts = 0
     where: dict[str, list[str]] = {}
     rows: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
@@ -396,6 +410,7 @@ def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any
         classes.update(shard.classes)
         sides.update(shard.sides)
         channels.update(shard.channels)
+        restarts += shard.restarts
         name = sources.basename(shard.path)
         for key, _, _ in shard.good:
             where.setdefault(key, []).append(name)
@@ -430,6 +445,7 @@ def verdict(shards: Iterable[Checked], known: dict[str, Shard]) -> dict[str, Any
         "classes": _sorted(classes),
         "shorter_sides": _sorted(sides),
         "channels": _sorted(channels),
+        "restart_markers": restarts,
         "members": told_of(together_held(held), samples, beside),
     }
 
@@ -477,24 +493,3 @@ def described(patterns: Sequence[str], jobs: int = 1) -> dict[str, Any]:
         "rejected": bad,
         "members": told_of(together_held([each.held for each in counts]), len(index), beside),
     }
-
-
-_LEDGER = {"position", "shard", "key", "offset", "reason", "replaced_by"}  # of a bad sample's event
-
-
-def ledger(run: Path) -> list[dict[str, Any]]:
-    """The bad samples of a run (its folder, or its events.jsonl), in the order of their positions.
-
-    Raises:
-        Refused: there is no such run.
-    """
-    path = run / "events.jsonl" if run.is_dir() else run
-    if not path.is_file():
-        raise Refused(f"{path}: is not a run's events.jsonl (no such file)")
-    found = {}
-    for event in json_lines(path):
-        # all of it is asked for: the file may be somebody's own
-        if event.get("event") == "bad_sample" and event.keys() >= _LEDGER:
-            # steps done again after a resume tell theirs again
-            found[event["position"]] = event
-    return [found[position] for position in sorted(found)]

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,7 @@ class Written(NamedTuple):
     path: str
     samples: int
     rejected: list[Rejected]
+    restarts: dict[str, int]  # what became of restart markers -> images; empty: none are asked for
 
 
 class Report(NamedTuple):
@@ -88,6 +90,7 @@ class Report(NamedTuple):
     such_as: list[str]  # a few of them
     kept: int  # shards that a job before had written
     notes: list[str]  # what was taken for a label, and what was passed over
+    restarts: dict[str, int]  # what became of restart markers -> images; empty: none are asked for
 
 
 class Task(NamedTuple):
@@ -294,7 +297,9 @@ def _report(written: Sequence[Written], labels: list[str], found: Found, kept: i
     paths = [shard.path for shard in written]
     rejected = [Rejected(name, "it is named, and not there") for name in found.gone]
     samples = 0
+    restarts: Counter[str] = Counter()
     for shard in written:
+        restarts.update(shard.restarts)
         rejected += shard.rejected
         samples += shard.samples
     return Report(
@@ -307,6 +312,7 @@ def _report(written: Sequence[Written], labels: list[str], found: Found, kept: i
         such_as=sorted(found.others)[:_NAMED],
         kept=kept,
         notes=list(found.notes),
+        restarts=dict(restarts),
     )
 
 
@@ -327,7 +333,8 @@ class Job:
             self.done = {}
             for line in lines:
                 rejected = [Rejected(*reject) for reject in line["rejected"]]
-                self.done[line["path"]] = Written(line["path"], line["samples"], rejected)
+                restarts = line.get("restarts", {})
+                self.done[line["path"]] = Written(line["path"], line["samples"], rejected, restarts)
         elif before is not None:
             self.unlike = ", ".join(
                 _unlike(key, before.get(key), what.get(key))
@@ -375,6 +382,7 @@ def write_shard(
         register(kind)
     count = 0
     rejected: list[Rejected] = []
+    restarts: Counter[str] = Counter()
     with (
         aside(Path(task.path)) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
@@ -389,6 +397,8 @@ def write_shard(
                 rejected.append(Rejected(source.name or source.path, str(error)))
                 continue
             add(tar, f"{source.key}.{image.suffix}", image.data)
+            if image.restarts:
+                restarts[image.restarts] += 1
             for suffix, data in others:
                 add(tar, f"{source.key}.{suffix}", data)
             if source.label is not None:
@@ -399,7 +409,7 @@ def write_shard(
                 f"none of the {len(task.sources)} images of {os.path.basename(task.path)} can be "
                 f"read, such as {rejected[0].path}: {rejected[0].reason}"
             )
-    return Written(task.path, count, rejected)
+    return Written(task.path, count, rejected, dict(restarts))
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
