@@ -54,7 +54,7 @@ def test_the_table_and_the_modules_agree():
     families = {
         path.parent for path in COMMANDS.rglob("__init__.py") if "def main(" in path.read_text()
     }
-    no_commands = {"__init__", "numbers"}  # the latter: what options of commands share
+    no_commands = {"__init__", "arguments"}  # the latter: what options of commands share
     paths = [path for path in COMMANDS.rglob("*.py") if path.stem not in no_commands]
     single = [path for path in paths if path.parent not in families]
     modules = {".".join(path.relative_to(COMMANDS).with_suffix("").parts) for path in single}
@@ -93,6 +93,26 @@ def test_a_mistyped_command_gets_the_nearest(capsys):
     assert capsys.readouterr().err == "rcmae: no command 'trian'; did you mean 'train'?\n"
     assert cli.main(["xyzzy"]) == 2
     assert "rcmae --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("shards data/train-*.tar", "rcmae shards check verify 'data/train-*.tar'"),
+        ("shards chek verify data", "rcmae shards check verify data"),
+        ("shards check data --json", "rcmae shards check verify data --json"),
+        ("shards check verfy data", "rcmae shards check verify data"),
+        ("shards check a b c d e f g", "rcmae shards check verify a b c d e ..."),
+        ("runs runs/one --watch", "rcmae runs status runs/one --watch"),
+        ("checkpoint runs/one", "rcmae checkpoint list runs/one"),
+        ("visualize runs/one", "rcmae visualize reconstruct runs/one"),
+    ],
+)
+def test_a_path_in_the_place_of_a_verb_gets_what_was_meant(said, meant, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(said.split())
+    assert left.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"; did you mean: {meant}")
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -11,7 +11,7 @@ import pytest
 
 from rcmae.commands import follow, runs
 from rcmae.commands.again import reproduce
-from rcmae.commands.numbers import above_zero, from_zero
+from rcmae.commands.arguments import above_zero, from_zero
 from rcmae.files import json_lines, json_lines_back, write_aside
 
 

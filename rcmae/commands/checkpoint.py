@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcmae.commands.numbers import from_zero
+from rcmae.commands.arguments import check_verb, from_zero
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; the exit status."""
-    asked = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _parser()
+    check_verb(parser, words, ("list", "show", "verify", "diff", "prune"), "list")
+    asked = parser.parse_args(words)
 
     from rich.console import Console
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rcmae.commands.numbers import above_zero, from_zero
+from rcmae.commands.arguments import above_zero, from_zero
 
 
 class Asked(NamedTuple):

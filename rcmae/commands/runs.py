@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcmae.commands.numbers import above_zero
+from rcmae.commands.arguments import above_zero, check_verb
 from rcmae.errors import counted
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ QUEUE_EACH_S = 30.0  # between questions to squeue
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tell a run's status; the exit status."""
-    asked = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _parser()
+    check_verb(parser, words, ("status",), "status")
+    asked = parser.parse_args(words)
 
     from rcmae.errors import Refused
     from rcmae.run.records.status import status

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rcmae.commands.numbers import above_zero
+from rcmae.commands.arguments import above_zero
 from rcmae.run.trackers.registry import NAMES
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rcmae.commands.numbers import from_zero
+from rcmae.commands.arguments import from_zero
 
 if TYPE_CHECKING:
     from rcmae.run.again.reproduce import Number, Reproduced

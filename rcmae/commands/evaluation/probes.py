@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcmae.commands.numbers import above_zero
+from rcmae.commands.arguments import above_zero
 from rcmae.errors import Refused
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rcmae.commands.arguments import check_verb
 from rcmae.errors import Refused
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ PLANES = ("tsne", "umap")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Gives the exit status."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _parser()
+    check_verb(parser, words, KINDS, "reconstruct")
+    options = parser.parse_args(words)
     from rcmae.checkpoint import CheckpointError
 
     try:

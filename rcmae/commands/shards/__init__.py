@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rcmae.commands.arguments import check_verb
 from rcmae.commands.shards.checking import check
 from rcmae.commands.shards.indexing import index
 from rcmae.commands.shards.making import make
@@ -31,5 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=tuple(commands))
+    check_verb(parser, words, tuple(commands), "check verify")
     chosen = parser.parse_args(words[:1]).command
     return commands[chosen](words[1:])

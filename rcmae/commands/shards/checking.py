@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcmae.commands.arguments import check_verb
 from rcmae.commands.shards.arguments import (
     PATTERNS,
     STOPPED,
@@ -52,7 +53,8 @@ or its events.jsonl) could not read, and what took their place.
 def check(arguments: Sequence[str] | None = None) -> int:
     """Verify, repair or report; the exit status."""
     parser = parser_of("check", CHECK)
-    parser.add_argument("command", choices=("verify", "report", "repair"), help="see above")
+    verbs = ("verify", "report", "repair")
+    parser.add_argument("command", choices=verbs, help="see above")
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help=PATTERNS)
     parser.add_argument(
         "--ledger", type=Path, metavar="RUN", help="a run's folder or events.jsonl, for report"
@@ -74,7 +76,9 @@ def check(arguments: Sequence[str] | None = None) -> int:
         help="processes (default: one for each core)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    asked = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    check_verb(parser, words, verbs, "verify")
+    asked = parser.parse_args(words)
     from rcmae.errors import Refused
 
     try:
