@@ -153,10 +153,22 @@ def test_packages_that_do_not_belong_together(
         "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.20.0\nRequires-Dist: torch==2.5.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(extensions, "guard_torchvision", lambda: False)  # its own part loads
+    status, findings = examined()
+    assert status == 0
+    told = of(findings, "yellow", "torchvision")
+    assert "torchvision 0.20.0 belongs to torch 2.5.0, this is torch 2." in told
+    assert "its compiled part loads, and rcmae works" in told
+    assert "install the torchvision that belongs to torch 2." in told
+    monkeypatch.setattr(extensions, "guard_torchvision", lambda: True)  # as of another build
+    status, findings = examined()
+    assert status == 0
+    told = of(findings, "yellow", "torchvision")
+    assert "rcmae works, but `import timm` and `import torchvision` alone fail, and det" in told
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     status, findings = examined()
     assert status == 1
-    assert "torchvision 0.20.0 belongs to torch 2.5.0, this is torch 2." in of(findings, "red")
-    assert "install the torchvision that belongs to torch 2." in extensions.remedy()
+    assert "torchvision 0.20.0 belongs to torch 2.5.0" in of(findings, "red", "torchvision")
 
 
 def test_a_package_that_does_not_import(

@@ -81,24 +81,9 @@ def check_software(found: dict[str, str]) -> Iterator[Finding]:
     for name, why in broken.items():
         text = f"{name} cannot be imported ({why})"
         yield Finding("packages", "red", text, "pip install -r requirements.txt")
-    wanted = extensions.torch_of("torchvision")
-    if wanted and wanted != torch.__version__.split("+")[0]:
-        yield Finding(
-            "torchvision",
-            "red",
-            f"torchvision {found['torchvision']} belongs to torch {wanted}, this is torch "
-            f"{torch.__version__}",
-            "install the pair that requirements.txt names",
-        )
-    elif extensions.guard_torchvision():
-        yield Finding(
-            "torchvision",
-            "yellow",
-            f"the compiled part of torchvision {found['torchvision']} does not load beside torch "
-            f"{torch.__version__}: rcmae works, but `import timm` and `import torchvision` alone "
-            "fail",
-            extensions.remedy(),
-        )
+    unmatched = _torchvision(found["torchvision"], imports="torchvision" not in broken)
+    if unmatched is not None:
+        yield unmatched
     elif not broken:
         shown = ("python", "torch", "torchvision", "timm", "deepspeed")
         yield Finding("packages", "green", ", ".join(f"{name} {found[name]}" for name in shown))
@@ -110,6 +95,31 @@ def check_software(found: dict[str, str]) -> Iterator[Finding]:
     elif "not NVIDIA" in apex.found:
         ways = "pip uninstall apex; build github.com/NVIDIA/apex, or do without"
         yield Finding("apex", "yellow", apex.found, ways)
+
+
+def _torchvision(version: str, *, imports: bool) -> Finding | None:
+    """That it is of another torch, and what does not work then; None where nothing is known."""
+    wanted = extensions.torch_of("torchvision")
+    loads = not extensions.guard_torchvision()
+    if wanted and wanted != torch.__version__.split("+")[0]:
+        text = f"torchvision {version} belongs to torch {wanted}, this is torch {torch.__version__}"
+    elif not loads:
+        text = (
+            f"the compiled part of torchvision {version} does not load beside torch "
+            f"{torch.__version__}"
+        )
+    else:
+        return None
+    if not imports:
+        return Finding("torchvision", "red", text, extensions.remedy())
+    if loads:
+        text += ": its compiled part loads, and rcmae works"
+    else:
+        text += (
+            ": rcmae works, but `import timm` and `import torchvision` alone fail, and detection "
+            "computes ROI align and suppression in plain torch, slower"
+        )
+    return Finding("torchvision", "yellow", text, extensions.remedy())
 
 
 def _jpegs() -> Finding:
