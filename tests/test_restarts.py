@@ -12,6 +12,7 @@ from sklearn.datasets import load_sample_images
 from rcmae.commands.shards import checking, making
 from rcmae.data import jpeg
 from rcmae.data.jpeg import Box, decode_box, restarts
+from rcmae.data.jpeg.markers import layout
 from rcmae.data.packing import writer
 from rcmae.data.packing.encoding import Encoding, encoded
 from rcmae.data.packing.found import Source
@@ -47,6 +48,10 @@ def boxes(count, size=(HEIGHT, WIDTH), multiple=1, seed=0):
         yield Box(*(int(each) * multiple for each in (top, left, rows, columns)))
 
 
+def part_of(data, box):
+    return restarts.cut_out(data, box, layout(data))
+
+
 def whole(data, channels=3):
     return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
 
@@ -64,7 +69,7 @@ def test_a_part_has_the_pixels_of_the_whole(subsampling, interval):
     cut = 0
     for box in boxes(24):
         np.testing.assert_array_equal(decode_box(data, box), box.of(whole(plain)))
-        found = restarts.cut_out(data, box)
+        found = part_of(data, box)
         if found is not None:
             cut += 1
             assert len(found[0]) < len(data)
@@ -83,24 +88,24 @@ def test_a_part_of_a_grey_image_has_the_pixels_of_the_whole():
         for channels in (1, 3):
             expected = box.of(whole(photograph(mode="L"), channels))
             np.testing.assert_array_equal(decode_box(data, box, channels=channels), expected)
-    assert restarts.cut_out(data, Box(60, 100, 20, 20)) is not None
+    assert part_of(data, Box(60, 100, 20, 20)) is not None
 
 
 def test_of_a_single_colour_the_factors_say_nothing():
     data = bytearray(photograph(mode="L", restart_marker_blocks=2))
-    data[restarts.layout(bytes(data)).frame + 6] = 0x22
+    data[layout(bytes(data)).frame + 6] = 0x22
     box = Box(60, 100, 20, 20)
-    part, inside = restarts.cut_out(bytes(data), box)
+    part, inside = part_of(bytes(data), box)
     assert (inside.of(whole(part, 1)) == box.of(whole(bytes(data), 1))).all()
 
 
 def test_a_crop_reads_the_segments_that_it_needs_and_no_more():
     data = photograph(subsampling="4:2:0", restart_marker_blocks=1)
-    part, box = restarts.cut_out(data, Box(64, 64, 32, 48))
+    part, box = part_of(data, Box(64, 64, 32, 48))
     assert box == Box(16, 16, 32, 48)
     assert jpeg.header(part)[:2] == (64, 80)  # 2 x 3 blocks of 16, and one more on each side
     full = photograph(restart_marker_blocks=1, subsampling="4:4:4")
-    assert jpeg.header(restarts.cut_out(full, Box(64, 64, 32, 48))[0])[:2] == (32, 48)
+    assert jpeg.header(part_of(full, Box(64, 64, 32, 48))[0])[:2] == (32, 48)
 
 
 def test_a_training_view_is_the_same_with_and_without():
@@ -125,19 +130,19 @@ def test_a_training_view_is_the_same_with_and_without():
 def test_other_files_are_decoded_as_before(options):
     data = photograph(**{"subsampling": "4:2:0"} | options)
     for box in boxes(6):
-        assert restarts.cut_out(data, box) is None
+        assert part_of(data, box) is None
         np.testing.assert_array_equal(decode_box(data, box), box.of(whole(data)))
 
 
 def markers(data):
-    scan = restarts.layout(data).scan
+    scan = layout(data).scan
     return [at for at in range(scan, len(data) - 2) if data[at] == 0xFF and data[at + 1]]
 
 
 def test_markers_that_are_not_as_the_header_says_are_not_believed():
     data = photograph(subsampling="4:2:0", restart_marker_blocks=1)
     box = Box(64, 64, 32, 48)
-    assert restarts.cut_out(data, box) is not None
+    assert part_of(data, box) is not None
     second = markers(data)[1]
     bad = {
         "one is gone": data[:second] + data[second + 2 :],
@@ -146,20 +151,20 @@ def test_markers_that_are_not_as_the_header_says_are_not_believed():
         "another image follows": data + data,
         "the end is missing": data[:-2],
         "bytes follow": data + b"\0\0",
-        "no scan": data[: restarts.layout(data).scan],
+        "no scan": data[: layout(data).scan],
         "nothing": b"",
     }
     for what, torn in bad.items():
-        assert restarts.cut_out(torn, box) is None, what
+        assert part_of(torn, box) is None, what
 
 
 def test_a_frame_of_no_size_or_of_torn_factors_has_no_layout():
     data = photograph(restart_marker_blocks=1)
-    at = restarts.layout(data).frame
-    assert restarts.layout(data[:at] + b"\0\0" + data[at + 2 :]) is None
-    assert restarts.layout(data[: at + 6] + b"\0" + data[at + 7 :]) is None
-    for length in range(0, restarts.layout(data).scan - 1, 7):
-        assert restarts.layout(data[:length]) is None
+    at = layout(data).frame
+    assert layout(data[:at] + b"\0\0" + data[at + 2 :]) is None
+    assert layout(data[: at + 6] + b"\0" + data[at + 7 :]) is None
+    for length in range(0, layout(data).scan - 1, 7):
+        assert layout(data[:length]) is None
 
 
 def test_damage_is_a_value_error_or_pixels_of_the_right_size():
@@ -225,11 +230,11 @@ def test_images_made_smaller_get_markers(tmp_path):
     (tmp_path / "one.jpg").write_bytes(photograph((400, 600)))
     source = Source(str(tmp_path / "one.jpg"), "one", None)
     image = encoded(source, Encoding(size=200, restart_markers=True))
-    found = restarts.layout(image.data)
+    found = layout(image.data)
     assert (found.height, found.width, found.interval) == (200, 300, 19)
-    assert restarts.cut_out(image.data, Box(100, 100, 50, 50)) is not None
+    assert part_of(image.data, Box(100, 100, 50, 50)) is not None
     plain = encoded(source, Encoding(size=200))
-    assert restarts.layout(plain.data).interval == 0
+    assert layout(plain.data).interval == 0
     assert abs(whole(plain.data).astype(int) - whole(image.data)).mean() < 2
 
 
@@ -262,7 +267,7 @@ def test_markers_are_added_without_loss(options):
     data = photograph(**options)
     made = jpeg.with_restarts(data)
     assert (whole(made) == whole(data)).all()
-    assert restarts.cut_out(made, Box(100, 100, 50, 50)) is not None
+    assert part_of(made, Box(100, 100, 50, 50)) is not None
     assert jpeg.with_restarts(made) is made
     with pytest.raises(ValueError, match=r"[a-z]"):
         jpeg.with_restarts(data[: len(data) // 2])

@@ -204,7 +204,7 @@ class TrainTransform:
             self._box(head.height, head.width, draws), self.image_size, self.margin
         )
         try:
-            return decode_box(data, box, shrink, self.in_channels), box
+            return decode_box(data, box, shrink, self.in_channels, head), box
         except ValueError:
             pixels = decode(data, self.in_channels, max_pixels=self.max_pixels)  # if PIL can
             return box.of(pixels), box
@@ -420,11 +420,14 @@ def plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> Header | None:
     """
     if not data.startswith(b"\xff\xd8"):
         return None
-    if (found := scans(data, above=_MAX_SCANS)) > _MAX_SCANS:
-        raise BadImage(f"a JPEG of {found} scans, more than {_MAX_SCANS}")
     try:
         head = header(data)
     except ValueError:
+        head = None
+    of_one_scan = head is not None and head.layout is not None
+    if not of_one_scan and (found := scans(data, above=_MAX_SCANS)) > _MAX_SCANS:
+        raise BadImage(f"a JPEG of {found} scans, more than {_MAX_SCANS}")
+    if head is None:
         return None
     _refuse_bombs((head.height, head.width), 1, len(data), max_pixels)
     return head if head.plain else None

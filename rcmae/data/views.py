@@ -193,7 +193,8 @@ class TrainReading(Dataset[Read | Exception]):
         boxes = None
         if self._leaves == "boxes":
             boxes = pack_boxes([view.image for _, view in rows])
-            rows = [(sample, view._replace(image=self._blank())) for sample, view in rows]
+            blank = self._blank()
+            rows = [(sample, view._replace(image=blank)) for sample, view in rows]
         batch = _batch(rows, positions, self._ids(positions), self._views.mask.num_visible)
         if self._views.teacher_masks:
             batch = replace(batch, teacher_ids=self._ids(positions, draw=1))

@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from rcmae.data.jpeg.markers import Box, header, is_whole
+from rcmae.data.jpeg.markers import Box, Header, is_whole, layout
 from rcmae.data.jpeg.restarts import cut_out
 from rcmae.data.jpeg.turbo import Fraction, Region, library
 from rcmae.errors import Refused
@@ -38,7 +38,9 @@ def decodes_parts() -> bool:
     return library() is not None
 
 
-def decode_box(data: bytes, box: Box, shrink: int = 1, channels: int = 3) -> NDArray[np.uint8]:
+def decode_box(
+    data: bytes, box: Box, shrink: int = 1, channels: int = 3, head: Header | None = None
+) -> NDArray[np.uint8]:
     """The pixels of a box of a plain JPEG, [box.height / shrink, box.width / shrink, channels].
 
     Args:
@@ -46,19 +48,21 @@ def decode_box(data: bytes, box: Box, shrink: int = 1, channels: int = 3) -> NDA
         box: inside the image; all four numbers are multiples of `shrink`.
         shrink: 1, 2, 4 or 8.
         channels: 1 (grey) or 3 (RGB).
+        head: what `header` says of the file, where it was asked.
 
     Raises:
         ValueError: the bytes are damaged or cut short.
     """
     assert not any(number % shrink for number in box), (box, shrink)
+    file: bytes | bytearray = data
     complete = is_whole(data)
-    cut = cut_out(data, box) if complete else None
+    cut = cut_out(data, box, head.layout if head else layout(data)) if complete else None
     if cut is not None:
-        data, box = cut
+        file, box = cut
     small = Box(*(number // shrink for number in box))
     if complete and cut is None and decodes_parts():
         return _decode_part(data, small, shrink, channels)
-    return small.of(_decode_whole(data, shrink, channels))
+    return small.of(_decode_whole(file, shrink, channels))
 
 
 def decode_cmyk(data: bytes) -> NDArray[np.uint8]:
@@ -69,10 +73,10 @@ def decode_cmyk(data: bytes) -> NDArray[np.uint8]:
     return simplejpeg.decode_jpeg(data, "CMYK")
 
 
-def _decode_whole(data: bytes, shrink: int, channels: int) -> NDArray[np.uint8]:
+def _decode_whole(data: bytes | bytearray, shrink: int, channels: int) -> NDArray[np.uint8]:
     if shrink == 1:
         return simplejpeg.decode_jpeg(data, _PIXEL_FORMATS[channels][0])
-    height, width, _ = header(data)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     return simplejpeg.decode_jpeg(
         data,
         _PIXEL_FORMATS[channels][0],

@@ -1,4 +1,4 @@
-"""What the markers of a JPEG say: its header, its scans, its end."""
+"""What the markers of a JPEG say: its header, how its blocks lie, its scans, its end."""
 
 from __future__ import annotations
 
@@ -11,10 +11,35 @@ from numpy.typing import NDArray
 
 END = b"\xff\xd9"
 SCAN = 0xDA  # the marker that a scan begins with
+BLOCK = 8  # pixels of its side
+_HUFFMAN_FRAMES = (0xC0, 0xC1)  # baseline and extended, sequential
+_RESTART_INTERVAL = 0xDD
 _FRAMES = bytes((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
 # a marker and the length of its segment; not those that have none, and may stand within a scan
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])(..)", re.DOTALL)
 _COLOURS = ("YCbCr", "Gray", "RGB")
+
+
+class Layout(NamedTuple):
+    """Where the frame of a JPEG of one scan is, and how its blocks are grouped."""
+
+    frame: int  # first byte of the height in its header
+    scan: int  # first byte of the Huffman codes
+    height: int  # pixels
+    width: int
+    unit_height: int  # of an MCU, the unit that codes are grouped in, in pixels
+    unit_width: int
+    interval: int  # MCUs between two restart markers; 0: there are none
+
+    @property
+    def rows(self) -> int:
+        """MCUs from top to bottom."""
+        return -(-self.height // self.unit_height)
+
+    @property
+    def columns(self) -> int:
+        """MCUs from left to right."""
+        return -(-self.width // self.unit_width)
 
 
 class Header(NamedTuple):
@@ -23,6 +48,7 @@ class Header(NamedTuple):
     height: int
     width: int
     colours: str  # as libjpeg-turbo names them
+    layout: Layout | None  # None: progressive, of several scans or torn
 
     @property
     def plain(self) -> bool:
@@ -46,7 +72,49 @@ class Box(NamedTuple):
 def header(data: bytes) -> Header:
     """The header of a JPEG. Raises ValueError."""
     height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-    return Header(height, width, colour)
+    return Header(height, width, colour, layout(data))
+
+
+def layout(data: bytes) -> Layout | None:
+    """The layout of a JPEG; None of those that are progressive, of several scans or torn."""
+    at = 2
+    interval = 0
+    frame = None
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        kind = data[at + 1]
+        if kind == 0xFF:  # a byte that fills up
+            at += 1
+            continue
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        segment = data[at + 4 : at + 2 + length]
+        if len(segment) != length - 2:
+            return None
+        if kind in _HUFFMAN_FRAMES:
+            if frame is not None or len(segment) < 6 or len(segment) != 6 + 3 * segment[5]:
+                return None
+            frame = (at + 5, segment)
+        elif kind == _RESTART_INTERVAL and length == 4:
+            interval = int.from_bytes(segment, "big")
+        elif kind == SCAN:
+            if frame is None or not segment or segment[0] != frame[1][5]:
+                return None  # another kind of frame, or not all colours in this scan
+            return _laid_out(frame[0], frame[1], at + 2 + length, interval)
+        at += 2 + length
+    return None
+
+
+def _laid_out(frame: int, header: bytes, scan: int, interval: int) -> Layout | None:
+    height = int.from_bytes(header[1:3], "big")
+    width = int.from_bytes(header[3:5], "big")
+    factors = header[7::3]  # of each colour: how many blocks of it an MCU has, along and down
+    across = [factor >> 4 for factor in factors]
+    down = [factor & 15 for factor in factors]
+    if not (height and width and factors and all(across) and all(down)):
+        return None
+    if len(factors) == 1:
+        across = down = [1]  # of a single colour an MCU is a block, whatever the factors
+    unit_height, unit_width = BLOCK * max(down), BLOCK * max(across)
+    return Layout(frame, scan, height, width, unit_height, unit_width, interval)
 
 
 def scans(data: bytes, above: int) -> int:
@@ -61,7 +129,7 @@ def scans(data: bytes, above: int) -> int:
         kind, start = marker[1][0], marker.start(2)
         if kind in _FRAMES:
             # of one that is progressive each scan counts, whatever it has
-            parts = data[start + 7] if kind in _FRAMES[:2] and len(data) > start + 7 else 0
+            parts = data[start + 7] if kind in _HUFFMAN_FRAMES and len(data) > start + 7 else 0
         elif kind == SCAN:
             found += 1
             if found == 1 and len(data) > start + 2 and data[start + 2] == parts:

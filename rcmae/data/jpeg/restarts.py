@@ -17,43 +17,18 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from rcmae.data.jpeg.markers import END, SCAN, Box
+from rcmae.data.jpeg.markers import BLOCK, END, Box, Layout, layout
 from rcmae.data.jpeg.turbo import Transform, library
 from rcmae.errors import Refused
 
-_HUFFMAN_FRAMES = (0xC0, 0xC1)  # baseline and extended, sequential
-_RESTART_INTERVAL = 0xDD
-_RESTARTS = np.arange(0xD0, 0xD8, dtype=np.uint8)  # in this order, over and over
-_BLOCK = 8  # pixels
+_FIRST, _KINDS = 0xD0, 8  # restart markers, one after the other, over and over
 _WORTH = 0.9  # a part of more of the image is not cut out: finding it costs as much
 _BOX = 0.72  # of a side, about what the published random crop takes
 _MARKER_BYTES = 3.5  # a marker, the bits up to it, and a first coefficient that has no other before
 _SMALLEST = 24  # pixels between two markers, at least
 # of turbojpeg.h
 _INIT_TRANSFORM = 2
-_STOP_ON_WARNING, _OPTIMIZE, _RESTART_BLOCKS = 0, 11, 18
-
-
-class Layout(NamedTuple):
-    """Where the frame of a JPEG of one scan is, and how its blocks are grouped."""
-
-    frame: int  # first byte of the height in its header
-    scan: int  # first byte of the Huffman codes
-    height: int  # pixels
-    width: int
-    unit_height: int  # of an MCU, the unit that codes are grouped in, in pixels
-    unit_width: int
-    interval: int  # MCUs between two restart markers; 0: there are none
-
-    @property
-    def rows(self) -> int:
-        """MCUs from top to bottom."""
-        return -(-self.height // self.unit_height)
-
-    @property
-    def columns(self) -> int:
-        """MCUs from left to right."""
-        return -(-self.width // self.unit_width)
+_STOP_ON_WARNING, _OPTIMIZE, _RESTARTBLOCKS = 0, 11, 18
 
 
 class _Segments(NamedTuple):
@@ -75,60 +50,18 @@ class _Segments(NamedTuple):
         return taken / (self.rows * self.columns)
 
 
-def layout(data: bytes) -> Layout | None:
-    """The layout of a JPEG; None of those that are progressive, of several scans or torn."""
-    at = 2
-    interval = 0
-    frame = None
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        kind = data[at + 1]
-        if kind == 0xFF:  # a byte that fills up
-            at += 1
-            continue
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        segment = data[at + 4 : at + 2 + length]
-        if len(segment) != length - 2:
-            return None
-        if kind in _HUFFMAN_FRAMES:
-            if frame is not None or len(segment) < 6 or len(segment) != 6 + 3 * segment[5]:
-                return None
-            frame = (at + 5, segment)
-        elif kind == _RESTART_INTERVAL and length == 4:
-            interval = int.from_bytes(segment, "big")
-        elif kind == SCAN:
-            if frame is None or not segment or segment[0] != frame[1][5]:
-                return None  # another kind of frame, or not all colours in this scan
-            return _laid_out(frame[0], frame[1], at + 2 + length, interval)
-        at += 2 + length
-    return None
-
-
-def _laid_out(frame: int, header: bytes, scan: int, interval: int) -> Layout | None:
-    height = int.from_bytes(header[1:3], "big")
-    width = int.from_bytes(header[3:5], "big")
-    factors = header[7::3]  # of each colour: how many blocks of it an MCU has, along and down
-    across = [factor >> 4 for factor in factors]
-    down = [factor & 15 for factor in factors]
-    if not (height and width and factors and all(across) and all(down)):
-        return None
-    if len(factors) == 1:
-        across = down = [1]  # of a single colour an MCU is a block, whatever the factors
-    unit_height, unit_width = _BLOCK * max(down), _BLOCK * max(across)
-    return Layout(frame, scan, height, width, unit_height, unit_width, interval)
-
-
-def cut_out(data: bytes, box: Box) -> tuple[bytes, Box] | None:
+def cut_out(data: bytes, box: Box, found: Layout | None) -> tuple[bytearray, Box] | None:
     """A box of an image as a JPEG of its own.
 
     Args:
         data: a whole file.
         box: inside the image.
+        found: its layout.
 
     Returns:
         The file, and where the box lies in it, a multiple of 8 pixels from where it was; None where
         restart markers do not allow that, or where it would not pay.
     """
-    found = layout(data)
     if found is None or not found.interval:
         return None
     segments = _segments(found, box)
@@ -162,8 +95,8 @@ def _segments(found: Layout, box: Box) -> _Segments | None:
     rows = -(-found.rows // rows_each)
     columns = found.columns // columns_each
     # what interpolation of chroma looks at
-    above = found.unit_height if found.unit_height > _BLOCK else 0
-    beside = found.unit_width if found.unit_width > _BLOCK else 0
+    above = found.unit_height if found.unit_height > BLOCK else 0
+    beside = found.unit_width if found.unit_width > BLOCK else 0
     return _Segments(
         top=max(0, box.top - above) // height,
         bottom=min(rows, -(-(box.top + box.height + above) // height)),
@@ -180,35 +113,44 @@ def _marks(data: bytes, scan: int, count: int) -> NDArray[np.int64] | None:
     """The first byte of the marker behind each of `count` segments, the last of which is that of
     the end; None: these are not the markers that are there.
     """
-    codes = np.frombuffer(data, np.uint8)[scan:]
+    codes = np.frombuffer(data, np.uint8, offset=scan)
     marked = codes[:-1] == 0xFF
     marked &= codes[1:] != 0  # 0: the byte before is of a code
-    marks = np.flatnonzero(marked)
+    marks: NDArray[np.int64] = marked.nonzero()[0]
     if len(marks) != count or marks[-1] != len(codes) - len(END):
         return None
-    expected = np.resize(_RESTARTS, count)
-    expected[-1] = END[1]
-    return marks + scan if (codes[marks + 1] == expected).all() else None
+    numbers = codes[marks[:-1] + 1]
+    return marks + scan if (numbers == _numbers(count - 1)).all() else None
+
+
+def _numbers(count: int) -> NDArray[np.uint8]:
+    """The second bytes of so many restart markers."""
+    return (np.arange(count) % _KINDS + _FIRST).astype(np.uint8)
 
 
 def _joined(
     data: bytes, head: bytes, segments: _Segments, marks: NDArray[np.int64], scan: int
-) -> bytes:
+) -> bytearray:
     """A file of a header and of the range of segments, their markers numbered anew."""
-    taken = segments.right - segments.left
-    first = np.arange(segments.top, segments.bottom) * segments.columns + segments.left
-    starts = np.where(first == 0, scan, marks[first - 1] + 2)
-    ends = marks[first + taken - 1] + 2
-    parts = [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-    file = bytearray().join([head, *parts])
-    lengths = ends - starts
-    moved = len(head) + np.cumsum(lengths) - lengths - starts  # of each row: new place less old
-    within = first[:, None] + np.arange(taken)
-    places = (marks[within] + moved[:, None]).reshape(-1) + 1
+    begins = np.concatenate(([scan], marks[:-1] + 2))
+    grid = (segments.rows, segments.columns)
+    rows = slice(segments.top, segments.bottom)
+    ends = marks.reshape(grid)[rows, segments.left : segments.right]
+    firsts = begins.reshape(grid)[rows, segments.left].tolist()
+    lasts = ends[:, -1].tolist()
+    parts = [head]
+    moved = []  # of each row: new place less old
+    length = len(head)
+    for first, last in zip(firsts, lasts, strict=True):
+        parts.append(data[first : last + 2])
+        moved.append(length - first)
+        length += last + 2 - first
+    file = bytearray().join(parts)
+    places = ends + np.array(moved)[:, None] + 1
     codes = np.frombuffer(file, np.uint8)
-    codes[places] = np.resize(_RESTARTS, len(places))
+    codes[places.reshape(-1)] = _numbers(places.size)
     codes[-1] = END[1]
-    return bytes(file)
+    return file
 
 
 def restart_interval(size: tuple[int, int], unit: tuple[int, int], length: int) -> int:
@@ -294,7 +236,7 @@ def _transformed(data: bytes, interval: int) -> bytes:
         for name, value in (
             (_STOP_ON_WARNING, 1),
             (_OPTIMIZE, 1),
-            (_RESTART_BLOCKS, interval),
+            (_RESTARTBLOCKS, interval),
         ):
             turbo.tj3Set(handle, name, value)
         failed = turbo.tj3Transform(
