@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 from rcmae.commands.shards import checking, making
 from rcmae.data import jpeg
 from rcmae.data.jpeg import Box, decode_box, restarts
-from rcmae.data.jpeg.markers import layout
+from rcmae.data.jpeg.markers import layout, with_segments
 from rcmae.data.packing import writer
 from rcmae.data.packing.encoding import Encoding, encoded
 from rcmae.data.packing.found import Source
@@ -139,8 +139,11 @@ def markers(data):
     return [at for at in range(scan, len(data) - 2) if data[at] == 0xFF and data[at + 1]]
 
 
-def test_markers_that_are_not_as_the_header_says_are_not_believed():
+@pytest.mark.parametrize("listed", [False, True])
+def test_markers_that_are_not_as_the_header_says_are_not_believed(listed):
     data = photograph(subsampling="4:2:0", restart_marker_blocks=1)
+    if listed:
+        data = jpeg.with_restarts(data)
     box = Box(64, 64, 32, 48)
     assert part_of(data, box) is not None
     second = markers(data)[1]
@@ -158,6 +161,83 @@ def test_markers_that_are_not_as_the_header_says_are_not_believed():
         assert part_of(torn, box) is None, what
 
 
+def test_a_file_that_lists_its_segments_is_not_searched(monkeypatch):
+    plain = photograph(subsampling="4:4:4", restart_marker_blocks=2)
+    data = jpeg.with_restarts(plain)  # markers are there: no library is needed
+    assert jpeg.with_restarts(data) is data
+    assert b"RCMAE segments" in data
+    assert (whole(data) == whole(plain)).all()
+    box = Box(100, 100, 50, 50)
+    part, inside = part_of(plain, box)
+    monkeypatch.delattr(restarts, "_searched")
+    listed, inside_listed = part_of(data, box)
+    assert inside_listed == inside
+    np.testing.assert_array_equal(whole(listed), whole(part))
+    with pytest.raises(NameError):
+        part_of(plain, box)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lengths: lengths[:-1],
+        lambda lengths: lengths[:0],
+        lambda lengths: np.r_[lengths, 2],
+        lambda lengths: lengths + 1,
+        lambda lengths: lengths * 0,
+        lambda lengths: lengths * 0 + 65535,
+        lambda lengths: lengths[::-1],
+        lambda lengths: np.r_[0, lengths[0] + lengths[1], lengths[2:]],
+        lambda lengths: np.r_[lengths[0] + 1, lengths[1] - 1, lengths[2:]],
+        lambda lengths: np.r_[lengths[0], lengths[1] + lengths[2], 0, lengths[3:]],
+    ],
+)
+def test_lengths_of_segments_that_are_wrong_are_not_believed(change):
+    plain = photograph(subsampling="4:4:4", restart_marker_blocks=2)
+    data = jpeg.with_restarts(plain)
+    lengths = np.frombuffer(layout(data).segments, "<u2")
+    wrong = with_segments(plain, layout(plain), change(lengths.astype(int)).astype("<u2").tobytes())
+    box = Box(100, 100, 50, 50)
+    assert part_of(wrong, box) is not None
+    np.testing.assert_array_equal(decode_box(wrong, box), box.of(whole(plain)))
+    assert layout(jpeg.with_restarts(wrong)).segments == layout(data).segments
+
+
+def test_a_code_that_looks_like_the_number_of_a_marker_is_none():
+    plain = photograph(subsampling="4:4:4", restart_marker_blocks=2)
+    segments = layout(jpeg.with_restarts(plain)).segments
+    lengths = np.frombuffer(segments, "<u2").astype(int)
+    ends = lengths.cumsum()  # behind each marker
+    codes = plain[layout(plain).scan :]
+    which, other = next(
+        (number, at)
+        for number in range(4, 14)  # in the first row of 19
+        for at in range(ends[number - 1], ends[number] - 2)
+        if codes[at] == codes[ends[number] - 1] and codes[at - 1] != 0xFF
+    )
+    moved = ends[which] - (other + 1)
+    lengths[which] -= moved
+    lengths[which + 1] += moved
+    wrong = with_segments(plain, layout(plain), lengths.astype("<u2").tobytes())
+    box = Box(0, 40, 100, 230)  # whose markers are numbered anew
+    np.testing.assert_array_equal(decode_box(wrong, box), box.of(whole(plain)))
+
+
+def test_lengths_that_are_cut_or_too_many_for_a_marker_are_no_hindrance():
+    plain = photograph(subsampling="4:4:4", restart_marker_blocks=2)
+    box = Box(100, 100, 50, 50)
+    odd = with_segments(plain, layout(plain), layout(jpeg.with_restarts(plain)).segments[:-1])
+    np.testing.assert_array_equal(decode_box(odd, box), box.of(whole(plain)))
+    assert with_segments(plain, layout(plain), bytes(2**16)) is plain
+    noise = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 2048, 3), np.uint8)
+    Image.fromarray(pixels).save(
+        noise, "JPEG", quality=100, subsampling="4:4:4", restart_marker_blocks=256
+    )
+    long = noise.getvalue()  # its rows of blocks are longer than 65,535 bytes
+    assert jpeg.with_restarts(long) is long
+
+
 def test_a_frame_of_no_size_or_of_torn_factors_has_no_layout():
     data = photograph(restart_marker_blocks=1)
     at = layout(data).frame
@@ -167,8 +247,11 @@ def test_a_frame_of_no_size_or_of_torn_factors_has_no_layout():
         assert layout(data[:length]) is None
 
 
-def test_damage_is_a_value_error_or_pixels_of_the_right_size():
+@pytest.mark.parametrize("listed", [False, True])
+def test_damage_is_a_value_error_or_pixels_of_the_right_size(listed):
     data = photograph((96, 128), subsampling="4:2:0", restart_marker_blocks=2)
+    if listed:
+        data = jpeg.with_restarts(data)
     rng = np.random.default_rng(0)
     for _ in range(400):
         torn = bytearray(data)

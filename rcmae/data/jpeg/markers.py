@@ -14,6 +14,8 @@ SCAN = 0xDA  # the marker that a scan begins with
 BLOCK = 8  # pixels of its side
 _HUFFMAN_FRAMES = (0xC0, 0xC1)  # baseline and extended, sequential
 _RESTART_INTERVAL = 0xDD
+_APPLICATION = 0xE9  # APP9, which no format that we know of uses
+_SEGMENTS = b"RCMAE segments\0"
 _FRAMES = bytes((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
 # a marker and the length of its segment; not those that have none, and may stand within a scan
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])(..)", re.DOTALL)
@@ -30,6 +32,9 @@ class Layout(NamedTuple):
     unit_height: int  # of an MCU, the unit that codes are grouped in, in pixels
     unit_width: int
     interval: int  # MCUs between two restart markers; 0: there are none
+    # [segments] uint16, little-endian: bytes of codes from each marker to the end of the next, as
+    # the file says; to be believed where the markers are there
+    segments: bytes
 
     @property
     def rows(self) -> int:
@@ -79,6 +84,7 @@ def layout(data: bytes) -> Layout | None:
     """The layout of a JPEG; None of those that are progressive, of several scans or torn."""
     at = 2
     interval = 0
+    segments = b""
     frame = None
     while at + 4 <= len(data) and data[at] == 0xFF:
         kind = data[at + 1]
@@ -95,15 +101,30 @@ def layout(data: bytes) -> Layout | None:
             frame = (at + 5, segment)
         elif kind == _RESTART_INTERVAL and length == 4:
             interval = int.from_bytes(segment, "big")
+        elif kind == _APPLICATION and segment.startswith(_SEGMENTS):
+            segments = segment[len(_SEGMENTS) :]
         elif kind == SCAN:
             if frame is None or not segment or segment[0] != frame[1][5]:
                 return None  # another kind of frame, or not all colours in this scan
-            return _laid_out(frame[0], frame[1], at + 2 + length, interval)
+            return _laid_out(frame[0], frame[1], at + 2 + length, interval, segments)
         at += 2 + length
     return None
 
 
-def _laid_out(frame: int, header: bytes, scan: int, interval: int) -> Layout | None:
+def with_segments(data: bytes, found: Layout, lengths: bytes) -> bytes:
+    """The file with what its layout says as `segments`, where a marker can hold it."""
+    content = _SEGMENTS + lengths
+    length = 2 + len(content)
+    if length >= 2**16:
+        return data
+    marker = bytes((0xFF, _APPLICATION)) + length.to_bytes(2, "big") + content
+    at = found.frame - 5  # before that of the frame
+    return data[:at] + marker + data[at:]
+
+
+def _laid_out(
+    frame: int, header: bytes, scan: int, interval: int, segments: bytes
+) -> Layout | None:
     height = int.from_bytes(header[1:3], "big")
     width = int.from_bytes(header[3:5], "big")
     factors = header[7::3]  # of each colour: how many blocks of it an MCU has, along and down
@@ -114,7 +135,7 @@ def _laid_out(frame: int, header: bytes, scan: int, interval: int) -> Layout | N
     if len(factors) == 1:
         across = down = [1]  # of a single colour an MCU is a block, whatever the factors
     unit_height, unit_width = BLOCK * max(down), BLOCK * max(across)
-    return Layout(frame, scan, height, width, unit_height, unit_width, interval)
+    return Layout(frame, scan, height, width, unit_height, unit_width, interval, segments)
 
 
 def scans(data: bytes, above: int) -> int:

@@ -5,7 +5,8 @@ A JPEG's Huffman codes, most of what decoding costs, can be read from their star
 marker (ITU-T T.81, B.2.4.4 and F.2.1.3.1) begins anew: what lies between two of them can be read by
 itself. Where they stand at equal places of each row of blocks, a crop takes the segments that it
 needs, in a file with a smaller frame. Its pixels are those of the whole image: where chroma is
-interpolated, one block more is taken on either side.
+interpolated, one block more is taken on either side. Files made here say in an APP9 marker how long
+the segments are, which saves looking for the markers; those without it are searched.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from rcmae.data.jpeg.markers import BLOCK, END, Box, Layout, layout
+from rcmae.data.jpeg.markers import BLOCK, END, Box, Layout, layout, with_segments
 from rcmae.data.jpeg.turbo import Transform, library
 from rcmae.errors import Refused
 
@@ -26,6 +27,7 @@ _WORTH = 0.9  # a part of more of the image is not cut out: finding it costs as 
 _BOX = 0.72  # of a side, about what the published random crop takes
 _MARKER_BYTES = 3.5  # a marker, the bits up to it, and a first coefficient that has no other before
 _SMALLEST = 24  # pixels between two markers, at least
+_LENGTH = np.dtype("<u2")
 # of turbojpeg.h
 _INIT_TRANSFORM = 2
 _STOP_ON_WARNING, _OPTIMIZE, _RESTARTBLOCKS = 0, 11, 18
@@ -67,7 +69,7 @@ def cut_out(data: bytes, box: Box, found: Layout | None) -> tuple[bytearray, Box
     segments = _segments(found, box)
     if segments is None or segments.share > _WORTH:
         return None
-    marks = _marks(data, found.scan, segments.rows * segments.columns)
+    marks = _marks(data, found, segments.rows * segments.columns)
     if marks is None:
         return None
     top = segments.top * segments.height
@@ -109,18 +111,41 @@ def _segments(found: Layout, box: Box) -> _Segments | None:
     )
 
 
-def _marks(data: bytes, scan: int, count: int) -> NDArray[np.int64] | None:
+def _marks(data: bytes, found: Layout, count: int) -> NDArray[np.int64] | None:
     """The first byte of the marker behind each of `count` segments, the last of which is that of
     the end; None: these are not the markers that are there.
     """
-    codes = np.frombuffer(data, np.uint8, offset=scan)
+    codes = np.frombuffer(data, np.uint8, offset=found.scan)
+    marks = _listed(codes, found.segments, count)
+    if marks is None:
+        marks = _searched(codes, count)
+    return None if marks is None else marks + found.scan
+
+
+def _listed(codes: NDArray[np.uint8], segments: bytes, count: int) -> NDArray[np.int64] | None:
+    """Where the file says that the markers are, if they are. A code has no 0xFF but with 0 behind
+    it, so what looks like a marker is one.
+    """
+    if len(segments) != _LENGTH.itemsize * count:
+        return None
+    marks = np.cumsum(np.frombuffer(segments, _LENGTH), dtype=np.int64) - 2
+    if marks[-1] != len(codes) - len(END) or not (codes[marks] == 0xFF).all():
+        return None
+    return marks if _are_in_order(codes, marks) else None
+
+
+def _searched(codes: NDArray[np.uint8], count: int) -> NDArray[np.int64] | None:
     marked = codes[:-1] == 0xFF
     marked &= codes[1:] != 0  # 0: the byte before is of a code
     marks: NDArray[np.int64] = marked.nonzero()[0]
     if len(marks) != count or marks[-1] != len(codes) - len(END):
         return None
-    numbers = codes[marks[:-1] + 1]
-    return marks + scan if (numbers == _numbers(count - 1)).all() else None
+    return marks if _are_in_order(codes, marks) else None
+
+
+def _are_in_order(codes: NDArray[np.uint8], marks: NDArray[np.int64]) -> bool:
+    """Whether all markers but the last are restarts, none of them missing."""
+    return bool((codes[marks[:-1] + 1] == _numbers(len(marks) - 1)).all())
 
 
 def _numbers(count: int) -> NDArray[np.uint8]:
@@ -176,40 +201,60 @@ def restart_interval(size: tuple[int, int], unit: tuple[int, int], length: int) 
 
 def has_restarts(data: bytes) -> bool:
     """Whether a file has restart markers by which parts of its rows can be cut out."""
-    plain = layout(data)
-    if plain is None or not 0 < plain.interval <= plain.columns:
-        return False
-    whole = _segments(plain, Box(0, 0, plain.height, plain.width))
-    return whole is not None and _marks(data, plain.scan, whole.rows * whole.columns) is not None
+    return _with_lengths(data) is not None
 
 
 def with_restarts(data: bytes) -> bytes:
-    """The file with restart markers, its coefficients and thus its pixels as they were; itself,
-    where it has usable ones. A progressive one becomes sequential.
+    """The file with restart markers and the lengths of its segments, its coefficients and thus its
+    pixels as they were; itself, where it has them. A progressive one becomes sequential.
 
     Raises:
-        Refused: no libjpeg-turbo 3.1 is here.
+        Refused: no libjpeg-turbo 3.1 is here, and it needs one.
         ValueError: the bytes are damaged.
     """
-    if has_restarts(data):
-        return data
-    plain = layout(data)
-    if plain is None or plain.interval:
+    listed = _with_lengths(data)
+    if listed is not None:
+        return listed
+    found = layout(data)
+    if found is None or found.interval:
         data = _transformed(data, 0)
-        plain = layout(data)
-        if plain is None:
+        found = layout(data)
+        if found is None:
             raise ValueError("it has several scans")
-    unit = (plain.unit_height, plain.unit_width)
-    interval = restart_interval((plain.height, plain.width), unit, len(data))
+    unit = (found.unit_height, found.unit_width)
+    interval = restart_interval((found.height, found.width), unit, len(data))
     made = _transformed(data, interval)
     written = layout(made)
     if written is None or written.interval != interval:
-        found = library()
+        turbo = library()
         raise Refused(
-            f"{found.told if found else 'libjpeg-turbo'} adds no restart markers; 3.1 and later do "
+            f"{turbo.told if turbo else 'libjpeg-turbo'} adds no restart markers; 3.1 and later do "
             "(a newer system, or conda install libjpeg-turbo: $CONDA_PREFIX/lib is looked in)"
         )
-    return made
+    return _with_lengths(made) or made
+
+
+def _with_lengths(data: bytes) -> bytes | None:
+    """The file with the lengths of its segments; None: it has no markers by which parts of its rows
+    can be cut out.
+    """
+    found = layout(data)
+    if found is None or not 0 < found.interval <= found.columns:
+        return None
+    whole = _segments(found, Box(0, 0, found.height, found.width))
+    if whole is None:
+        return None
+    count = whole.rows * whole.columns
+    codes = np.frombuffer(data, np.uint8, offset=found.scan)
+    if _listed(codes, found.segments, count) is not None:
+        return data
+    marks = _searched(codes, count)
+    if marks is None:
+        return None
+    lengths = np.diff(marks + 2, prepend=0)
+    if lengths.max() > np.iinfo(_LENGTH).max:
+        return data
+    return with_segments(data, found, lengths.astype(_LENGTH).tobytes())
 
 
 def check_adds_restarts() -> None:

@@ -90,7 +90,7 @@ def _with_restarts(data: bytes, pixels: NDArray[np.uint8]) -> tuple[bytes, str]:
     if not data.startswith(b"\xff\xd8"):
         return data, NO_JPEG
     if has_restarts(data):
-        return data, HAD
+        return with_restarts(data), HAD
     try:
         made = with_restarts(data)
         same = np.array_equal(decode(made, pixels.shape[2]), pixels)
@@ -108,7 +108,7 @@ def _jpeg_with_restarts(pixels: NDArray[np.uint8], quality: int) -> bytes:
     Image.fromarray(pixels).save(
         file, "JPEG", quality=quality, subsampling="4:2:0", restart_marker_blocks=interval
     )
-    return file.getvalue()
+    return with_restarts(file.getvalue())
 
 
 def kind_of(data: bytes) -> str:
