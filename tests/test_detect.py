@@ -337,12 +337,25 @@ def test_a_run_is_loaded_exported_and_found_again(
     assert export.main(command) == 0
     assert f"rcmae.load_detector({str(file)!r});" in capsys.readouterr().out
     document = torch.load(file, weights_only=True)
-    assert document["metadata"] == {
+    metadata = document["metadata"]
+    assert metadata == {
+        "pixel_mean": pytest.approx([123.675, 116.28, 103.53]),
+        "pixel_std": pytest.approx([58.395, 57.12, 57.375]),
+        "input_format": "RGB",
         "thing_classes": ["square", "disc"],
         "thing_dataset_id_to_contiguous_id": {7: 0, 2: 1},
     }
     read = rcmae.load_detector(file)
     assert (read.class_names, read.category_ids) == (("square", "disc"), (7, 2))
+    assert read._mean == pytest.approx(model._mean)
+    own = {"pixel_mean": [127.5, 0.0, 51.0], "pixel_std": [25.5] * 3}
+    torch.save({**document, "metadata": metadata | own}, tmp_path / "own.pth")
+    read = rcmae.load_detector(tmp_path / "own.pth")
+    assert (read._mean, read._std) == (pytest.approx((0.5, 0, 0.2)), pytest.approx((0.1,) * 3))
+    for key, strange in (("pixel_mean", [1.0]), ("pixel_std", [0.0] * 3), ("pixel_std", "RGB")):
+        torch.save({**document, "metadata": metadata | {key: strange}}, tmp_path / "own.pth")
+        with pytest.raises(Refused, match=key):
+            rcmae.load_detector(tmp_path / "own.pth")
     for unsound in (None, {"thing_classes": [1, 2]}, {"thing_classes": ["one"]}):
         torch.save({**document, "metadata": unsound}, tmp_path / "other.pth")
         assert rcmae.load_detector(tmp_path / "other.pth").class_names == ("0", "1")

@@ -240,7 +240,7 @@ def _of_timm(path: Path, tree: Mapping[str, Any], found: Beside) -> Beside:
     sizes = _of_name(name)
     if args.get("num_heads") is not None:
         sizes["num_heads"] = _whole(path, "num_heads", args)
-    mean, std = _pair(path, cfg, "mean", "std")
+    mean, std = pair(path, cfg, "mean", "std")
     return replace(
         found, sizes=found.sizes | sizes, mean=mean, std=std, files=(*found.files, path.name)
     )
@@ -250,7 +250,7 @@ def _statistics(
     path: Path, tree: Mapping[str, Any]
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Mean and deviation of pixels from 0 to 1 that a preprocessor means. Raises Refused."""
-    mean, std = _pair(path, tree, "image_mean", "image_std")
+    mean, std = pair(path, tree, "image_mean", "image_std")
     if tree.get("do_normalize") is False:
         mean, std = (0.0,) * len(mean or (0,)), (1.0,) * len(mean or (0,))
     if mean is None or std is None:
@@ -267,7 +267,7 @@ def _statistics(
     return tuple(each / factor for each in mean), tuple(each / factor for each in std)
 
 
-def _pair(
+def pair(
     path: Path, tree: Mapping[str, Any], mean_key: str, std_key: str
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Mean and deviation, both or none. Raises Refused."""

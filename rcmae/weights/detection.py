@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rcmae.checkpoint import Manifest
 from rcmae.config import stored
 from rcmae.data.dense.jitter import fitted, on_canvas, seen_pixels
-from rcmae.errors import Refused
+from rcmae.errors import Refused, counted
 from rcmae.models.detection.build import detector_sizes, fit_detector
 from rcmae.models.detection.detector import Detector
 from rcmae.models.detection.inference import Detections, paste, rescaled
@@ -36,12 +36,13 @@ from rcmae.models.detection.sizes import (
     windowed_blocks,
 )
 from rcmae.models.sizes import NetworkSizes
-from rcmae.weights.detectors import NUMBERS, THINGS, read_start
+from rcmae.weights.detectors import MEAN, NUMBERS, STD, THINGS, read_start
 from rcmae.weights.encoder import statistics
 from rcmae.weights.formats import PATH, WeightsFormat, Wrote
 from rcmae.weights.layouts import TORCH, Which
 from rcmae.weights.reading import NetworkWeights, read_network
 
+_COLOURS = {1: "L", 3: "RGB"}  # channels -> the order of colours, as detectron2 calls it
 Picture = Image.Image | Tensor | NDArray[np.uint8]
 
 
@@ -135,7 +136,14 @@ def load_detector(source: str | Path, *, network: Which | None = None) -> Loaded
     ids: Sequence[int] = ()
     if recipe is None:
         sizes = sizes_of(found)
-        mean, std = statistics(None, None, 3)
+        told, channels = found.beside, sizes.backbone.vit.in_channels
+        for key, values in ((MEAN, told.mean), (STD, told.std)):
+            if values is not None and len(values) != channels:
+                raise Refused(
+                    f"{found.about}: its {key} has {counted(len(values), 'number')}, the weights "
+                    f"have {counted(channels, 'channel')}"
+                )
+        mean, std = statistics(told.mean, told.std, channels)
         names, ids = (json.loads(found.metadata.get(key, "[]")) for key in (THINGS, NUMBERS))
         if len(names) != sizes.regions.num_classes:
             names, ids = (), ()
@@ -225,13 +233,21 @@ def pixels_of(image: Any, channels: int) -> NDArray[np.uint8]:
 def _write_detectron2(manifest: Manifest, network: Which | None, out: Path) -> Wrote:
     found = read_network(manifest.path, network)
     weights: Mapping[str, Tensor] = found.weights
+    recipe = stored(manifest.meta["recipe"], imports=False)
+    mean, std = statistics(recipe.data.mean, recipe.data.std, recipe.model.in_channels)
+    metadata: dict[str, Any] = {MEAN: [255 * each for each in mean]}
+    metadata[STD] = [255 * each for each in std]
+    if recipe.model.in_channels in _COLOURS:
+        metadata["input_format"] = _COLOURS[recipe.model.in_channels]
+    if recipe.detect.category_names and recipe.detect.category_ids:
+        numbers = {each: place for place, each in enumerate(recipe.detect.category_ids)}
+        metadata |= {THINGS: list(recipe.detect.category_names), NUMBERS: numbers}
     document = {"model": dict(weights), "__author__": "rcmae", "matching_heuristics": False}
-    detect = manifest.meta["recipe"]["detect"]
-    if detect.get("category_names") and detect.get("category_ids"):
-        numbers = {each: place for place, each in enumerate(detect["category_ids"])}
-        document["metadata"] = {THINGS: detect["category_names"], NUMBERS: numbers}
-    torch.save(document, out)
-    use = f"rcmae.load_detector({PATH}); detectron2: DetectionCheckpointer(model).load({PATH})"
+    torch.save({**document, "metadata": metadata}, out)
+    use = (
+        f"rcmae.load_detector({PATH}); detectron2: DetectionCheckpointer(model).load({PATH}), the "
+        f"model with the {MEAN}, {STD} and input_format in its 'metadata'"
+    )
     return Wrote(found.metadata["network"], len(weights), use)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rcmae.errors import Refused
 from rcmae.models.detection.build import HEADS
+from rcmae.weights.beside import Beside, pair
 from rcmae.weights.layouts import Which
 from rcmae.weights.names import published_names
 from rcmae.weights.reading import NetworkWeights, opened, read_network
@@ -27,6 +28,8 @@ from rcmae.weights.reading import NetworkWeights, opened, read_network
 # of a file's `metadata`, as detectron2's MetadataCatalog calls them
 THINGS = "thing_classes"
 NUMBERS = "thing_dataset_id_to_contiguous_id"  # COCO's id -> the class
+# as its models call them: of each channel, pixels from 0 to 255
+MEAN, STD = "pixel_mean", "pixel_std"
 # what a pickle of arrays asks for; numpy called its core otherwise before 2.0
 _ARRAYS = {
     (f"numpy.{core}.multiarray", name): ("numpy._core.multiarray", name)
@@ -61,7 +64,8 @@ def read_start(
         inner = document.get("model") if isinstance(document, Mapping) else None
         if isinstance(inner, Mapping) and any(str(name).startswith(HEADS) for name in inner):
             named = _named(path, inner)
-            return named._replace(metadata=_classes(document.get("metadata")))
+            told = document.get("metadata")
+            return named._replace(metadata=_classes(told), beside=_pixels(path, told))
     found = read_network(path, network, first=first)
     if any(name.startswith(HEADS) for name in found.weights):
         return found
@@ -82,6 +86,20 @@ def _classes(told: Any) -> dict[str, str]:
     if not is_sound or [places[each] for each in ids] != list(range(len(names))):
         ids = []
     return {THINGS: json.dumps(names), NUMBERS: json.dumps(ids)}
+
+
+def _pixels(path: Path, told: Any) -> Beside:
+    """How a file's `metadata` says that pixels are normalised; nothing where it does not.
+
+    Raises:
+        Refused: the numbers are none.
+    """
+    if not isinstance(told, Mapping):
+        return Beside()
+    mean, std = pair(path, told, MEAN, STD)
+    if mean is None or std is None:
+        return Beside()
+    return Beside(mean=tuple(each / 255 for each in mean), std=tuple(each / 255 for each in std))
 
 
 def _named(path: Path, state: Mapping[str, Any]) -> NetworkWeights:
