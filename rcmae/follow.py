@@ -47,7 +47,12 @@ from rcmae.process.leaving import leaving
 from rcmae.run import preempt
 from rcmae.run.ending import say_error
 from rcmae.run.look import open_index, saved_from
-from rcmae.run.loop.evaluation import note_collapse, ranks_of, write_evaluated
+from rcmae.run.loop.evaluation import (
+    note_collapse,
+    ranks_of,
+    with_left_out,
+    write_evaluated,
+)
 from rcmae.run.records.metrics import MetricsLog, events_of
 from rcmae.tasks.protocol import Evaluating, Interrupted, Task
 from rcmae.tasks.registry import task_of
@@ -360,8 +365,9 @@ class SideCar:
         if networks is None:
             self.watch.last_step = step
             return
+        context = self._context(networks, step)
         try:
-            found = self.task.evaluate(self._context(networks, step))
+            found = self.task.evaluate(context)
         except Interrupted:
             return
         if dist.agree(self.lease is not None and self.lease.lost):
@@ -369,6 +375,7 @@ class SideCar:
                 f"another follower took the evaluation of {self.recipe.run_dir} over; this one "
                 "stops"
             )
+        found = with_left_out(found, context, self.task, self.log)
         note_collapse(found, self.log, step)
         about = {**found.event, **ranks_of(found), "seconds": time.monotonic() - begin}
         self.log.event("evaluate", step=step, **about)

@@ -544,13 +544,29 @@ def test_shards_without_maps_are_refused_and_some_without_are_replaced(
     pack(tmp_path / "some.tar", some)
     folder = Folder(tmp_path / "run")
     options = [f"data.shards={tmp_path}/some.tar", "segment.num_classes=5", "schedule.steps=6"]
-    options += ["data.max_bad_fraction=1", "evaluate.every_steps=0"]
-    assert run(recipe, folder.path, *options) == 0
+    missing = ("0003.", "0009.")  # of a test set these are refused before the start
+    test = {name: data for name, data in some.items() if not name.startswith(missing)}
+    pack(tmp_path / "test.tar", test)
+    options += ["data.max_bad_fraction=1", f"evaluate.test_shards={tmp_path}/test.tar"]
+    assert run(recipe, folder.path, *options, "evaluate.every_steps=6") == 0
     reasons = {event["key"]: event["reason"] for event in folder.events("bad_sample")}
     assert reasons["0003"] == "it has no map"
     assert "its image" in reasons["0005"]
     assert "RGB" in reasons["0007"]
     assert set(reasons) == {"0003", "0005", "0007", "0009"}
+    left_out = {"evaluate.test_shards": {"samples": 2, "of": 10}}
+    (found,) = folder.events("evaluate")
+    assert found["left_out"] == left_out
+    document = json.loads((folder.path / "evaluation" / "step-00000006.json").read_text())
+    assert document["left_out"] == left_out
+    line = "evaluate.test_shards: 2 of 10 samples could not be used (20.0%)"
+    assert f"left out: {line}" in capsys.readouterr().out
+    warned = [event["told"] for event in folder.events("warning")]
+    assert not any("evaluate.test_shards" in each for each in warned)
+    again = [*options, "--evaluate-only", "evaluate.every_steps=6", "data.max_bad_fraction=0.1"]
+    assert run(recipe, folder.path, *again) == 0
+    told = folder.events("warning")[-1]["told"]
+    assert f"{line}, more than data.max_bad_fraction=0.1: the figures are of the" in told
 
 
 def test_maps_of_other_classes_are_refused_before_anything_is_written(

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -33,6 +34,7 @@ from rcmae.data.plan import Plan
 from rcmae.data.stream import BadLimits, Limits, Readers, labelled_batches
 from rcmae.data.transforms import CentreTransform, TrainTransform, View
 from rcmae.data.views import TooManyBadSamples
+from rcmae.tasks.protocol import Evaluating
 from runs import Folder, python_path, start
 
 pytestmark = pytest.mark.filterwarnings(
@@ -563,7 +565,24 @@ def test_an_unreadable_labelled_sample_is_left_out_and_told(damaged, caplog):
     assert sorted(numbers) == sorted(set(range(len(index))) - bad)
     assert {f"{entry.shard}/{entry.key}" for entry in told} == {index[number].id for number in bad}
     list(labelled_batches(index, CentreTransform((16, 16)), batch=8))
-    assert "skipped in the evaluation: photo-000000/p0_2" in caplog.text
+    assert "left out of the evaluation: photo-000000/p0_2" in caplog.text
+
+
+def test_an_evaluation_counts_what_it_leaves_out_once(damaged, caplog):
+    index, bad = damaged
+    recipe = SimpleNamespace(
+        model=SimpleNamespace(image_hw=(16, 16), in_channels=3),
+        data=SimpleNamespace(workers=0, max_pixels=10**8),
+        evaluate=SimpleNamespace(batch=8),
+    )
+    unread = ("student", "teacher", "objective", "found", "normalise", "device")
+    nothing = dict.fromkeys(unread)
+    context = Evaluating(recipe=recipe, step=1, sets=[index], cache=None, **nothing)
+    for _ in ("student", "teacher"):
+        list(context.batches(0))
+    assert context.left_out.of == {0: len(index)}
+    assert len(context.left_out.samples[0]) == len(bad) > 0
+    assert len(caplog.records) == len(bad)
 
 
 def test_samples_without_labels_cannot_be_evaluated(tmp_path):

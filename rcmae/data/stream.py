@@ -391,7 +391,10 @@ def labelled_batches(
                     on_bad(bad)
                 else:
                     _log.warning(
-                        "skipped in the evaluation: %s/%s (%s)", bad.shard, bad.key, bad.reason
+                        "left out of the evaluation: %s/%s (%s)",
+                        bad.shard,
+                        bad.key,
+                        bad.reason,
                     )
             yield read.batch
     finally:

@@ -8,8 +8,10 @@ CONTRIBUTING.md has a whole one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -39,6 +41,7 @@ from rcmae.process import waits
 from rcmae.weights.formats import WeightsFormat
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class EvaluationSet(NamedTuple):
@@ -95,6 +98,25 @@ class Score(NamedTuple):
     value: float
 
 
+@dataclass
+class LeftOut:
+    """Samples of an evaluation's sets that this rank could not use, by the number of the set."""
+
+    samples: dict[int, set[str]] = field(default_factory=dict)
+    of: dict[int, int] = field(default_factory=dict)  # samples that all ranks look at
+
+    def looks(self, number: int, count: int) -> None:
+        """So many samples of a set are read; a second time for another network, say."""
+        self.samples.setdefault(number, set())
+        self.of[number] = max(count, self.of.get(number, 0))
+
+    def note(self, number: int, told: str) -> None:
+        """One cannot be used: "shard/key (what is wrong)". Logged once."""
+        if told not in self.samples[number]:
+            self.samples[number].add(told)
+            _log.warning("left out of the evaluation: %s", told)
+
+
 @dataclass(frozen=True)
 class Evaluating:
     """What an evaluation may use. Collective: every rank evaluates, each its part of the sets.
@@ -118,6 +140,11 @@ class Evaluating:
     pause: Callable[[], None] = lambda: None
     baselines: bool = True  # whether to judge networks, too, that training does not change
 
+    @cached_property
+    def left_out(self) -> LeftOut:
+        """What of the sets could not be used so far."""
+        return LeftOut()
+
     def batches(self, number: int, most: int | None = None) -> Iterator[Batch]:
         """This rank's batches of a set, in order, views cut from the centre; as many on each rank.
 
@@ -128,9 +155,11 @@ class Evaluating:
             number: which of `sets`.
             most: samples, evenly spread over the set; None: all.
         """
-        recipe = self.recipe
+        recipe, index = self.recipe, self.sets[number]
+        left_out = self.left_out
+        left_out.looks(number, len(index) if most is None else min(most, len(index)))
         found = labelled_batches(
-            self.sets[number],
+            index,
             CentreTransform(
                 recipe.model.image_hw, recipe.model.in_channels, recipe.data.max_pixels
             ),
@@ -138,10 +167,11 @@ class Evaluating:
             rank=dist.rank(),
             world=dist.world(),
             readers=self._readers,
+            on_bad=lambda bad: left_out.note(number, f"{bad.shard}/{bad.key} ({bad.reason})"),
             all_labelled=False,  # a start has refused those that have to be
             most=most,
         )
-        turns = num_batches(self.sets[number], recipe.evaluate.batch, dist.world(), most)
+        turns = num_batches(index, recipe.evaluate.batch, dist.world(), most)
         return self._turns(found, turns)
 
     def whole(
@@ -165,6 +195,8 @@ class Evaluating:
             optional: kinds that are read where a sample has them.
         """
         index, world = self.sets[number], dist.world()
+        left_out = self.left_out
+        left_out.looks(number, len(index))
         found = whole_samples(
             index,
             make,
@@ -173,6 +205,7 @@ class Evaluating:
             rank=dist.rank(),
             world=world,
             readers=self._readers,
+            on_bad=lambda told: left_out.note(number, told),
         )
         return self._turns(found, num_turns(index, world))
 

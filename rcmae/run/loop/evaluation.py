@@ -76,8 +76,9 @@ class Evaluation:
         step = self._progress.step
         self._instruments.log.event("evaluation_begun", step=step)  # its process may be killed
         self._instruments.log.say(f"step {step}: evaluating")
+        context = dataclasses.replace(context, pause=self._pause)
         try:
-            found = self._task.evaluate(dataclasses.replace(context, pause=self._pause))
+            found = self._task.evaluate(context)
         except Interrupted:
             self._progress.owes_evaluation = True
             seconds = time.monotonic() - began
@@ -87,6 +88,7 @@ class Evaluation:
             )
             return
         self._progress.owes_evaluation = False
+        found = with_left_out(found, context, self._task, self._instruments.log)
         self.last, self.last_step = found, step
         self._progress.note_scores(found.best)
         seconds = time.monotonic() - began
@@ -127,6 +129,39 @@ def owes_evaluation(recipe: Recipe, saved: Saved) -> bool:
         return False
     made = events_of(recipe.run_dir, "evaluate") if dist.rank() == 0 else []
     return dist.from_first(all(event["step"] != saved.step for event in made))
+
+
+def with_left_out(found: Evaluated, context: Evaluating, task: Task, log: MetricsLog) -> Evaluated:
+    """What an evaluation found, and how many samples of its sets could not be used: the figures are
+    of the others. Warns where that is a larger share than a training would bear. Collective.
+    """
+    keys = [each.key for each in task.evaluation_sets(context.recipe)]
+    left_out = context.left_out
+    mine = [len(left_out.samples.get(number, ())) for number in range(len(keys))]
+    told, lines = {}, []
+    for number, count in enumerate(dist.sum_numbers(mine)):
+        if not count:
+            continue
+        of = left_out.of[number]
+        told[keys[number]] = {"samples": int(count), "of": of}
+        line = (
+            f"{keys[number]}: {int(count):,} of {of:,} samples could not be used ({count / of:.1%})"
+        )
+        lines.append(f"left out: {line}")
+        most = context.recipe.data.max_bad_fraction
+        if count > most * of:
+            log.warn(
+                f"{line}, more than data.max_bad_fraction={most}: the figures are of the others; "
+                "rcmae shards check verify names what is wrong"
+            )
+    if not told:
+        return found
+    return dataclasses.replace(
+        found,
+        event={**found.event, "left_out": told},
+        table="\n".join([found.table, *lines]),
+        document=None if found.document is None else {**found.document, "left_out": told},
+    )
 
 
 RANKS = "effective_rank"  # in an event
