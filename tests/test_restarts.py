@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from sklearn.datasets import load_sample_images
 
 from rcmae.commands.shards import checking, making
 from rcmae.data import jpeg
-from rcmae.data.jpeg import Box, decode_box, restarts
+from rcmae.data.jpeg import Box, decode_box, recoding, restarts
 from rcmae.data.jpeg.markers import layout, with_segments
 from rcmae.data.packing import writer
 from rcmae.data.packing.encoding import Encoding, encoded
@@ -20,10 +22,22 @@ from rcmae.data.transforms import TrainTransform
 
 PHOTOGRAPH = load_sample_images().images[0]
 HEIGHT, WIDTH = 203, 301  # no multiples of a block
-ADDS = (
-    jpeg.library() is not None and jpeg.library().version >= (3, 1),
-    "needs libjpeg-turbo 3.1",
-)
+
+
+@pytest.fixture(params=["library", "program"])
+def adds(request, monkeypatch):
+    """What adds markers here: each of the two ways that is found."""
+    turbo = jpeg.library()
+    program = shutil.which("jpegtran")
+    if request.param == "library":
+        if turbo is None or turbo.version < (3, 1):
+            pytest.skip("needs libjpeg-turbo 3.1")
+        found = partial(recoding._by_library, turbo.loaded)
+    else:
+        if program is None:
+            pytest.skip("needs jpegtran")
+        found = partial(recoding._by_program, program)
+    monkeypatch.setattr(recoding, "_found", lambda: found)
 
 
 def photograph(size=(HEIGHT, WIDTH), mode="RGB", **options):
@@ -321,21 +335,35 @@ def test_images_made_smaller_get_markers(tmp_path):
     assert abs(whole(plain.data).astype(int) - whole(image.data)).mean() < 2
 
 
-def test_without_a_library_that_adds_markers_it_is_said(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        (None, "and neither is here: install the package libjpeg-turbo-progs"),
+        ("cat", "jpegtran adds no restart markers (coded anew, it has other"),
+        (
+            "cat > /dev/null; echo no memory >&2; exit 1",
+            "jpegtran adds no restart markers (no memory)",
+        ),
+        ("echo no JPEG", "jpegtran adds no restart markers (coded anew, it has other"),
+    ],
+)
+def test_without_anything_that_adds_markers_it_is_said(tmp_path, monkeypatch, capsys, script, told):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "one.jpg").write_bytes(photograph())
+    if script is not None:
+        (tmp_path / "jpegtran").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "jpegtran").chmod(0o755)
+    monkeypatch.setattr(recoding, "library", lambda: None)
+    found = partial(shutil.which, path=str(tmp_path))
+    monkeypatch.setattr(recoding.shutil, "which", found)
+    monkeypatch.setattr(recoding, "_found", recoding._found.__wrapped__)
     asked = [str(tmp_path / "images"), str(tmp_path / "out"), "--restart-markers"]
-    monkeypatch.setattr(restarts, "library", lambda: None)
     assert making.make(asked) == 2
-    assert "added by libjpeg-turbo 3.1 or later" in capsys.readouterr().err
-    monkeypatch.undo()
-    if not ADDS[0] and jpeg.library() is not None:
-        assert making.make(asked) == 2
-        assert "adds no restart markers; 3.1 and later do" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not ADDS[0], reason=ADDS[1])
+@pytest.mark.usefixtures("adds")
 @pytest.mark.parametrize(
     "options",
     [
@@ -356,7 +384,7 @@ def test_markers_are_added_without_loss(options):
         jpeg.with_restarts(data[: len(data) // 2])
 
 
-@pytest.mark.skipif(not ADDS[0], reason=ADDS[1])
+@pytest.mark.usefixtures("adds")
 def test_shards_with_markers_have_the_same_pixels(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "one.jpg").write_bytes(photograph())

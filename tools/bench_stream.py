@@ -334,7 +334,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--restart-markers",
         action="store_true",
-        help="the stream's JPEGs have them (needs libjpeg-turbo 3.1 to add them)",
+        help="the stream's JPEGs have them (needs jpegtran or libjpeg-turbo 3.1)",
     )
     parser.add_argument("--samples", type=int, default=200, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")

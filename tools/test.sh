@@ -6,7 +6,7 @@
 #   tools/test.sh --fast        lint, types, and the tests that start no ranks: about two minutes
 #   tools/test.sh -k resume -x  some of the tests, after lint and types
 # The tests of slurm/ start a real SLURM, where tests/slurm/install.sh could install it; elsewhere they skip themselves.
-# So do those that open a page in Chromium (tests/install_browser.sh).
+# So do those that want Chromium or jpegtran (tests/install_programs.sh).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

@@ -98,7 +98,7 @@ def _make_arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--restart-markers",
         action="store_true",
-        help="add restart markers to JPEGs, without loss; needs libjpeg-turbo 3.1 or later",
+        help="add restart markers to JPEGs, without loss; needs jpegtran or libjpeg-turbo 3.1",
     )
     parser.add_argument(
         "--classes", type=Path, help="file with a class on each line, in the order of the labels"

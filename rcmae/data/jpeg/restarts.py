@@ -11,7 +11,6 @@ the segments are, which saves looking for the markers; those without it are sear
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from rcmae.data.jpeg.markers import BLOCK, END, Box, Layout, layout, with_segments
-from rcmae.data.jpeg.turbo import Transform, library
+from rcmae.data.jpeg.recoding import INSTALL, PROGRAM, recoder
 from rcmae.errors import Refused
 
 _FIRST, _KINDS = 0xD0, 8  # restart markers, one after the other, over and over
@@ -28,9 +27,6 @@ _BOX = 0.72  # of a side, about what the published random crop takes
 _MARKER_BYTES = 3.5  # a marker, the bits up to it, and a first coefficient that has no other before
 _SMALLEST = 24  # pixels between two markers, at least
 _LENGTH = np.dtype("<u2")
-# of turbojpeg.h
-_INIT_TRANSFORM = 2
-_STOP_ON_WARNING, _OPTIMIZE, _RESTARTBLOCKS = 0, 11, 18
 
 
 class _Segments(NamedTuple):
@@ -209,28 +205,25 @@ def with_restarts(data: bytes) -> bytes:
     pixels as they were; itself, where it has them. A progressive one becomes sequential.
 
     Raises:
-        Refused: no libjpeg-turbo 3.1 is here, and it needs one.
+        Refused: it has none, and nothing here adds them.
         ValueError: the bytes are damaged.
     """
     listed = _with_lengths(data)
     if listed is not None:
         return listed
+    recoded = recoder()
     found = layout(data)
     if found is None or found.interval:
-        data = _transformed(data, 0)
+        data = recoded(data, 0)
         found = layout(data)
         if found is None:
             raise ValueError("it has several scans")
     unit = (found.unit_height, found.unit_width)
     interval = restart_interval((found.height, found.width), unit, len(data))
-    made = _transformed(data, interval)
+    made = recoded(data, interval)
     written = layout(made)
     if written is None or written.interval != interval:
-        turbo = library()
-        raise Refused(
-            f"{turbo.told if turbo else 'libjpeg-turbo'} adds no restart markers; 3.1 and later do "
-            "(a newer system, or conda install libjpeg-turbo: $CONDA_PREFIX/lib is looked in)"
-        )
+        raise ValueError("coded anew, it has other restart markers than were asked for")
     return _with_lengths(made) or made
 
 
@@ -258,38 +251,11 @@ def _with_lengths(data: bytes) -> bytes | None:
 
 
 def check_adds_restarts() -> None:
-    """Raises Refused: no libjpeg-turbo 3.1 is here."""
-    with_restarts(simplejpeg.encode_jpeg(np.zeros((64, 64, 1), np.uint8), colorspace="GRAY"))
-
-
-def _transformed(data: bytes, interval: int) -> bytes:
-    """The coefficients of a file coded anew, sequential, with best tables."""
-    found = library()
-    if found is None:
-        raise Refused(
-            "restart markers are added by libjpeg-turbo 3.1 or later (libturbojpeg.so), and there "
-            "is none here: a system that has it, or conda install libjpeg-turbo ($CONDA_PREFIX/lib "
-            "is looked in)"
-        )
-    turbo = found.loaded
-    handle = turbo.tj3Init(_INIT_TRANSFORM)
-    if not handle:
-        raise MemoryError("libjpeg-turbo gave no transformer")
-    made = ctypes.c_void_p()
-    size = ctypes.c_size_t()
+    """Raises Refused: nothing here adds restart markers; says what does."""
+    grey = simplejpeg.encode_jpeg(np.zeros((64, 64, 1), np.uint8), colorspace="GRAY")
     try:
-        for name, value in (
-            (_STOP_ON_WARNING, 1),
-            (_OPTIMIZE, 1),
-            (_RESTARTBLOCKS, interval),
-        ):
-            turbo.tj3Set(handle, name, value)
-        failed = turbo.tj3Transform(
-            handle, data, len(data), 1, made, size, ctypes.byref(Transform())
-        )
-        if failed:
-            raise ValueError(turbo.tj3GetErrorStr(handle).decode())
-        return ctypes.string_at(made, size.value)
-    finally:
-        turbo.tj3Free(made)
-        turbo.tj3Destroy(handle)
+        with_restarts(grey)
+    except Refused:
+        raise
+    except ValueError as error:
+        raise Refused(f"{PROGRAM} adds no restart markers ({error}): {INSTALL}") from error
