@@ -115,6 +115,20 @@ def test_a_path_may_begin_with_the_home(key: str, monkeypatch: pytest.MonkeyPatc
     assert getattr(getattr(load(f"{key}=~/x"), section), name) == "/the/home/x"
 
 
+@pytest.mark.parametrize("key", [key for key in PATHS if key != "data.index"])
+@pytest.mark.parametrize("url", ["s3://bucket/x", "memory://x", "gs://b/x"])
+def test_a_url_is_no_place_on_this_machine(key: str, url: str) -> None:
+    """Of run.dir=s3://bucket/x a folder `s3:` was made in the current one."""
+    with pytest.raises(Refused, match=rf"{key}: a URL is no place here .*give a path"):
+        load(f"{key}={url}")
+    section, name = key.split(".")
+    assert getattr(getattr(load(f"{key}=file:///a/x"), section), name) == "/a/x"
+
+
+def test_an_index_may_lie_at_a_url() -> None:
+    assert load("data.index=s3://bucket/x").data.index == "s3://bucket/x"
+
+
 @pytest.mark.parametrize(
     ("path", "told"),
     [

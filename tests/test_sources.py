@@ -638,7 +638,7 @@ def test_s3_gives_the_stream_from_disk(folder, from_disk, tmp_path, monkeypatch)
         fsspec.filesystem("s3").clear_instance_cache()
 
 
-def test_any_file_system_of_fsspec_will_do(folder, from_disk, tmp_path):
+def test_any_file_system_of_fsspec_will_do(folder, from_disk, tmp_path, monkeypatch):
     memory = fsspec.filesystem("memory")
     for path in folder.glob("*.tar"):
         memory.pipe(f"/sources/{path.name}", path.read_bytes())
@@ -647,6 +647,9 @@ def test_any_file_system_of_fsspec_will_do(folder, from_disk, tmp_path):
     reader = Reader()  # without a cache: a part at a time
     assert reader.read(index[3].shard, index[3].offset, 4) == b"\xff\xd8\xff\xe0"
     memory.rm("/sources", recursive=True)
+    monkeypatch.setattr(memory, "store", {})
+    with pytest.raises(ValueError, match="is the memory of this very process"):
+        ShardIndex.open("memory://sources/photo-*.tar")
     with pytest.raises(ValueError, match=r"no client for it"):
         ShardIndex.open("nosuch://x/y.tar")
     opened_as_file = ShardIndex.open(f"file://{folder}/photo-000000.tar")

@@ -36,7 +36,20 @@ def _at_home(path: str) -> str:
     return expanded
 
 
-Place = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]
+def _here(path: str) -> str:
+    """A path on a file system of this machine; that of a `file://` URL. Raises Refused."""
+    path = path.removeprefix("file://")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise Refused(
+            "a URL is no place here (a folder of that name would be made); give a path, of a file "
+            "system that all nodes share where several nodes use it. Shards and data.index may "
+            "be URLs"
+        )
+    return path
+
+
+PlaceOrUrl = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(_here), AfterValidator(_at_home)]
 Positive = Annotated[int, Strict(), Field(ge=1)]  # strict: not true, nor "8"
 Natural = Annotated[int, Strict(), Field(ge=0)]
 
@@ -207,8 +220,8 @@ class DataOptions(Section):
     """In the place of shards: a folder of images, whose sub-folders are classes. Packed into shards
     once, under cache_dir or else ~/.cache/rcmae.
     """
-    index: Place | None = None
-    """Folder of the shards' index, if it is not beside them."""
+    index: PlaceOrUrl | None = None
+    """Folder of the shards' index, if it is not beside them; a path or a URL."""
     cache_dir: Place | None = None
     """For remote shards, on each node's disk; null: of this user, in $TMPDIR."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0

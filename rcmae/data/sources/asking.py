@@ -88,6 +88,11 @@ def find(pattern: str, patience: Patience = USUAL) -> list[str]:
             "or ~/.aws"
         )
     client, path = client_of(pattern)
+    if pattern.startswith("memory://") and not client.store:
+        raise Refused(
+            "memory:// is the memory of this very process, in which a command has no files; give "
+            "a path, or a URL of a store"
+        )
     if "*" not in re.split(r"[?#]", pattern, maxsplit=1)[0]:
         return [pattern]
     found = persist(
