@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rcmae import dist
+from rcmae.engines.deepspeed_config import handed_over
 from rcmae.engines.flat import Cut, Gather, arrive_by_forward
 from rcmae.engines.optim import moments, param_groups, prime, set_rates, step_of
 from rcmae.engines.protocol import (
@@ -232,7 +233,7 @@ class DeepSpeedEngine:
         self.student, *_ = deepspeed.initialize(
             model=student,
             optimizer=optimizer,
-            config=self._config(config),
+            config=handed_over(config, self._settings),
             dist_init_required=False,
         )
         place = _Sharded if stage == 3 else _Partitioned if stage else _Whole
@@ -241,22 +242,6 @@ class DeepSpeedEngine:
         self._start(initial)
         self.teacher = freeze(teacher)
         self._ema = self._add_teacher(teacher, config) if teacher is not None else None
-
-    def _config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        settings = self._settings
-        owned = {
-            "train_micro_batch_size_per_gpu": settings.per_device,
-            "gradient_accumulation_steps": settings.accumulation,
-            "gradient_clipping": settings.clip_grad or 0.0,
-            "bf16": {"enabled": settings.precision == "bf16"},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 2**31,
-        }
-        dropped = ("train_batch_size", "optimizer", "fp16", "torch_autocast", *owned)
-        kept = {key: value for key, value in config.items() if key not in dropped}
-        if settings.precision == "fp32" or kept.get("zero_optimization", {}).get("stage", 0) == 0:
-            kept.pop("data_types", None)  # stage 0 accumulates in the parameters' type
-        return {**kept, **owned}
 
     @torch.no_grad()
     def _start(self, initial: Mapping[str, Tensor]) -> None:
@@ -287,7 +272,7 @@ class DeepSpeedEngine:
                 teacher, self._stage, self._teacher_keys, self._dtype
             )
         else:
-            self.teacher = _shard_teacher(teacher, self._config(config))
+            self.teacher = _shard_teacher(teacher, handed_over(config, self._settings))
             sharded: dict[str, Any] = dict(teacher.named_parameters())
             places = {
                 name: place for name, place in self._stage.places().items() if name in sharded

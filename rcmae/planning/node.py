@@ -189,7 +189,8 @@ def _stage(recipe: Recipe) -> int | None:
     with contextlib.suppress(ImportError, Refused), contextlib.redirect_stdout(sys.stderr):
         from rcmae.engines.deepspeed_config import read_config
 
-        stage: int | None = read_config(recipe.engine.config or "")["zero_optimization"]["stage"]
+        zero = read_config(recipe.engine.config or "").get("zero_optimization", {})
+        stage: int = zero.get("stage", 0)
         return stage
     return None
 

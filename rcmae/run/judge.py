@@ -424,10 +424,10 @@ def plan_of(
 
 
 def deepspeed_problems(recipe: Recipe, sizes: Resolved, task: Task, document: Any) -> list[str]:
-    """What DeepSpeed's JSON says against the recipe."""
-    from rcmae.engines.deepspeed_config import (
-        config_problems,  # costs seconds: only where it is used
-    )
+    """What DeepSpeed's JSON says against the recipe, and what DeepSpeed says against it."""
+    # costs seconds: only where it is used
+    from rcmae.engines.deepspeed_config import config_problems, deepspeeds_problems
 
     settings = engine_settings(recipe, sizes, task.optimizing(recipe))
-    return config_problems(document, settings, lr=sizes.lr, world=sizes.world)
+    problems = config_problems(document, settings, lr=sizes.lr, world=sizes.world)
+    return problems + deepspeeds_problems(document, settings)
