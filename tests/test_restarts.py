@@ -252,6 +252,13 @@ def test_lengths_that_are_cut_or_too_many_for_a_marker_are_no_hindrance():
     assert jpeg.with_restarts(long) is long
 
 
+@pytest.mark.parametrize("filling", [b"\xff", b"\xff\xe0\x00\x02"])
+def test_a_header_without_end_is_not_read_to_its_end(filling):
+    data = photograph(subsampling="4:4:4", restart_marker_blocks=2)
+    assert layout(data[:2] + 100 * filling + data[2:]).interval == 2
+    assert layout(data[:2] + 20_000 * filling + data[2:]) is None
+
+
 def test_a_frame_of_no_size_or_of_torn_factors_has_no_layout():
     data = photograph(restart_marker_blocks=1)
     at = layout(data).frame

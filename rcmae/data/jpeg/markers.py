@@ -19,6 +19,7 @@ _SEGMENTS = b"RCMAE segments\0"
 _FRAMES = bytes((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
 # a marker and the length of its segment; not those that have none, and may stand within a scan
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])(..)", re.DOTALL)
+_MOST_MARKERS = 10_000  # before the codes, fill bytes included; a camera's file has some tens
 _COLOURS = ("YCbCr", "Gray", "RGB")
 
 
@@ -81,12 +82,16 @@ def header(data: bytes) -> Header:
 
 
 def layout(data: bytes) -> Layout | None:
-    """The layout of a JPEG; None of those that are progressive, of several scans or torn."""
+    """The layout of a JPEG; None of those that are progressive, of several scans or torn, or have
+    no end of markers.
+    """
     at = 2
     interval = 0
     segments = b""
     frame = None
-    while at + 4 <= len(data) and data[at] == 0xFF:
+    for _ in range(_MOST_MARKERS):
+        if at + 4 > len(data) or data[at] != 0xFF:
+            return None
         kind = data[at + 1]
         if kind == 0xFF:  # a byte that fills up
             at += 1
