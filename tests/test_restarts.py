@@ -18,7 +18,7 @@ from rcmae.data.jpeg.markers import layout, with_segments
 from rcmae.data.packing import writer
 from rcmae.data.packing.encoding import Encoding, encoded
 from rcmae.data.packing.found import Source
-from rcmae.data.transforms import TrainTransform
+from rcmae.data.transforms import BadImage, TrainTransform, decode
 
 PHOTOGRAPH = load_sample_images().images[0]
 HEIGHT, WIDTH = 203, 301  # no multiples of a block
@@ -252,11 +252,23 @@ def test_lengths_that_are_cut_or_too_many_for_a_marker_are_no_hindrance():
     assert jpeg.with_restarts(long) is long
 
 
-@pytest.mark.parametrize("filling", [b"\xff", b"\xff\xe0\x00\x02"])
-def test_a_header_without_end_is_not_read_to_its_end(filling):
+@pytest.mark.parametrize(
+    ("filling", "told"),
+    [
+        (b"\xff", "over 65,536 bytes between its markers"),
+        (b"\xff\xd0", "over 65,536 bytes between its markers"),
+        (b"\xff\x00", "over 65,536 bytes between its markers"),
+        (b"\xff\xe0\x00\x02", "over 10,000 markers"),
+    ],
+)
+def test_a_header_without_end_is_not_read_to_its_end(filling, told):
     data = photograph(subsampling="4:4:4", restart_marker_blocks=2)
-    assert layout(data[:2] + 100 * filling + data[2:]).interval == 2
-    assert layout(data[:2] + 20_000 * filling + data[2:]) is None
+    few = data[:2] + 100 * filling + data[2:]
+    assert decode(few).shape == (HEIGHT, WIDTH, 3)
+    many = data[:2] + 200_000 * filling + data[2:]
+    assert layout(many) is None
+    with pytest.raises(BadImage, match=told):  # in no time; Pillow looks at them one by one
+        decode(many)
 
 
 def test_a_frame_of_no_size_or_of_torn_factors_has_no_layout():

@@ -424,9 +424,13 @@ def plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> Header | None:
         head = header(data)
     except ValueError:
         head = None
-    of_one_scan = head is not None and head.layout is not None
-    if not of_one_scan and (found := scans(data, above=_MAX_SCANS)) > _MAX_SCANS:
-        raise BadImage(f"a JPEG of {found} scans, more than {_MAX_SCANS}")
+    if head is None or head.layout is None:
+        try:
+            found = scans(data, above=_MAX_SCANS)
+        except ValueError as error:
+            raise BadImage(f"a JPEG of {error}") from None
+        if found > _MAX_SCANS:
+            raise BadImage(f"a JPEG of {found} scans, more than {_MAX_SCANS}")
     if head is None:
         return None
     _refuse_bombs((head.height, head.width), 1, len(data), max_pixels)

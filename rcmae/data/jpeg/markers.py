@@ -18,8 +18,9 @@ _APPLICATION = 0xE9  # APP9, which no format that we know of uses
 _SEGMENTS = b"RCMAE segments\0"
 _FRAMES = bytes((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
 # a marker and the length of its segment; not those that have none, and may stand within a scan
-_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])(..)", re.DOTALL)
-_MOST_MARKERS = 10_000  # before the codes, fill bytes included; a camera's file has some tens
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])(..)", re.DOTALL)
+_MOST_MARKERS = 10_000  # of a file, and bytes that fill up between them; a camera's has some tens
+_MOST_FILLING = 2**16  # bytes between two markers before the codes: Pillow reads them one by one
 _COLOURS = ("YCbCr", "Gray", "RGB")
 
 
@@ -147,11 +148,19 @@ def scans(data: bytes, above: int) -> int:
     """How many scans a JPEG has, as soon as that may be more than `above`; else 0 or 1.
 
     Each scan of a progressive JPEG goes over all of its pixels, and a few bytes make one.
+
+    Raises:
+        ValueError: there is no end of markers, or of bytes that are none.
     """
     found = 0
     parts = 0  # colours of the image
     at = 2
-    while (marker := _MARKER.search(data, at)) is not None and marker[1] != END[1:]:
+    for _ in range(_MOST_MARKERS):
+        marker = _MARKER.search(data, at)
+        if not found and (marker.start() if marker else len(data)) - at > _MOST_FILLING:
+            raise ValueError(f"over {_MOST_FILLING:,} bytes between its markers")
+        if marker is None or marker[1] == END[1:]:
+            return found
         kind, start = marker[1][0], marker.start(2)
         if kind in _FRAMES:
             # of one that is progressive each scan counts, whatever it has
@@ -163,7 +172,7 @@ def scans(data: bytes, above: int) -> int:
             if found == 1 and data.count(bytes((0xFF, SCAN)), start) < above:
                 return 0
         at = start + max(2, int.from_bytes(marker[2], "big"))
-    return found
+    raise ValueError(f"over {_MOST_MARKERS:,} markers")
 
 
 def is_whole(data: bytes) -> bool:
