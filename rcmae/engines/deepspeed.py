@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import deepspeed
 import deepspeed.ops.adam
 import torch
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch import Tensor, nn
 
 from rcmae import dist
@@ -47,7 +48,8 @@ from rcmae.engines.updates import (
     update,
     updates_of,
 )
-from rcmae.process import compiler
+from rcmae.errors import Refused
+from rcmae.process import building, compiler
 
 
 class _Run(NamedTuple):
@@ -225,6 +227,7 @@ class DeepSpeedEngine:
         names: dict[Tensor, str] = {param: name for name, param in student.named_parameters()}
         groups = param_groups(student, settings.weight_decay, settings.layer_decay)
         if offload:
+            _build_adam()
             optimizer: Any = deepspeed.ops.adam.DeepSpeedCPUAdam(
                 groups, lr=0.0, betas=settings.betas, adamw_mode=True
             )
@@ -425,6 +428,23 @@ def _shard_teacher(teacher: nn.Module, config: dict[str, Any]) -> nn.Module:
         model=teacher, config={**config, "zero_optimization": zero}, dist_init_required=False
     )
     return engine
+
+
+def _build_adam() -> None:
+    """Compile DeepSpeed's optimizer on the host, if nobody has. Collective: every rank calls.
+
+    Raises:
+        Refused: on every rank; one waits for a build that nobody makes any more.
+    """
+    problem = None
+    try:
+        with building.batons():
+            CPUAdamBuilder().load()
+    except Refused as error:
+        problem = str(error)
+    for told in dist.gather(problem):
+        if told is not None:
+            raise Refused(told)
 
 
 def _prepare_deepspeed() -> None:
