@@ -32,7 +32,10 @@ else
     command -v c++ > /dev/null || stop "no C++ compiler, which torch.compile and DeepSpeed's optimizer need (g++, for one)"
     mkdir -p "$TORCH_EXTENSIONS_DIR"
     log="$TORCH_EXTENSIONS_DIR/build.log"
-    if ! python -c 'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()' > "$log" 2>&1; then
+    build='from deepspeed.ops.op_builder import CPUAdamBuilder
+from rcmae.process.building import batons
+with batons(): CPUAdamBuilder().load()'
+    if ! python -c "$build" > "$log" 2>&1; then
         tail -n 5 "$log"
         echo "it does not build here (beside a CUDA torch it needs CUDA's toolkit; see $log): tests of offload will fail"
     fi
