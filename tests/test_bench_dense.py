@@ -44,6 +44,8 @@ def test_rates_and_shares_are_reported(
 def test_detections_are_made_up_and_judged(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_dense.main(["judge", "--images=3", "--detections=20"]) == 0
     assert "3 images, 60 detections" in capsys.readouterr().out
+    assert bench_dense.main(["judge", "--images=3", "--detections=20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["what"] == "judge"
 
 
 def test_shards_that_are_not_there_are_named(

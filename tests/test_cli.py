@@ -1,5 +1,6 @@
 """One command: what it lists and refuses, how fast, and that nothing heavy is imported for it."""
 
+import argparse
 import ast
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from rcmae import __version__, cli, config
+from rcmae.commands import arguments
 from rcmae.commands import recipe as recipe_command
 from rcmae.files import shipped
 from runs import python_path
@@ -214,6 +216,29 @@ def test_a_printed_recipe_is_a_recipe_with_the_same_settings(tmp_path, capsys):
     printed.write_text(capsys.readouterr().out)
     assert config.load(str(printed)) == config.load("quickstart", ["schedule.steps=7"])
     assert printed.read_text().startswith("# The first run")
+
+
+def test_a_document_is_printed_in_the_place_of_tables_or_kept_beside_them(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    arguments.add_json(parser)
+    assert not arguments.told({"a": 1}, parser.parse_args([]).json)
+    assert arguments.told({"a": 1}, parser.parse_args(["--json"]).json)
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+    kept = tmp_path / "kept.json"
+    assert not arguments.told({"a": 1}, parser.parse_args(["--json", str(kept)]).json)
+    assert json.loads(kept.read_text()) == {"a": 1}
+    for place in ("recipe.yaml", str(tmp_path)):  # the next argument of who thought of a flag
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--json", place])
+    assert "give FILE.json, or --json behind all else" in capsys.readouterr().err
+
+
+def test_recipes_are_json_for_scripts(capsys):
+    assert cli.main(["recipe", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quickstart"].startswith("The first run")
+    assert cli.main(["recipe", "rcmae_vit_b_16", "schedule.steps=7", "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert (tree["schedule"]["steps"], tree["data"]["shards"]) == (7, [])
 
 
 def test_every_key_has_a_meaning_a_unit_and_a_default(capsys):

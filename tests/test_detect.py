@@ -190,7 +190,7 @@ def found_in(folder: Folder, name: str = "detections", step: int = STEPS) -> lis
 def test_the_first_steps_come_again(whole: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     with keeping_handlers():
         assert reproduce.main([str(whole.path), "--steps", "2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = json.loads(capsys.readouterr().out)
     losses = [row["now"] for row in found["numbers"] if row["name"] == "loss"]
     assert losses == whole.losses()[:2]
 
@@ -272,7 +272,7 @@ def test_a_bad_step_is_replayed_sample_by_sample(
     capsys.readouterr()
     with keeping_handlers(), patch("rcmae.run.preempt.SIGNALS", ()):
         assert replay.main([str(run / "replay" / "step-00000001.json"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["reproduced"], found["same_masks"]) == (1, True, True)
     losses = {each["position"]: each["loss"] for each in found["samples"]}
     assert sorted(losses) == [4, 5, 6, 7]

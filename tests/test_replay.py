@@ -147,7 +147,7 @@ def test_a_bundle_brings_the_step_back_on_one_process(
     monkeypatch.setattr("rcmae.run.preempt.SIGNALS", ())
     bundle = runs / "stop" / "replay" / "step-00000012.json"
     assert replay.main([str(bundle), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = json.loads(capsys.readouterr().out)
     assert (found["from_step"], found["step"], found["reproduced"], found["same_masks"]) == (
         10,
         12,

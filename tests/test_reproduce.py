@@ -23,10 +23,11 @@ def told(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str
     """Reproduce; the exit status and the document."""
 
     def run(*words: object) -> tuple[int, dict[str, Any]]:
+        capfd.readouterr()  # of trainings before
         with keeping_handlers():
             status = reproduce.main([*map(str, words), "--json"])
         said = capfd.readouterr()
-        document = said.out.strip().splitlines()[-1] if status != 2 else "{}"
+        document = said.out if status != 2 else "{}"
         return status, json.loads(document) | {"said": said.err}
 
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -800,19 +801,19 @@ def test_what_it_says_to_run_next_runs(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, words = (
-        Folder(tmp_path / "run"),
+        Folder(tmp_path / "a run"),  # a shell takes it for two words
         ["schedule.steps=2", "schedule.warmup_steps=0", "run.stop_after_steps=1"],
     )
     assert start(tiny, run.path, *words) == 75
     resume = r"rcmae train (.*?)    # resume"
     (command,) = re.findall(resume, capsys.readouterr().out)
-    recipe, *overrides = command.split()
+    recipe, *overrides = shlex.split(command)
     assert start(recipe, run.path, *overrides) == 0  # it does not stop after another step
     (command,) = re.findall(r"(rcmae export .*?)    # the encoder", capsys.readouterr().out)
     done = subprocess.run(
-        [sys.executable, "-m", *command.split()],
+        [sys.executable, "-m", *shlex.split(command)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": python_path()},
     )
     assert done.returncode == 0
-    assert (tmp_path / "run.safetensors").is_file()
+    assert (tmp_path / "a run.safetensors").is_file()

@@ -125,7 +125,10 @@ def test_every_kind_of_a_run_is_drawn_and_put_on_one_page(
     assert names == {"reconstruction", "attention", "features", "tsne", "filters", "positions"}
     picture = np.asarray(Image.open(out / "reconstruction.png", formats=["PNG"]))
     assert picture.shape[1] > 6 * 160  # input, masked, and two of each network
-    assert command.main(["page", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert command.main(["page", str(tmp_path / "run"), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)["written"]
+    assert written == [str(tmp_path / "run" / "pictures.html")]
     page = (tmp_path / "run" / "pictures.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "http" not in page

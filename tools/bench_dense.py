@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """How fast images with maps or objects become training views, and detections are judged.
 
-    python tools/bench_dense.py segment SHARDS [--crop N] [--samples N] [--rounds N] [--json FILE]
-    python tools/bench_dense.py detect SHARDS [--canvas N] [--samples N] [--rounds N] [--json FILE]
-    python tools/bench_dense.py judge [--images N] [--detections N] [--json FILE]
+    python tools/bench_dense.py segment SHARDS [--crop N] [--samples N] [--rounds N]
+    python tools/bench_dense.py detect SHARDS [--canvas N] [--samples N] [--rounds N]
+    python tools/bench_dense.py judge [--images N] [--detections N]
+    --json [FILE] of any
 
 `segment` resizes photographs and maps of the shards to 683 x 512 and encodes them anew (JPEG of
 quality 90, PNG). `torchvision` is a plain pipeline of its v2 transforms on `tv_tensors`: Pillow
@@ -40,6 +41,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from rcmae.commands.arguments import add_json, told
 from rcmae.data.cache import Reader
 from rcmae.data.dense.annotated import Canvas, Jittered
 from rcmae.data.dense.crops import Augment, Crops, Labels
@@ -428,9 +430,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refused as error:
         print(error, file=sys.stderr)
         return 2
-    show(report)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if not told(report, options.json):
+        show(report)
     return 0
 
 
@@ -450,7 +451,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     part.add_argument("--images", type=int, default=5000, metavar="N")
     part.add_argument("--detections", type=int, default=100, metavar="N", help="of an image")
     for part in parts.choices.values():
-        part.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+        add_json(part)
     return parser.parse_args(arguments)
 
 

@@ -18,12 +18,12 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rcmae import config, dist
+from rcmae.commands.arguments import add_json, told
 from rcmae.config import Recipe
 from rcmae.errors import Refused
 from rcmae.models import kernels
@@ -109,7 +109,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cases", type=json.loads, default=CASES, help="others: a JSON object, name -> overrides"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the report; - prints it")
+    add_json(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -164,13 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cases": cases,
         "beyond": beyond,
     }
-    if dist.rank() == 0:
-        if asked.json == "-":
-            print(json.dumps(report, indent=1))
-        else:
-            print_report(report)
-        if asked.json not in (None, "-"):
-            Path(asked.json).write_text(json.dumps(report, indent=1) + "\n")
+    if dist.rank() == 0 and not told(report, asked.json):
+        print_report(report)
     dist.finish()
     return 1 if beyond else 0
 

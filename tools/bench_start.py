@@ -3,7 +3,7 @@
 processor seconds and memory of one rank.
 
     python tools/bench_start.py [--ranks 1024] [--shards 100000] [--samples 12800] \\
-        [--rounds 3] [--json FILE]
+        [--rounds 3] [--json [FILE]]
 
 An index of so many shards is written as `rcmae shards index` writes it; its table of tens of GB is
 a file with holes, of which only what a step reads is there. Then one rank, in a process of its own
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from rcmae.checkpoint.layout import assembled, described, understood, written
+from rcmae.commands.arguments import add_json, told
 from rcmae.data.index import FORMAT, INDEX, VERSION, ShardIndex
 from rcmae.data.plan import Plan
 from rcmae.data.tars import HEADED, MEMBER, ROW, Shard, TablePart, hashes
@@ -246,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name, value in (("ranks", 1024), ("shards", 100_000), ("samples", 12_800), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    add_json(parser)
     asked = parser.parse_args(argv)
     size = Size(asked.ranks, asked.shards, asked.samples)
     shard, sample = LOOKED_AT
@@ -264,10 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": size._asdict(),
         **found,
     }
-    for name, value in found["figures"].items():
-        print(f"{name:<18}{value:10.3f}")
-    if asked.json:
-        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+    if not told(report, asked.json):
+        for name, value in found["figures"].items():
+            print(f"{name:<18}{value:10.3f}")
     return 0
 
 

@@ -3,7 +3,7 @@
 webdataset and, where they are installed, litdata, mosaicml-streaming and OpenCV.
 
     python tools/bench_stream.py SHARDS [--image-size N] [--longer-side N] [--samples N] \\
-        [--restart-markers] [--decode-margin X] [--rounds N] [--workers N] [--json FILE]
+        [--restart-markers] [--decode-margin X] [--rounds N] [--workers N] [--json [FILE]]
 
 The samples are copied to a temporary folder, as one tar and as an image folder, so that all sides
 read the same bytes from the page cache; with --longer-side they are resized to that many pixels and
@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import io
-import json
 import math
 import statistics
 import sys
@@ -48,6 +47,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from rcmae.commands.arguments import add_json, told
 from rcmae.data import jpeg
 from rcmae.data.cache import Reader
 from rcmae.data.index import ShardIndex
@@ -307,9 +307,8 @@ def main() -> int:
     except Refused as error:
         print(error, file=sys.stderr)
         return 2
-    print_report(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if not told(report, args.json):
+        print_report(report)
     return 0
 
 
@@ -339,7 +338,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=200, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--workers", type=int, default=cores.usable(), metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    add_json(parser)
     return parser.parse_args()
 
 

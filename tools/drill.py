@@ -1,10 +1,10 @@
 """Try the promises that cannot be seen in a quiet run: kill a training again and again, and resume
 it under any engine.
 
-    python tools/drill.py kill RECIPE --times 100 [--layout "ds2 x2"] [--json FILE] [key=value ...]
+    python tools/drill.py kill RECIPE --times 100 [--layout "ds2 x2"] [--json] [key=value ...]
     python tools/drill.py matrix RECIPE [--layouts "local x1,ds3 x2"] \\
-        [--pairs "ds1 x2 -> fsdp2 x4"] [--json FILE] ...
-    python tools/drill.py cost RECIPE [--layout "ds2 x2"] [--json FILE] [key=value ...]
+        [--pairs "ds1 x2 -> fsdp2 x4"] [--json [FILE]] ...
+    python tools/drill.py cost RECIPE [--layout "ds2 x2"] [--json [FILE]] [key=value ...]
 
 `kill` SIGKILLs one rank or all at random moments, a third of them inside a save, starts the same
 command again each time and compares what comes out with a run that was not interrupted. `matrix`
@@ -44,6 +44,7 @@ from rich.table import Table
 
 from rcmae import checkpoint, config, dist, train
 from rcmae.checkpoint import retention, saver
+from rcmae.commands.arguments import add_json, told
 from rcmae.errors import Refused
 from rcmae.files import json_lines
 from rcmae.models.build import new_student
@@ -792,7 +793,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the matrix, SAVER -> LOADER, separated by commas; default: all of layouts",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to keep the report")
+    add_json(parser)
     args = parser.parse_intermixed_args(arguments)
     try:
         recipe = config.load(args.recipe, args.overrides)
@@ -817,9 +818,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Failed as error:
         print(f"drill: {error}", file=sys.stderr)
         return 1
-    if args.json:
-        args.json.write_text(json.dumps({**about(arguments, recipe), **found}, indent=1) + "\n")
-    show(found, Console())
+    if not told({**about(arguments, recipe), **found}, args.json):
+        show(found, Console())
     return 0 if found["ok"] else 1
 
 

@@ -1,14 +1,20 @@
-"""What command lines share: numbers, not NaN and not endless; the word for what is to be done."""
+"""What command lines share: numbers, not NaN and not endless; the word for what is to be done;
+`--json`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from rcmae.files import write_aside
 from rcmae.process.console import in_line
 
 _MOST = 6  # words of a command line that is shown
@@ -49,3 +55,40 @@ def check_verb(
     several = len(verbs) > 1
     is_none = f"is none of {', '.join(verbs)}" if several else f"is not {verbs[0]!r}"
     parser.error(in_line(f"{words[0]!r} {is_none}; did you mean: {parser.prog} {shown}"))
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Give a command whose document is large, or kept, `--json [FILE]`."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        type=_document,
+        metavar="FILE",
+        help="print one JSON document instead of the tables; with FILE, write it there, too",
+    )
+
+
+def _document(text: str) -> str:
+    """A place that a document may be written to."""
+    if text != "-" and (os.path.isdir(text) or text.endswith((".yaml", ".yml", ".tar"))):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no place for a document; give FILE.json, or --json behind all else"
+        )
+    return text
+
+
+def told(document: Any, to: str | None) -> bool:
+    """Print a document, or write it, as `--json` asks; whether it stands for the tables.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if to is None:
+        return False
+    whole = json.dumps(document, indent=1)
+    if to == "-":
+        print(whole)
+        return True
+    write_aside(Path(to), whole + "\n")
+    return False

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from rcmae.config import Recipe
+
 END = "...\n"  # of a YAML document that is one value
 
 
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--keys", nargs="?", const="", metavar="PREFIX", help="list keys, such as those of data."
     )
     told.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe")
-    parser.add_argument("--json", action="store_true", help="--keys as JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     asked = parser.parse_intermixed_args(arguments)
     try:
         status = _printed(asked)
@@ -69,19 +71,34 @@ def _printed(asked: argparse.Namespace) -> int:
         return 0
     if asked.keys is not None:
         return list_keys(asked.keys, as_json=asked.json)
-    from rcmae import config
     from rcmae.errors import Refused
+    from rcmae.planning.recipe import load
 
     if asked.recipe is None:
-        for path in sorted(config.RECIPES.glob("*.yaml")):
-            print(f"{path.stem:<30} {''.join(header(path)[:1]).lstrip('# ')}")
+        list_recipes(as_json=asked.json)
         return 0
     try:
-        print(resolved(asked.recipe, asked.overrides), end="")
+        if asked.json:
+            print(json.dumps(tree_of(load(asked.recipe, asked.overrides)), indent=1))
+        else:
+            print(resolved(asked.recipe, asked.overrides), end="")
     except Refused as error:
         print(f"rcmae: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def list_recipes(*, as_json: bool) -> None:
+    """Print the names of the shipped recipes, and what each is for."""
+    from rcmae import config
+
+    paths = sorted(config.RECIPES.glob("*.yaml"))
+    about = {path.stem: "".join(header(path)[:1]).lstrip("# ") for path in paths}
+    if as_json:
+        print(json.dumps(about, indent=1))
+        return
+    for name, said in about.items():
+        print(f"{name:<30} {said}")
 
 
 def list_keys(prefix: str, *, as_json: bool) -> int:
@@ -122,6 +139,16 @@ def header(path: Path) -> list[str]:
     return lines
 
 
+def tree_of(recipe: Recipe) -> dict[str, Any]:
+    """Every setting of a recipe; without shards where it has none of its own."""
+    from rcmae.planning.recipe import NO_SHARDS
+
+    tree = recipe.model_dump(mode="json")
+    if recipe.data.shards == NO_SHARDS:
+        tree["data"]["shards"] = []
+    return tree
+
+
 def resolved(name: str, overrides: Sequence[str]) -> str:
     """A recipe with every setting, as YAML, under the comments that its file begins with.
 
@@ -129,13 +156,12 @@ def resolved(name: str, overrides: Sequence[str]) -> str:
         Refused: every problem.
     """
     from rcmae import config
-    from rcmae.planning.recipe import NO_SHARDS, load
+    from rcmae.planning.recipe import load
 
     recipe = load(name, overrides)
-    tree = recipe.model_dump(mode="json")
+    tree = tree_of(recipe)
     comments = header(config.recipe_path(name))
-    if recipe.data.shards == NO_SHARDS:
-        tree["data"]["shards"] = []
+    if not tree["data"]["shards"]:
         comments.append("# data.shards is yours to give.")
     return "\n".join([*comments, commented(tree, recipe)])
 

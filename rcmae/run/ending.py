@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -232,7 +233,7 @@ def launcher(world: int) -> str:
         near = Path(templates).absolute()
         here = Path.cwd()
         shown = near.relative_to(here) if near.is_relative_to(here) else near
-        return f"sbatch --nodes={nodes} {shown}/pretrain.sbatch"
+        return f"sbatch --nodes={nodes} {shlex.quote(f'{shown}/pretrain.sbatch')}"
     if world == 1:
         return "rcmae"
     if "SLURM_STEP_ID" in os.environ:
@@ -321,9 +322,11 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     commands = []
     if not run.parts.progress.is_over:
         unlimited = " run.stop_after_steps=null" if recipe.run.stop_after_steps else ""
-        resume = ended.start(run.task.module, f"{place / 'recipe.yaml'}{unlimited}")
+        written = shlex.quote(str(place / "recipe.yaml"))
+        resume = ended.start(run.task.module, f"{written}{unlimited}")
         commands.append(("resume", resume))
     commands += run.task.hints(ended)
     if recipe.log.tensorboard:
-        commands.append(("see the curves", f"tensorboard --logdir {place / 'tensorboard'}"))
+        curves = shlex.quote(str(place / "tensorboard"))
+        commands.append(("see the curves", f"tensorboard --logdir {curves}"))
     return commands

@@ -279,11 +279,9 @@ def whole_hints(ended: Ended) -> list[tuple[str, str]]:
     """What to do with a classifier that is trained."""
     if not ended.is_done:
         return []
-    place = ended.run_dir
-    out = f"{place.name}.safetensors"
     return [
         (
             "the classifier, for timm (or --format hf)",
-            f"rcmae export {place} --format timm --out {out}",
+            f"rcmae export {ended.place} --format timm --out {ended.file('.safetensors')}",
         )
     ]

@@ -237,11 +237,10 @@ class Detection:
         """The detector for detectron2, and in Python."""
         if not ended.is_done:
             return []
-        place = ended.run_dir
-        seen = f"rcmae visualize detect {place} --images PHOTOS --out pictures"
-        export = f"rcmae export {place} --format detectron2 --out {place.name}.pth"
+        seen = f"rcmae visualize detect {ended.place} --images PHOTOS --out pictures"
+        export = f"rcmae export {ended.place} --format detectron2 --out {ended.file('.pth')}"
         return [
-            (f'in Python: rcmae.load_detector("{place}")', seen),
+            (f'in Python: rcmae.load_detector("{ended.run_dir}")', seen),
             ("for detectron2", export),
         ]
 

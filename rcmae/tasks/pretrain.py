@@ -206,13 +206,13 @@ class Pretraining:
         """The encoder for timm, a fine-tuning of it by the generic recipe, and other tasks."""
         if not ended.is_done:
             return []
-        place = ended.run_dir
+        place = ended.place
         shards = "data.shards=LABELLED_SHARDS evaluate.test_shards=OTHERS"
         model = ended.recipe.model
         one = model.class_tokens == 1 and not model.registers  # what timm's own model has
         way = f"export {place} --format timm" if one else f"convert {place} --to timm"
         return [
-            ("the encoder, for timm", f"rcmae {way} --out {place.name}.safetensors"),
+            ("the encoder, for timm", f"rcmae {way} --out {ended.file('.safetensors')}"),
             (
                 "fine-tune it (or rcmae probe probe: a linear head)",
                 ended.start("rcmae.finetune", f"finetune classify.init={place} {shards}"),

@@ -9,6 +9,7 @@ CONTRIBUTING.md has a whole one.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -255,6 +256,15 @@ class Ended(NamedTuple):
     run_dir: Path
     is_done: bool  # the last step is done
     launcher: str  # what starts a module on as many ranks; of SLURM's templates, a recipe
+
+    @property
+    def place(self) -> str:
+        """The run's folder as a word of a command line."""
+        return shlex.quote(str(self.run_dir))
+
+    def file(self, suffix: str) -> str:
+        """A file named after the run, as a word of a command line."""
+        return shlex.quote(f"{self.run_dir.name}{suffix}")
 
     def start(self, module: str, words: str) -> str:
         """The command line that starts a module (rcmae.train) with these words."""

@@ -216,10 +216,9 @@ class Segmentation:
         """The segmenter for others, in Python, and its pictures of one's own photographs."""
         if not ended.is_done:
             return []
-        place = ended.run_dir
-        export = f"rcmae export {place} --format mmseg --out {place.name}.pth"
-        seen = f"rcmae visualize segment {place} --images PHOTOS --out pictures"
-        hints = [(f'in Python: rcmae.load_segmenter("{place}")', seen)]
+        export = f"rcmae export {ended.place} --format mmseg --out {ended.file('.pth')}"
+        seen = f"rcmae visualize segment {ended.place} --images PHOTOS --out pictures"
+        hints = [(f'in Python: rcmae.load_segmenter("{ended.run_dir}")', seen)]
         one_token = ended.recipe.model.class_tokens == 1  # no other code has more
         if ended.recipe.segment.head == "uper" and one_token:
             height, width = ended.recipe.model.image_hw

@@ -2,13 +2,14 @@
 
     rcmae replay RUN/replay/step-00001234.json [--checkpoint FOLDER] [--allow-pipe] [--json]
 
-Exit status: 0 the step goes bad here too, 1 it does not, 2 the bundle or its checkpoint cannot be
-used.
+The training's log is on stderr. Exit status: 0 the step goes bad here too, 1 it does not, 2 the
+bundle or its checkpoint cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rcmae.run.loop.agreement import DataUnreadable
 
     try:
-        found = _replayed(asked.bundle, asked.checkpoint, allow_pipe=asked.allow_pipe)
+        with contextlib.redirect_stdout(sys.stderr):  # of the training; the answer is on stdout
+            found = _replayed(asked.bundle, asked.checkpoint, allow_pipe=asked.allow_pipe)
     except (Refused, CheckpointError, DataUnreadable, OSError) as error:
         print(f"replay: {asked.bundle}: {error}", file=sys.stderr)
         return 2

@@ -4,13 +4,15 @@ losses, data and versions.
     rcmae reproduce RUN [--steps 20] [key=value ...]
 
 key=value sets recipe keys, such as data.shards=... where the data were moved. Nothing is written
-into RUN. Exit status: 0 the steps are the run's, within the tolerance; 1 they are not, and what
-differs is said; 2 there is no such run, or its recipe or data cannot be used.
+into RUN; the training's log is on stderr. Exit status: 0 the steps are the run's, within the
+tolerance; 1 they are not, and what differs is said; 2 there is no such run, or its recipe or data
+cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -34,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rcmae.run.loop.agreement import DataUnreadable
 
     try:
-        found = _reproduced(asked)
+        with contextlib.redirect_stdout(sys.stderr):  # of the training; the answer is on stdout
+            found = _reproduced(asked)
     except (Refused, CheckpointError, DataUnreadable, OSError) as error:
         print(f"rcmae: {asked.run}: {error}", file=sys.stderr)
         return 2

@@ -27,12 +27,12 @@ and bytes of live tensors. Exit status: 0 done; 1 a training failed; 2 the input
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rcmae.commands.arguments import add_json, told
 from rcmae.errors import Refused, counted
 
 if TYPE_CHECKING:
@@ -52,16 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     from rcmae.checkpoint import CheckpointError
     from rcmae.evaluation.comparison.runs import TrainingFailed
-    from rcmae.files import write_aside
 
     try:
-        told, written = _compared(asked, " ".join(["rcmae compare", *words]))
-        if asked.json is not None:
-            write_aside(asked.json, json.dumps(told, indent=1) + "\n")
+        document, written = _compared(asked, " ".join(["rcmae compare", *words]))
+        is_told = told(document, asked.json)
     except (Refused, TrainingFailed, CheckpointError, OSError) as error:
         print(f"rcmae: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
-    print(written["table.md"].read_text(), end="")
+    if not is_told:
+        print(written["table.md"].read_text(), end="")
     print(f"\nwritten: {', '.join(map(str, written.values()))}", file=sys.stderr)
     return 0
 
@@ -87,7 +86,7 @@ def _compared(asked: argparse.Namespace, command: str) -> tuple[dict[str, Any], 
     rows = list(judging.rows_of(groups, judged))
     if asked.rounds:
         _tell(f"timing {counted(asked.rounds, 'step')} of each of {', '.join(recipes)}")
-    told = {
+    document = {
         "tool": "compare_objectives",
         "commit": commit(),
         "versions": versions(),
@@ -98,7 +97,7 @@ def _compared(asked: argparse.Namespace, command: str) -> tuple[dict[str, Any], 
         "rows": rows,
         "costs": costs(recipes, asked.rounds) if asked.rounds else {},
     }
-    return told, _write(told, groups, out)
+    return document, _write(document, groups, out)
 
 
 def _of_recipe(asked: argparse.Namespace) -> Compared:
@@ -143,13 +142,13 @@ def _of_folders(asked: argparse.Namespace, out: Path) -> Compared:
     return groups, recipes, judged
 
 
-def _write(told: dict[str, Any], groups: Sequence[Group], out: Path) -> dict[str, Path]:
+def _write(document: dict[str, Any], groups: Sequence[Group], out: Path) -> dict[str, Path]:
     """Write table and curves; the files by name. Raises OSError."""
     from rcmae.evaluation.comparison import curves, tables
     from rcmae.files import write_aside
 
     labelled = [group.name for group in groups if group.labelled]
-    table = tables.table_of(told["rows"], told["costs"], labelled)
+    table = tables.table_of(document["rows"], document["costs"], labelled)
     written = {name: out / name for name in ("table.md", "table.tex", "curves.png")}
     out.mkdir(parents=True, exist_ok=True)
     write_aside(written["table.md"], tables.markdown(table) + "\n")
@@ -223,5 +222,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-pipe", action="store_true", help="run the commands (pipe:) that runs' recipes name"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    add_json(parser)
     return parser

@@ -28,12 +28,12 @@ these do not go together; 1 the checkpoint is damaged or a file cannot be read.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcmae.commands.arguments import add_json, told
 from rcmae.errors import Refused
 
 if TYPE_CHECKING:
@@ -47,14 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from rcmae import dist
     from rcmae.checkpoint import CheckpointError
-    from rcmae.files import write_aside
 
     try:
         dist.start(required=False)
         found = _report(options)
-        if dist.rank() == 0:
-            if options.json:
-                write_aside(options.json, json.dumps(found, indent=1) + "\n")
+        if dist.rank() == 0 and not told(found, options.json):
             _show(found)
     except (Refused, CheckpointError, OSError) as error:
         if dist.launched_first():
@@ -179,5 +176,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0, help="decoding processes of each rank")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    add_json(parser)
     return parser

@@ -15,13 +15,14 @@
     rcmae visualize page RUN
         RUN/pictures as one HTML file
 
-Images are files, folders of them, or shards. Exit status: 0 written; 2 these do not go together; 1
-anything else.
+Images are files, folders of them, or shards. What was written is printed. Exit status: 0 written; 2
+these do not go together; 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Refused, CheckpointError, OSError) as error:
         print(f"rcmae: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 1
-    for path in written:
-        print(path)
+    if options.json:
+        print(json.dumps({"kind": options.kind, "written": [str(path) for path in written]}))
+    else:
+        print(*written, sep="\n")
     return 0
 
 
@@ -167,4 +170,5 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="gradient rollout for these classes of a classifier",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import shlex
 from pathlib import Path
 
 from rcmae.errors import Refused
@@ -17,7 +18,8 @@ def page(run: Path) -> str:
     pictures = sorted((run / "pictures").glob("*.png"), reverse=True)
     if not pictures:
         raise Refused(
-            f"{run / 'pictures'} has no pictures; draw some, such as: rcmae visualize filters {run}"
+            f"{run / 'pictures'} has no pictures; draw some, such as: "
+            f"rcmae visualize filters {shlex.quote(str(run))}"
         )
     style = "body{font:14px sans-serif;margin:2em}img{max-width:100%}"
     parts = [

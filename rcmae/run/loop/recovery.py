@@ -12,6 +12,7 @@ if it had been waited for.
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -149,10 +150,11 @@ class Recovery:
             samples=report.samples,
         )
         if action == "stop":
+            path = shlex.quote(str(report.path))
             raise NonFiniteLoss(
                 f"step {progress.step}: {jumped or report.what}; all ranks stopped before the "
                 f"update. {report.shown}Last committed checkpoint: {last.path if last else 'none'}."
-                f" To see the step again on one process: rcmae replay {report.path}; then lower "
+                f" To see the step again on one process: rcmae replay {path}; then lower "
                 "schedule.lr, set schedule.clip_grad, or set guard.action=skip or rewind"
             )
         if action == "skip":

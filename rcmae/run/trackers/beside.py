@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shlex
 import subprocess
 import sys
 import threading
@@ -84,10 +85,11 @@ class Trackers:
         if each.name in self._told:
             return
         self._told.add(each.name)
+        run = shlex.quote(str(self._run_dir))
         if each.name == REPORT:
-            again = f"Write the page with\n  rcmae report {self._run_dir}"
+            again = f"Write the page with\n  rcmae report {run}"
         else:
-            again = f"Push the rest with\n  rcmae track {self._run_dir} --to {each.name}"
+            again = f"Push the rest with\n  rcmae track {run} --to {each.name}"
         self._say(f"{each.name} {what} (see {each.log}); the training goes on. {again}")
 
     def _start(self, name: str) -> _Beside:
