@@ -1069,6 +1069,7 @@ def test_folders_without_a_check_or_of_another_file_fail(
     edit(folder, lambda tree: tree["files"]["expected.safetensors"].update(sha256="0" * 64))
     assert tool.main([str(folder)]) == 1
     assert "not the file that fixture.json describes" in capsys.readouterr().out
+    assert tool.main([str(folder), str(tmp_path / "nowhere")]) == 1  # whatever else is unusable
 
 
 def test_unusable_folders_are_named_and_the_others_still_checked(

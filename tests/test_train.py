@@ -238,7 +238,10 @@ def test_bad_input_is_refused_with_every_problem_and_nothing_written(
             ["one of epochs and steps", "one of base_lr and lr"],
         ),
         (["checkpoint.resume=must"], ["has no valid checkpoint; use auto to start from scratch"]),
-        (["checkpoint.resume=elsewhere"], ["checkpoint.resume=elsewhere: "]),
+        (
+            ["checkpoint.resume=elsewhere"],
+            ["checkpoint.resume=elsewhere: there is no such folder; give auto, never, must or"],
+        ),
         (
             ["data.index=typo"],
             ["data.index=typo: no index is there; make it: rcmae shards index SHARDS --out typo"],
@@ -538,9 +541,13 @@ def test_never_starts_anew_and_keeps_the_old_checkpoints_aside(
 
 
 def test_must_goes_on_and_a_path_begins_a_new_run_there(
-    tiny: Path, folder: Folder, uninterrupted: Folder
+    tiny: Path, folder: Folder, uninterrupted: Folder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = uninterrupted.checkpoints / "step-00000010"
+    assert start(tiny, folder.path, f"checkpoint.resume={uninterrupted.path}") == 2
+    last = uninterrupted.checkpoints / "step-00000020"
+    said = capsys.readouterr().err
+    assert f"this is a run; give the checkpoint of it that you mean, such as {last}" in said
     assert start(tiny, folder.path, f"checkpoint.resume={first}", "run.stop_after_steps=2") == 75
     assert folder.events("resume")[0]["step"] == 10
     assert start(tiny, folder.path, "checkpoint.resume=must", "run.stop_after_steps=3") == 75

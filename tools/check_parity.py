@@ -10,7 +10,7 @@ code in float64 and in float32, and every array and value of the folder must be 
 named here as left out with the reason.
 
 Exit status: 0 all within limits; 1 something is not, or a folder or a part of one has no check; 2
-unusable input."""
+unusable input, and nothing else is wrong."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{sum(verdict.status == 'passed' for verdict in verdicts)} of {len(verdicts)} "
             "folders passed"
         )
-    if any(verdict.status == "unusable" for verdict in verdicts):
-        return 2
-    return 0 if passed else 1
+    if passed:
+        return 0
+    found = {verdict.status for verdict in verdicts}
+    return 2 if found <= {"passed", "unusable"} else 1
 
 
 if __name__ == "__main__":

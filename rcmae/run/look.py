@@ -295,9 +295,20 @@ def saved_of(recipe: Recipe, verified: bool = False) -> Saved | None:
     try:
         return saved_from(recipe, checkpoint.read_manifest(Path(asked)))
     except checkpoint.CheckpointError as error:
-        raise Refused(
-            f"checkpoint.resume={asked}: {error}; give auto, never, must or a checkpoint's folder"
-        ) from error
+        raise Refused(f"checkpoint.resume={asked}: {_no_checkpoint(Path(asked), error)}") from error
+
+
+def _no_checkpoint(path: Path, error: Exception) -> str:
+    """Why a path is no checkpoint to start from, and what is."""
+    newest = checkpoint.newest_unverified(path / "checkpoints")
+    if newest is not None:
+        return f"this is a run; give the checkpoint of it that you mean, such as {newest.path}"
+    why = str(error)
+    if not path.is_dir():
+        why = "this is a file" if path.exists() else "there is no such folder"
+    elif (path / "checkpoints").is_dir():
+        why = "this run has no complete checkpoint"
+    return f"{why}; give auto, never, must or a checkpoint's folder"
 
 
 def saved_from(recipe: Recipe, manifest: checkpoint.Manifest) -> Saved:
