@@ -237,7 +237,9 @@ def environment(folder: Path, cluster: Cluster | None = None) -> dict[str, str]:
         rcmae.write_text(f'#!/bin/sh\nexec {sys.executable} -m rcmae "$@"\n')
         rcmae.chmod(0o755)
     base = {**os.environ, **(cluster.env if cluster else {})}
-    for name in ("RCMAE_HOME", "RCMAE_ENV"):
+    # a rank's variables stay behind where a test has joined ranks in this very process
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in ("RCMAE_HOME", "RCMAE_ENV", *ranks):
         base.pop(name, None)
     return base | {
         "PATH": f"{commands}:{Path(sys.executable).parent}:{base['PATH']}",
