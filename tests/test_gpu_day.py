@@ -224,7 +224,7 @@ def test_a_signal_ends_the_case_with_what_it_started_and_what_is_done_is_kept(
     process = subprocess.Popen(day, env=env, stderr=subprocess.PIPE, text=True)
     row = first_row(tmp_path / "day.json")
     process.send_signal(number)
-    assert process.communicate(timeout=60)[1].splitlines()[1:] == [
+    assert process.communicate(timeout=300)[1].splitlines()[1:] == [
         "gpu_day: stopped; run it again for the rest"
     ]
     assert process.returncode == 128 + number
@@ -250,7 +250,7 @@ def test_a_terminal_that_is_closed_ends_the_case_unless_nohup_holds_it(
         assert process.poll() is None
         process.terminate()
     number = signal.SIGTERM if ignored else signal.SIGHUP
-    assert process.wait(timeout=60) == 128 + number
+    assert process.wait(timeout=300) == 128 + number
     assert_ends(row["beside"])
 
 
