@@ -224,7 +224,7 @@ def test_a_signal_ends_the_case_with_what_it_started_and_what_is_done_is_kept(
     process = subprocess.Popen(day, env=env, stderr=subprocess.PIPE, text=True)
     row = first_row(tmp_path / "day.json")
     process.send_signal(number)
-    assert process.communicate(timeout=300)[1].splitlines()[1:] == [
+    assert process.communicate(timeout=60)[1].splitlines()[1:] == [
         "gpu_day: stopped; run it again for the rest"
     ]
     assert process.returncode == 128 + number
@@ -237,7 +237,9 @@ def test_a_terminal_that_is_closed_ends_the_case_unless_nohup_holds_it(
     ignored: bool, tmp_path: Path, day: list[str]
 ) -> None:
     terminal, inside = pty.openpty()
-    command = ["setsid", "--ctty", *(["nohup"] if ignored else []), *day]
+    # these tests may be run under nohup themselves, which children inherit
+    held = ["nohup"] if ignored else ["env", "--default-signal=HUP"]
+    command = ["setsid", "--ctty", *held, *day]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=env, stdin=inside, stdout=inside, stderr=inside
@@ -250,7 +252,7 @@ def test_a_terminal_that_is_closed_ends_the_case_unless_nohup_holds_it(
         assert process.poll() is None
         process.terminate()
     number = signal.SIGTERM if ignored else signal.SIGHUP
-    assert process.wait(timeout=300) == 128 + number
+    assert process.wait(timeout=60) == 128 + number
     assert_ends(row["beside"])
 
 
