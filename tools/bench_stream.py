@@ -50,11 +50,12 @@ from torch.utils.data import DataLoader
 from rcmae.commands.arguments import add_json, told
 from rcmae.data import jpeg
 from rcmae.data.cache import Reader
+from rcmae.data.device_decode import DeviceResizer, pack_boxes
 from rcmae.data.index import ShardIndex
 from rcmae.data.masking import RandomMask, visible_count
 from rcmae.data.plan import Plan, Requests
 from rcmae.data.stream import Readers, Share, Stream
-from rcmae.data.transforms import FORMATS, TrainTransform, decode
+from rcmae.data.transforms import FORMATS, TrainTransform, View, decode
 from rcmae.data.views import Asked, TrainReading, Views
 from rcmae.errors import Refused
 from rcmae.models.precision import INSTRUCTIONS, cpu_instructions
@@ -117,15 +118,30 @@ def write_tar(path: Path, files: Sequence[bytes]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-def likeness(files: list[bytes], transform: TrainTransform) -> dict[str, float]:
+def view_on_device(transform: TrainTransform, data: bytes, seed: int, position: int) -> View:
+    """The view as a device resizes it, here the CPU."""
+    box = transform.parts(data, seed, [position])[0]
+    device = DeviceResizer(torch.device("cpu"), transform.image_size, transform.in_channels)
+    images = device.images(torch.tensor([box.crop]), pack_boxes([box.image]))
+    return View(images[0], box.crop)
+
+
+def likeness(
+    files: list[bytes], transform: TrainTransform, view_of: Callable[[bytes, int, int], View]
+) -> dict[str, float]:
     """PSNR in dB of views to PIL's resize of the same boxes, and the share of views decoded at
     less than full size.
+
+    Args:
+        files: the photographs.
+        transform: of the views.
+        view_of: (file, seed, position) -> its view.
     """
     height, width = transform.image_size
     found = []
     shrunk = 0
     for position, data in enumerate(files):
-        view = transform(data, 0, position)
+        view = view_of(data, 0, position)
         top, left, rows, columns, flipped = view.crop
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             theirs = image.convert("RGB").crop((left, top, left + columns, top + rows))
@@ -379,7 +395,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             | peers.versions,
             "left_out": peers.left_out,
             "notes": {side: note for side, note in stream_peers.NOTES.items() if side in rates},
-            "likeness": likeness(files, transform),
+            "likeness": likeness(files, transform, transform),
+            "likeness_on_device": likeness(files, transform, partial(view_on_device, transform)),
             "one_core": rates,
             "workers": args.workers,
             "all_cores": all_cores(files, folder, index, transform, args.workers),
@@ -408,8 +425,11 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"left out: {package}: {why}")
     for key, value in report["all_cores"].items():
         print(f"{key:30}{value:14.2f}   ({report['workers']} workers)")
-    like = report["likeness"]
-    print(f"likeness to PIL: mean {like['mean_db']:.1f} dB, least {like['min_db']:.1f} dB")
+    like, other = report["likeness"], report["likeness_on_device"]
+    print(
+        f"likeness to PIL: mean {like['mean_db']:.1f} dB, least {like['min_db']:.1f} dB; "
+        f"resized on the device {other['mean_db']:.1f} and {other['min_db']:.1f} dB"
+    )
     print(
         f"decoded at half size or less: {like['shrunken_share']:.0%}; parts alone: "
         f"{report['parts_of_jpegs']}"

@@ -308,7 +308,8 @@ def decode(
         head = None
     if head is not None:
         try:
-            return decode_box(data, Box(0, 0, head.height, head.width), channels=channels)
+            whole = Box(0, 0, head.height, head.width)
+            return decode_box(data, whole, channels=channels, head=head)
         except (ValueError, MemoryError) as error:
             if strict:
                 raise BadImage(str(error)) from None
@@ -428,7 +429,7 @@ def plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> Header | None:
         try:
             found = scans(data, above=_MAX_SCANS)
         except ValueError as error:
-            raise BadImage(f"a JPEG of {error}") from None
+            raise BadImage(f"a JPEG with {error}") from None
         if found > _MAX_SCANS:
             raise BadImage(f"a JPEG of {found} scans, more than {_MAX_SCANS}")
     if head is None:

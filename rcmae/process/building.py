@@ -73,8 +73,8 @@ class Baton:
         """
         with waits.waiting(lambda: about(self._path), breaks=False, saved=True):
             while self._path.exists():
-                maker = maker_of(self._path)
-                if maker is not None and died_here(*maker):
+                maker = _left_by(self._path)
+                if maker is not None:
                     raise BuilderGone(
                         f"process {maker.pid}, which compiled in {self._path.parent}, was ended; "
                         "start again"
@@ -114,25 +114,26 @@ def clear(path: Path) -> None:
     """Take a lock away whose process ran on this host and is gone, once what it started is gone,
     too. One process after the other: what the next finds there is not the lock that it read of.
     """
-    if not _is_left(path):
+    if _left_by(path) is None:
         return
     what = f"the end of what a killed process began to compile in {path.parent}"
     with waits.waiting(what, breaks=False, saved=True):
-        while _is_left(path) and _works_in(path.parent):
+        while _left_by(path) and _works_in(path.parent):
             time.sleep(_LOOKS_EACH_S)
     # a file system that knows no such turns keeps its lock, of which a wait will tell
     with contextlib.suppress(OSError), path.with_name("lock.turn").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        maker = maker_of(path)
-        if maker is not None and died_here(*maker):
+        maker = _left_by(path)
+        if maker is not None:
             path.unlink()
             text = f"rcmae: {path} was left by process {maker.pid}, which is gone: taken away"
             print(text, file=sys.stderr, flush=True)
 
 
-def _is_left(path: Path) -> bool:
+def _left_by(path: Path) -> Maker | None:
+    """The process that made a lock, where it is gone from this host."""
     maker = maker_of(path)
-    return maker is not None and died_here(*maker)
+    return maker if maker is not None and died_here(*maker) else None
 
 
 def _is_forsaken(path: Path) -> bool:

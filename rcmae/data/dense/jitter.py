@@ -107,7 +107,7 @@ def seen(
     shrink = _shrink(jitter, margin)
     box = _source_box(jitter, shrink)
     try:
-        pixels = decode_box(data, box, shrink, channels)
+        pixels = decode_box(data, box, shrink, channels, head)
     except ValueError:
         return seen_pixels(decode(data, channels, max_pixels=max_pixels), jitter)  # if Pillow can
     return _resized(pixels, box, shrink, jitter)
