@@ -2,6 +2,7 @@
 # Installs what some tests want, where that is possible (tests/apt.sh) and it is not there already: Chromium, in which
 # the page of a run is opened, and jpegtran, which adds restart markers to JPEGs.
 set -euo pipefail
+# shellcheck source=tests/apt.sh
 source "$(dirname "${BASH_SOURCE[0]}")/apt.sh"
 
 has_one_of() {
