@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced: install_by_apt WHAT SKIPPED PACKAGE ...: installs packages where that is possible, as root on Debian or Ubuntu.
-# Elsewhere it says why not, and which tests skip themselves; it never fails.
+# Sourced. install_by_apt WHAT SKIPPED PACKAGE ...: installs packages where that is possible, as root on Debian or
+# Ubuntu. Elsewhere it says why not, and which tests skip themselves; it never fails.
 install_by_apt() {
     local what=$1 skipped=$2 why="" log
     shift 2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the cluster tests need (SLURM, munge, iproute2) where that is possible (tests/apt.sh) and it is not there
-# already; elsewhere the tests that want a scheduler skip themselves.
+# Installs what the cluster tests need (SLURM, munge, iproute2) where that is possible (tests/apt.sh) and it is not
+# there already; elsewhere the tests that want a scheduler skip themselves.
 set -euo pipefail
 # shellcheck source=tests/apt.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../apt.sh"
